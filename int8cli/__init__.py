@@ -1,0 +1,1 @@
+"""int8cli: LLM.int8() checkpoints, by streaming."""

@@ -1,0 +1,83 @@
+"""What a tensor on disk is: a name, a dtype, a shape and the place of its bytes.
+
+Owns the dtype names (those of the safetensors format) and their widths. Knows no file format.
+"""
+
+import math
+from dataclasses import dataclass
+
+# https://github.com/huggingface/safetensors, `Dtype`. Widths in bits: F4 and the 6-bit floats are packed.
+DTYPE_BITS = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+
+QUANTIZABLE_DTYPES = frozenset({"F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor without its place: enough to plan with."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BITS[self.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor and where its bytes lie in its file: `nbytes` bytes, little-endian, from `offset_bytes` on.
+
+    Row-major, unless `column_major`: then the bytes are those of the row-major transpose (a `.bin` that saved `W.t()`).
+    """
+
+    spec: TensorSpec
+    offset_bytes: int
+    column_major: bool = False
+
+    @property
+    def end_bytes(self) -> int:
+        return self.offset_bytes + self.spec.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """One checkpoint file without its data: its tensors in file order, its metadata, its size.
+
+    `mappable` is false for a legacy `.bin`, which can only be read whole; its offsets count in the concatenation of
+    its tensors.
+    """
+
+    file_name: str
+    tensors: tuple[StoredTensor, ...]
+    metadata: dict[str, str]
+    file_bytes: int
+    mappable: bool = True

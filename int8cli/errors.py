@@ -1,0 +1,69 @@
+"""The errors a user can cause or meet, in one tree. Each says what, where, and what to do next.
+
+Owns no behaviour: library code raises these, the command line shows them as `error: …` and `hint: …`. What is not
+in this tree is a bug and keeps its traceback.
+"""
+
+
+class Int8cliError(Exception):
+    """Base of everything a user can act on. `hint` is the next step, as one sentence."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class SourceError(Int8cliError):
+    """The model cannot be read from where the user pointed."""
+
+
+class ModelNotFoundError(SourceError):
+    """No such repository, revision, directory or file."""
+
+
+class AccessDeniedError(SourceError):
+    """The repository is gated or private and the token, if any, does not open it."""
+
+
+class TransferError(SourceError):
+    """The Hub could not be reached, or kept failing after every retry."""
+
+
+class CheckpointError(Int8cliError):
+    """The checkpoint itself is wrong."""
+
+
+class CorruptShardError(CheckpointError):
+    """A shard is truncated, lies about itself, or is not what was published."""
+
+
+class IndexFileError(CheckpointError):
+    """A weight_map names what is not there, or what it must not name."""
+
+
+class UnsafePickleError(CheckpointError):
+    """A .bin file holds more than tensors; it is not unpickled."""
+
+
+class NonFiniteError(CheckpointError):
+    """A weight holds NaN or an infinity and cannot be quantized."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is whole, but there is nothing to do with it: already quantized, an adapter, no weights."""
+
+
+class OutputError(Int8cliError):
+    """The output directory cannot be written as asked."""
+
+
+class OutputInUseError(OutputError):
+    """Another convert holds the output directory."""
+
+
+class SettingsMismatchError(OutputError):
+    """The output directory holds the records of a conversion of something else, or with other settings."""
+
+
+class DiskSpaceError(OutputError):
+    """There is not enough room on the disk."""
