@@ -1,12 +1,15 @@
 """Where a checkpoint comes from: the interface that a directory and a Hub repository share.
 
-Owns `Source` and what a source says of itself. Knows no file format: a file here is a name, a size and bytes.
+Owns `Source`, what a source says of itself, and which file names may be asked of one. Knows no file format: a file
+here is a name, a size and bytes.
 """
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
+
+from int8cli.errors import IndexFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,17 @@ class LocalFile:
 
 
 class Source(Protocol):
-    """A place that holds a checkpoint's files. File names are relative, with `/`, as the source lists them."""
+    """A place that holds a checkpoint's files.
+
+    File names are relative, with `/`, as the source lists them. Any name that would leave the source raises
+    IndexFileError; one that is not there, ModelNotFoundError.
+    """
 
     @property
     def identity(self) -> SourceIdentity: ...
 
     def list_files(self) -> tuple[str, ...]:
-        """Every file of the source, sorted."""
+        """Every file of the source but hidden ones, sorted."""
 
     def size_bytes(self, file_name: str) -> int:
         """The file's size, without fetching it."""
@@ -45,10 +52,37 @@ class Source(Protocol):
         """A seekable view of the file for reading a header: from the Hub, only the ranges asked for are transferred."""
 
     def fetch(self, file_name: str) -> AbstractContextManager[LocalFile]:
-        """The whole file on this machine while the context lasts; afterwards the source may remove it again."""
+        """The whole file on this machine while the context lasts; afterwards the source may remove it again.
+
+        A file that was brought here for this is removed when the context is left in peace, and stays for the next run
+        when it is left by an error.
+        """
 
     def prefetch(self, file_name: str) -> None:
         """Start to bring a file here, so that a later `fetch` of it need not wait. Returns at once."""
 
+    def discard(self, file_name: str) -> None:
+        """Give up a copy that is not what was published, so that the next `fetch` transfers the file anew.
+
+        Raises CorruptShardError, saying what to delete, for a copy that is not this source's to remove.
+        """
+
     def close(self) -> None:
         """Stop what is under way and leave nothing behind but what a later run can go on from."""
+
+
+def checked_file_name(file_name: str) -> str:
+    """The name itself, if it stays inside the source. Raises IndexFileError: no index is to be trusted with paths."""
+    parts = file_name.split("/")
+    leaves = PurePosixPath(file_name).is_absolute() or ".." in parts or "\\" in file_name or "\0" in file_name
+    if leaves or not all(parts):
+        raise IndexFileError(
+            f"{file_name!r} is no file name inside a checkpoint",
+            hint="File names must be relative, with / between directories, and without `..`.",
+        )
+    return file_name
+
+
+def is_hidden(file_name: str) -> bool:
+    """Whether the file, or a directory on the way to it, starts with a dot."""
+    return any(part.startswith(".") for part in file_name.split("/"))

@@ -1,0 +1,77 @@
+"""From what the user calls a model to the source that holds it.
+
+Owns the question whether an argument means something on this machine or a repository on the Hub.
+"""
+
+import difflib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from int8cli.checkpoint.directory import DirectorySource, is_weight_name
+from int8cli.checkpoint.hub import HubOptions, HubSource
+from int8cli.checkpoint.source import Source
+from int8cli.errors import ModelNotFoundError, SourceError
+
+
+def open_source(
+    model: str,
+    *,
+    revision: str | None,
+    download_dir: Path,
+    keep_source: bool = False,
+    on_bytes: Callable[[str, int], None] | None = None,
+    on_wait: Callable[[str, str, float], None] | None = None,
+) -> Source:
+    """The source that `model` names: what exists on this machine under that name, else the Hub repository.
+
+    A Hub repository is asked for its commit at once, so that whoever gets a source back has one that exists. What
+    looks like a path is never asked of the Hub. `download_dir` and the callbacks are those of `HubOptions`.
+    Raises ModelNotFoundError, AccessDeniedError, TransferError.
+    """
+    path = Path(os.path.expanduser(model))
+    if model and os.path.exists(path):  # unlike Path's own, false rather than an error where looking is not allowed
+        if revision is not None:
+            raise SourceError(
+                f"{model} is on this machine and has no revision {revision!r}",
+                hint="Leave --revision out, or give the Hub id of the model.",
+            )
+        return DirectorySource(path)
+    if _looks_like_a_path(model):
+        raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
+    options = HubOptions(download_dir=download_dir, keep_source=keep_source, on_bytes=on_bytes, on_wait=on_wait)
+    source = HubSource(model, revision, options)
+    try:
+        source.resolve()
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(str(error), hint=f"{error.hint} {_hint_for(model, path)}".strip()) from error
+    return source
+
+
+def _looks_like_a_path(model: str) -> bool:
+    return (
+        not model
+        or model.startswith((".", "/", "~"))
+        or model.endswith("/")
+        or "\\" in model
+        or model.count("/") > 1
+        or is_weight_name(model)
+    )
+
+
+def _hint_for(model: str, path: Path) -> str:
+    if "://" in model:
+        return "Give the Hub id alone, as in bigscience/bloom."
+    close = _close_names(path)
+    if close:
+        return f"On this machine there is {' and '.join(close)}."
+    return "MODEL is a Hub id (org/name), a directory, or one checkpoint file."
+
+
+def _close_names(path: Path) -> list[str]:
+    """What lies beside `path` under nearly its name, written as the user wrote the path."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or is_weight_name(entry.name)]
+    except OSError:
+        return []
+    return [str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names, n=2)] if path.name else []
