@@ -1,0 +1,309 @@
+"""PyTorch's files: what torch.save wrote is found where it lies, and nothing but tensors is unpickled."""
+
+import io
+import os
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from int8cli.checkpoint.pickled import load_legacy, read_pickled
+from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
+
+
+def saved(obj: Any, *, legacy: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(obj, buffer, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def read(content: bytes) -> ShardLayout:
+    return read_pickled(io.BytesIO(content), "pytorch_model.bin", len(content))
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    tensor = tensor.detach().contiguous()
+    return b"" if tensor.numel() == 0 else tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_found(content: bytes, tensors: dict[str, torch.Tensor]) -> None:
+    layout = read(content)
+    assert {stored.spec.name for stored in layout.tensors} == set(tensors)
+    for stored in layout.tensors:
+        tensor = tensors[stored.spec.name]
+        assert stored.spec.shape == tuple(tensor.shape)
+        found = content[stored.offset_bytes : stored.end_bytes]
+        assert found == raw(tensor.t() if stored.column_major else tensor)
+
+
+def repacked(
+    content: bytes, change: Callable[[str, bytes], bytes | None], compression: int = zipfile.ZIP_STORED
+) -> bytes:
+    """The same archive, written by another tool, each record passed through `change`; None drops it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(buffer, "w", compression) as target:
+        for name in source.namelist():
+            record = change(name, source.read(name))
+            if record is not None:
+                target.writestr(name, record)
+    return buffer.getvalue()
+
+
+WEIGHT = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+
+
+INTEGERS = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64"
+FLOATS = "float8_e4m3fn float8_e5m2 float16 bfloat16 float32 float64 complex64"
+
+
+def test_every_dtype_is_found_where_it_lies() -> None:
+    tensors = {name: torch.arange(7).to(getattr(torch, name)) for name in f"{INTEGERS} {FLOATS}".split()}
+    content = saved(tensors)
+    assert_found(content, tensors)
+    dtypes = {stored.spec.name: stored.spec.dtype for stored in read(content).tensors}
+    assert dtypes["bfloat16"] == "BF16"
+    assert dtypes["float8_e4m3fn"] == "F8_E4M3"
+    assert dtypes["bool"] == "BOOL"
+
+
+def test_scalars_empty_tensors_parameters_and_odd_names_are_found() -> None:
+    tensors = {"s": torch.tensor(3.0), "e": torch.empty(0, 4), "p": torch.nn.Parameter(WEIGHT), "ü.weight": WEIGHT + 1}
+    assert_found(saved(tensors), tensors)
+
+
+def test_a_state_dict_with_its_version_metadata_is_a_plain_dict() -> None:
+    state = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5)).state_dict()
+    assert hasattr(state, "_metadata")
+    assert isinstance(state, OrderedDict)
+    assert_found(saved(state), state)
+
+
+def test_views_and_tied_weights_are_found_inside_their_storage() -> None:
+    tensors = {
+        "whole": WEIGHT,
+        "rows": WEIGHT[1:3],
+        "tied": WEIGHT,
+        "transposed": WEIGHT.t(),
+        "reshaped": WEIGHT.view(-1),
+    }
+    content = saved(tensors)
+    assert_found(content, tensors)
+    stored = {tensor.spec.name: tensor for tensor in read(content).tensors}
+    assert stored["whole"].offset_bytes == stored["tied"].offset_bytes == stored["transposed"].offset_bytes
+    assert stored["rows"].offset_bytes == stored["whole"].offset_bytes + 24
+    assert [name for name, tensor in stored.items() if tensor.column_major] == ["transposed"]
+
+
+def test_tensors_come_in_file_order() -> None:
+    offsets = [stored.offset_bytes for stored in read(saved({f"t{i}": torch.ones(i) for i in range(12)})).tensors]
+    assert offsets == sorted(offsets)
+
+
+def test_an_archive_that_another_tool_packed_is_read_at_its_own_offsets() -> None:
+    tensors = {"a": WEIGHT, "b": WEIGHT.t(), "c": torch.ones(5)}
+    content = repacked(saved(tensors), lambda name, record: record)
+    assert_found(content, tensors)
+
+
+def test_only_the_directory_and_the_pickle_are_read() -> None:
+    class Counting(io.BytesIO):
+        count = 0
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            self.count += len(data)
+            return data
+
+    file = Counting(saved({"a": torch.zeros(1_000_000), "b": torch.zeros(1_000_000)}))
+    read_pickled(file, "pytorch_model.bin", len(file.getvalue()))
+    assert file.count < 100_000
+
+
+def test_files_are_read_in_threads() -> None:
+    contents = [saved({f"t{i}": torch.ones(i + 1), "u": WEIGHT}) for i in range(32)]
+    with ThreadPoolExecutor(8) as pool:
+        layouts = list(pool.map(read, contents))
+    assert [layout.tensors for layout in layouts] == [read(content).tensors for content in contents]
+
+
+def test_importing_the_module_leaves_torch_alone() -> None:
+    code = "import sys, int8cli.checkpoint.pickled; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("view", [WEIGHT[:, ::2], WEIGHT[:, :3], torch.ones(1).expand(5), WEIGHT[None].transpose(1, 2)])
+def test_a_view_that_skips_or_repeats_is_named(view: torch.Tensor) -> None:
+    with pytest.raises(CheckpointError, match=r"tensor 'odd'.*strides") as caught:
+        read(saved({"odd": view}))
+    assert "contiguous" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("tensor", "word"),
+    [
+        (WEIGHT.to_sparse(), "sparse"),
+        (torch.zeros(2, dtype=torch.complex32), "complex32"),
+        (torch.zeros(2, dtype=torch.complex64).conj(), "conjugate"),
+        (torch.empty(2, device="meta"), "without its data"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_tensor_that_safetensors_cannot_express_is_named(tensor: torch.Tensor, word: str) -> None:
+    with pytest.raises(CheckpointError, match=f"'odd'.*{word}"):
+        read(saved({"odd": tensor}))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_quantized_tensors_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="quantized"):
+        read(saved({"q": torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8)}))
+
+
+class Exploit:
+    """What a hostile pickle would do: run a command when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_hostile_pickle_is_refused_and_runs_nothing(legacy: bool, tmp_path: Path) -> None:
+    mark = tmp_path / "pwned"
+    with pytest.raises(UnsafePickleError) as caught:
+        read(saved({"w": WEIGHT, "x": Exploit(mark)}, legacy=legacy))
+    assert not mark.exists()
+    assert legacy or "posix.system" in str(caught.value)
+
+
+def test_a_bare_pickle_is_not_unpickled(tmp_path: Path) -> None:
+    with pytest.raises(UnsafePickleError, match="bare Python pickle"):
+        read(pickle.dumps(Exploit(tmp_path / "pwned")))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_whole_module_is_refused_by_the_name_of_its_class() -> None:
+    with pytest.raises(UnsafePickleError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        read(saved(torch.nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("obj", "words"),
+    [
+        ({"state_dict": {"w": WEIGHT}, "epoch": 3}, "'state_dict' is of type dict"),
+        ({"w": WEIGHT, "epoch": 3}, "'epoch' is of type int"),
+        ({"state": {0: {"exp_avg": WEIGHT}}, "param_groups": [{"lr": 0.1}]}, "'state' is of type dict"),
+        ([WEIGHT], "one object of type list"),
+        (WEIGHT, "one object of type Tensor"),
+        ({1: WEIGHT}, "an entry 1, of type int"),
+    ],
+)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_anything_but_named_tensors_is_refused_by_key_and_type(obj: Any, words: str, legacy: bool) -> None:
+    with pytest.raises(UnsafePickleError, match=words):
+        read(saved(obj, legacy=legacy))
+
+
+def test_a_compressed_record_is_refused() -> None:
+    content = repacked(saved({"w": torch.zeros(1000)}), lambda _, record: record, zipfile.ZIP_DEFLATED)
+    with pytest.raises(CorruptShardError, match="compressed"):
+        read(content)
+
+
+def test_a_record_shorter_than_its_tensor_is_refused() -> None:
+    short = repacked(saved({"w": WEIGHT}), lambda name, record: record[:-4] if name.endswith("data/0") else record)
+    with pytest.raises(CorruptShardError, match="tensor 'w' takes the bytes 0 to 96 of a storage that has 92"):
+        read(short)
+
+
+def test_a_record_that_is_missing_is_refused() -> None:
+    with pytest.raises(CorruptShardError):
+        read(repacked(saved({"w": WEIGHT}), lambda name, record: None if name.endswith("data/0") else record))
+
+
+def test_a_zip_of_something_else_is_refused() -> None:
+    with pytest.raises(CorruptShardError, match=r"no data\.pkl"):
+        read(repacked(saved({"w": WEIGHT}), lambda name, record: None if name.endswith("data.pkl") else record))
+
+
+def test_a_big_endian_file_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="b'big'"):
+        read(repacked(saved({"w": WEIGHT}), lambda name, record: b"big" if name.endswith("byteorder") else record))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_program_is_called_one() -> None:
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), buffer)
+    with pytest.raises(UnsupportedModelError, match="TorchScript"):
+        read(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html>", "web page"),
+        (b"", "0 bytes"),
+        (bytes(range(200)), "do not begin"),
+        (b"PK\x03\x04 and no archive", "not a whole zip"),
+    ],
+)
+def test_what_is_no_pytorch_file_is_called_what_it_is(content: bytes, words: str) -> None:
+    with pytest.raises(CorruptShardError, match=words):
+        read(content)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_truncated_file_is_never_read(legacy: bool) -> None:
+    content = saved({"a": WEIGHT, "b": torch.ones(300)}, legacy=legacy)
+    for length in (*range(0, len(content), 37), len(content) - 1):
+        with pytest.raises((CorruptShardError, UnsafePickleError)):
+            read(content[:length])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damage_raises_nothing_but_errors_of_the_checkpoint(legacy: bool) -> None:
+    whole = saved({"a": WEIGHT, "t": WEIGHT.t(), "b": torch.ones(3)}, legacy=legacy)
+    dice = random.Random(20220815)
+    for _ in range(2000):
+        content = bytearray(whole)
+        content[dice.randrange(len(content))] = dice.randrange(256)
+        try:
+            layout = read(bytes(content))
+        except CheckpointError:
+            continue
+        assert all(0 <= stored.offset_bytes <= stored.end_bytes <= len(content) for stored in layout.tensors)
+
+
+def test_a_legacy_file_is_planned_from_its_pickles_and_loaded_whole(tmp_path: Path) -> None:
+    tensors = {"a": WEIGHT, "tied": WEIGHT, "t": WEIGHT.t(), "rows": WEIGHT[2:], "h": torch.ones(3).half()}
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(saved(tensors, legacy=True))
+    layout = read(path.read_bytes())
+    assert not layout.mappable
+    assert [(t.spec.name, t.spec.shape) for t in layout.tensors] == [(n, tuple(t.shape)) for n, t in tensors.items()]
+    assert [t.offset_bytes for t in layout.tensors] == [0, 96, 192, 288, 336]
+    loaded = load_legacy(path)
+    assert list(loaded) == list(tensors)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_a_legacy_file_is_not_allocated_to_be_planned() -> None:
+    head, device, tail = saved({"w": torch.zeros(4)}, legacy=True).partition(b"cpu")
+    claims = head + device + tail.replace(b"K\x04", b"J\x00\x00\x00\x40", 1)  # a storage of 2**30 floats, not of 4
+    with pytest.raises(CorruptShardError, match="its tensors end at byte 4,294,"):
+        read(claims)
