@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -79,6 +79,13 @@ def source_of(hub: HubStandIn, tmp_path: Path, revision: str | None = None, repo
 def fetched(source: HubSource, file_name: str) -> bytes:
     with source.fetch(file_name) as local:
         return local.path.read_bytes()
+
+
+def wait_until(happened: Callable[[], bool], within_s: float = 20.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
 
 
 # What a repository is
@@ -239,6 +246,24 @@ def test_a_discarded_file_is_transferred_anew(hub, model, tmp_path):
     assert hub.bytes_sent(SHARD) == 600_000
 
 
+def test_a_file_in_a_subdirectory_is_fetched(hub, model, tmp_path):
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text("{}")
+    hub.add_repo(REPO, model)
+    source = source_of(hub, tmp_path)
+    assert "1_Pooling/config.json" in source.list_files()
+    assert fetched(source, "1_Pooling/config.json") == b"{}"
+    source.close()
+    assert not (tmp_path / "out" / "incoming").exists()
+
+
+def test_a_part_that_is_too_long_is_started_anew(hub, model, tmp_path):
+    part = tmp_path / "out" / "incoming" / hub.repo(REPO).commit / f"{SHARD}.incomplete"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(bytes(300_001))
+    assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
+
+
 # Failures that pass
 
 
@@ -394,9 +419,7 @@ def test_the_next_file_comes_while_the_present_one_is_used(hub, model, tmp_path)
     source = source_of(hub, tmp_path)
     with source.fetch(SHARD):
         source.prefetch(NEXT_SHARD)
-        deadline = time.monotonic() + 5
-        while hub.bytes_sent(NEXT_SHARD) < 300_001 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: hub.bytes_sent(NEXT_SHARD) == 300_001)
     assert fetched(source, NEXT_SHARD) == (model / NEXT_SHARD).read_bytes()
     assert hub.bytes_sent(NEXT_SHARD) == 300_001
 
@@ -423,8 +446,7 @@ def test_close_does_not_wait_for_a_long_download_and_keeps_its_part(hub, model, 
     hub.fail(SHARD, Fault(bytes_per_s=200_000))
     source = source_of(hub, tmp_path)
     source.prefetch(SHARD)
-    while hub.bytes_sent(SHARD) < 50_000:
-        time.sleep(0.01)
+    wait_until(lambda: hub.bytes_sent(SHARD) >= 50_000)
     began = time.monotonic()
     source.close()
     assert time.monotonic() - began < 0.8
@@ -482,6 +504,22 @@ def test_a_file_in_the_cache_is_used_from_there_and_stays(hub, model, tmp_path, 
     source.close()
     assert cached.exists()
     assert hub.files_asked() == set()
+
+
+def test_a_cache_without_links_serves_too(hub, model, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    monkeypatch.setattr("huggingface_hub.file_download._are_symlinks_supported_in_dir", {})
+    hub.fail(SHARD, Fault(corrupt_at=7))
+    source = source_of(hub, tmp_path, keep_source=True)
+    assert fetched(source, SHARD) != (model / SHARD).read_bytes()
+    source.discard(SHARD)
+    for again in (source, source_of(hub, tmp_path)):
+        with again.fetch(SHARD) as local:
+            assert not local.path.is_symlink()
+            assert local.sha256 == hashlib.sha256((model / SHARD).read_bytes()).hexdigest()
+            assert local.path.read_bytes() == (model / SHARD).read_bytes()
 
 
 def test_a_corrupt_file_in_the_cache_is_not_deleted_but_named(hub, tmp_path):
@@ -558,8 +596,7 @@ def test_the_environment_is_honoured_and_stderr_left_alone(hub, model, tmp_path)
 def test_after_kill_9_the_next_run_goes_on_from_the_part(hub, tmp_path, keep):
     hub.fail(SHARD, Fault(bytes_per_s=300_000))
     process = run(hub, tmp_path, REPO, keep, SHARD)
-    while hub.bytes_sent(SHARD) < 120_000:
-        time.sleep(0.01)
+    wait_until(lambda: hub.bytes_sent(SHARD) >= 120_000)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=10)
     (part,) = (path for path in tmp_path.rglob("*.incomplete") if path.is_file())

@@ -18,13 +18,13 @@ from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, BinaryIO
 
+from int8cli.checkpoint.failures import disk_error
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
 from int8cli.checkpoint.transfer import (
     RangeReader,
     RemoteFile,
     Retries,
     RetryPolicy,
-    disk_error,
     download,
     read_range,
 )
@@ -162,9 +162,8 @@ class HubSource:
                 f"{self._label(file_name)}: the copy in the Hub cache is not what was published",
                 hint=f"Delete {cached.resolve()} and run the same command again.",
             )
-        blob = cached.resolve()
         cached.unlink()
-        blob.unlink(missing_ok=True)
+        self._blob(self._ask(file_name).etag).unlink(missing_ok=True)
         self._brought_to_cache.discard(file_name)
 
     def close(self) -> None:
@@ -351,10 +350,8 @@ class HubSource:
     def _bring_to_cache(self, file_name: str, published: _Published) -> Path:
         """Fetch the blob to where huggingface_hub keeps it, and let huggingface_hub make the snapshot's link to it.
 
-        https://huggingface.co/docs/huggingface_hub/guides/manage-cache documents the layout. The lock is the one
-        that huggingface_hub takes itself.
+        The lock is the one that huggingface_hub takes itself.
         """
-        from huggingface_hub import constants
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, not marked so
 
         if not _PLAIN_NAME.fullmatch(published.etag):
@@ -362,10 +359,9 @@ class HubSource:
                 f"{self._label(file_name)}: the server gives no usable ETag to cache the file under",
                 hint="Leave --keep-source out.",
             )
-        cache = Path(self._options.cache_dir or constants.HF_HUB_CACHE)
-        folder = "models--" + self._repo_id.replace("/", "--")
-        blob = cache / folder / "blobs" / published.etag
-        lock = cache / ".locks" / folder / f"{published.etag}.lock"
+        blob = self._blob(published.etag)
+        repo_folder = blob.parent.parent
+        lock = repo_folder.parent / ".locks" / repo_folder.name / f"{published.etag}.lock"
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -376,8 +372,15 @@ class HubSource:
                 os.replace(_part_of(blob), blob)
                 self._brought_to_cache.add(file_name)
         path = self._retries(file_name).call(lambda: self._link_to_blob(file_name))
-        self._remember_revision(cache / folder / "refs")
+        self._remember_revision(repo_folder / "refs")
         return path
+
+    def _blob(self, etag: str) -> Path:
+        """Where the cache keeps a file's bytes: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
+        from huggingface_hub import constants
+
+        cache = Path(self._options.cache_dir or constants.HF_HUB_CACHE)
+        return cache / f"models--{self._repo_id.replace('/', '--')}" / "blobs" / etag
 
     def _link_to_blob(self, file_name: str) -> Path:
         from huggingface_hub import hf_hub_download

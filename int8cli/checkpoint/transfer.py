@@ -1,6 +1,6 @@
-"""Bytes from the Hub over HTTP: ranges, downloads that go on where they stopped, retries, and failures in plain words.
+"""Bytes from the Hub over HTTP: ranges, and downloads that are retried and go on where they stopped.
 
-Owns what one request to the Hub can do wrong and what follows from it. Knows URLs and files, nothing of repositories.
+Owns the loop around a request that may fail. Knows URLs and files, nothing of repositories.
 huggingface_hub brings session, headers and error classes; its own download starts from zero after each failure
 (a temporary name per attempt since 2.x), which is why the loop over a body is here.
 """
@@ -9,26 +9,26 @@ import errno
 import io
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from int8cli.errors import (
-    AccessDeniedError,
-    DiskSpaceError,
-    Int8cliError,
-    ModelNotFoundError,
-    OutputError,
-    SourceError,
-    TransferError,
+from int8cli.checkpoint.failures import (
+    TRY_AGAIN,
+    ShortBodyError,
+    WrongRangeError,
+    asked_pause_s,
+    described,
+    disk_error,
+    is_foreign,
+    is_transient,
+    next_step,
+    translated,
 )
+from int8cli.errors import Int8cliError, SourceError, TransferError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -37,8 +37,6 @@ T = TypeVar("T")
 
 # Where a server ignores Range, a header near the start of the file can still be had by reading up to it.
 _MAX_SKIPPED_BYTES = 16 << 20
-_LONGEST_WAIT_S = 600.0
-_TRY_AGAIN = "Run the same command again: it goes on where this run stopped."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +59,6 @@ class TransferStoppedError(TransferError):
     """The source was closed while a transfer ran."""
 
 
-class _ShortBodyError(Exception):
-    """A body ended before its end, without the connection saying so."""
-
-
-class _WrongRangeError(Exception):
-    """A server answered with other bytes than it was asked for."""
-
-
 class Retries:
     """The failures of one transfer so far. `what` names it in messages; `on_wait(what, why, pause_s)` hears of each."""
 
@@ -84,7 +74,7 @@ class Retries:
     def check_stopped(self) -> None:
         """Raises TransferStoppedError once the source is closed."""
         if self._stop.is_set():
-            raise TransferStoppedError(f"{self.what}: the transfer was stopped", hint=_TRY_AGAIN)
+            raise TransferStoppedError(f"{self.what}: the transfer was stopped", hint=TRY_AGAIN)
 
     def progressed(self) -> None:
         """Bytes have come: what failed before them no longer counts."""
@@ -92,14 +82,14 @@ class Retries:
 
     def failed(self, error: Exception) -> None:
         """Pause before the next attempt; or raise, if another one would not help or there have been enough."""
-        if isinstance(error, Int8cliError) or not _is_foreign(error):
+        if isinstance(error, Int8cliError) or not is_foreign(error):
             raise error
         if not is_transient(error):
             raise translated(error, self.what) from error
         self._failures += 1
         if self._failures >= self._policy.attempts:
             times = f"{self._failures} times in a row" if self._failures > 1 else "once"
-            raise TransferError(f"{self.what}: failed {times}: {described(error)}", hint=_next_step(error)) from error
+            raise TransferError(f"{self.what}: failed {times}: {described(error)}", hint=next_step(error)) from error
         pause_s = asked_pause_s(error)
         if pause_s is None:
             pause_s = self._policy.pause_s(self._failures)
@@ -142,7 +132,7 @@ def download(
             os.truncate(part, 0)
     furthest = part.stat().st_size
     while part.stat().st_size < size_bytes:
-        failure: Exception = _ShortBodyError("the body ended early")
+        failure: Exception = ShortBodyError("the body ended early")
         try:
             _append(remote, part, size_bytes, retries, on_bytes)
         except Exception as error:  # `failed` raises whatever is not transient
@@ -172,7 +162,7 @@ def _append(
             if held > size_bytes:
                 with _local_errors(part):
                     out.truncate(0)
-                raise _ShortBodyError(f"the body is longer than the {size_bytes:,} bytes announced")
+                raise ShortBodyError(f"the body is longer than the {size_bytes:,} bytes announced")
             _write_all(out, piece, part)
             if on_bytes is not None:
                 on_bytes(len(piece))
@@ -306,7 +296,7 @@ def _answers_range(response: Any, first: int) -> bool:
     stated = response.headers.get("Content-Range", f"bytes {first}-")
     match = re.match(r"bytes (\d+)-", stated)
     if response.status_code != 206 or match is None or int(match[1]) != first:
-        raise _WrongRangeError(f"asked for bytes from {first:,} on, got HTTP {response.status_code} with others")
+        raise WrongRangeError(f"asked for bytes from {first:,} on, got HTTP {response.status_code} with others")
     return True
 
 
@@ -339,136 +329,3 @@ def _local_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(path, error) from error
-
-
-def disk_error(path: Path, error: OSError) -> OutputError:
-    """What to say when `path` could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskSpaceError(
-            f"The disk is full: {path.name} could not be written to {path.parent}",
-            hint="Free some space and run the same command again: it goes on where this run stopped.",
-        )
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}", hint="Check the directory and its permissions."
-    )
-
-
-def _is_foreign(error: Exception) -> bool:
-    """Whether network, server or huggingface_hub caused the error; anything else is a bug and stays one."""
-    httpx = _httpx()
-    return isinstance(error, (_ShortBodyError, _WrongRangeError, httpx.HTTPError, httpx.InvalidURL, OSError))
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may well succeed later: dropped connections, timeouts, 408, 429 and 5xx."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if isinstance(error, HfHubHTTPError):
-        status: int = error.response.status_code
-        return status in (408, 429) or status >= 500
-    httpx = _httpx()
-    passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
-    return isinstance(error, (_ShortBodyError, _WrongRangeError, *passing))
-
-
-def asked_pause_s(error: Exception) -> float | None:
-    """How long the server asked to wait: Retry-After in seconds or as a date, or the Hub's `RateLimit: …;t=55`."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    if not isinstance(error, HfHubHTTPError):
-        return None
-    headers = error.response.headers
-    asked = headers.get("Retry-After", "").strip()
-    limited = re.search(r";\s*t=(\d+)", headers.get("RateLimit", "")) if error.response.status_code == 429 else None
-    if asked.isdigit():
-        pause_s = float(asked)
-    elif asked:
-        pause_s = _seconds_until(asked)
-    elif limited:
-        pause_s = float(limited[1])
-    else:
-        return None
-    return min(max(pause_s, 0.0), _LONGEST_WAIT_S)
-
-
-def _seconds_until(http_date: str) -> float:
-    try:
-        moment = parsedate_to_datetime(http_date)
-    except ValueError:
-        return 1.0
-    return (moment - datetime.now(timezone.utc)).total_seconds()
-
-
-def described(error: Exception) -> str:
-    """A failure in a few words, without the URL (which may carry a signature)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    httpx = _httpx()
-    if isinstance(error, HfHubHTTPError):
-        return f"the server answered {error.response.status_code} {error.response.reason_phrase}".strip()
-    if isinstance(error, httpx.ConnectTimeout):
-        return "the server could not be reached in time"
-    if isinstance(error, httpx.TimeoutException):
-        return "the server fell silent"
-    if isinstance(error, httpx.ConnectError):
-        return f"the server could not be reached ({error})"
-    if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError)):
-        return "the connection was dropped"
-    return str(error) or type(error).__name__
-
-
-def translated(error: Exception, what: str) -> Int8cliError:
-    """The error of our tree for one that huggingface_hub or httpx raised and that no retry will mend."""
-    from huggingface_hub import errors as hub
-
-    if isinstance(error, hub.OfflineModeIsEnabled):
-        return TransferError(
-            f"{what}: offline mode forbids asking the Hub", hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand."
-        )
-    if isinstance(error, hub.RevisionNotFoundError):
-        return ModelNotFoundError(f"{what}: no such revision", hint="Give a branch, a tag or a full commit hash.")
-    if isinstance(error, hub.EntryNotFoundError):
-        return ModelNotFoundError(f"{what}: no such file in the repository", hint="The repository may be incomplete.")
-    if isinstance(error, hub.GatedRepoError):
-        return AccessDeniedError(
-            f"{what}: the repository is gated",
-            hint="Accept its terms on the model's page, then set HF_TOKEN or run `hf auth login`.",
-        )
-    if isinstance(error, hub.DisabledRepoError):
-        return AccessDeniedError(f"{what}: the Hub has disabled this repository")
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return ModelNotFoundError(
-            f"{what}: no such repository on the Hub, or it is private",
-            hint="Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
-        )
-    if isinstance(error, hub.HfHubHTTPError):
-        return _refused(error.response.status_code, described(error), what)
-    if isinstance(error, OSError) and error.filename is not None:
-        return disk_error(Path(error.filename), error)
-    return TransferError(f"{what}: {described(error)}", hint="Check HF_ENDPOINT and the network.")
-
-
-def _next_step(error: Exception) -> str:
-    httpx = _httpx()
-    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with the Hub cache."
-    return _TRY_AGAIN
-
-
-def _refused(status: int, description: str, what: str) -> SourceError:
-    if status in (401, 403):
-        return AccessDeniedError(
-            f"{what}: {description}",
-            hint="Check the name and the token: set HF_TOKEN or run `hf auth login` with an account that has access.",
-        )
-    if status in (404, 410):
-        return ModelNotFoundError(f"{what}: {description}", hint="Check the name and the revision.")
-    return TransferError(f"{what}: {description}", hint="Check HF_ENDPOINT and the network.")
-
-
-def _httpx() -> ModuleType:
-    """The HTTP library that this huggingface_hub is built on: httpx, or its successor httpx2."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    base = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
-    return sys.modules[base.__module__.partition(".")[0]]

@@ -1,0 +1,166 @@
+"""What can go wrong on the way to the Hub and on to the disk: which failures pass, and what to say of the others.
+
+Owns the translation of huggingface_hub's, httpx's and the file system's errors into our tree. Makes no request.
+"""
+
+import errno
+import re
+import sys
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import ModuleType
+
+from int8cli.errors import (
+    AccessDeniedError,
+    DiskSpaceError,
+    Int8cliError,
+    ModelNotFoundError,
+    OutputError,
+    SourceError,
+    TransferError,
+)
+
+TRY_AGAIN = "Run the same command again: it goes on where this run stopped."
+_LONGEST_WAIT_S = 600.0
+
+
+class ShortBodyError(Exception):
+    """A body ended before its end, without the connection saying so."""
+
+
+class WrongRangeError(Exception):
+    """A server answered with other bytes than it was asked for."""
+
+
+def disk_error(path: Path, error: OSError) -> OutputError:
+    """What to say when `path` could not be written."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskSpaceError(
+            f"The disk is full: {path.name} could not be written to {path.parent}",
+            hint=f"Free some space. {TRY_AGAIN}",
+        )
+    return OutputError(
+        f"{path} cannot be written: {error.strerror or error}", hint="Check the directory and its permissions."
+    )
+
+
+def is_foreign(error: Exception) -> bool:
+    """Whether network, server or huggingface_hub caused the error; anything else is a bug and stays one."""
+    httpx = _httpx()
+    return isinstance(error, (ShortBodyError, WrongRangeError, httpx.HTTPError, httpx.InvalidURL, OSError))
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same request may well succeed later: dropped connections, timeouts, 408, 429 and 5xx."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        status: int = error.response.status_code
+        return status in (408, 429) or status >= 500
+    httpx = _httpx()
+    passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+    return isinstance(error, (ShortBodyError, WrongRangeError, *passing))
+
+
+def asked_pause_s(error: Exception) -> float | None:
+    """How long the server asked to wait: Retry-After in seconds or as a date, or the Hub's `RateLimit: …;t=55`."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    headers = error.response.headers
+    asked = headers.get("Retry-After", "").strip()
+    limited = re.search(r";\s*t=(\d+)", headers.get("RateLimit", "")) if error.response.status_code == 429 else None
+    if asked.isdigit():
+        pause_s = float(asked)
+    elif asked:
+        pause_s = _seconds_until(asked)
+    elif limited:
+        pause_s = float(limited[1])
+    else:
+        return None
+    return min(max(pause_s, 0.0), _LONGEST_WAIT_S)
+
+
+def _seconds_until(http_date: str) -> float:
+    try:
+        moment = parsedate_to_datetime(http_date)
+    except ValueError:
+        return 1.0
+    return (moment - datetime.now(timezone.utc)).total_seconds()
+
+
+def described(error: Exception) -> str:
+    """A failure in a few words, without the URL (which may carry a signature)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    httpx = _httpx()
+    if isinstance(error, HfHubHTTPError):
+        return f"the server answered {error.response.status_code} {error.response.reason_phrase}".strip()
+    if isinstance(error, httpx.ConnectTimeout):
+        return "the server could not be reached in time"
+    if isinstance(error, httpx.TimeoutException):
+        return "the server fell silent"
+    if isinstance(error, httpx.ConnectError):
+        return f"the server could not be reached ({error})"
+    if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError)):
+        return "the connection was dropped"
+    return str(error) or type(error).__name__
+
+
+def translated(error: Exception, what: str) -> Int8cliError:
+    """The error of our tree for one that huggingface_hub or httpx raised and that no retry will mend."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.OfflineModeIsEnabled):
+        return TransferError(
+            f"{what}: offline mode forbids asking the Hub", hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand."
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return ModelNotFoundError(f"{what}: no such revision", hint="Give a branch, a tag or a full commit hash.")
+    if isinstance(error, hub.EntryNotFoundError):
+        return ModelNotFoundError(f"{what}: no such file in the repository", hint="The repository may be incomplete.")
+    if isinstance(error, hub.GatedRepoError):
+        return AccessDeniedError(
+            f"{what}: the repository is gated",
+            hint="Accept its terms on the model's page, then set HF_TOKEN or run `hf auth login`.",
+        )
+    if isinstance(error, hub.DisabledRepoError):
+        return AccessDeniedError(f"{what}: the Hub has disabled this repository")
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return ModelNotFoundError(
+            f"{what}: no such repository on the Hub, or it is private",
+            hint="Check the name; for a private one, set HF_TOKEN or run `hf auth login`.",
+        )
+    if isinstance(error, hub.HfHubHTTPError):
+        return _refused(error.response.status_code, described(error), what)
+    if isinstance(error, OSError) and error.filename is not None:
+        return disk_error(Path(error.filename), error)
+    return TransferError(f"{what}: {described(error)}", hint="Check HF_ENDPOINT and the network.")
+
+
+def next_step(error: Exception) -> str:
+    httpx = _httpx()
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with the Hub cache."
+    return TRY_AGAIN
+
+
+def _refused(status: int, description: str, what: str) -> SourceError:
+    if status in (401, 403):
+        return AccessDeniedError(
+            f"{what}: {description}",
+            hint="Check the name and the token: set HF_TOKEN or run `hf auth login` with an account that has access.",
+        )
+    if status in (404, 410):
+        return ModelNotFoundError(f"{what}: {description}", hint="Check the name and the revision.")
+    return TransferError(f"{what}: {description}", hint="Check HF_ENDPOINT and the network.")
+
+
+def _httpx() -> ModuleType:
+    """The HTTP library that this huggingface_hub is built on: httpx, or its successor httpx2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+    return sys.modules[base.__module__.partition(".")[0]]
