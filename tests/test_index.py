@@ -89,37 +89,15 @@ def test_a_variant_is_taken_only_where_the_user_points_at_it(tmp_path: Path) -> 
     assert find_weights(DirectorySource(tmp_path / "model.fp16.safetensors")).shards == ("model.fp16.safetensors",)
 
 
-COPIED = [
-    "LICENSE",
-    "LICENSE.md",
-    "NOTICE.txt",
-    "USE_POLICY.md",
-    "added_tokens.json",
-    "additional_chat_templates/tool_use.jinja",
-    "chat_template.jinja",
-    "chat_template.json",
-    "config_sentence_transformers.json",
-    "generation_config.json",
-    "merges.txt",
-    "1_Pooling/config.json",
-    "2_Dense/config.json",
-    "2_Dense/model.safetensors",
-    "3_Dense/pytorch_model.bin",
-    "modeling_custom.py",
-    "modules.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentence_bert_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "layers/attention.py",
-]
+_COPIED = """
+    LICENSE LICENSE.md NOTICE.txt USE_POLICY.md added_tokens.json additional_chat_templates/tool_use.jinja
+    chat_template.jinja chat_template.json config_sentence_transformers.json generation_config.json merges.txt
+    1_Pooling/config.json 2_Dense/config.json 2_Dense/model.safetensors 3_Dense/pytorch_model.bin
+    modeling_custom.py modules.json preprocessor_config.json processor_config.json sentence_bert_config.json
+    sentencepiece.bpe.model special_tokens_map.json spiece.model tokenizer.json tokenizer.model
+    tokenizer_config.json vocab.json vocab.txt tokenizer.model.v3 layers/attention.py
+"""
+COPIED = _COPIED.split()
 
 PASSED_OVER = {
     "README.md": "replaced by a model card",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 from int8cli.checkpoint.pickled import load_legacy, read_pickled
 from int8cli.checkpoint.tensor import ShardLayout
@@ -129,6 +130,13 @@ def test_only_the_directory_and_the_pickle_are_read() -> None:
     assert file.count < 100_000
 
 
+def test_an_older_torch_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = saved({"a": WEIGHT, "t": WEIGHT.t(), "rows": WEIGHT[1:], "p": torch.nn.Parameter(torch.ones(3))})
+    layout = read(content)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1"))
+    assert read(content) == layout
+
+
 def test_files_are_read_in_threads() -> None:
     contents = [saved({f"t{i}": torch.ones(i + 1), "u": WEIGHT}) for i in range(32)]
     with ThreadPoolExecutor(8) as pool:
@@ -152,7 +160,7 @@ def test_a_view_that_skips_or_repeats_is_named(view: torch.Tensor) -> None:
     ("tensor", "word"),
     [
         (WEIGHT.to_sparse(), "sparse"),
-        (torch.zeros(2, dtype=torch.complex32), "complex32"),
+        (torch.tensor([1j]).to(torch.complex128), "complex128"),
         (torch.zeros(2, dtype=torch.complex64).conj(), "conjugate"),
         (torch.empty(2, device="meta"), "without its data"),
     ],

@@ -332,7 +332,7 @@ def _reason_to_pass_over(file: str, weight_format: WeightFormat, files: Sequence
         return _weight_reason(path, weight_format)
     if len(path.parts) > 1 and path.parts[0] != "additional_chat_templates" and suffix != ".py":
         return "in a directory that loaders do not read"
-    if suffix in _TEXT_SUFFIXES or _LEGAL_NAMES.match(path.name):
+    if suffix in _TEXT_SUFFIXES or _LEGAL_NAMES.match(path.name) or path.name.startswith("tokenizer."):
         return None
     return "documentation of the source" if suffix in _DOCUMENT_SUFFIXES else _UNKNOWN
 

@@ -8,7 +8,7 @@ of the archive that has every storage emptied, so that it sees no data and no fi
 import io
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -88,7 +88,8 @@ def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
     with _zip_faults(file_name):
         archive = zipfile.ZipFile(file)
     skeleton, storages = _skeleton(archive, _records(archive, file_name), file_name)
-    tensors = _named_tensors(_load_weights(skeleton, file_name, "meta"), file_name)
+    with _without_data():
+        tensors = _named_tensors(_load_weights(skeleton, file_name, "meta"), file_name)
     places = _places(file, storages, file_name, file_bytes)
     stored = []
     for name, tensor in tensors.items():
@@ -99,6 +100,21 @@ def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
             raise CheckpointError(f"{file_name}: tensor {name!r} was saved without its data")
         stored.append(_stored_tensor(spec, tensor, places[record.filename], record.file_size, file_name))
     return ShardLayout(file_name, _in_file_order(stored), {}, file_bytes)
+
+
+def _without_data() -> AbstractContextManager[object]:
+    """Where loading to the meta device marks each storage with its offset and reads none.
+
+    Later versions of torch need nothing for it (https://github.com/pytorch/pytorch/pull/170619); those from 2.7 on need
+    their FakeTensorMode, which costs 70 MB and more than a second.
+    """
+    import torch
+
+    if torch.__version__ >= "2.11":  # a TorchVersion, which compares as a version and not as text
+        return nullcontext()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
 
 
 @contextmanager
