@@ -1,0 +1,233 @@
+"""What a tensor's name tells about the module that holds it, in general and family by family.
+
+Owns the reasons that a plan gives, the vocabulary of module names, and the exceptions of single model types and model
+classes. Holds tables only: `plan` applies them. The tables are held against transformers by
+scripts/survey_architectures.py; add to them what it reports.
+"""
+
+import re
+from dataclasses import dataclass
+
+# Why a tensor becomes int8, or does not. One short fragment each, fit for a table.
+LINEAR = "linear layer"
+NOT_FLOAT = "neither float32, float16 nor bfloat16"
+NORM_OR_BIAS = "norm or bias"
+NOT_A_MATRIX = "not a matrix"
+NOT_A_WEIGHT = "a parameter that is no layer's weight"
+EMPTY = "empty"
+EMBEDDING = "embedding"
+HEAD = "output head"
+TIED_HEAD = "output head, tied with the embedding"
+TIED = "tied with another layer"
+LAST = "last layer, which transformers leaves alone"
+ROUTER = "MoE router"
+EXPERT = "expert, fused by transformers"
+FUSED = "split or merged by transformers on load"
+FLOAT32 = "kept in float32 by transformers"
+SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
+UNKNOWN = "not recognised as a linear layer"
+SKIPPED = "left alone by --skip"
+NOT_NAMED = "not named by --only"
+NON_FINITE = "holds NaN or infinity"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Modules whose name `pattern` finds, and why they are left alone (or `LINEAR`: they are not).
+
+    `biasless` rules speak only of modules that have no bias in the checkpoint.
+    """
+
+    pattern: re.Pattern[str]
+    reason: str
+    biasless: bool = False
+
+
+def _leaf(names: str, reason: str, *, biasless: bool = False) -> Rule:
+    """A rule on the last components of a module name, given as regular expressions with blanks between them."""
+    return Rule(re.compile(rf"(?:^|\.)(?:{'|'.join(names.split())})$"), reason, biasless)
+
+
+def _under(names: str, reason: str) -> Rule:
+    """A rule on any component of a module name: everything inside the modules so named."""
+    return Rule(re.compile(rf"(?:^|\.)(?:{'|'.join(names.split())})(?:\.|$)"), reason)
+
+
+def _top(names: str, reason: str, *, biasless: bool = False) -> Rule:
+    """A rule on whole module names."""
+    return Rule(re.compile(rf"^(?:{'|'.join(names.split())})$"), reason, biasless)
+
+
+# The names which output heads go by, whole or behind a prefix. What a file does not hold because it is tied must still
+# be named in `llm_int8_skip_modules`, so these are listed there too.
+HEAD_NAMES = (
+    "lm_head",
+    "lm_head.decoder",
+    "embed_out",
+    "output_projection",
+    "cls.predictions.decoder",
+    "predictions.decoder",
+    "generator_lm_head",
+    "vocab_projector",
+    "pred_layer.proj",
+    "logits_dense",
+    "ctc_head",
+    "lm_loss",
+)
+# The same where they are the whole name; inside a block these are ordinary layers.
+TOP_HEAD_NAMES = ("proj_out", "unembedding_projection", "decoder", "output")
+
+_EMBEDDING_NAMES = r"""
+    (?!\w*(?:proj|dense))\w*[Ee]mbed\w*   (?!\w*proj)\w*_emb   wte   wpe   shared   codebook   relative_attention_bias
+"""
+
+GENERAL_RULES: tuple[Rule, ...] = (
+    _leaf(r"experts\.\d+\.\w+ experts\.\d+\.\w+\.\w+", EXPERT),
+    _leaf(" ".join(re.escape(name) for name in HEAD_NAMES), HEAD),
+    _top(" ".join(TOP_HEAD_NAMES), HEAD),
+    _top("head", HEAD, biasless=True),
+    _leaf(r"gate router router\.gate router\.layer router\.classifier gate\.wg", ROUTER),
+    _leaf(_EMBEDDING_NAMES, EMBEDDING, biasless=True),
+    _top("score classifier text_projection", LAST, biasless=True),
+)
+
+# A matrix without a bias could be an embedding, so its name has to be one that linear layers go by.
+LINEAR_NAME = re.compile(
+    r"""(?:^|\.)(?:
+        \w*proj(?:_\w+|\d*) | \w*projections? | \w*projector | proj\w*      # q_proj, kv_a_proj_with_mqa
+      | \w*linear\w* | \w*dense\w* | fc\w* | ff\d | \w*_fc\d? | lin\w* | mlp\d?\.\d
+      | [qkvogb]{1,4} | \w*to_\w+ | [qkv]_head
+      | \w*(?:query|key|value|qkv)(?:_key_value|_global|_layer|_proj)?
+      | w\d | w_(?:\d|out|in) | w[qkvoir]+(?:_\w+)? | W\w+                  # the names of research code
+      | \w*out(?:put)?\w* | \w*gate\w* | \w*score | \w*classifier | \w*reduction | c_\w+
+      | \w*_layer(?:_\d)? | \w+_mlp\.\d | \w*_coefs | receptance | patchifier | post | codec_head
+    )(?:\.\d+)?$""",
+    re.VERBOSE,
+)
+
+# Matrices of transformers' Conv1D, stored (in, out); told from its other uses by the shape of a bias.
+CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_fc|c_proj)$")
+
+_KEPT_WO = (_leaf("wo", FLOAT32),)
+_KEPT_INDEXER = (_leaf(r"indexer\.weights_proj", FLOAT32),)
+_LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate", LINEAR),)
+_LINEAR_PATCHES = (_leaf(r"patch_embedding", LINEAR),)
+_LINEAR_REL_POS = (_leaf(r"rel_pos_bias rel_pos_[xy]_bias", LINEAR),)
+_SHARED_BOXES = (_under(r"bbox_embed class_embed", TIED),)
+
+MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
+    **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), _KEPT_WO),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4_text"), _KEPT_INDEXER),
+    **dict.fromkeys(("afmoe", "nllb-moe", "jetmoe", "longcat_flash", "switch_transformers"), _LINEAR_GATES),
+    **dict.fromkeys(("d_fine", "deimv2"), (*_LINEAR_GATES, *_SHARED_BOXES)),
+    **dict.fromkeys(("grounding-dino", "mm-grounding-dino", "rt_detr_v2"), _SHARED_BOXES),
+    **dict.fromkeys(("zamba", "zamba2"), (_under("shared_transf shared_transformer", TIED),)),
+    **dict.fromkeys(("tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (_leaf(r"attn\.qkv", FUSED),)),
+    **dict.fromkeys(("inkling2", "inkling2_vision", "muse_glimmer", "muse_glimmer_vision"), _LINEAR_PATCHES),
+    **dict.fromkeys(("muse_spark", "muse_spark_vision"), _LINEAR_PATCHES),
+    **dict.fromkeys(("layoutlmv3", "pp_doclayout_v2"), _LINEAR_REL_POS),
+    "blip-2": (_under("qformer", FLOAT32),),
+    "cohere_asr": (_leaf(r"log_softmax\.mlp\.layer0", HEAD),),
+    "ctrl": (_leaf("w", EMBEDDING),),
+    "deepseek_v4": (
+        _leaf("wo_a", SUBCLASS),
+        _leaf(r"compressor\.wgate compressor\.wkv indexer\.weights_proj", FLOAT32),
+    ),
+    **dict.fromkeys(
+        ("falcon", "RefinedWeb", "RefinedWebModel"),
+        (_leaf(r"self_attention\.(?:query_key_value|dense) mlp\.dense_(?:h_to_4h|4h_to_h)", SUBCLASS),),
+    ),
+    "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
+    "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
+    "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
+    "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
+    "jina_embeddings_v3": (_leaf("Wqkv", FUSED),),
+    "kimi_k25": (_leaf("wqkv", FUSED),),
+    "maskformer": (_leaf(r"pixel_level_module\.\S*\.(?:query|key|value|dense)", FUSED),),
+    "minimax_m3_vl": (_leaf(r"shared_experts\.(?:gate|up)_proj", FUSED),),
+    "mistral_large4": (*_KEPT_INDEXER, _leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED)),
+    "molmo2": (_leaf("ff_proj att_proj", FUSED),),
+    "molmo2_text": (_leaf("ff_proj att_proj", FUSED),),
+    "nemo_speechlm": (_leaf("w_qkv", FUSED),),
+    "nemotron_h_omni": (_leaf(r"attn\.qkv", FUSED), _leaf("embedder video_embedder", LINEAR)),
+    "nomic_bert": (_leaf("Wqkv", FUSED),),
+    "pp_doclayout_v3": (_under("enc_bbox_head enc_score_head", TIED),),
+    "qianfan_ocr": (_leaf(r"attn\.qkv", FUSED),),
+    "radio": (_leaf(r"attn\.qkv", FUSED), _leaf("embedder video_embedder", LINEAR)),
+    "sapiens2": (_leaf("w12", FUSED),),
+    "step3p7": (_leaf(r"transformer\.resblocks\.\d+\.attn\.out_proj", LINEAR),),
+    "tipsv2_text_model": (_leaf("out_proj", LINEAR),),
+    "unlimited_ocr": (_leaf(r"transformer\.layers\.\d+\.self_attn\.qkv_proj projector\.layers", FUSED),),
+    "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
+}
+
+# By the class named in config.json's "architectures", as a regular expression.
+ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
+    ("BarkModel", (_leaf("lm_head", LINEAR),)),
+    ("ClvpModelForConditionalGeneration", (_leaf("lm_head", LINEAR), _leaf(r"speech_encoder_model\.projection", LAST))),
+    ("EmbeddingGemma2(?:Text)?Model", (_leaf("embedding_projection", LAST),)),
+    ("GradiumPhononTTSModel", (_top("duration_delta_proj", LAST),)),
+    ("GraniteSpeech5ForCTC", (_leaf("encoder.out", TIED),)),
+    ("Inkling2(?:Vision)?Model", (_leaf(r"merger\.linear_2", LAST),)),
+    ("MuseGlimmerModel", (_top("vision_projection", LAST),)),
+    ("NemotronH_Omni_Reasoning_V3", (_leaf("lm_head", LINEAR), _leaf(r"mlp1\.3", LAST))),
+    ("NeoMMEForMaskedLM", (_leaf(r"embed_tokens\.embedding_projection", TIED),)),
+    ("XCLIPModel", (_top("text_projection", LINEAR),)),
+    ("PeAudioModel", (_leaf(r"audio_head\.proj text_audio_head\.proj", LAST),)),
+    ("PocketTTSModel", (_top("audio_latent_proj", LAST),)),
+    (r"Qwen2_5Omni\w*", (_leaf(r"thinker\.lm_head", LINEAR),)),
+    ("Qwen3ASREncoder", (_top("conv_out", LAST),)),
+    ("Sam3LiteTextTextModel", (_top("projection", LAST),)),
+    (r"SplinterFor\w+", (_leaf(r"splinter_qass\.end_classifier", LAST),)),
+    ("Step3p7Model", (_top("multi_modal_projector", LAST),)),
+    ("Voxtral(?:Realtime)?Model", (_leaf(r"multi_modal_projector\.linear_2", LAST),)),
+    ("LayoutLMv3Model", (_leaf("rel_pos_y_bias", LAST),)),
+    ("TimesFm2_5ModelForPrediction", (_leaf(r"output_projection_quantiles\.residual_layer", LAST),)),
+    (r"\w+VisionModelWithProjection", (_top("visual_projection", LAST),)),
+    (r"\w+ForCTC", (_top("lm_head", LINEAR),)),
+)
+
+# Linear layers that transformers leaves alone and that a checkpoint does not hold under their own name, because they
+# are tied to another or made from a weight that is split on load. Entries for `llm_int8_skip_modules`.
+ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("d_fine", "deimv2", "rt_detr_v2"), ("class_embed", "bbox_embed")),
+    **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), ("bbox_embed", r".*\.bbox_embed")),
+    "bark": (r"fine_acoustics\.lm_heads", "lm_heads"),
+    "cohere_asr": ("proj_out",),
+    "deepseek_v4": (r".*\.compressor\.(?:indexer\.)?(?:gate|kv)_proj",),
+    "gradium_phonon_tts": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "gte": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    "hrm_text": (r".*\.self_attn\.(?:q|k|v|gate)_proj", r".*\.mlp\.(?:gate|up)_proj"),
+    "jev": ("^proj$",),
+    "jina_embeddings_v3": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "kimi_k25": (r".*\.attn\.[qkv]_proj",),
+    **dict.fromkeys(("modernbert", "modernbert-decoder"), ("^decoder$",)),
+    **dict.fromkeys(
+        ("molmo2", "molmo2_text"),
+        (r"(?:.*language_model\.)?layers\.\d+\.(?:self_attn\.[qkv]|mlp\.(?:gate|up))_proj",),
+    ),
+    "mistral_large4": (r".*vision_tower\.transformer\.layers\.\d+\.attention\.[qk]_proj",),
+    "nemotron_h_omni": (r".*\.attention\.[qkv]_proj", "multi_modal_projector.linear_2"),
+    "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
+    "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
+    **dict.fromkeys(("tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (r".*\.attention\.[qkv]_proj",)),
+    "tipsv2_text_model": (r".*\.self_attn\.[qkv]_proj",),
+    "ultrabert": ("head.decoder",),
+    "unlimited_ocr": (
+        "multi_modal_projector",
+        r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj",
+    ),
+    "zamba": (r".*\.shared_transf",),
+    "zamba2": (r".*\.shared_transformer",),
+    "nemo_speechlm": (r".*\.self_attn\.[qkv]_proj",),
+    "radio": (r".*\.attention\.[qkv]_proj",),
+    "nomic_bert": (r".*\.self_attn\.[qkv]_proj",),
+    "pp_doclayout_v3": (
+        r".*decoder\.bbox_embed",
+        r".*decoder\.class_embed",
+        "decoder.bbox_embed",
+        "decoder.class_embed",
+    ),
+    "qianfan_ocr": (r".*vision_tower\.layers\.\d+\.attention\.[qkv]_proj",),
+    "rf_detr": (r".*decoder\.layers\.\d+\.self_attn\.[qkv]_proj",),
+}

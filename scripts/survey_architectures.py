@@ -1,0 +1,397 @@
+"""Hold the plan against every model that transformers can build.
+
+For each model class in transformers' auto mappings a model with few layers is built on the meta device, its tensors
+are named as `save_pretrained` would name them, and `int8cli.plan` decides on those names, shapes and the config alone.
+The measure is what transformers' bitsandbytes path would hold in int8. A difference is one of three:
+
+    FATAL    we quantize what the loader cannot hold in int8, or the skip list disagrees: the output would not load
+    refused  we quantize a linear that the loader leaves alone (output head, tied, last module): loads, but differs
+    missed   we leave alone a linear that the loader quantizes: loads, but is larger than it need be
+
+    python scripts/survey_architectures.py                    everything: ten minutes, no weights, no network
+    python scripts/survey_architectures.py --only llama,bert  some model types
+    python scripts/survey_architectures.py --facts F.jsonl    keep what was built; reuse it when the file exists
+
+Needs the development extras (transformers, bitsandbytes).
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.layouts.skip_modules import skip_modules
+from int8cli.plan import Plan, PlanOptions, kind_of, make_plan
+
+BUILD_LIMIT_S = 60
+TIE_FLIPPED = " (tie_word_embeddings flipped)"
+INT8_PARTS = ("weight", "SCB", "weight_format")
+MEMORY_LIMIT_BYTES = 6 << 30
+
+# What makes a default config large without adding new kinds of names to the checkpoint.
+COUNTS_TO_SHRINK = {
+    "num_hidden_layers": 4,
+    "num_layers": 4,
+    "n_layer": 4,
+    "n_layers": 4,
+    "encoder_layers": 4,
+    "decoder_layers": 4,
+    "num_encoder_layers": 4,
+    "num_decoder_layers": 4,
+    "depth": 4,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "num_local_experts": 8,
+    "moe_num_experts": 8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """What transformers makes of one class: its config, its tensors as saved, and what becomes of each on load.
+
+    `fate` maps a saved name to "int8", "kept" (a linear left alone), "converted" (computed from on load, so that int8
+    cannot stand there) or "other:<module class>"; `targets` maps it to the model's parameter. `linears`,
+    `left_alone` and `conv1d` are modules of the model.
+    """
+
+    model_type: str
+    class_name: str
+    variant: str
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    fate: dict[str, str]
+    targets: dict[str, str]
+    linears: tuple[str, ...]
+    left_alone: tuple[str, ...]
+    conv1d: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.model_type}/{self.class_name}{self.variant}"
+
+
+# --- building, in a child process ------------------------------------------------------------------------------------
+
+
+def class_names_by_model_type() -> dict[str, list[str]]:
+    """Every model class that an auto class would build, by model type."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, set[str]] = defaultdict(set)
+    for attribute, mapping in vars(modeling_auto).items():
+        if not (attribute.startswith("MODEL_") and attribute.endswith("MAPPING_NAMES")):
+            continue
+        for model_type, names in mapping.items():
+            found[model_type].update([names] if isinstance(names, str) else names)
+    return {model_type: sorted(filter(None, names)) for model_type, names in sorted(found.items())}
+
+
+def shrink(config: Any) -> None:
+    """Lower the numbers of layers and experts in a config and in the configs inside it, in place."""
+    for key, value in list(vars(config).items()):
+        if key in COUNTS_TO_SHRINK and isinstance(value, int) and not isinstance(value, bool):
+            try:
+                setattr(config, key, min(value, COUNTS_TO_SHRINK[key]))
+            except Exception:
+                continue  # a config may refuse; it is then built at its own size
+        elif hasattr(value, "model_type"):
+            shrink(value)
+
+
+def configure(model_class: Any, config_class: Any, variant: str) -> Any:
+    """A default config for a model class: the text model's own where the class wants only that."""
+    config = config_class()
+    if not isinstance(config, model_class.config_class):
+        config = config.get_text_config()
+    if not isinstance(config, model_class.config_class):
+        raise ValueError(f"{model_class.__name__} is not built from a {config_class.__name__}")
+    if variant == TIE_FLIPPED:
+        config.tie_word_embeddings = not config.tie_word_embeddings
+    return config
+
+
+def build(class_name: str, config_class: Any, variant: str) -> Any:
+    """The model on the meta device, small if its config allows it, at its default size otherwise."""
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    model_class = getattr(transformers, class_name)
+    for small in (True, False):
+        try:
+            config = configure(model_class, config_class, variant)
+            if small:
+                shrink(config)
+            with torch.device("meta"), no_init_weights():
+                return model_class(config)
+        except Exception:
+            if not small:
+                raise
+    raise AssertionError("unreachable")
+
+
+def loader_skips(model: Any) -> list[str]:
+    from transformers.quantizers.base import HfQuantizer
+
+    return list(HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
+
+
+def linear_modules(model: Any) -> list[str]:
+    """Names of the modules whose type the bitsandbytes path would replace."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
+
+
+def conv1d_modules(model: Any) -> list[str]:
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+
+
+def saved_tensors(model: Any) -> dict[str, Any]:
+    """The state dict as `save_pretrained` writes it: tied weights once, names and fusions of the Hub's checkpoints."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = dict(model.state_dict())
+    for tied in model.all_tied_weights_keys:
+        state.pop(tied, None)
+    return dict(revert_weight_conversion(model, state))
+
+
+@dataclass(frozen=True, slots=True)
+class Renaming:
+    """How the loader finds a module for a tensor of an int8 checkpoint of this model."""
+
+    renamings: list[Any]
+    converters: list[Any]
+    base_model_prefix: str
+    state: dict[str, Any]
+
+    def target(self, name: str) -> tuple[str, bool]:
+        """The parameter that a saved tensor becomes (or becomes part of), and whether the model's ops change it."""
+        from transformers.core_model_loading import rename_source_key
+
+        target, pattern = rename_source_key(name, self.renamings, self.converters, self.base_model_prefix, self.state)
+        if target not in self.state and name in self.state:
+            return name, False
+        return target, pattern is not None and pattern not in INT8_PARTS
+
+
+def renaming_of(model: Any) -> Renaming:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+    from transformers.integrations.bitsandbytes import Bnb8bitDeserialize
+
+    mapping = get_model_conversion_mapping(model, add_legacy=True)
+    # what Bnb8BitHfQuantizer.get_weight_conversions appends for an int8 checkpoint
+    mapping.append(WeightConverter(list(INT8_PARTS), "weight", [Bnb8bitDeserialize(None)]))
+    return Renaming(
+        [m for m in mapping if isinstance(m, WeightRenaming)],
+        [m for m in mapping if isinstance(m, WeightConverter)],
+        model.base_model_prefix,
+        model.state_dict(),
+    )
+
+
+def fates(model: Any, saved: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """What becomes of each saved tensor when the loader quantizes, where it goes, and the linears left alone."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skips = loader_skips(model)
+    linears = linear_modules(model)
+    int8 = {f"{name}.weight" for name in linears if should_convert_module(name, skips)}
+    modules = dict(model.named_modules())
+    renaming = renaming_of(model)
+    fate, targets = {}, {}
+    for name in saved:
+        target, changed = renaming.target(name)
+        targets[name] = target
+        module_name, _, leaf = target.rpartition(".")
+        companions = [renaming.target(f"{name.rpartition('.')[0]}.{part}") for part in INT8_PARTS]
+        if changed or (target in int8 and any(companion != (target, False) for companion in companions)):
+            fate[name] = "converted"
+        elif target in int8:
+            fate[name] = "int8"
+        elif leaf == "weight" and module_name in linears:
+            fate[name] = "kept"
+        else:
+            owner = modules.get(module_name)
+            fate[name] = f"other:{type(owner).__name__ if owner is not None else '?'}"
+    return fate, targets, [name for name in linears if f"{name}.weight" not in int8]
+
+
+def describe(model_type: str, class_name: str, model: Any) -> dict[str, Any]:
+    """A BuiltModel as JSON."""
+    saved = saved_tensors(model)
+    fate, targets, left_alone = fates(model, saved)
+    model.config.architectures = [class_name]
+    return {
+        "model_type": model_type,
+        "class_name": class_name,
+        "variant": "",
+        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "shapes": {name: list(tensor.shape) for name, tensor in saved.items()},
+        "dtypes": {n: "BF16" if t.is_floating_point() else "I64" for n, t in saved.items()},
+        "fate": fate,
+        "targets": targets,
+        "linears": linear_modules(model),
+        "left_alone": left_alone,
+        "conv1d": conv1d_modules(model),
+    }
+
+
+def build_model_type(task: tuple[str, list[str], str]) -> None:
+    """Build each class of one model type and append what was found to a file; run in a child of its own."""
+    model_type, class_names, path = task
+    from transformers import CONFIG_MAPPING
+
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    with open(path, "a", encoding="utf-8") as out:
+        for class_name in class_names:
+            signal.alarm(BUILD_LIMIT_S)  # ends the child: what comes after it counts as neither built nor unbuilt
+            try:
+                model = build(class_name, CONFIG_MAPPING[model_type], "")
+                lines = [describe(model_type, class_name, model)]
+                if model.get_output_embeddings() is not None:
+                    model = build(class_name, CONFIG_MAPPING[model_type], TIE_FLIPPED)
+                    lines.append(describe(model_type, class_name, model) | {"variant": TIE_FLIPPED})
+            except Exception as error:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                reason = f"{type(error).__name__}: {str(error)[:120]} ({Path(where.filename).name}:{where.lineno})"
+                lines = [{"model_type": model_type, "class_name": class_name, "unbuilt": reason}]
+            out.writelines(json.dumps(line) + "\n" for line in lines)
+            out.flush()
+
+
+def collect(only: set[str], path: Path, processes: int) -> None:
+    """Build everything, each model type in its own forked child so that none can take the survey down."""
+    import torch
+    import transformers.integrations.bitsandbytes  # noqa: F401  (before forking, so that each child starts at once)
+
+    torch.set_num_threads(1)
+    tasks = [(t, n, str(path)) for t, n in class_names_by_model_type().items() if not only or t in only]
+    context = multiprocessing.get_context("fork")
+    running: list[Any] = []
+    for task in tasks:
+        while len(running) >= processes:
+            running[0].join(0.05)
+            running = [p for p in running if p.is_alive()]
+        child = context.Process(target=build_model_type, args=(task,))
+        child.start()
+        running.append(child)
+    for child in running:
+        child.join()
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def as_built_model(record: dict[str, Any]) -> BuiltModel:
+    shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
+    tuples = {key: tuple(record[key]) for key in ("linears", "left_alone", "conv1d")}
+    return BuiltModel(**record | tuples | {"shapes": shapes})
+
+
+def read_facts(path: Path) -> tuple[list[BuiltModel], list[dict[str, str]]]:
+    built, unbuilt = [], []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "unbuilt" in record:
+            unbuilt.append(record)
+            continue
+        built.append(as_built_model(record))
+    return built, unbuilt
+
+
+def plan_for(model: BuiltModel) -> Plan:
+    specs = [TensorSpec(name, model.dtypes[name], shape) for name, shape in model.shapes.items()]
+    return make_plan(specs, model.config, PlanOptions())
+
+
+def differences(model: BuiltModel, plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """(severity, kind, what the loader makes of it, our reason) for each tensor on which plan and loader differ."""
+    for decision in plan.decisions:
+        fate = model.fate[decision.spec.name]
+        conv1d = model.targets[decision.spec.name].removesuffix(".weight") in model.conv1d
+        if decision.quantize and decision.transpose != conv1d:
+            yield "FATAL", decision.kind, "Conv1D" if conv1d else "nn.Linear", "transposed the wrong way"
+        if decision.quantize and fate not in ("int8", "kept"):
+            yield "FATAL", decision.kind, fate, decision.reason
+        elif decision.quantize and fate == "kept":
+            yield "refused", decision.kind, fate, decision.reason
+        elif not decision.quantize and fate == "int8" and decision.spec.numel:
+            yield "missed", decision.kind, fate, decision.reason
+
+
+def skip_differences(model: BuiltModel, plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    """The same for `llm_int8_skip_modules`: would the loader then make int8 layers exactly where the file has int8?"""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skips = skip_modules(plan)
+    planned = {model.targets[d.spec.name].removesuffix(".weight") for d in plan.quantized}
+    for name in model.linears:
+        converts = should_convert_module(name, skips)
+        if converts and name not in planned:
+            yield "FATAL", kind_of(name), "skip list", "llm_int8_skip_modules does not cover a linear left alone"
+        elif not converts and name in planned:
+            yield "FATAL", kind_of(name), "skip list", "llm_int8_skip_modules covers a linear that was quantized"
+
+
+def report(built: list[BuiltModel], unbuilt: list[dict[str, str]], quiet: bool) -> int:
+    severities = ("FATAL", "refused", "missed")
+    by_class: dict[str, str] = {}
+    rows: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
+    for model in built:
+        plan = plan_for(model)
+        found = [*differences(model, plan), *skip_differences(model, plan)]
+        by_class[model.label] = next((s for s in severities if any(f[0] == s for f in found)), "agree")
+        for row in sorted(set(found)):
+            rows[row].append(model.label)
+    for row in sorted(rows, key=lambda r: (severities.index(r[0]), rows[r][0])):
+        names = rows[row]
+        print(
+            f"{row[0]:8}{row[1]}  [{row[2]}] ours: {row[3]}  <- {', '.join(names[:3])}",
+            f"(+{len(names) - 3})" if len(names) > 3 else "",
+        )
+    if not quiet:
+        for record in unbuilt:
+            print(f"unbuilt  {record['model_type']}/{record['class_name']}: {record['unbuilt']}")
+    counts = Counter(by_class.values())
+    print(f"\n{len(built)} classes built, {len(unbuilt)} could not be built: {dict(counts)}")
+    return counts["FATAL"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Hold the plan against every model that transformers can build.")
+    parser.add_argument("--only", default="", help="model types, separated by commas")
+    parser.add_argument("--facts", type=Path, help="file for what was built; reused when it exists")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quiet", action="store_true", help="do not list what could not be built")
+    options = parser.parse_args()
+    only = set(filter(None, options.only.split(",")))
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = options.facts or Path(scratch) / "facts.jsonl"
+        if not facts.exists():
+            collect(only, facts, options.processes)
+        built, unbuilt = read_facts(facts)
+    if only:
+        built = [model for model in built if model.model_type in only]
+    return 1 if report(built, unbuilt, options.quiet) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
