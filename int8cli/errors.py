@@ -37,6 +37,10 @@ class CorruptShardError(CheckpointError):
     """A shard is truncated, lies about itself, or is not what was published."""
 
 
+class DigestMismatchError(CorruptShardError):
+    """A file is not what was published, or no longer what its header was read from; another copy may be."""
+
+
 class IndexFileError(CheckpointError):
     """A weight_map names what is not there, or what it must not name."""
 

@@ -55,6 +55,10 @@ class DirectorySource:
     def identity(self) -> SourceIdentity:
         return self._identity
 
+    @property
+    def keeps_in(self) -> Path | None:
+        return None
+
     def list_files(self) -> tuple[str, ...]:
         return tuple(sorted(self._walk() if self._only is None else self._file_and_companions(self._only)))
 
@@ -70,6 +74,9 @@ class DirectorySource:
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:
         yield LocalFile(self._path(file_name))
+
+    def transfers(self, file_name: str) -> bool:
+        return False
 
     def prefetch(self, file_name: str) -> None:
         """Nothing to do: the file is here."""

@@ -119,6 +119,12 @@ class HubSource:
     def identity(self) -> SourceIdentity:
         return SourceIdentity(name=self._repo_id, revision=self._snapshot.commit, on_hub=True)
 
+    @property
+    def keeps_in(self) -> Path | None:
+        from huggingface_hub import constants
+
+        return (self._options.cache_dir or Path(constants.HF_HUB_CACHE)) if self._options.keep_source else None
+
     def list_files(self) -> tuple[str, ...]:
         return self._snapshot.files
 
@@ -141,6 +147,9 @@ class HubSource:
         yield local
         if local.path == self._aside(file_name):
             self._remove_aside(file_name)
+
+    def transfers(self, file_name: str) -> bool:
+        return self._cached(file_name) is None
 
     def prefetch(self, file_name: str) -> None:
         """At most one file is on its way at a time: while one is, a call for another does nothing."""

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from int8cli.checkpoint.header import read_header
 from int8cli.checkpoint.pickled import read_pickled
@@ -162,11 +162,10 @@ def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardLayout, ...
     Tensors that the index does not list are kept. Raises IndexFileError for a tensor that is not where the index says,
     or is in two shards, and what the formats' readers raise.
     """
-    read = read_header if weights.format == "safetensors" else read_pickled
 
     def layout(shard: str) -> ShardLayout:
         with source.open(shard) as file:
-            return read(file, shard, source.size_bytes(shard))
+            return read_layout(file, weights.format, shard, source.size_bytes(shard))
 
     # Over HTTP a header is a round trip or two; BLOOM has 72 of them.
     with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
@@ -177,6 +176,12 @@ def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardLayout, ...
             elsewhere = f"it is in {homes[name]}" if name in homes else "no shard has it"
             raise IndexFileError(f"{weights.index_file}: {shard} does not hold the tensor {name!r}; {elsewhere}")
     return layouts
+
+
+def read_layout(file: BinaryIO, weight_format: WeightFormat, file_name: str, file_bytes: int) -> ShardLayout:
+    """One shard's tensors and their places. Raises what the format's reader raises."""
+    read = read_header if weight_format == "safetensors" else read_pickled
+    return read(file, file_name, file_bytes)
 
 
 def refuse_quantized(config: Mapping[str, Any], layouts: Sequence[ShardLayout]) -> None:

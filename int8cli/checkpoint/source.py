@@ -42,6 +42,10 @@ class Source(Protocol):
     @property
     def identity(self) -> SourceIdentity: ...
 
+    @property
+    def keeps_in(self) -> Path | None:
+        """The directory in which fetched files stay for good; None where they are there already, or do not stay."""
+
     def list_files(self) -> tuple[str, ...]:
         """Every file of the source but hidden ones, sorted."""
 
@@ -57,6 +61,9 @@ class Source(Protocol):
         A file that was brought here for this is removed when the context is left in peace, and stays for the next run
         when it is left by an error.
         """
+
+    def transfers(self, file_name: str) -> bool:
+        """Whether `fetch` would have to bring the file here from elsewhere."""
 
     def prefetch(self, file_name: str) -> None:
         """Start to bring a file here, so that a later `fetch` of it need not wait. Returns at once."""

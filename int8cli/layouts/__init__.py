@@ -1,0 +1,1 @@
+"""Output layouts: the names, dtypes and config keys that each loader expects."""

@@ -1,0 +1,148 @@
+"""Writing output files so that a final name only ever stands for a whole, durable file.
+
+Owns the order of write, fsync and rename, and what a full or read-only disk looks like to the user.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from int8cli.errors import DiskSpaceError, OutputError
+
+_COPY_BYTES = 1 << 20
+
+
+class ShardWriter:
+    """One safetensors file under construction: every byte's place is known before the first is written.
+
+    Made aside at `partial` with all its room reserved, filled with `write_at` from any thread and in any order, and
+    given its final name by `commit`. Until then nothing stands under that name; `abandon` leaves nothing at all.
+    """
+
+    def __init__(self, partial: Path, total_bytes: int) -> None:
+        self.partial = partial
+        with _disk_errors(partial, total_bytes):
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            with _disk_errors(partial, total_bytes):
+                _reserve(self._descriptor, total_bytes)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
+        view = memoryview(data)
+        with _disk_errors(self.partial, len(view)):
+            while view:
+                count = os.pwrite(self._descriptor, view, offset_bytes)
+                offset_bytes, view = offset_bytes + count, view[count:]
+
+    def commit(self, final: Path) -> None:
+        """Make the file durable, then give it its name. Replaces what stands there."""
+        with _disk_errors(final, 0):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.fsync(self._descriptor)
+            self._close()
+            os.replace(self.partial, final)
+            _sync_directory(final.parent)
+
+    def abandon(self) -> None:
+        self._close()
+        self.partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def write_file(final: Path, data: bytes) -> None:
+    """Write a small file whole or not at all: aside, fsync, rename, fsync of the directory."""
+    partial = final.with_name(f".{final.name}.partial")
+    with _disk_errors(final, len(data)):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, final)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_directory(final.parent)
+
+
+def copy_file(source: Path, final: Path) -> str:
+    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
+    partial = final.with_name(f".{final.name}.partial")
+    sha256 = hashlib.sha256()
+    with _disk_errors(final, source.stat().st_size):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(source, "rb") as original, open(partial, "wb") as copy:
+                while piece := original.read(_COPY_BYTES):
+                    sha256.update(piece)
+                    copy.write(piece)
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.replace(partial, final)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        _sync_directory(final.parent)
+    return sha256.hexdigest()
+
+
+def existing_parent(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that exists."""
+    while not directory.exists():
+        directory = directory.parent
+    return directory
+
+
+def free_bytes(directory: Path) -> int:
+    """Room on the disk that holds, or would hold, a directory."""
+    return shutil.disk_usage(existing_parent(directory)).free
+
+
+def _reserve(descriptor: int, total_bytes: int) -> None:
+    """Take the room now, so that a full disk shows before the work and writes never wait for allocation."""
+    if hasattr(os, "posix_fallocate") and total_bytes:
+        try:
+            os.posix_fallocate(descriptor, 0, total_bytes)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+    os.ftruncate(descriptor, total_bytes)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_errors(path: Path, wanted_bytes: int) -> Iterator[None]:
+    """Turn the errors of a disk into errors of this tool."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskSpaceError(
+                f"{path}: no room on the disk for {wanted_bytes:,} bytes more ({error.strerror})",
+                hint="Finished shards are kept: make room and run the same command again to go on.",
+            ) from error
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror})",
+            hint="Choose a directory you may write to with --output.",
+        ) from error

@@ -1,0 +1,45 @@
+"""The command line: parses, calls one library function, renders. Nothing else knows typer or exit codes.
+
+What a command needs is imported when it runs, so that `--help` and `--version` answer at once.
+"""
+
+from typing import Annotated
+
+import typer
+
+from int8cli import __version__
+from int8cli.cli import convert
+
+app = typer.Typer(
+    name="int8cli",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"int8cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def int8cli(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Turn 16- and 32-bit transformer checkpoints into LLM.int8() checkpoints, and see what that did to them.
+
+    Shards are streamed: neither a tensor nor a shard is ever held whole, and a killed run goes on where it was.
+    """
+
+
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
+
+
+def main() -> None:
+    """Entry point of the `int8cli` program."""
+    app()

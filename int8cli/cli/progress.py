@@ -1,0 +1,160 @@
+"""Progress on stderr: a live bar on a terminal, a plain line a shard elsewhere, nothing with --quiet."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from int8cli.convert import Observer
+from int8cli.records import ShardRecord
+from int8cli.report.units import human_bytes
+from int8cli.results import worst_first
+from int8cli.survey import Survey
+
+NAME_WIDTH = 48
+
+
+@contextmanager
+def observe(*, quiet: bool) -> Iterator["ProgressObserver"]:
+    """The observer that fits where stderr goes; what it shows is gone when the context ends."""
+    observer: ProgressObserver
+    if quiet:
+        observer = ProgressObserver()
+    elif sys.stderr.isatty():
+        observer = BarObserver()
+    else:
+        observer = LineObserver()
+    try:
+        yield observer
+    finally:
+        observer.close()
+
+
+class ProgressObserver(Observer):
+    """Says nothing; the base of those that do. Also hears of transfers from the Hub."""
+
+    def received(self, file: str, count: int) -> None:
+        """`count` bytes more of a file came from the Hub."""
+
+    def waiting(self, what: str, why: str, pause_s: float) -> None:
+        """A transfer failed and is tried again after a pause."""
+
+    def close(self) -> None: ...
+
+
+class LineObserver(ProgressObserver):
+    """One line for each shard, for logs."""
+
+    def __init__(self) -> None:
+        self._shards = 0
+        self._finished = 0
+        self._started_s: dict[str, float] = {}
+
+    def started(self, survey: Survey, finished: frozenset[str]) -> None:
+        self._shards, self._finished = len(survey.layouts), len(finished)
+        for line in preliminaries(survey, finished):
+            self.noted(line)
+
+    def shard_started(self, shard: str) -> None:
+        self._started_s[shard] = time.monotonic()
+
+    def shard_finished(self, shard: str, record: ShardRecord) -> None:
+        self._finished += 1
+        elapsed = time.monotonic() - self._started_s[shard]
+        self.noted(f"[{self._finished}/{self._shards}] {shard}: {_outcome(record)} in {elapsed:.1f} s")
+
+    def waiting(self, what: str, why: str, pause_s: float) -> None:
+        self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
+
+    def noted(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+
+class BarObserver(ProgressObserver):
+    """A bar over all bytes, with the shard and tensor at work, and one for what comes from the Hub."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            BarColumn(bar_width=20),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}"),
+            console=self._console,
+            transient=True,
+        )
+        self._lock = threading.Lock()
+        self._task: TaskID | None = None
+        self._transfer: TaskID | None = None
+        self._positions: dict[str, int] = {}
+
+    def started(self, survey: Survey, finished: frozenset[str]) -> None:
+        for line in preliminaries(survey, finished):
+            self.noted(line)
+        self._positions = {layout.file_name: index for index, layout in enumerate(survey.layouts, start=1)}
+        sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
+        done = sum(sizes[shard] for shard in finished)
+        self._task = self._progress.add_task("", total=sum(sizes.values()), completed=done)
+        self._progress.start()
+
+    def progressed(self, shard: str, tensor: str, source_bytes: int) -> None:
+        if self._task is None:
+            return
+        name = tensor if len(tensor) <= NAME_WIDTH else f"…{tensor[1 - NAME_WIDTH :]}"
+        where = f"{self._positions.get(shard, 0)}/{len(self._positions)} {name}"
+        self._progress.update(self._task, advance=source_bytes, description=where)
+
+    def shard_finished(self, shard: str, record: ShardRecord) -> None:
+        self.noted(f"{self._positions[shard]}/{len(self._positions)} {shard}: {_outcome(record)}")
+
+    def received(self, file: str, count: int) -> None:
+        with self._lock:
+            if self._transfer is None:
+                self._transfer = self._progress.add_task("", total=None)
+            self._progress.update(self._transfer, advance=count, description=f"from the Hub: {file}")
+
+    def waiting(self, what: str, why: str, pause_s: float) -> None:
+        self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
+
+    def noted(self, message: str) -> None:
+        self._console.print(message, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def preliminaries(survey: Survey, finished: frozenset[str]) -> Iterator[str]:
+    """What to say before the work begins."""
+    if finished:
+        yield f"going on: {len(finished)} of {len(survey.layouts)} shards are done"
+    for pattern in survey.plan.unmatched_patterns:
+        yield f"warning: no module matches {pattern!r}"
+    if not survey.has_config:
+        yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
+    for layout in survey.layouts:
+        if not layout.mappable:
+            yield f"{layout.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
+
+
+def _outcome(record: ShardRecord) -> str:
+    written = sum(file.size_bytes for file in record.files)
+    outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(written)}"
+    if record.layers:
+        worst = worst_first(record.layers)[0]
+        outcome += f", {len(record.layers)} layers, worst error {worst.sums.relative_frobenius_error:.4f}"
+    if record.kept:
+        outcome += f", {len(record.kept)} kept for non-finite values"
+    return outcome

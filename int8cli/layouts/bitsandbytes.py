@@ -1,0 +1,48 @@
+"""The `bitsandbytes` layout: the names, dtypes and config with which transformers opens int8 weights as they are.
+
+Owns what stands in the output for a quantized `X.weight`: `X.weight` int8 (out, in), `X.SCB` float32 (out,) holding
+row_absmax undivided, `X.weight_format` uint8 scalar 0 (row-major). Format: bitsandbytes' `Linear8bitLt` state dict.
+"""
+
+from typing import Any
+
+from int8cli.checkpoint.tensor import TensorSpec
+
+NAME = "bitsandbytes"
+WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
+
+
+def module_name(weight_name: str) -> str:
+    """`h.0.mlp.dense` for `h.0.mlp.dense.weight`."""
+    return weight_name.removesuffix(".weight")
+
+
+def scale_name(weight_name: str) -> str:
+    return f"{module_name(weight_name)}.SCB"
+
+
+def weight_format_name(weight_name: str) -> str:
+    return f"{module_name(weight_name)}.weight_format"
+
+
+def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """What the output holds for a weight: int8 data, scales, format mark. `transpose`: the source is (in, out)."""
+    out_features, in_features = reversed(source.shape) if transpose else source.shape
+    return (
+        TensorSpec(source.name, "I8", (out_features, in_features)),
+        TensorSpec(scale_name(source.name), "F32", (out_features,)),
+        TensorSpec(weight_format_name(source.name), "U8", ()),
+    )
+
+
+def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json, with the fields that transformers' BitsAndBytesConfig writes."""
+    return {
+        "quant_method": NAME,
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": threshold,
+        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }

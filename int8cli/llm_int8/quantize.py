@@ -1,0 +1,152 @@
+"""Vector-wise int8 quantization of linear weights, in blocks, with the error figures of the same pass.
+
+Owns the rounding: the result is bit for bit what bitsandbytes' CPU path gives for float16 and bfloat16 weights. Where
+that path is undefined (rows whose absmax is 0, not finite, or outside float16) the behaviour is stated here.
+
+Algorithm [LLM.int8(), section 2.1, vector-wise]: row_absmax = max|w| over in_features, data = round_half_even(w * s)
+with s = reciprocal(row_absmax) * 127 in float32. bitsandbytes writes `127.0 / row_absmax`, which torch evaluates as
+that reciprocal and product: two roundings, and a true division would differ in about one value of 4,000.
+"""
+
+import torch
+from torch import Tensor
+
+from int8cli.llm_int8.metrics import ErrorSums
+
+INT8_MAX = 127.0
+
+# bitsandbytes casts every weight to float16 before it quantizes. A bfloat16 has fewer significant bits than a float16,
+# so the cast changes nothing but values that are subnormal in float16; in rows with an absmax above this bound those
+# round to the same int8 value either way.
+_HALF_MATTERS_BELOW = 0.0155
+_HALF_MAX = 65504.0
+# Below this the float32 scale 127 / row_absmax overflows or comes close: such rows are computed in float64.
+_TINY_ABSMAX = 1e-36
+
+_BITS_DTYPE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+_MAGNITUDE_MASK = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
+
+
+class NonFiniteWeightError(ValueError):
+    """A block holds NaN or an infinity, first at (`row`, `column`) of the block."""
+
+    def __init__(self, row: int, column: int, value: float) -> None:
+        super().__init__(f"{value} at row {row}, column {column}")
+        self.row, self.column, self.value = row, column, value
+
+
+class BlockQuantizer:
+    """Quantizes blocks of at most `capacity` elements in buffers allocated once. One thread at a time.
+
+    `float32_via_half` treats float32 weights as bitsandbytes does (a cast to float16 first: other scales, and one value
+    in 170 off by one); without it float32 is quantized as it is. float16 and bfloat16 are not affected.
+    """
+
+    def __init__(self, capacity: int, *, device: str = "cpu", float32_via_half: bool = False) -> None:
+        self.capacity = capacity
+        self.float32_via_half = float32_via_half
+        self.device = torch.device(device)
+        self._scaled = torch.empty(capacity, dtype=torch.float32, device=self.device)
+        self._rounded = torch.empty(capacity, dtype=torch.float32, device=self.device)
+
+    def row_absmax(self, block: Tensor) -> Tensor:
+        """Largest magnitude of each row of a (rows, columns) block: float32 (rows,), exact.
+
+        Raises NonFiniteWeightError at the first NaN or infinity. Magnitudes are compared as integers: the bits of
+        floats of one sign are ordered like the floats, NaN above infinity, and integer amax is the vectorised one.
+        """
+        bits = block.view(_BITS_DTYPE[block.dtype])
+        magnitude = self._scaled.view(bits.dtype)[: bits.numel()].view(bits.shape)
+        torch.bitwise_and(bits, _MAGNITUDE_MASK[bits.dtype], out=magnitude)
+        absmax = magnitude.amax(dim=1).view(block.dtype).float()
+        if not bool(torch.isfinite(absmax).all()):
+            _raise_first_non_finite(block, absmax)
+        return absmax
+
+    def quantize(self, block: Tensor, row_absmax: Tensor, *, data: Tensor, stored_absmax: Tensor) -> ErrorSums:
+        """Quantize a block into `data`, given the absmax of its whole rows (it may be only some of their columns).
+
+        block: (rows, columns), contiguous, on this quantizer's device; row_absmax: float32 (rows,) from `row_absmax`.
+        data: int8 (rows, columns) and stored_absmax: float32 (rows,) are filled; both may be on another device.
+        The stored absmax differs from the one given in rows that go through float16. A row of zeros stays zero with the
+        scale 0, as does a bfloat16 row so small that float16 has only zeros for it.
+        """
+        shape, numel = block.shape, block.numel()
+        scaled = self._scaled[:numel].view(shape)  # (rows, columns), float32
+        rounded = self._rounded[:numel].view(shape)  # (rows, columns), float32
+        via_half = self._goes_through_half(block.dtype, row_absmax)
+        absmax = torch.where(via_half, row_absmax.half().float(), row_absmax)
+        scale = _scale(absmax)
+
+        scaled.copy_(block)
+        scaled.mul_(scale[:, None])
+        torch.round(scaled, out=rounded)
+        if bool(via_half.any()):
+            rows = via_half.nonzero().squeeze(1)
+            halves = block.index_select(0, rows).half().float()
+            rounded.index_copy_(0, rows, halves.mul_(scale[rows, None]).round_())
+        tiny = (absmax > 0) & (absmax < _TINY_ABSMAX)
+        if bool(tiny.any()):
+            rows = tiny.nonzero().squeeze(1)
+            exact = block.index_select(0, rows).double() * (INT8_MAX / absmax[rows].double())[:, None]
+            scaled.index_copy_(0, rows, exact.float())
+            rounded.index_copy_(0, rows, exact.round_().float())
+        data.copy_(rounded)
+        stored_absmax.copy_(absmax)
+        return self._sums(block, scaled, rounded, absmax, lost=row_absmax.where(absmax == 0, 0.0))
+
+    def _goes_through_half(self, dtype: torch.dtype, row_absmax: Tensor) -> Tensor:
+        if dtype == torch.bfloat16:
+            return (row_absmax > 0) & (row_absmax <= _HALF_MATTERS_BELOW)
+        if dtype == torch.float32 and self.float32_via_half:
+            return row_absmax <= _HALF_MAX
+        return torch.zeros_like(row_absmax, dtype=torch.bool)
+
+    def _sums(self, block: Tensor, scaled: Tensor, rounded: Tensor, absmax: Tensor, lost: Tensor) -> ErrorSums:
+        """Error sums of a block, from W and Ŵ in units of each row's quantization step. Overwrites both buffers.
+
+        `lost` is the true absmax of rows that were stored as zeros though they are not: their error is themselves.
+        """
+        step = absmax.double() / INT8_MAX  # (rows,)
+        weight_norm = torch.linalg.vector_norm(scaled, dim=1).double() * step
+        error = torch.sub(scaled, rounded, out=scaled)
+        error_norm = torch.linalg.vector_norm(error, dim=1).double() * step
+        max_error = error.abs_().amax(dim=1).double() * step
+        if bool((lost > 0).any()):
+            lost_norm = torch.linalg.vector_norm(block.double(), dim=1).where(lost > 0, 0.0)
+            weight_norm, error_norm, max_error = weight_norm + lost_norm, error_norm + lost_norm, max_error + lost
+        return ErrorSums(
+            numel=block.numel(),
+            sum_squared_error=float(error_norm.square().sum()),
+            sum_squared_weight=float(weight_norm.square().sum()),
+            max_abs_error=float(max_error.max()),
+            sum_abs_data=float(rounded.abs_().sum(dim=1).double().sum()),
+            row_absmax_min=float(absmax.min()),
+            row_absmax_max=float(absmax.max()),
+        )
+
+
+def quantize_rowwise(weight: Tensor, *, float32_via_half: bool = False) -> tuple[Tensor, Tensor]:
+    """Quantize a linear weight (out, in) to int8 with one absmax per output row.
+
+    Returns int8 data (out, in) and float32 row absmax (out,); the weight is `data * row_absmax / 127`. An all-zero row
+    stays zero. Raises NonFiniteWeightError. [LLM.int8(), section 2.1]
+    """
+    weight = weight.contiguous()
+    quantizer = BlockQuantizer(weight.numel(), device=str(weight.device), float32_via_half=float32_via_half)
+    data = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], device=weight.device)
+    quantizer.quantize(weight, quantizer.row_absmax(weight), data=data, stored_absmax=absmax)
+    return data, absmax
+
+
+def _scale(absmax: Tensor) -> Tensor:
+    """127 / absmax with bitsandbytes' two roundings; 0 for rows of zeros (and for tiny rows, computed elsewhere)."""
+    scale = absmax.reciprocal().mul_(INT8_MAX)
+    return scale.where(absmax >= _TINY_ABSMAX, 0.0)
+
+
+def _raise_first_non_finite(block: Tensor, absmax: Tensor) -> None:
+    row = int((~torch.isfinite(absmax)).nonzero()[0])
+    column = int((~torch.isfinite(block[row])).nonzero()[0])
+    raise NonFiniteWeightError(row, column, float(block[row, column]))

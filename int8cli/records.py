@@ -1,0 +1,270 @@
+"""What a conversion set out to do and what of it is finished: the files under `int8/` that resume and verify trust.
+
+Owns their schema, the order in which they come to be, and the lock on an output directory. A shard's record is written
+after the shard stands under its final name, so that a record always speaks of a whole file.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.source import SourceIdentity
+from int8cli.checkpoint.writer import write_file
+from int8cli.errors import OutputError, OutputInUseError, SettingsMismatchError
+from int8cli.results import LayerReport
+
+CONVERSION_SCHEMA = "int8cli.conversion/1"
+RECORD_SCHEMA = "int8cli.record/1"
+OWN_DIRECTORY = "int8"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the bytes of an output. Two runs with equal settings on one source write the same files."""
+
+    layout: str
+    threshold: float
+    skip: tuple[str, ...]
+    only: tuple[str, ...]
+    float32: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource:
+    """One shard to convert: its file in the source, a fingerprint of its state there, and its file in the output."""
+
+    file: str
+    size_bytes: int
+    fingerprint: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is converted, how, and every file that it will write into the output directory (relative names)."""
+
+    source: SourceIdentity
+    settings: Settings
+    shards: tuple[ShardSource, ...]
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": CONVERSION_SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Conversion":
+        settings = data["settings"]
+        patterns = {name: tuple(settings[name]) for name in ("skip", "only")}
+        return cls(
+            SourceIdentity(**data["source"]),
+            Settings(**{**settings, **patterns}),
+            tuple(ShardSource(**shard) for shard in data["shards"]),
+            tuple(data["files"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor as written: `xxh3_128` is the digest of its bytes, in hex."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file as written, by its name in the output directory. `header_xxh3_128` covers the safetensors header."""
+
+    file: str
+    size_bytes: int
+    header_xxh3_128: str
+    tensors: tuple[TensorRecord, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "FileRecord":
+        tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data["tensors"])
+        return cls(data["file"], data["size_bytes"], data["header_xxh3_128"], tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard: where it came from, every file it became, and what int8 did to its layers.
+
+    `files` holds the shard itself first; what else is made from it (a sidecar) follows. `kept` names tensors that were
+    left in their source dtype because they hold non-finite values, with the place of the first.
+    """
+
+    source: ShardSource
+    source_sha256: str | None
+    files: tuple[FileRecord, ...]
+    layers: tuple[LayerReport, ...]
+    kept: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": RECORD_SCHEMA,
+            "source": asdict(self.source),
+            "source_sha256": self.source_sha256,
+            "files": [asdict(file) for file in self.files],
+            "layers": [layer.to_json() for layer in self.layers],
+            "kept": [{"tensor": tensor, "place": place} for tensor, place in self.kept],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ShardRecord":
+        return cls(
+            ShardSource(**data["source"]),
+            data["source_sha256"],
+            tuple(FileRecord.from_json(file) for file in data["files"]),
+            tuple(LayerReport.from_json(layer) for layer in data["layers"]),
+            tuple((kept["tensor"], kept["place"]) for kept in data["kept"]),
+        )
+
+
+class RecordStore:
+    """The records of one output directory. The caller holds the directory's lock."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self.own = output / OWN_DIRECTORY
+        self._conversion_path = self.own / "conversion.json"
+        self._records = self.own / "records"
+
+    @property
+    def partial_directory(self) -> Path:
+        """Where files are made before they get their final name; whatever is there after a kill is worthless."""
+        return self.own / "partial"
+
+    @property
+    def incoming_directory(self) -> Path:
+        """Where shards from the Hub land; a part that is there after a kill is gone on with."""
+        return self.own / "incoming"
+
+    def conversion(self) -> Conversion | None:
+        """The conversion that this directory belongs to, if any."""
+        data = _read_json(self._conversion_path)
+        return Conversion.from_json(data) if data is not None else None
+
+    def begin(self, conversion: Conversion) -> None:
+        """Claim the directory for a conversion, or go on with the same one.
+
+        Raises SettingsMismatchError if it belongs to another, OutputError if files stand there that are not ours.
+        """
+        known = self.conversion()
+        if known is None:
+            self._refuse_foreign_files(conversion)
+            write_file(self._conversion_path, _to_bytes(conversion.to_json()))
+        elif known != conversion:
+            _refuse_mismatch(self._output, known, conversion)
+
+    def finished(self, shard: ShardSource) -> ShardRecord | None:
+        """The record of a shard whose files are all in place at their size; None if it must be (re)made."""
+        data = _read_json(self._record_path(shard))
+        if data is None:
+            return None
+        record = ShardRecord.from_json(data)
+        whole = all(_size_of(self._output / file.file) == file.size_bytes for file in record.files)
+        return record if record.source == shard and whole else None
+
+    def add(self, record: ShardRecord) -> None:
+        """Put down that a shard is finished. Its files are already durable under their final names."""
+        write_file(self._record_path(record.source), _to_bytes(record.to_json()))
+
+    def clear(self) -> None:
+        """Remove every file that an earlier conversion put down as its own, and the records; nothing else."""
+        known = self.conversion()
+        if known is None:
+            return
+        for name in known.files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise OutputError(f"{self._conversion_path} names a file outside its directory: {name}")
+            (self._output / name).unlink(missing_ok=True)
+        for shard in known.shards:
+            self._record_path(shard).unlink(missing_ok=True)
+        # Last, so that a kill half-way leaves a directory that still says what is ours.
+        self._conversion_path.unlink(missing_ok=True)
+
+    def _record_path(self, shard: ShardSource) -> Path:
+        return self._records / f"{shard.output.removesuffix('.safetensors')}.json"
+
+    def _refuse_foreign_files(self, conversion: Conversion) -> None:
+        for name in conversion.files:
+            if (self._output / name).exists():
+                raise OutputError(
+                    f"{self._output / name} exists and was not written by int8cli",
+                    hint="Choose another directory with --output; nothing that int8cli did not write is replaced.",
+                )
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[int]:
+    """Hold an output directory for one run. Yields the descriptor whose duplicates, in workers, keep the lock.
+
+    The lock is the kernel's, on `int8/` itself: it ends with the last process that holds it, however that ends, and
+    leaves no file. Raises OutputInUseError, OutputError.
+    """
+    own = output / OWN_DIRECTORY
+    try:
+        own.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(own, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror})", hint="Choose a directory you may write to with --output."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputInUseError(
+            f"{output} is in use by another int8cli convert",
+            hint="Wait for it to end, or choose another directory with --output.",
+        ) from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> None:
+    before, now = _fields(known), _fields(wanted)
+    field = next(name for name in now if before.get(name) != now[name])
+    raise SettingsMismatchError(
+        f"{output} holds a conversion with {field} {before.get(field)!r}; this one has {now[field]!r}",
+        hint="Use the same settings to go on, --overwrite to start anew, or another --output.",
+    )
+
+
+def _fields(conversion: Conversion) -> dict[str, object]:
+    """What a mismatch can be named by, the plainest first."""
+    fields: dict[str, object] = {"model": conversion.source.name, "revision": conversion.source.revision}
+    fields.update(asdict(conversion.settings))
+    fields["on_hub"] = conversion.source.on_hub
+    for shard in conversion.shards:
+        fields[f"source shard {shard.file}"] = f"{shard.size_bytes:,} bytes, {shard.fingerprint}"
+    fields["shards"] = [shard.output for shard in conversion.shards]
+    fields["files"] = list(conversion.files)
+    return fields
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise OutputError(f"{path} cannot be read ({error})", hint="Start anew with --overwrite.") from error
+
+
+def _to_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

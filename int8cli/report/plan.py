@@ -1,0 +1,104 @@
+"""What `--dry-run` shows: the plan by kind of tensor, the output's size, and what the conversion will need."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from int8cli.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.checkpoint.source import Source
+from int8cli.report.terminal import groups_table, stdout_console
+from int8cli.report.units import human_bytes, human_count
+from int8cli.survey import Room, Survey, group_by_kind, room_needed
+
+PLAN_SCHEMA = "int8cli.plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion takes, in bytes. Memory is what its buffers hold besides Python with torch imported."""
+
+    download_bytes: int
+    disks: tuple[Room, ...]
+    buffer_bytes: int
+
+    @classmethod
+    def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
+        names = [layout.file_name for layout in survey.layouts]
+        download = sum(layout.file_bytes for layout in survey.layouts if source.transfers(layout.file_name))
+        return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)
+
+
+def plan_to_json(survey: Survey, needs: Needs) -> dict[str, Any]:
+    plan = survey.plan
+    return {
+        "schema": PLAN_SCHEMA,
+        "model": survey.identity.name,
+        "revision": survey.identity.revision,
+        "source_bytes": survey.source_bytes,
+        "output_bytes": survey.output_bytes,
+        "shards": [
+            {
+                "source": layout.file_name,
+                "source_bytes": layout.file_bytes,
+                "output": survey.outputs[layout.file_name].file_name,
+                "output_bytes": survey.outputs[layout.file_name].file_bytes,
+            }
+            for layout in survey.layouts
+        ],
+        "parameters": plan.parameters,
+        "quantized_parameters": plan.quantized_parameters,
+        "percent_quantized": plan.percent_quantized,
+        "quantized": [group.to_json() for group in group_by_kind(plan.quantized)],
+        "left_alone": [group.to_json() for group in group_by_kind(plan.copied)],
+        "tensors": [
+            {
+                "name": decision.spec.name,
+                "dtype": decision.spec.dtype,
+                "shape": list(decision.spec.shape),
+                "int8": decision.quantize,
+                "reason": decision.reason,
+            }
+            for decision in plan.decisions
+        ],
+        "copied_files": list(survey.weights.copied),
+        "passed_over": [{"file": file, "reason": reason} for file, reason in survey.passed_over],
+        "unmatched_patterns": list(plan.unmatched_patterns),
+        "needs": {
+            "download_bytes": needs.download_bytes,
+            "disks": [
+                {"directory": str(room.directory), "bytes": room.needed_bytes, "free_bytes": room.free_bytes}
+                for room in needs.disks
+            ],
+            "buffer_bytes": needs.buffer_bytes,
+        },
+    }
+
+
+def show_plan(survey: Survey, needs: Needs, output: Path) -> None:
+    """Print what would be done, and that nothing was."""
+    console = stdout_console()
+    plan = survey.plan
+    ratio = survey.source_bytes / survey.output_bytes if survey.output_bytes else 0.0
+    shards = f"{len(survey.layouts)} shard" + ("s" if len(survey.layouts) > 1 else "")
+    for line in (
+        f"[bold]{escape(survey.identity.name)}[/bold] → [bold]{escape(str(output))}[/bold], {shards} (dry run)",
+        f"source    {survey.source_bytes:>19,} bytes  {human_bytes(survey.source_bytes):>10}",
+        f"output    {survey.output_bytes:>19,} bytes  {human_bytes(survey.output_bytes):>10}  {ratio:.2f} x smaller",
+        f"download  {needs.download_bytes:>19,} bytes  {human_bytes(needs.download_bytes):>10}",
+        *(_disk_line(room) for room in needs.disks),
+        f"buffers   {needs.buffer_bytes:>19,} bytes  {human_bytes(needs.buffer_bytes):>10}  of memory, besides torch",
+        f"{plan.percent_quantized:.1f} % of {human_count(plan.parameters)} parameters become int8",
+    ):
+        console.print(line, soft_wrap=True)
+    console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
+    console.print(groups_table("Left alone", group_by_kind(plan.copied)))
+    for file, reason in survey.passed_over:
+        console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+
+
+def _disk_line(room: Room) -> str:
+    fits = "fits" if room.needed_bytes <= room.free_bytes else "[red]does not fit[/red]"
+    free = human_bytes(room.free_bytes)
+    return f"disk      {room.needed_bytes:>19,} bytes  {human_bytes(room.needed_bytes):>10}  {fits}: {free} free"

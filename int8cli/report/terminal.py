@@ -1,0 +1,118 @@
+"""The report of a conversion on the terminal, in 80 columns."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from int8cli.report.units import decibels, human_bytes, human_count
+from int8cli.results import ConversionReport, LayerReport, TensorGroup, summarize_kinds
+
+WIDTH = 80
+WORST_LAYERS = 10
+
+
+def stdout_console() -> Console:
+    """A console on stdout that never uses more than 80 columns."""
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH)
+    return console
+
+
+def show_report(report: ConversionReport, output: Path) -> None:
+    """Print totals, the error by kind of layer, the worst layers, and what was left alone."""
+    console = stdout_console()
+    console.print(_headline(report, output), soft_wrap=True)
+    if report.layers:
+        console.print(_kinds_table(report))
+        console.print(_worst_table(report.layers[:WORST_LAYERS]))
+    console.print(groups_table("Left alone", report.left_alone))
+    for file, reason in report.passed_over:
+        console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+
+
+def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:
+    """Kinds of tensors with the reason for what becomes of them."""
+    table = _table(title)
+    table.add_column("kind", overflow="fold")
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for group in groups:
+        table.add_row(
+            escape(group.kind.removesuffix(".weight")),
+            str(group.tensors),
+            human_bytes(group.bytes),
+            escape(group.reason),
+        )
+    return table
+
+
+def _headline(report: ConversionReport, output: Path) -> str:
+    total = report.sums
+    ratio = report.source_bytes / report.output_bytes if report.output_bytes else 0.0
+    lines = [
+        f"[bold]{escape(report.model)}[/bold] → [bold]{escape(str(output))}[/bold]",
+        f"{human_bytes(report.source_bytes)} → {human_bytes(report.output_bytes)}, {ratio:.2f} times smaller; "
+        f"{report.percent_quantized:.1f} % of {human_count(report.parameters)} parameters in int8",
+    ]
+    if report.layers:
+        lines.append(
+            f"{len(report.layers)} layers: relative error {total.relative_frobenius_error:.4f}, "
+            f"SQNR {decibels(total.sqnr_db)} dB"
+        )
+    else:
+        lines.append("[yellow]Nothing was quantized: see below why.[/yellow]")
+    return "\n".join(lines)
+
+
+def _kinds_table(report: ConversionReport) -> Table:
+    table = _table("Quantized, by kind of layer")
+    table.add_column("kind", overflow="fold")
+    table.add_column("layers", justify="right", no_wrap=True)
+    table.add_column("before", justify="right", no_wrap=True)
+    table.add_column("after", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("dB", justify="right", no_wrap=True)
+    table.add_column("range", justify="right", no_wrap=True)
+    for kind in summarize_kinds(report.layers):
+        table.add_row(
+            escape(kind.kind),
+            str(kind.layers),
+            human_bytes(kind.bytes_before),
+            human_bytes(kind.bytes_after),
+            f"{kind.sums.relative_frobenius_error:.4f}",
+            decibels(kind.sums.sqnr_db),
+            f"{100 * kind.sums.mean_range_use:.0f} %",
+        )
+    table.caption = "error: ‖W-Ŵ‖/‖W‖ · dB: SQNR · range: mean use of the int8 range"
+    return table
+
+
+def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
+    table = _table("Worst layers" if len(layers) == WORST_LAYERS else "Layers, worst first")
+    table.add_column("layer", overflow="fold")
+    table.add_column("out x in", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("dB", justify="right", no_wrap=True)
+    table.add_column("max err", justify="right", no_wrap=True)
+    table.add_column("absmax", justify="right", no_wrap=True)
+    for layer in layers:
+        sums = layer.sums
+        table.add_row(
+            escape(layer.name),
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            f"{sums.relative_frobenius_error:.4f}",
+            decibels(sums.sqnr_db),
+            f"{sums.max_abs_error:.2g}",
+            f"{sums.row_absmax_min:.2g}-{sums.row_absmax_max:.2g}",
+        )
+    table.caption = "max err: max |w-ŵ| · absmax: smallest and largest row_absmax"
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
+    table.padding = (0, 1)
+    return table

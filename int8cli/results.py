@@ -1,0 +1,198 @@
+"""What a conversion found out: figures by layer, by kind of layer and in total, and their JSON form.
+
+Owns the schema of the report. Written by convert, kept in the records, read by everything that shows it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from int8cli.llm_int8.metrics import ErrorSums
+
+REPORT_SCHEMA = "int8cli.report/1"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One quantized linear. `shape` is (out_features, in_features); bytes are those of its tensors on disk."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    source_dtype: str
+    bytes_before: int
+    bytes_after: int
+    sums: ErrorSums
+
+    def to_json(self) -> dict[str, Any]:
+        sums = self.sums
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "source_dtype": self.source_dtype,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "row_absmax_min": sums.row_absmax_min,
+            "row_absmax_max": sums.row_absmax_max,
+            "max_abs_error": sums.max_abs_error,
+            "relative_frobenius_error": sums.relative_frobenius_error,
+            "sqnr_db": sums.sqnr_db,
+            "mean_range_use": sums.mean_range_use,
+            "sum_squared_error": sums.sum_squared_error,
+            "sum_squared_weight": sums.sum_squared_weight,
+            "sum_abs_data": sums.sum_abs_data,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "LayerReport":
+        shape = (int(data["shape"][0]), int(data["shape"][1]))
+        sums = ErrorSums(
+            math.prod(shape),
+            data["sum_squared_error"],
+            data["sum_squared_weight"],
+            data["max_abs_error"],
+            data["sum_abs_data"],
+            data["row_absmax_min"],
+            data["row_absmax_max"],
+        )
+        before, after = data["bytes_before"], data["bytes_after"]
+        return cls(data["name"], data["kind"], shape, data["source_dtype"], before, after, sums)
+
+
+@dataclass(frozen=True, slots=True)
+class KindSummary:
+    """All layers of one kind together: their errors over all their weights, and the worst of them."""
+
+    kind: str
+    layers: int
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+    sums: ErrorSums
+    worst: LayerReport
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "layers": self.layers,
+            "parameters": self.parameters,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "relative_frobenius_error": self.sums.relative_frobenius_error,
+            "sqnr_db": self.sums.sqnr_db,
+            "max_abs_error": self.sums.max_abs_error,
+            "mean_range_use": self.sums.mean_range_use,
+            "worst_layer": self.worst.name,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """Tensors of one kind that share their fate, and the reason for it. `bytes` are those of the source."""
+
+    kind: str
+    reason: str
+    tensors: int
+    parameters: int
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "reason": self.reason,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """The whole report of a conversion. Holds nothing that differs between two runs of the same conversion.
+
+    `layers` come worst first, by relative Frobenius error. `passed_over` names each file of the source that was neither
+    converted nor copied, with the reason. `unmatched_patterns` are the --skip and --only patterns that named nothing.
+    """
+
+    model: str
+    revision: str | None
+    settings: Mapping[str, Any]
+    layers: tuple[LayerReport, ...]
+    left_alone: tuple[TensorGroup, ...]
+    passed_over: tuple[tuple[str, str], ...]
+    unmatched_patterns: tuple[str, ...]
+    parameters: int
+    source_bytes: int
+    output_bytes: int
+    shards: int
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(math.prod(layer.shape) for layer in self.layers)
+
+    @property
+    def percent_quantized(self) -> float:
+        return 100.0 * self.quantized_parameters / self.parameters if self.parameters else 0.0
+
+    @property
+    def sums(self) -> ErrorSums:
+        return _total(self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        total = self.sums
+        return {
+            "schema": REPORT_SCHEMA,
+            "model": self.model,
+            "revision": self.revision,
+            "settings": dict(self.settings),
+            "totals": {
+                "shards": self.shards,
+                "source_bytes": self.source_bytes,
+                "output_bytes": self.output_bytes,
+                "parameters": self.parameters,
+                "quantized_parameters": self.quantized_parameters,
+                "percent_quantized": self.percent_quantized,
+                "quantized_layers": len(self.layers),
+                "relative_frobenius_error": total.relative_frobenius_error,
+                "sqnr_db": total.sqnr_db,
+                "max_abs_error": total.max_abs_error,
+                "mean_range_use": total.mean_range_use,
+            },
+            "kinds": [kind.to_json() for kind in summarize_kinds(self.layers)],
+            "layers": [layer.to_json() for layer in self.layers],
+            "left_alone": [kept.to_json() for kept in self.left_alone],
+            "passed_over": [{"file": file, "reason": reason} for file, reason in self.passed_over],
+            "unmatched_patterns": list(self.unmatched_patterns),
+        }
+
+
+def worst_first(layers: Iterable[LayerReport]) -> tuple[LayerReport, ...]:
+    return tuple(sorted(layers, key=lambda layer: (-layer.sums.relative_frobenius_error, layer.name)))
+
+
+def summarize_kinds(layers: Iterable[LayerReport]) -> tuple[KindSummary, ...]:
+    """Group layers by kind, the kind with the largest error first."""
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(layer.kind, []).append(layer)
+    summaries = [_summarize(kind, members) for kind, members in groups.items()]
+    return tuple(sorted(summaries, key=lambda kind: (-kind.sums.relative_frobenius_error, kind.kind)))
+
+
+def _summarize(kind: str, members: list[LayerReport]) -> KindSummary:
+    return KindSummary(
+        kind=kind,
+        layers=len(members),
+        parameters=sum(math.prod(layer.shape) for layer in members),
+        bytes_before=sum(layer.bytes_before for layer in members),
+        bytes_after=sum(layer.bytes_after for layer in members),
+        sums=_total(members),
+        worst=worst_first(members)[0],
+    )
+
+
+def _total(layers: Iterable[LayerReport]) -> ErrorSums:
+    # Sorted by name: a float sum depends on its order, and a report must not depend on which shard finished first.
+    return sum((layer.sums for layer in sorted(layers, key=lambda layer: layer.name)), ErrorSums())

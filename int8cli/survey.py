@@ -1,0 +1,162 @@
+"""All that is known of a conversion before the first weight byte is read: headers, plan, sizes, room needed.
+
+Owns what `convert` starts from and what `--dry-run` shows. Reads config.json, the index and the headers; no torch
+for safetensors sources.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts, refuse_quantized
+from int8cli.checkpoint.source import Source, SourceIdentity
+from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.errors import CheckpointError
+from int8cli.output import OutputShard, output_file_names, plan_output_shard
+from int8cli.plan import Decision, Plan, PlanOptions, make_plan
+from int8cli.results import TensorGroup
+
+CONFIG_FILE = "config.json"
+_EDGE_BYTES = 1 << 16
+_CONFIG_LIMIT_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A source as it stands and what it will become. `config` is empty where the source has no config.json."""
+
+    identity: SourceIdentity
+    has_config: bool
+    config: Mapping[str, Any]
+    weights: WeightFiles
+    layouts: tuple[ShardLayout, ...]
+    plan: Plan
+
+    @cached_property
+    def decisions(self) -> dict[str, Decision]:
+        return decisions_by_name(self.plan)
+
+    @cached_property
+    def outputs(self) -> dict[str, OutputShard]:
+        """The output shard for each source shard's file name."""
+        names = output_file_names([layout.file_name for layout in self.layouts])
+        return {
+            layout.file_name: plan_output_shard(layout, self.decisions, names[layout.file_name])
+            for layout in self.layouts
+        }
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(layout.file_bytes for layout in self.layouts)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of all output shards, headers included, to the byte."""
+        return sum(output.file_bytes for output in self.outputs.values())
+
+    @property
+    def passed_over(self) -> tuple[tuple[str, str], ...]:
+        """Everything of the source that is neither converted nor copied, with the reason."""
+        stale = (f"{CONFIG_FILE}: quantization_config", "of another quantization; these weights are not quantized")
+        return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a disk, named by a directory on it, must have free, and what it has."""
+
+    directory: Path
+    needed_bytes: int
+    free_bytes: int
+
+
+def survey_source(source: Source, options: PlanOptions) -> Survey:
+    """Read what decides a conversion. Raises the errors of a bad checkpoint; nothing is written anywhere."""
+    weights = find_weights(source)
+    has_config = CONFIG_FILE in source.list_files()
+    config = _read_config(source) if has_config else {}
+    layouts = read_layouts(source, weights)
+    refuse_quantized(config, layouts)
+    specs = [stored.spec for layout in layouts for stored in layout.tensors]
+    return Survey(source.identity, has_config, config, weights, layouts, make_plan(specs, config, options))
+
+
+def decisions_by_name(plan: Plan) -> dict[str, Decision]:
+    return {decision.spec.name: decision for decision in plan.decisions}
+
+
+def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
+    """Tensors by kind and reason, the largest groups first."""
+    groups: dict[tuple[str, str], list[Decision]] = {}
+    for decision in decisions:
+        groups.setdefault((decision.kind, decision.reason), []).append(decision)
+    grouped = [
+        TensorGroup(
+            kind,
+            reason,
+            len(members),
+            sum(member.spec.numel for member in members),
+            sum(member.spec.nbytes for member in members),
+        )
+        for (kind, reason), members in groups.items()
+    ]
+    return tuple(sorted(grouped, key=lambda group: (-group.bytes, group.kind, group.reason)))
+
+
+def room_needed(source: Source, survey: Survey, remaining: Sequence[str], output: Path) -> tuple[Room, ...]:
+    """What each disk involved must have free to write these shards; one entry for each disk.
+
+    That is their output and, of a Hub source, the shards that are here at once: the one being converted and the next,
+    or all of them where the source keeps them. Shards in the cache already cost nothing.
+    """
+    sizes = {layout.file_name: layout.file_bytes for layout in survey.layouts}
+    transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
+    wanted = [(output, sum(survey.outputs[name].file_bytes for name in remaining))]
+    if source.keeps_in is not None:
+        wanted.append((source.keeps_in, sum(transferred)))
+    else:
+        wanted.append((output, max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)))
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for directory, size_bytes in wanted:
+        existing = existing_parent(directory)
+        by_disk.setdefault(existing.stat().st_dev, []).append((existing, size_bytes))
+    return tuple(
+        Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
+        for shares in by_disk.values()
+        if shares[0][0] == existing_parent(output) or sum(size_bytes for _, size_bytes in shares)
+    )
+
+
+def fingerprint(source: Source, file_name: str) -> str:
+    """A mark of a local shard's state that notices retrained or replaced weights without reading them all.
+
+    xxh3_128 over its first and last 64 KiB: the header, and with a `.bin` the zip directory with every record's CRC.
+    A Hub file needs none, its revision says it.
+    """
+    if source.identity.on_hub:
+        return ""
+    size_bytes = source.size_bytes(file_name)
+    with source.open(file_name) as file:
+        edges = file.read(_EDGE_BYTES)
+        file.seek(max(len(edges), size_bytes - _EDGE_BYTES))
+        edges += file.read(_EDGE_BYTES)
+    return xxhash.xxh3_128_hexdigest(edges)
+
+
+def _read_config(source: Source) -> dict[str, Any]:
+    with source.open(CONFIG_FILE) as file:
+        text = file.read(_CONFIG_LIMIT_BYTES)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{CONFIG_FILE}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{CONFIG_FILE}: holds {type(config).__name__}, not an object")
+    return config

