@@ -130,7 +130,6 @@ def room_needed(source: Source, survey: Survey, remaining: Sequence[str], output
     return tuple(
         Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
         for shares in by_disk.values()
-        if shares[0][0] == existing_parent(output) or sum(size_bytes for _, size_bytes in shares)
     )
 
 

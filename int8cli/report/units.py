@@ -2,12 +2,13 @@
 
 
 def human_bytes(count: float) -> str:
-    """`352.49 GB` for 352494542848."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
+    """Three digits: `352 GB` for 352494542848, `53.1 MB`, `512 B`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            break
         count /= 1000
-    return f"{count:.2f} TB"
+    decimals = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
+    return f"{count:.{decimals}f} {unit}"
 
 
 def human_count(count: int) -> str:
