@@ -58,11 +58,11 @@ def _top(names: str, reason: str, *, biasless: bool = False) -> Rule:
     return Rule(re.compile(rf"^(?:{'|'.join(names.split())})$"), reason, biasless)
 
 
-# The names which output heads go by, whole or behind a prefix. What a file does not hold because it is tied must still
-# be named in `llm_int8_skip_modules`, so these are listed there too.
+# The names which output heads go by, whole or behind a prefix.
 HEAD_NAMES = (
     "lm_head",
     "lm_head.decoder",
+    "lm_head.out_proj",
     "embed_out",
     "output_projection",
     "cls.predictions.decoder",
@@ -110,69 +110,79 @@ CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_fc|c_proj)$")
 
 _KEPT_WO = (_leaf("wo", FLOAT32),)
 _KEPT_INDEXER = (_leaf(r"indexer\.weights_proj", FLOAT32),)
-_LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate", LINEAR),)
+_LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate gate\.wg", LINEAR),)
 _LINEAR_PATCHES = (_leaf(r"patch_embedding", LINEAR),)
 _LINEAR_REL_POS = (_leaf(r"rel_pos_bias rel_pos_[xy]_bias", LINEAR),)
 _SHARED_BOXES = (_under(r"bbox_embed class_embed", TIED),)
+_FUSED_QKV = (_leaf(r"attn\.w?_?qkv attn\.Wqkv mixer\.Wqkv", FUSED),)
 
+# Exceptions by the model type of the config, or of any config inside it.
 MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), _KEPT_WO),
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4_text"), _KEPT_INDEXER),
-    **dict.fromkeys(("afmoe", "nllb-moe", "jetmoe", "longcat_flash", "switch_transformers"), _LINEAR_GATES),
-    **dict.fromkeys(("d_fine", "deimv2"), (*_LINEAR_GATES, *_SHARED_BOXES)),
-    **dict.fromkeys(("grounding-dino", "mm-grounding-dino", "rt_detr_v2"), _SHARED_BOXES),
-    **dict.fromkeys(("zamba", "zamba2"), (_under("shared_transf shared_transformer", TIED),)),
-    **dict.fromkeys(("tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (_leaf(r"attn\.qkv", FUSED),)),
-    **dict.fromkeys(("inkling2", "inkling2_vision", "muse_glimmer", "muse_glimmer_vision"), _LINEAR_PATCHES),
-    **dict.fromkeys(("muse_spark", "muse_spark_vision"), _LINEAR_PATCHES),
-    **dict.fromkeys(("layoutlmv3", "pp_doclayout_v2"), _LINEAR_REL_POS),
-    "blip-2": (_under("qformer", FLOAT32),),
-    "cohere_asr": (_leaf(r"log_softmax\.mlp\.layer0", HEAD),),
-    "ctrl": (_leaf("w", EMBEDDING),),
-    "deepseek_v4": (
-        _leaf("wo_a", SUBCLASS),
-        _leaf(r"compressor\.wgate compressor\.wkv indexer\.weights_proj", FLOAT32),
+    **dict.fromkeys(
+        ("afmoe", "hunyuan_v1_moe", "jetmoe", "longcat_flash", "nllb-moe", "switch_transformers"), _LINEAR_GATES
     ),
+    **dict.fromkeys(("d_fine", "deimv2"), (*_LINEAR_GATES, *_SHARED_BOXES)),
+    **dict.fromkeys(("deformable_detr", "grounding-dino", "mm-grounding-dino", "rt_detr_v2"), _SHARED_BOXES),
+    **dict.fromkeys(
+        ("inkling2", "inkling2_vision", "muse_glimmer", "muse_glimmer_vision", "muse_spark", "muse_spark_vision"),
+        _LINEAR_PATCHES,
+    ),
+    **dict.fromkeys(("layoutlmv3", "pp_doclayout_v2"), _LINEAR_REL_POS),
+    **dict.fromkeys(
+        (
+            *("jina_embeddings_v3", "nemo_speechlm", "nomic_bert", "qianfan_ocr"),
+            *("tipsv2", "tipsv2_dpt", "tipsv2_vision_model"),
+        ),
+        _FUSED_QKV,
+    ),
+    **dict.fromkeys(("molmo2", "molmo2_text"), (_leaf("ff_proj att_proj", FUSED),)),
+    **dict.fromkeys(("nemotron_h_omni", "radio"), (*_FUSED_QKV, _leaf("embedder video_embedder", LINEAR))),
     **dict.fromkeys(
         ("falcon", "RefinedWeb", "RefinedWebModel"),
         (_leaf(r"self_attention\.(?:query_key_value|dense) mlp\.dense_(?:h_to_4h|4h_to_h)", SUBCLASS),),
+    ),
+    **dict.fromkeys(("zamba", "zamba2"), (_under("shared_transf shared_transformer", TIED),)),
+    "blip-2": (_under("qformer", FLOAT32),),
+    "cohere_asr": (_leaf(r"log_softmax\.mlp\.layer0", HEAD),),
+    "ctrl": (_leaf("w", EMBEDDING),),
+    "dab-detr": (_under("bbox_predictor", TIED),),
+    "deepseek_v4": (
+        _leaf("wo_a", SUBCLASS),
+        _leaf(r"compressor\.wgate compressor\.wkv indexer\.weights_proj", FLOAT32),
     ),
     "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
-    "jina_embeddings_v3": (_leaf("Wqkv", FUSED),),
     "kimi_k25": (_leaf("wqkv", FUSED),),
     "maskformer": (_leaf(r"pixel_level_module\.\S*\.(?:query|key|value|dense)", FUSED),),
     "minimax_m3_vl": (_leaf(r"shared_experts\.(?:gate|up)_proj", FUSED),),
     "mistral_large4": (*_KEPT_INDEXER, _leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED)),
-    "molmo2": (_leaf("ff_proj att_proj", FUSED),),
-    "molmo2_text": (_leaf("ff_proj att_proj", FUSED),),
-    "nemo_speechlm": (_leaf("w_qkv", FUSED),),
-    "nemotron_h_omni": (_leaf(r"attn\.qkv", FUSED), _leaf("embedder video_embedder", LINEAR)),
-    "nomic_bert": (_leaf("Wqkv", FUSED),),
     "pp_doclayout_v3": (_under("enc_bbox_head enc_score_head", TIED),),
-    "qianfan_ocr": (_leaf(r"attn\.qkv", FUSED),),
-    "radio": (_leaf(r"attn\.qkv", FUSED), _leaf("embedder video_embedder", LINEAR)),
+    "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
     "sapiens2": (_leaf("w12", FUSED),),
     "step3p7": (_leaf(r"transformer\.resblocks\.\d+\.attn\.out_proj", LINEAR),),
     "tipsv2_text_model": (_leaf("out_proj", LINEAR),),
     "unlimited_ocr": (_leaf(r"transformer\.layers\.\d+\.self_attn\.qkv_proj projector\.layers", FUSED),),
-    "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
 }
 
-# By the class named in config.json's "architectures", as a regular expression.
+# Exceptions by the class named in config.json's "architectures", as a regular expression. Most name the layer that
+# happens to come last in that class, when it has no bias: the loader leaves the module of the last parameter alone.
 ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
+    (r"\w+ForCTC", (_top("lm_head", LINEAR),)),
+    (r"\w+VisionModelWithProjection", (_top("visual_projection", LAST),)),
     ("BarkModel", (_leaf("lm_head", LINEAR),)),
     ("ClvpModelForConditionalGeneration", (_leaf("lm_head", LINEAR), _leaf(r"speech_encoder_model\.projection", LAST))),
     ("EmbeddingGemma2(?:Text)?Model", (_leaf("embedding_projection", LAST),)),
     ("GradiumPhononTTSModel", (_top("duration_delta_proj", LAST),)),
-    ("GraniteSpeech5ForCTC", (_leaf("encoder.out", TIED),)),
+    ("GraniteSpeech5ForCTC", (_leaf(r"encoder\.out", TIED),)),
     ("Inkling2(?:Vision)?Model", (_leaf(r"merger\.linear_2", LAST),)),
+    ("LayoutLMv3Model", (_leaf("rel_pos_y_bias", LAST),)),
     ("MuseGlimmerModel", (_top("vision_projection", LAST),)),
     ("NemotronH_Omni_Reasoning_V3", (_leaf("lm_head", LINEAR), _leaf(r"mlp1\.3", LAST))),
     ("NeoMMEForMaskedLM", (_leaf(r"embed_tokens\.embedding_projection", TIED),)),
-    ("XCLIPModel", (_top("text_projection", LINEAR),)),
     ("PeAudioModel", (_leaf(r"audio_head\.proj text_audio_head\.proj", LAST),)),
     ("PocketTTSModel", (_top("audio_latent_proj", LAST),)),
     (r"Qwen2_5Omni\w*", (_leaf(r"thinker\.lm_head", LINEAR),)),
@@ -180,54 +190,68 @@ ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("Sam3LiteTextTextModel", (_top("projection", LAST),)),
     (r"SplinterFor\w+", (_leaf(r"splinter_qass\.end_classifier", LAST),)),
     ("Step3p7Model", (_top("multi_modal_projector", LAST),)),
-    ("Voxtral(?:Realtime)?Model", (_leaf(r"multi_modal_projector\.linear_2", LAST),)),
-    ("LayoutLMv3Model", (_leaf("rel_pos_y_bias", LAST),)),
     ("TimesFm2_5ModelForPrediction", (_leaf(r"output_projection_quantiles\.residual_layer", LAST),)),
-    (r"\w+VisionModelWithProjection", (_top("visual_projection", LAST),)),
-    (r"\w+ForCTC", (_top("lm_head", LINEAR),)),
+    ("Voxtral(?:Realtime)?Model", (_leaf(r"multi_modal_projector\.linear_2", LAST),)),
+    ("XCLIPModel", (_top("text_projection", LINEAR),)),
 )
 
-# Linear layers that transformers leaves alone and that a checkpoint does not hold under their own name, because they
-# are tied to another or made from a weight that is split on load. Entries for `llm_int8_skip_modules`.
+# Output heads that are not called lm_head, by model type. A file does not hold a tied head, but
+# `llm_int8_skip_modules` must name it all the same.
+TIED_HEADS: dict[str, tuple[str, ...]] = {
+    "cls.predictions.decoder": (
+        *("bert", "big_bird", "blip", "deberta", "deberta-v2", "encoder-decoder", "ernie", "fnet", "layoutlm"),
+        *("lxmert", "megatron-bert", "mobilebert", "mra", "nomic_bert", "nystromformer", "roc_bert", "roformer"),
+        *("squeezebert", "tapas", "visual_bert", "yoso"),
+    ),
+    "lm_head.decoder": (
+        *("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "jina_embeddings_v3", "longformer"),
+        *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+    ),
+    "proj_out": ("canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"),
+    "output_projection": ("biogpt", "fsmt", "trocr"),
+    "generator_lm_head": ("convbert", "electra"),
+    "^decoder$": ("modernbert", "modernbert-decoder"),
+    "pred_layer.proj": ("flaubert", "xlm"),
+    "predictions.decoder": ("albert",),
+    "vocab_projector": ("distilbert",),
+    "embed_out": ("gpt_neox", "gpt_neox_japanese"),
+    "ctc_head": ("granite_speech5_ctc",),
+    "entity_predictions.decoder": ("luke",),
+    "head.decoder": ("ultrabert",),
+    "lm_loss": ("xlnet",),
+    "unembedding_projection": ("neomme",),
+    "^head$": ("rwkv",),
+    "^output$": ("git",),
+}
+
+# Other linear layers that transformers leaves alone and that a file does not hold under their own name: those that are
+# tied to another, or made from a weight that is split on load. Entries for `llm_int8_skip_modules`, by model type.
+_SELF_ATTENTION = (r".*\.self_attn\.[qkv]_proj",)
 ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("d_fine", "deimv2", "rt_detr_v2"), ("class_embed", "bbox_embed")),
     **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), ("bbox_embed", r".*\.bbox_embed")),
-    "bark": (r"fine_acoustics\.lm_heads", "lm_heads"),
-    "cohere_asr": ("proj_out",),
-    "deepseek_v4": (r".*\.compressor\.(?:indexer\.)?(?:gate|kv)_proj",),
-    "gradium_phonon_tts": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "gte": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    "hrm_text": (r".*\.self_attn\.(?:q|k|v|gate)_proj", r".*\.mlp\.(?:gate|up)_proj"),
-    "jev": ("^proj$",),
-    "jina_embeddings_v3": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "kimi_k25": (r".*\.attn\.[qkv]_proj",),
-    **dict.fromkeys(("modernbert", "modernbert-decoder"), ("^decoder$",)),
+    **dict.fromkeys(("jina_embeddings_v3", "nemo_speechlm", "nomic_bert", "tipsv2_text_model"), _SELF_ATTENTION),
     **dict.fromkeys(
         ("molmo2", "molmo2_text"),
         (r"(?:.*language_model\.)?layers\.\d+\.(?:self_attn\.[qkv]|mlp\.(?:gate|up))_proj",),
     ),
+    **dict.fromkeys(("radio", "tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (r".*\.attention\.[qkv]_proj",)),
+    **dict.fromkeys(("zamba", "zamba2"), (r".*\.shared_transf(?:ormer)?",)),
+    "bark": (r"fine_acoustics\.lm_heads", "lm_heads"),
+    "dab-detr": (r"(?:.*\.)?decoder\.bbox_embed",),
+    "deepseek_v4": (r".*\.compressor\.(?:indexer\.)?(?:gate|kv)_proj",),
+    "deformable_detr": (r"(?:.*\.)?bbox_embed", r"(?:.*\.)?class_embed"),
+    "gradium_phonon_tts": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "gte": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
+    "hrm_text": (r".*\.self_attn\.(?:q|k|v|gate)_proj", r".*\.mlp\.(?:gate|up)_proj"),
+    "jev": ("^proj$",),
+    "kimi_k25": (r".*\.attn\.[qkv]_proj",),
     "mistral_large4": (r".*vision_tower\.transformer\.layers\.\d+\.attention\.[qk]_proj",),
     "nemotron_h_omni": (r".*\.attention\.[qkv]_proj", "multi_modal_projector.linear_2"),
-    "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
-    "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
-    **dict.fromkeys(("tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (r".*\.attention\.[qkv]_proj",)),
-    "tipsv2_text_model": (r".*\.self_attn\.[qkv]_proj",),
-    "ultrabert": ("head.decoder",),
-    "unlimited_ocr": (
-        "multi_modal_projector",
-        r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj",
-    ),
-    "zamba": (r".*\.shared_transf",),
-    "zamba2": (r".*\.shared_transformer",),
-    "nemo_speechlm": (r".*\.self_attn\.[qkv]_proj",),
-    "radio": (r".*\.attention\.[qkv]_proj",),
-    "nomic_bert": (r".*\.self_attn\.[qkv]_proj",),
-    "pp_doclayout_v3": (
-        r".*decoder\.bbox_embed",
-        r".*decoder\.class_embed",
-        "decoder.bbox_embed",
-        "decoder.class_embed",
-    ),
+    "pp_doclayout_v3": (r"(?:.*\.)?decoder\.bbox_embed", r"(?:.*\.)?decoder\.class_embed"),
     "qianfan_ocr": (r".*vision_tower\.layers\.\d+\.attention\.[qkv]_proj",),
     "rf_detr": (r".*decoder\.layers\.\d+\.self_attn\.[qkv]_proj",),
+    "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
+    "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
+    "unlimited_ocr": ("multi_modal_projector", r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj"),
 }

@@ -52,8 +52,8 @@ class Decision:
 class Plan:
     """A decision for each tensor of a checkpoint, in the order the tensors were given.
 
-    `absent` names linear layers that the loader must leave alone although the checkpoint has no tensor of that name:
-    they are tied to one it has, or made from one.
+    `absent` covers linear layers that the loader must leave alone although the checkpoint has no tensor of that name,
+    since they are tied to one it has, or made from one: entries for `llm_int8_skip_modules`.
     """
 
     decisions: tuple[Decision, ...]
@@ -114,8 +114,7 @@ def make_plan(specs: Iterable[TensorSpec], config: Mapping[str, Any], options: P
     specs = tuple(specs)
     checkpoint = _Checkpoint({spec.name: spec for spec in specs}, config)
     decisions = tuple(_decide(spec, checkpoint, options) for spec in specs)
-    absent = [name for model_type in _model_types(config) for name in names.ABSENT_LINEARS.get(model_type, ())]
-    return Plan(decisions, options, tuple(dict.fromkeys(absent)))
+    return Plan(decisions, options, tuple(dict.fromkeys(_absent_linears(config))))
 
 
 def kind_of(tensor_name: str) -> str:
@@ -203,6 +202,16 @@ def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
     for model_type in dict.fromkeys(_model_types(config)):
         yield from names.MODEL_TYPE_RULES.get(model_type, ())
     yield from names.GENERAL_RULES
+
+
+def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
+    """Entries for linear layers that are left alone without being in the file; all heads where the type is unknown."""
+    model_types = tuple(_model_types(config))
+    for head, owners in names.TIED_HEADS.items():
+        if not model_types or any(model_type in owners for model_type in model_types):
+            yield head
+    for model_type in model_types:
+        yield from names.ABSENT_LINEARS.get(model_type, ())
 
 
 def _model_types(config: Mapping[str, Any]) -> Iterator[str]:

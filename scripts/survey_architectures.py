@@ -16,6 +16,7 @@ Needs the development extras (transformers, bitsandbytes).
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import resource
@@ -53,6 +54,16 @@ COUNTS_TO_SHRINK = {
     "n_routed_experts": 8,
     "num_local_experts": 8,
     "moe_num_experts": 8,
+}
+
+# What some default configs leave open and their models need.
+GAPS = {
+    "head_dim": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "prediction_length": 24,
+    "vocab_size": 320,
+    "vocabulary_map": {},
 }
 
 
@@ -98,25 +109,24 @@ def class_names_by_model_type() -> dict[str, list[str]]:
     return {model_type: sorted(filter(None, names)) for model_type, names in sorted(found.items())}
 
 
-def shrink(config: Any) -> None:
-    """Lower the numbers of layers and experts in a config and in the configs inside it, in place."""
+def adapt(config: Any, small: bool) -> None:
+    """Fill what a config and those inside it leave open, and lower their numbers of layers, in place."""
     for key, value in list(vars(config).items()):
-        if key in COUNTS_TO_SHRINK and isinstance(value, int) and not isinstance(value, bool):
-            try:
+        if hasattr(value, "model_type"):
+            adapt(value, small)
+        elif value is None and key in GAPS:
+            setattr(config, key, GAPS[key])
+        elif small and key in COUNTS_TO_SHRINK and type(value) is int:
+            with contextlib.suppress(Exception):  # a config may refuse; it is then built at its own size
                 setattr(config, key, min(value, COUNTS_TO_SHRINK[key]))
-            except Exception:
-                continue  # a config may refuse; it is then built at its own size
-        elif hasattr(value, "model_type"):
-            shrink(value)
 
 
 def configure(model_class: Any, config_class: Any, variant: str) -> Any:
     """A default config for a model class: the text model's own where the class wants only that."""
     config = config_class()
     if not isinstance(config, model_class.config_class):
-        config = config.get_text_config()
-    if not isinstance(config, model_class.config_class):
-        raise ValueError(f"{model_class.__name__} is not built from a {config_class.__name__}")
+        text_config = config.get_text_config()
+        config = text_config if isinstance(text_config, model_class.config_class) else config
     if variant == TIE_FLIPPED:
         config.tie_word_embeddings = not config.tie_word_embeddings
     return config
@@ -132,8 +142,7 @@ def build(class_name: str, config_class: Any, variant: str) -> Any:
     for small in (True, False):
         try:
             config = configure(model_class, config_class, variant)
-            if small:
-                shrink(config)
+            adapt(config, small)
             with torch.device("meta"), no_init_weights():
                 return model_class(config)
         except Exception:
@@ -266,7 +275,7 @@ def build_model_type(task: tuple[str, list[str], str]) -> None:
             try:
                 model = build(class_name, CONFIG_MAPPING[model_type], "")
                 lines = [describe(model_type, class_name, model)]
-                if model.get_output_embeddings() is not None:
+                if model.get_output_embeddings() is not None and hasattr(model.config, "tie_word_embeddings"):
                     model = build(class_name, CONFIG_MAPPING[model_type], TIE_FLIPPED)
                     lines.append(describe(model_type, class_name, model) | {"variant": TIE_FLIPPED})
             except Exception as error:

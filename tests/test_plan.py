@@ -1,6 +1,8 @@
 """What becomes int8 and why; held against what transformers' bitsandbytes path replaces on the meta device."""
 
 import importlib.util
+import re
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -62,6 +64,11 @@ def test_projections_become_int8_and_the_rest_says_why() -> None:
 def test_percent_counts_every_stored_element() -> None:
     plan = plan_of(spec("h.0.q_proj.weight", 8, 8), spec("wte.weight", 24, 8))
     assert (plan.parameters, plan.quantized_parameters, plan.percent_quantized) == (256, 64, 25.0)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = "import sys, int8cli.plan, int8cli.layouts.skip_modules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_no_tensors_are_no_percent() -> None:
@@ -193,13 +200,19 @@ def test_kept_tensors_become_copies() -> None:
 
 def test_the_head_is_named_though_it_is_tied_and_absent() -> None:
     specs = [s for s in llama() if s.name != "lm_head.weight"]
-    entries = skip_modules(plan_of(*specs))
+    assert skip_modules(plan_of(*specs, config={"model_type": "llama"})) == ["lm_head"]
+    assert skip_modules(plan_of(*specs, config={"model_type": "whisper"})) == ["lm_head", "proj_out"]
+
+
+def test_without_a_model_type_every_known_head_is_named() -> None:
+    plan = plan_of(*(s for s in llama() if s.name != "lm_head.weight"))
+    entries = skip_modules(plan)
     assert {"lm_head", "proj_out", "cls.predictions.decoder", "lm_head.decoder"} <= set(entries)
-    assert not any(covers(entry, d.module) for entry in entries for d in plan_of(*specs).quantized)
+    assert not any(covers(entry, d.module) for entry in entries for d in plan.quantized)
 
 
 def test_a_plain_model_names_its_head_and_nothing_else() -> None:
-    assert skip_modules(plan_of(*llama())) == ["lm_head"]
+    assert skip_modules(plan_of(*llama(), config={"model_type": "llama"})) == ["lm_head"]
 
 
 def test_an_entry_never_covers_a_quantized_neighbour() -> None:
@@ -249,7 +262,7 @@ def test_names_that_are_no_plain_words_are_escaped() -> None:
 
 def test_thousands_of_experts_are_one_entry() -> None:
     experts = [spec(f"model.layers.0.mlp.experts.{n}.up_proj.weight", 8, 8) for n in range(3000)]
-    assert skip_modules(plan_of(*llama(), *experts)) == [EXPERTS_PATTERN, "lm_head"]
+    assert skip_modules(plan_of(*llama(), *experts, config={"model_type": "qwen3_moe"})) == [EXPERTS_PATTERN, "lm_head"]
 
 
 def test_a_kept_non_finite_tensor_is_named() -> None:
@@ -260,6 +273,7 @@ def test_a_kept_non_finite_tensor_is_named() -> None:
 def test_every_entry_compiles_and_the_list_is_sorted() -> None:
     entries = skip_modules(plan_of(*llama(3), skip=("*.mlp.*",)))
     assert entries == sorted(set(entries))
+    assert all(re.compile(entry) for entry in entries)
 
 
 # --- against transformers --------------------------------------------------------------------------------------------
@@ -317,6 +331,10 @@ CLASSES = [
     ("clip", "CLIPModel", {}),
     ("gte", "GteForMaskedLM", {}),
     ("zamba", "ZambaForCausalLM", {}),
+    ("gpt2", "GPT2LMHeadModel", {"add_cross_attention": True}),
+    ("albert", "AlbertForMaskedLM", {}),
+    ("esm", "EsmForMaskedLM", {}),
+    ("xlnet", "XLNetLMHeadModel", {}),
 ]
 
 

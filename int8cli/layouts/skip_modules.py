@@ -25,6 +25,9 @@ def skip_modules(plan: Plan) -> list[str]:
     An entry covers a module when it is a suffix of its name, or matches it as a regular expression from its start up
     to a dot or its end (transformers, quantizers_utils.py, `should_convert_module`). Entries are suffixes wherever a
     suffix tells the module from all quantized ones: those hold with and without the base model's prefix. Sorted.
+
+    The loader matches its own names. Where transformers renames more than prefixes on load, an entry made from the
+    file's name may miss; for what is left alone by default the tables of `architectures` give the loader's names.
     """
     quantized = _with_and_without_prefix(decision.module for decision in plan.quantized)
     entries: list[str] = []
@@ -46,8 +49,6 @@ def _always_named(plan: Plan) -> Iterator[str]:
     """What the checkpoint may not hold under that name, tied heads above all, and experts, often many thousands."""
     yield "lm_head"
     yield from plan.absent
-    if not any(decision.reason in (names.HEAD, names.TIED_HEAD) for decision in plan.copied):
-        yield from (*names.HEAD_NAMES, "proj_out")
     if any(decision.reason == names.EXPERT for decision in plan.copied):
         yield EXPERTS_PATTERN
 
