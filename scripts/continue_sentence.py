@@ -1,14 +1,16 @@
 """Continue a sentence with a model and with its int8 conversion, side by side, through transformers + bitsandbytes.
 
-    python scripts/continue_sentence.py demo/SmolLM2-135M-Instruct demo/SmolLM2-135M-Instruct-int8
+python scripts/continue_sentence.py demo/SmolLM2-135M-Instruct demo/SmolLM2-135M-Instruct-int8
 """
 
 import argparse
+import logging
+import warnings
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 
 def continue_sentence(model_directory: Path, sentence: str, tokens: int) -> tuple[str, int]:
@@ -25,10 +27,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--sentence", default="The moon rose over the quiet harbour, and")
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     arguments = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="bitsandbytes")
     for directory in arguments.models:
         text, size_bytes = continue_sentence(directory, arguments.sentence, arguments.tokens)
         print(f"\n{directory} ({size_bytes / 1e6:.0f} MB in memory):\n  {text}")
