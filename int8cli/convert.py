@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,10 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """All that a process needs to convert one shard that is on this machine. Picklable."""
+    """All that a process needs to convert one shard that is on this machine. Picklable.
+
+    `plan` holds the decisions on this shard's tensors, in their order in the file.
+    """
 
     source: ShardSource
     weight_format: WeightFormat
@@ -168,12 +171,11 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
             result, output, plan = _attempt(task, task.plan.keeping(list(kept)), local, reader, on_bytes)
     finally:
         reader.close()
-    decisions = [decisions_by_name(plan)[stored.spec.name] for stored in task.layout.tensors]
     return ShardRecord(
         source=task.source,
         source_sha256=local.sha256,
         files=(_file_record(output, result),),
-        layers=tuple(_layer_report(decision, result) for decision in decisions if decision.quantize),
+        layers=tuple(_layer_report(decision, result) for decision in plan.quantized),
         kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
     )
 
@@ -292,12 +294,13 @@ def _task(
     shard: ShardSource, survey: Survey, settings: Settings, options: ConvertOptions, store: RecordStore
 ) -> ShardTask:
     layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
+    own = tuple(survey.decisions[stored.spec.name] for stored in layout.tensors)
     via_half = settings.float32 == VIA_FLOAT16
     return ShardTask(
         source=shard,
         weight_format=survey.weights.format,
         layout=layout,
-        plan=survey.plan,
+        plan=replace(survey.plan, decisions=own),
         output=options.output / shard.output,
         partial=store.partial_directory / shard.output,
         options=PassOptions(options.threads, options.device, via_half, options.on_nonfinite == "keep"),

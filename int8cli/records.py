@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -208,28 +208,46 @@ def locked(output: Path) -> Iterator[int]:
     """Hold an output directory for one run. Yields the descriptor whose duplicates, in workers, keep the lock.
 
     The lock is the kernel's, on `int8/` itself: it ends with the last process that holds it, however that ends, and
-    leaves no file. Raises OutputInUseError, OutputError.
+    leaves no file. An `int8/` that is empty at the end is removed. Raises OutputInUseError, OutputError.
     """
     own = output / OWN_DIRECTORY
-    try:
-        own.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(own, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error.strerror})", hint="Choose a directory you may write to with --output."
-        ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputInUseError(
-            f"{output} is in use by another int8cli convert",
-            hint="Wait for it to end, or choose another directory with --output.",
-        ) from error
+    descriptor = _lock(output, own)
     try:
         yield descriptor
     finally:
+        with suppress(OSError):
+            own.rmdir()
         os.close(descriptor)
+
+
+def _lock(output: Path, own: Path) -> int:
+    while True:
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(own, os.O_RDONLY)
+        except OSError as error:
+            raise OutputError(
+                f"{output}: cannot be written ({error.strerror})",
+                hint="Choose a directory you may write to with --output.",
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputInUseError(
+                f"{output} is in use by another int8cli convert",
+                hint="Wait for it to end, or choose another directory with --output.",
+            ) from error
+        if _is_still(own, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last holder removed it in between
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> None:
