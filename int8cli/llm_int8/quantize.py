@@ -8,6 +8,8 @@ with s = reciprocal(row_absmax) * 127 in float32. bitsandbytes writes `127.0 / r
 that reciprocal and product: two roundings, and a true division would differ in about one value of 4,000.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,7 @@ class BlockQuantizer:
         magnitude = self._scaled.view(bits.dtype)[: bits.numel()].view(bits.shape)
         torch.bitwise_and(bits, _MAGNITUDE_MASK[bits.dtype], out=magnitude)
         absmax = magnitude.amax(dim=1).view(block.dtype).float()
-        if not bool(torch.isfinite(absmax).all()):
+        if not math.isfinite(absmax.max()):  # NaN is passed on by max
             _raise_first_non_finite(block, absmax)
         return absmax
 
@@ -71,29 +73,26 @@ class BlockQuantizer:
         The stored absmax differs from the one given in rows that go through float16. A row of zeros stays zero with the
         scale 0, as does a bfloat16 row so small that float16 has only zeros for it.
         """
-        shape, numel = block.shape, block.numel()
-        scaled = self._scaled[:numel].view(shape)  # (rows, columns), float32
-        rounded = self._rounded[:numel].view(shape)  # (rows, columns), float32
-        via_half = self._goes_through_half(block.dtype, row_absmax)
-        absmax = torch.where(via_half, row_absmax.half().float(), row_absmax)
+        scaled = self._scaled[: block.numel()].view(block.shape)  # (rows, columns), float32
+        rounded = self._rounded[: block.numel()].view(block.shape)  # (rows, columns), float32
+        plain = self._is_plain(block.dtype, row_absmax)
+        absmax = row_absmax if plain else self._absmax_to_store(block.dtype, row_absmax)
         scale = _scale(absmax)
-
         scaled.copy_(block)
         scaled.mul_(scale[:, None])
         torch.round(scaled, out=rounded)
-        if bool(via_half.any()):
-            rows = via_half.nonzero().squeeze(1)
-            halves = block.index_select(0, rows).half().float()
-            rounded.index_copy_(0, rows, halves.mul_(scale[rows, None]).round_())
-        tiny = (absmax > 0) & (absmax < _TINY_ABSMAX)
-        if bool(tiny.any()):
-            rows = tiny.nonzero().squeeze(1)
-            exact = block.index_select(0, rows).double() * (INT8_MAX / absmax[rows].double())[:, None]
-            scaled.index_copy_(0, rows, exact.float())
-            rounded.index_copy_(0, rows, exact.round_().float())
+        if not plain:
+            self._mend_rows(block, row_absmax, absmax, scaled, rounded)
         data.copy_(rounded)
         stored_absmax.copy_(absmax)
-        return self._sums(block, scaled, rounded, absmax, lost=row_absmax.where(absmax == 0, 0.0))
+        sums = _error_sums(scaled, rounded, absmax)
+        return sums if plain else sums + _lost_rows(block, row_absmax, absmax)
+
+    def _is_plain(self, dtype: torch.dtype, row_absmax: Tensor) -> bool:
+        """Whether no row of a block needs more than the scale: the usual case, told by the smallest row."""
+        if dtype == torch.float32:
+            return not self.float32_via_half and float(row_absmax.min()) >= _TINY_ABSMAX
+        return float(row_absmax.min()) > (_HALF_MATTERS_BELOW if dtype == torch.bfloat16 else 0.0)
 
     def _goes_through_half(self, dtype: torch.dtype, row_absmax: Tensor) -> Tensor:
         if dtype == torch.bfloat16:
@@ -102,28 +101,20 @@ class BlockQuantizer:
             return row_absmax <= _HALF_MAX
         return torch.zeros_like(row_absmax, dtype=torch.bool)
 
-    def _sums(self, block: Tensor, scaled: Tensor, rounded: Tensor, absmax: Tensor, lost: Tensor) -> ErrorSums:
-        """Error sums of a block, from W and Ŵ in units of each row's quantization step. Overwrites both buffers.
+    def _absmax_to_store(self, dtype: torch.dtype, row_absmax: Tensor) -> Tensor:
+        return torch.where(self._goes_through_half(dtype, row_absmax), row_absmax.half().float(), row_absmax)
 
-        `lost` is the true absmax of rows that were stored as zeros though they are not: their error is themselves.
-        """
-        step = absmax.double() / INT8_MAX  # (rows,)
-        weight_norm = torch.linalg.vector_norm(scaled, dim=1).double() * step
-        error = torch.sub(scaled, rounded, out=scaled)
-        error_norm = torch.linalg.vector_norm(error, dim=1).double() * step
-        max_error = error.abs_().amax(dim=1).double() * step
-        if bool((lost > 0).any()):
-            lost_norm = torch.linalg.vector_norm(block.double(), dim=1).where(lost > 0, 0.0)
-            weight_norm, error_norm, max_error = weight_norm + lost_norm, error_norm + lost_norm, max_error + lost
-        return ErrorSums(
-            numel=block.numel(),
-            sum_squared_error=float(error_norm.square().sum()),
-            sum_squared_weight=float(weight_norm.square().sum()),
-            max_abs_error=float(max_error.max()),
-            sum_abs_data=float(rounded.abs_().sum(dim=1).double().sum()),
-            row_absmax_min=float(absmax.min()),
-            row_absmax_max=float(absmax.max()),
-        )
+    def _mend_rows(self, block: Tensor, row_absmax: Tensor, absmax: Tensor, scaled: Tensor, rounded: Tensor) -> None:
+        """Compute the rows again that go through float16, and those too small for a float32 scale."""
+        rows = self._goes_through_half(block.dtype, row_absmax).nonzero().squeeze(1)
+        if len(rows):
+            halves = block.index_select(0, rows).half().float()
+            rounded.index_copy_(0, rows, halves.mul_(_scale(absmax[rows])[:, None]).round_())
+        rows = ((absmax > 0) & (absmax < _TINY_ABSMAX)).nonzero().squeeze(1)
+        if len(rows):
+            exact = block.index_select(0, rows).double() * (INT8_MAX / absmax[rows].double())[:, None]
+            scaled.index_copy_(0, rows, exact.float())
+            rounded.index_copy_(0, rows, exact.round_().float())
 
 
 def quantize_rowwise(weight: Tensor, *, float32_via_half: bool = False) -> tuple[Tensor, Tensor]:
@@ -143,7 +134,41 @@ def quantize_rowwise(weight: Tensor, *, float32_via_half: bool = False) -> tuple
 def _scale(absmax: Tensor) -> Tensor:
     """127 / absmax with bitsandbytes' two roundings; 0 for rows of zeros (and for tiny rows, computed elsewhere)."""
     scale = absmax.reciprocal().mul_(INT8_MAX)
-    return scale.where(absmax >= _TINY_ABSMAX, 0.0)
+    return scale.masked_fill_(absmax < _TINY_ABSMAX, 0.0)
+
+
+def _error_sums(scaled: Tensor, rounded: Tensor, absmax: Tensor) -> ErrorSums:
+    """Error sums of a block from W and Ŵ in units of each row's quantization step. Overwrites both buffers.
+
+    Reductions run along rows in float32, where their length is bounded by a block, and across rows in float64.
+    """
+    weight_norm = torch.linalg.vector_norm(scaled, dim=1)
+    error = torch.sub(scaled, rounded, out=scaled)
+    error_norm = torch.linalg.vector_norm(error, dim=1)
+    max_error = error.abs_().amax(dim=1)
+    abs_data = rounded.abs_().sum(dim=1)
+    step = absmax.double().div_(INT8_MAX)
+    figures = torch.stack((weight_norm, error_norm, max_error)).double().mul_(step)  # (3, rows)
+    squares = figures[:2].square().sum(dim=1).tolist()
+    low, high = absmax.aminmax()
+    return ErrorSums(
+        numel=scaled.numel(),
+        sum_squared_error=squares[1],
+        sum_squared_weight=squares[0],
+        max_abs_error=float(figures[2].max()),
+        sum_abs_data=float(abs_data.double().sum()),
+        row_absmax_min=float(low),
+        row_absmax_max=float(high),
+    )
+
+
+def _lost_rows(block: Tensor, row_absmax: Tensor, absmax: Tensor) -> ErrorSums:
+    """What rows add to the error that are not zero but stored as zeros: themselves."""
+    lost = block[(absmax == 0) & (row_absmax > 0)].double()
+    if not lost.numel():
+        return ErrorSums()
+    energy = float(lost.square().sum())
+    return ErrorSums(sum_squared_error=energy, sum_squared_weight=energy, max_abs_error=float(lost.abs().max()))
 
 
 def _raise_first_non_finite(block: Tensor, absmax: Tensor) -> None:
