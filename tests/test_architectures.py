@@ -1,0 +1,181 @@
+"""What transformers makes of a converted checkpoint: in every tensor the bits of the source quantized on load."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import (
+    HEADS,
+    LISTED,
+    OTHERS,
+    Tiny,
+    build_tiny,
+    convert_local,
+    read_all,
+    read_json,
+    read_tensors,
+    save_tiny,
+)
+from safetensors.torch import save_file
+from torch import Tensor
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
+
+LEFT_ALONE_ENTIRELY = ("falcon",)
+BOTH_HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+def load(directory: Path, class_name: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model as transformers opens it, and what it found missing, unexpected or mismatched."""
+    import transformers
+
+    model_class = getattr(transformers, class_name)
+    model, info = model_class.from_pretrained(directory, output_loading_info=True, device_map="cpu", **options)
+    return model, {key: sorted(map(str, found)) for key, found in info.items() if found}
+
+
+def quantize_on_load(directory: Path, class_name: str) -> dict[str, Tensor]:
+    from transformers import BitsAndBytesConfig
+
+    model, _ = load(directory, class_name, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    return dict(model.state_dict())
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Equal names, dtypes, shapes and bytes."""
+    assert {n: (t.dtype, t.shape) for n, t in ours.items()} == {n: (t.dtype, t.shape) for n, t in theirs.items()}
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def assert_opens_as_quantized_on_load(source: Path, output: Path, class_name: str) -> dict[str, Tensor]:
+    """Returns the state dict of the converted checkpoint."""
+    model, complaints = load(output, class_name)
+    assert complaints == {}
+    state = dict(model.state_dict())
+    assert_same(state, quantize_on_load(source, class_name))
+    return state
+
+
+def converted(tiny: Tiny, directory: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Path, Path]:
+    """Source and output directories of a tiny model."""
+    source, output = directory / "source", directory / "output"
+    build_tiny(tiny, dtype).save_pretrained(source)
+    convert_local(source, output)
+    return source, output
+
+
+@BOTH_HALVES
+@pytest.mark.parametrize("name", LISTED)
+def test_a_listed_architecture_opens_as_if_quantized_on_load(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    source, output = converted(LISTED[name], tmp_path, dtype)
+    state = assert_opens_as_quantized_on_load(source, output, LISTED[name].model)
+    assert any(tensor.dtype == torch.int8 for tensor in state.values()) == (name not in LEFT_ALONE_ENTIRELY)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_another_head_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
+    source, output = converted(HEADS[name], tmp_path)
+    assert_opens_as_quantized_on_load(source, output, HEADS[name].model)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_architecture_nobody_named_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
+    source, output = converted(OTHERS[name], tmp_path)
+    assert_opens_as_quantized_on_load(source, output, OTHERS[name].model)
+
+
+# --- as checkpoints are found in the wild ----------------------------------------------------------------------------
+
+
+def rewrite(source: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    """Give the tensors of a single-file checkpoint other names."""
+    tensors = {rename(name): tensor for name, tensor in read_all(source).items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def edit_config(source: Path, *removed: str, **changed: Any) -> None:
+    config = {key: value for key, value in read_json(source / "config.json").items() if key not in removed}
+    (source / "config.json").write_text(json.dumps(config | changed))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("bloom", "transformer."), ("gpt2", "transformer."), ("bert", "bert."), ("opt", "model.")]
+)
+def test_names_without_the_base_model_prefix_open_too(name: str, prefix: str, tmp_path: Path) -> None:
+    source = save_tiny(name, tmp_path / "source")
+    renamed = rewrite(source, lambda tensor: tensor.removeprefix(prefix))
+    assert not any(tensor.startswith(prefix) for tensor in renamed)
+    convert_local(source, tmp_path / "output")
+    assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
+
+
+@pytest.mark.parametrize("name", ["opt", "opt-projected", "gpt2", "llama-tied", "gemma2", "qwen3"])
+def test_the_checkpoint_of_a_language_model_opens_as_its_base_model(name: str, tmp_path: Path) -> None:
+    source, output = converted(LISTED[name], tmp_path)
+    model, _ = load(output, "AutoModel")
+    assert_same(dict(model.state_dict()), quantize_on_load(source, "AutoModel"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_a_config_that_names_no_dtype_keeps_that_of_the_weights(name: str, tmp_path: Path) -> None:
+    source = save_tiny(name, tmp_path / "source")
+    edit_config(source, "dtype", "torch_dtype")
+    convert_local(source, tmp_path / "output")
+    assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
+def test_float32_through_float16_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
+    source = save_tiny(name, tmp_path / "source", torch.float32)
+    convert_local(source, tmp_path / "output", float32="float16")
+    assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "t5-gated", "whisper", "deepseek_v3"])
+def test_shards_open_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
+    source = save_tiny(name, tmp_path / "source", max_shard_size="15KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    convert_local(source, tmp_path / "output")
+    assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
+
+
+def test_what_transformers_writes_itself_is_what_we_write(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    source = save_tiny("llama", tmp_path / "source")
+    quantization = BitsAndBytesConfig(load_in_8bit=True)
+    model = LlamaForCausalLM.from_pretrained(source, quantization_config=quantization, device_map="cpu")
+    model.save_pretrained(tmp_path / "theirs")
+    convert_local(source, tmp_path / "ours")
+    assert_same(
+        read_tensors(tmp_path / "ours" / "model.safetensors"), read_tensors(tmp_path / "theirs" / "model.safetensors")
+    )
+
+
+def test_a_converted_model_computes(tmp_path: Path) -> None:
+    source, output = converted(LISTED["llama"], tmp_path)
+    ids = torch.tensor([[1, 5, 7, 11]])
+    with torch.no_grad():
+        int8 = load(output, "LlamaForCausalLM")[0](ids).logits.float()
+        original = load(source, "LlamaForCausalLM")[0](ids).logits.float()
+    assert 0 < (int8 - original).norm() / original.norm() < 0.05
+
+
+def test_of_experts_and_routers_nothing_is_int8_and_the_report_says_so(tmp_path: Path) -> None:
+    source = save_tiny("mixtral", tmp_path / "source")
+    report = convert_local(source, tmp_path / "output")
+    written = read_all(tmp_path / "output")
+    reasons = {group.kind: group.reason for group in report.left_alone}
+    assert not [n for n, t in written.items() if t.dtype == torch.int8 and (".experts." in n or ".gate." in n)]
+    assert {r for kind, r in reasons.items() if "experts.*" in kind} == {"expert, fused by transformers"}
+    assert {r for kind, r in reasons.items() if kind.endswith(".gate.weight")} == {"MoE router"}
+
+
+def test_falcon_is_left_alone_and_says_so(tmp_path: Path) -> None:
+    report = convert_local(save_tiny("falcon", tmp_path / "source"), tmp_path / "output")
+    assert report.percent_quantized == 0.0
+    assert any("linear class of the model's own" in group.reason for group in report.left_alone)
