@@ -1,0 +1,87 @@
+"""Where each family's config.json keeps its numbers: layers, heads, widths, lengths.
+
+Owns the names that a fact goes by, and which part of a nested config speaks for the language model. Decides nothing;
+knows no memory, no file. A number that is not there raises MissingFieldError, never counts as zero.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# In the order in which they are believed.
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+DECODER_LAYERS = ("decoder_layers", "num_decoder_layers", *LAYERS)
+WIDTH = ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+DECODER_HEADS = ("decoder_attention_heads", "num_decoder_attention_heads", *HEADS)
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "multi_query_group_num")
+HEAD_WIDTH = ("head_dim", "attention_head_dim", "kv_channels", "d_kv")
+LENGTH = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx", "max_sequence_length")
+DECODER_LENGTH = ("max_target_positions", *LENGTH)
+# The names of a language model inside a larger one.
+_NESTED = ("text_config", "llm_config", "language_config", "decoder", "thinker_config", "text_model_config")
+
+
+class MissingFieldError(LookupError):
+    """A config does not say what was asked; the message names what. Never reaches a user as an exception."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A config, or the part of it that describes the language model, with reading by any of several names."""
+
+    config: Mapping[str, Any]
+
+    @property
+    def model_type(self) -> str:
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else ""
+
+    def has(self, name: str) -> bool:
+        """Whether a field is there and says anything: None, false, zero and empty lists do not."""
+        return bool(self.config.get(name))
+
+    def number(self, *names: str, default: int | None = None) -> int:
+        """The first of these fields that holds a positive whole number. Raises MissingFieldError without a default."""
+        for name in names:
+            found = self.config.get(name)
+            if isinstance(found, float) and found.is_integer():
+                found = int(found)
+            if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+                return found
+        if default is None:
+            raise MissingFieldError(f"config.json has no {' or '.join(names[:3])}")
+        return default
+
+    def words(self, name: str) -> tuple[str, ...] | None:
+        """A list of words, None where there is none."""
+        found = self.config.get(name)
+        return tuple(map(str, found)) if isinstance(found, (list, tuple)) and found else None
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        found = self.config.get(name)
+        return found if isinstance(found, bool) else default
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """The part of a config that generates text. `cross_attends`: it also attends to what an encoder made."""
+
+    fields: Fields
+    cross_attends: bool
+
+
+def language_model(config: Mapping[str, Any]) -> LanguageModel:
+    """The text model of a config, which may be nested, as transformers' `get_text_config(decoder=True)` finds it."""
+    cross_attends = config.get("is_encoder_decoder") is True
+    while True:
+        nested = next((config[name] for name in _NESTED if _is_model(config.get(name))), None)
+        if nested is None:
+            return LanguageModel(Fields(config), cross_attends)
+        config = nested
+
+
+def _is_model(value: object) -> bool:
+    return isinstance(value, Mapping) and (
+        any(name in value for name in LAYERS) or any(_is_model(value.get(name)) for name in _NESTED)
+    )

@@ -1,0 +1,284 @@
+"""The cache of a model, held against transformers' own cache after a forward pass."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import LISTED, OTHERS, Tiny
+
+from int8cli.kv_cache import read_kv_cache
+
+TOKENS, ENCODER_TOKENS, BATCH = 13, 11, 2
+_GQA = LISTED["qwen3"].arguments
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
+_SLIDING = {**_GQA, "sliding_window": 6}
+
+VARIANTS = {
+    "falcon-multi-head": Tiny(
+        "FalconForCausalLM", "FalconConfig", {**LISTED["falcon"].arguments, "multi_query": False}
+    ),
+    "falcon-new": Tiny(
+        "FalconForCausalLM",
+        "FalconConfig",
+        {**LISTED["falcon"].arguments, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "mistral-sliding": Tiny("MistralForCausalLM", "MistralConfig", _SLIDING),
+    "gemma2-sliding": Tiny("Gemma2ForCausalLM", "Gemma2Config", _SLIDING),
+    "gemma3-sliding": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", {**_SLIDING, "num_hidden_layers": 7}),
+    "cohere2-sliding": Tiny("Cohere2ForCausalLM", "Cohere2Config", {**_SLIDING, "num_hidden_layers": 5}),
+    "qwen2-sliding": Tiny(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        {**_SLIDING, "num_hidden_layers": 4, "use_sliding_window": True, "max_window_layers": 2},
+    ),
+    "qwen2-window-unused": Tiny("Qwen2ForCausalLM", "Qwen2Config", {**_SLIDING, "use_sliding_window": False}),
+    "gpt_oss-sliding": Tiny(
+        "GptOssForCausalLM", "GptOssConfig", {**_SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2}
+    ),
+    "llama4-chunked": Tiny(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {
+            **_GQA,
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 6,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 32,
+        },
+    ),
+    "gpt_bigcode-multi-head": Tiny(
+        "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**OTHERS["gpt_bigcode"].arguments, "multi_query": False}
+    ),
+    "deepseek_v2": Tiny("DeepseekV2ForCausalLM", "DeepseekV2Config", LISTED["deepseek_v3"].arguments),
+    "zamba": Tiny(
+        "ZambaForCausalLM",
+        "ZambaConfig",
+        {
+            **_GQA,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 6,
+            "attn_layer_period": 3,
+            "attn_layer_offset": 2,
+            "mamba_d_state": 4,
+            "use_mamba_kernels": False,
+            "attention_head_dim": 16,
+        },
+    ),
+    "zamba2": Tiny(
+        "Zamba2ForCausalLM",
+        "Zamba2Config",
+        {
+            **LISTED["llama"].arguments,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 4,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+            "mamba_d_state": 4,
+            "n_mamba_heads": 8,
+            "mamba_headdim": 8,
+            "num_mem_blocks": 1,
+        },
+    ),
+    "falcon_h1": Tiny("FalconH1ForCausalLM", "FalconH1Config", {**_GQA, **_MAMBA2, "mamba_d_ssm": 64}),
+    "granitemoehybrid": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        "GraniteMoeHybridConfig",
+        {
+            **LISTED["llama"].arguments,
+            **_MAMBA2,
+            "num_hidden_layers": 4,
+            "layer_types": ["mamba", "attention", "mamba", "attention"],
+            "num_local_experts": 2,
+            "shared_intermediate_size": 32,
+        },
+    ),
+    "bamba": Tiny(
+        "BambaForCausalLM",
+        "BambaConfig",
+        {**LISTED["llama"].arguments, **_MAMBA2, "num_hidden_layers": 3, "attn_layer_indices": [1]},
+    ),
+    "nemotron_h": Tiny(
+        "NemotronHForCausalLM",
+        "NemotronHConfig",
+        {
+            **{name: value for name, value in _GQA.items() if name != "num_hidden_layers"},
+            "hybrid_override_pattern": "M*M-",
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 8,
+            "ssm_state_size": 4,
+            "n_groups": 1,
+        },
+    ),
+    "qwen3_next": Tiny(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        {
+            **_GQA,
+            "num_hidden_layers": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "lfm2": Tiny(
+        "Lfm2ForCausalLM", "Lfm2Config", {**LISTED["llama"].arguments, "layer_types": ["conv", "full_attention"]}
+    ),
+}
+WITH_CACHE = {
+    **{name: tiny for name, tiny in LISTED.items() if name not in ("bert", "roberta", "deberta-v2", "vit")},
+    **{
+        name: OTHERS[name]
+        for name in (
+            *("gemma", "xglm", "biogpt", "codegen", "gpt_bigcode", "ctrl", "rwkv", "mamba2", "falcon_mamba", "jamba"),
+            *("olmo2", "starcoder2"),
+        )
+    },
+    **VARIANTS,
+}
+
+
+def config_of(tiny: Tiny) -> tuple[Any, dict[str, Any]]:
+    """The config as an object, and as config.json has it."""
+    config = getattr(transformers, tiny.config)(**tiny.arguments)
+    return config, json.loads(config.to_json_string())
+
+
+def cached_bytes(found: object) -> int:
+    """The bytes of every tensor of a cache: keys, values and states."""
+    if isinstance(found, torch.Tensor):
+        return found.nbytes
+    if isinstance(found, dict):
+        return sum(map(cached_bytes, found.values()))
+    if isinstance(found, (list, tuple)):
+        return sum(map(cached_bytes, found))
+    if hasattr(found, "self_attention_cache"):
+        return cached_bytes(found.self_attention_cache) + cached_bytes(found.cross_attention_cache)
+    if hasattr(found, "layers"):
+        kept = ("keys", "values", "conv_states", "recurrent_states")
+        return sum(cached_bytes(getattr(layer, name, None)) for layer in found.layers for name in kept)
+    return 0
+
+
+def measured_bytes(tiny: Tiny) -> int:
+    """What the model itself holds after it has read TOKENS tokens in float16."""
+    torch.manual_seed(0)
+    config, _ = config_of(tiny)
+    model = getattr(transformers, tiny.model)(config).to(torch.float16).eval()
+    ids = {"input_ids": torch.ones(BATCH, TOKENS, dtype=torch.long)}
+    if config.is_encoder_decoder:
+        ids = {
+            "input_ids": torch.ones(BATCH, ENCODER_TOKENS, dtype=torch.long),
+            "decoder_input_ids": torch.ones(BATCH, TOKENS, dtype=torch.long),
+        }
+    if config.model_type == "whisper":
+        ids["input_features"] = torch.zeros(BATCH, 8, 2 * config.max_source_positions, dtype=torch.float16)
+        del ids["input_ids"]
+    with torch.no_grad():
+        output = model(**ids, use_cache=True)
+    cache = next(
+        found for name in ("past_key_values", "cache_params", "state") if (found := output.get(name)) is not None
+    )
+    return cached_bytes(cache)
+
+
+def estimated_bytes(config: dict[str, Any]) -> int:
+    cache = read_kv_cache(config)
+    assert cache.layers is not None, cache.reason
+    encoder_tokens = cache.encoder_tokens or ENCODER_TOKENS
+    return BATCH * sum(layer.bytes(TOKENS, encoder_tokens, 2) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", WITH_CACHE)
+def test_the_estimate_is_what_transformers_keeps(name: str) -> None:
+    config = config_of(WITH_CACHE[name])[1]
+    assert estimated_bytes(config) == measured_bytes(WITH_CACHE[name]) > 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in VARIANTS if "layer_types" in config_of(VARIANTS[name])[1] and name != "granitemoehybrid"]
+    + ["gemma2", "qwen2", "zamba"],
+)
+def test_configs_from_before_layer_types_mean_the_same(name: str) -> None:
+    config = config_of(WITH_CACHE[name])[1]
+    expected = read_kv_cache(config)
+    older = {key: value for key, value in config.items() if key not in ("layer_types", "layers_block_type")}
+    if name == "lfm2":
+        older["full_attn_idxs"] = [1]
+    assert read_kv_cache(older) == expected
+
+
+def test_bloom_keeps_four_megabytes_a_token() -> None:
+    config = {"model_type": "bloom", "n_layer": 70, "n_head": 112, "hidden_size": 14336, "seq_length": 2048}
+    cache = read_kv_cache(config)
+    assert cache.bytes_a_token(2) == 4_014_080
+    assert cache.default_context == 2048
+    assert sum(cache.layer_bytes(2048, 1, 2) or ()) == 2048 * 4_014_080
+
+
+def test_the_default_context_is_the_models_own_up_to_8192() -> None:
+    llama = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    assert read_kv_cache({**llama, "max_position_embeddings": 4096}).default_context == 4096
+    assert read_kv_cache({**llama, "max_position_embeddings": 131072}).default_context == 8192
+    assert read_kv_cache(llama).default_context == 2048
+
+
+def test_a_nested_text_config_is_the_one_that_counts() -> None:
+    text = {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
+    vision = {"model_type": "clip_vision_model", "num_hidden_layers": 9, "num_attention_heads": 2, "hidden_size": 64}
+    config = {"model_type": "llava", "text_config": text, "vision_config": vision}
+    assert read_kv_cache(config) == read_kv_cache(text)
+
+
+def test_an_element_of_the_cache_may_be_wider_or_narrower_but_not_the_recurrent_state() -> None:
+    config = config_of(OTHERS["jamba"])[1]
+    cache = read_kv_cache(config)
+    assert cache.layers is not None
+    wide, narrow = (sum(cache.layer_bytes(10, 1, size) or ()) for size in (4, 2))
+    recurrent = sum(layer.float32_elements for layer in cache.layers) * 4
+    assert recurrent > 0
+    assert wide - recurrent == 2 * (narrow - recurrent)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "vit"])
+def test_an_encoder_keeps_none_and_it_is_said(name: str) -> None:
+    cache = read_kv_cache(config_of(LISTED[name])[1])
+    assert cache.layers == ()
+    assert "no cache" in cache.reason
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({}, "config.json"),
+        ({"model_type": "llama"}, "num_hidden_layers"),
+        ({"model_type": "llama", "num_hidden_layers": 2}, "num_attention_heads"),
+        ({"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}, "hidden_size"),
+        ({"model_type": "new", "layer_types": ["lightning"], "num_hidden_layers": 1}, "lightning"),
+        (
+            {"model_type": "new", "ssm_state": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8},
+            "ssm_state",
+        ),
+        (
+            {"model_type": "new", "kv_lora_rank": 16, "num_hidden_layers": 1, "num_attention_heads": 1},
+            "kv_lora_rank",
+        ),
+        (
+            {"model_type": "new", "num_hidden_layers": 0, "num_attention_heads": 4, "hidden_size": 8},
+            "num_hidden_layers",
+        ),
+        ({"model_type": "llama", "num_hidden_layers": "two", "num_attention_heads": True}, "num_hidden_layers"),
+    ],
+)
+def test_what_is_not_understood_gets_a_reason_and_no_number(config: dict[str, Any], word: str) -> None:
+    cache = read_kv_cache(config)
+    assert cache.layers is None
+    assert cache.layer_bytes(10, 1, 2) is None
+    assert cache.bytes_a_token(2) is None
+    assert word in cache.reason
