@@ -24,8 +24,7 @@ from int8cli.checkpoint.writer import ShardWriter, copy_file, write_file
 from int8cli.digest import SourceDigest, new_digest
 from int8cli.errors import CorruptShardError, DigestMismatchError, DiskSpaceError
 from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor
-from int8cli.layouts import bitsandbytes
-from int8cli.layouts.skip_modules import skip_modules
+from int8cli.layouts import LAYOUTS, Layout
 from int8cli.output import OutputShard, output_specs, plan_output_shard
 from int8cli.plan import Decision, Plan
 from int8cli.records import (
@@ -86,7 +85,7 @@ class ConvertOptions:
 class ShardTask:
     """All that a process needs to convert one shard that is on this machine. Picklable.
 
-    `plan` holds the decisions on this shard's tensors, in their order in the file.
+    `plan` holds the decisions on this shard's tensors, in their order in the file; `target` names the output's layout.
     """
 
     source: ShardSource
@@ -96,6 +95,7 @@ class ShardTask:
     output: Path
     partial: Path
     options: PassOptions
+    target: str
 
     @property
     def tensor_bytes(self) -> int:
@@ -175,7 +175,7 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
         source=task.source,
         source_sha256=local.sha256,
         files=(_file_record(output, result),),
-        layers=tuple(_layer_report(decision, result) for decision in plan.quantized),
+        layers=tuple(layer_report(decision, output.target, result) for decision in plan.quantized),
         kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
     )
 
@@ -185,7 +185,7 @@ def _attempt(
 ) -> tuple[PassResult, OutputShard, Plan]:
     """One pass over a shard; commits the file unless weights must be kept that the plan would quantize."""
     decisions = decisions_by_name(plan)
-    output = plan_output_shard(task.layout, decisions, task.source.output)
+    output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
     writer = ShardWriter(task.partial, output.file_bytes)
     try:
         digest = SourceDigest(FileReader(local.path), task.source.size_bytes) if local.sha256 else None
@@ -231,8 +231,9 @@ def _file_record(output: OutputShard, result: PassResult) -> FileRecord:
     return FileRecord(output.file_name, output.file_bytes, header.hexdigest(), tensors)
 
 
-def _layer_report(decision: Decision, result: PassResult) -> LayerReport:
-    data, *companions = output_specs(decision)
+def layer_report(decision: Decision, target: Layout, result: PassResult) -> LayerReport:
+    """The figures of one layer, from the pass that made or compared it."""
+    data, *companions = output_specs(decision, target)
     return LayerReport(
         name=decision.module,
         kind=decision.kind.removesuffix(".weight"),
@@ -304,6 +305,7 @@ def _task(
         output=options.output / shard.output,
         partial=store.partial_directory / shard.output,
         options=PassOptions(options.threads, options.device, via_half, options.on_nonfinite == "keep"),
+        target=settings.layout,
     )
 
 
@@ -392,7 +394,7 @@ def _config(survey: Survey, settings: Settings, plan: Plan) -> dict[str, Any]:
         first = next((dtype for dtype in dtypes if dtype in SOURCE_DTYPE_NAMES), None)
         if first is not None:
             config["torch_dtype"] = SOURCE_DTYPE_NAMES[first]
-    config["quantization_config"] = bitsandbytes.quantization_config(settings.threshold, skip_modules(plan))
+    config["quantization_config"] = survey.target.quantization_config(plan, settings.threshold)
     return config
 
 

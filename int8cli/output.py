@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from int8cli.checkpoint.header import encode_header
 from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
-from int8cli.layouts import bitsandbytes
+from int8cli.layouts import Layout, bitsandbytes
 from int8cli.plan import Decision
 
 SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for where there is no index
@@ -18,11 +18,12 @@ SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for wh
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One file to be written: its encoded header and the place of each tensor in it."""
+    """One file to be written: its encoded header, the place of each tensor in it, and the layout it is in."""
 
     file_name: str
     header: bytes
     tensors: dict[str, StoredTensor]
+    target: Layout = bitsandbytes
 
     @property
     def file_bytes(self) -> int:
@@ -40,17 +41,19 @@ def output_file_names(source_files: Sequence[str]) -> dict[str, str]:
     return {name: str(PurePosixPath(name).with_suffix(".safetensors")) for name in source_files}
 
 
-def plan_output_shard(layout: ShardLayout, decisions: Mapping[str, Decision], file_name: str) -> OutputShard:
-    """Lay out the file that one source shard becomes. `decisions` are the plan's, by tensor name."""
-    specs = [spec for stored in layout.tensors for spec in output_specs(decisions[stored.spec.name])]
+def plan_output_shard(
+    layout: ShardLayout, decisions: Mapping[str, Decision], file_name: str, target: Layout = bitsandbytes
+) -> OutputShard:
+    """Lay out the file that one source shard becomes in `target`. `decisions` are the plan's, by tensor name."""
+    specs = [spec for stored in layout.tensors for spec in output_specs(decisions[stored.spec.name], target)]
     header, places = encode_header(specs, _metadata(layout))
-    return OutputShard(file_name, header, {place.spec.name: place for place in places})
+    return OutputShard(file_name, header, {place.spec.name: place for place in places}, target)
 
 
-def output_specs(decision: Decision) -> Iterator[TensorSpec]:
+def output_specs(decision: Decision, target: Layout = bitsandbytes) -> Iterator[TensorSpec]:
     """What the output holds for one source tensor."""
     if decision.quantize:
-        yield from bitsandbytes.quantized_specs(decision.spec, transpose=decision.transpose)
+        yield from target.quantized_specs(decision.spec, transpose=decision.transpose)
     else:
         yield decision.spec
 

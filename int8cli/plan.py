@@ -21,11 +21,23 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a loader holds in int8 beside plain linear layers: experts stored one by one, transformers' Conv1D.
+
+    The defaults are those of transformers' bitsandbytes path.
+    """
+
+    experts: bool = False
+    conv1d: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What the user asked for: glob patterns on module names (a tensor's name without `.weight`)."""
+    """What the user asked for: glob patterns on module names (a tensor's name without `.weight`), for which loader."""
 
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    loader: Acceptance = Acceptance()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +163,10 @@ class _Checkpoint:
 
 def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> Decision:
     reason = _why_not_linear(spec) or _reason_by_name(spec, checkpoint)
+    if reason == names.EXPERT and options.loader.experts:
+        reason = names.LINEAR
+    if reason == names.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
+        reason = names.CONV1D
     if reason == names.LINEAR:
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == names.LINEAR

@@ -16,9 +16,8 @@ from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
 from int8cli.checkpoint.writer import ShardWriter
 from int8cli.digest import SourceDigest, TurnAbandonedError, Turnstile, new_digest
 from int8cli.errors import NonFiniteError
-from int8cli.layouts import bitsandbytes
 from int8cli.llm_int8.metrics import ErrorSums
-from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
+from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError, quantization_steps
 from int8cli.output import OutputShard
 from int8cli.plan import Decision
 
@@ -188,9 +187,12 @@ class ShardPass:
         data = bench.data.tensor(torch.int8, (part.rows, part.columns))
         scales = bench.scales.tensor(torch.float32, (part.rows,))
         sums = bench.quantizer.quantize(loaded, absmax, data=data, stored_absmax=scales)
+        if self._output.target.SCALES == "step":
+            quantization_steps(scales)
         outputs = [(spec.name, part.row * matrix.in_features + part.column, bench.data.bytes[: part.numel])]
         if part.column == 0:
-            outputs.append((bitsandbytes.scale_name(spec.name), part.row * 4, bench.scales.bytes[: part.rows * 4]))
+            scale_name = self._output.target.scale_name(spec.name)
+            outputs.append((scale_name, part.row * 4, bench.scales.bytes[: part.rows * 4]))
         return _Written(spec.name, tuple(outputs), source=bench.source_run(matrix, part), sums=sums)
 
     def _row_absmax(self, bench: "Workbench", matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
@@ -222,10 +224,11 @@ class ShardPass:
 
     def _write_marks(self, writer: ShardWriter) -> None:
         for decision in self._decisions.values():
-            name = bitsandbytes.weight_format_name(decision.spec.name)
-            if decision.quantize and name in self._output.tensors:
-                writer.write_at(self._output.tensors[name].offset_bytes, bitsandbytes.WEIGHT_FORMAT)
-                self._digests[name].update(bitsandbytes.WEIGHT_FORMAT)
+            if not decision.quantize:
+                continue
+            for name, mark in self._output.target.marks(decision.spec.name).items():
+                writer.write_at(self._output.tensors[name].offset_bytes, mark)
+                self._digests[name].update(mark)
 
 
 class Buffer:

@@ -6,7 +6,7 @@ for safetensors sources.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.checkpoint.writer import existing_parent, free_bytes
 from int8cli.errors import CheckpointError
+from int8cli.layouts import Layout, bitsandbytes
 from int8cli.output import OutputShard, output_file_names, plan_output_shard
 from int8cli.plan import Decision, Plan, PlanOptions, make_plan
 from int8cli.results import TensorGroup
@@ -30,7 +31,10 @@ _CONFIG_LIMIT_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class Survey:
-    """A source as it stands and what it will become. `config` is empty where the source has no config.json."""
+    """A source as it stands and what it will become. `config` is empty where the source has no config.json.
+
+    `target` is the layout of the output; the plan holds what its loaders accept.
+    """
 
     identity: SourceIdentity
     has_config: bool
@@ -38,6 +42,7 @@ class Survey:
     weights: WeightFiles
     layouts: tuple[ShardLayout, ...]
     plan: Plan
+    target: Layout = bitsandbytes
 
     @cached_property
     def decisions(self) -> dict[str, Decision]:
@@ -48,7 +53,7 @@ class Survey:
         """The output shard for each source shard's file name."""
         names = output_file_names([layout.file_name for layout in self.layouts])
         return {
-            layout.file_name: plan_output_shard(layout, self.decisions, names[layout.file_name])
+            layout.file_name: plan_output_shard(layout, self.decisions, names[layout.file_name], self.target)
             for layout in self.layouts
         }
 
@@ -77,15 +82,19 @@ class Room:
     free_bytes: int
 
 
-def survey_source(source: Source, options: PlanOptions) -> Survey:
-    """Read what decides a conversion. Raises the errors of a bad checkpoint; nothing is written anywhere."""
+def survey_source(source: Source, options: PlanOptions, target: Layout = bitsandbytes) -> Survey:
+    """Read what decides a conversion. Raises the errors of a bad checkpoint; nothing is written anywhere.
+
+    What the loaders of `target` accept goes into the plan's options.
+    """
     weights = find_weights(source)
     has_config = CONFIG_FILE in source.list_files()
     config = _read_config(source) if has_config else {}
     layouts = read_layouts(source, weights)
     refuse_quantized(config, layouts)
     specs = [stored.spec for layout in layouts for stored in layout.tensors]
-    return Survey(source.identity, has_config, config, weights, layouts, make_plan(specs, config, options))
+    plan = make_plan(specs, config, replace(options, loader=target.ACCEPTS))
+    return Survey(source.identity, has_config, config, weights, layouts, plan, target)
 
 
 def decisions_by_name(plan: Plan) -> dict[str, Decision]:

@@ -19,6 +19,8 @@ int8cli convert bigscience/bloom
 int8cli convert ./my-model -o ./my-model-int8 --dry-run
 
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
+
+int8cli convert org/name --layout compressed-tensors
 """
 THREADS_FOR_A_SHARD = 4
 
@@ -27,6 +29,7 @@ class Layout(str, enum.Enum):
     """Output layouts."""
 
     bitsandbytes = "bitsandbytes"
+    compressed_tensors = "compressed-tensors"
 
 
 class Float32(str, enum.Enum):
@@ -92,13 +95,15 @@ def convert(
 ) -> None:
     """Convert a checkpoint to LLM.int8(), shard by shard, with a report of the error in every layer.
 
-    The output opens in transformers + bitsandbytes as it is. Embeddings, norms, biases and the output head stay in
-    their dtype. Run the same command again after an interruption: finished shards are not done twice.
+    The output opens in transformers + bitsandbytes as it is or, with --layout compressed-tensors, in vLLM. Embeddings,
+    norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
+    shards are not done twice.
     """
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.progress import observe
     from int8cli.convert import ConvertOptions
     from int8cli.convert import convert as run
+    from int8cli.layouts import LAYOUTS
     from int8cli.plan import PlanOptions
     from int8cli.records import RecordStore, Settings
     from int8cli.report.card import render_card
@@ -120,7 +125,7 @@ def convert(
             on_wait=observer.waiting,
         )
         try:
-            survey = survey_source(source, PlanOptions(settings.skip, settings.only))
+            survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
             workers = workers or _workers(len(survey.layouts), on_hub=survey.identity.on_hub)
             threads = _threads(workers)
             if dry_run:

@@ -4,11 +4,15 @@ Owns what stands in the output for a quantized `X.weight`: `X.weight` int8 (out,
 row_absmax undivided, `X.weight_format` uint8 scalar 0 (row-major). Format: bitsandbytes' `Linear8bitLt` state dict.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.layouts.skip_modules import skip_modules
+from int8cli.plan import Acceptance, Plan
 
 NAME = "bitsandbytes"
+ACCEPTS = Acceptance()
+SCALES: Literal["row_absmax", "step"] = "row_absmax"
 WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
 
 
@@ -35,14 +39,18 @@ def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec,
     )
 
 
-def quantization_config(threshold: float, skip_modules: list[str]) -> dict[str, Any]:
+def marks(weight_name: str) -> dict[str, bytes]:
+    return {weight_format_name(weight_name): WEIGHT_FORMAT}
+
+
+def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
     """The `quantization_config` of config.json, with the fields that transformers' BitsAndBytesConfig writes."""
     return {
         "quant_method": NAME,
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": threshold,
-        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_skip_modules": skip_modules(plan),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }

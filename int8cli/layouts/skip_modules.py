@@ -19,8 +19,10 @@ _NEVER_REPLACED = frozenset(
 _BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
 
 
-def skip_modules(plan: Plan) -> list[str]:
+def skip_modules(plan: Plan, also_replaced: Collection[str] = ()) -> list[str]:
     """The entries that make transformers leave alone every linear layer that the plan leaves alone, and no other.
+
+    `also_replaced` are reasons of the plan for modules which this loader would replace though bitsandbytes' does not.
 
     An entry covers a module when it is a suffix of its name, or matches it as a regular expression from its start up
     to a dot or its end (transformers, quantizers_utils.py, `should_convert_module`). Entries are suffixes wherever a
@@ -35,7 +37,7 @@ def skip_modules(plan: Plan) -> list[str]:
         if not _covers_any(wanted, quantized):
             entries.append(wanted)
     for decision in plan.copied:
-        if _may_be_replaced(decision) and not any(covers(entry, decision.module) for entry in entries):
+        if _may_be_replaced(decision, also_replaced) and not any(covers(entry, decision.module) for entry in entries):
             entries.append(_entry_for(decision.module, quantized))
     return sorted(set(entries))
 
@@ -53,8 +55,8 @@ def _always_named(plan: Plan) -> Iterator[str]:
         yield EXPERTS_PATTERN
 
 
-def _may_be_replaced(decision: Decision) -> bool:
-    return decision.reason not in _NEVER_REPLACED
+def _may_be_replaced(decision: Decision, also_replaced: Collection[str]) -> bool:
+    return decision.reason not in _NEVER_REPLACED or decision.reason in also_replaced
 
 
 def _entry_for(module: str, quantized: Collection[str]) -> str:

@@ -131,6 +131,15 @@ def quantize_rowwise(weight: Tensor, *, float32_via_half: bool = False) -> tuple
     return data, absmax
 
 
+def quantization_steps(row_absmax: Tensor) -> None:
+    """Turn float32 row_absmax (rows,) into the steps row_absmax / 127, in place; the weight is `data * step`.
+
+    A row of zeros gets float32's epsilon: its weight is zero under any step, and no one divides by zero.
+    """
+    zero = row_absmax == 0
+    row_absmax.div_(INT8_MAX).masked_fill_(zero, torch.finfo(torch.float32).eps)
+
+
 def _scale(absmax: Tensor) -> Tensor:
     """127 / absmax with bitsandbytes' two roundings; 0 for rows of zeros (and for tiny rows, computed elsewhere)."""
     scale = absmax.reciprocal().mul_(INT8_MAX)

@@ -11,7 +11,7 @@ from int8cli.results import ConversionReport, KindSummary, summarize_kinds
 from int8cli.survey import Survey
 
 WORST_LAYERS = 10
-TAGS = ["int8", "8-bit", "llm.int8()", "bitsandbytes", "quantized"]
+TAGS = ["int8", "8-bit", "llm.int8()"]
 # The auto class for the end of an architecture's name; any other architecture is loaded by its own class.
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
@@ -32,7 +32,7 @@ def render_card(report: ConversionReport, survey: Survey) -> str:
 def _front_matter(report: ConversionReport, survey: Survey) -> str:
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(library_name="transformers", tags=TAGS)
+    data = ModelCardData(library_name="transformers", tags=[*TAGS, survey.target.NAME, "quantized"])
     if survey.identity.on_hub:
         data["base_model"] = report.model
         data["base_model_relation"] = "quantized"
@@ -51,7 +51,7 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
     yield "Embeddings, norms, biases and the output head are as in the original.\n"
     yield from _size_table(report)
     if survey.has_config:
-        yield from _loading(survey.config)
+        yield from _loading(survey.config, survey.target.NAME)
     yield from _errors(report)
 
 
@@ -70,11 +70,11 @@ def _size_table(report: ConversionReport) -> Iterator[str]:
     yield ""
 
 
-def _loading(config: Mapping[str, Any]) -> Iterator[str]:
+def _loading(config: Mapping[str, Any], package: str) -> Iterator[str]:
     architecture = next(iter(config.get("architectures") or ()), "AutoModel")
     loader = next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), architecture)
     yield "## Loading\n"
-    yield "With `pip install transformers accelerate bitsandbytes`; no further options are needed.\n"
+    yield f"With `pip install transformers accelerate {package}`; no further options are needed.\n"
     yield "```python"
     yield f"from transformers import {loader}\n"
     yield f'model = {loader}.from_pretrained(".", device_map="auto")  # this directory, or its name on the Hub'
