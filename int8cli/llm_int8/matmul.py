@@ -1,0 +1,135 @@
+"""The LLM.int8() product X Wᵀ and the int8 methods it is compared with [LLM.int8(), sections 2 and 3, table 1].
+
+Owns how inputs are quantized at run time and how an integer product becomes a float one. Integer products are exact
+on every path: accumulated in int32, or where int32 could overflow in float64, never in float32.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from int8cli.llm_int8.quantize import INT8_MAX
+
+InputScheme = Literal["absmax", "zeropoint"]
+
+# Largest in_features for which a sum of products of two int8 values always fits into int32.
+_INT32_SAFE_FEATURES = (2**31 - 1) // (128 * 128)
+# CUDA's integer product wants more than 16 rows, and multiples of 8 for the other two sizes.
+_CUDA_MIN_ROWS = 17
+_CUDA_MULTIPLE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Input:
+    """Inputs of a linear layer in int8: x ≈ (data - zero_point) * step, one step and zero point a token.
+
+    data: int8 (tokens, in_features); step and zero_point: float32 (tokens,), zero_point holding whole numbers.
+    """
+
+    data: Tensor
+    step: Tensor
+    zero_point: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """A linear weight in int8, w ≈ data * row_absmax / 127, with columns kept out of it in 16 bit.
+
+    data: int8 (out_features, in_features); row_absmax: float32 (out_features,); row_sums: int32 (out_features,), the
+    sums of the rows of data; outlier_cols: int64 (k,), sorted; outlier_weight: (out_features, k) in the source's dtype,
+    exact. Without outlier columns k is 0.
+    """
+
+    data: Tensor
+    row_absmax: Tensor
+    row_sums: Tensor
+    outlier_cols: Tensor
+    outlier_weight: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        data: Tensor,
+        row_absmax: Tensor,
+        outlier_cols: Tensor | None = None,
+        outlier_weight: Tensor | None = None,
+    ) -> "Int8Weight":
+        """From what a checkpoint and its sidecar hold; without a sidecar no column is kept."""
+        if outlier_cols is None or outlier_weight is None:
+            outlier_cols = torch.empty(0, dtype=torch.int64, device=data.device)
+            outlier_weight = row_absmax.new_empty(data.shape[0], 0)
+        return cls(data, row_absmax, data.sum(dim=1, dtype=torch.int32), outlier_cols.long(), outlier_weight)
+
+
+def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
+    """Quantize inputs (tokens, in_features) with one scale a token. A token of zeros stays zero.
+
+    `absmax` maps [-max|x|, max|x|] to [-127, 127] [eq. 1]; `zeropoint` maps [min(x, 0), max(x, 0)] to [-128, 127]
+    with an offset, so that inputs which lean to one side use the whole range [eq. 2 to 5].
+    """
+    values = inputs.float()
+    if scheme == "absmax":
+        step = values.abs().amax(dim=1) / INT8_MAX
+        zero_point = torch.zeros_like(step)
+    else:
+        low, high = values.amin(dim=1).clamp(max=0.0), values.amax(dim=1).clamp(min=0.0)
+        step = (high - low) / 255.0
+        zero_point = torch.round(-128.0 - low / step).masked_fill_(step == 0, 0.0)
+    scaled = values / step.masked_fill(step == 0, 1.0)[:, None] + zero_point[:, None]
+    return Int8Input(scaled.round_().clamp_(-128, 127).to(torch.int8), step, zero_point)
+
+
+def int8_product(left: Tensor, right: Tensor) -> Tensor:
+    """left (tokens, in) times right (out, in) transposed, both int8: exact, int32 (tokens, out).
+
+    Beyond 131,071 in_features, where int32 may overflow, the result is float64, exact up to 2^53.
+    """
+    if left.shape[1] > _INT32_SAFE_FEATURES:
+        return left.double() @ right.double().t()
+    if left.device.type != "cuda":
+        return torch._int_mm(left, right.t())
+    tokens, out_features = left.shape[0], right.shape[0]
+    left = _padded(left, max(tokens, _CUDA_MIN_ROWS), _multiple(left.shape[1]))
+    right = _padded(right, _multiple(out_features), _multiple(right.shape[1]))
+    return torch._int_mm(left, right.t())[:tokens, :out_features]
+
+
+def vectorwise_linear(inputs: Int8Input, weight: Int8Weight) -> Tensor:
+    """X Wᵀ with all columns in int8, from one scale a token and one a row: float32 (tokens, out_features).
+
+    The zero points leave the product as one number a token and row: (q - z) · w = q · w - z * sum(w).
+    """
+    product = int8_product(inputs.data, weight.data).double()
+    product -= inputs.zero_point.double()[:, None] * weight.row_sums.double()[None]
+    product *= inputs.step.double()[:, None]
+    product *= (weight.row_absmax.double() / INT8_MAX)[None]
+    return product.float()
+
+
+def llm_int8_linear(inputs: Tensor, weight: Int8Weight, scheme: InputScheme) -> Tensor:
+    """X Wᵀ with the weight's outlier columns in 16 bit and all others in int8: float32 (tokens, out_features).
+
+    The outlier columns of X are taken out whole before a token's scale is computed, so that they do not stretch it;
+    they meet the exact columns of W in a float product. [LLM.int8(), eq. 8, with stored columns]
+    """
+    columns = weight.outlier_cols
+    if not columns.numel():
+        return vectorwise_linear(quantize_tokens(inputs, scheme), weight)
+    regular = inputs.index_fill(1, columns, 0.0)
+    product = vectorwise_linear(quantize_tokens(regular, scheme), weight)
+    return product + inputs[:, columns].float() @ weight.outlier_weight.float().t()
+
+
+def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix with zeros below and to the right of it, which add nothing to a product."""
+    if matrix.shape == (rows, columns):
+        return matrix.contiguous()
+    padded = matrix.new_zeros(rows, columns)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return padded
+
+
+def _multiple(size: int) -> int:
+    return -(-size // _CUDA_MULTIPLE) * _CUDA_MULTIPLE
