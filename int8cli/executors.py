@@ -11,10 +11,11 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Lock
 from typing import Any, Protocol, TypeVar
 
 Result = TypeVar("Result")
@@ -63,25 +64,34 @@ class ProcessExecutor:
         self.slots = slots
         self._on_bytes = on_bytes
         context = multiprocessing.get_context("spawn")
-        self._progress: SimpleQueue[tuple[str, str, int] | None] = context.SimpleQueue()
-        self._stop = context.Event()
-        start = partial(_start_worker, _Lock(lock), self._progress, self._stop)
+        # A pipe rather than a queue, a byte rather than an Event: no lock that we wait for may die with a worker.
+        self._heard, self._told = context.Pipe(duplex=False)
+        self._stop = context.RawValue("b", 0)
+        start = partial(_start_worker, _Lock(lock), self._told, context.Lock(), self._stop)
         self._pool = ProcessPoolExecutor(slots, mp_context=context, initializer=start)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
-        return self._pool.submit(_run, task)
+        # Processes start with the first task. They inherit the mask, so that a Ctrl-C, which a terminal sends to all of
+        # them, cannot hit one before it ignores the signal.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(_run, task)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
     def close(self) -> None:
-        self._stop.set()
+        self._stop.value = 1
         self._pool.shutdown(cancel_futures=True)
-        self._progress.put(None)
+        self._told.close()
         self._listener.join()
 
     def _listen(self) -> None:
-        while (event := self._progress.get()) is not None:
-            self._on_bytes(*event)
+        """Pass progress on until no process is left that could send any."""
+        with suppress(EOFError):
+            while True:
+                self._on_bytes(*self._heard.recv())
 
 
 class StoppedError(Exception):
@@ -106,15 +116,19 @@ def _detach(duplicate: Any) -> int:
 _report: OnBytes
 
 
-def _start_worker(lock: "_Lock", progress: "SimpleQueue[tuple[str, str, int] | None]", stop: Event) -> None:
+def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> None:
     global _report
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)  # as in the parent: threads over blocks are ours
 
     def report(shard: str, tensor: str, count: int) -> None:
-        if stop.is_set():
+        if stop.value:
             raise StoppedError
-        progress.put((shard, tensor, count))
+        with turn:
+            told.send((shard, tensor, count))
 
     _report = report
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
-from int8cli.errors import CorruptShardError, ModelNotFoundError, SourceError
+from int8cli.errors import CorruptShardError, ModelNotFoundError, OutputError, SourceError
 
 # Beside a single checkpoint file, what is another checkpoint (or the index of one) and no companion of it.
 _WEIGHT_SUFFIXES = (
@@ -37,10 +37,11 @@ class DirectorySource:
     """The files under a directory, or one checkpoint file and the files beside it that are no weights.
 
     Symlinks to files are followed, as a Hub cache's snapshots consist of them; symlinks to directories are not.
+    `output`, where the result will be, may lie below the source and is then no part of it; it cannot be the source.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Raises ModelNotFoundError if there is nothing at `path`."""
+    def __init__(self, path: Path, *, output: Path | None = None) -> None:
+        """Raises ModelNotFoundError if there is nothing at `path`, OutputError if `output` is the source itself."""
         path = Path(os.path.abspath(path))
         if not os.path.exists(path):
             raise ModelNotFoundError(f"{path}: no such file or directory")
@@ -48,6 +49,12 @@ class DirectorySource:
             raise ModelNotFoundError(f"{path} is neither a directory nor a file")
         self._root = path if path.is_dir() else path.parent
         self._only = None if path.is_dir() else path.name
+        self._output = None if output is None else os.path.realpath(output)
+        if self._output == os.path.realpath(self._root):
+            raise OutputError(
+                f"{output} is where the source is",
+                hint="Choose another directory with --output: a source stays as it is.",
+            )
         # A name is all that the outputs may carry of this path; only the root directory has none.
         self._identity = SourceIdentity(name=path.name or "model", revision=None, on_hub=False)
 
@@ -102,7 +109,11 @@ class DirectorySource:
             raise _unreadable(self._identity.name, error) from error
 
         for directory, subdirectories, names in os.walk(self._root, onerror=stop):
-            subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
+            subdirectories[:] = [
+                name
+                for name in subdirectories
+                if not is_hidden(name) and os.path.realpath(os.path.join(directory, name)) != self._output
+            ]
             for name in names:
                 path = Path(directory, name)
                 if not is_hidden(name) and path.is_file():

@@ -19,6 +19,7 @@ def open_source(
     *,
     revision: str | None,
     download_dir: Path,
+    output: Path | None = None,
     keep_source: bool = False,
     on_bytes: Callable[[str, int], None] | None = None,
     on_wait: Callable[[str, str, float], None] | None = None,
@@ -26,8 +27,8 @@ def open_source(
     """The source that `model` names: what exists on this machine under that name, else the Hub repository.
 
     A Hub repository is asked for its commit at once, so that whoever gets a source back has one that exists. What
-    looks like a path is never asked of the Hub. `download_dir` and the callbacks are those of `HubOptions`.
-    Raises ModelNotFoundError, AccessDeniedError, TransferError.
+    looks like a path is never asked of the Hub. `download_dir` and the callbacks are those of `HubOptions`, `output` is
+    that of `DirectorySource`. Raises ModelNotFoundError, AccessDeniedError, TransferError, OutputError.
     """
     path = Path(os.path.expanduser(model))
     if model and os.path.exists(path):  # unlike Path's own, false rather than an error where looking is not allowed
@@ -36,7 +37,7 @@ def open_source(
                 f"{model} is on this machine and has no revision {revision!r}",
                 hint="Leave --revision out, or give the Hub id of the model.",
             )
-        return DirectorySource(path)
+        return DirectorySource(path, output=output)
     if _looks_like_a_path(model):
         raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
     options = HubOptions(download_dir=download_dir, keep_source=keep_source, on_bytes=on_bytes, on_wait=on_wait)

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from int8cli.errors import CorruptShardError
+from int8cli.errors import CorruptShardError, SourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,12 +30,18 @@ class FileReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise unreadable(path, error) from error
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._descriptor, [buffer[done:]], offset_bytes + done)
+            try:
+                count = os.preadv(self._descriptor, [buffer[done:]], offset_bytes + done)
+            except OSError as error:
+                raise unreadable(self._path, error) from error
             if count == 0:
                 raise CorruptShardError(
                     f"{self._path.name}: ends at byte {offset_bytes + done:,}, before the data its header names",
@@ -45,6 +51,13 @@ class FileReader:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def unreadable(path: Path, error: OSError) -> SourceError:
+    """What to say when the system does not give a source file's bytes."""
+    return SourceError(
+        f"{path.name} cannot be read: {error.strerror or error}", hint=f"Check {path}: its permissions, and its disk."
+    )
 
 
 class TensorsReader:

@@ -8,9 +8,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+from int8cli.checkpoint.reader import FileReader
 from int8cli.errors import DiskSpaceError, OutputError
 
 _COPY_BYTES = 1 << 20
@@ -82,11 +83,15 @@ def copy_file(source: Path, final: Path) -> str:
     """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
     partial = final.with_name(f".{final.name}.partial")
     sha256 = hashlib.sha256()
-    with _disk_errors(final, source.stat().st_size):
+    original = FileReader(source)
+    size_bytes = source.stat().st_size
+    with closing(original), _disk_errors(final, size_bytes):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(source, "rb") as original, open(partial, "wb") as copy:
-                while piece := original.read(_COPY_BYTES):
+            with open(partial, "wb") as copy:
+                for start in range(0, size_bytes, _COPY_BYTES):
+                    piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
+                    original.read_into(start, piece)
                     sha256.update(piece)
                     copy.write(piece)
                 copy.flush()

@@ -2,13 +2,14 @@
 
 import enum
 import json
+import math
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from int8cli.cli.errors import shows_errors
+from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Quiet, Revision
 
 EXAMPLES = """\
@@ -100,7 +101,7 @@ def convert(
     shards are not done twice.
     """
     from int8cli.checkpoint.locate import open_source
-    from int8cli.cli.progress import observe
+    from int8cli.cli.progress import observe, warnings
     from int8cli.convert import ConvertOptions
     from int8cli.convert import convert as run
     from int8cli.layouts import LAYOUTS
@@ -112,6 +113,8 @@ def convert(
     from int8cli.survey import survey_source
 
     _require_device(device)
+    if not math.isfinite(threshold):
+        raise typer.BadParameter("a threshold is a finite number", param_hint="'--threshold'")
     output = output or default_output(model)
     settings = Settings(layout.value, threshold, tuple(skip or ()), tuple(only or ()), float32.value)
     with observe(quiet=quiet) as observer:
@@ -120,6 +123,7 @@ def convert(
             model,
             revision=revision,
             download_dir=incoming,
+            output=output,
             keep_source=keep_source,
             on_bytes=observer.received,
             on_wait=observer.waiting,
@@ -129,21 +133,25 @@ def convert(
             workers = workers or _workers(len(survey.layouts), on_hub=survey.identity.on_hub)
             threads = _threads(workers)
             if dry_run:
+                for warning in warnings(survey):
+                    observer.noted(warning)
                 observer.close()
                 needs = Needs.of(source, survey, output, threads=threads * workers)
-                if as_json:
-                    print(json.dumps(plan_to_json(survey, needs), indent=2))
-                elif not quiet:
-                    show_plan(survey, needs, output)
+                with writing_result():
+                    if as_json:
+                        print(json.dumps(plan_to_json(survey, needs), indent=2))
+                    elif not quiet:
+                        show_plan(survey, needs, output)
                 return
             options = ConvertOptions(output, on_nonfinite.value, overwrite, workers, threads, device.value)
             report = run(source, survey, settings, options, render_card, observer)
         finally:
             source.close()
-    if as_json:
-        print(json.dumps(report.to_json(), indent=2))
-    elif not quiet:
-        show_report(report, output)
+    with writing_result():
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        elif not quiet:
+            show_report(report, output)
 
 
 def default_output(model: str) -> Path:
@@ -160,7 +168,7 @@ def _require_device(device: Device) -> None:
 
     torch.set_num_threads(1)  # threads over blocks are ours: OpenMP's own collapse beside other work
     if device is Device.cuda and not torch.cuda.is_available():
-        raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="--device")
+        raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
 
 
 def _cores() -> int:

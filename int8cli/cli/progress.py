@@ -16,6 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 
 from int8cli.convert import Observer
 from int8cli.records import ShardRecord
@@ -23,7 +24,7 @@ from int8cli.report.units import human_bytes
 from int8cli.results import worst_first
 from int8cli.survey import Survey
 
-NAME_WIDTH = 48
+NAME_WIDTH = 26  # with bytes, rate, time and shard before it, 80 columns
 
 
 @contextmanager
@@ -88,11 +89,11 @@ class BarObserver(ProgressObserver):
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._progress = Progress(
-            BarColumn(bar_width=20),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            DownloadColumn(table_column=Column(no_wrap=True)),
+            TransferSpeedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             transient=True,
         )
@@ -140,6 +141,11 @@ def preliminaries(survey: Survey, finished: frozenset[str]) -> Iterator[str]:
     """What to say before the work begins."""
     if finished:
         yield f"going on: {len(finished)} of {len(survey.layouts)} shards are done"
+    yield from warnings(survey)
+
+
+def warnings(survey: Survey) -> Iterator[str]:
+    """What the user may not have meant, or may want to know beforehand."""
     for pattern in survey.plan.unmatched_patterns:
         yield f"warning: no module matches {pattern!r}"
     if not survey.has_config:

@@ -1,0 +1,302 @@
+"""The program as a user runs it: real processes, and small checkpoints for them to convert.
+
+`run` and `start` go through `python -m int8cli`. `Nursery` starts the same program by forking an interpreter that has
+imported it already, which takes 20 ms instead of two seconds: what tests that need many processes use.
+"""
+
+import gc
+import json
+import os
+import pickle
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a process ended: its exit code (negative for a signal), and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a test with int8cli importable, and with these changes."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
+
+
+def start(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, **options) -> subprocess.Popen[str]:
+    """Start the program in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "int8cli", *map(str, args)],
+        cwd=cwd,
+        env=environment(**(env or {})),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def outcome_of(process: subprocess.Popen[str]) -> Outcome:
+    out, err = process.communicate(timeout=LIMIT_S)
+    return Outcome(process.returncode, out, err)
+
+
+def run(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, **options) -> Outcome:
+    """Run the program to its end."""
+    return outcome_of(start(*args, cwd=cwd, env=env, **options))
+
+
+@dataclass
+class Child:
+    """A process of the nursery."""
+
+    pid: int
+    nursery: "Nursery"
+    stdout: Path
+    stderr: Path
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self) -> Outcome:
+        code = self.nursery.wait(self.pid)
+        return Outcome(code, self.stdout.read_text(), self.stderr.read_text())
+
+
+class Nursery:
+    """Forks the program. One request at a time; a child's end is waited for with `Child.wait`."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._count = 0
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment(),
+            cwd=scratch,
+        )
+
+    def start(
+        self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, user: int | None = None
+    ) -> Child:
+        self._count += 1
+        stdout, stderr = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
+        stdout.touch()
+        stderr.touch()  # a child may be killed before it opens them
+        pid = self._ask(
+            ("start", [str(arg) for arg in args], str(cwd), dict(env or {}), str(stdout), str(stderr), user)
+        )
+        return Child(pid, self, stdout, stderr)
+
+    def run(
+        self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, user: int | None = None
+    ) -> Outcome:
+        return self.start(*args, cwd=cwd, env=env, user=user).wait()
+
+    def wait(self, pid: int) -> int:
+        return self._ask(("wait", pid))
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(LIMIT_S)
+        self._process.stdout.close()
+
+    def _ask(self, request: tuple) -> int:
+        pickle.dump(request, self._process.stdin)
+        self._process.stdin.flush()
+        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT_S)
+        assert ready, f"no answer to {request}"
+        return pickle.load(self._process.stdout)
+
+
+@contextmanager
+def nursery_in(scratch: Path) -> Iterator[Nursery]:
+    nursery = Nursery(scratch)
+    try:
+        yield nursery
+    finally:
+        nursery.close()
+
+
+def wait_until(happened: Callable[[], object], what: str = "it", within_s: float = 60.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not happened():
+        assert time.monotonic() < deadline, f"{what} never happened"
+        time.sleep(0.001)
+
+
+# Checkpoints
+
+
+def llama(
+    directory: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 64,
+    intermediate: int = 96,
+    vocabulary: int = 128,
+    shards: int = 3,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """A LLaMA of random weights in `shards` files, with tokenizer and config: what a user downloads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = llama_tensors(layers, hidden, intermediate, vocabulary, seed, dtype)
+    names = sorted(tensors, key=lambda name: (name.startswith("model.layers"), name))
+    pieces = [names[index::shards] for index in range(shards)]
+    files = [f"model-{index:05}-of-{shards:05}.safetensors" for index in range(1, shards + 1)]
+    if shards == 1:
+        files = ["model.safetensors"]
+    for file, piece in zip(files, pieces, strict=True):
+        save_file({name: tensors[name] for name in piece}, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)
+    if shards > 1:
+        weight_map = {name: file for file, piece in zip(files, pieces, strict=True) for name in piece}
+        write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(directory / "config.json", llama_config(layers, hidden, intermediate, vocabulary))
+    write_json(directory / "tokenizer.json", {"version": "1.0"})
+    (directory / "LICENSE").write_text("free\n")
+    return directory
+
+
+def llama_tensors(
+    layers: int, hidden: int, intermediate: int, vocabulary: int, seed: int, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+
+    tensors = {
+        "model.embed_tokens.weight": noise(vocabulary, hidden),
+        "model.norm.weight": noise(hidden),
+        "lm_head.weight": noise(vocabulary, hidden),
+    }
+    for layer in range(layers):
+        root = f"model.layers.{layer}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            tensors[f"{root}.self_attn.{name}.weight"] = noise(hidden, hidden)
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"{root}.mlp.{name}.weight"] = noise(intermediate, hidden)
+        tensors[f"{root}.mlp.down_proj.weight"] = noise(hidden, intermediate)
+        tensors[f"{root}.input_layernorm.weight"] = noise(hidden)
+        tensors[f"{root}.post_attention_layernorm.weight"] = noise(hidden)
+    return tensors
+
+
+def llama_config(layers: int, hidden: int, intermediate: int, vocabulary: int) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": vocabulary,
+    }
+
+
+def write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data))
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory by relative name, hidden ones too; an empty directory as a name with a slash."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file():
+            found[name] = path.read_bytes()
+        elif not any(path.iterdir()):
+            found[f"{name}/"] = b""
+    return found
+
+
+def _serve() -> None:
+    """The nursery's own process: forks on request, and in the child becomes the program."""
+    from typer.testing import CliRunner
+
+    import int8cli.checkpoint.locate
+    import int8cli.cli
+    import int8cli.cli.progress
+    import int8cli.convert
+    import int8cli.report.card
+    import int8cli.report.plan
+
+    CliRunner().invoke(int8cli.cli.app, ["convert", "./nothing"])  # and with it what is imported on the way
+    gc.freeze()
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        if request[0] == "wait":
+            answer = os.waitstatus_to_exitcode(os.waitpid(request[1], 0)[1])
+        elif (answer := os.fork()) == 0:
+            requests.close()
+            answers.close()
+            _become_the_program(*request[1:])
+            return
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _become_the_program(
+    args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str, user: int | None
+) -> None:
+    os.setsid()
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(cwd)
+    os.environ.update(env)
+    if user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    sys.argv = ["int8cli", *args]
+    code = 1
+    try:
+        from int8cli.cli import main
+
+        main()
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 0
+        sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)  # taking torch down in order would take a second
+
+
+if __name__ == "__main__":
+    _serve()

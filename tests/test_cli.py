@@ -1,0 +1,359 @@
+"""The program as a user meets it: what it prints where, how it ends, and what it says when asked the wrong thing."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from program import Nursery, environment, llama, nursery_in, outcome_of, run, start, tree, wait_until
+from typer.testing import CliRunner
+
+from int8cli import __version__
+from int8cli.cli import app
+from int8cli.cli.convert import EXAMPLES, default_output
+from int8cli.cli.options import complete_path
+
+SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return llama(tmp_path / "model", shards=SHARDS)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough for an interrupt to land in the midst."""
+    directory = tmp_path_factory.mktemp("large") / "model"
+    return llama(directory, layers=6, hidden=768, intermediate=2048, vocabulary=2048, shards=6)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+
+
+# Results and exit codes
+
+
+def test_stdout_is_the_report_and_stderr_a_line_a_shard(model: Path) -> None:
+    outcome = run("convert", "model", cwd=model.parent)
+    assert outcome.code == 0
+    lines = outcome.err.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        [f"[{number}/{SHARDS}]", f"model-0000{number}-of-0000{SHARDS}.safetensors:"] for number in range(1, SHARDS + 1)
+    ]
+    assert outcome.out.startswith("model → model-int8\n")
+    assert "Worst layers" in outcome.out
+    assert "\x1b" not in outcome.out + outcome.err
+
+
+def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run("convert", "model", "--json", cwd=model.parent)
+    assert outcome.code == 0
+    report = json.loads(outcome.out)
+    assert report["schema"] == "int8cli.report/1"
+    assert report == json.loads((model.parent / "model-int8/int8/report.json").read_text())
+    assert len(outcome.err.splitlines()) == SHARDS
+    assert len(report["layers"]) == report["totals"]["quantized_layers"] == 14
+    errors = [layer["relative_frobenius_error"] for layer in report["layers"]]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("options", [["--quiet"], ["-q"], ["-q", "--json"], ["-q", "--dry-run"]])
+def test_quiet_leaves_only_what_was_asked_for(options: list[str], model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run("convert", "model", *options, cwd=model.parent)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert bool(outcome.out) == ("--json" in options)
+
+
+def test_quiet_errors_still_show(nursery: Nursery, tmp_path: Path) -> None:
+    outcome = nursery.run("convert", "./nothing", "-q", cwd=tmp_path)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ./nothing: no such file or directory\nhint: ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: Path, nursery: Nursery) -> None:
+    before = tree(model.parent)
+    outcome = nursery.run("convert", "model", "--dry-run", *options, cwd=model.parent)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert tree(model.parent) == before
+    assert nursery.run("convert", "model", "-q", cwd=model.parent).code == 0
+    written = sum(path.stat().st_size for path in (model.parent / "model-int8").glob("*.safetensors"))
+    if options:
+        plan = json.loads(outcome.out)
+        assert plan["schema"] == "int8cli.plan/1"
+        assert plan["output_bytes"] == written
+        for shard in plan["shards"]:
+            assert (model.parent / "model-int8" / shard["output"]).stat().st_size == shard["output_bytes"]
+    else:
+        assert f"{written:,} bytes" in outcome.out
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+@pytest.mark.parametrize("columns", ["80", "200", ""])
+def test_tables_fit_80_columns(options: list[str], columns: str, model: Path, nursery: Nursery) -> None:
+    name = "a_module_with_a_name_that_is_longer_than_anybody_would_think.of.layers"
+    llama(model, layers=12, seed=1)
+    environment = {"COLUMNS": columns} if columns else {}
+    for args in (["model"], ["model", "--skip", f"{name}*"]):
+        outcome = nursery.run("convert", *args, "-o", "out", "--overwrite", *options, cwd=model.parent, env=environment)
+        assert outcome.code == 0
+        assert max(map(len, outcome.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_a_pattern_that_matches_nothing_is_warned_of(options: list[str], model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run("convert", "model", "--skip", "*.donw_proj", *options, cwd=model.parent)
+    assert outcome.code == 0
+    assert "warning: no module matches '*.donw_proj'" in outcome.err
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--dry-run"], ["--dry-run", "--json"]])
+def test_a_reader_that_goes_away_is_no_traceback(options: list[str], model: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "int8cli", "convert", "model", *options])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | head -n 1"], cwd=model.parent, env=environment(), capture_output=True, text=True
+    )
+    assert len(done.stdout.splitlines()) == 1
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("[")], done.stderr
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_stdout_that_cannot_be_written_is_an_error(options: list[str], model: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "int8cli", "convert", "model", "--dry-run", *options],
+            cwd=model.parent,
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: the result cannot be written to standard output: No space left on device\n"
+
+
+def test_names_that_are_not_text_and_terminals_that_know_only_ascii(model: Path) -> None:
+    os.close(os.open(os.fsencode(model) + b"/b\xffd.json", os.O_CREAT))
+    outcome = run("convert", "model", cwd=model.parent, env={"PYTHONIOENCODING": "ascii"})
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.isascii()
+    again = run("convert", "model", "--json", cwd=model.parent)
+    assert again.code == 0, again.err
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--treshold", "5"], ["--treshold", "--threshold"]),
+        (["--dryrun"], ["--dryrun", "--dry-run"]),
+        (["--layout", "bitsandbites"], ["--layout", "bitsandbytes"]),
+        (["--on-nonfinite", "ignore"], ["--on-nonfinite", "error", "keep"]),
+        (["--float32", "half"], ["--float32", "direct", "float16"]),
+        (["--device", "tpu"], ["--device", "cpu", "cuda"]),
+        (["--threshold", "many"], ["--threshold"]),
+        (["--threshold", "-1"], ["--threshold"]),
+        (["--threshold", "nan"], ["--threshold"]),
+        (["--threshold", "inf"], ["--threshold"]),
+        (["--workers", "0"], ["--workers"]),
+        (["extra"], ["extra"]),
+    ],
+)
+def test_wrong_usage_says_what_would_be_right(args: list[str], words: list[str], model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run("convert", "model", *args, cwd=model.parent)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err
+    assert not (model.parent / "model-int8").exists()
+
+
+def test_a_device_that_is_not_there_is_said(model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run("convert", "model", "--device", "cuda", cwd=model.parent, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert outcome.code == 2
+    assert "no CUDA device" in outcome.err
+
+
+def test_a_missing_model_and_a_wrong_command_are_usage_errors() -> None:
+    assert CliRunner().invoke(app, ["convert"]).exit_code == 2
+    wrong = CliRunner().invoke(app, ["conver", "model"])
+    assert wrong.exit_code == 2
+    assert "convert" in wrong.stderr
+
+
+def test_the_version_is_shown() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"int8cli {__version__}\n")
+
+
+def test_help_shows_every_option_and_examples_that_parse(
+    model: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = CliRunner().invoke(app, ["convert", "--help"], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0
+    text = plain(shown.stdout)
+    for option in [
+        "--output",
+        "-o",
+        "--revision",
+        "--layout",
+        "--threshold",
+        "--skip",
+        "--only",
+        "--workers",
+        "--device",
+        "--keep-source",
+        "--dry-run",
+        "--overwrite",
+        "--json",
+        "--quiet",
+    ]:
+        assert option in text
+    examples = [line for line in EXAMPLES.splitlines() if line.startswith("int8cli ")]
+    assert examples
+    for example in examples:
+        assert example in text
+        # With no Hub to ask and no such directory the model is missing (1); a wrong option would be usage (2).
+        words = shlex.split(example.partition(">")[0])[1:]
+        outcome = nursery.run(*words, cwd=model.parent, env={"HF_HUB_OFFLINE": "1"})
+        assert outcome.code == 1, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("org/name", "name-int8"),
+        ("gpt2", "gpt2-int8"),
+        ("model", "model-int8"),
+        ("./model/", "model-int8"),
+        ("model/one.safetensors", "one-int8"),
+        (".", "here-int8"),
+        ("..", "above-int8"),
+    ],
+)
+def test_the_output_is_named_after_the_model_and_lies_here(
+    name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "above" / "here"
+    (here / "model").mkdir(parents=True)
+    (here / "model/one.safetensors").touch()
+    monkeypatch.chdir(here)
+    assert default_output(name) == Path(expected)
+
+
+def test_models_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models/bloom").mkdir(parents=True)
+    for name in ("models/bloom.safetensors", "models/bert.bin", "models/notes.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert list(complete_path("mod")) == ["models/"]
+    assert list(complete_path("models/b")) == ["models/bert.bin", "models/bloom/", "models/bloom.safetensors"]
+    assert list(complete_path("bigscience/bl")) == []
+
+
+# A terminal
+
+
+def on_terminal(*args: str, cwd: Path, **env: str) -> tuple[int, str]:
+    """Run the program with all its streams on a terminal of 80 columns; returns its code and all that was drawn."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "int8cli", *args],
+        cwd=cwd,
+        env=environment(TERM="xterm-256color", **env),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    drawn = b""
+    while piece := read_from_terminal(ours):
+        drawn += piece
+    os.close(ours)
+    return process.wait(), drawn.decode()
+
+
+def read_from_terminal(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # how a terminal says that nobody writes to it any more
+        return b""
+
+
+def test_a_terminal_gets_a_live_bar(large: Path, tmp_path: Path) -> None:
+    code, drawn = on_terminal("convert", str(large), "-o", "out", cwd=tmp_path)
+    assert code == 0
+    lines = re.split(r"[\r\n]+", plain(drawn))
+    frame = re.compile(r"^\S+ \d+(\.\d+)?/\d+\.\d MB +\d+(\.\d+)? [kMG]B/s +[\d:-]+ [1-6]/6 \S+ *$")
+    frames = [line for line in lines if frame.match(line)]
+    assert frames, lines[:20]
+    assert not [line for line in lines if re.match(r"^\s+MB\s", line)], "a column was broken over two lines"
+    assert max(map(len, lines)) <= 80 + len(str(large))
+    assert len([line for line in lines if re.match(r"^\d/6 model-0000\d-of-00006.safetensors: ", line)]) == 6
+
+
+def test_no_color_is_honoured(model: Path) -> None:
+    code, drawn = on_terminal("convert", "model", cwd=model.parent, NO_COLOR="1")
+    assert code == 0
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]", drawn)
+
+
+# An interrupt
+
+
+def group_exists(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
+    workers: str, large: Path, nursery: Nursery, tmp_path: Path
+) -> None:
+    process = start("convert", large, "-o", "out", "--workers", workers, cwd=tmp_path)
+    output = tmp_path / "out"
+    wait_until(lambda: any((output / "int8/partial").glob("*")))
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to everyone
+    outcome = outcome_of(process)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert "Traceback" not in outcome.err
+    assert "interrupted: run the same command again to go on" in outcome.err
+    wait_until(lambda: not group_exists(process.pid), "the end of the last child")
+    assert not any((output / "int8/partial").glob("*"))
+    assert not (output / "config.json").exists()
+    assert nursery.run("convert", large, "-o", "out", "-q", cwd=tmp_path).code == 0
+    assert nursery.run("convert", large, "-o", "unbroken", "-q", cwd=tmp_path).code == 0
+    assert tree(output) == tree(tmp_path / "unbroken")
+
+
+def test_an_interrupt_while_workers_start_is_no_traceback(large: Path, tmp_path: Path) -> None:
+    process = start("convert", large, "-o", "out", "--workers", "2", cwd=tmp_path)
+    wait_until(lambda: (tmp_path / "out/LICENSE").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    outcome = outcome_of(process)
+    assert outcome.code == 130
+    assert "Traceback" not in outcome.err
