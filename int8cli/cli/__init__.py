@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert
+from int8cli.cli import convert, estimate_memory
 
 app = typer.Typer(
     name="int8cli",
@@ -38,6 +38,7 @@ def int8cli(
 
 
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
+app.command("estimate-memory", epilog=estimate_memory.EXAMPLES)(estimate_memory.estimate_memory)
 
 
 def main() -> None:

@@ -1,0 +1,114 @@
+"""`int8cli estimate-memory`."""
+
+import enum
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from int8cli.cli.convert import THREADS_FOR_A_SHARD, default_output
+from int8cli.cli.errors import shows_errors
+from int8cli.cli.options import Json, Model, Revision
+
+if TYPE_CHECKING:
+    from int8cli.gpus import Card
+    from int8cli.memory import Estimate, Use
+    from int8cli.report.memory import MemoryReport
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+int8cli estimate-memory bigscience/bloom
+
+int8cli estimate-memory bigscience/bloom --gpu '8x RTX 3090' --context 1024
+
+int8cli estimate-memory ./my-model --gpu 24GiB --gpu 2x16GiB --batch 4
+
+int8cli estimate-memory org/name --json > memory.json
+"""
+
+
+class KvDtype(str, enum.Enum):
+    """What the cache is kept in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float8 = "float8"
+
+
+@shows_errors
+def estimate_memory(
+    model: Model,
+    revision: Revision = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens in each sequence.", show_default="the model's own length, up to 8192", min=1),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once.", min=1)] = 1,
+    kv_dtype: Annotated[KvDtype, typer.Option(help="Dtype of the KV cache.")] = KvDtype.float16,
+    gpu: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CARDS",
+            help="Will these hold it? A card ('RTX 3090'), a size (24GiB), several (8x24GiB). Repeatable.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a model needs, and which GPUs hold it, from its headers alone: no weight byte is read.
+
+    Weights as stored, in 32 and 16 bit and in LLM.int8(), the KV cache, and what a conversion takes. Exit code 0
+    whether or not the cards of --gpu hold it; --json says so in cards.answers[].fits.
+    """
+    from int8cli.checkpoint.locate import open_source
+    from int8cli.memory import Use, estimate_memory
+    from int8cli.plan import PlanOptions
+    from int8cli.report.memory import show_memory
+    from int8cli.report.memory_json import memory_to_json
+    from int8cli.survey import survey_source
+
+    cards = _cards(gpu or [])
+    output = default_output(model)
+    source = open_source(model, revision=revision, download_dir=output, on_wait=_say_waiting)
+    try:
+        survey = survey_source(source, PlanOptions())
+        estimate = estimate_memory(source, survey, output, threads=THREADS_FOR_A_SHARD)
+    finally:
+        source.close()
+    use = Use(context or estimate.cache.default_context, batch, kv_dtype.value)
+    report = _report(estimate, use, cards)
+    if as_json:
+        print(json.dumps(memory_to_json(report), indent=2))
+    else:
+        show_memory(report)
+
+
+def _report(estimate: "Estimate", use: "Use", cards: tuple["Card", ...]) -> "MemoryReport":
+    from int8cli.fit import answer, fit_table
+    from int8cli.gpus import SHOWN_CARDS, card_named, cards_of_this_machine
+    from int8cli.memory import PRECISIONS
+    from int8cli.report.memory import MemoryReport
+
+    here = cards_of_this_machine()
+    return MemoryReport(
+        estimate,
+        use,
+        fit_table(estimate, use, [card_named(name) for name in SHOWN_CARDS]),
+        tuple(answer(estimate, use, here, precision) for precision in PRECISIONS) if here else (),
+        tuple(answer(estimate, use, cards, precision) for precision in PRECISIONS) if cards else (),
+    )
+
+
+def _cards(wanted: list[str]) -> tuple["Card", ...]:
+    from int8cli.gpus import UnknownCardError, parse_cards
+
+    try:
+        return tuple(card for text in wanted for card in parse_cards(text))
+    except UnknownCardError as error:
+        raise typer.BadParameter(f"{error}. {error.hint}", param_hint="'--gpu'") from None
+
+
+def _say_waiting(what: str, why: str, pause_s: float) -> None:
+    print(f"{what}: {why}; trying again in {pause_s:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,143 @@
+"""What estimate-memory says of BLOOM-176B, and what it costs: requests, bytes, seconds.
+
+    python scripts/measure_bloom_estimate.py [DIRECTORY] [--latency-ms 50] [-- ARGUMENTS OF estimate-memory]
+
+Makes the 72 shards of bigscience/bloom at their true shapes as sparse files (352 GB that take no room), serves them
+from a Hub stand-in on this machine, and runs the command against it as a user would.
+"""
+
+import argparse
+import json
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import hub_stand_in  # noqa: E402
+
+LAYERS, HIDDEN, HEADS, VOCABULARY = 70, 14336, 112, 250880
+TOTAL_SIZE = 352_494_542_848
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shards() -> Iterator[tuple[str, Shapes]]:
+    """File name and tensors of each of the 72 shards."""
+    contents: list[Shapes] = [
+        {"word_embeddings.weight": (VOCABULARY, HIDDEN), **norm("word_embeddings_layernorm")},
+        *(block(layer) for layer in range(LAYERS)),
+        norm("ln_f"),
+    ]
+    for number, tensors in enumerate(contents, start=1):
+        yield f"model_{number:05}-of-{len(contents):05}.safetensors", tensors
+
+
+def norm(name: str) -> Shapes:
+    return {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
+
+
+def block(layer: int) -> Shapes:
+    def linear(name: str, out_features: int, in_features: int) -> Shapes:
+        return {f"h.{layer}.{name}.weight": (out_features, in_features), f"h.{layer}.{name}.bias": (out_features,)}
+
+    return {
+        **norm(f"h.{layer}.input_layernorm"),
+        **linear("self_attention.query_key_value", 3 * HIDDEN, HIDDEN),
+        **linear("self_attention.dense", HIDDEN, HIDDEN),
+        **norm(f"h.{layer}.post_attention_layernorm"),
+        **linear("mlp.dense_h_to_4h", 4 * HIDDEN, HIDDEN),
+        **linear("mlp.dense_4h_to_h", HIDDEN, 4 * HIDDEN),
+    }
+
+
+def write_sparse(path: Path, tensors: Shapes) -> int:
+    """A bfloat16 safetensors file whose data is a hole; returns the bytes of its tensors."""
+    header, end = {}, 0
+    for name, shape in tensors.items():
+        begin, count = end, 2
+        for length in shape:
+            count *= length
+        end += count
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return end
+
+
+def make_bloom(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    weight_map, total = {}, 0
+    for file_name, tensors in shards():
+        total += write_sparse(directory / file_name, tensors)
+        weight_map.update(dict.fromkeys(tensors, file_name))
+    assert total == TOTAL_SIZE, total
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "hidden_size": HIDDEN,
+        "n_head": HEADS,
+        "n_layer": LAYERS,
+        "seq_length": 2048,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "tokenizer.json").write_text("{}")
+
+
+def spare_the_digests(directory: Path) -> None:
+    """Tell the stand-in a sha256 for each shard: it would read 352 GB of zeros to work them out."""
+    for path in directory.glob("*.safetensors"):
+        state = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        hub_stand_in._sha256_by_state[state] = path.stem.encode().hex().ljust(64, "0")[:64]
+
+
+def slow_down(latency_s: float) -> None:
+    """Let every answer come as late as over a real network."""
+    answer_at_once = hub_stand_in._Handler._route
+
+    def answer_late(handler: hub_stand_in._Handler) -> None:
+        time.sleep(latency_s)
+        answer_at_once(handler)
+
+    hub_stand_in._Handler._route = answer_late
+
+
+def measure(directory: Path, latency_ms: float, arguments: list[str]) -> None:
+    with hub_stand_in.HubStandIn() as hub, tempfile.TemporaryDirectory() as home:
+        hub.add_repo("bigscience/bloom", directory)
+        slow_down(latency_ms / 1000)
+        environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": home, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "int8cli", "estimate-memory", "bigscience/bloom", *arguments]
+        started = time.monotonic()
+        subprocess.run(command, env=environment, check=True)
+        elapsed = time.monotonic() - started
+        sent = sum(request.bytes_sent for request in hub.requests)
+        print(f"\n{len(hub.requests)} requests, {sent:,} bytes of bodies, {elapsed:.2f} s", file=sys.stderr)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", nargs="?", type=Path, default=Path(tempfile.gettempdir()) / "bloom-shapes")
+    parser.add_argument("--latency-ms", type=float, default=0.0, help="added to every answer of the stand-in")
+    ours = sys.argv[1:]
+    split = ours.index("--") if "--" in ours else len(ours)
+    options = parser.parse_args(ours[:split])
+    make_bloom(options.directory)
+    spare_the_digests(options.directory)
+    measure(options.directory, options.latency_ms, ours[split + 1 :])
+
+
+if __name__ == "__main__":
+    main()
