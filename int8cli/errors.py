@@ -57,6 +57,10 @@ class UnsupportedModelError(CheckpointError):
     """The checkpoint is whole, but there is nothing to do with it: already quantized, an adapter, no weights."""
 
 
+class WorkerLostError(Int8cliError):
+    """A process that converted a shard is gone without a word."""
+
+
 class OutputError(Int8cliError):
     """The output directory cannot be written as asked."""
 
@@ -71,3 +75,15 @@ class SettingsMismatchError(OutputError):
 
 class DiskSpaceError(OutputError):
     """There is not enough room on the disk."""
+
+
+class MissingExtraError(Int8cliError):
+    """What was asked for needs packages of an extra that is not installed."""
+
+
+class TextError(Int8cliError):
+    """The text to run the model over cannot be used."""
+
+
+class NotEnoughMemoryError(Int8cliError):
+    """This machine, or its GPU, does not hold what has to be in memory at once."""

@@ -1,0 +1,312 @@
+"""Outlier statistics of a model: its blocks run over text, and every linear layer's input looked at.
+
+Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: an
+observer is told.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8cli.calibration.kept import KeptStates
+from int8cli.calibration.memory import available_bytes
+from int8cli.calibration.model_files import model_files
+from int8cli.calibration.sites import Site, first_hidden, weight_of
+from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, Skeleton, build_skeleton
+from int8cli.calibration.stream import LoadedUnit, StreamedModel
+from int8cli.calibration.tensors import CheckpointTensors
+from int8cli.calibration.text import Sampling, Text, sequences_of
+from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.errors import NonFiniteError, NotEnoughMemoryError, UnsupportedModelError
+from int8cli.llm_int8.outliers import THRESHOLD, InputStatistics, NonFiniteInputError, column_errors
+from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.outlier_statistics import (
+    RESIDUAL,
+    LinearStatistics,
+    OutlierStatistics,
+    Provenance,
+    SiteStatistics,
+    load_statistics,
+    save_statistics,
+)
+from int8cli.survey import Survey, fingerprint
+
+_STEP_ELEMENTS = 1 << 22
+
+
+class CalibrationObserver:
+    """Hears how a calibration goes. Every method may be overridden; here none does anything."""
+
+    def started(self, blocks: int, finished: int, block_bytes: int, tokens: int) -> None:
+        """`blocks` are to be run, of which `finished` are on disk from an earlier run."""
+
+    def block_started(self, name: str, weight_bytes: int) -> None: ...
+
+    def sequence_done(self, name: str, sequence: int, sequences: int) -> None: ...
+
+    def block_finished(self, name: str) -> None: ...
+
+    def noted(self, message: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateOptions:
+    """`kept_in`: the directory for the state between blocks, removed at the end; None keeps it all in memory."""
+
+    sampling: Sampling = Sampling()
+    threshold: float = THRESHOLD
+    device: str = "cpu"
+    kept_in: Path | None = None
+
+
+def calibrate(
+    source: Source, survey: Survey, text: Text, options: CalibrateOptions, observer: CalibrationObserver
+) -> OutlierStatistics:
+    """Run a source's model over a text, with one block of it in memory, and take down its outliers.
+
+    Each weight is read once. A run that was killed goes on after its last finished block, if it is given the same
+    directory for its state. Raises the errors of a bad checkpoint, text or config, NonFiniteError where the model or a
+    weight holds NaN, NotEnoughMemoryError where a block does not fit.
+    """
+    with model_files(source, survey.weights) as directory:
+        calibration = _Calibration(source, survey.layouts, directory, text, options, observer)
+        try:
+            return calibration.run()
+        except UnsupportedModelError:
+            if not calibration.resumed:
+                raise
+            # A model that hands more from block to block than their outputs cannot go on in the middle.
+            observer.noted("this model cannot go on from the middle: starting over")
+            calibration.forget()
+            return calibration.run()
+
+
+class _Calibration:
+    """One calibration of one source."""
+
+    def __init__(
+        self,
+        source: Source,
+        layouts: Sequence[ShardLayout],
+        directory: Path,
+        text: Text,
+        options: CalibrateOptions,
+        observer: CalibrationObserver,
+    ) -> None:
+        self._source, self._layouts, self._directory = source, layouts, directory
+        self._options, self._observer = options, observer
+        self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
+        skeleton = build_skeleton(directory, self._specs)
+        self._sequences = sequences_of(text, directory, skeleton.model.config, options.sampling)
+        self._provenance = self._make_provenance(text, skeleton)
+        identity = dataclasses.asdict(self._provenance) | {"device": options.device}
+        self._kept = KeptStates(options.kept_in, identity) if options.kept_in else None
+        self.resumed = bool(self._kept and self._kept.finished)
+
+    def run(self) -> OutlierStatistics:
+        skeleton = build_skeleton(self._directory, self._specs)
+        blocks = [unit for unit in skeleton.units if unit.is_block]
+        finished = len(self._kept.finished) if self._kept else 0
+        largest = max((unit.weight_bytes for unit in blocks), default=0)
+        self._require_memory(skeleton, largest)
+        self._observer.started(len(blocks), finished, largest, self._provenance.tokens)
+        found: dict[str, tuple[SiteStatistics, ...]] = dict(self._recalled())
+        with CheckpointTensors(self._source, self._layouts) as tensors:
+            stream = StreamedModel(skeleton, tensors, device=self._options.device, kept=self._kept)
+            accumulators: dict[str, _UnitStatistics] = {}
+            for loaded in stream.units(self._sequences):
+                unit = loaded.unit
+                if unit.is_block:
+                    self._observer.block_started(unit.name, unit.weight_bytes)
+                watch = accumulators.setdefault(
+                    unit.name, _UnitStatistics(loaded, self._options, self._observer, len(self._sequences))
+                )
+                found[unit.name] = watch.run(loaded)
+                if unit.is_block:
+                    self._put_down(unit.name, found[unit.name])
+                    self._observer.block_finished(unit.name)
+        order = [unit.name for unit in skeleton.units]
+        sites = [site for name in sorted(found, key=order.index) for site in found[name]]
+        self.forget()
+        return OutlierStatistics(self._provenance, tuple(sites))
+
+    def forget(self) -> None:
+        """Remove the state on disk."""
+        self.resumed = False
+        if self._kept is not None:
+            self._kept.clear()
+
+    def _put_down(self, unit: str, sites: tuple[SiteStatistics, ...]) -> None:
+        """Before the engine puts a block on record as finished, its statistics are there."""
+        if self._kept is not None:
+            save_statistics(OutlierStatistics(self._provenance, sites), self._kept.directory / f"{unit}.safetensors")
+
+    def _recalled(self) -> Iterator[tuple[str, tuple[SiteStatistics, ...]]]:
+        if self._kept is not None:
+            for key in self._kept.finished:
+                unit = key.rpartition("@")[0]
+                yield unit, load_statistics(self._kept.directory / f"{unit}.safetensors").sites
+
+    def _make_provenance(self, text: Text, skeleton: Skeleton) -> Provenance:
+        sampling = self._options.sampling
+        return Provenance(
+            model=self._source.identity.name,
+            revision=self._source.identity.revision,
+            model_fingerprint=model_fingerprint(self._source, self._layouts),
+            text=text.name,
+            text_sha256=text.sha256,
+            tokens=sum(inputs["input_ids"].numel() for inputs in self._sequences),
+            sequence_length=self._sequences[0]["input_ids"].numel(),
+            seed=sampling.seed,
+            dtype=str(skeleton.dtype).removeprefix("torch."),
+            threshold=self._options.threshold,
+        )
+
+    def _require_memory(self, skeleton: Skeleton, block_bytes: int) -> None:
+        """Raise NotEnoughMemoryError if a block and a sequence in it are more than there is."""
+        length = self._provenance.sequence_length
+        widest = max((max(spec.shape) for spec in self._block_specs(skeleton)), default=0)
+        heads = getattr(skeleton.model.config, "num_attention_heads", None) or 0
+        activations = length * widest * 16 + (heads * length * length * 8 if isinstance(heads, int) else 0)
+        whole_files = max((layout.file_bytes for layout in self._layouts if not layout.mappable), default=0)
+        needed = block_bytes + activations + whole_files
+        if self._options.device == "cuda":
+            available: int | None = torch.cuda.mem_get_info()[0]
+        else:
+            available = available_bytes()
+        if available is not None and needed > available:
+            raise NotEnoughMemoryError(
+                f"one block takes {needed:,} bytes ({block_bytes:,} of weights, {needed - block_bytes:,} to work in), "
+                f"and {available:,} are free",
+                hint=f"Free some memory, or use a smaller --sequence-length. {FROM_WEIGHTS_HINT}",
+            )
+
+    def _block_specs(self, skeleton: Skeleton) -> Iterator[Any]:
+        for unit in skeleton.units:
+            if unit.is_block:
+                yield from (self._specs[name] for name in unit.sources if self._specs[name].shape)
+
+
+class _UnitStatistics:
+    """What is taken down of one unit; of one that is called several times in a forward, over all calls."""
+
+    def __init__(
+        self, loaded: LoadedUnit, options: CalibrateOptions, observer: CalibrationObserver, sequences: int
+    ) -> None:
+        self._options, self._observer, self._sequences = options, observer, sequences
+        self._unit = loaded.unit
+        self._inputs: dict[str, InputStatistics] = {}
+        self._residual: InputStatistics | None = None
+        self._outputs: dict[str, _MeanSquare] = {}
+        self._weights = {name: _weight_figures(name, linear) for name, linear in loaded.linears.items()}
+        self._biases: dict[str, Tensor | None] = {}
+
+    def run(self, loaded: LoadedUnit) -> tuple[SiteStatistics, ...]:
+        """Bring all sequences through and return the unit's sites, a residual one for the output of a block."""
+        self._biases = {name: getattr(linear, "bias", None) for name, linear in loaded.linears.items()}
+        done = 0
+
+        def take_output(output: Any) -> None:
+            nonlocal done
+            done += 1
+            self._take_residual(output)
+            self._observer.sequence_done(self._unit.name, done, self._sequences)
+
+        sites = loaded.run(on_input=self._take_input, on_linear_output=self._take_linear_output, on_output=take_output)
+        found = [self._site(site) for site in sites]
+        if self._residual is not None:
+            unit = self._unit
+            summary = self._residual.summary()
+            found.append(SiteStatistics(unit.name, RESIDUAL, unit.stack, unit.index, summary, ()))
+        return tuple(found)
+
+    def _take_input(self, name: str, x: Tensor) -> None:
+        with _naming(f"{name}: its input"):
+            self._statistics(name, x).update(x)
+
+    def _take_residual(self, output: Any) -> None:
+        hidden = first_hidden(output)
+        if self._unit.is_block and hidden is not None:
+            with _naming(f"{self._unit.name}: its output"):
+                if self._residual is None:
+                    self._residual = self._new(hidden)
+                self._residual.update(hidden)
+
+    def _take_linear_output(self, name: str, y: Tensor) -> None:
+        self._outputs.setdefault(name, _MeanSquare()).update(y, self._biases[name])
+
+    def _statistics(self, name: str, x: Tensor) -> InputStatistics:
+        if name not in self._inputs:
+            self._inputs[name] = self._new(x)
+        return self._inputs[name]
+
+    def _new(self, x: Tensor) -> InputStatistics:
+        return InputStatistics(x.shape[-1], threshold=self._options.threshold, device=x.device)
+
+    def _site(self, site: Site) -> SiteStatistics:
+        linears = tuple(
+            dataclasses.replace(self._weights[name], output_mean_square=self._outputs[name].value)
+            for name in site.linears
+        )
+        summary = self._inputs[site.name].summary()
+        return SiteStatistics(site.name, site.kind, site.stack, site.layer, summary, linears)
+
+
+class _MeanSquare:
+    """The mean over positions of the squared length of a linear's output without its bias."""
+
+    def __init__(self) -> None:
+        self._sum, self._positions = 0.0, 0
+
+    def update(self, y: Tensor, bias: Tensor | None) -> None:
+        rows = y.reshape(-1, y.shape[-1])
+        step = max(1, _STEP_ELEMENTS // max(1, rows.shape[1]))
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step].float()
+            if bias is not None:
+                chunk -= bias.float()
+            self._sum += float(chunk.square_().sum(dtype=torch.float64))
+        self._positions += rows.shape[0]
+
+    @property
+    def value(self) -> float:
+        return self._sum / max(1, self._positions)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say of what a non-finite value was part."""
+    try:
+        yield
+    except NonFiniteInputError as error:
+        raise NonFiniteError(
+            f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
+            hint="The model overflows there, or a weight before it is damaged. --from weights works all the same.",
+        ) from error
+
+
+def model_fingerprint(source: Source, layouts: Sequence[ShardLayout]) -> str:
+    """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
+    marks = [fingerprint(source, layout.file_name) for layout in layouts]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""
+
+
+def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
+    weight = weight_of(linear)
+    try:
+        errors, sum_squares = column_errors(weight)
+    except NonFiniteWeightError as error:
+        raise NonFiniteError(
+            f"{name}: its weight holds {error.value} in input column {error.column:,}",
+            hint="The checkpoint is damaged there: get the file again.",
+        ) from error
+    return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)
+

@@ -1,0 +1,45 @@
+"""How much memory there is, and giving it back: what Linux and glibc say, and what they have to be told."""
+
+import contextlib
+import ctypes
+from pathlib import Path
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_PROMPT_BYTES = 65536
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def return_memory_promptly() -> None:
+    """Have glibc's malloc give freed memory back to the system, for the rest of the process.
+
+    Left to itself it raises its thresholds with each large block freed, and keeps what it freed: SmolLM2-135M, run block
+    by block, then peaks at 3.9 GB instead of 0.6. No effect with other C libraries.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _PROMPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _PROMPT_BYTES)
+
+
+def available_bytes() -> int | None:
+    """Memory that a process may still take: of the machine, or of the control group if that is less. None if unknown."""
+    found = [_machine_bytes(), _group_bytes()]
+    return min((value for value in found if value is not None), default=None)
+
+
+def _machine_bytes() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_bytes() -> int | None:
+    """What a cgroup v2 limit leaves; file pages count as free, since they are dropped when memory is short."""
+    with contextlib.suppress(OSError, ValueError):
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        pages = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return limit - used + int(pages.get("file", "0"))
+    return None

@@ -1,0 +1,185 @@
+"""Which linear layers of a unit share an input, and of what kind that input is: found by watching it run once.
+
+Owns `Site`. Goes by what feeds what, not by names: two linears that are handed the same memory share a site, an input
+that a norm has made is norm-fed, and attention is where activations are multiplied with each other.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+Kind = Literal["norm-fed", "attention output", "second feed-forward"]
+
+# Products of activations with activations; whatever lies between them and the next linear is elementwise.
+_MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "einsum"})
+_LINEAR = frozenset({"linear", "addmm"})
+_NORM_MARK = "_int8cli_made_by_norm"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An input that one or more linear layers of a unit share, by the names that the checkpoint has for them.
+
+    `name` is that of the first; `stack` and `layer` are those of the unit.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    kind: Kind
+    stack: str | None
+    layer: int | None
+    in_features: int
+
+
+@dataclass(slots=True)
+class _Found:
+    kind: Kind
+    in_features: int
+    linears: list[nn.Module] = field(default_factory=list)
+
+
+def linears_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers in a module by their names in it: nn.Linear and its subclasses, and GPT-2's Conv1D."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, Conv1D))}
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """A linear's weight as (out_features, in_features): Conv1D has it the other way around."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight if isinstance(linear, nn.Linear) else weight.t()
+
+
+class SiteFinder:
+    """Watches one run of a module and tells its sites.
+
+    `on_input(linear, x)` is called where a site's first linear gets its input.
+    """
+
+    def __init__(self, on_input: Callable[[nn.Module, Tensor], None] | None = None) -> None:
+        self._on_input = on_input
+        self._found: dict[tuple[object, ...], _Found] = {}
+        self._known: dict[nn.Module, bool] = {}  # linears met so far; true for the first of a site
+        self._norm_made: set[int] = set()
+        self._weights: set[int] = set()
+        self._mixed = False
+        self._held: list[Tensor] = []  # memory that must not be given to other tensors while it is compared
+
+    @contextmanager
+    def watching(self, module: nn.Module, arguments: object) -> Iterator[None]:
+        """Watch while the module runs once with these arguments."""
+        for tensor in tensors_in(arguments):
+            if is_marked(tensor):
+                self._norm_made.add(_memory(tensor))
+        self._weights = {_memory(parameter) for parameter in module.parameters()}
+        with ExitStack() as stack:
+            stack.enter_context(_Products(self))
+            for child in module.modules():
+                if is_norm(child):
+                    stack.callback(child.register_forward_hook(self._after_norm).remove)
+            for linear in linears_of(module).values():
+                stack.callback(linear.register_forward_pre_hook(self._before_linear).remove)
+            yield
+
+    def found(self) -> Iterator[tuple[Kind, int, list[nn.Module]]]:
+        """Kind, in_features and linears of each site, in the order they were met."""
+        for site in self._found.values():
+            yield site.kind, site.in_features, site.linears
+
+    def made_by_norm(self, tensor: Tensor) -> bool:
+        """Whether a norm made the memory that a tensor lies in; to be asked while the run's tensors are alive."""
+        return _memory(tensor) in self._norm_made
+
+    def multiplied(self, factors: object, *, by_weights: bool) -> None:
+        """A product was computed: with a weight, if it is a linear one or a factor says so, or of activations alone."""
+        self._mixed = not (by_weights or any(_memory(factor) in self._weights for factor in tensors_in(factors)))
+
+    def _after_norm(self, module: nn.Module, inputs: object, output: object) -> None:
+        for tensor in tensors_in(output):
+            self._held.append(tensor)
+            self._norm_made.add(_memory(tensor))
+
+    def _before_linear(self, linear: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given: Tensor = inputs[0]
+        if linear not in self._known:
+            key = (_memory(given), given.storage_offset(), given.numel(), given.shape[-1], given._version)
+            self._known[linear] = key not in self._found
+            if key not in self._found:
+                self._held.append(given)
+                self._found[key] = _Found(self._kind(given), given.shape[-1])
+            self._found[key].linears.append(linear)
+        if self._known[linear] and self._on_input is not None:
+            self._on_input(linear, given)
+
+    def _kind(self, given: Tensor) -> Kind:
+        if self._mixed:
+            return "attention output"
+        return "norm-fed" if self.made_by_norm(given) else "second feed-forward"
+
+
+class _Products(TorchFunctionMode):
+    """Tells a SiteFinder of products, in the order in which they are computed."""
+
+    def __init__(self, finder: SiteFinder) -> None:
+        super().__init__()
+        self._finder = finder
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        result = func(*args, **(kwargs or {}))
+        if name in _LINEAR or name in _MIXING:
+            self._finder.multiplied(args, by_weights=name in _LINEAR)
+        return result
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalization, by the one name that all of its classes have."""
+    return "norm" in type(module).__name__.lower() and not linears_of(module)
+
+
+def mark(tensor: Tensor) -> Tensor:
+    """Mark a tensor as made by a norm, for the unit that it is handed to."""
+    setattr(tensor, _NORM_MARK, True)
+    return tensor
+
+
+def is_marked(tensor: Tensor) -> bool:
+    return bool(getattr(tensor, _NORM_MARK, False))
+
+
+def tensors_in(structure: object) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and mappings."""
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, dict):
+        yield from itertools.chain.from_iterable(map(tensors_in, structure.values()))
+    elif isinstance(structure, (tuple, list)):
+        yield from itertools.chain.from_iterable(map(tensors_in, structure))
+
+
+def map_tensors(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nesting of plain tuples, lists and dicts with each tensor changed; other things as they are."""
+    if isinstance(structure, Tensor):
+        return change(structure)
+    if type(structure) is dict:
+        return {key: map_tensors(value, change) for key, value in structure.items()}
+    if type(structure) in (tuple, list):
+        return type(structure)(map_tensors(value, change) for value in structure)
+    return structure
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def first_hidden(output: object) -> Tensor | None:
+    """The hidden states that a block puts out: its first float tensor."""
+    return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)

@@ -1,0 +1,234 @@
+"""What calibration found, as result objects, and the .safetensors file that holds them.
+
+Owns the file's format: by site the tensors `<site>.minimum`, `.maximum`, `.absmax_later`, `.absmax_position`,
+`.mean_square`, `.share_over`; by linear layer `<linear>.weight_error`; everything else, and which model, revision and
+text it is all of, as one JSON document in the metadata. Computes nothing that is not in `llm_int8.outliers`.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from int8cli.checkpoint.writer import write_file
+from int8cli.errors import CheckpointError
+from int8cli.llm_int8.outliers import (
+    InputSummary,
+    MassiveActivation,
+    OutlierFeature,
+    massive_activations,
+    predicted_output_error,
+    systematic_features,
+)
+
+STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
+NORM_FED = "norm-fed"
+ATTENTION_OUTPUT = "attention output"
+SECOND_FEED_FORWARD = "second feed-forward"
+RESIDUAL = "residual"
+
+_KEY = "int8cli"
+_BY_DIMENSION = ("minimum", "maximum", "absmax_later", "absmax_position", "mean_square", "share_over")
+_BY_SITE = ("positions", "mean_squared_rowmax", "median")
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """What the statistics are of: model and revision as the source calls them, the text, and how it was used.
+
+    `model_fingerprint` tells local checkpoints of one name apart. `tokens` are those that were run.
+    """
+
+    model: str
+    revision: str | None
+    model_fingerprint: str
+    text: str
+    text_sha256: str
+    tokens: int
+    sequence_length: int
+    seed: int
+    dtype: str
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinearStatistics:
+    """A linear layer: its shape, ||dW_:j||² by input column (in,), ||W||², and E||X Wᵀ||² as measured, without bias."""
+
+    name: str
+    out_features: int
+    in_features: int
+    weight_error: Tensor
+    weight_sum_squares: float
+    output_mean_square: float
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """An input that `linears` share. `kind` is one of the four names above; a residual site has no linears.
+
+    `stack` and `layer` say which block it is in; both None outside of the blocks.
+    """
+
+    name: str
+    kind: str
+    stack: str | None
+    layer: int | None
+    inputs: InputSummary
+    linears: tuple[LinearStatistics, ...]
+
+    def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, kept: tuple[int, ...] = ()) -> float:
+        """Relative output error of one of the linears: with int8 weights alone, or vector-wise with int8 inputs too."""
+        return predicted_output_error(
+            self.inputs.mean_square,
+            linear.weight_error,
+            linear.output_mean_square,
+            mean_squared_rowmax=self.inputs.mean_squared_rowmax if int8_inputs else 0.0,
+            weight_sum_squares=linear.weight_sum_squares if int8_inputs else 0.0,
+            kept=kept,
+        )
+
+    def worst_predicted_error(self, *, int8_inputs: bool) -> float:
+        """The largest of its linears."""
+        return max((self.predicted_error(linear, int8_inputs=int8_inputs) for linear in self.linears), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedFeature:
+    """A systematic outlier feature, with the layers it is in, of all there are in its stack."""
+
+    stack: str
+    feature: OutlierFeature
+    layers: tuple[int, ...]
+    layer_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LocatedActivation:
+    """A massive activation and the site it is at."""
+
+    site: SiteStatistics
+    activation: MassiveActivation
+
+
+@dataclass(frozen=True, slots=True)
+class OutlierStatistics:
+    """Everything that one calibration found, by site in the order in which the model computes them."""
+
+    provenance: Provenance
+    sites: tuple[SiteStatistics, ...]
+
+    @property
+    def linear_sites(self) -> tuple[SiteStatistics, ...]:
+        return tuple(site for site in self.sites if site.linears)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream: of most norm-fed sites."""
+        widths = [site.inputs.features for site in self.sites if site.kind == NORM_FED]
+        return max(sorted(set(widths)), key=widths.count) if widths else 0
+
+    def norm_fed_layers(self) -> dict[str, dict[int, tuple[SiteStatistics, ...]]]:
+        """By stack and layer, the norm-fed sites that share the residual's index space."""
+        found: dict[str, dict[int, tuple[SiteStatistics, ...]]] = {}
+        for site in self.sites:
+            if site.kind == NORM_FED and site.stack is not None and site.layer is not None:
+                if site.inputs.features == self.hidden_size:
+                    layers = found.setdefault(site.stack, {})
+                    layers[site.layer] = (*layers.get(site.layer, ()), site)
+        return found
+
+    def features(self) -> tuple[LocatedFeature, ...]:
+        """The systematic outlier features of each stack of blocks."""
+        found = []
+        for stack, layers in self.norm_fed_layers().items():
+            numbers = sorted(layers)
+            summaries = [[site.inputs for site in layers[number]] for number in numbers]
+            for feature in systematic_features(summaries):
+                where = tuple(numbers[place] for place in feature.layers)
+                found.append(LocatedFeature(stack, feature, where, len(numbers)))
+        return tuple(found)
+
+    def massive(self) -> tuple[LocatedActivation, ...]:
+        """The massive activations of all sites, largest first."""
+        found = [LocatedActivation(site, activation) for site in self.sites for activation in massive_activations(site.inputs)]
+        return tuple(sorted(found, key=lambda located: -abs(located.activation.value)))
+
+
+def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
+    """Write a statistics file, whole or not at all. Raises OutputError."""
+    document = {
+        "schema": STATISTICS_SCHEMA,
+        "provenance": _fields(statistics.provenance),
+        "sites": [_site_to_json(site) for site in statistics.sites],
+    }
+    tensors = dict(_tensors(statistics))
+    write_file(path, save(tensors, metadata={_KEY: json.dumps(document)}))
+
+
+def load_statistics(path: Path) -> OutlierStatistics:
+    """Read a statistics file. Raises CheckpointError for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = json.loads((file.metadata() or {})[_KEY])
+            if document["schema"] != STATISTICS_SCHEMA:
+                raise CheckpointError(
+                    f"{path.name}: its schema is {document['schema']!r}, and this version reads {STATISTICS_SCHEMA!r}",
+                    hint="Make it again: int8cli inspect-outliers MODEL --output FILE.safetensors",
+                )
+            provenance = Provenance(**document["provenance"])
+            sites = tuple(_site_from_json(site, file.get_tensor, provenance.threshold) for site in document["sites"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name} does not hold outlier statistics ({type(error).__name__}: {error!s:.200})",
+            hint="Such a file comes from: int8cli inspect-outliers MODEL --output FILE.safetensors",
+        ) from error
+    return OutlierStatistics(provenance, sites)
+
+
+def joined(parts: Iterator[OutlierStatistics], provenance: Provenance) -> OutlierStatistics:
+    """Statistics of parts of one model, put together in order."""
+    return OutlierStatistics(replace(provenance), tuple(site for part in parts for site in part.sites))
+
+
+def _tensors(statistics: OutlierStatistics) -> Iterator[tuple[str, Tensor]]:
+    for site in statistics.sites:
+        for name in _BY_DIMENSION:
+            yield f"{site.name}.{name}", getattr(site.inputs, name).contiguous()
+        for linear in site.linears:
+            yield f"{linear.name}.weight_error", linear.weight_error.contiguous()
+
+
+def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "stack": site.stack,
+        "layer": site.layer,
+        **{name: getattr(site.inputs, name) for name in _BY_SITE},
+        "linears": [
+            {name: value for name, value in _fields(linear).items() if name != "weight_error"} for linear in site.linears
+        ],
+    }
+
+
+def _site_from_json(site: Mapping[str, Any], tensor: Any, threshold: float) -> SiteStatistics:
+    inputs = InputSummary(
+        threshold=threshold,
+        **{name: site[name] for name in _BY_SITE},
+        **{name: tensor(f"{site['name']}.{name}") for name in _BY_DIMENSION},
+    )
+    linears = tuple(
+        LinearStatistics(weight_error=tensor(f"{linear['name']}.weight_error"), **linear) for linear in site["linears"]
+    )
+    return SiteStatistics(site["name"], site["kind"], site["stack"], site["layer"], inputs, linears)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A slotted dataclass's fields, not copied."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
