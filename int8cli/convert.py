@@ -8,7 +8,7 @@ import json
 import shutil
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,9 +22,10 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardLayout, TensorSpec
 from int8cli.checkpoint.writer import ShardWriter, copy_file, write_file
 from int8cli.digest import SourceDigest, new_digest
-from int8cli.errors import CorruptShardError, DigestMismatchError, DiskSpaceError
+from int8cli.errors import CorruptShardError, DigestMismatchError, DiskSpaceError, WorkerLostError
 from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor
 from int8cli.layouts import LAYOUTS, Layout
+from int8cli.manifest import MANIFEST_FILE, write_manifest
 from int8cli.output import OutputShard, output_specs, plan_output_shard
 from int8cli.plan import Decision, Plan
 from int8cli.records import (
@@ -128,6 +129,8 @@ def convert(
         observer.started(survey, frozenset(records))
         for file_name in survey.weights.copied:
             _copy_file(source, file_name, options.output)
+        if source.keeps_in is not None:
+            _keep_what_leads_to_the_weights(source, survey)
         executor = _executor(options, len(remaining), lock, observer)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
@@ -135,7 +138,9 @@ def convert(
         finally:
             executor.close()
         report = _finish(survey, conversion, [records[shard.file] for shard in conversion.shards], options, render_card)
-        shutil.rmtree(store.partial_directory, ignore_errors=True)
+        # What a killed run fetched and a later one had no use for would otherwise stay for good.
+        for directory in (store.partial_directory, store.incoming_directory):
+            shutil.rmtree(directory, ignore_errors=True)
         return report
 
 
@@ -153,6 +158,7 @@ def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
     files = [shard.output for shard in shards] + list(survey.weights.copied) + [CARD_FILE, REPORT_FILE]
     files += [CONFIG_FILE] if survey.has_config else []
     files += [INDEX_FILE] if len(shards) > 1 else []
+    files += [MANIFEST_FILE]
     return Conversion(survey.identity, settings, shards, tuple(files))
 
 
@@ -162,7 +168,7 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
     A weight with non-finite values either raises or, with `keep_non_finite`, is left in its source dtype: the output's
     layout is then another one, and the shard is done again with it. Raises CheckpointError, OutputError.
     """
-    reader = _open_reader(task, local)
+    reader = open_reader(task, local)
     try:
         result, output, plan = _attempt(task, task.plan, local, reader, on_bytes)
         kept = result.non_finite
@@ -174,6 +180,7 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
     return ShardRecord(
         source=task.source,
         source_sha256=local.sha256,
+        source_tensors=tuple(decision.spec for decision in plan.decisions),
         files=(_file_record(output, result),),
         layers=tuple(layer_report(decision, output.target, result) for decision in plan.quantized),
         kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
@@ -207,7 +214,7 @@ def _attempt(
     return result, output, plan
 
 
-def _open_reader(task: ShardTask, local: LocalFile) -> ShardReader:
+def open_reader(task: ShardTask, local: LocalFile) -> ShardReader:
     """Access to the shard's bytes, after a look that the file is the one whose header the plan was made from."""
     changed = f"{task.source.file}: changed since its header was read"
     if local.path.stat().st_size != task.layout.file_bytes:
@@ -269,6 +276,11 @@ def _convert_shards(
             observer.progressed(task.source.file, "", -task.tensor_bytes)
             waiting.append(task)
             return
+        except BrokenExecutor as error:
+            raise WorkerLostError(
+                f"a worker process ended before {task.source.file} was done",
+                hint="It may have been killed for want of memory. Run the same command again, with fewer --workers.",
+            ) from error
         records[task.source.file] = record
         observer.shard_finished(task.source.file, record)
 
@@ -337,6 +349,14 @@ def _copy_file(source: Source, file_name: str, output: Path) -> None:
         )
 
 
+def _keep_what_leads_to_the_weights(source: Source, survey: Survey) -> None:
+    """Fetch the files that were only read, not copied: without them nobody finds the kept shards offline."""
+    for file_name in (CONFIG_FILE if survey.has_config else None, survey.weights.index_file):
+        if file_name is not None:
+            with source.fetch(file_name):
+                pass
+
+
 def _finish(
     survey: Survey,
     conversion: Conversion,
@@ -344,17 +364,20 @@ def _finish(
     options: ConvertOptions,
     render_card: Callable[[ConversionReport, Survey], str],
 ) -> ConversionReport:
-    """Write what speaks of the whole: report, card, index and, last, the config.json that makes it loadable."""
+    """Write what speaks of the whole: report, card, index, digests; last, the config.json that makes it loadable."""
     kept = [tensor for record in records for tensor, _ in record.kept]
     plan = survey.plan.keeping(kept)
     report = _report(survey, conversion, records, plan)
     write_file(options.output / REPORT_FILE, _json_bytes(report.to_json()))
-    write_file(options.output / CARD_FILE, render_card(report, survey).encode())
+    write_file(options.output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"))
     if len(records) > 1:
         write_file(options.output / INDEX_FILE, _json_bytes(_index(survey, records)))
-    if survey.has_config:
-        config = _config(survey, conversion.settings, plan)
-        write_file(options.output / CONFIG_FILE, _json_bytes(config))
+    config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
+    later = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE, *(record.files[0].file for record in records)}
+    on_disk = [name for name in conversion.files if name not in later]
+    write_manifest(options.output, on_disk, {CONFIG_FILE: config} if config is not None else {})
+    if config is not None:
+        write_file(options.output / CONFIG_FILE, config)
     return report
 
 
@@ -399,4 +422,4 @@ def _config(survey: Survey, settings: Settings, plan: Plan) -> dict[str, Any]:
 
 
 def _json_bytes(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -7,13 +7,15 @@ after the shard stands under its final name, so that a record always speaks of a
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from int8cli.checkpoint.source import SourceIdentity
+from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import OutputError, OutputInUseError, SettingsMismatchError
 from int8cli.results import LayerReport
@@ -21,6 +23,8 @@ from int8cli.results import LayerReport
 CONVERSION_SCHEMA = "int8cli.conversion/1"
 RECORD_SCHEMA = "int8cli.record/1"
 OWN_DIRECTORY = "int8"
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +102,13 @@ class ShardRecord:
     """A finished shard: where it came from, every file it became, and what int8 did to its layers.
 
     `files` holds the shard itself first; what else is made from it (a sidecar) follows. `kept` names tensors that were
-    left in their source dtype because they hold non-finite values, with the place of the first.
+    left in their source dtype because they hold non-finite values, with the place of the first. `source_tensors` is all
+    that the source shard held.
     """
 
     source: ShardSource
     source_sha256: str | None
+    source_tensors: tuple[TensorSpec, ...]
     files: tuple[FileRecord, ...]
     layers: tuple[LayerReport, ...]
     kept: tuple[tuple[str, str], ...] = ()
@@ -112,6 +118,7 @@ class ShardRecord:
             "schema": RECORD_SCHEMA,
             "source": asdict(self.source),
             "source_sha256": self.source_sha256,
+            "source_tensors": [asdict(spec) for spec in self.source_tensors],
             "files": [asdict(file) for file in self.files],
             "layers": [layer.to_json() for layer in self.layers],
             "kept": [{"tensor": tensor, "place": place} for tensor, place in self.kept],
@@ -122,6 +129,7 @@ class ShardRecord:
         return cls(
             ShardSource(**data["source"]),
             data["source_sha256"],
+            tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in data["source_tensors"]),
             tuple(FileRecord.from_json(file) for file in data["files"]),
             tuple(LayerReport.from_json(layer) for layer in data["layers"]),
             tuple((kept["tensor"], kept["place"]) for kept in data["kept"]),
@@ -149,8 +157,8 @@ class RecordStore:
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to, if any."""
-        data = _read_json(self._conversion_path)
-        return Conversion.from_json(data) if data is not None else None
+        hint = "Without it nothing here is known to be int8cli's: choose another --output, or delete the directory."
+        return _read_record(self._conversion_path, Conversion.from_json, hint)
 
     def begin(self, conversion: Conversion) -> None:
         """Claim the directory for a conversion, or go on with the same one.
@@ -164,12 +172,16 @@ class RecordStore:
         elif known != conversion:
             _refuse_mismatch(self._output, known, conversion)
 
+    def record(self, shard: ShardSource) -> ShardRecord | None:
+        """What was put down when a shard was finished; None if it never was. Raises OutputError."""
+        path = self._record_path(shard)
+        return _read_record(path, ShardRecord.from_json, "Delete it, and its shard is converted again.")
+
     def finished(self, shard: ShardSource) -> ShardRecord | None:
         """The record of a shard whose files are all in place at their size; None if it must be (re)made."""
-        data = _read_json(self._record_path(shard))
-        if data is None:
+        record = self.record(shard)
+        if record is None:
             return None
-        record = ShardRecord.from_json(data)
         whole = all(_size_of(self._output / file.file) == file.size_bytes for file in record.files)
         return record if record.source == shard and whole else None
 
@@ -188,6 +200,7 @@ class RecordStore:
             (self._output / name).unlink(missing_ok=True)
         for shard in known.shards:
             self._record_path(shard).unlink(missing_ok=True)
+        shutil.rmtree(self.partial_directory, ignore_errors=True)
         # Last, so that a kill half-way leaves a directory that still says what is ours.
         self._conversion_path.unlink(missing_ok=True)
 
@@ -195,10 +208,12 @@ class RecordStore:
         return self._records / f"{shard.output.removesuffix('.safetensors')}.json"
 
     def _refuse_foreign_files(self, conversion: Conversion) -> None:
-        for name in conversion.files:
-            if (self._output / name).exists():
+        ours = [self._output / name for name in conversion.files]
+        ours += [self._record_path(shard) for shard in conversion.shards] + [self.partial_directory]
+        for path in ours:
+            if os.path.lexists(path):
                 raise OutputError(
-                    f"{self._output / name} exists and was not written by int8cli",
+                    f"{path} exists and was not written by int8cli",
                     hint="Choose another directory with --output; nothing that int8cli did not write is replaced.",
                 )
 
@@ -271,17 +286,20 @@ def _fields(conversion: Conversion) -> dict[str, object]:
     return fields
 
 
-def _read_json(path: Path) -> Any:
+def _read_record(path: Path, parse: Callable[[Any], Read], hint: str) -> Read | None:
+    """What `parse` makes of a JSON file; None where there is none. Raises OutputError for what we did not write."""
     try:
-        return json.loads(path.read_bytes())
+        return parse(json.loads(path.read_bytes()))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
-        raise OutputError(f"{path} cannot be read ({error})", hint="Start anew with --overwrite.") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(f"{path} is not as int8cli wrote it ({type(error).__name__}: {error})", hint=hint) from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read ({error.strerror})", hint="Check its permissions.") from error
 
 
 def _to_bytes(data: Any) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(data, indent=1) + "\n").encode()
 
 
 def _size_of(path: Path) -> int:

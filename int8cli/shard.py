@@ -6,6 +6,7 @@ Owns the threads of a pass and the buffers they work in. Knows nothing of other 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from int8cli.blocks import BLOCK_ELEMENTS, Block, CopyBlock, Matrix, QuantizeBlock, Rectangle, TransposeBlock, blocks_of
 from int8cli.checkpoint.reader import ShardReader
 from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
-from int8cli.checkpoint.writer import ShardWriter
 from int8cli.digest import SourceDigest, TurnAbandonedError, Turnstile, new_digest
 from int8cli.errors import NonFiniteError
 from int8cli.llm_int8.metrics import ErrorSums
@@ -68,6 +68,13 @@ class _Written:
     non_finite: Place | None = None
 
 
+class Sink(Protocol):
+    """What a pass gives its bytes to: the writer of a file, or a comparison with one that stands."""
+
+    def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
+        """Take bytes of the file; from any thread, in any order. `data` is the caller's, and reused."""
+
+
 class ShardPass:
     """One pass over a shard. Make it, `run` it once.
 
@@ -96,14 +103,14 @@ class ShardPass:
         self._error: BaseException | None = None
 
     def run(
-        self, writer: ShardWriter, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None = None
+        self, sink: Sink, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None = None
     ) -> PassResult:
-        """Fill `writer` with the shard's header and tensors. Raises NonFiniteError, CorruptShardError, OutputError.
+        """Give `sink` the shard's header and tensors. Raises NonFiniteError, CorruptShardError, OutputError.
 
         `source_digest` is given every run of the source's bytes as it passes.
         """
-        writer.write_at(0, self._output.header)
-        work = (writer, on_bytes, source_digest)
+        sink.write_at(0, self._output.header)
+        work = (sink, on_bytes, source_digest)
         threads = [threading.Thread(target=self._work, args=work, daemon=True) for _ in range(self._options.threads)]
         for thread in threads:
             thread.start()
@@ -117,12 +124,12 @@ class ShardPass:
             raise
         if self._error is not None:
             raise self._error
-        self._write_marks(writer)
+        self._write_marks(sink)
         self._result.digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         return self._result
 
     def _work(
-        self, writer: ShardWriter, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None
+        self, sink: Sink, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None
     ) -> None:
         try:
             bench = Workbench(self._options)
@@ -132,7 +139,7 @@ class ShardPass:
                     self._take_down(written, source_digest)
                     on_bytes(written.name, _source_bytes(block))
                 for name, offset, data in written.outputs:
-                    writer.write_at(self._output.tensors[name].offset_bytes + offset, data)
+                    sink.write_at(self._output.tensors[name].offset_bytes + offset, data)
         except TurnAbandonedError:
             pass
         except BaseException as error:
@@ -222,12 +229,12 @@ class ShardPass:
         if source_digest is not None and written.source is not None:
             source_digest.update(*written.source)
 
-    def _write_marks(self, writer: ShardWriter) -> None:
+    def _write_marks(self, sink: Sink) -> None:
         for decision in self._decisions.values():
             if not decision.quantize:
                 continue
             for name, mark in self._output.target.marks(decision.spec.name).items():
-                writer.write_at(self._output.tensors[name].offset_bytes, mark)
+                sink.write_at(self._output.tensors[name].offset_bytes, mark)
                 self._digests[name].update(mark)
 
 

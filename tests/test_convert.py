@@ -288,7 +288,7 @@ def test_nothing_is_left_aside(tmp_path: Path) -> None:
     shards = sorted(p.name for p in source.glob("*.safetensors"))
     records = [f"int8/records/{name.removesuffix('.safetensors')}.json" for name in shards]
     others = ["README.md", "config.json", "generation_config.json", "model.safetensors.index.json"]
-    own = ["int8/conversion.json", "int8/report.json", *records]
+    own = ["int8/conversion.json", "int8/files.json", "int8/report.json", *records]
     assert sorted(files_of(tmp_path / "output")) == sorted([*shards, *others, *own])
 
 

@@ -3,12 +3,14 @@
 What a command needs is imported when it runs, so that `--help` and `--version` answer at once.
 """
 
+import io
+import sys
 from typing import Annotated
 
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert, estimate_memory
+from int8cli.cli import convert, estimate_memory, verify
 
 app = typer.Typer(
     name="int8cli",
@@ -39,8 +41,11 @@ def int8cli(
 
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("estimate-memory", epilog=estimate_memory.EXAMPLES)(estimate_memory.estimate_memory)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 
 
 def main() -> None:
     """Entry point of the `int8cli` program."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or a file name without a character
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

@@ -112,7 +112,7 @@ def convert(
     from int8cli.report.terminal import show_report
     from int8cli.survey import survey_source
 
-    _require_device(device)
+    require_device(device)
     if not math.isfinite(threshold):
         raise typer.BadParameter("a threshold is a finite number", param_hint="'--threshold'")
     output = output or default_output(model)
@@ -163,7 +163,8 @@ def default_output(model: str) -> Path:
     return Path(f"{name}-int8")
 
 
-def _require_device(device: Device) -> None:
+def require_device(device: Device) -> None:
+    """Set torch up for this program, and refuse a device that is not there."""
     import torch
 
     torch.set_num_threads(1)  # threads over blocks are ours: OpenMP's own collapse beside other work
@@ -171,14 +172,15 @@ def _require_device(device: Device) -> None:
         raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
 
 
-def _cores() -> int:
+def usable_cores() -> int:
+    """The cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _workers(shards: int, *, on_hub: bool) -> int:
     """Enough processes that each has the threads one shard can use; one where the network sets the pace."""
-    return 1 if on_hub else max(1, min(shards, _cores() // THREADS_FOR_A_SHARD))
+    return 1 if on_hub else max(1, min(shards, usable_cores() // THREADS_FOR_A_SHARD))
 
 
 def _threads(workers: int) -> int:
-    return max(1, min(THREADS_FOR_A_SHARD, _cores() // workers))
+    return max(1, min(THREADS_FOR_A_SHARD, usable_cores() // workers))

@@ -18,6 +18,7 @@ class Layout(Protocol):
     NAME: str
     ACCEPTS: Acceptance  # what its loaders hold in int8
     SCALES: Literal["row_absmax", "step"]  # row_absmax undivided, or the quantization step row_absmax / 127
+    SKIP_KEY: str  # of quantization_config: where it names what was left alone
 
     def quantized_specs(self, source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, ...]:
         """What the output holds for a weight, int8 data first. `transpose`: the source is (in, out)."""
@@ -29,6 +30,9 @@ class Layout(Protocol):
 
     def quantization_config(self, plan: Plan, threshold: float) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
+
+    def leaves_alone(self, entry: str, module: str) -> bool:
+        """Whether the loaders leave `module` alone because of an entry under `SKIP_KEY`."""
 
 
 LAYOUTS: Mapping[str, Layout] = {layout.NAME: layout for layout in (bitsandbytes, compressed_tensors)}

@@ -4,15 +4,17 @@ Owns what stands in the output for a quantized `X.weight`: `X.weight` int8 (out,
 row_absmax undivided, `X.weight_format` uint8 scalar 0 (row-major). Format: bitsandbytes' `Linear8bitLt` state dict.
 """
 
+import re
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.layouts.skip_modules import skip_modules
+from int8cli.layouts.skip_modules import covers, skip_modules
 from int8cli.plan import Acceptance, Plan
 
 NAME = "bitsandbytes"
 ACCEPTS = Acceptance()
 SCALES: Literal["row_absmax", "step"] = "row_absmax"
+SKIP_KEY = "llm_int8_skip_modules"
 WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
 
 
@@ -50,7 +52,14 @@ def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": threshold,
-        "llm_int8_skip_modules": skip_modules(plan),
+        SKIP_KEY: skip_modules(plan),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
+
+
+def leaves_alone(entry: str, module: str) -> bool:
+    try:
+        return covers(entry, module)
+    except re.error:
+        return False  # the loader will say so itself

@@ -22,6 +22,7 @@ NAME = "compressed-tensors"
 # transformers' Conv1D is neither, and vLLM turns what it reads for one.
 ACCEPTS = Acceptance(experts=True, conv1d=False)
 SCALES: Literal["row_absmax", "step"] = "step"
+SKIP_KEY = "ignore"
 
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
@@ -56,7 +57,7 @@ def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
         "format": "int-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ignore(plan),
+        SKIP_KEY: ignore(plan),
         "kv_cache_scheme": None,
     }
 
@@ -69,6 +70,15 @@ def ignore(plan: Plan) -> list[str]:
     are replaced too.
     """
     return [_as_pattern(entry) for entry in skip_modules(plan, also_replaced={names.SUBCLASS})]
+
+
+def leaves_alone(entry: str, module: str) -> bool:
+    if not entry.startswith("re:"):
+        return entry == module
+    try:
+        return re.match(entry.removeprefix("re:"), module) is not None
+    except re.error:
+        return False  # the loader will say so itself
 
 
 def _as_pattern(entry: str) -> str:

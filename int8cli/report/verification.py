@@ -1,0 +1,55 @@
+"""What verify found, on the terminal, in 80 columns: a line for each check, then every failure by name."""
+
+from rich.markup import escape
+from rich.table import Table
+
+from int8cli.report.terminal import stdout_console
+from int8cli.verify.checks import Check, Failure, Verification
+
+FAILURES_SHOWN = 20
+_MARKS = {
+    "passed": "[green]passed[/green]",
+    "failed": "[red]FAILED[/red]",
+    "not checked": "[yellow]not checked[/yellow]",
+}
+
+
+def show_verification(verification: Verification) -> None:
+    """Print the checks and their failures; of each check at most `FAILURES_SHOWN`."""
+    console = stdout_console()
+    against = f" against [bold]{escape(verification.source)}[/bold]" if verification.source else ""
+    head = f"[bold]{escape(verification.directory)}[/bold]: {escape(verification.model)}, {verification.layout}"
+    console.print(head + against, soft_wrap=True)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in verification.checks:
+        table.add_row(check.name, _MARKS[check.status], escape(check.detail))
+    console.print(table)
+    for check in verification.checks:
+        for line in _failure_lines(check):
+            console.print(line, soft_wrap=True)
+    console.print(_verdict(verification), soft_wrap=True)
+
+
+def _failure_lines(check: Check) -> list[str]:
+    lines = [f"[red]{check.name}[/red]: {escape(_as_text(failure))}" for failure in check.failures[:FAILURES_SHOWN]]
+    if len(check.failures) > FAILURES_SHOWN:
+        lines.append(f"[red]{check.name}[/red]: … {len(check.failures) - FAILURES_SHOWN:,} more (--json lists all)")
+    return lines
+
+
+def _as_text(failure: Failure) -> str:
+    where = f"{failure.file}: {failure.tensor}" if failure.tensor else failure.file
+    return f"{where}: {failure.problem}" if failure.tensor else f"{where} {failure.problem}"
+
+
+def _verdict(verification: Verification) -> str:
+    failed = [check.name for check in verification.checks if check.status == "failed"]
+    if failed:
+        return f"[bold red]It does not hold: {', '.join(failed)}.[/bold red]"
+    open_questions = [check.name for check in verification.checks if check.status == "not checked"]
+    if open_questions:
+        return f"[bold green]All that was checked holds.[/bold green] Not checked: {', '.join(open_questions)}."
+    return "[bold green]All holds.[/bold green]"

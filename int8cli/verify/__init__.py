@@ -1,0 +1,162 @@
+"""Verify: is what a directory holds whole, does it load, and is it what its source becomes.
+
+Owns the order of the checks. Reads only; prints nothing: an Observer is told.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from int8cli.checkpoint.source import Source, checked_file_name
+from int8cli.errors import Int8cliError, OutputError, OutputInUseError
+from int8cli.manifest import MANIFEST_FILE, SideFile, read_manifest
+from int8cli.records import OWN_DIRECTORY, Conversion, RecordStore, ShardRecord
+from int8cli.survey import CONFIG_FILE
+from int8cli.verify.against_source import Means, check_copies, check_source, check_weights, survey_for
+from int8cli.verify.checks import Check, Failure, Status, Verification
+from int8cli.verify.consistency import (
+    config_failures,
+    index_failures,
+    record_failures,
+    report_failures,
+    side_file_failures,
+    tensor_failures,
+)
+from int8cli.verify.files import DigestPass, header_bytes
+from int8cli.verify.loads import check_loads
+
+__all__ = ["Check", "Failure", "Means", "Observer", "Status", "Verification", "conversion_in", "verify"]
+
+
+class Observer:
+    """Is told how a verification goes. Every method may be overridden; calls may come from another thread."""
+
+    def pass_started(self, task: str, sizes: Mapping[str, int]) -> None:
+        """A pass over files of these sizes in bytes begins."""
+
+    def pass_progressed(self, file: str, count: int) -> None:
+        """`count` bytes more of a file of the pass are done."""
+
+
+def conversion_in(directory: Path) -> Conversion:
+    """The finished conversion that a directory holds. Raises OutputError without one, naming what is missing."""
+    store = RecordStore(directory)
+    conversion = store.conversion()
+    if conversion is None:
+        raise OutputError(
+            f"{directory} holds no conversion: there is no {OWN_DIRECTORY}/conversion.json",
+            hint="DIR is a directory that `int8cli convert` wrote.",
+        )
+    _refuse_while_written(directory)
+    for name in (*conversion.files, *(shard.output for shard in conversion.shards)):
+        checked_file_name(name)
+    if read_manifest(directory) is None:
+        raise OutputError(
+            f"{directory}: the conversion is not finished: {_what_is_missing(store, conversion)}",
+            hint="Run the same convert command again: it goes on where it stopped.",
+        )
+    return conversion
+
+
+def verify(directory: Path, source: Source | None, means: Means, observer: Observer) -> Verification:
+    """Make every check that can be made. Raises OutputError for a directory that holds no finished conversion.
+
+    With a source, its shards are fetched one at a time, converted once more and compared.
+    """
+    conversion = conversion_in(directory)
+    records, unreadable = _read_records(RecordStore(directory), conversion)
+    manifest = read_manifest(directory) or ()
+    checks = list(_check_whole(directory, conversion, records, unreadable, manifest, means, observer))
+    if CONFIG_FILE in conversion.files:
+        checks.append(check_loads(directory, conversion.settings.layout, list(records.values())))
+    else:
+        checks.append(Check.not_made("loads", "the source had no config.json"))
+    if source is not None:
+        checks += _check_against(source, directory, conversion, records, means, observer)
+    name = source.identity.name if source is not None else None
+    return Verification(str(directory), conversion.source.name, conversion.settings.layout, name, tuple(checks))
+
+
+def _check_whole(
+    directory: Path,
+    conversion: Conversion,
+    records: Mapping[str, ShardRecord],
+    unreadable: list[Failure],
+    manifest: tuple[SideFile, ...],
+    means: Means,
+    observer: Observer,
+) -> Iterator[Check]:
+    found = list(records.values())
+    shards = len(conversion.shards)
+    named = {failure.file for failure in unreadable}
+    failures = unreadable + [each for each in record_failures(conversion, records) if each.file not in named]
+    yield Check.of("records", f"{len(found)} of {shards}", failures)
+    files = [file for record in found for file in record.files]
+    size_bytes, tensors = sum(file.size_bytes for file in files), sum(len(file.tensors) for file in files)
+    observer.pass_started("read", {file.file: file.size_bytes - header_bytes(file) for file in files})
+    failures = DigestPass(directory, files, means.threads, observer.pass_progressed).run()
+    yield Check.of("shards", f"{len(files)} files, {size_bytes:,} bytes, {tensors:,} tensors by digest", failures)
+    sources = sum(len(record.source_tensors) for record in found)
+    detail = f"{sources:,} of the source: none missing, none added"
+    yield Check.of("tensors", detail, tensor_failures(conversion, found))
+    yield Check.of("index", "every tensor, total_size", index_failures(directory, found))
+    if CONFIG_FILE in conversion.files:
+        detail = "quantization_config as in the settings"
+        yield Check.of("config", detail, config_failures(directory, conversion, found))
+    yield Check.of("report", "source, settings, totals, figures", report_failures(directory, conversion, found))
+    detail = f"{len(manifest)} others, by digest; no other weights"
+    yield Check.of("files", detail, side_file_failures(directory, conversion, manifest))
+
+
+def _check_against(
+    source: Source,
+    directory: Path,
+    conversion: Conversion,
+    records: Mapping[str, ShardRecord],
+    means: Means,
+    observer: Observer,
+) -> Iterator[Check]:
+    survey = survey_for(source, conversion)
+    yield check_source(source, survey, conversion)
+    sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
+    observer.pass_started("compared", {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
+    yield from check_weights(directory, source, survey, conversion, records, means, observer.pass_progressed)
+    yield check_copies(directory, source, survey)
+
+
+def _read_records(store: RecordStore, conversion: Conversion) -> tuple[dict[str, ShardRecord], list[Failure]]:
+    """The records by source shard, and those that cannot be read."""
+    records: dict[str, ShardRecord] = {}
+    failures = []
+    for shard in conversion.shards:
+        try:
+            record = store.record(shard)
+        except Int8cliError as error:
+            failures.append(Failure(shard.output, str(error)))
+            continue
+        if record is not None and record.files:
+            records[shard.file] = record
+    return records, failures
+
+
+def _what_is_missing(store: RecordStore, conversion: Conversion) -> str:
+    missing = [shard.output for shard in conversion.shards if store.finished(shard) is None]
+    if not missing:
+        return f"{MANIFEST_FILE} is missing"
+    return f"{len(missing)} of {len(conversion.shards)} shards are missing: {', '.join(missing)}"
+
+
+def _refuse_while_written(directory: Path) -> None:
+    """Raise OutputInUseError if a convert holds the directory."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(directory / OWN_DIRECTORY, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputInUseError(
+                f"{directory} is being written by an int8cli convert", hint="Wait for it to end."
+            ) from error
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,242 @@
+"""Whether an output is what its source becomes: every shard is converted once more and compared instead of written.
+
+Owns the comparison; the work itself is that of convert. The decisions are those that were recorded, so that a later
+version with other rules still tells whether these bytes are right.
+"""
+
+import math
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from int8cli.checkpoint.reader import FileReader
+from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor
+from int8cli.convert import VIA_FLOAT16, ShardTask, layer_report, open_reader
+from int8cli.digest import SourceDigest
+from int8cli.errors import Int8cliError
+from int8cli.layouts import LAYOUTS
+from int8cli.llm_int8.metrics import ErrorSums
+from int8cli.manifest import SideFile
+from int8cli.output import OutputShard, plan_output_shard
+from int8cli.plan import Decision, Plan, PlanOptions
+from int8cli.records import Conversion, ShardRecord, ShardSource
+from int8cli.results import LayerReport
+from int8cli.shard import PassOptions, PassResult, ShardPass
+from int8cli.survey import Survey, decisions_by_name, fingerprint, survey_source
+from int8cli.verify.checks import Check, Failure
+
+# Two machines may add up the same float64 sums in another order.
+_SUMS_RELATIVE_TOLERANCE = 1e-6
+
+OnBytes = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """With what to convert once more; nothing here changes a result."""
+
+    threads: int
+    device: str = "cpu"
+
+
+class Comparison:
+    """Takes what a pass writes and compares it with the file that stands; safe to call from several threads."""
+
+    def __init__(self, path: Path, output: OutputShard) -> None:
+        self._reader = FileReader(path)
+        self._header_bytes = len(output.header)
+        self._places = sorted(output.tensors.values(), key=lambda place: (place.offset_bytes, place.end_bytes))
+        self._starts = [place.offset_bytes for place in self._places]
+        self._buffers = threading.local()
+        self._first: dict[str | None, int] = {}
+        self._lock = threading.Lock()
+
+    def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
+        """Raises CorruptShardError where the file ends early."""
+        wanted, found = memoryview(data), self._buffer(len(data))
+        self._reader.read_into(offset_bytes, found)
+        # bytes compare with memcmp, memoryviews item by item.
+        if bytes(found) != bytes(wanted):
+            self._take_down(offset_bytes, wanted, found)
+
+    def differences(self) -> Iterator[tuple[str | None, str]]:
+        """Each tensor that differs (None for the header) and where it first does."""
+        places = {place.spec.name: place for place in self._places}
+        for name, offset_bytes in self._first.items():
+            if name is None:
+                yield None, "its header is not the one that the source gives"
+            else:
+                yield name, f"differs from what the source gives, first at {_position(places[name], offset_bytes)}"
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _buffer(self, size_bytes: int) -> memoryview:
+        buffer: memoryview | None = getattr(self._buffers, "view", None)
+        if buffer is None or len(buffer) < size_bytes:
+            buffer = self._buffers.view = memoryview(bytearray(size_bytes))
+        return buffer[:size_bytes]
+
+    def _take_down(self, offset_bytes: int, wanted: memoryview, found: memoryview) -> None:
+        first = offset_bytes + next(place for place in range(len(wanted)) if wanted[place] != found[place])
+        name = None
+        if offset_bytes >= self._header_bytes:
+            name = self._places[bisect_right(self._starts, first) - 1].spec.name
+        with self._lock:
+            self._first[name] = min(first, self._first.get(name, first))
+
+
+def survey_for(source: Source, conversion: Conversion) -> Survey:
+    """The source as it stands, planned with the settings of the conversion."""
+    settings = conversion.settings
+    return survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
+
+
+def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:
+    """Whether this is the source that was converted, by names, sizes and, in a directory, its shards' edges."""
+    found = {
+        layout.file_name: (layout.file_bytes, fingerprint(source, layout.file_name)) for layout in survey.layouts
+    }
+    failures = []
+    if source.identity.on_hub and conversion.source.on_hub and source.identity != conversion.source:
+        was, now = (f"{each.name} at {each.revision}" for each in (conversion.source, source.identity))
+        failures.append(Failure("int8/conversion.json", f"was made from {was}; this is {now}"))
+    for shard in conversion.shards:
+        size_bytes, mark = found.pop(shard.file, (None, ""))
+        if size_bytes is None:
+            failures.append(Failure(shard.file, "is not in the source"))
+        elif size_bytes != shard.size_bytes:
+            failures.append(Failure(shard.file, f"has {size_bytes:,} bytes in the source, it had {shard.size_bytes:,}"))
+        elif source.identity.on_hub == conversion.source.on_hub and mark != shard.fingerprint:
+            failures.append(Failure(shard.file, "is not the file that was converted"))
+    failures += [Failure(name, "of the source was not converted") for name in found]
+    return Check.of("source", f"{source.identity.name}: {len(conversion.shards)} shards", failures)
+
+
+def check_weights(
+    directory: Path,
+    source: Source,
+    survey: Survey,
+    conversion: Conversion,
+    records: Mapping[str, ShardRecord],
+    means: Means,
+    on_bytes: OnBytes,
+) -> tuple[Check, Check]:
+    """Convert every shard once more and compare bytes and figures. One shard of a Hub source is here at a time."""
+    weights: list[Failure] = []
+    figures: list[Failure] = []
+    layers = copied = 0
+    layouts = {layout.file_name: layout for layout in survey.layouts}
+    shards = [shard for shard in conversion.shards if shard.file in layouts and shard.file in records]
+    for shard, following in zip(shards, [*shards[1:], None], strict=True):
+        record = records[shard.file]
+        task = _task(directory, shard, survey, conversion, record, means)
+        layers, copied = layers + len(record.layers), copied + len(task.plan.copied)
+        try:
+            with source.fetch(shard.file) as local:
+                if following is not None:
+                    source.prefetch(following.file)
+                result, found = _compare(task, local, on_bytes)
+        except Int8cliError as error:
+            weights.append(Failure(shard.output, str(error)))
+            continue
+        weights += found
+        figures += _figure_failures(task, result, record)
+    detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
+    return Check.of("weights", detail, weights), Check.of("figures", f"of {layers:,} layers, computed anew", figures)
+
+
+def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
+    """Whether the files that are taken along as they are equal the source's, byte for byte."""
+    failures = []
+    for name in survey.weights.copied:
+        try:
+            with source.fetch(name) as local:
+                if SideFile.of_path(name, local.path) != SideFile.of_path(name, directory / name):
+                    failures.append(Failure(name, "is not the source's"))
+        except (OSError, Int8cliError) as error:
+            failures.append(Failure(name, str(error)))
+    return Check.of("copies", f"{len(survey.weights.copied)} files taken along", failures)
+
+
+def _task(
+    directory: Path, shard: ShardSource, survey: Survey, conversion: Conversion, record: ShardRecord, means: Means
+) -> ShardTask:
+    layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
+    via_half = conversion.settings.float32 == VIA_FLOAT16
+    return ShardTask(
+        source=shard,
+        weight_format=survey.weights.format,
+        layout=layout,
+        plan=_plan_as_recorded(survey, layout, record),
+        output=directory / shard.output,
+        partial=directory / shard.output,
+        options=PassOptions(means.threads, means.device, via_half, keep_non_finite=True),
+        target=conversion.settings.layout,
+    )
+
+
+def _plan_as_recorded(survey: Survey, layout: ShardLayout, record: ShardRecord) -> Plan:
+    layers = {f"{layer.name}.weight": layer for layer in record.layers}
+    own = (survey.decisions[stored.spec.name] for stored in layout.tensors)
+    return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
+
+
+def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
+    if layer is None:
+        return replace(decision, quantize=False, transpose=False)
+    transpose = decision.transpose if decision.quantize else layer.shape != decision.spec.shape
+    return replace(decision, quantize=True, transpose=transpose)
+
+
+def _compare(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> tuple[PassResult, list[Failure]]:
+    decisions = decisions_by_name(task.plan)
+    output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
+    shard = task.source.output
+    failures = []
+    with closing(open_reader(task, local)) as reader, closing(Comparison(task.output, output)) as comparison:
+        digest = SourceDigest(FileReader(local.path), task.source.size_bytes) if local.sha256 else None
+        shard_pass = ShardPass(task.layout, decisions, reader, output, task.options)
+        result = shard_pass.run(
+            comparison, partial(_count, on_bytes, shard), digest if task.layout.mappable else None
+        )
+        if digest is not None and digest.hexdigest() != local.sha256:
+            failures.append(Failure(task.source.file, "its sha256 is not the one that the Hub published"))
+        failures += [Failure(shard, problem, name) for name, problem in comparison.differences()]
+    for name, place in result.non_finite.items():
+        failures.append(Failure(shard, f"is in int8, but holds {place.value} in the source", name))
+    return result, failures
+
+
+def _count(on_bytes: OnBytes, file: str, tensor: str, count: int) -> None:
+    on_bytes(file, count)
+
+
+def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -> Iterator[Failure]:
+    recorded = {layer.name: layer for layer in record.layers}
+    for decision in task.plan.quantized:
+        if decision.spec.name not in result.sums:
+            continue
+        anew, told = layer_report(decision, LAYOUTS[task.target], result), recorded[decision.module]
+        if replace(anew, sums=told.sums) != told:
+            yield Failure(record.files[0].file, "its shape, kind or sizes are not those reported", decision.module)
+        for name in ErrorSums.__slots__:
+            now, was = getattr(anew.sums, name), getattr(told.sums, name)
+            if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
+                yield Failure(record.files[0].file, f"{name} is {now!r}, reported as {was!r}", decision.module)
+
+
+def _position(place: StoredTensor, offset_bytes: int) -> str:
+    """Where in a tensor a byte lies, by the index of its element."""
+    element = (offset_bytes - place.offset_bytes) * 8 // DTYPE_BITS[place.spec.dtype]
+    index: list[int] = []
+    for extent in reversed(place.spec.shape):
+        element, remainder = divmod(element, max(extent, 1))
+        index.insert(0, remainder)
+    return f"[{', '.join(map(str, index))}]"
+

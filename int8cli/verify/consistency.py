@@ -1,0 +1,199 @@
+"""Whether what speaks of the shards agrees with them: records, index, config.json, report and the other files.
+
+Owns the comparison of JSON with JSON; reads no weights.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.tensor import DTYPE_BITS, TensorSpec
+from int8cli.convert import INDEX_FILE, REPORT_FILE
+from int8cli.errors import Int8cliError
+from int8cli.layouts import LAYOUTS
+from int8cli.manifest import MANIFEST_FILE, SideFile
+from int8cli.plan import Plan
+from int8cli.records import Conversion, ShardRecord
+from int8cli.results import LayerReport, worst_first
+from int8cli.survey import CONFIG_FILE
+from int8cli.verify.checks import Failure
+
+SINGLE_FILES = ("model.safetensors", INDEX_FILE)
+
+
+def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) -> Iterator[Failure]:
+    """Whether the records are those of this conversion: each shard has its own, and each file is in one only."""
+    seen: dict[str, str] = {}
+    for shard in conversion.shards:
+        record = records.get(shard.file)
+        if record is None:
+            yield Failure(shard.output, "has no record")
+            continue
+        if record.source != shard:
+            yield Failure(shard.output, "its record speaks of another source file")
+        if not record.files or record.files[0].file != shard.output:
+            yield Failure(shard.output, "its record speaks of another output file")
+        for file in record.files:
+            for tensor in file.tensors:
+                if tensor.dtype not in DTYPE_BITS:
+                    yield Failure(file.file, f"is recorded with the unknown dtype {tensor.dtype!r}", tensor.name)
+                if tensor.name in seen:
+                    yield Failure(file.file, f"is in {seen[tensor.name]} too", tensor.name)
+                seen[tensor.name] = file.file
+
+
+def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """Whether each tensor of the source became what the layout makes of it: none missing, none invented."""
+    target = LAYOUTS[conversion.settings.layout]
+    for record in records:
+        shard = record.files[0]
+        layers = {f"{layer.name}.weight": layer for layer in record.layers}
+        expected: dict[str, TensorSpec] = {}
+        for spec in record.source_tensors:
+            layer = layers.pop(spec.name, None)
+            made = target.quantized_specs(spec, transpose=_is_transposed(spec, layer)) if layer else (spec,)
+            expected.update((each.name, each) for each in made)
+        for name in layers:
+            yield Failure(shard.file, "is reported as quantized, but was not in the source", name)
+        for tensor in shard.tensors:
+            due = expected.pop(tensor.name, None)
+            if due is None:
+                yield Failure(shard.file, "comes from no tensor of the source", tensor.name)
+            elif (tensor.dtype, tensor.shape) != (due.dtype, due.shape):
+                was = f"is {tensor.dtype} {list(tensor.shape)}, not {due.dtype} {list(due.shape)}"
+                yield Failure(shard.file, was, tensor.name)
+        for name in expected:
+            yield Failure(shard.file, "is missing", name)
+
+
+def _is_transposed(source: TensorSpec, layer: LayerReport | None) -> bool:
+    return layer is not None and layer.shape != source.shape
+
+
+def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """Whether the index, where there must be one, names every tensor of the shards, where it is, and nothing else."""
+    shards = [record.files[0] for record in records]
+    if len(shards) == 1:
+        return
+    try:
+        index = _read_object(directory / INDEX_FILE)
+    except Int8cliError as error:
+        yield Failure(INDEX_FILE, str(error))
+        return
+    named = index.get("weight_map")
+    if not isinstance(named, dict):
+        yield Failure(INDEX_FILE, "has no weight_map")
+        return
+    held = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    for extra in sorted({str(file) for file in named.values()} - {shard.file for shard in shards}):
+        yield Failure(INDEX_FILE, f"names {extra}, which is not of this conversion")
+    for name, file in held.items():
+        if name not in named:
+            yield Failure(INDEX_FILE, "is not named", name)
+        elif named[name] != file:
+            yield Failure(INDEX_FILE, f"is said to be in {named[name]}, it is in {file}", name)
+    for name in named.keys() - held.keys():
+        yield Failure(INDEX_FILE, "is named, but in no shard", name)
+    total = sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for shard in shards for t in shard.tensors)
+    metadata = index.get("metadata")
+    told = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if told != total:
+        yield Failure(INDEX_FILE, f"total_size is {told}, the tensors have {total} bytes")
+
+
+def config_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """Whether the quantization_config is that of the settings, and leaves alone no layer that is in int8."""
+    settings, target = conversion.settings, LAYOUTS[conversion.settings.layout]
+    try:
+        told = _read_object(directory / CONFIG_FILE).get("quantization_config")
+    except Int8cliError as error:
+        yield Failure(CONFIG_FILE, str(error))
+        return
+    if not isinstance(told, dict):
+        yield Failure(CONFIG_FILE, "has no quantization_config")
+        return
+    wanted = target.quantization_config(Plan(()), settings.threshold)
+    entries = told.get(target.SKIP_KEY)
+    for key in sorted((wanted.keys() | told.keys()) - {target.SKIP_KEY}):
+        if told.get(key) != wanted.get(key):
+            yield Failure(CONFIG_FILE, f"quantization_config.{key} is {told.get(key)!r}, not {wanted.get(key)!r}")
+    if not (isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
+        yield Failure(CONFIG_FILE, f"quantization_config.{target.SKIP_KEY} is {entries!r}, not a list of names")
+        return
+    for layer in (layer for record in records for layer in record.layers):
+        for entry in entries:
+            if target.leaves_alone(entry, layer.name):
+                problem = f"quantization_config.{target.SKIP_KEY}: {entry!r} covers a layer that is in int8"
+                yield Failure(CONFIG_FILE, problem, layer.name)
+
+
+def report_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """Whether the report says what the records say: source, settings, every layer's figures, totals."""
+    try:
+        report = _read_object(directory / REPORT_FILE)
+    except Int8cliError as error:
+        yield Failure(REPORT_FILE, str(error))
+        return
+    layers = worst_first(layer for record in records for layer in record.layers)
+    settings = json.loads(json.dumps(asdict(conversion.settings)))
+    head = {"model": conversion.source.name, "revision": conversion.source.revision, "settings": settings}
+    totals = {
+        "shards": len(records),
+        "output_bytes": sum(file.size_bytes for record in records for file in record.files),
+        "parameters": sum(spec.numel for record in records for spec in record.source_tensors),
+        "quantized_layers": len(layers),
+    }
+    yield from _differences(head, report)
+    yield from _differences(totals, report.get("totals") or {})
+    told = {layer.get("name"): layer for layer in report.get("layers") or []}
+    for layer in layers:
+        if told.pop(layer.name, None) != json.loads(json.dumps(layer.to_json())):
+            yield Failure(REPORT_FILE, "its figures are not those of its record", layer.name)
+    for name in told:
+        yield Failure(REPORT_FILE, "is in no record", name)
+
+
+def _differences(wanted: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[Failure]:
+    for key, value in wanted.items():
+        if told.get(key) != value:
+            yield Failure(REPORT_FILE, f"{key} is {told.get(key)!r}, not {value!r}")
+
+
+def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequence[SideFile]) -> Iterator[Failure]:
+    """Whether the files beside the shards are as they were written, and no other weights lie among them."""
+    for recorded in manifest:
+        try:
+            found = SideFile.of_path(recorded.file, directory / recorded.file)
+        except FileNotFoundError:
+            yield Failure(recorded.file, "is missing")
+        except (OSError, Int8cliError) as error:
+            yield Failure(recorded.file, str(error))
+        else:
+            if found != recorded:
+                yield Failure(recorded.file, "is not as it was written")
+    known = {recorded.file for recorded in manifest} | {MANIFEST_FILE}
+    for name in (CONFIG_FILE, INDEX_FILE, REPORT_FILE):
+        if name in conversion.files and name not in known:
+            yield Failure(MANIFEST_FILE, f"does not name {name}")
+    ours = set(conversion.files)
+    for path in sorted(directory.glob("*.safetensors")) + [directory / name for name in SINGLE_FILES]:
+        if path.name not in ours and path.exists():
+            ours.add(path.name)
+            yield Failure(path.name, "is not of this conversion, and a loader may take it for a part of the model")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises Int8cliError."""
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise Int8cliError("is missing") from error
+    except OSError as error:
+        raise Int8cliError(f"cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise Int8cliError(f"is not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise Int8cliError(f"holds {type(data).__name__}, not an object")
+    return data

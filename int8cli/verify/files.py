@@ -1,0 +1,180 @@
+"""Whether every byte of the shards is the one that was written: one read of each file, in pieces, by several threads.
+
+Owns the reading. Goes by the records alone, so that a header that lies cannot hide a tensor that changed.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from int8cli.checkpoint.header import read_header
+from int8cli.checkpoint.reader import FileReader, unreadable
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.digest import new_digest
+from int8cli.errors import Int8cliError
+from int8cli.records import FileRecord
+from int8cli.verify.checks import Failure
+
+PIECE_BYTES = 1 << 20
+NOT_AS_WRITTEN = "its bytes are not those that were written"
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A tensor's bytes in a file, and the digest that was recorded for them."""
+
+    file: str
+    tensor: str
+    offset_bytes: int
+    size_bytes: int
+    xxh3_128: str
+
+
+class DigestPass:
+    """One pass over files, compared with their records. Make it, `run` it once.
+
+    `on_bytes(file, bytes done)` is called from one thread at a time.
+    """
+
+    def __init__(
+        self, directory: Path, records: Sequence[FileRecord], threads: int, on_bytes: Callable[[str, int], None]
+    ) -> None:
+        self._directory = directory
+        self._records = records
+        self._threads = threads
+        self._on_bytes = on_bytes
+        self._failures: list[Failure] = []
+        self._lock = threading.Lock()
+        self._spans: Iterator[_Span] = iter(())
+        self._error: BaseException | None = None
+
+    def run(self) -> list[Failure]:
+        """Every difference, in the order of the records."""
+        sound = [record for record in self._records if self._is_worth_reading(record)]
+        self._spans = (span for record in sound for span in _spans(record))
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._threads)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as interruption:
+            self._stop(interruption)
+            raise
+        if self._error is not None:
+            raise self._error
+        order = {record.file: place for place, record in enumerate(self._records)}
+        return sorted(self._failures, key=lambda failure: (order[failure.file], failure.tensor or ""))
+
+    def _is_worth_reading(self, record: FileRecord) -> bool:
+        """Look at a file's size and header. False where it is another file altogether: one failure says it all."""
+        path = self._directory / record.file
+        try:
+            size_bytes = path.stat().st_size
+        except FileNotFoundError:
+            self._failures.append(Failure(record.file, "is missing"))
+            return False
+        except OSError as error:
+            self._failures.append(Failure(record.file, str(unreadable(path, error))))
+            return False
+        if size_bytes != record.size_bytes:
+            problem = f"has {size_bytes:,} bytes, {record.size_bytes:,} were written"
+            self._failures.append(Failure(record.file, problem))
+            return False
+        return self._has_a_header_of_its_own(path, record)
+
+    def _has_a_header_of_its_own(self, path: Path, record: FileRecord) -> bool:
+        try:
+            other = _really(path, record, self._records)
+            problem = f"is {other} under another name" if other else _header_problem(path, record)
+        except Int8cliError as error:
+            other, problem = None, str(error)
+        if problem is not None:
+            self._failures.append(Failure(record.file, problem))
+        return other is None
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(PIECE_BYTES))
+        opened: tuple[str, FileReader] | None = None
+        try:
+            while True:
+                with self._lock:
+                    span = next(self._spans, None)
+                if opened is not None and (span is None or span.file != opened[0]):
+                    opened[1].close()
+                    opened = None
+                if span is None:
+                    return
+                if opened is None:
+                    opened = (span.file, FileReader(self._directory / span.file))
+                self._compare(span, opened[1], buffer)
+        except BaseException as error:
+            self._stop(error)
+
+    def _stop(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._spans = iter(())
+
+    def _compare(self, span: _Span, reader: FileReader, buffer: memoryview) -> None:
+        digest = new_digest()
+        problem = None
+        try:
+            for start in range(0, span.size_bytes, PIECE_BYTES):
+                piece = buffer[: min(PIECE_BYTES, span.size_bytes - start)]
+                reader.read_into(span.offset_bytes + start, piece)
+                digest.update(piece)
+                with self._lock:
+                    self._on_bytes(span.file, len(piece))
+            if digest.hexdigest() != span.xxh3_128:
+                problem = NOT_AS_WRITTEN
+        except Int8cliError as error:
+            problem = str(error)
+        if problem is not None:
+            with self._lock:
+                self._failures.append(Failure(span.file, problem, span.tensor))
+
+
+def header_bytes(record: FileRecord) -> int:
+    """The size of a file's header: what its tensors leave of it."""
+    return record.size_bytes - sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for t in record.tensors)
+
+
+def _spans(record: FileRecord) -> Iterator[_Span]:
+    offset_bytes = header_bytes(record)
+    for tensor in record.tensors:
+        size_bytes = TensorSpec(tensor.name, tensor.dtype, tensor.shape).nbytes
+        yield _Span(record.file, tensor.name, offset_bytes, size_bytes, tensor.xxh3_128)
+        offset_bytes += size_bytes
+
+
+def _header_problem(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file's header, from its digest and from what it says. Raises Int8cliError."""
+    if _header_digest(path, record) != record.header_xxh3_128:
+        return "its header is not the one that was written"
+    with open(path, "rb") as file:
+        tensors = read_header(file, record.file, record.size_bytes).tensors
+    held = [(t.spec.name, t.spec.dtype, t.spec.shape) for t in tensors]
+    if held != [(t.name, t.dtype, t.shape) for t in record.tensors]:
+        return "its header names other tensors than its record"
+    return None
+
+
+def _really(path: Path, record: FileRecord, all_records: Sequence[FileRecord]) -> str | None:
+    """The recorded file, not its own, that a file of this size is by its header."""
+    alike = [other for other in all_records if other.size_bytes == record.size_bytes]
+    if len(alike) == 1 or _header_digest(path, record) == record.header_xxh3_128:
+        return None
+    return next((other.file for other in alike if _header_digest(path, other) == other.header_xxh3_128), None)
+
+
+def _header_digest(path: Path, record: FileRecord) -> str:
+    """The digest of as many bytes as the recorded file's header has."""
+    header = memoryview(bytearray(max(header_bytes(record), 0)))
+    with closing(FileReader(path)) as reader:
+        reader.read_into(0, header)
+    digest = new_digest()
+    digest.update(header)
+    return digest.hexdigest()

@@ -1,0 +1,190 @@
+"""Whether transformers takes the output: the model is laid out on the meta device, without weights or foreign code.
+
+Owns the use of transformers. The loader itself does the work, with its own quantizer, renamings and conversions: it is
+given empty tensors of the names, dtypes and shapes that the output holds, and says which found no place.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.records import ShardRecord
+from int8cli.survey import CONFIG_FILE
+from int8cli.verify.checks import Check, Failure
+
+NAME = "loads"
+# What each layout's loader consists of, by the names that are imported.
+_PACKAGES = {
+    "bitsandbytes": ("transformers", "accelerate", "bitsandbytes"),
+    "compressed-tensors": ("transformers", "accelerate", "compressed_tensors"),
+}
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_TORCH_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+
+class _UnknownModelError(Exception):
+    """This transformers has no class of its own for the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _LaidOut:
+    """A model on the meta device, and what of it and of the tensors did not find the other, by the loader's names."""
+
+    model: Any
+    missing: frozenset[str]
+    unexpected: frozenset[str]
+    mismatched: tuple[tuple[str, Any, Any], ...]
+
+
+def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) -> Check:
+    """Lay the model out as `from_pretrained` would; every tensor must find its module, every module its tensors.
+
+    What a model of this class does not find in the source either, or does not take from it, is no failure.
+    """
+    absent = [name for name in _PACKAGES[layout] if importlib.util.find_spec(name) is None]
+    if absent:
+        return Check.not_made(NAME, f"needs {' and '.join(absent)}, not installed here")
+    import transformers
+
+    loader = f"transformers {transformers.__version__}"
+    held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
+    with _silence():
+        try:
+            model_class, config = _class_of(directory)
+            laid_out = _lay_out(model_class, config, held)
+        except _UnknownModelError as error:
+            return Check.not_made(NAME, f"{loader} {error}; code that comes with a model is not run")
+        except ImportError as error:
+            return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
+        except Exception as error:  # whatever the loader raises, it would raise at the user
+            if layout == "compressed-tensors" and any(_EXPERT.search(spec.name) for spec in held):
+                why = "does not read experts that are stored one by one in int8, as vLLM does"
+                return Check.not_made(NAME, f"{loader} {why} ({_first_line(error)})")
+            return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader refuses it: {_first_line(error)}")])
+        source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
+    landed, failures = _compare(laid_out, source)
+    wanted = sum(len(record.layers) for record in records)
+    detail = f"{loader}, {model_class.__name__}: {landed:,} of {wanted:,} int8 layers in place"
+    shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
+    return Check.of(NAME, detail, [Failure(shards.get(name, CONFIG_FILE), what, name) for name, what in failures])
+
+
+def _class_of(directory: Path) -> tuple[Any, Any]:
+    """The model's class in transformers, and its config. Raises _UnknownModelError."""
+    import transformers
+
+    told = json.loads((directory / CONFIG_FILE).read_bytes())
+    if told.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise _UnknownModelError(f"does not know the model type {told.get('model_type')!r}")
+    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    name = next(iter(config.architectures or ()), None)
+    if name is None:
+        model_class = transformers.MODEL_MAPPING.get(type(config), None)
+    else:
+        model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise _UnknownModelError(f"has no class {name!r}")
+    return model_class, config
+
+
+def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+    """What `from_pretrained` makes of these tensors, all of them on the meta device."""
+    import torch
+
+    def empty(spec: TensorSpec) -> torch.Tensor:
+        return torch.empty(spec.shape, dtype=getattr(torch, _TORCH_DTYPES[spec.dtype]), device="meta")
+
+    model, info = model_class.from_pretrained(
+        None,
+        config=config,
+        state_dict={spec.name: empty(spec) for spec in specs},
+        device_map={"": "meta"},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    mismatched = tuple(tuple(each) for each in info["mismatched_keys"])
+    return _LaidOut(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+
+
+def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+    """The same for the source as it was; one that the loader would refuse excuses nothing."""
+    plain = type(config).from_dict({**config.to_dict(), "quantization_config": None})
+    del plain.quantization_config
+    try:
+        return _lay_out(model_class, plain, specs)
+    except Exception:
+        return _LaidOut(None, frozenset(), frozenset(), ())
+
+
+def _compare(output: _LaidOut, source: _LaidOut) -> tuple[int, list[tuple[str, str]]]:
+    """How many modules hold int8, and what of the output did not find its place though the source's did."""
+    failures = [(name, "the model finds no such tensor") for name in sorted(output.missing - source.missing)]
+    for name in sorted(output.unexpected):
+        if not any(name.startswith(unused) for unused in source.unexpected):
+            failures.append((name, "finds no place in the model"))
+    for name, found, wanted in output.mismatched:
+        failures.append((name, f"is {list(found)}, the model wants {list(wanted)}"))
+    modules = list(_modules(output.model))
+    failures += [(name, problem) for name, problem in modules if problem is not None]
+    return sum(1 for _, problem in modules if problem is None), failures
+
+
+def _modules(model: Any) -> Iterator[tuple[str, str | None]]:
+    """Each weight that is in int8 on either side, the file's or the loader's, and what is wrong with it if anything."""
+    import torch
+
+    for module_name, module in model.named_modules():
+        takes_int8 = type(module).__name__ == "Linear8bitLt" or hasattr(module, "quantization_scheme")
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}"
+            if takes_int8 and name == "weight":
+                wanted = (module.out_features, module.in_features)
+                if parameter.dtype != torch.int8:
+                    yield full_name, f"is {parameter.dtype}, where the loader puts int8"
+                elif tuple(parameter.shape) != wanted:
+                    yield full_name, f"is {list(parameter.shape)}, the model wants {list(wanted)}"
+                else:
+                    yield full_name, None
+            elif parameter.dtype == torch.int8:
+                yield full_name, f"is int8, which a {type(module).__name__} does not take"
+
+
+def _first_line(error: Exception) -> str:
+    line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep the loader's own reports from the terminal: what matters of them becomes failures."""
+    logging.disable(logging.CRITICAL)
+    try:
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
