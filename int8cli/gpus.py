@@ -193,7 +193,7 @@ def _parse_card(text: str) -> Card:
             f"{text!r} has no unit", hint=f"Say {number}GiB (2^30 bytes) or {number}GB (10^9 bytes)."
         )
     found = [card for card in CARDS if _key(text) == _key(card.name)]
-    found = found or [card for card in CARDS if _key(card.name).removesuffix("gb").startswith(_key(text))]
+    found = found or [card for card in CARDS if re.fullmatch(re.escape(_key(text)) + r"\d+gb", _key(card.name))]
     if len(found) == 1:
         return found[0]
     if found:

@@ -28,8 +28,8 @@ _FLOAT32 = re.compile(r"\.e_score_correction_bias$")
 class Weights:
     """Sizes of some tensors, in bytes. `stored_bytes` counts them as the files do, all others as memory holds them.
 
-    Of the LLM.int8() form: the int8 data, its float32 scales, and the rest, in the dtype of the source: transformers
-    leaves a quantized checkpoint in the dtypes of its file, whatever dtype is asked for.
+    Of the LLM.int8() form: the int8 data, its float32 scales, and the rest in the dtype it is written in:
+    transformers leaves a quantized checkpoint in the dtypes of its file, whatever dtype is asked for.
     """
 
     parameters: int = 0
@@ -65,11 +65,11 @@ def weights_of(decision: Decision, *, held: bool) -> Weights:
     float32_bytes = 4 * spec.numel
     always_float32 = _FLOAT32.search(spec.name) is not None
     float16_bytes = float32_bytes if always_float32 or decision.reason == names.FLOAT32 else 2 * spec.numel
+    written = {made.dtype: made.nbytes for made in output_specs(decision)}
     if not decision.quantize:
-        rest_bytes = float32_bytes if always_float32 else spec.nbytes
+        rest_bytes = float32_bytes if always_float32 else sum(written.values())
         return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
     # The third tensor, weight_format, is read on loading and not held.
-    written = {made.dtype: made.nbytes for made in output_specs(decision)}
     return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
 
 
@@ -117,6 +117,10 @@ _ROTARY_FIELDS = (
     *("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base", "rope_local_base_freq"),
     "global_rope_theta",
 )
+# These have rotary positions also where the config leaves the fields out.
+_ROTARY_FAMILIES = re.compile(
+    r"(code_)?llama|mistral|mixtral|qwen[23]|gemma|phi|gpt_neox|falcon$|stablelm|olmo|starcoder2|cohere|granite$|deepseek"
+)
 # One set of frequencies for each kind of layer.
 _ROTARY_BY_KIND = frozenset({"gemma3", "gemma3_text", "modernbert"})
 _SINUSOIDAL_BLOCKS = frozenset({"gptj", "codegen"})
@@ -148,7 +152,8 @@ def _buffers(fields: Fields) -> Buffers:
         return Buffers(0, fields.number(*LENGTH) ** 2)  # a causal mask of bool in each layer
     if family == "gpt_bigcode":
         return Buffers(fields.number(*LENGTH) ** 2)
-    if not any(fields.has(name) for name in _ROTARY_FIELDS) or fields.has("alibi"):
+    rotary = any(fields.has(name) for name in _ROTARY_FIELDS) or _ROTARY_FAMILIES.match(family)
+    if not rotary or fields.has("alibi"):
         return Buffers()
     frequencies = _rotary_width(fields) // 2
     kinds = len(set(fields.words("layer_types") or (1, 2))) if family in _ROTARY_BY_KIND else 1

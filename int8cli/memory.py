@@ -126,7 +126,8 @@ class Estimate:
 def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: int) -> Estimate:
     """Add up what a survey tells. `output` says on which disk a conversion would write."""
     decisions = survey.plan.decisions
-    not_held = names_not_held(decisions, survey.config) | _aliases(survey)
+    not_held = names_not_held(decisions, survey.config)
+    not_held |= _aliases(survey, not_held)
     units, parts = [], dict[str, Weights]()
     for unit in units_of(decisions):
         weights = Weights()
@@ -171,14 +172,16 @@ def _float16_workspace(out_features: int, in_features: int, tokens: int) -> int:
     return 2 * tokens * out_features
 
 
-def _aliases(survey: Survey) -> frozenset[str]:
-    """All names but the first of tensors that lie on the same bytes of a `.bin`."""
+def _aliases(survey: Survey, not_held: frozenset[str]) -> frozenset[str]:
+    """All held names but the first of tensors that lie on the same bytes of a `.bin`."""
     found: set[str] = set()
     for layout in survey.layouts:
         seen: set[tuple[int, int]] = set()
         for stored in layout.tensors if layout.mappable else ():
             place = (stored.offset_bytes, stored.spec.nbytes)
-            if place in seen and stored.spec.nbytes:
+            if stored.spec.name in not_held or not stored.spec.nbytes:
+                continue
+            if place in seen:
                 found.add(stored.spec.name)
             seen.add(place)
     return frozenset(found)
