@@ -13,6 +13,7 @@ from torch import Tensor
 
 from int8cli.checkpoint.locate import open_source
 from int8cli.convert import ConvertOptions, Observer, convert
+from int8cli.layouts import LAYOUTS
 from int8cli.plan import PlanOptions
 from int8cli.records import Settings
 from int8cli.report.card import render_card
@@ -393,13 +394,14 @@ def convert_local(
     overwrite: bool = False,
     workers: int = 1,
     threads: int = 2,
+    layout: str = "bitsandbytes",
     observer: Observer | None = None,
 ) -> ConversionReport:
     """Convert a directory or file into `output`, through the library as the command does."""
     source = open_source(str(model), revision=None, download_dir=output / "int8" / "incoming", keep_source=False)
     try:
-        found = survey_source(source, PlanOptions(skip, only))
-        settings = Settings("bitsandbytes", threshold, skip, only, float32)
+        found = survey_source(source, PlanOptions(skip, only), LAYOUTS[layout])
+        settings = Settings(layout, threshold, skip, only, float32)
         options = ConvertOptions(output, on_nonfinite, overwrite, workers, threads)
         return convert(source, found, settings, options, render_card, observer or Observer())
     finally:

@@ -99,9 +99,7 @@ def survey_for(source: Source, conversion: Conversion) -> Survey:
 
 def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:
     """Whether this is the source that was converted, by names, sizes and, in a directory, its shards' edges."""
-    found = {
-        layout.file_name: (layout.file_bytes, fingerprint(source, layout.file_name)) for layout in survey.layouts
-    }
+    found = {layout.file_name: (layout.file_bytes, fingerprint(source, layout.file_name)) for layout in survey.layouts}
     failures = []
     if source.identity.on_hub and conversion.source.on_hub and source.identity != conversion.source:
         was, now = (f"{each.name} at {each.revision}" for each in (conversion.source, source.identity))
@@ -202,9 +200,7 @@ def _compare(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> tuple[Pass
     with closing(open_reader(task, local)) as reader, closing(Comparison(task.output, output)) as comparison:
         digest = SourceDigest(FileReader(local.path), task.source.size_bytes) if local.sha256 else None
         shard_pass = ShardPass(task.layout, decisions, reader, output, task.options)
-        result = shard_pass.run(
-            comparison, partial(_count, on_bytes, shard), digest if task.layout.mappable else None
-        )
+        result = shard_pass.run(comparison, partial(_count, on_bytes, shard), digest if task.layout.mappable else None)
         if digest is not None and digest.hexdigest() != local.sha256:
             failures.append(Failure(task.source.file, "its sha256 is not the one that the Hub published"))
         failures += [Failure(shard, problem, name) for name, problem in comparison.differences()]
@@ -239,4 +235,3 @@ def _position(place: StoredTensor, offset_bytes: int) -> str:
         element, remainder = divmod(element, max(extent, 1))
         index.insert(0, remainder)
     return f"[{', '.join(map(str, index))}]"
-

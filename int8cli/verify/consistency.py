@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from int8cli.checkpoint.tensor import DTYPE_BITS, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.convert import INDEX_FILE, REPORT_FILE
 from int8cli.errors import Int8cliError
 from int8cli.layouts import LAYOUTS
 from int8cli.manifest import MANIFEST_FILE, SideFile
 from int8cli.plan import Plan
-from int8cli.records import Conversion, ShardRecord
+from int8cli.records import Conversion, ShardRecord, TensorRecord
 from int8cli.results import LayerReport, worst_first
 from int8cli.survey import CONFIG_FILE
 from int8cli.verify.checks import Failure
@@ -61,11 +61,17 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
             due = expected.pop(tensor.name, None)
             if due is None:
                 yield Failure(shard.file, "comes from no tensor of the source", tensor.name)
-            elif (tensor.dtype, tensor.shape) != (due.dtype, due.shape):
+            elif (tensor.dtype, tensor.shape) != (due.dtype, due.shape) and not _is_cast(due, tensor):
                 was = f"is {tensor.dtype} {list(tensor.shape)}, not {due.dtype} {list(due.shape)}"
                 yield Failure(shard.file, was, tensor.name)
         for name in expected:
             yield Failure(shard.file, "is missing", name)
+
+
+def _is_cast(source: TensorSpec, written: TensorRecord) -> bool:
+    """Whether a float tensor stands in another float dtype, as convert writes those that loaders would cast."""
+    floats = QUANTIZABLE_DTYPES
+    return source.shape == written.shape and source.dtype in floats | {"F64"} and written.dtype in floats
 
 
 def _is_transposed(source: TensorSpec, layer: LayerReport | None) -> bool:

@@ -80,7 +80,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises, it would raise at the user
             if layout == "compressed-tensors" and any(_EXPERT.search(spec.name) for spec in held):
-                why = "does not read experts that are stored one by one in int8, as vLLM does"
+                why = "does not read mixtures of experts in this layout, as vLLM does"
                 return Check.not_made(NAME, f"{loader} {why} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader refuses it: {_first_line(error)}")])
         source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])

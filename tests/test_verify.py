@@ -1,0 +1,573 @@
+"""Whatever is wrong with a conversion is found and named; what is right passes, on many architectures."""
+
+import fcntl
+import importlib.util
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import LISTED, build_tiny, convert_local, read_json, read_tensors, save_by_hand, save_tiny
+from hub_stand_in import HubStandIn
+from program import llama, run, tree, write_json
+from safetensors.torch import save_file
+
+from int8cli.checkpoint.locate import open_source
+from int8cli.errors import IndexFileError, OutputError, OutputInUseError
+from int8cli.verify import Check, Means, Observer, Verification, verify
+
+SKIPS = "llm_int8_skip_modules"
+SHARD = "model-00002-of-00003.safetensors"
+QUANTIZED = "model.layers.0.self_attn.v_proj"
+
+
+def verified(directory: Path, source: Path | None = None) -> Verification:
+    """As the command verifies a directory."""
+    if source is None:
+        return verify(directory, None, Means(threads=2), Observer())
+    opened = open_source(str(source), revision=None, download_dir=directory / "int8" / "incoming")
+    try:
+        return verify(directory, opened, Means(threads=2), Observer())
+    finally:
+        opened.close()
+
+
+def failures(verification: Verification) -> dict[str, list[tuple[str, str | None, str]]]:
+    """What failed, by check."""
+    return {
+        check.name: [(failure.file, failure.tensor, failure.problem) for failure in check.failures]
+        for check in verification.checks
+        if check.status == "failed"
+    }
+
+
+def named(verification: Verification) -> set[tuple[str, str | None]]:
+    """The files and tensors that failures name."""
+    return {(file, tensor) for found in failures(verification).values() for file, tensor, _ in found}
+
+
+def check_of(verification: Verification, name: str) -> Check:
+    return next(check for check in verification.checks if check.name == name)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small LLaMA in three shards, with a zero row, and its conversion beside it."""
+    root = tmp_path_factory.mktemp("verify")
+    convert_local(llama(root / "source"), root / "out")
+    return root
+
+
+@pytest.fixture
+def source(original: Path) -> Path:
+    return original / "source"
+
+
+@pytest.fixture
+def out(original: Path, tmp_path: Path) -> Path:
+    """A copy of the conversion, to be damaged."""
+    return Path(shutil.copytree(original / "out", tmp_path / "out"))
+
+
+def header_end(file: Path) -> int:
+    with open(file, "rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")
+
+
+def places(file: Path) -> dict[str, tuple[int, int]]:
+    """Where in a file each tensor begins and ends."""
+    end = header_end(file)
+    header = json.loads(file.read_bytes()[8:end])
+    return {
+        name: (end + entry["data_offsets"][0], end + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def flip(file: Path, offset: int, bit: int = 0) -> None:
+    with open(file, "r+b") as opened:
+        opened.seek(offset)
+        byte = opened.read(1)[0]
+        opened.seek(offset)
+        opened.write(bytes([byte ^ 1 << bit]))
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    """Change a JSON file in place."""
+    data = read_json(path)
+    change(data)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+# --- what is whole passes ---------------------------------------------------------------------------------------------
+
+
+def test_a_conversion_holds_and_every_check_is_made(out: Path, source: Path) -> None:
+    verification = verified(out, source)
+    assert verification.holds
+    assert {check.name: check.status for check in verification.checks} == dict.fromkeys(
+        [
+            "records",
+            "shards",
+            "tensors",
+            "index",
+            "config",
+            "report",
+            "files",
+            "loads",
+            "source",
+            "weights",
+            "figures",
+            "copies",
+        ],
+        "passed",
+    )
+
+
+def test_verifying_changes_nothing(out: Path, source: Path) -> None:
+    before = tree(out)
+    verified(out, source)
+    assert tree(out) == before
+
+
+def test_it_says_with_which_transformers(out: Path) -> None:
+    import transformers
+
+    loads = check_of(verified(out), "loads")
+    assert f"transformers {transformers.__version__}" in loads.detail
+    assert "14 of 14 int8 layers" in loads.detail
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "bloom",
+        "opt",
+        "gpt2",
+        "llama-tied",
+        "phi3",
+        "bart",
+        "roberta",
+        "whisper",
+        "vit",
+        "t5-gated",
+        "mixtral",
+        "falcon",
+    ],
+)
+def test_architectures_hold_with_their_source(architecture: str, tmp_path: Path) -> None:
+    source = save_tiny(architecture, tmp_path / "source")
+    convert_local(source, tmp_path / "out")
+    verification = verified(tmp_path / "out", source)
+    assert failures(verification) == {}
+    assert check_of(verification, "loads").status == "passed"
+
+
+def test_names_without_the_base_models_prefix_load(tmp_path: Path) -> None:
+    model = build_tiny(LISTED["bloom"])
+    tensors = {name.removeprefix("transformer."): t.clone() for name, t in model.state_dict().items()}
+    tensors.pop("lm_head.weight")
+    source = save_by_hand(
+        tmp_path / "source", tensors, {**model.config.to_dict(), "architectures": ["BloomForCausalLM"]}
+    )
+    convert_local(source, tmp_path / "out")
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+def test_a_legacy_bin_in_float32_holds_with_its_source(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", shards=1, dtype=torch.float32)
+    torch.save(read_tensors(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    convert_local(source, tmp_path / "out", float32="float16")
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+def test_weights_kept_for_non_finite_values_hold_with_their_source(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", shards=1)
+    tensors = read_tensors(source / "model.safetensors")
+    tensors[f"{QUANTIZED}.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert_local(source, tmp_path / "out", on_nonfinite="keep")
+    verification = verified(tmp_path / "out", source)
+    assert failures(verification) == {}
+    assert "13 layers" in check_of(verification, "figures").detail
+
+
+def test_a_model_card_may_be_edited(out: Path) -> None:
+    (out / "README.md").write_text("# Mine\n")
+    assert verified(out).holds
+
+
+def test_a_checkpoint_without_config_is_not_laid_out(tmp_path: Path) -> None:
+    source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(8, 8)})
+    convert_local(source, tmp_path / "out")
+    verification = verified(tmp_path / "out", source)
+    assert verification.holds
+    assert check_of(verification, "loads").status == "not checked"
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        f"{QUANTIZED}.weight",
+        f"{QUANTIZED}.SCB",
+        f"{QUANTIZED}.weight_format",
+        "model.layers.0.input_layernorm.weight",
+        "model.embed_tokens.weight",
+    ],
+)
+@pytest.mark.parametrize("end", [0, -1])
+def test_a_flipped_bit_is_found_in_its_tensor(tensor: str, end: int, out: Path) -> None:
+    file = next(file for file in sorted(out.glob("*.safetensors")) if tensor in places(file))
+    flip(file, places(file)[tensor][0] if end == 0 else places(file)[tensor][1] - 1, bit=7)
+    found = failures(verified(out))
+    assert [(name, where) for name, where, _ in found.pop("shards")] == [(file.name, tensor)]
+    assert found == {}
+
+
+def test_flipped_bits_anywhere_are_found(out: Path) -> None:
+    file, chance = out / SHARD, random.Random(0)
+    size = file.stat().st_size
+    for offset in [*range(9), header_end(file) - 1, size - 1, *(chance.randrange(size) for _ in range(20))]:
+        bit = chance.randrange(8)
+        flip(file, offset, bit)
+        assert (file.name, None) in named(verified(out)) or any(name == file.name for name, _ in named(verified(out)))
+        flip(file, offset, bit)
+    assert verified(out).holds
+
+
+def test_padding_of_a_header_counts_too(out: Path) -> None:
+    padded = next(file for file in out.glob("*.safetensors") if file.read_bytes()[header_end(file) - 1] == ord(" "))
+    data = bytearray(padded.read_bytes())
+    data[header_end(padded) - 1] = ord("\n")
+    padded.write_bytes(data)
+    assert failures(verified(out)) == {
+        "shards": [(padded.name, None, "its header is not the one that was written")],
+    }
+
+
+@pytest.mark.parametrize("change", [-1, 1, -1000], ids=["short", "long", "cut"])
+def test_another_size_is_named_with_both_sizes(change: int, out: Path) -> None:
+    data = (out / SHARD).read_bytes()
+    (out / SHARD).write_bytes(data[:change] if change < 0 else data + b"\0" * change)
+    problem = f"has {len(data) + change:,} bytes, {len(data):,} were written"
+    assert failures(verified(out))["shards"] == [(SHARD, None, problem)]
+
+
+def test_a_missing_shard_is_named(out: Path) -> None:
+    (out / SHARD).unlink()
+    assert failures(verified(out))["shards"] == [(SHARD, None, "is missing")]
+
+
+def test_swapped_shards_are_recognised(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", layers=2, shards=1)
+    tensors = read_tensors(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    files = ["model-00001-of-00003.safetensors", SHARD, "model-00003-of-00003.safetensors"]
+    parts = [{n: t for n, t in tensors.items() if ".layers." not in n}]
+    parts += [{n: t for n, t in tensors.items() if f".layers.{layer}." in n} for layer in (0, 1)]
+    for file, part in zip(files, parts, strict=True):
+        save_file(part, source / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
+    write_json(source / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    out = tmp_path / "out"
+    convert_local(source, out)
+    first, second = out / files[1], out / files[2]
+    first.rename(out / "aside")
+    second.rename(first)
+    (out / "aside").rename(second)
+    assert failures(verified(out))["shards"] == [
+        (files[1], None, f"is {files[2]} under another name"),
+        (files[2], None, f"is {files[1]} under another name"),
+    ]
+
+
+# --- what speaks of the bytes -----------------------------------------------------------------------------------------
+
+
+def test_an_extra_shard_in_the_index_is_named(out: Path) -> None:
+    def add(index: Any) -> None:
+        index["weight_map"]["extra.weight"] = "model-00004-of-00003.safetensors"
+
+    edit(out / "model.safetensors.index.json", add)
+    found = failures(verified(out))["index"]
+    assert any("model-00004-of-00003.safetensors" in problem for _, _, problem in found)
+    assert ("model.safetensors.index.json", "extra.weight", "is named, but in no shard") in found
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "what"),
+    [
+        (lambda index: index["weight_map"].pop(f"{QUANTIZED}.SCB"), f"{QUANTIZED}.SCB", "is not named"),
+        (lambda index: index["weight_map"].update({f"{QUANTIZED}.SCB": "x"}), f"{QUANTIZED}.SCB", "is said to be in x"),
+        (lambda index: index["metadata"].update(total_size=1), None, "total_size is 1, the tensors have"),
+        (lambda index: index.pop("metadata"), None, "total_size is None"),
+        (lambda index: index.pop("weight_map"), None, "has no weight_map"),
+    ],
+    ids=["entry gone", "entry moved", "total", "metadata", "map"],
+)
+def test_a_wrong_index_is_named(change: Callable[[Any], object], where: str | None, what: str, out: Path) -> None:
+    edit(out / "model.safetensors.index.json", change)
+    found = failures(verified(out))
+    assert any(tensor == where and problem.startswith(what) for _, tensor, problem in found["index"])
+    assert found["files"] == [("model.safetensors.index.json", None, "is not as it was written")]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda c: c["quantization_config"].update(llm_int8_threshold=5.0), "llm_int8_threshold is 5.0, not 6.0"),
+        (lambda c: c["quantization_config"].update(load_in_8bit=False), "load_in_8bit is False, not True"),
+        (lambda c: c["quantization_config"].update(bits=8), "bits is 8, not None"),
+        (lambda c: c["quantization_config"].pop("llm_int8_skip_modules"), "llm_int8_skip_modules is None"),
+        (lambda c: c["quantization_config"][SKIPS].append("v_proj"), "covers a layer that is in int8"),
+        (lambda c: c.pop("quantization_config"), "has no quantization_config"),
+    ],
+    ids=["threshold", "bits", "added", "no list", "list", "gone"],
+)
+def test_an_edited_quantization_config_is_named(change: Callable[[Any], object], what: str, out: Path) -> None:
+    edit(out / "config.json", change)
+    found = failures(verified(out))
+    assert any(what in problem for _, _, problem in found["config"])
+    assert found["files"] == [("config.json", None, "is not as it was written")]
+
+
+def test_any_other_edit_of_the_config_is_found_too(out: Path) -> None:
+    edit(out / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+    assert failures(verified(out)) == {"files": [("config.json", None, "is not as it was written")]}
+
+
+def test_a_config_that_is_no_json_is_named(out: Path) -> None:
+    (out / "config.json").write_text("{")
+    assert {"config", "files", "loads"} <= set(failures(verified(out)))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "LICENSE"])
+def test_files_taken_along_are_watched(name: str, out: Path) -> None:
+    (out / name).write_text("other")
+    assert failures(verified(out)) == {"files": [(name, None, "is not as it was written")]}
+    (out / name).unlink()
+    assert failures(verified(out)) == {"files": [(name, None, "is missing")]}
+
+
+def test_weights_that_a_loader_would_take_instead_are_named(out: Path) -> None:
+    shutil.copy(out / SHARD, out / "model.safetensors")
+    assert [name for name, _, _ in failures(verified(out))["files"]] == ["model.safetensors"]
+
+
+def test_figures_in_the_report_are_those_of_the_records(out: Path) -> None:
+    edit(out / "int8" / "report.json", lambda report: report["layers"][3].update(sqnr_db=99.0))
+    layer = read_json(out / "int8" / "report.json")["layers"][3]["name"]
+    assert failures(verified(out))["report"] == [
+        ("int8/report.json", layer, "its figures are not those of its record"),
+    ]
+
+
+def record_path(out: Path) -> Path:
+    return out / "int8" / "records" / f"{SHARD.removesuffix('.safetensors')}.json"
+
+
+def test_a_tensor_that_the_source_had_and_the_output_lacks_is_named(out: Path) -> None:
+    lost = {"name": "model.layers.0.lost.weight", "dtype": "BF16", "shape": [2, 2]}
+    edit(record_path(out), lambda record: record["source_tensors"].append(lost))
+    assert failures(verified(out))["tensors"] == [(SHARD, "model.layers.0.lost.weight", "is missing")]
+
+
+def test_a_tensor_that_the_source_had_not_is_named(out: Path) -> None:
+    dropped = read_json(record_path(out))["source_tensors"][0]["name"]
+    edit(record_path(out), lambda record: record["source_tensors"].pop(0))
+    tensors = {tensor for _, tensor, _ in failures(verified(out))["tensors"]}
+    assert dropped in tensors
+
+
+def test_a_damaged_record_is_named(out: Path) -> None:
+    record_path(out).write_text("{}")
+    assert any("is not as int8cli wrote it" in problem for _, _, problem in failures(verified(out))["records"])
+    record_path(out).unlink()
+    assert failures(verified(out))["records"] == [(SHARD, None, "has no record")]
+
+
+def test_settings_edited_afterwards_are_found(out: Path) -> None:
+    edit(out / "int8" / "conversion.json", lambda conversion: conversion["settings"].update(threshold=3.0))
+    assert {"config", "report"} <= set(failures(verified(out)))
+
+
+# --- directories that are not to be verified --------------------------------------------------------------------------
+
+
+def test_an_unfinished_conversion_says_which_shards_are_missing(out: Path) -> None:
+    (out / "int8" / "files.json").unlink()
+    record_path(out).unlink()
+    (out / "model-00003-of-00003.safetensors").unlink()
+    with pytest.raises(OutputError, match=rf"not finished: 2 of 3 shards are missing: {SHARD}, model-00003") as caught:
+        verified(out)
+    assert "convert" in caught.value.hint
+
+
+def test_a_directory_that_is_no_conversion_is_refused(source: Path, tmp_path: Path) -> None:
+    for directory in (source, tmp_path / "nowhere"):
+        with pytest.raises(OutputError, match="holds no conversion"):
+            verified(directory)
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_directory_that_is_being_written_is_refused(out: Path) -> None:
+    descriptor = os.open(out / "int8", os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(OutputInUseError):
+            verified(out)
+    finally:
+        os.close(descriptor)
+
+
+def test_records_lead_nowhere_outside(out: Path) -> None:
+    edit(out / "int8" / "conversion.json", lambda conversion: conversion["files"].append("../secret"))
+    with pytest.raises(IndexFileError):
+        verified(out)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_int8_where_the_loader_keeps_a_plain_layer_is_named(out: Path) -> None:
+    edit(out / "config.json", lambda c: c["quantization_config"]["llm_int8_skip_modules"].append("v_proj"))
+    found = failures(verified(out))["loads"]
+    assert {tensor for _, tensor, _ in found} >= {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)}
+
+
+def test_a_plain_layer_where_the_loader_wants_int8_is_named(out: Path) -> None:
+    edit(out / "config.json", lambda c: c["quantization_config"].update(llm_int8_skip_modules=["nothing"]))
+    assert "lm_head.weight" in {tensor for _, tensor, _ in failures(verified(out))["loads"]}
+
+
+def test_a_config_of_another_width_does_not_load(out: Path) -> None:
+    edit(out / "config.json", lambda config: config.update(intermediate_size=100))
+    tensors = {tensor for _, tensor, _ in failures(verified(out))["loads"]}
+    assert "model.layers.0.mlp.up_proj.weight" in tensors
+
+
+def test_tensors_that_the_model_does_not_take_from_the_source_either_are_no_failure(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", shards=1)
+    tensors = read_tensors(source / "model.safetensors")
+    extra = {"old.head.bias": torch.zeros(4), "old.q_proj.weight": torch.randn(8, 8).bfloat16()}
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    convert_local(source, tmp_path / "out")
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+def test_a_model_whose_code_is_not_in_transformers_is_not_laid_out(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", shards=1)
+    edit(source / "config.json", lambda c: c.update(model_type="strange", auto_map={"AutoConfig": "evil.Config"}))
+    (source / "evil.py").write_text("raise SystemExit('foreign code ran')\n")
+    convert_local(source, tmp_path / "out")
+    verification = verified(tmp_path / "out")
+    assert verification.holds
+    assert "does not know the model type 'strange'" in check_of(verification, "loads").detail
+
+
+def test_without_transformers_it_says_that_loading_was_not_checked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    absent = {"transformers": None}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: absent.get(name, name) and find(name, *a))
+    loads = check_of(verified(out), "loads")
+    assert (loads.status, loads.detail) == ("not checked", "needs transformers, not installed here")
+
+
+# --- against the source -----------------------------------------------------------------------------------------------
+
+
+def change_source(source: Path, tensor: str, place: tuple[int, ...], directory: Path) -> Path:
+    """A copy of a source with one value changed in the middle of a file."""
+    changed = Path(shutil.copytree(source, directory / "changed"))
+    file = next(file for file in changed.glob("*.safetensors") if tensor in read_tensors(file))
+    tensors = read_tensors(file)
+    tensors[tensor][place] *= -1
+    save_file(tensors, file, metadata={"format": "pt"})
+    return changed
+
+
+def test_a_changed_weight_of_the_source_is_named_with_its_place(out: Path, source: Path, tmp_path: Path) -> None:
+    verification = verified(out, change_source(source, f"{QUANTIZED}.weight", (7, 9), tmp_path))
+    found = failures(verification)["weights"]
+    assert [(tensor, problem) for _, tensor, problem in found] == [
+        (f"{QUANTIZED}.weight", "differs from what the source gives, first at [7, 9]")
+    ]
+    assert "figures" not in failures(verification)  # a sign changes no error
+
+
+def test_a_changed_copy_is_named_with_its_place(out: Path, source: Path, tmp_path: Path) -> None:
+    norm = "model.layers.1.input_layernorm.weight"
+    found = failures(verified(out, change_source(source, norm, (5,), tmp_path)))
+    assert [(tensor, problem) for _, tensor, problem in found["weights"]] == [
+        (norm, "differs from what the source gives, first at [5]")
+    ]
+
+
+def test_another_source_is_told(out: Path, tmp_path: Path) -> None:
+    found = failures(verified(out, llama(tmp_path / "other", seed=1)))
+    assert {"source", "weights", "figures"} <= set(found)
+    assert found["source"][0][2] == "is not the file that was converted"
+
+
+def test_figures_are_computed_anew(out: Path, source: Path) -> None:
+    """Report and record agree with each other, and are wrong."""
+    layer = next(layer for layer in read_json(record_path(out))["layers"])["name"]
+
+    def worsen(layers: Any) -> None:
+        next(each for each in layers if each["name"] == layer)["sum_squared_error"] *= 1.001
+
+    edit(record_path(out), lambda record: worsen(record["layers"]))
+    found = failures(verified(out, source))
+    assert [(tensor, problem.split()[0]) for _, tensor, problem in found["figures"]] == [(layer, "sum_squared_error")]
+
+
+def test_a_file_taken_along_that_changed_at_the_source_is_named(out: Path, source: Path, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(source, tmp_path / "changed"))
+    (changed / "tokenizer.json").write_text("{}")
+    assert failures(verified(out, changed)) == {"copies": [("tokenizer.json", None, "is not the source's")]}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_one_document_and_tells_the_shell(out: Path, source: Path) -> None:
+    good = run("verify", out, "--source", source, "--json", cwd=out.parent)
+    assert good.code == 0, good.err
+    document = json.loads(good.out)
+    assert (document["schema"], document["holds"], document["source"]) == ("int8cli.verification/1", True, "source")
+    assert SHARD in good.err
+    flip(out / SHARD, (out / SHARD).stat().st_size - 1)
+    bad = run("verify", out, cwd=out.parent)
+    assert bad.code == 1
+    assert SHARD in bad.out
+    assert "It does not hold: shards." in bad.out
+
+
+def test_the_command_refuses_what_is_no_conversion(source: Path) -> None:
+    outcome = run("verify", source, cwd=source)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert outcome.err.startswith("error: ")
+    assert "\nhint: " in outcome.err
+
+
+def test_a_hub_source_is_compared_at_the_revision_that_was_converted(source: Path, tmp_path: Path) -> None:
+    (published := Path(shutil.copytree(source, tmp_path / "published"))).joinpath("config.json").unlink()
+    with HubStandIn() as hub:
+        hub.add_repo("org/model", published)
+        env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
+        assert run("convert", "org/model", "-o", "out", "-q", cwd=tmp_path, env=env).code == 0
+        hub.move_main("org/model", llama(tmp_path / "later", seed=5))
+        outcome = run("verify", "out", "--source", "org/model", cwd=tmp_path, env=env)
+        assert outcome.code == 0, outcome.out + outcome.err
+    assert "All that was checked holds. Not checked: loads." in outcome.out
+    assert not (tmp_path / "out" / "int8" / "incoming").exists()
