@@ -7,7 +7,7 @@ text it is all of, as one JSON document in the metadata. Computes nothing that i
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +137,9 @@ class OutlierStatistics:
         """By stack and layer, the norm-fed sites that share the residual's index space."""
         found: dict[str, dict[int, tuple[SiteStatistics, ...]]] = {}
         for site in self.sites:
-            if site.kind == NORM_FED and site.stack is not None and site.layer is not None:
-                if site.inputs.features == self.hidden_size:
-                    layers = found.setdefault(site.stack, {})
-                    layers[site.layer] = (*layers.get(site.layer, ()), site)
+            if site.kind == NORM_FED and site.layer is not None and site.inputs.features == self.hidden_size:
+                layers = found.setdefault(site.stack or "", {})
+                layers[site.layer] = (*layers.get(site.layer, ()), site)
         return found
 
     def features(self) -> tuple[LocatedFeature, ...]:
@@ -156,7 +155,11 @@ class OutlierStatistics:
 
     def massive(self) -> tuple[LocatedActivation, ...]:
         """The massive activations of all sites, largest first."""
-        found = [LocatedActivation(site, activation) for site in self.sites for activation in massive_activations(site.inputs)]
+        found = [
+            LocatedActivation(site, activation)
+            for site in self.sites
+            for activation in massive_activations(site.inputs)
+        ]
         return tuple(sorted(found, key=lambda located: -abs(located.activation.value)))
 
 
@@ -191,11 +194,6 @@ def load_statistics(path: Path) -> OutlierStatistics:
     return OutlierStatistics(provenance, sites)
 
 
-def joined(parts: Iterator[OutlierStatistics], provenance: Provenance) -> OutlierStatistics:
-    """Statistics of parts of one model, put together in order."""
-    return OutlierStatistics(replace(provenance), tuple(site for part in parts for site in part.sites))
-
-
 def _tensors(statistics: OutlierStatistics) -> Iterator[tuple[str, Tensor]]:
     for site in statistics.sites:
         for name in _BY_DIMENSION:
@@ -212,7 +210,8 @@ def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
         "layer": site.layer,
         **{name: getattr(site.inputs, name) for name in _BY_SITE},
         "linears": [
-            {name: value for name, value in _fields(linear).items() if name != "weight_error"} for linear in site.linears
+            {name: value for name, value in _fields(linear).items() if name != "weight_error"}
+            for linear in site.linears
         ],
     }
 

@@ -7,8 +7,8 @@ observer is told.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class CalibrationObserver:
 class CalibrateOptions:
     """`kept_in`: the directory for the state between blocks, removed at the end; None keeps it all in memory."""
 
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     threshold: float = THRESHOLD
     device: str = "cpu"
     kept_in: Path | None = None
@@ -78,15 +78,16 @@ def calibrate(
     """
     with model_files(source, survey.weights) as directory:
         calibration = _Calibration(source, survey.layouts, directory, text, options, observer)
-        try:
-            return calibration.run()
-        except UnsupportedModelError:
-            if not calibration.resumed:
-                raise
-            # A model that hands more from block to block than their outputs cannot go on in the middle.
-            observer.noted("this model cannot go on from the middle: starting over")
-            calibration.forget()
-            return calibration.run()
+        with closing(calibration):
+            try:
+                return calibration.run()
+            except UnsupportedModelError:
+                if not calibration.resumed:
+                    raise
+                # A model that hands more from block to block than their outputs cannot go on in the middle.
+                observer.noted("this model cannot go on from the middle: starting over")
+                calibration.forget()
+                return calibration.run()
 
 
 class _Calibration:
@@ -143,6 +144,10 @@ class _Calibration:
         self.resumed = False
         if self._kept is not None:
             self._kept.clear()
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
 
     def _put_down(self, unit: str, sites: tuple[SiteStatistics, ...]) -> None:
         """Before the engine puts a block on record as finished, its statistics are there."""
@@ -309,4 +314,3 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
             hint="The checkpoint is damaged there: get the file again.",
         ) from error
     return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)
-

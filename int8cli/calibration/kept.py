@@ -6,6 +6,7 @@ and when a resumed forward passes them again, the last one's output stands in fo
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from int8cli.calibration.sites import is_marked, map_tensors, mark, tensors_in
 from int8cli.checkpoint.writer import write_file
+from int8cli.errors import OutputError, OutputInUseError
 
 _RECORD = "record.json"
 
@@ -35,6 +37,7 @@ class KeptStates:
         self._finished: list[str] = []
         self._latest: dict[str, str] = {}
         self._usable = True
+        self._lock = _lock(directory)
         record = self._read_record()
         if record is not None and record.get("identity") == self._identity:
             self._finished, self._latest = record["finished"], record["latest"]
@@ -85,6 +88,12 @@ class KeptStates:
         if before is not None:
             shutil.rmtree(self._directory / before, ignore_errors=True)
 
+    def close(self) -> None:
+        """Let others use the directory; what was kept stays."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
     def clear(self) -> None:
         """Remove everything."""
         self._finished, self._latest = [], {}
@@ -102,6 +111,26 @@ class KeptStates:
         with contextlib.suppress(OSError, ValueError):
             return json.loads((self._directory / _RECORD).read_bytes())
         return None
+
+
+def _lock(directory: Path) -> int:
+    """Hold the directory for this process. Raises OutputInUseError where another holds it."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory.with_name(f"{directory.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise OutputError(
+            f"{directory} cannot be written ({error.strerror})", hint="Choose another directory with --work-dir."
+        ) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputInUseError(
+            f"another int8cli is running this model, and keeps its state in {directory}",
+            hint="Wait for it to end, or choose another directory with --work-dir.",
+        ) from error
+    return descriptor
 
 
 def _key(block: str, visit: int) -> str:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from int8cli.calibration.tensors import CheckpointTensors
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
 
 FROM_WEIGHTS_HINT = "--from weights works without running the model."
 _RESIDENT_TABLE_BYTES = 16 << 20
@@ -52,13 +49,13 @@ class Unit:
 class Skeleton:
     """The model, on the meta device but for what units have been given, and the way from tensor names to weights."""
 
-    def __init__(self, model: "PreTrainedModel", dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self.model = model
         self.dtype = dtype
         self._device = torch.device("cpu")
-        self._conversions = get_model_conversion_mapping(model)
+        self._conversions: Any = get_model_conversion_mapping(model)
         self._target_of = self._name_targets(specs)
         self._sources_of: dict[str, list[str]] = {}
         for source, target in self._target_of.items():
@@ -73,7 +70,8 @@ class Skeleton:
         self.resident = Unit("", None, None, tuple(resident), self._sources(resident), 0, False)
 
     def module(self, unit: Unit) -> nn.Module:
-        return self.model.get_submodule(unit.name)
+        module: nn.Module = self.model.get_submodule(unit.name)
+        return module
 
     def weight_name(self, module_name: str) -> str:
         """What the checkpoint calls the module: its weight's name there without `.weight`; its own if it has none."""
@@ -109,7 +107,9 @@ class Skeleton:
         with _quiet():
             info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
         for name, found, expected in info.mismatched_keys:
-            raise CheckpointError(f"{name} has the shape {tuple(found)}, the model's config.json wants {tuple(expected)}")
+            raise CheckpointError(
+                f"{name} has the shape {tuple(found)}, the model's config.json wants {tuple(expected)}"
+            )
         for target in unit.targets:
             self._tie(target)
             if self._parameter(target).is_meta:
@@ -206,14 +206,14 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     return Skeleton(model.eval(), dtype, specs)
 
 
-def _computed_weights(model: "PreTrainedModel") -> set[str]:
+def _computed_weights(model: Any) -> set[str]:
     """Weights that checkpoints need not have, since the model computes them when it is made (Marian's positions)."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name for name in model.state_dict() if name not in tied and any(re.search(p, name) for p in patterns)}
 
 
-def read_config(directory: Path) -> "PretrainedConfig":
+def read_config(directory: Path) -> Any:
     """The directory's config.json as transformers reads it, never with code of the model's own."""
     require_transformers()
     from transformers import AutoConfig, PretrainedConfig
@@ -242,7 +242,6 @@ def read_config(directory: Path) -> "PretrainedConfig":
 
 def require_transformers() -> None:
     try:
-        import accelerate  # noqa: F401  # get_init_context and offloading of newer versions need it
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtraError(
@@ -251,7 +250,7 @@ def require_transformers() -> None:
         ) from error
 
 
-def _model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
+def _model_class(config: Any) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -267,7 +266,7 @@ def _model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
     )
 
 
-def _dtype(config: "PretrainedConfig", specs: Mapping[str, TensorSpec]) -> torch.dtype:
+def _dtype(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
     """The dtype of the weights: what the config says, as transformers' `dtype="auto"` has it, or what most are."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
@@ -284,7 +283,7 @@ def _find_units(model: nn.Module) -> Iterator[tuple[str, str | None, int | None]
     Outside, a unit is the outermost module with weights of its own; one with blocks inside it keeps its own weights
     resident instead.
     """
-    blocks = {}
+    blocks: dict[str, tuple[str, int]] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{block}.") for block in blocks)
         if isinstance(module, nn.ModuleList) and not inside and _holds_layers(module):
@@ -338,8 +337,9 @@ class _Lazy:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers shows a bar for each load; a unit's takes a moment."""
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
+    logging: Any = transformers_logging
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -347,4 +347,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-

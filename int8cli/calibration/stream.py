@@ -149,8 +149,8 @@ class StreamedModel:
         """Each unit in the order in which the model calls them, its weights in memory until the next one is asked for.
 
         `sequences` are keyword arguments of the model's forward. A unit that shares its weights with itself (ALBERT)
-        comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence, where
-        they were not stopped before the head.
+        comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence,
+        where they were not stopped before the head.
         """
         expected = [source for unit in self.skeleton.units for source in unit.sources]
         self._tensors.expect(expected)
@@ -224,14 +224,14 @@ class StreamedModel:
                 def ask(*args: Any, _unit: Unit = unit, **kwargs: Any) -> Any:
                     return self._asking.ask(_Call(_unit, args, kwargs))
 
-                module.forward = ask  # type: ignore[method-assign]
+                module.forward = ask
                 patched.append(module)
         if head is not None:
 
             def stop(*_: Any, **__: Any) -> Any:
                 raise _HeadReachedError
 
-            head.forward = stop  # type: ignore[method-assign]
+            head.forward = stop
             patched.append(head)
         try:
             yield
@@ -249,8 +249,8 @@ class StreamedModel:
                 output = forward(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(
-                f"{call.unit.name}: {self._device} has no room for {call.unit.weight_bytes:,} bytes of weights and what "
-                "a sequence takes",
+                f"{call.unit.name}: {self._device} has no room for {call.unit.weight_bytes:,} bytes of weights and "
+                "what a sequence takes",
                 hint="Use a smaller --sequence-length, or --device cpu.",
             ) from error
         except Int8cliError:

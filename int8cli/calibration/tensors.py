@@ -41,9 +41,7 @@ class CheckpointTensors:
     def __init__(self, source: Source, layouts: Sequence[ShardLayout]) -> None:
         self._source = source
         self._layouts = {layout.file_name: layout for layout in layouts}
-        self._places = {
-            stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors
-        }
+        self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
         self._open: dict[str, _OpenShard] = {}
         self._wanted: Counter[str] = Counter()
 

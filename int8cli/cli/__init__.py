@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert, estimate_memory, verify
+from int8cli.cli import convert, estimate_memory, inspect_outliers, verify
 
 app = typer.Typer(
     name="int8cli",
@@ -41,6 +41,7 @@ def int8cli(
 
 app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("estimate-memory", epilog=estimate_memory.EXAMPLES)(estimate_memory.estimate_memory)
+app.command("inspect-outliers", epilog=inspect_outliers.EXAMPLES)(inspect_outliers.inspect_outliers)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 
 

@@ -1,0 +1,218 @@
+"""`int8cli inspect-outliers`."""
+
+import enum
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from int8cli.cli.convert import Device
+from int8cli.cli.errors import shows_errors, writing_result
+from int8cli.cli.options import Json, Model, Quiet, Revision
+
+if TYPE_CHECKING:
+    from int8cli.checkpoint.source import Source
+    from int8cli.cli.inspect_progress import InspectObserver
+    from int8cli.outlier_statistics import OutlierStatistics
+    from int8cli.survey import Survey
+    from int8cli.weight_suspects import WeightSuspects
+
+EXAMPLES = """\
+[bold]Examples[/bold]
+
+int8cli inspect-outliers bigscience/bloom-560m
+
+int8cli inspect-outliers ./my-model --text corpus.txt --tokens 16384 -o report.html -o outliers.safetensors
+
+int8cli inspect-outliers org/name --from weights --json > suspects.json
+"""
+_SUFFIXES = (".html", ".png", ".svg", ".safetensors")
+
+
+class From(str, enum.Enum):
+    """Where the answer comes from."""
+
+    activations = "activations"
+    weights = "weights"
+
+
+@shows_errors
+def inspect_outliers(
+    model: Model,
+    source_of: Annotated[
+        From | None,
+        typer.Option(
+            "--from", help="Run the model, or guess from its weights.", show_default="activations if it can run"
+        ),
+    ] = None,
+    revision: Revision = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to run, in all.", min=1)] = 4096,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
+    seed: Annotated[int, typer.Option(help="Which pieces of a long text are used.")] = 0,
+    threshold: Annotated[float, typer.Option(help="Magnitude from which a value is an outlier.", min=0.0)] = 6.0,
+    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.cpu,
+    output: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--output", "-o", help=".html, .png, .svg, or .safetensors for convert. Repeatable.", metavar="FILE"
+        ),
+    ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the state between blocks is kept while it runs.", show_default="the user's cache"),
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the feature dimensions that carry outliers, by layer: the model is run, with one block in memory.
+
+    Weights are read straight from the checkpoint and each of them once. A run that was interrupted goes on after its
+    last finished block. From the weights alone only suspects can be told.
+    """
+    from int8cli.checkpoint.locate import open_source
+    from int8cli.cli.inspect_progress import observe_inspection
+    from int8cli.plan import PlanOptions
+    from int8cli.survey import survey_source
+
+    outputs = tuple(output or ())
+    _check(outputs, source_of, device)
+    work = (work_dir or _default_work_directory()) / _key(model, revision)
+    with observe_inspection(quiet=quiet) as observer:
+        source = open_source(
+            model,
+            revision=revision,
+            download_dir=work / "incoming",
+            on_bytes=observer.received,
+            on_wait=observer.waiting,
+        )
+        try:
+            survey = survey_source(source, PlanOptions())
+            sampling = (tokens, sequence_length, seed)
+            found = _inspect(source, survey, source_of, text, sampling, threshold, device, work / "blocks", observer)
+        finally:
+            source.close()
+    for path in outputs:
+        _write(found, path)
+    with writing_result():
+        _show(found, as_json=as_json, quiet=quiet)
+
+
+def _inspect(
+    source: "Source",
+    survey: "Survey",
+    source_of: From | None,
+    text: Path | None,
+    sampling: tuple[int, int, int],
+    threshold: float,
+    device: Device,
+    kept_in: Path,
+    observer: "InspectObserver",
+) -> "OutlierStatistics | WeightSuspects":
+    """From activations if that is asked for or can be done, else from weights."""
+    from int8cli.errors import MissingExtraError, UnsupportedModelError
+    from int8cli.weight_suspects import find_suspects
+
+    if source_of is not From.weights:
+        try:
+            return _calibrate(source, survey, text, sampling, threshold, device, kept_in, observer)
+        except (MissingExtraError, UnsupportedModelError) as error:
+            if source_of is From.activations:
+                raise
+            observer.noted(f"note: {error}; telling suspects from the weights instead")
+    return find_suspects(source, survey)
+
+
+def _calibrate(
+    source: "Source",
+    survey: "Survey",
+    text: Path | None,
+    sampling: tuple[int, int, int],
+    threshold: float,
+    device: Device,
+    kept_in: Path,
+    observer: "InspectObserver",
+) -> "OutlierStatistics":
+    from int8cli.calibration.calibrate import CalibrateOptions, calibrate
+    from int8cli.calibration.memory import return_memory_promptly
+    from int8cli.calibration.text import Sampling, Text
+    from int8cli.data import SAMPLE_NAME, sample_text
+
+    return_memory_promptly()
+    chosen = Sampling(*sampling)
+    read = Text.read(text, chosen.tokens) if text is not None else Text.decode(SAMPLE_NAME, sample_text())
+    options = CalibrateOptions(chosen, threshold, device.value, kept_in)
+    return calibrate(source, survey, read, options, observer)
+
+
+def _check(outputs: tuple[Path, ...], source_of: From | None, device: Device) -> None:
+    """What can be refused before anything is read."""
+    for path in outputs:
+        if path.suffix not in _SUFFIXES or path.is_dir():
+            raise typer.BadParameter(f"{path} is not a {', '.join(_SUFFIXES)} file", param_hint="'--output'")
+        if path.suffix == ".safetensors" and source_of is From.weights:
+            raise typer.BadParameter("statistics come from activations only", param_hint="'--output'")
+    if any(path.suffix != ".safetensors" for path in outputs):
+        from int8cli.report.charts import require_altair
+
+        require_altair()
+    if device is Device.cuda:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
+
+
+def _write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
+    from int8cli.errors import OutputError
+    from int8cli.outlier_statistics import OutlierStatistics, save_statistics
+    from int8cli.report.charts import write_picture
+    from int8cli.report.page import write_page
+
+    if path.suffix == ".html":
+        write_page(found, path)
+    elif path.suffix != ".safetensors":
+        write_picture(found, path)
+    elif isinstance(found, OutlierStatistics):
+        save_statistics(found, path)
+    else:
+        raise OutputError(
+            f"{path} is not written: there are suspects only, and statistics come from activations",
+            hint="pip install 'int8cli[calibrate]', or leave this output out.",
+        )
+
+
+def _show(found: "OutlierStatistics | WeightSuspects", *, as_json: bool, quiet: bool) -> None:
+    from int8cli.outlier_statistics import OutlierStatistics
+    from int8cli.report.outliers import show_statistics, show_suspects
+    from int8cli.report.outliers_json import statistics_to_json, suspects_to_json
+
+    if isinstance(found, OutlierStatistics):
+        if as_json:
+            print(json.dumps(statistics_to_json(found), indent=2))
+        elif not quiet:
+            show_statistics(found)
+    elif as_json:
+        print(json.dumps(suspects_to_json(found), indent=2))
+    elif not quiet:
+        show_suspects(found)
+
+
+def _default_work_directory() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "int8cli"
+
+
+def _key(model: str, revision: str | None) -> str:
+    """A directory name for a model: the same for the same command."""
+    path = Path(model).expanduser()
+    name = str(path.resolve()) if path.exists() else f"{model}@{revision}"
+    return hashlib.sha256(name.encode()).hexdigest()[:16]

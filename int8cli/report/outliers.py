@@ -1,0 +1,240 @@
+"""Outlier statistics and suspects on the terminal, in 80 columns: what it comes to first, then the details."""
+
+import statistics as stats
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from int8cli.llm_int8.outliers import LAYER_SHARE, POSITION_SHARE
+from int8cli.outlier_statistics import (
+    LocatedActivation,
+    LocatedFeature,
+    OutlierStatistics,
+    SiteStatistics,
+)
+from int8cli.report.terminal import stdout_console
+from int8cli.weight_suspects import (
+    MEASURED_AVERAGE_PRECISION,
+    MEASURED_ON,
+    MEASURED_PRECISION_OF_ALL,
+    WeightSuspects,
+)
+
+MOST_ROWS = 12
+
+
+def show_statistics(found: OutlierStatistics) -> None:
+    """Print the summary, the outlier features, the massive activations, and the sites by kind and by error."""
+    console = stdout_console()
+    features, massive = found.features(), grouped_massive(found.massive())
+    for place, line in enumerate(summary_lines(found, features, massive)):
+        console.print(line, soft_wrap=True, markup=False, style="bold" if place in (0, 2) else None)
+    tables = [_features_table(features)] if features else []
+    tables += [_massive_table(massive)] if massive else []
+    for table in (*tables, _kinds_table(found.linear_sites), _sites_table(found.linear_sites)):
+        console.print()
+        console.print(table)
+
+
+def show_suspects(found: WeightSuspects) -> None:
+    """Print the suspects and what that word is worth."""
+    console: Console = stdout_console()
+    console.print(f"[bold]{escape(found.model)}[/bold]: suspects, from the weights alone", soft_wrap=True)
+    console.print(suspects_caveat(), soft_wrap=True)
+    table = _table("Suspects, by predicted magnitude")
+    for name in ("dimension", "score", "layers"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("which", overflow="fold")
+    for suspect in found.suspects:
+        table.add_row(
+            str(suspect.dimension),
+            f"{suspect.score:.3f}",
+            f"{len(suspect.layers)} of {suspect.layer_count}",
+            ranges(suspect.layers),
+        )
+    table.caption = "score: predicted magnitude after a norm, mean over the norms"
+    console.print(table)
+
+
+def suspects_caveat() -> str:
+    return (
+        f"A guess: on {MEASURED_ON} the one true feature came first, but of all {round(1 / MEASURED_PRECISION_OF_ALL)} "
+        f"suspects\nonly that one was true (precision {MEASURED_PRECISION_OF_ALL:.2f}; average precision over norms "
+        f"{MEASURED_AVERAGE_PRECISION:.2f}).\nRunning the model tells: --from activations."
+    )
+
+
+def summary_lines(
+    found: OutlierStatistics, features: Sequence[LocatedFeature], massive: Sequence["MassiveGroup"]
+) -> list[str]:
+    """What it comes to, line by line: the model and the text first, then what was found."""
+    of = found.provenance
+    named = ", ".join(str(located.feature.dimension) for located in features)
+    plural = "" if len(features) == 1 else "s"
+    errors = [
+        [site.predicted_error(linear, int8_inputs=both) for site in found.linear_sites for linear in site.linears]
+        for both in (False, True)
+    ]
+    lines = [
+        f"{of.model}, {of.tokens:,} tokens in sequences of {of.sequence_length}",
+        f"text: {of.text}",
+        f"{len(features)} systematic outlier feature{plural}"
+        + (f": {named}" if features else "")
+        + f"  (|x| ≥ {of.threshold:g} in ≥ {LAYER_SHARE:.0%} of layers, ≥ {POSITION_SHARE:.0%} of positions)",
+        f"{len(massive)} massive activation{'' if len(massive) == 1 else 's'}"
+        + (f", the largest {massive[0].largest:,.0f}" if massive else ""),
+    ]
+    if errors[0]:
+        lines.append(
+            f"predicted output error: {stats.median(errors[0]):.4f} with int8 weights, {stats.median(errors[1]):.4f} "
+            f"vector-wise (median of {len(errors[0])} linears)"
+        )
+    return lines
+
+
+class MassiveGroup:
+    """A massive activation in one dimension of one kind of site: the residual stream carries one through many blocks."""
+
+    def __init__(self, kind: str, dimension: int) -> None:
+        self.kind, self.dimension = kind, dimension
+        self.members: list[LocatedActivation] = []
+
+    @property
+    def largest(self) -> float:
+        return max((member.activation.value for member in self.members), key=abs)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({member.site.layer for member in self.members if member.site.layer is not None}))
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        return tuple(sorted({member.activation.position for member in self.members}))
+
+    @property
+    def later(self) -> float:
+        return max(member.activation.later for member in self.members)
+
+
+def grouped_massive(found: Iterable[LocatedActivation]) -> list[MassiveGroup]:
+    """Massive activations by kind of site and dimension, the largest first."""
+    groups: dict[tuple[str, int], MassiveGroup] = {}
+    for located in found:
+        key = (located.site.kind, located.activation.dimension)
+        groups.setdefault(key, MassiveGroup(*key)).members.append(located)
+    return sorted(groups.values(), key=lambda group: -abs(group.largest))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-3, 7, 9-10`."""
+    parts: list[str] = []
+    for number in numbers:
+        if parts and number == int(parts[-1].rpartition("-")[2]) + 1:
+            parts[-1] = f"{parts[-1].partition('-')[0]}-{number}"
+        else:
+            parts.append(str(number))
+    return ", ".join(parts)
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What all names begin with, in whole components: `model.layers.`."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(f"{parts[0]}.")
+    return "".join(shared)
+
+
+def _features_table(features: Sequence[LocatedFeature]) -> Table:
+    table = _table("Outlier features, over norm-fed inputs")
+    for name in ("dim", "layers", "positions", "at most", "largest", "sign"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("in layers", overflow="fold")
+    for located in features[:MOST_ROWS]:
+        feature = located.feature
+        table.add_row(
+            str(feature.dimension),
+            f"{len(located.layers)} of {located.layer_count}",
+            f"{feature.position_share:.1%}",
+            f"{feature.peak_share:.1%}",
+            f"{feature.largest:.1f}",
+            feature.sign,
+            ranges(located.layers),
+        )
+    table.caption = "positions: mean over all norm-fed inputs · at most: in one layer"
+    return table
+
+
+def _massive_table(groups: Sequence[MassiveGroup]) -> Table:
+    table = _table("Massive activations (|x| > 100 and > 1000 times the median)")
+    table.add_column("where", overflow="fold")
+    for name in ("dim", "layers", "value", "position", "later"):
+        table.add_column(name, justify="right", overflow="fold")
+    for group in groups[:MOST_ROWS]:
+        table.add_row(
+            f"{group.kind} input" if group.kind != "residual" else "residual stream",
+            str(group.dimension),
+            ranges(group.layers),
+            f"{group.largest:,.0f}",
+            ranges(group.positions),
+            f"{group.later:,.1f}",
+        )
+    table.caption = "later: largest |x| after the first position" + _more(len(groups))
+    return table
+
+
+def _kinds_table(sites: Sequence[SiteStatistics]) -> Table:
+    table = _table("Inputs of linear layers, by kind")
+    table.add_column("kind", no_wrap=True)
+    for name in ("inputs", "over", "largest", "int8 weights", "vector-wise"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for kind in dict.fromkeys(site.kind for site in sites):
+        members = [site for site in sites if site.kind == kind]
+        table.add_row(
+            kind,
+            str(len(members)),
+            f"{stats.mean(site.inputs.share_of_values_over for site in members):.3%}",
+            f"{max(float(site.inputs.absmax.max()) for site in members):,.1f}",
+            *(_median_and_worst(members, int8_inputs=both) for both in (False, True)),
+        )
+    table.caption = "over: share of values at the threshold · last two: predicted output error, median / worst"
+    return table
+
+
+def _sites_table(sites: Sequence[SiteStatistics]) -> Table:
+    prefix = common_prefix([site.name for site in sites])
+    worst = sorted(sites, key=lambda site: -site.worst_predicted_error(int8_inputs=True))[:MOST_ROWS]
+    table = _table("Inputs with the largest predicted error")
+    table.add_column(f"input of {prefix}…" if prefix else "input of", overflow="fold")
+    for name in ("dims over", "largest", "at dim", "int8 w.", "vector-wise"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for site in worst:
+        absmax = site.inputs.absmax
+        table.add_row(
+            escape(site.name.removeprefix(prefix)),
+            str(int((site.inputs.share_over > 0).sum())),
+            f"{float(absmax.max()):,.1f}",
+            str(int(absmax.argmax())),
+            f"{site.worst_predicted_error(int8_inputs=False):.4f}",
+            f"{site.worst_predicted_error(int8_inputs=True):.4f}",
+        )
+    table.caption = "dims over: dimensions that reach the threshold" + _more(len(sites))
+    return table
+
+
+def _median_and_worst(sites: Sequence[SiteStatistics], *, int8_inputs: bool) -> str:
+    errors = [site.predicted_error(linear, int8_inputs=int8_inputs) for site in sites for linear in site.linears]
+    return f"{stats.median(errors):.4f} / {max(errors):.4f}" if errors else "-"
+
+
+def _more(count: int) -> str:
+    return f" · {count - MOST_ROWS} more in --json" if count > MOST_ROWS else ""
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
+    table.padding = (0, 1)
+    return table
