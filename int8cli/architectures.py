@@ -23,7 +23,8 @@ LAST = "last layer, which transformers leaves alone"
 ROUTER = "MoE router"
 EXPERT = "expert, fused by transformers"
 FUSED = "split or merged by transformers on load"
-FLOAT32 = "kept in float32 by transformers"
+FLOAT32 = "kept in float32 by transformers"  # where the model is float16
+FLOAT32_ALWAYS = "always kept in float32 by transformers"  # where it is bfloat16 too
 SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
 UNKNOWN = "not recognised as a linear layer"
@@ -111,6 +112,7 @@ CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_fc|c_proj)$")
 
 _KEPT_WO = (_leaf("wo", FLOAT32),)
 _KEPT_INDEXER = (_leaf(r"indexer\.weights_proj", FLOAT32),)
+_FLOAT32_GATES = (_leaf(r"mlp\.gate", FLOAT32_ALWAYS),)
 _LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate gate\.wg", LINEAR),)
 _LINEAR_PATCHES = (_leaf(r"patch_embedding", LINEAR),)
 _LINEAR_REL_POS = (_leaf(r"rel_pos_bias rel_pos_[xy]_bias", LINEAR),)
@@ -124,6 +126,7 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     **dict.fromkeys(
         ("afmoe", "hunyuan_v1_moe", "jetmoe", "longcat_flash", "nllb-moe", "switch_transformers"), _LINEAR_GATES
     ),
+    **dict.fromkeys(("beam", "ernie4_5_moe", "ernie4_5_vl_moe"), _FLOAT32_GATES),
     **dict.fromkeys(("d_fine", "deimv2"), (*_LINEAR_GATES, *_SHARED_BOXES)),
     **dict.fromkeys(("deformable_detr", "grounding-dino", "mm-grounding-dino", "rt_detr_v2"), _SHARED_BOXES),
     **dict.fromkeys(
@@ -154,13 +157,18 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
         _leaf(r"compressor\.wgate compressor\.wkv indexer\.weights_proj", FLOAT32),
     ),
     "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
+    "gpt_oss": (_leaf("norm input_layernorm post_attention_layernorm", FLOAT32),),
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
     "kimi_k25": (_leaf("wqkv", FUSED),),
     "maskformer": (_leaf(r"pixel_level_module\.\S*\.(?:query|key|value|dense)", FUSED),),
     "minimax_m3_vl": (_leaf(r"shared_experts\.(?:gate|up)_proj", FUSED),),
-    "mistral_large4": (*_KEPT_INDEXER, _leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED)),
+    "mistral_large4": (
+        *_FLOAT32_GATES,
+        *_KEPT_INDEXER,
+        _leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED),
+    ),
     "pp_doclayout_v3": (_under("enc_bbox_head enc_score_head", TIED),),
     "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
     "sapiens2": (_leaf("w12", FUSED),),
@@ -224,6 +232,11 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
     "^head$": ("rwkv",),
     "^output$": ("git",),
 }
+
+# Families whose base class has a pooler that a checkpoint of the masked language model does not hold. The loader makes
+# one up, which it can only do for a plain linear layer.
+POOLED = frozenset(TIED_HEADS["cls.predictions.decoder"] + TIED_HEADS["lm_head.decoder"])
+POOLER = "pooler.dense"
 
 # Other linear layers that transformers leaves alone and that a file does not hold under their own name: those that are
 # tied to another, or made from a weight that is split on load. Entries for `llm_int8_skip_modules`, by model type.

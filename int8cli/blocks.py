@@ -14,10 +14,11 @@ from int8cli.plan import Decision
 # last-level cache, and a write of 512 KB is the largest that the page cache takes at full speed.
 BLOCK_ELEMENTS = 1 << 19
 COPY_BYTES = 1 << 19
-
-# What one thread holds, in bytes an element of a block: source 8 (the widest dtype), the same again to turn blocks that
-# lie crosswise, float32 scaled and rounded 4 + 4, int8 data 1, scales 4 (a block may be one column).
-BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 8 + 4 + 4 + 1 + 4)
+# What is read at once of a tensor that lies crosswise; two such tiles are held.
+TILE_BYTES = 1 << 24
+# What one thread holds, in bytes an element of a block: source 8 (the widest dtype), float32 scaled and rounded 4 + 4,
+# int8 data 1, scales 4 (a block may be one column).
+BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,17 @@ class Matrix:
         out_features, in_features = (second, first) if transpose else (first, second)
         return cls(stored, out_features, in_features, transpose != stored.column_major)
 
+    @classmethod
+    def flat(cls, stored: StoredTensor) -> "Matrix":
+        """A row-major tensor of any shape as one row."""
+        return cls(stored, 1, stored.spec.numel, False)
+
+    def run(self, part: Rectangle) -> tuple[int, int]:
+        """Offset and size in bytes of a rectangle that is one run in the file: whole rows, or part of a single one."""
+        width_bytes = self.stored.spec.nbytes // self.stored.spec.numel
+        start = part.row * self.in_features + part.column
+        return self.stored.offset_bytes + start * width_bytes, part.numel * width_bytes
+
     def rectangles(self) -> Iterator[Rectangle]:
         """Whole rows, as many as fit a block; a row wider than a block is cut by columns."""
         if self.in_features > BLOCK_ELEMENTS:
@@ -78,8 +90,8 @@ class QuantizeBlock:
 
 
 @dataclass(frozen=True, slots=True)
-class TransposeBlock:
-    """Read a rectangle of a tensor that lies crosswise in the source, write it row-major in its own dtype."""
+class RewriteBlock:
+    """Read a rectangle of a tensor that lies crosswise or changes its dtype, write it as the output has it."""
 
     matrix: Matrix
     part: Rectangle
@@ -94,19 +106,21 @@ class CopyBlock:
     size_bytes: int
 
 
-Block = QuantizeBlock | TransposeBlock | CopyBlock
+Block = QuantizeBlock | RewriteBlock | CopyBlock
 
 
 def blocks_of(layout: ShardLayout, decisions: Mapping[str, Decision]) -> Iterator[Block]:
     """Every block of a shard, in the order of the source file."""
     for stored in layout.tensors:
         decision = decisions[stored.spec.name]
+        if not stored.spec.numel:
+            continue
         if decision.quantize:
             matrix = Matrix.of(stored, transpose=decision.transpose)
             yield from (QuantizeBlock(matrix, part) for part in matrix.rectangles())
-        elif stored.column_major and stored.spec.numel:
-            matrix = Matrix.of(stored, transpose=False)
-            yield from (TransposeBlock(matrix, part) for part in matrix.rectangles())
+        elif stored.column_major or decision.written_dtype != stored.spec.dtype:
+            matrix = Matrix.of(stored, transpose=False) if stored.column_major else Matrix.flat(stored)
+            yield from (RewriteBlock(matrix, part) for part in matrix.rectangles())
         else:
             for start in range(0, stored.spec.nbytes, COPY_BYTES):
                 yield CopyBlock(stored, start, min(COPY_BYTES, stored.spec.nbytes - start))

@@ -409,14 +409,11 @@ def _config(survey: Survey, settings: Settings, plan: Plan) -> dict[str, Any]:
     """The source's config.json with this quantization_config in place of any other.
 
     A config that does not name its dtype leaves loaders to take that of the first float tensor, which in the output is
-    a float32 scale: the source's is written down for them.
+    a float32 scale: the model's is written down for them.
     """
     config = {key: value for key, value in survey.config.items() if key != "quantization_config"}
-    if config.get("dtype") is None and config.get("torch_dtype") is None:
-        dtypes = (stored.spec.dtype for layout in survey.layouts for stored in layout.tensors)
-        first = next((dtype for dtype in dtypes if dtype in SOURCE_DTYPE_NAMES), None)
-        if first is not None:
-            config["torch_dtype"] = SOURCE_DTYPE_NAMES[first]
+    if config.get("dtype") is None and config.get("torch_dtype") is None and plan.dtype is not None:
+        config["torch_dtype"] = SOURCE_DTYPE_NAMES[plan.dtype]
     config["quantization_config"] = survey.target.quantization_config(plan, settings.threshold)
     return config
 

@@ -5,7 +5,7 @@ needs no torch, so that `--dry-run` and `estimate-memory` count with the same co
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from int8cli.checkpoint.header import encode_header
@@ -55,9 +55,9 @@ def output_specs(decision: Decision, target: Layout = bitsandbytes) -> Iterator[
     if decision.quantize:
         yield from target.quantized_specs(decision.spec, transpose=decision.transpose)
     else:
-        yield decision.spec
+        yield replace(decision.spec, dtype=decision.written_dtype)
 
 
 def _metadata(layout: ShardLayout) -> dict[str, str]:
     # transformers refuses a shard whose metadata does not name a framework.
-    return {"format": "pt", **layout.metadata}
+    return {**layout.metadata, "format": "pt"}

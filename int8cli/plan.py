@@ -8,6 +8,7 @@ costs bytes, the other mistake costs the model.
 """
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ from int8cli.architectures import Rule
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 
 _WEIGHT = ".weight"
+_FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Decision:
     """What becomes of one tensor, and why.
 
     `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
-    expert index replaced by `*`.
+    expert index replaced by `*`. `written_dtype` is what a tensor that does not become int8 is written in.
     """
 
     spec: TensorSpec
@@ -53,6 +55,7 @@ class Decision:
     transpose: bool
     kind: str
     reason: str
+    written_dtype: str
 
     @property
     def module(self) -> str:
@@ -65,12 +68,14 @@ class Plan:
     """A decision for each tensor of a checkpoint, in the order the tensors were given.
 
     `absent` covers linear layers that the loader must leave alone although the checkpoint has no tensor of that name,
-    since they are tied to one it has, or made from one: entries for `llm_int8_skip_modules`.
+    since they are tied to one it has, or made from one: entries for `llm_int8_skip_modules`. `dtype` is the float dtype
+    that loaders give the model, None where there is no config or no float.
     """
 
     decisions: tuple[Decision, ...]
     options: PlanOptions = PlanOptions()
     absent: tuple[str, ...] = ()
+    dtype: str | None = None
 
     @property
     def quantized(self) -> tuple[Decision, ...]:
@@ -110,7 +115,7 @@ class Plan:
         """The plan in which these tensors, found to hold NaN or infinity, are copied as they are."""
         kept = frozenset(tensor_names)
         decisions = (
-            replace(d, quantize=False, transpose=False, reason=names.NON_FINITE)
+            replace(d, quantize=False, transpose=False, reason=names.NON_FINITE, written_dtype=d.spec.dtype)
             if d.quantize and d.spec.name in kept
             else d
             for d in self.decisions
@@ -126,7 +131,7 @@ def make_plan(specs: Iterable[TensorSpec], config: Mapping[str, Any], options: P
     specs = tuple(specs)
     checkpoint = _Checkpoint({spec.name: spec for spec in specs}, config)
     decisions = tuple(_decide(spec, checkpoint, options) for spec in specs)
-    return Plan(decisions, options, tuple(dict.fromkeys(_absent_linears(config))))
+    return Plan(decisions, options, tuple(dict.fromkeys(_absent_linears(config))), checkpoint.dtype)
 
 
 def kind_of(tensor_name: str) -> str:
@@ -141,6 +146,7 @@ class _Checkpoint:
         self._specs = specs
         self.rules = tuple(_rules_for(config))
         self.tied = bool(config.get("tie_word_embeddings", False))
+        self.dtype = (_dtype_in(config) or _most_common_float(specs.values())) if config else None
         self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
 
     def bias_length(self, module: str) -> int | None:
@@ -171,7 +177,38 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == names.LINEAR
     transpose = quantize and checkpoint.is_conv1d(spec)
-    return Decision(spec, quantize, transpose, kind_of(spec.name), reason)
+    written_dtype = spec.dtype if quantize else _written_dtype(spec, checkpoint)
+    return Decision(spec, quantize, transpose, kind_of(spec.name), reason, written_dtype)
+
+
+def _written_dtype(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
+    """The dtype in which a tensor that stays a float has to stand in the file.
+
+    On load, transformers casts every float of a checkpoint to the model's dtype, or to float32 where a model wants it;
+    but of one that is int8 already it casts no `X.weight`. So those are written as a load of the source would hold
+    them: nearly always as they are. (transformers, quantizers/base.py, `get_new_dtype`)
+    """
+    if spec.dtype not in QUANTIZABLE_DTYPES or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
+        return spec.dtype
+    widening = {"F16": {names.FLOAT32, names.FLOAT32_ALWAYS}, "BF16": {names.FLOAT32_ALWAYS}}.get(checkpoint.dtype, ())
+    module = _module(spec)
+    if any(rule.reason in widening and rule.pattern.search(module) for rule in checkpoint.rules):
+        return "F32"
+    return checkpoint.dtype
+
+
+def _dtype_in(config: Mapping[str, Any]) -> str | None:
+    """The dtype that config.json gives the model, under its name of today or of transformers 4."""
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return _FLOAT_DTYPES.get(named)
+
+
+def _most_common_float(specs: Iterable[TensorSpec]) -> str | None:
+    sizes = Counter[str]()
+    for spec in specs:
+        if spec.dtype in QUANTIZABLE_DTYPES:
+            sizes[spec.dtype] += spec.nbytes
+    return max(sizes, key=lambda dtype: (sizes[dtype], dtype), default=None)
 
 
 def _why_not_linear(spec: TensorSpec) -> str | None:
@@ -228,6 +265,8 @@ def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
             yield head
     for model_type in model_types:
         yield from names.ABSENT_LINEARS.get(model_type, ())
+        if model_type in names.POOLED:
+            yield names.POOLER
 
 
 def _model_types(config: Mapping[str, Any]) -> Iterator[str]:

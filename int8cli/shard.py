@@ -1,6 +1,6 @@
 """One shard: its blocks read, quantized or copied, and written, with every figure and digest in the same pass.
 
-Owns the threads of a pass and the buffers they work in. Knows nothing of other shards, of records or of the Hub.
+Owns the threads of a pass and the order of what they do. Knows nothing of other shards, of records or of the Hub.
 """
 
 import threading
@@ -11,17 +11,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from int8cli.blocks import BLOCK_ELEMENTS, Block, CopyBlock, Matrix, QuantizeBlock, Rectangle, TransposeBlock, blocks_of
+from int8cli.blocks import BLOCK_ELEMENTS, Block, CopyBlock, Matrix, QuantizeBlock, Rectangle, RewriteBlock, blocks_of
 from int8cli.checkpoint.reader import ShardReader
-from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, TensorSpec
 from int8cli.digest import SourceDigest, TurnAbandonedError, Turnstile, new_digest
 from int8cli.errors import NonFiniteError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError, quantization_steps
 from int8cli.output import OutputShard
 from int8cli.plan import Decision
+from int8cli.workbench import TORCH_DTYPE, CrosswiseTiles, WideRowAbsmax, Workbench
 
-TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # For moving bytes around, a dtype's width is all that matters.
 _DTYPE_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -99,6 +99,7 @@ class ShardPass:
         self._turnstile = Turnstile()
         self._tickets = enumerate(blocks_of(layout, decisions))
         self._tickets_lock = threading.Lock()
+        self._tiles = CrosswiseTiles(reader)
         self._wide_row = WideRowAbsmax()
         self._error: BaseException | None = None
 
@@ -128,11 +129,9 @@ class ShardPass:
         self._result.digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         return self._result
 
-    def _work(
-        self, sink: Sink, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None
-    ) -> None:
+    def _work(self, sink: Sink, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None) -> None:
         try:
-            bench = Workbench(self._options)
+            bench = self._workbench()
             for ticket, block in self._claim():
                 written = self._process(bench, block)
                 with self._turnstile.turn(ticket):
@@ -144,6 +143,11 @@ class ShardPass:
             pass
         except BaseException as error:
             self._stop(error)
+
+    def _workbench(self) -> Workbench:
+        options = self._options
+        quantizer = BlockQuantizer(BLOCK_ELEMENTS, device=options.device, float32_via_half=options.float32_via_half)
+        return Workbench(self._reader, self._tiles, quantizer)
 
     def _claim(self) -> Iterator[tuple[int, Block]]:
         """The blocks, shared out among the threads in file order."""
@@ -160,34 +164,39 @@ class ShardPass:
             self._tickets = enumerate(())
         self._turnstile.close()
 
-    def _process(self, bench: "Workbench", block: Block) -> _Written:
+    def _process(self, bench: Workbench, block: Block) -> _Written:
         if isinstance(block, CopyBlock):
             return self._copy(bench, block)
-        if isinstance(block, TransposeBlock):
-            return self._transpose(bench, block)
+        if isinstance(block, RewriteBlock):
+            return self._rewrite(bench, block)
         return self._quantize(bench, block)
 
-    def _copy(self, bench: "Workbench", block: CopyBlock) -> _Written:
+    def _copy(self, bench: Workbench, block: CopyBlock) -> _Written:
         name, offset = block.stored.spec.name, block.stored.offset_bytes + block.start_bytes
-        data = bench.source.bytes[: block.size_bytes]
-        self._reader.read_into(offset, data)
+        data = bench.read(offset, block.size_bytes)
         return _Written(name, ((name, block.start_bytes, data),), source=(offset, data))
 
-    def _transpose(self, bench: "Workbench", block: TransposeBlock) -> _Written:
+    def _rewrite(self, bench: Workbench, block: RewriteBlock) -> _Written:
         matrix, part = block.matrix, block.part
-        spec = matrix.stored.spec
-        width = spec.nbytes // spec.numel
-        bench.load(self._reader, matrix, part, _DTYPE_OF_WIDTH[width])
-        start = (part.row * matrix.in_features + part.column) * width
-        return _Written(spec.name, ((spec.name, start, bench.source.bytes[: part.numel * width]),))
+        spec, dtype_name = matrix.stored.spec, self._output.tensors[matrix.stored.spec.name].spec.dtype
+        width_bytes = DTYPE_BITS[dtype_name] // 8
+        if dtype_name == spec.dtype:
+            bench.load(matrix, part, _DTYPE_OF_WIDTH[width_bytes])
+            data = bench.source.bytes[: part.numel * width_bytes]
+        else:
+            loaded = bench.load(matrix, part, TORCH_DTYPE[spec.dtype])
+            bench.scales.tensor(TORCH_DTYPE[dtype_name], (part.rows, part.columns)).copy_(loaded)
+            data = bench.scales.bytes[: part.numel * width_bytes]
+        start = (part.row * matrix.in_features + part.column) * width_bytes
+        return _Written(spec.name, ((spec.name, start, data),), source=bench.source_run(matrix, part))
 
-    def _quantize(self, bench: "Workbench", block: QuantizeBlock) -> _Written:
+    def _quantize(self, bench: Workbench, block: QuantizeBlock) -> _Written:
         matrix, part = block.matrix, block.part
         spec = matrix.stored.spec
         if spec.name in self._result.non_finite:
             return _Written(spec.name, ())
         try:
-            loaded = bench.load(self._reader, matrix, part, TORCH_DTYPE[spec.dtype])
+            loaded = bench.load(matrix, part, TORCH_DTYPE[spec.dtype])
             absmax = self._row_absmax(bench, matrix, part, loaded)
         except NonFiniteWeightError as found:
             return _Written(spec.name, (), non_finite=self._place(matrix, part, found))
@@ -202,11 +211,11 @@ class ShardPass:
             outputs.append((scale_name, part.row * 4, bench.scales.bytes[: part.rows * 4]))
         return _Written(spec.name, tuple(outputs), source=bench.source_run(matrix, part), sums=sums)
 
-    def _row_absmax(self, bench: "Workbench", matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
+    def _row_absmax(self, bench: Workbench, matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
         if part.columns == matrix.in_features:
             return bench.quantizer.row_absmax(loaded)
-        absmax = self._wide_row.get(bench, self._reader, matrix, part.row)
-        bench.load(self._reader, matrix, part, loaded.dtype)
+        absmax = self._wide_row.get(bench, matrix, part.row)
+        bench.load(matrix, part, loaded.dtype)
         return absmax
 
     def _place(self, matrix: Matrix, part: Rectangle, found: NonFiniteWeightError) -> Place:
@@ -236,98 +245,6 @@ class ShardPass:
             for name, mark in self._output.target.marks(decision.spec.name).items():
                 sink.write_at(self._output.tensors[name].offset_bytes, mark)
                 self._digests[name].update(mark)
-
-
-class Buffer:
-    """Memory seen both as bytes, for the disk, and as tensors, for the arithmetic. Allocated once."""
-
-    def __init__(self, size_bytes: int) -> None:
-        memory = bytearray(size_bytes)
-        self.bytes = memoryview(memory)
-        self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
-
-    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """The first bytes of the buffer as a contiguous tensor of this dtype and shape."""
-        numel = 1
-        for size in shape:
-            numel *= size
-        return self._tensor[: numel * dtype.itemsize].view(dtype).view(shape)
-
-
-class Workbench:
-    """The buffers of one thread: source block, a second one to turn blocks that lie crosswise, int8 data, scales."""
-
-    def __init__(self, options: PassOptions) -> None:
-        self.source = Buffer(BLOCK_ELEMENTS * 8)
-        self.data = Buffer(BLOCK_ELEMENTS)
-        self.scales = Buffer(BLOCK_ELEMENTS * 4)
-        self.quantizer = BlockQuantizer(
-            BLOCK_ELEMENTS, device=options.device, float32_via_half=options.float32_via_half
-        )
-        self._crosswise: Buffer | None = None
-
-    def load(self, reader: ShardReader, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read a rectangle; returns it (rows, columns), contiguous, on the quantizer's device."""
-        loaded = self.source.tensor(dtype, (part.rows, part.columns))
-        if matrix.crosswise:
-            loaded.copy_(self._load_crosswise(reader, matrix, part, dtype).t())
-        else:
-            offset, run = _run(matrix, part, dtype.itemsize)
-            reader.read_into(offset, self.source.bytes[:run])
-        return loaded.to(self.quantizer.device, non_blocking=True)
-
-    def source_run(self, matrix: Matrix, part: Rectangle) -> tuple[int, memoryview] | None:
-        """Where the rectangle last loaded lies in the file, and its bytes, if they are one run there."""
-        if matrix.crosswise:
-            return None
-        spec = matrix.stored.spec
-        offset, run = _run(matrix, part, spec.nbytes // spec.numel)
-        return offset, self.source.bytes[:run]
-
-    def _load_crosswise(self, reader: ShardReader, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read the (columns, rows) rectangle of the source whose transpose is wanted, a run for each of its rows."""
-        if self._crosswise is None:
-            self._crosswise = Buffer(BLOCK_ELEMENTS * 8)
-        run = part.rows * dtype.itemsize
-        for index in range(part.columns):
-            element = (part.column + index) * matrix.out_features + part.row
-            target = self._crosswise.bytes[index * run : (index + 1) * run]
-            reader.read_into(matrix.stored.offset_bytes + element * dtype.itemsize, target)
-        return self._crosswise.tensor(dtype, (part.columns, part.rows))
-
-
-class WideRowAbsmax:
-    """The absmax of the row that is being worked on, where a row is wider than a block: found in one scan, kept."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._row: tuple[StoredTensor, int] | None = None
-        self._absmax: Tensor | None = None
-
-    def get(self, bench: Workbench, reader: ShardReader, matrix: Matrix, row: int) -> Tensor:
-        """float32 (1,). Overwrites the bench's source buffer. Raises NonFiniteWeightError with the row's own column."""
-        with self._lock:
-            if self._absmax is None or self._row != (matrix.stored, row):
-                self._absmax = _scan(bench, reader, matrix, row)
-                self._row = (matrix.stored, row)
-            return self._absmax
-
-
-def _scan(bench: Workbench, reader: ShardReader, matrix: Matrix, row: int) -> Tensor:
-    dtype = TORCH_DTYPE[matrix.stored.spec.dtype]
-    pieces = []
-    for piece in matrix.row_pieces(row):
-        try:
-            pieces.append(bench.quantizer.row_absmax(bench.load(reader, matrix, piece, dtype)))
-        except NonFiniteWeightError as found:
-            raise NonFiniteWeightError(0, piece.column + found.column, found.value) from None
-    return torch.stack(pieces).amax(dim=0)
-
-
-def _run(matrix: Matrix, part: Rectangle, width_bytes: int) -> tuple[int, int]:
-    """Offset and size of a rectangle that is one run of bytes: whole rows, or part of a single one."""
-    start = (part.row * matrix.in_features + part.column) * width_bytes
-    return matrix.stored.offset_bytes + start, part.numel * width_bytes
 
 
 def _source_bytes(block: Block) -> int:

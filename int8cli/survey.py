@@ -73,6 +73,13 @@ class Survey:
         return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
 
 
+def _told_reason(decision: Decision) -> str:
+    """The reason, and the cast where a tensor is not written in the dtype it came in."""
+    if decision.written_dtype == decision.spec.dtype:
+        return decision.reason
+    return f"{decision.reason}; {decision.spec.dtype} cast to {decision.written_dtype}, as loaders would"
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """What a disk, named by a directory on it, must have free, and what it has."""
@@ -105,7 +112,7 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
     """Tensors by kind and reason, the largest groups first."""
     groups: dict[tuple[str, str], list[Decision]] = {}
     for decision in decisions:
-        groups.setdefault((decision.kind, decision.reason), []).append(decision)
+        groups.setdefault((decision.kind, _told_reason(decision)), []).append(decision)
     grouped = [
         TensorGroup(
             kind,

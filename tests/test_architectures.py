@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import (
     HEADS,
     LISTED,
@@ -179,3 +180,13 @@ def test_falcon_is_left_alone_and_says_so(tmp_path: Path) -> None:
     report = convert_local(save_tiny("falcon", tmp_path / "source"), tmp_path / "output")
     assert report.percent_quantized == 0.0
     assert any("linear class of the model's own" in group.reason for group in report.left_alone)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_base_model_with_a_pooler_loads_from_a_masked_language_model_without(
+    architecture: str, tmp_path: Path
+) -> None:
+    convert_local(save_tiny(architecture, tmp_path / "source", torch.bfloat16), tmp_path / "output")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "output", device_map="cpu")
+    assert type(model.pooler.dense) is torch.nn.Linear
+    assert model.encoder.layer[0].output.dense.weight.dtype == torch.int8

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import xxhash
 from checkpoints import (
     LISTED,
@@ -20,6 +21,7 @@ from checkpoints import (
     save_tiny,
     survey,
 )
+from safetensors.torch import save_file
 from torch import Tensor
 
 from int8cli.blocks import BLOCK_ELEMENTS
@@ -203,7 +205,7 @@ def test_what_is_no_linear_is_copied_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_copied_bytes_keep_nan_and_infinity(tmp_path: Path) -> None:
-    norm = torch.tensor([1.0, float("nan"), float("-inf")], dtype=torch.float16)
+    norm = torch.tensor([1.0, float("nan"), float("-inf")], dtype=torch.bfloat16)
     written = convert_tensors(tmp_path, {WEIGHT: normal(8, 8), "norm.weight": norm})
     assert written["norm.weight"].view(torch.int16).tolist() == norm.view(torch.int16).tolist()
 
@@ -503,3 +505,27 @@ def test_the_card_is_one_and_its_code_runs(tmp_path: Path, monkeypatch: pytest.M
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["model"].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+
+
+# --- dtypes that differ from the model's -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("held", ["all in float32", "norms in float32"])
+def test_weights_in_another_dtype_than_the_config_names_load_and_run(
+    architecture: str, held: str, tmp_path: Path
+) -> None:
+    """transformers casts no `.weight` of a checkpoint that is int8 already: they must stand in the model's dtype."""
+    source = save_tiny(architecture, tmp_path / "source", torch.bfloat16)
+    state = read_all(source)
+    widened = {name: t.float() if held.startswith("all") or "norm" in name.lower() else t for name, t in state.items()}
+    save_file(widened, source / "model.safetensors", metadata={"format": "pt"})
+    convert_local(source, tmp_path / "output", threads=2)
+    written = read_all(tmp_path / "output")
+    assert {t.dtype for name, t in written.items() if name.endswith(".weight")} == {torch.bfloat16, torch.int8}
+    model_class = getattr(transformers, read_json(source / "config.json")["architectures"][0])
+    model = model_class.from_pretrained(tmp_path / "output", device_map="cpu")
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert logits.dtype == torch.bfloat16
+    assert torch.isfinite(logits.float()).all()

@@ -169,6 +169,21 @@ def test_a_conv1d_that_a_bin_stores_transposed_is_turned_twice(tmp_path: Path) -
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("form", ["plain", "turned"])
+def test_what_float16_models_keep_in_float32_is_widened_and_keeps_its_values(form: str, tmp_path: Path) -> None:
+    source = save_tiny("t5", tmp_path / "source", torch.float16)
+    state = read_all(source)
+    if form == "turned":
+        (source / "model.safetensors").unlink()
+        turned = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in state.items()}
+        torch.save(turned, source / "pytorch_model.bin")
+    convert_local(source, tmp_path / "output", threads=3)
+    written = read_all(tmp_path / "output")
+    widened = {name for name in state if written[name].dtype == torch.float32}
+    assert widened == {name for name in state if name.endswith(".wo.weight")}
+    assert all(torch.equal(written[name], state[name].float()) for name in widened)
+
+
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 
