@@ -1,7 +1,8 @@
 """PyTorch's own files (`.bin`, `.pt`, `.pth`): where their tensors lie, without reading them.
 
 Owns the two layouts that `torch.save` has had: a zip archive, whose records can be mapped, and the pickles in a row
-that came before it, which cannot. Nothing is unpickled but tensors: `torch.load(weights_only=True)` does it, on a copy
+that came before it, which cannot. Nothing is unpickled but tensors. The form that nearly all archives have is read by
+`state_dict_pickle`, without torch. What that does not know, `torch.load(weights_only=True)` reads or refuses, on a copy
 of the archive that has every storage emptied, so that it sees no data and no file that could be swapped under it.
 """
 
@@ -14,7 +15,8 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from int8cli.checkpoint.header import refuse_stand_in
-from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
+from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -87,7 +89,11 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
 def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
     with _zip_faults(file_name):
         archive = zipfile.ZipFile(file)
-    skeleton, storages = _skeleton(archive, _records(archive, file_name), file_name)
+    records = _records(archive, file_name)
+    plain = _plain_tensors(archive, records, file, file_name, file_bytes)
+    if plain is not None:
+        return ShardLayout(file_name, _in_file_order(plain), {}, file_bytes)
+    skeleton, storages = _skeleton(archive, records, file_name)
     with _without_data():
         tensors = _named_tensors(_load_weights(skeleton, file_name, "meta"), file_name)
     places = _places(file, storages, file_name, file_bytes)
@@ -100,6 +106,34 @@ def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
             raise CheckpointError(f"{file_name}: tensor {name!r} was saved without its data")
         stored.append(_stored_tensor(spec, tensor, places[record.filename], record.file_size, file_name))
     return ShardLayout(file_name, _in_file_order(stored), {}, file_bytes)
+
+
+def _plain_tensors(
+    archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, file_name: str, file_bytes: int
+) -> list[StoredTensor] | None:
+    """The tensors of a plain state dict; None for an archive that torch has to judge."""
+    with _zip_faults(file_name):
+        pickle = archive.read(records["data.pkl"])
+        byteorder = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
+    try:
+        tensors = read_state_dict(pickle)
+    except NotAStateDictError:
+        return None
+    if byteorder != b"little":
+        return None
+    storages = {name: info for name, info in records.items() if name.startswith("data/")}
+    places = _places(file, dict(enumerate(storages.values())), file_name, file_bytes)
+    stored = []
+    for name, tensor in tensors.items():
+        record = storages.get(f"data/{tensor.storage}")
+        if record is None or tensor.dtype not in _DTYPES or not (tensor.is_row_major or tensor.is_column_major):
+            return None
+        spec = TensorSpec(name, _DTYPES[tensor.dtype], tensor.shape)
+        begin = tensor.offset * (DTYPE_BITS[spec.dtype] // 8)
+        if begin + spec.nbytes > record.file_size:
+            return None
+        stored.append(StoredTensor(spec, places[record.filename] + begin, not tensor.is_row_major))
+    return stored
 
 
 def _without_data() -> AbstractContextManager[object]:

@@ -1,0 +1,191 @@
+"""The pickle inside a `.bin`, when it is the state dict that torch.save writes: tensors by name, described.
+
+Owns a reader of that one form. It goes through the opcodes itself, imports nothing, calls nothing and builds nothing
+but tuples, dicts and descriptions, so that a model's shapes are known without torch, which takes a second to import.
+Whatever is not of that form is left to torch's own unpickler (`pickled`), which reads more and says what is wrong.
+"""
+
+import math
+import pickletools
+from dataclasses import dataclass
+from typing import Any
+
+_STORAGE_DTYPES = {
+    "torch BoolStorage": "bool",
+    "torch ByteStorage": "uint8",
+    "torch CharStorage": "int8",
+    "torch ShortStorage": "int16",
+    "torch IntStorage": "int32",
+    "torch LongStorage": "int64",
+    "torch HalfStorage": "float16",
+    "torch BFloat16Storage": "bfloat16",
+    "torch FloatStorage": "float32",
+    "torch DoubleStorage": "float64",
+    "torch ComplexFloatStorage": "complex64",
+    "torch.storage UntypedStorage": "",
+}
+_LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE"})
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_MARK = object()
+
+
+class NotAStateDictError(Exception):
+    """The pickle is not of the form that is read here; another reader may know it. Never reaches a user."""
+
+
+@dataclass(frozen=True, slots=True)
+class PickledTensor:
+    """A tensor as torch.save describes it: a view into a storage, offset and strides in elements.
+
+    `dtype` is torch's name for it, `storage` the name of the record with the bytes.
+    """
+
+    dtype: str
+    storage: str
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def is_row_major(self) -> bool:
+        return _row_major(self.shape, self.strides)
+
+    @property
+    def is_column_major(self) -> bool:
+        """Whether the bytes are those of the row-major transpose, as of a saved `W.t()`."""
+        return len(self.shape) == 2 and _row_major(self.shape[::-1], self.strides[::-1])
+
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """Something that the pickle would import. It is never looked up."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+def read_state_dict(pickle: bytes) -> dict[str, PickledTensor]:
+    """The tensors by name. Raises NotAStateDictError for everything but what torch.save makes of a plain state dict."""
+    try:
+        result = _run(pickle)
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # a damaged pickle, in any of its opcodes
+        raise NotAStateDictError(str(error)) from error
+    if not isinstance(result, dict):
+        raise NotAStateDictError(f"one {type(result).__name__}")
+    for name, tensor in result.items():
+        if not isinstance(name, str) or not isinstance(tensor, PickledTensor) or not name.isprintable():
+            raise NotAStateDictError(f"{name!r:.80} is no tensor by a plain name")
+    return result
+
+
+def _run(pickle: bytes) -> Any:
+    """What the opcodes leave on the stack at STOP."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for opcode, argument, _ in pickletools.genops(pickle):
+        name = opcode.name
+        if name == "STOP":
+            return stack.pop()
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name != "PROTO":
+            _step(name, argument, stack)
+    raise NotAStateDictError("it has no end")
+
+
+def _step(name: str, argument: Any, stack: list[Any]) -> None:
+    """One opcode that reads or writes the stack alone."""
+    if name in _LITERALS:
+        stack.append(argument)
+    elif name in _CONSTANTS:
+        stack.append(_CONSTANTS[name])
+    elif name == "EMPTY_DICT":
+        stack.append({})
+    elif name == "MARK":
+        stack.append(_MARK)
+    elif name == "TUPLE":
+        stack.append(tuple(_since_mark(stack)))
+    elif name in _TUPLES:
+        items = [stack.pop() for _ in range(_TUPLES[name])]
+        stack.append(tuple(reversed(items)))
+    elif name == "GLOBAL":
+        stack.append(_Name(argument))
+    elif name == "BINPERSID":
+        stack.append(_storage(stack.pop()))
+    elif name == "REDUCE":
+        arguments = stack.pop()
+        stack.append(_rebuilt(stack.pop(), arguments))
+    elif name in ("SETITEM", "SETITEMS"):
+        items = _since_mark(stack) if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+        _dict_on(stack).update(zip(items[::2], items[1::2], strict=True))
+    elif name == "BUILD":
+        stack.pop()  # a state dict's `_metadata`, its modules' versions
+        _dict_on(stack)
+    else:
+        raise NotAStateDictError(f"opcode {name}")
+
+
+def _since_mark(stack: list[Any]) -> list[Any]:
+    items: list[Any] = []
+    while (item := stack.pop()) is not _MARK:
+        items.append(item)
+    return items[::-1]
+
+
+def _dict_on(stack: list[Any]) -> dict[Any, Any]:
+    if not isinstance(stack[-1], dict):
+        raise NotAStateDictError("items of something that is no dict")
+    return stack[-1]
+
+
+def _storage(persistent: Any) -> _Storage:
+    """From the tuple that stands for a storage: the word, its type, its record's name, its device, its length."""
+    word, kind, key, _, _ = persistent
+    if word != "storage" or not isinstance(kind, _Name) or not isinstance(key, str):
+        raise NotAStateDictError(f"a persistent {word!r:.40}")
+    return _Storage(_STORAGE_DTYPES[kind.text], key)
+
+
+def _rebuilt(function: Any, arguments: Any) -> Any:
+    """What these functions of torch would return, described; all others are unknown here."""
+    called = function.text if isinstance(function, _Name) else ""
+    if called == "collections OrderedDict" and arguments == ():
+        return {}
+    if called == "torch._utils _rebuild_parameter":
+        tensor, _, _ = arguments
+        return tensor
+    if called == "torch._utils _rebuild_tensor_v2":
+        storage, offset, shape, strides, _, _ = arguments
+        return _tensor(storage, storage.dtype if isinstance(storage, _Storage) else "", offset, shape, strides)
+    if called == "torch._utils _rebuild_tensor_v3":
+        storage, offset, shape, strides, _, _, dtype = arguments
+        name = dtype.text.removeprefix("torch ") if isinstance(dtype, _Name) else ""
+        return _tensor(storage, name, offset, shape, strides)
+    raise NotAStateDictError(f"a call of {called or 'something unknown'}")
+
+
+def _tensor(storage: Any, dtype: str, offset: Any, shape: Any, strides: Any) -> PickledTensor:
+    numbers = (offset, *shape, *strides)
+    plain = all(type(number) is int and number >= 0 for number in numbers)
+    if not isinstance(storage, _Storage) or not dtype or not plain or len(shape) != len(strides):
+        raise NotAStateDictError("a tensor that is no view into a storage")
+    return PickledTensor(dtype, storage.key, offset, shape, strides)
+
+
+def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    if not math.prod(shape):
+        return True
+    step = 1
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length != 1 and stride != step:
+            return False
+        step *= length
+    return True
