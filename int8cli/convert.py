@@ -159,7 +159,7 @@ def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
     files += [CONFIG_FILE] if survey.has_config else []
     files += [INDEX_FILE] if len(shards) > 1 else []
     files += [MANIFEST_FILE]
-    return Conversion(survey.identity, settings, shards, tuple(files))
+    return Conversion(survey.identity, settings, survey.plan_digest, shards, tuple(files))
 
 
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:

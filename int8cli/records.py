@@ -50,10 +50,14 @@ class ShardSource:
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What is converted, how, and every file that it will write into the output directory (relative names)."""
+    """What is converted, how, and every file that it will write into the output directory (relative names).
+
+    `plan` is a digest of all planned headers: it notices a config.json, or an int8cli, that decides otherwise.
+    """
 
     source: SourceIdentity
     settings: Settings
+    plan: str
     shards: tuple[ShardSource, ...]
     files: tuple[str, ...]
 
@@ -67,6 +71,7 @@ class Conversion:
         return cls(
             SourceIdentity(**data["source"]),
             Settings(**{**settings, **patterns}),
+            data["plan"],
             tuple(ShardSource(**shard) for shard in data["shards"]),
             tuple(data["files"]),
         )
@@ -281,6 +286,7 @@ def _fields(conversion: Conversion) -> dict[str, object]:
     fields["on_hub"] = conversion.source.on_hub
     for shard in conversion.shards:
         fields[f"source shard {shard.file}"] = f"{shard.size_bytes:,} bytes, {shard.fingerprint}"
+    fields["plan (as config.json and this version of int8cli make it)"] = conversion.plan
     fields["shards"] = [shard.output for shard in conversion.shards]
     fields["files"] = list(conversion.files)
     return fields

@@ -58,6 +58,14 @@ class Survey:
         }
 
     @property
+    def plan_digest(self) -> str:
+        """A digest, in hex, of every header that will be written: of what becomes of each tensor."""
+        digest = xxhash.xxh3_128()
+        for output in self.outputs.values():
+            digest.update(output.header)
+        return digest.hexdigest()
+
+    @property
     def source_bytes(self) -> int:
         return sum(layout.file_bytes for layout in self.layouts)
 

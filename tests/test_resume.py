@@ -303,6 +303,15 @@ def test_another_model_is_refused_by_name(model: Path, done: Path, nursery: Nurs
     assert "model 'model'; this one has 'other'" in outcome.err
 
 
+def test_a_config_that_changes_the_plan_is_refused(model: Path, done: Path, nursery: Nursery) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["dtype"] = config["torch_dtype"] = "float32"
+    (model / "config.json").write_text(json.dumps(config))
+    outcome = nursery.run("convert", model, "-o", done, cwd=model.parent)
+    assert outcome.code == 1
+    assert "holds a conversion with plan" in outcome.err
+
+
 # Finished shards
 
 
