@@ -180,6 +180,28 @@ def test_patterns_hold_for_experts_too() -> None:
     assert [decision.quantize for decision in make_plan(specs, {}, options).decisions] == [True, False]
 
 
+def caveats(*specs: TensorSpec, skip: tuple[str, ...] = ()) -> list[str]:
+    return list(compressed_tensors.caveats(make_plan(specs, {}, PlanOptions(skip, loader=compressed_tensors.ACCEPTS))))
+
+
+def test_it_is_told_when_vllm_could_not_merge_layers() -> None:
+    specs = [TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in (0, 1) for p in "qkvo"]
+    assert caveats(*specs) == caveats(*specs, skip=("*.layers.0.*", "*.o_proj")) == []
+    assert caveats(*specs, skip=("*.layers.1.self_attn.k_proj",)) == [
+        "vLLM merges model.layers.1.self_attn.(q_proj|k_proj|v_proj) into one layer, which cannot be in int8 and in "
+        "floats at once"
+    ]
+
+
+def test_it_is_told_that_transformers_does_not_read_mixtures(tmp_path: Path) -> None:
+    source = save_tiny("mixtral", tmp_path / "source")
+    convert_local(source, tmp_path / "out", layout=LAYOUT)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "does not read mixtures of experts" in card
+    assert "vllm serve" in card
+    assert "from_pretrained" not in card
+
+
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 

@@ -150,6 +150,8 @@ def warnings(survey: Survey) -> Iterator[str]:
         yield f"warning: no module matches {pattern!r}"
     if not survey.has_config:
         yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
+    for caveat in survey.target.caveats(survey.plan):
+        yield f"warning: {caveat}"
     for layout in survey.layouts:
         if not layout.mappable:
             yield f"{layout.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"

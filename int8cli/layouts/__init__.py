@@ -4,7 +4,7 @@ A layout is a module that satisfies `Layout`; the tensors of a quantized `X.weig
 (out, in), one scale a row, and marks that are the same for every layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 from int8cli.checkpoint.tensor import TensorSpec
@@ -30,6 +30,12 @@ class Layout(Protocol):
 
     def quantization_config(self, plan: Plan, threshold: float) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
+
+    def transformers_reads(self, tensor_names: Iterable[str]) -> bool:
+        """Whether transformers loads a model of these tensors in this layout."""
+
+    def caveats(self, plan: Plan) -> Iterator[str]:
+        """What a user should know of loading what this plan makes."""
 
     def leaves_alone(self, entry: str, module: str) -> bool:
         """Whether the loaders leave `module` alone because of an entry under `SKIP_KEY`."""

@@ -5,6 +5,7 @@ row_absmax undivided, `X.weight_format` uint8 scalar 0 (row-major). Format: bits
 """
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
@@ -56,6 +57,14 @@ def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
+
+
+def transformers_reads(tensor_names: Iterable[str]) -> bool:
+    return True
+
+
+def caveats(plan: Plan) -> Iterator[str]:
+    yield from ()
 
 
 def leaves_alone(entry: str, module: str) -> bool:

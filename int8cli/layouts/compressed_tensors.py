@@ -10,6 +10,7 @@ NaN.
 """
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli import architectures as names
@@ -24,6 +25,8 @@ ACCEPTS = Acceptance(experts=True, conv1d=False)
 SCALES: Literal["row_absmax", "step"] = "step"
 SKIP_KEY = "ignore"
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_MERGED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
 
@@ -70,6 +73,25 @@ def ignore(plan: Plan) -> list[str]:
     are replaced too.
     """
     return [_as_pattern(entry) for entry in skip_modules(plan, also_replaced={names.SUBCLASS})]
+
+
+def transformers_reads(tensor_names: Iterable[str]) -> bool:
+    """False for mixtures of experts stored one by one: what transformers 5.23 merges of this format is packed int4."""
+    return not any(_EXPERT.search(name) for name in tensor_names)
+
+
+def caveats(plan: Plan) -> Iterator[str]:
+    """That transformers does not read a mixture, and layers that vLLM merges into one but cannot in two precisions."""
+    if not transformers_reads(decision.spec.name for decision in plan.decisions):
+        yield "transformers (5.23) does not read mixtures of experts in this layout; vLLM does"
+    fates: dict[str, set[bool]] = {}
+    for decision in plan.decisions:
+        block, _, leaf = decision.module.rpartition(".")
+        merged = next((group for group in _MERGED_IN_VLLM if leaf in group), None)
+        if merged is not None and decision.spec.name.endswith(".weight"):
+            fates.setdefault(f"{block}.({'|'.join(merged)})", set()).add(decision.quantize)
+    for layers in (layers for layers, quantized in fates.items() if len(quantized) == 2):
+        yield f"vLLM merges {layers} into one layer, which cannot be in int8 and in floats at once"
 
 
 def leaves_alone(entry: str, module: str) -> bool:

@@ -3,9 +3,9 @@
 Says nothing that differs between two runs of the same conversion.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
+from int8cli.layouts import compressed_tensors
 from int8cli.report.units import decibels, human_bytes, human_count
 from int8cli.results import ConversionReport, KindSummary, summarize_kinds
 from int8cli.survey import Survey
@@ -51,7 +51,7 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
     yield "Embeddings, norms, biases and the output head are as in the original.\n"
     yield from _size_table(report)
     if survey.has_config:
-        yield from _loading(survey.config, survey.target.NAME)
+        yield from _loading(survey)
     yield from _errors(report)
 
 
@@ -70,10 +70,16 @@ def _size_table(report: ConversionReport) -> Iterator[str]:
     yield ""
 
 
-def _loading(config: Mapping[str, Any], package: str) -> Iterator[str]:
-    architecture = next(iter(config.get("architectures") or ()), "AutoModel")
-    loader = next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), architecture)
+def _loading(survey: Survey) -> Iterator[str]:
+    package = survey.target.NAME
     yield "## Loading\n"
+    if package == compressed_tensors.NAME:
+        yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
+    yield from (f"Note: {caveat}.\n" for caveat in survey.target.caveats(survey.plan))
+    if not survey.target.transformers_reads(survey.decisions):
+        return
+    architecture = next(iter(survey.config.get("architectures") or ()), "AutoModel")
+    loader = next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), architecture)
     yield f"With `pip install transformers accelerate {package}`; no further options are needed.\n"
     yield "```python"
     yield f"from transformers import {loader}\n"

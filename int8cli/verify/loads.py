@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import logging
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.layouts import LAYOUTS
 from int8cli.records import ShardRecord
 from int8cli.survey import CONFIG_FILE
 from int8cli.verify.checks import Check, Failure
@@ -27,7 +27,6 @@ _PACKAGES = {
     "bitsandbytes": ("transformers", "accelerate", "bitsandbytes"),
     "compressed-tensors": ("transformers", "accelerate", "compressed_tensors"),
 }
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 _TORCH_DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -79,7 +78,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except ImportError as error:
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises, it would raise at the user
-            if layout == "compressed-tensors" and any(_EXPERT.search(spec.name) for spec in held):
+            if not LAYOUTS[layout].transformers_reads(spec.name for spec in held):
                 why = "does not read mixtures of experts in this layout, as vLLM does"
                 return Check.not_made(NAME, f"{loader} {why} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader refuses it: {_first_line(error)}")])
