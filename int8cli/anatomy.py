@@ -19,6 +19,7 @@ TOWER = "vision and audio"
 EXPERTS = "experts"
 HEAD = "head"
 OTHER = "other"
+PARTS = (EMBEDDINGS, TOWER, ENCODER, BLOCKS, DECODER, EXPERTS, OTHER, HEAD)  # in running order
 
 # Lists of modules that are a model's blocks: `h`, `model.layers`, `encoder.block`, `vision_model.encoder.layers`.
 _BLOCK_LIST = re.compile(r"(?:^|_)(?:h|layers?|blocks?|resblocks|stages|layer_groups)$")
@@ -114,7 +115,7 @@ def _stack(name: str) -> str:
 
 
 def _rank(part: str) -> int:
-    return (EMBEDDINGS, TOWER, ENCODER, BLOCKS, DECODER, OTHER, HEAD).index(part)
+    return PARTS.index(part)
 
 
 def _running_order(unit: Unit) -> tuple[int, str, int]:

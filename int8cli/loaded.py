@@ -63,7 +63,7 @@ def weights_of(decision: Decision, *, held: bool) -> Weights:
     if spec.dtype not in _FLOATS:
         return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
     float32_bytes = 4 * spec.numel
-    always_float32 = _FLOAT32.search(spec.name) is not None
+    always_float32 = decision.reason == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
     float16_bytes = float32_bytes if always_float32 or decision.reason == names.FLOAT32 else 2 * spec.numel
     written = {made.dtype: made.nbytes for made in output_specs(decision)}
     if not decision.quantize:

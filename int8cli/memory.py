@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8cli.anatomy import Unit, cached_units, part_of, units_of
+from int8cli.anatomy import PARTS, Unit, cached_units, part_of, units_of
 from int8cli.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.checkpoint.source import Source
 from int8cli.gpus import Load
@@ -140,7 +140,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
     return Estimate(
         survey,
         tuple(units),
-        tuple(Part(name, weights) for name, weights in parts.items()),
+        tuple(Part(name, parts[name]) for name in PARTS if name in parts),
         read_kv_cache(survey.config),
         _conversion(source, survey, output, threads),
         not_held,

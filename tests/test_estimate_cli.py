@@ -65,6 +65,22 @@ def test_the_terminal_view_fits_80_columns(name: str, nursery: Nursery, tmp_path
         assert "LLM.int8()" in outcome.out
 
 
+def test_the_table_ends_where_one_card_is_enough(nursery: Nursery, published: Path) -> None:
+    shown = estimate(nursery, published, cwd=published).out
+    assert "RTX 4060" in shown
+    assert "B200" not in shown
+    assert "One of any larger card is enough." in shown
+    more = estimate(nursery, published, "--context", "40000000", cwd=published).out
+    assert "MI300X" in more
+
+
+def test_the_share_of_parameters_that_become_int8_is_shown(nursery: Nursery, published: Path) -> None:
+    found = document(estimate(nursery, published, "--json", cwd=published))
+    assert 90 < found["percent_quantized"] < 100
+    shown = estimate(nursery, published, cwd=published).out
+    assert f"{found['percent_quantized']:.1f} % become int8" in shown
+
+
 def test_safetensors_need_no_torch(published: Path) -> None:
     code = (
         "import sys; from int8cli.cli import app\n"

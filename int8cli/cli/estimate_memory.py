@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int8cli.cli.convert import THREADS_FOR_A_SHARD, default_output
-from int8cli.cli.errors import shows_errors
+from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Revision
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def estimate_memory(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a model needs, and which GPUs hold it, from its headers alone: no weight byte is read.
+    """Tell what a model needs, and which GPUs hold it, from config.json and its files' headers alone.
 
-    Weights as stored, in 32 and 16 bit and in LLM.int8(), the KV cache, and what a conversion takes. Exit code 0
-    whether or not the cards of --gpu hold it; --json says so in cards.answers[].fits.
+    Weights as stored, in 32 and 16 bit and in LLM.int8(), the KV cache, and what a conversion takes. The exit code is 0
+    whether or not the cards of --gpu hold it: --json says that in cards.answers[].fits.
     """
     from int8cli.checkpoint.locate import open_source
     from int8cli.memory import Use, estimate_memory
@@ -79,10 +79,11 @@ def estimate_memory(
         source.close()
     use = Use(context or estimate.cache.default_context, batch, kv_dtype.value)
     report = _report(estimate, use, cards)
-    if as_json:
-        print(json.dumps(memory_to_json(report), indent=2))
-    else:
-        show_memory(report)
+    with writing_result():
+        if as_json:
+            print(json.dumps(memory_to_json(report), indent=2))
+        else:
+            show_memory(report)
 
 
 def _report(estimate: "Estimate", use: "Use", cards: tuple["Card", ...]) -> "MemoryReport":

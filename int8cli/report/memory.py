@@ -46,6 +46,7 @@ def show_memory(report: MemoryReport) -> None:
         f"in {files} file{'s' if files > 1 else ''}, {' and '.join(estimate.stored_dtypes)}",
         soft_wrap=True,
     )
+    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists what does not")
     console.print()
     console.print(_precision_table(estimate))
     console.print()
@@ -66,6 +67,8 @@ def show_memory(report: MemoryReport) -> None:
         console.print()
         console.print(_fit_table(report))
         console.print(f"[dim]in use: with {_tokens(report.use)} · -: a block is too large for it[/dim]")
+        if len(list(_rows_that_differ(report.table))) < len(report.table):
+            console.print("[dim]One of any larger card is enough.[/dim]")
     console.print(f"[dim]{USABLE_RULE}[/dim]")
 
 
@@ -178,11 +181,19 @@ def _fit_table(report: MemoryReport) -> Table:
         table.add_column(f"{_LABELS[precision]}\nweights", justify="right", no_wrap=True)
         table.add_column("\nin use", justify="right", no_wrap=True)
     known = report.estimate.cache.layers is not None
-    for row in report.table:
+    for row in _rows_that_differ(report.table):
         cells = [cell for name in PRECISIONS for cell in _count_cells(row.counts[name], known=known)]
         best = row.counts[INT8].in_use if known else row.counts[INT8].weights
         table.add_row(row.card.name, gib(row.card.total_bytes), *cells, style="green" if best == 1 else "")
     return table
+
+
+def _rows_that_differ(table: tuple[FitRow, ...]) -> Iterator[FitRow]:
+    """Up to the first card of which one is enough for everything: a larger one is too."""
+    for row in table:
+        yield row
+        if all(count.weights == count.in_use == 1 for count in row.counts.values()):
+            return
 
 
 def _count_cells(count: Count, *, known: bool) -> tuple[str, str]:
