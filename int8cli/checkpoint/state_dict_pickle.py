@@ -87,7 +87,7 @@ def read_state_dict(pickle: bytes) -> dict[str, PickledTensor]:
 def _run(pickle: bytes) -> Any:
     """What the opcodes leave on the stack at STOP."""
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: dict[Any, Any] = {}
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
         if name == "STOP":
