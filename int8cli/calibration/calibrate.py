@@ -106,6 +106,11 @@ class _Calibration:
         self._options, self._observer = options, observer
         self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
         skeleton = build_skeleton(directory, self._specs)
+        if skeleton.model.main_input_name != "input_ids":
+            raise UnsupportedModelError(
+                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text",
+                hint=FROM_WEIGHTS_HINT,
+            )
         self._sequences = sequences_of(text, directory, skeleton.model.config, options.sampling)
         self._provenance = self._make_provenance(text, skeleton)
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}

@@ -88,11 +88,21 @@ class KeptStates:
         if before is not None:
             shutil.rmtree(self._directory / before, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """Keep nothing, now and from here on."""
+        self._usable = False
+        self.clear()
+
     def close(self) -> None:
         """Let others use the directory; what was kept stays."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        if self._lock < 0:
+            return
+        if not self._directory.exists():
+            _lock_file(self._directory).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is something else in it
+                self._directory.parent.rmdir()
+        os.close(self._lock)
+        self._lock = -1
 
     def clear(self) -> None:
         """Remove everything."""
@@ -117,7 +127,7 @@ def _lock(directory: Path) -> int:
     """Hold the directory for this process. Raises OutputInUseError where another holds it."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory.with_name(f"{directory.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise OutputError(
             f"{directory} cannot be written ({error.strerror})", hint="Choose another directory with --work-dir."
@@ -131,6 +141,10 @@ def _lock(directory: Path) -> int:
             hint="Wait for it to end, or choose another directory with --work-dir.",
         ) from error
     return descriptor
+
+
+def _lock_file(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")
 
 
 def _key(block: str, visit: int) -> str:

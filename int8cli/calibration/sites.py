@@ -5,7 +5,7 @@ that a norm has made is norm-fed, and attention is where activations are multipl
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -72,8 +72,8 @@ class SiteFinder:
         self._held: list[Tensor] = []  # memory that must not be given to other tensors while it is compared
 
     @contextmanager
-    def watching(self, module: nn.Module, arguments: object) -> Iterator[None]:
-        """Watch while the module runs once with these arguments."""
+    def watching(self, module: nn.Module, linears: Iterable[nn.Module], arguments: object) -> Iterator[None]:
+        """Watch these linears while the module that holds them runs once with these arguments."""
         for tensor in tensors_in(arguments):
             if is_marked(tensor):
                 self._norm_made.add(_memory(tensor))
@@ -83,7 +83,7 @@ class SiteFinder:
             for child in module.modules():
                 if is_norm(child):
                     stack.callback(child.register_forward_hook(self._after_norm).remove)
-            for linear in linears_of(module).values():
+            for linear in linears:
                 stack.callback(linear.register_forward_pre_hook(self._before_linear).remove)
             yield
 

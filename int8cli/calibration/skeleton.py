@@ -63,7 +63,9 @@ class Skeleton:
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         units = [self._unit(*found, specs) for found in _find_units(model)]
         # Small tables stay: some models (DeBERTa) take the weight of one without calling the module.
-        small = [unit for unit in units if unit.mapped and unit.weight_bytes <= _RESIDENT_TABLE_BYTES]
+        head = self.output_head()
+        tables = [unit for unit in units if unit.mapped and self.module(unit) is not head]
+        small = [unit for unit in tables if unit.weight_bytes <= _RESIDENT_TABLE_BYTES]
         self.units = tuple(unit for unit in units if unit not in small)
         resident = [*_resident_weights(model), *(target for unit in small for target in unit.targets)]
         resident = [name for name in resident if self._parameter(name).is_meta]

@@ -54,7 +54,7 @@ class _HeadReachedError(BaseException):
 class LoadedUnit:
     """A unit with its weights in memory and every sequence waiting before it. `run` it once, then go to the next.
 
-    `linears` are its linear layers, by the names that the checkpoint has for them.
+    `linears` are its linear layers but the output head, by the names that the checkpoint has for them.
     """
 
     def __init__(self, stream: "StreamedModel", unit: Unit, waiting: "list[tuple[int, _Call]]") -> None:
@@ -67,6 +67,7 @@ class LoadedUnit:
         self._names = {
             module: stream.skeleton.weight_name(f"{unit.name}.{name}" if name else unit.name)
             for name, module in linears_of(self.module).items()
+            if module is not stream.head
         }
 
     @property
@@ -108,7 +109,7 @@ class LoadedUnit:
                     for linear in (self.linears[site.name] for site in sites):
                         hook = linear.register_forward_pre_hook(lambda module, inputs: take_input(module, inputs[0]))
                         hooks.callback(hook.remove)
-                if on_output is not None:
+                if on_output is not None and not isinstance(output, _HeadReachedError):
                     on_output(output)
                 self.outputs[sequence] = self._stream._keep(self, sequence, output)
         return sites
@@ -138,10 +139,11 @@ class StreamedModel:
         self.outputs: dict[int, Any] = {}
         self._tensors = tensors
         self._device = torch.device(device)
-        self._to_head = to_head
+        self.head = skeleton.output_head() if to_head else None
         self._kept = kept
         self._forwards: dict[str, Callable[..., Any]] = {}
         self._visits: dict[str, int] = {}
+        self._recalled: set[str] = set()
         self._asking = threading.local()
         skeleton.to(self._device)
 
@@ -174,7 +176,10 @@ class StreamedModel:
     ) -> Iterator[LoadedUnit]:
         """Load a unit, give it out, unload it, and take the sequences on with its outputs."""
         visit = self._visits[unit.name] = self._visits.get(unit.name, 0) + 1
+        if self._kept is not None and visit > 1:
+            self._refuse_to_keep(unit)
         if self._kept is not None and self._kept.has(unit.name, visit):
+            self._recalled.add(unit.name)
             outputs = {index: self._recall(unit, index) for index, _ in waiting}
         else:
             self.skeleton.load(unit, self._tensors)
@@ -196,6 +201,13 @@ class StreamedModel:
             if call is not None:
                 calls[index] = call
 
+    def _refuse_to_keep(self, unit: Unit) -> None:
+        """A unit is called again: what is watched of it spans its calls, so a run cannot go on between them."""
+        assert self._kept is not None
+        self._kept.abandon()
+        if unit.name in self._recalled:
+            raise UnsupportedModelError(f"{unit.name} is called more than once, and a part of its calls was on disk")
+
     def _strand(self, index: int, inputs: Inputs) -> "Strand[_Call, Any]":
         def forward(ask: Callable[[_Call], Any]) -> None:
             self._asking.ask = ask
@@ -214,7 +226,7 @@ class StreamedModel:
     @contextmanager
     def _intercepted(self) -> Iterator[None]:
         """Have units ask for their output instead of computing it, and the head end the forward."""
-        head = self.skeleton.output_head() if self._to_head else None
+        head = self.head
         patched: list[nn.Module] = []
         for unit in self.skeleton.units:
             module = self.skeleton.module(unit)
@@ -222,7 +234,10 @@ class StreamedModel:
                 self._forwards[unit.name] = module.forward
 
                 def ask(*args: Any, _unit: Unit = unit, **kwargs: Any) -> Any:
-                    return self._asking.ask(_Call(_unit, args, kwargs))
+                    answer = self._asking.ask(_Call(_unit, args, kwargs))
+                    if isinstance(answer, _HeadReachedError):
+                        raise answer
+                    return answer
 
                 module.forward = ask
                 patched.append(module)
@@ -245,7 +260,7 @@ class StreamedModel:
         device = torch.device("cpu") if call.unit.mapped else self._device
         args, kwargs = map_tensors((call.args, call.kwargs), lambda tensor: _moved(tensor, device))
         try:
-            with finder.watching(module, (args, kwargs)) if finder else nullcontext():
+            with finder.watching(module, loaded.linears.values(), (args, kwargs)) if finder else nullcontext():
                 output = forward(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(
@@ -253,6 +268,8 @@ class StreamedModel:
                 "what a sequence takes",
                 hint="Use a smaller --sequence-length, or --device cpu.",
             ) from error
+        except _HeadReachedError as reached:  # the head is part of the unit
+            return reached
         except Int8cliError:
             raise
         except Exception as error:

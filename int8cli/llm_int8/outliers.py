@@ -21,6 +21,7 @@ POSITION_SHARE = 0.06
 MASSIVE_MAGNITUDE = 100.0
 MASSIVE_RATIO = 1000.0
 
+_SHARE_SLACK = 1e-6  # shares are float32
 _CHUNK_ELEMENTS = 1 << 21
 _MEDIAN_SAMPLE = 1 << 16
 # The error of rounding to steps of size 1 is spread evenly over [-1/2, 1/2]: its mean square is 1/12.
@@ -186,7 +187,7 @@ def systematic_features(
     by_layer = torch.stack([torch.stack([site.share_over for site in sites]).amax(dim=0) for sites in layers])
     mean_share = torch.stack([site.share_over for sites in layers for site in sites]).double().mean(dim=0)
     present = by_layer > 0  # (layers, features)
-    enough = (present.sum(dim=0) >= layer_share * len(layers)) & (mean_share >= position_share)
+    enough = (present.sum(dim=0) >= layer_share * len(layers)) & (mean_share >= position_share - _SHARE_SLACK)
     found = []
     for dimension in enough.nonzero().squeeze(1).tolist():
         where = present[:, dimension].nonzero().squeeze(1).tolist()

@@ -16,7 +16,7 @@ from int8cli.weight_suspects import WeightSuspects
 
 MOST_DIMENSIONS = 48
 MOST_LINES = 8
-_WIDTH = 760
+_WIDTH = 720
 _KIND_ORDER = ["norm-fed", "attention output", "second feed-forward", RESIDUAL]
 _KIND_COLORS = ["#2a78d6", "#e08a00", "#199e70", "#8a8f98"]
 _LINE_COLORS = ["#2a78d6", "#e08a00", "#199e70", "#c0392b", "#7e57c2", "#6d4c41", "#d6589f", "#5f6b7a"]

@@ -95,7 +95,7 @@ def summary_lines(
 
 
 class MassiveGroup:
-    """A massive activation in one dimension of one kind of site: the residual stream carries one through many blocks."""
+    """A massive activation in one dimension of one kind of site: the residual carries one through many blocks."""
 
     def __init__(self, kind: str, dimension: int) -> None:
         self.kind, self.dimension = kind, dimension
@@ -227,7 +227,7 @@ def _sites_table(sites: Sequence[SiteStatistics]) -> Table:
 
 def _median_and_worst(sites: Sequence[SiteStatistics], *, int8_inputs: bool) -> str:
     errors = [site.predicted_error(linear, int8_inputs=int8_inputs) for site in sites for linear in site.linears]
-    return f"{stats.median(errors):.4f} / {max(errors):.4f}" if errors else "-"
+    return f"{stats.median(errors):.3f} / {max(errors):.3f}" if errors else "-"
 
 
 def _more(count: int) -> str:

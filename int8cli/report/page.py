@@ -19,7 +19,7 @@ from int8cli.weight_suspects import WeightSuspects
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 960px;
+body { font: 15px/1.5 system-ui, sans-serif; color: #1d2430; background: #fff; margin: 0 auto; max-width: 1020px;
        padding: 24px 20px 64px; }
 h1 { font-size: 24px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 36px 0 6px; }
 p { margin: 4px 0; } .note { color: #5a6372; } .chart { overflow-x: auto; }

@@ -1,0 +1,69 @@
+"""Tiny models that can be run over text: checkpoints with a tokenizer beside them, and calibrations of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints import HEADS, LISTED, OTHERS, build_tiny
+
+from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
+from int8cli.calibration.text import Sampling, Text
+from int8cli.checkpoint.locate import open_source
+from int8cli.outlier_statistics import OutlierStatistics
+from int8cli.plan import PlanOptions
+from int8cli.survey import survey_source
+
+WORDS = [f"w{index}" for index in range(90)]
+
+
+def save_tokenizer(directory: Path) -> None:
+    """A tokenizer of 90 words and a few special tokens, as transformers saves one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>").save_pretrained(directory)
+
+
+def make_model(
+    architecture: str,
+    directory: Path,
+    change: Callable[[Any], None] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Save a tiny model, with its weights changed if wanted, and a tokenizer."""
+    model = build_tiny((LISTED | HEADS | OTHERS)[architecture], dtype)
+    if change is not None:
+        with torch.no_grad():
+            change(model)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def some_text(words: int = 200, seed: int = 0) -> Text:
+    places = torch.randint(0, len(WORDS), (words,), generator=torch.Generator().manual_seed(seed))
+    return Text.decode("words", " ".join(WORDS[place] for place in places.tolist()).encode())
+
+
+def calibrated(
+    directory: Path,
+    *,
+    text: Text | None = None,
+    tokens: int = 48,
+    sequence_length: int = 16,
+    seed: int = 0,
+    kept_in: Path | None = None,
+    observer: CalibrationObserver | None = None,
+) -> OutlierStatistics:
+    """Calibrate a checkpoint on some words, through the library as the command does."""
+    source = open_source(str(directory), revision=None, download_dir=directory / "incoming")
+    try:
+        options = CalibrateOptions(Sampling(tokens, sequence_length, seed), kept_in=kept_in)
+        survey = survey_source(source, PlanOptions())
+        return calibrate(source, survey, text or some_text(), options, observer or CalibrationObserver())
+    finally:
+        source.close()
