@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import LISTED, build_tiny, convert_local, read_all, read_json, read_tensors, save_by_hand, save_tiny
-from program import llama, tree
+from program import llama, run, tree
 from torch import Tensor, nn
 
 from int8cli.checkpoint.locate import open_source
@@ -91,6 +91,16 @@ def test_sizes_are_known_beforehand(tmp_path: Path) -> None:
     up_proj = next(layer for layer in report["layers"] if layer["name"] == "model.layers.0.mlp.up_proj")
     assert up_proj["bytes_after"] == 96 * 64 + 96 * 4
     assert LAYOUT in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "source")
+    report = convert_local(tmp_path / "source", tmp_path / "out", layout=LAYOUT)
+    outcome = run("estimate-memory", "source", "--layout", LAYOUT, "--json", cwd=tmp_path)
+    assert outcome.code == 0, outcome.err
+    estimate = json.loads(outcome.out)
+    assert estimate["output_bytes"] == report.output_bytes
+    assert estimate["percent_quantized"] == report.percent_quantized
 
 
 # --- the config -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import THREADS_FOR_A_SHARD, default_output
+from int8cli.cli.convert import THREADS_FOR_A_SHARD, Layout, default_output
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Revision
 
@@ -55,6 +55,7 @@ def estimate_memory(
             help="Will these hold it? A card ('RTX 3090'), a size (24GiB), several (8x24GiB). Repeatable.",
         ),
     ] = None,
+    layout: Annotated[Layout, typer.Option(help="The layout of the conversion.")] = Layout.bitsandbytes,
     as_json: Json = False,
 ) -> None:
     """Tell what a model needs, and which GPUs hold it, from config.json and its files' headers alone.
@@ -63,6 +64,7 @@ def estimate_memory(
     whether or not the cards of --gpu hold it: --json says that in cards.answers[].fits.
     """
     from int8cli.checkpoint.locate import open_source
+    from int8cli.layouts import LAYOUTS
     from int8cli.memory import Use, estimate_memory
     from int8cli.plan import PlanOptions
     from int8cli.report.memory import show_memory
@@ -73,7 +75,7 @@ def estimate_memory(
     output = default_output(model)
     source = open_source(model, revision=revision, download_dir=output, on_wait=_say_waiting)
     try:
-        survey = survey_source(source, PlanOptions())
+        survey = survey_source(source, PlanOptions(), LAYOUTS[layout.value])
         estimate = estimate_memory(source, survey, output, threads=THREADS_FOR_A_SHARD)
     finally:
         source.close()
