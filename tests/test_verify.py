@@ -546,6 +546,10 @@ def test_the_command_prints_one_document_and_tells_the_shell(out: Path, source: 
     assert bad.code == 1
     assert SHARD in bad.out
     assert "It does not hold: shards." in bad.out
+    quiet = run("verify", out, "--quiet", cwd=out.parent)
+    assert (quiet.code, quiet.out) == (1, "")
+    assert quiet.err.startswith("error: ")
+    assert "does not hold: shards" in quiet.err
 
 
 def test_the_command_refuses_what_is_no_conversion(source: Path) -> None:

@@ -11,7 +11,8 @@ import typer
 
 from int8cli.cli.convert import THREADS_FOR_A_SHARD, Device, require_device, usable_cores
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
-from int8cli.cli.options import Json, Quiet, Revision, complete_path
+from int8cli.cli.options import Json, Quiet, complete_path
+from int8cli.errors import OutputError
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
@@ -41,7 +42,10 @@ def verify(
         str | None,
         typer.Option("--source", metavar="MODEL", help="Convert this once more and compare: a Hub id or a directory."),
     ] = None,
-    revision: Revision = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(help="Of the source on the Hub.", show_default="the one that was converted", metavar="REV"),
+    ] = None,
     device: Annotated[Device, typer.Option(help="Where to quantize again.")] = Device.cpu,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -70,6 +74,9 @@ def verify(
         elif not quiet:
             show_verification(verification)
     if not verification.holds:
+        if quiet and not as_json:
+            failed = ", ".join(check.name for check in verification.checks if check.status == "failed")
+            raise OutputError(f"{directory} does not hold: {failed}", hint="Without --quiet, each failure is named.")
         raise typer.Exit(EXIT_ERROR)
 
 

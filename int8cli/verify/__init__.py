@@ -101,7 +101,8 @@ def _check_whole(
     sources = sum(len(record.source_tensors) for record in found)
     detail = f"{sources:,} of the source: none missing, none added"
     yield Check.of("tensors", detail, tensor_failures(conversion, found))
-    yield Check.of("index", "every tensor, total_size", index_failures(directory, found))
+    detail = "every tensor, total_size" if shards > 1 else "none beside a single shard"
+    yield Check.of("index", detail, index_failures(directory, found))
     if CONFIG_FILE in conversion.files:
         detail = "quantization_config as in the settings"
         yield Check.of("config", detail, config_failures(directory, conversion, found))
