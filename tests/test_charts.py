@@ -1,0 +1,164 @@
+"""The report's page and pictures: whole, self-contained, and alive in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from int8cli.errors import OutputError
+from int8cli.llm_int8.outliers import InputStatistics
+from int8cli.outlier_statistics import (
+    NORM_FED,
+    RESIDUAL,
+    SECOND_FEED_FORWARD,
+    LinearStatistics,
+    OutlierStatistics,
+    Provenance,
+    SiteStatistics,
+)
+from int8cli.report.charts import heatmap, write_picture
+from int8cli.report.page import statistics_page, write_page
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+LAYERS = 3
+
+
+def made_up(name: str = "some/model") -> OutlierStatistics:
+    """Three layers with an outlier feature in dimension 11, and a massive activation in the residual's dimension 7."""
+    generator = torch.Generator().manual_seed(0)
+    sites = []
+    for layer in range(LAYERS):
+        kinds = ((NORM_FED, "attn.qkv", 64), (SECOND_FEED_FORWARD, "mlp.down", 96), (RESIDUAL, "", 64))
+        for kind, linear, width in kinds:
+            x = torch.randn((1, 40, width), generator=generator)
+            if kind == NORM_FED:
+                x[:, :, 11] = -12.5 - layer
+            elif kind == RESIDUAL:
+                x[:, 0, 7] = 9000.0
+            statistics = InputStatistics(width)
+            statistics.update(x)
+            path = f"h.{layer}.{linear}".rstrip(".")
+            linears = (LinearStatistics(path, 8, width, torch.full((width,), 1e-4), 6.0, 50.0),) if linear else ()
+            sites.append(SiteStatistics(path, kind, "h", layer, statistics.summary(), linears))
+    of = Provenance(name, None, "", "a text", "0" * 64, 40, 40, 0, "bfloat16", 6.0)
+    return OutlierStatistics(of, tuple(sites))
+
+
+def test_the_heatmap_has_a_cell_for_each_layer_and_dimension_with_its_value() -> None:
+    cells = heatmap(made_up()).to_dict()["data"]["values"]
+    assert len(cells) == LAYERS * 48
+    found = {(cell["layer"], cell["dimension"]): cell for cell in cells}
+    assert found[2, 11]["value"] == 14.5
+    assert found[2, 11]["maximum"] == -14.5
+    assert found[2, 11]["share"] == 1.0
+    assert found[2, 11]["site"] == "h.2.attn.qkv"
+
+
+def markup(page: str) -> str:
+    """The page without what its scripts hold."""
+    return re.sub(r"(<script>).*?(</script>)", r"\1\2", page, flags=re.DOTALL)
+
+
+def test_the_page_fetches_nothing() -> None:
+    page = statistics_page(made_up())
+    tags = re.findall(r"<(?:script|link|img|iframe|object|source)\b[^>]*>", markup(page))
+    assert tags == ['<link rel="icon" href="data:,">', "<script>", "<script>"]
+    assert not re.search(r"@import|url\(|https?:", markup(page))
+
+
+def test_the_page_names_what_was_found() -> None:
+    page = statistics_page(made_up())
+    assert "1 systematic outlier feature: 11" in page
+    assert "1 massive activation, the largest 9,000" in page
+    assert markup(page).count("<table>") == 3
+
+
+def test_a_models_name_cannot_break_out_of_the_page() -> None:
+    page = statistics_page(made_up("</script><script>alert(1)</script>"))
+    assert "<script>alert" not in page
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG\r\n\x1a\n"), (".svg", b"<svg ")])
+def test_pictures_are_written(tmp_path: Path, suffix: str, start: bytes) -> None:
+    path = tmp_path / f"heatmap{suffix}"
+    write_picture(made_up(), path)
+    assert path.read_bytes().startswith(start)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_svg_names_the_outlier(tmp_path: Path) -> None:
+    write_picture(made_up(), tmp_path / "heatmap.svg")
+    labels = re.findall(r'aria-label="dimension: 11; layer: 2; [^"]*"', (tmp_path / "heatmap.svg").read_text())
+    assert len(labels) == 1
+    assert "14.5" in labels[0]
+
+
+def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        write_picture(made_up(), tmp_path / "file" / "heatmap.png")
+
+
+PROBE = """
+<script>
+const seen = {errors: []};
+window.addEventListener('error', event => seen.errors.push(event.message));
+window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
+const hover = () => {
+  const cell = document.querySelector('#heatmap [aria-label^="dimension: 11; layer: 2;"]');
+  if (!cell) { setTimeout(hover, 50); return; }
+  const box = cell.getBoundingClientRect();
+  const place = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+  cell.dispatchEvent(new MouseEvent('mouseover', place));
+  cell.dispatchEvent(new PointerEvent('pointermove', place));
+  cell.dispatchEvent(new MouseEvent('mousemove', place));
+  setTimeout(() => {
+    seen.tooltip = document.getElementById('vg-tooltip-element')?.innerText ?? '';
+    seen.charts = [...document.querySelectorAll('.chart')].map(chart => chart.querySelectorAll('svg').length);
+    const table = [...document.querySelectorAll('.scroll table')].at(-1);
+    const layers = () => [...table.tBodies[0].rows].map(row => Number(row.cells[2].textContent));
+    const button = table.querySelectorAll('th button')[2];
+    button.click(); seen.down = layers();
+    button.click(); seen.up = layers();
+    const out = document.createElement('pre');
+    out.id = 'seen';
+    out.textContent = JSON.stringify(seen);
+    document.body.append(out);
+  }, 200);
+};
+hover();
+</script>
+"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_in_a_browser_the_page_has_no_error_and_a_cell_tells_its_value(tmp_path: Path) -> None:
+    write_page(made_up(), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "probed.html").write_text(page.replace("<body>", f"<body>{PROBE}", 1))
+    result = subprocess.run(
+        [
+            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"),
+            (tmp_path / "probed.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in result.stderr
+    [found] = re.findall(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)
+    seen = json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert seen["errors"] == []
+    assert seen["charts"] == [1, 1, 1, 1]
+    for told in ("layer", "2", "dimension", "11", "14.5", "h.2.attn.qkv"):
+        assert told in seen["tooltip"]
+    assert seen["down"] == [2, 2, 1, 1, 0, 0]
+    assert seen["up"] == [0, 0, 1, 1, 2, 2]
