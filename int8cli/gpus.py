@@ -180,7 +180,8 @@ def cards_of_this_machine() -> tuple[Card, ...]:
 
 def _reported(line: str) -> Card | None:
     name, comma, memory_mib = line.rpartition(",")
-    return _card(name.strip(), int(memory_mib)) if comma and memory_mib.strip().isdigit() else None
+    name = re.sub(r"^NVIDIA (GeForce )?", "", name.strip())
+    return _card(name, int(memory_mib)) if comma and memory_mib.strip().isdigit() else None
 
 
 def _parse_card(text: str) -> Card:

@@ -50,7 +50,9 @@ _CROSS_ATTENDING = _types(
     "pegasus_x plbart prophetnet speech_to_text switch_transformers t5 t5gemma umt5 whisper"
 )
 # Latent attention whose latents transformers caches as they are (5.23): keys are the latent, values the rotary part.
-_LATENT = _types("deepseek_v2 deepseek_v3 kimi_k2")
+_LATENT = _types("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite minicpm3")
+# Memories of their own kinds, or an encoder whose length is not that of a text.
+_UNTOLD = _types("xlnet transfo-xl reformer blip blip-2 git vision-encoder-decoder speech-encoder-decoder")
 # Where configs on the Hub leave a field out and the class has something else than one head for each query.
 _CLASS_KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8}
 
@@ -126,6 +128,9 @@ def _read(model: LanguageModel, config: Mapping[str, Any]) -> KvCache:
         return KvCache((), f"{fields.model_type} has no cache in transformers", context)
     if "image_size" in fields.config and "vocab_size" not in fields.config:
         return KvCache((), "an image model keeps no cache", context)
+    for model_type in (fields.model_type, str(config.get("model_type"))):
+        if model_type in _UNTOLD:
+            raise MissingFieldError(f"the cache of {model_type} is not known here")
     cross = model.cross_attends or fields.model_type in _CROSS_ATTENDING
     refuse_foreign(fields, frozenset(_STATES) | _LATENT)
     layers = tuple(_layer(kind, fields, cross=cross) for kind in layer_kinds(fields, decoder=cross))

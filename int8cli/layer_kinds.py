@@ -48,7 +48,7 @@ _UNTOLD = (
 
 STATE_FAMILIES = frozenset({"mamba", "falcon_mamba", "mamba2", "rwkv"})
 _ALTERNATING = frozenset({"gemma2", "gpt_oss", "vaultgemma"})
-_OPTIONAL_WINDOW = re.compile(r"qwen2|qwen3|ernie4_5|smollm3")
+_OPTIONAL_WINDOW = re.compile(r"qwen2|qwen3|ernie4_5")
 _EVERY_FOURTH_FULL = re.compile(r"cohere2|olmo3|exaone4|qwen3_next|qwen3_5|llama4")
 _PATTERN_FIELDS = (
     "sliding_window_pattern",
@@ -126,6 +126,9 @@ def _kind_by_family(fields: Fields) -> Callable[[int], str]:
         return lambda layer: SLIDING if (layer + 1) % every else FULL
     if _EVERY_FOURTH_FULL.match(family):
         return _every_nth_full(fields, window=window)
+    if family == "smollm3":
+        every, used = fields.number(*_PATTERN_FIELDS, default=4), fields.flag("use_sliding_window", default=False)
+        return lambda layer: SLIDING if window and used and (layer + 1) % every == 0 else FULL
     if _OPTIONAL_WINDOW.match(family):
         first = int(config.get("max_window_layers") or 0)
         used = window and fields.flag("use_sliding_window", default=False)

@@ -158,8 +158,8 @@ def test_the_cards_of_this_machine_are_what_nvidia_smi_reports(tmp_path: Path, m
     assert cards_of_this_machine() == ()
     a_program(tmp_path, "echo 'NVIDIA GeForce RTX 3090, 24576'; echo 'NVIDIA A10, 23028'; echo '[N/A], [N/A]'")
     assert cards_of_this_machine() == (
-        Card("NVIDIA GeForce RTX 3090", 24 * GIB),
-        Card("NVIDIA A10", 23028 << 20),
+        Card("RTX 3090", 24 * GIB),
+        Card("A10", 23028 << 20),
     )
 
 

@@ -126,6 +126,25 @@ VARIANTS = {
             "shared_expert_intermediate_size": 24,
         },
     ),
+    "exaone4": Tiny("Exaone4ForCausalLM", "Exaone4Config", {**_SLIDING, "num_hidden_layers": 5}),
+    "olmo3": Tiny("Olmo3ForCausalLM", "Olmo3Config", {**_SLIDING, "num_hidden_layers": 5}),
+    "smollm3-sliding": Tiny(
+        "SmolLM3ForCausalLM", "SmolLM3Config", {**_SLIDING, "num_hidden_layers": 5, "use_sliding_window": True}
+    ),
+    "gemma3n-shared": Tiny(
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        {
+            **_SLIDING,
+            "num_hidden_layers": 10,
+            "num_kv_shared_layers": 5,
+            "vocab_size_per_layer_input": 99,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 4,
+        },
+    ),
+    "minicpm3": Tiny("MiniCPM3ForCausalLM", "MiniCPM3Config", LISTED["deepseek_v3"].arguments),
+    "glm4_moe_lite": Tiny("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", LISTED["deepseek_v3"].arguments),
     "lfm2": Tiny(
         "Lfm2ForCausalLM", "Lfm2Config", {**LISTED["llama"].arguments, "layer_types": ["conv", "full_attention"]}
     ),
@@ -257,6 +276,7 @@ def test_an_encoder_keeps_none_and_it_is_said(name: str) -> None:
     ("config", "word"),
     [
         ({}, "config.json"),
+        ({"model_type": "xlnet", "n_layer": 2, "n_head": 4, "d_model": 32}, "xlnet"),
         ({"model_type": "llama"}, "num_hidden_layers"),
         ({"model_type": "llama", "num_hidden_layers": 2}, "num_attention_heads"),
         ({"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}, "hidden_size"),

@@ -59,9 +59,8 @@ def show_memory(report: MemoryReport) -> None:
     for title, answers in (("This machine", report.machine), ("--gpu", report.answers)):
         if answers:
             console.print()
-        for answer in answers:
-            console.print(_verdict(answer, report, title), soft_wrap=True)
-        if answers:
+            for line in _verdicts(answers, report, title):
+                console.print(line, soft_wrap=True)
             console.print(_placement_table(answers[-1]))
     if not report.answers:
         console.print()
@@ -134,7 +133,7 @@ def _bar(part: Part, most: int) -> str:
 def _use_lines(report: MemoryReport) -> Iterator[str]:
     estimate, use = report.estimate, report.use
     sequences = f"{use.batch} x {use.context:,} tokens" if use.batch > 1 else f"{use.context:,} tokens"
-    yield f"[bold]In use[/bold], {sequences}"
+    yield f"[bold]In use[/bold], {sequences} read in one pass"
     kv_bytes = estimate.kv_bytes(use)
     workspace = estimate.workspace_bytes(use, INT8)
     if kv_bytes is None:
@@ -206,12 +205,14 @@ def _tokens(use: Use) -> str:
     return f"{use.batch} x {use.context:,} tokens" if use.batch > 1 else f"{use.context:,} tokens"
 
 
-def _verdict(answer: Answer, report: MemoryReport, title: str) -> str:
-    """Yes, no, or the weights alone, and how much context."""
-    names = [placed.card.name for placed in answer.placement.cards]
+def _verdicts(answers: tuple[Answer, ...], report: MemoryReport, title: str) -> Iterator[str]:
+    """The cards, and for each precision yes, no, or the weights alone, and how much context."""
+    names = [placed.card.name for placed in answers[0].placement.cards]
     what = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
-    label = "LLM.int8()" if answer.precision == INT8 else "float16"
-    return f"[bold]{escape(title)}[/bold] {escape(what)}, {label}: {_decision(answer, report)}"
+    yield f"[bold]{escape(title)}[/bold] {escape(what)}"
+    for answer in answers:
+        label = "LLM.int8()" if answer.precision == INT8 else "float16"
+        yield f"  {label:10}  {_decision(answer, report)}"
 
 
 def _decision(answer: Answer, report: MemoryReport) -> str:
@@ -225,7 +226,7 @@ def _decision(answer: Answer, report: MemoryReport) -> str:
         return f"[green]yes[/green], with {asked}" + (f" and up to {answer.largest_context:,}" if longer else "")
     if answer.largest_context == 0:
         return "[yellow]yes, the weights[/yellow], and nothing beside them"
-    return f"[yellow]yes, up to {answer.largest_context:,} tokens[/yellow], not {asked}"
+    return f"[yellow]yes, up to {answer.largest_context:,} tokens[/yellow], not {report.use.context:,}"
 
 
 def _placement_table(answer: Answer) -> Table:
