@@ -92,7 +92,7 @@ def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
             assert {name.split(".")[0] for name in imports(path)} <= allowed, module
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["convert", "--help"], ["verify", "--help"]])
 def test_help_and_version_import_neither_torch_nor_the_hub(arguments: list[str]) -> None:
     code = (
         "import sys; from int8cli.cli import app\n"
