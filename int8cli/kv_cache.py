@@ -117,6 +117,8 @@ def read_kv_cache(config: Mapping[str, Any]) -> KvCache:
         return _read(model, config)
     except MissingFieldError as error:
         return KvCache(None, str(error), _own_context(model.fields))
+    except (TypeError, ValueError):  # a field of a type that no such config has
+        return KvCache(None, "config.json is not what its model type's are", _own_context(model.fields))
 
 
 def _read(model: LanguageModel, config: Mapping[str, Any]) -> KvCache:

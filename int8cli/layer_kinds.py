@@ -56,6 +56,7 @@ _PATTERN_FIELDS = (
     "full_attention_interval",
     "no_rope_layer_interval",
 )
+_MOST_LAYERS = 10_000
 
 Kinds = tuple[str, ...]
 
@@ -68,6 +69,8 @@ def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
     kinds = _told(fields)
     if kinds is None:
         count = fields.number(*(DECODER_LAYERS if decoder else LAYERS))
+        if count > _MOST_LAYERS:
+            raise MissingFieldError(f"{count:,} layers are more than any model has")
         kinds = tuple(_kind_by_family(fields)(layer) for layer in range(count))
     return _without_shared(kinds, fields)
 

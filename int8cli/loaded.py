@@ -136,7 +136,7 @@ def buffers_of(config: Mapping[str, Any]) -> Buffers:
     fields = language_model(config).fields
     try:
         return _buffers(fields)
-    except MissingFieldError:
+    except (MissingFieldError, TypeError, ValueError):
         return Buffers()
 
 

@@ -293,6 +293,14 @@ def test_an_encoder_keeps_none_and_it_is_said(name: str) -> None:
             {"model_type": "new", "num_hidden_layers": 0, "num_attention_heads": 4, "hidden_size": 8},
             "num_hidden_layers",
         ),
+        (
+            {"model_type": "llama", "num_hidden_layers": 10**12, "num_attention_heads": 1, "hidden_size": 8},
+            "more than any",
+        ),
+        (
+            {"model_type": "bamba", "attn_layer_indices": 3, "num_hidden_layers": 2, "num_attention_heads": 1},
+            "not what its model type's are",
+        ),
         ({"model_type": "llama", "num_hidden_layers": "two", "num_attention_heads": True}, "num_hidden_layers"),
     ],
 )
