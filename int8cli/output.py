@@ -1,6 +1,6 @@
 """What each output shard will hold, to the byte, before anything is written.
 
-Owns the names of output shards and the size of an output. Takes the plan and a layout; reads and writes nothing and
+Owns the names of output files and the size of an output. Takes the plan and a layout; reads and writes nothing and
 needs no torch, so that `--dry-run` and `estimate-memory` count with the same code that `convert` writes with.
 """
 
@@ -13,6 +13,9 @@ from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
 from int8cli.layouts import Layout, bitsandbytes
 from int8cli.plan import Decision
 
+CARD_FILE = "README.md"
+REPORT_FILE = "int8/report.json"
+INDEX_FILE = "model.safetensors.index.json"
 SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for where there is no index
 
 

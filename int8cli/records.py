@@ -23,6 +23,7 @@ from int8cli.results import LayerReport
 CONVERSION_SCHEMA = "int8cli.conversion/1"
 RECORD_SCHEMA = "int8cli.record/1"
 OWN_DIRECTORY = "int8"
+VIA_FLOAT16 = "float16"  # a value of Settings.float32
 
 Read = TypeVar("Read")
 

@@ -47,6 +47,9 @@ class Place:
     column: int
     value: float
 
+    def __str__(self) -> str:
+        return f"{self.value} at row {self.row:,}, column {self.column:,}"
+
 
 @dataclass(slots=True)
 class PassResult:
@@ -256,6 +259,6 @@ def _source_bytes(block: Block) -> int:
 
 def non_finite_error(file_name: str, tensor: str, place: Place) -> NonFiniteError:
     return NonFiniteError(
-        f"{file_name}: {tensor} holds {place.value} at row {place.row:,}, column {place.column:,}",
+        f"{file_name}: {tensor} holds {place}",
         hint="The checkpoint is damaged there. --on-nonfinite keep leaves such tensors in their source dtype.",
     )

@@ -41,6 +41,8 @@ FLOORS = {
     "int8cli.survey": 4,
     "int8cli.executors": 4,
     "int8cli.convert": 4,
+    "int8cli.convert_shard": 4,
+    "int8cli.conclusion": 4,
     "int8cli.verify": 4,
     "int8cli.report": 5,
     "int8cli.cli": 6,

@@ -32,7 +32,9 @@ DTYPE_BITS = {
     "U64": 64,
 }
 
-QUANTIZABLE_DTYPES = frozenset({"F32", "F16", "BF16"})
+# What config.json and torch call the dtypes that can become int8.
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+QUANTIZABLE_DTYPES = frozenset(TORCH_NAMES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor
-from int8cli.convert import VIA_FLOAT16, ShardTask, layer_report, open_reader
+from int8cli.convert_shard import ShardTask, layer_report, open_reader
 from int8cli.digest import SourceDigest
 from int8cli.errors import Int8cliError
 from int8cli.layouts import LAYOUTS
@@ -24,7 +24,7 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.manifest import SideFile
 from int8cli.output import OutputShard, plan_output_shard
 from int8cli.plan import Decision, Plan, PlanOptions
-from int8cli.records import Conversion, ShardRecord, ShardSource
+from int8cli.records import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
 from int8cli.results import LayerReport
 from int8cli.shard import PassOptions, PassResult, ShardPass
 from int8cli.survey import Survey, decisions_by_name, fingerprint, survey_source

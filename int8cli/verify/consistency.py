@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, TensorSpec
-from int8cli.convert import INDEX_FILE, REPORT_FILE
 from int8cli.errors import Int8cliError
 from int8cli.layouts import LAYOUTS
 from int8cli.manifest import MANIFEST_FILE, SideFile
+from int8cli.output import INDEX_FILE, REPORT_FILE
 from int8cli.plan import Plan
 from int8cli.records import Conversion, ShardRecord, TensorRecord
 from int8cli.results import LayerReport, worst_first

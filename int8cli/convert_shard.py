@@ -1,0 +1,150 @@
+"""One shard that is on this machine, from its header to its record.
+
+Owns what a process is given to convert a shard, and when the file it makes may have its name: after every byte was
+read, the source's digest held, and nothing turned up that asks for another layout.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from int8cli.checkpoint.index import WeightFormat, read_layout
+from int8cli.checkpoint.pickled import load_legacy
+from int8cli.checkpoint.reader import FileReader, ShardReader, TensorsReader
+from int8cli.checkpoint.source import LocalFile
+from int8cli.checkpoint.tensor import TORCH_NAMES, ShardLayout
+from int8cli.checkpoint.writer import ShardWriter
+from int8cli.digest import SourceDigest, new_digest
+from int8cli.errors import DigestMismatchError
+from int8cli.executors import OnBytes
+from int8cli.layouts import LAYOUTS, Layout
+from int8cli.output import OutputShard, output_specs, plan_output_shard
+from int8cli.plan import Decision, Plan
+from int8cli.records import FileRecord, ShardRecord, ShardSource, TensorRecord
+from int8cli.results import LayerReport
+from int8cli.shard import PassOptions, PassResult, ShardPass
+from int8cli.survey import decisions_by_name
+
+
+@dataclass(frozen=True, slots=True)
+class ShardTask:
+    """All that a process needs to convert one shard that is on this machine. Picklable.
+
+    `plan` holds the decisions on this shard's tensors, in their order in the file; `target` names the output's layout.
+    """
+
+    source: ShardSource
+    weight_format: WeightFormat
+    layout: ShardLayout
+    plan: Plan
+    output: Path
+    partial: Path
+    options: PassOptions
+    target: str
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(stored.spec.nbytes for stored in self.layout.tensors)
+
+
+def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
+    """Convert one shard that is on this machine and put it under its final name; the caller records it.
+
+    A weight with non-finite values either raises or, with `keep_non_finite`, is left in its source dtype: the output's
+    layout is then another one, and the shard is done again with it. Raises CheckpointError, OutputError.
+    """
+    reader = open_reader(task, local)
+    try:
+        result, output, plan = _attempt(task, task.plan, local, reader, on_bytes)
+        kept = result.non_finite
+        if kept:
+            on_bytes(task.source.file, "", -task.tensor_bytes)
+            result, output, plan = _attempt(task, task.plan.keeping(list(kept)), local, reader, on_bytes)
+    finally:
+        reader.close()
+    return ShardRecord(
+        source=task.source,
+        source_sha256=local.sha256,
+        source_tensors=tuple(decision.spec for decision in plan.decisions),
+        files=(_file_record(output, result),),
+        layers=tuple(layer_report(decision, output.target, result) for decision in plan.quantized),
+        kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
+    )
+
+
+def _attempt(
+    task: ShardTask, plan: Plan, local: LocalFile, reader: ShardReader, on_bytes: OnBytes
+) -> tuple[PassResult, OutputShard, Plan]:
+    """One pass over a shard; commits the file unless weights must be kept that the plan would quantize."""
+    decisions = decisions_by_name(plan)
+    output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
+    writer = ShardWriter(task.partial, output.file_bytes)
+    try:
+        with _published_digest(task, local) as digest:
+            shard_pass = ShardPass(task.layout, decisions, reader, output, task.options)
+            in_pass = digest if task.layout.mappable else None
+            result = shard_pass.run(writer, partial(on_bytes, task.source.file), in_pass)
+        if result.non_finite:
+            writer.abandon()
+        else:
+            writer.commit(task.output)
+    except BaseException:
+        writer.abandon()
+        raise
+    return result, output, plan
+
+
+@contextmanager
+def _published_digest(task: ShardTask, local: LocalFile) -> Iterator[SourceDigest | None]:
+    """A digest of the source file to feed, checked at the end; None where nothing was published to check it with."""
+    if local.sha256 is None:
+        yield None
+        return
+    with closing(FileReader(local.path)) as gaps:
+        digest = SourceDigest(gaps, task.source.size_bytes)
+        yield digest
+        if digest.hexdigest() != local.sha256:
+            raise DigestMismatchError(
+                f"{task.source.file}: its sha256 is not the one that the Hub published ({local.sha256})",
+                hint="Run the same command again; if it comes back, the network or this disk alters data.",
+            )
+
+
+def open_reader(task: ShardTask, local: LocalFile) -> ShardReader:
+    """Access to the shard's bytes, after a look that the file is the one whose header the plan was made from."""
+    changed = f"{task.source.file}: changed since its header was read"
+    if local.path.stat().st_size != task.layout.file_bytes:
+        raise DigestMismatchError(changed, hint="Run the same command again.")
+    if not task.layout.mappable:
+        tensors = load_legacy(local.path)
+        return TensorsReader([tensors[stored.spec.name] for stored in task.layout.tensors])
+    with open(local.path, "rb") as file:
+        if read_layout(file, task.weight_format, task.source.file, task.layout.file_bytes) != task.layout:
+            raise DigestMismatchError(changed, hint="Run the same command again.")
+    return FileReader(local.path)
+
+
+def _file_record(output: OutputShard, result: PassResult) -> FileRecord:
+    header = new_digest()
+    header.update(output.header)
+    tensors = tuple(
+        TensorRecord(name, place.spec.dtype, place.spec.shape, result.digests[name])
+        for name, place in output.tensors.items()
+    )
+    return FileRecord(output.file_name, output.file_bytes, header.hexdigest(), tensors)
+
+
+def layer_report(decision: Decision, target: Layout, result: PassResult) -> LayerReport:
+    """The figures of one layer, from the pass that made or compared it."""
+    data, *companions = output_specs(decision, target)
+    return LayerReport(
+        name=decision.module,
+        kind=decision.kind.removesuffix(".weight"),
+        shape=(data.shape[0], data.shape[1]),
+        source_dtype=TORCH_NAMES[decision.spec.dtype],
+        bytes_before=decision.spec.nbytes,
+        bytes_after=data.nbytes + sum(spec.nbytes for spec in companions),
+        sums=result.sums[decision.spec.name],
+    )
