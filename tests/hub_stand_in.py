@@ -319,12 +319,13 @@ class _Handler(BaseHTTPRequestHandler):
                     time.sleep(len(piece) / fault.bytes_per_s)
 
     def _write(self, piece: bytearray) -> None:
+        self.request_log.bytes_sent += len(piece)  # before the client can have it, and look
         try:
             self.wfile.write(piece)
         except OSError:
+            self.request_log.bytes_sent -= len(piece)
             self.close_connection = True
             raise
-        self.request_log.bytes_sent += len(piece)
 
     def _cut_off(self, fault: Fault) -> None:
         if fault.stall_s is not None:

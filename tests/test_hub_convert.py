@@ -320,7 +320,7 @@ def test_a_copied_file_that_arrives_damaged_is_never_left_there(
 def test_a_transfer_that_was_killed_goes_on_from_where_it_stopped(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
-    hub.fail(SHARD, Fault(times=2, bytes_per_s=300_000))
+    hub.fail(SHARD, Fault(times=3, bytes_per_s=300_000))  # two for the header, one for the transfer
     child = user.start(REPO)
 
     def half_way() -> bool:

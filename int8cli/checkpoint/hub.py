@@ -16,7 +16,7 @@ from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from threading import Event, Lock, Thread
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from int8cli.checkpoint.failures import disk_error
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelInfo
     from huggingface_hub.file_download import HfFileMetadata
 
-_READ_AHEAD_BYTES = 128 << 10  # the header of a shard of BLOOM is 2 KB, of a model in one file some 50 KB
+# A safetensors header is two reads, each of which knows its length: nothing is read ahead, so that no weight travels.
+# What else is read piecemeal, a `.bin`'s directory and pickle, would take a request for every few bytes.
+_EXACT_SUFFIX = ".safetensors"
+_READ_AHEAD_BYTES = 128 << 10
 _FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
 _CLOSE_WAIT_S = 2.0
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -138,6 +141,8 @@ class HubSource:
             return cached.open("rb")
         self._require_online(file_name)
         reader = RangeReader(self._remote(file_name), self._retries(file_name), lambda: self._ask(file_name).size_bytes)
+        if file_name.endswith(_EXACT_SUFFIX):
+            return cast(BinaryIO, reader)
         return BufferedReader(reader, _READ_AHEAD_BYTES)
 
     @contextmanager
