@@ -154,9 +154,9 @@ class StreamedModel:
         comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence,
         where they were not stopped before the head.
         """
-        expected = [source for unit in self.skeleton.units for source in unit.sources]
-        self._tensors.expect(expected)
-        self._tensors.expect(self.skeleton.resident.sources)
+        for unit in (self.skeleton.resident, *self.skeleton.units):
+            if unit.name == "" or self.skeleton.module(unit) is not self.head:
+                self._tensors.expect(unit.sources)
         strands: list[Strand[_Call, Any]] = [self._strand(index, inputs) for index, inputs in enumerate(sequences)]
         with self._intercepted(), torch.no_grad():
             self.skeleton.load(self.skeleton.resident, self._tensors)
