@@ -33,13 +33,14 @@ def make_model(
     directory: Path,
     change: Callable[[Any], None] | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    **save_kwargs: Any,
 ) -> Path:
     """Save a tiny model, with its weights changed if wanted, and a tokenizer."""
     model = build_tiny((LISTED | HEADS | OTHERS)[architecture], dtype)
     if change is not None:
         with torch.no_grad():
             change(model)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, **save_kwargs)
     save_tokenizer(directory)
     return directory
 

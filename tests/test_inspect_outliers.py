@@ -10,6 +10,7 @@ import pytest
 import torch
 from calibration_models import WORDS, make_model
 from checkpoints import LISTED, build_tiny, survey
+from hub_stand_in import HubStandIn
 from program import environment
 from safetensors import safe_open
 from test_calibrate import plant
@@ -187,6 +188,32 @@ def test_a_process_killed_between_blocks_goes_on(model: Path, tmp_path: Path) ->
     whole = inspect(model, "-o", tmp_path / "whole.safetensors", tmp_path=tmp_path)
     assert whole.exit_code == 0
     assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_from_the_hub_each_shard_comes_once_and_none_stays(tmp_path: Path) -> None:
+    make_model("llama", tmp_path / "model", max_shard_size="20KB")
+    (tmp_path / "words.txt").write_text(" ".join(WORDS * 3))
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    assert len(shards) >= 3
+    arguments = ["--text", "words.txt", "--sequence-length", "16", "--tokens", "64", "--work-dir", "work"]
+    with HubStandIn() as hub:
+        hub.add_repo("org/name", tmp_path / "model")
+        result = subprocess.run(
+            [sys.executable, "-m", "int8cli", "inspect-outliers", "org/name", *arguments, "-o", "hub.safetensors"],
+            env=environment(HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home")),
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        for shard in shards:
+            whole = [request for request in hub.of(shard.name) if request.bytes_sent >= shard.stat().st_size]
+            assert len(whole) <= 1
+        assert hub.bytes_sent(shards[1].name) >= shards[1].stat().st_size
+    assert load_statistics(tmp_path / "hub.safetensors").provenance.revision is not None
+    assert not [path for path in (tmp_path / "work").rglob("*") if path.is_file()]
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
 def test_runs_of_numbers_are_shortened() -> None:

@@ -4,6 +4,7 @@ Owns which shards are on this machine at a time and how a stored tensor becomes 
 """
 
 import mmap
+import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -43,6 +44,7 @@ class CheckpointTensors:
         self._layouts = {layout.file_name: layout for layout in layouts}
         self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
         self._open: dict[str, _OpenShard] = {}
+        self._opening = threading.Lock()
         self._wanted: Counter[str] = Counter()
 
     @property
@@ -87,9 +89,10 @@ class CheckpointTensors:
 
     def _shard(self, name: str) -> "_OpenShard":
         shard = self._places[name][0]
-        if shard not in self._open:
-            self._open[shard] = _OpenShard(self._source, self._layouts[shard])
-        return self._open[shard]
+        with self._opening:  # transformers reads a unit's tensors from several threads
+            if shard not in self._open:
+                self._open[shard] = _OpenShard(self._source, self._layouts[shard])
+            return self._open[shard]
 
 
 class _OpenShard:
