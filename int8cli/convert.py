@@ -17,7 +17,13 @@ from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.conclusion import RenderCard, write_conclusion
 from int8cli.convert_shard import ShardTask, convert_shard
-from int8cli.errors import CorruptShardError, DigestMismatchError, DiskSpaceError, WorkerLostError
+from int8cli.errors import (
+    CorruptShardError,
+    DigestMismatchError,
+    DiskSpaceError,
+    UnsupportedModelError,
+    WorkerLostError,
+)
 from int8cli.executors import Executor, InlineExecutor, ProcessExecutor
 from int8cli.manifest import MANIFEST_FILE
 from int8cli.output import CARD_FILE, INDEX_FILE, REPORT_FILE
@@ -73,16 +79,21 @@ def convert(
     `render_card` makes the output's README.md from the report. Raises Int8cliError; whatever is raised, no file stands
     half-written under a final name, and the same call goes on from there.
     """
+    if settings.only and not survey.plan.quantized:
+        raise UnsupportedModelError(
+            "--only leaves nothing to quantize", hint="--dry-run lists the modules, and why each is left alone."
+        )
     with locked(options.output) as lock:
         store = RecordStore(options.output)
         if options.overwrite:
             store.clear()
         conversion = describe(source, survey, settings)
-        store.begin(conversion)
-        shutil.rmtree(store.partial_directory, ignore_errors=True)
+        store.check(conversion)
         records = {shard.file: record for shard in conversion.shards if (record := store.finished(shard))}
         remaining = [shard for shard in conversion.shards if shard.file not in records]
         _require_room(source, survey, options.output, remaining)
+        store.claim(conversion)
+        shutil.rmtree(store.partial_directory, ignore_errors=True)
         observer.started(survey, frozenset(records))
         for file_name in survey.weights.copied:
             _copy_file(source, file_name, options.output)

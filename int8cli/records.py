@@ -166,17 +166,21 @@ class RecordStore:
         hint = "Without it nothing here is known to be int8cli's: choose another --output, or delete the directory."
         return _read_record(self._conversion_path, Conversion.from_json, hint)
 
-    def begin(self, conversion: Conversion) -> None:
-        """Claim the directory for a conversion, or go on with the same one.
+    def check(self, conversion: Conversion) -> None:
+        """Whether the directory is free for a conversion, or holds the same one. Writes nothing.
 
         Raises SettingsMismatchError if it belongs to another, OutputError if files stand there that are not ours.
         """
         known = self.conversion()
         if known is None:
             self._refuse_foreign_files(conversion)
-            write_file(self._conversion_path, _to_bytes(conversion.to_json()))
         elif known != conversion:
             _refuse_mismatch(self._output, known, conversion)
+
+    def claim(self, conversion: Conversion) -> None:
+        """Put down that the directory, which `check` found free, belongs to this conversion."""
+        if self.conversion() is None:
+            write_file(self._conversion_path, _to_bytes(conversion.to_json()))
 
     def record(self, shard: ShardSource) -> ShardRecord | None:
         """What was put down when a shard was finished; None if it never was. Raises OutputError."""
@@ -275,9 +279,15 @@ def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> Non
     before, now = _fields(known), _fields(wanted)
     field = next(name for name in now if before.get(name) != now[name])
     raise SettingsMismatchError(
-        f"{output} holds a conversion with {field} {before.get(field)!r}; this one has {now[field]!r}",
+        f"{output} holds a conversion with {field} {_told(before.get(field))}; this one has {_told(now[field])}",
         hint="Use the same settings to go on, --overwrite to start anew, or another --output.",
     )
+
+
+def _told(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(repr, value)) or "none"
+    return repr(value)
 
 
 def _fields(conversion: Conversion) -> dict[str, object]:

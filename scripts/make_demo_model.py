@@ -50,6 +50,7 @@ def save_checkpoint(gguf: Path, output: Path, max_shard_size: str) -> None:
 
 
 def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars, which come out as one long line in a log
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--max-shard-size", default="100MB")

@@ -91,6 +91,7 @@ class HubStandIn:
         self.cdn = cdn
         self.ranges = ranges
         self.requests: list[Request] = []
+        self.terse = False  # say no more of a repository than a minimal server would
         self._repos: dict[str, Repo] = {}
         self._faults: list[tuple[str, Fault]] = []
         self._lock = threading.Lock()
@@ -239,6 +240,8 @@ class _Handler(BaseHTTPRequestHandler):
             "tags": [],
             "siblings": [{"rfilename": name} for name in files_of(directory)],
         }
+        if self._hub.terse:
+            info = {key: info[key] for key in ("sha", "siblings")}
         self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json", "X-Repo-Commit": commit})
 
     def _serve_file(self, repo_id: str, revision: str, file: str) -> None:

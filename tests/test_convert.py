@@ -529,3 +529,10 @@ def test_weights_in_another_dtype_than_the_config_names_load_and_run(
         logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
     assert logits.dtype == torch.bfloat16
     assert torch.isfinite(logits.float()).all()
+
+
+def test_only_that_names_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
+    source = save_by_hand(tmp_path / "source", {WEIGHT: normal(8, 8)})
+    with pytest.raises(UnsupportedModelError, match="--only"):
+        convert_local(source, tmp_path / "output", only=("nothing.*",))
+    assert not (tmp_path / "output").exists()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_stand_in import Fault, HubStandIn
+from hub_stand_in import Fault, HubStandIn, commit_of
 
 from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.locate import open_source
@@ -629,3 +629,10 @@ def test_an_unknown_name_points_at_the_directory_that_was_meant(hub, model, tmp_
     with pytest.raises(ModelNotFoundError, match="modle") as caught:
         open_source("modle", revision=None, download_dir=tmp_path / "incoming")
     assert "On this machine there is model" in caught.value.hint
+
+
+def test_a_server_that_gives_only_commit_and_files_is_enough(hub, model, tmp_path):
+    hub.terse = True
+    source = source_of(hub, tmp_path)
+    assert SHARD in source.list_files()
+    assert source.identity.revision == commit_of(model)

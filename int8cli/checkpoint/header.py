@@ -166,6 +166,8 @@ def _shown(value: object) -> str:
 
 
 def _checked_metadata(metadata: Any, file_name: str) -> dict[str, str]:
+    if metadata is None:  # as good as none at all to the reference reader
+        return {}
     if not isinstance(metadata, dict):
         raise CorruptShardError(f"{file_name}: {METADATA_KEY} is {_shown(metadata)}, not an object")
     for key, value in metadata.items():
@@ -179,9 +181,11 @@ def _checked_metadata(metadata: Any, file_name: str) -> dict[str, str]:
 def _stored_tensor(name: str, entry: Any, data_start: int, file_name: str) -> StoredTensor:
     """One header entry, checked for itself: its fields, and that dtype, shape and offsets agree."""
     where = f"{file_name}: tensor {_shown(name)}"
-    if not isinstance(entry, dict) or entry.keys() != _ENTRY_FIELDS:
+    if (
+        not isinstance(entry, dict) or not entry.keys() >= _ENTRY_FIELDS
+    ):  # the reference reader passes over other fields
         found = ", ".join(map(_shown, entry)) if isinstance(entry, dict) else _shown(entry)
-        raise CorruptShardError(f"{where} must have exactly dtype, shape and data_offsets, it has {found or 'nothing'}")
+        raise CorruptShardError(f"{where} must have dtype, shape and data_offsets, it has {found or 'nothing'}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CorruptShardError(f"{where} has the unknown dtype {_shown(dtype)}")

@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, BinaryIO, cast
+from urllib.parse import quote
 
 from int8cli.checkpoint.failures import disk_error
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
@@ -219,7 +220,26 @@ class HubSource:
         from huggingface_hub import HfApi
 
         api = HfApi(endpoint=self._options.endpoint, token=self._options.token, library_name="int8cli")
-        return api.model_info(self._repo_id, revision=self._revision, timeout=self._timeout_s)
+        try:
+            return api.model_info(self._repo_id, revision=self._revision, timeout=self._timeout_s)
+        except KeyError:  # a server that says less of a repository than the Hub does; we need commit and files
+            return self._terse_model_info()
+
+    def _terse_model_info(self) -> "ModelInfo":
+        from huggingface_hub import ModelInfo, constants, get_session, hf_raise_for_status
+
+        url = f"{self._options.endpoint or constants.ENDPOINT}/api/models/{self._repo_id}"
+        if self._revision is not None:
+            url += f"/revision/{quote(self._revision, safe='')}"
+        response = get_session().get(url, headers=self._headers(), timeout=self._timeout_s)
+        hf_raise_for_status(response)
+        return ModelInfo(**{"id": self._repo_id, **response.json()})  # type: ignore[no-untyped-call]
+
+    def _headers(self) -> dict[str, str]:
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
+
+        headers: dict[str, str] = build_hf_headers(token=self._options.token, library_name="int8cli")
+        return headers
 
     def _no_hub(self) -> SourceError:
         return TransferError(f"{self._repo_id}: the server does not answer as a Hub does", hint="Check HF_ENDPOINT.")
@@ -266,10 +286,7 @@ class HubSource:
         return hf_hub_url(self._repo_id, file_name, revision=self._snapshot.commit, endpoint=self._options.endpoint)
 
     def _remote(self, file_name: str) -> RemoteFile:
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
-
-        headers = build_hf_headers(token=self._options.token, library_name="int8cli")
-        return RemoteFile(self._url(file_name), headers, self._timeout_s)
+        return RemoteFile(self._url(file_name), self._headers(), self._timeout_s)
 
     def _ask(self, file_name: str) -> _Published:
         """What the Hub says of the file; asked once."""

@@ -3,8 +3,10 @@
 What a command needs is imported when it runs, so that `--help` and `--version` answer at once.
 """
 
+import inspect
 import io
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -39,10 +41,16 @@ def int8cli(
     """
 
 
-app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
-app.command("estimate-memory", epilog=estimate_memory.EXAMPLES)(estimate_memory.estimate_memory)
-app.command("inspect-outliers", epilog=inspect_outliers.EXAMPLES)(inspect_outliers.inspect_outliers)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+def _add(name: str, command: Callable[..., None], examples: str) -> None:
+    """Add a command whose help is its docstring, as paragraphs: the help screen breaks the lines itself."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    app.command(name, help="\n\n".join(" ".join(text.split()) for text in paragraphs), epilog=examples)(command)
+
+
+_add("convert", convert.convert, convert.EXAMPLES)
+_add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
+_add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
+_add("verify", verify.verify, verify.EXAMPLES)
 
 
 def main() -> None:

@@ -57,6 +57,8 @@ def _forget_stdout() -> None:
 
 
 def show_error(error: Int8cliError) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    from int8cli.report.text import printable
+
+    print(f"error: {printable(str(error))}", file=sys.stderr)
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        print(f"hint: {printable(error.hint)}", file=sys.stderr)

@@ -20,7 +20,8 @@ from rich.table import Column
 
 from int8cli.convert import Observer
 from int8cli.records import ShardRecord
-from int8cli.report.units import human_bytes
+from int8cli.report.text import printable
+from int8cli.report.units import counted, human_bytes
 from int8cli.results import worst_first
 from int8cli.survey import Survey
 
@@ -80,7 +81,7 @@ class LineObserver(ProgressObserver):
         self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
 
     def noted(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 class BarObserver(ProgressObserver):
@@ -114,6 +115,7 @@ class BarObserver(ProgressObserver):
     def progressed(self, shard: str, tensor: str, source_bytes: int) -> None:
         if self._task is None:
             return
+        tensor = printable(tensor)
         name = tensor if len(tensor) <= NAME_WIDTH else f"…{tensor[1 - NAME_WIDTH :]}"
         where = f"{self._positions.get(shard, 0)}/{len(self._positions)} {name}"
         self._progress.update(self._task, advance=source_bytes, description=where)
@@ -131,7 +133,7 @@ class BarObserver(ProgressObserver):
         self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
 
     def noted(self, message: str) -> None:
-        self._console.print(message, soft_wrap=True, markup=False)
+        self._console.print(printable(message), soft_wrap=True, markup=False)
 
     def close(self) -> None:
         self._progress.stop()
@@ -162,7 +164,7 @@ def _outcome(record: ShardRecord) -> str:
     outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(written)}"
     if record.layers:
         worst = worst_first(record.layers)[0]
-        outcome += f", {len(record.layers)} layers, worst error {worst.sums.relative_frobenius_error:.4f}"
+        outcome += f", {counted(len(record.layers), 'layer')}, worst error {worst.sums.relative_frobenius_error:.4f}"
     if record.kept:
         outcome += f", {len(record.kept)} kept for non-finite values"
     return outcome

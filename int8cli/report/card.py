@@ -6,6 +6,7 @@ Says nothing that differs between two runs of the same conversion.
 from collections.abc import Iterator
 
 from int8cli.layouts import compressed_tensors
+from int8cli.report.text import printable
 from int8cli.report.units import decibels, human_bytes, human_count
 from int8cli.results import ConversionReport, KindSummary, summarize_kinds
 from int8cli.survey import Survey
@@ -101,7 +102,7 @@ def _errors(report: ConversionReport) -> Iterator[str]:
     for layer in report.layers[:WORST_LAYERS]:
         sums = layer.sums
         yield (
-            f"| `{layer.name}` | {layer.shape[0]} x {layer.shape[1]} | {sums.relative_frobenius_error:.4f} "
+            f"| `{printable(layer.name)}` | {layer.shape[0]} x {layer.shape[1]} | {sums.relative_frobenius_error:.4f} "
             f"| {decibels(sums.sqnr_db)} | {sums.max_abs_error:.3g} |"
         )
     yield "\nThe error of every layer is in `int8/report.json`."
@@ -109,6 +110,6 @@ def _errors(report: ConversionReport) -> Iterator[str]:
 
 def _kind_row(kind: KindSummary) -> str:
     return (
-        f"| `{kind.kind}` | {kind.layers} | {kind.sums.relative_frobenius_error:.4f} "
+        f"| `{printable(kind.kind)}` | {kind.layers} | {kind.sums.relative_frobenius_error:.4f} "
         f"| {decibels(kind.sums.sqnr_db)} | {100 * kind.sums.mean_range_use:.0f} % |"
     )

@@ -9,6 +9,7 @@ from rich.markup import escape
 from int8cli.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.checkpoint.source import Source
 from int8cli.report.terminal import groups_table, stdout_console
+from int8cli.report.text import printable
 from int8cli.report.units import human_bytes, human_count
 from int8cli.survey import Room, Survey, group_by_kind, room_needed
 
@@ -95,7 +96,7 @@ def show_plan(survey: Survey, needs: Needs, output: Path) -> None:
     console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
     console.print(groups_table("Left alone", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
-        console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+        console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
 
 def _disk_line(room: Room) -> str:

@@ -6,11 +6,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from int8cli.report.units import decibels, human_bytes, human_count
+from int8cli.report.text import broken_at_dots, printable
+from int8cli.report.units import counted, decibels, human_bytes, human_count
 from int8cli.results import ConversionReport, LayerReport, TensorGroup, summarize_kinds
 
 WIDTH = 80
 WORST_LAYERS = 10
+# What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
+NAME_WIDTH = 32
+GROUP_WIDTH = 39
 
 
 def stdout_console() -> Console:
@@ -29,19 +33,19 @@ def show_report(report: ConversionReport, output: Path) -> None:
         console.print(_worst_table(report.layers[:WORST_LAYERS]))
     console.print(groups_table("Left alone", report.left_alone))
     for file, reason in report.passed_over:
-        console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+        console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
 
 def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:
     """Kinds of tensors with the reason for what becomes of them."""
     table = _table(title)
-    table.add_column("kind", overflow="fold")
+    table.add_column("kind", no_wrap=True)
     table.add_column("tensors", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
+    table.add_column("why")
     for group in groups:
         table.add_row(
-            escape(group.kind.removesuffix(".weight")),
+            broken_at_dots(group.kind.removesuffix(".weight"), GROUP_WIDTH),
             str(group.tensors),
             human_bytes(group.bytes),
             escape(group.reason),
@@ -59,7 +63,7 @@ def _headline(report: ConversionReport, output: Path) -> str:
     ]
     if report.layers:
         lines.append(
-            f"{len(report.layers)} layers: relative error {total.relative_frobenius_error:.4f}, "
+            f"{counted(len(report.layers), 'layer')}: relative error {total.relative_frobenius_error:.4f}, "
             f"SQNR {decibels(total.sqnr_db)} dB"
         )
     else:
@@ -69,7 +73,7 @@ def _headline(report: ConversionReport, output: Path) -> str:
 
 def _kinds_table(report: ConversionReport) -> Table:
     table = _table("Quantized, by kind of layer")
-    table.add_column("kind", overflow="fold")
+    table.add_column("kind", no_wrap=True)
     table.add_column("layers", justify="right", no_wrap=True)
     table.add_column("before", justify="right", no_wrap=True)
     table.add_column("after", justify="right", no_wrap=True)
@@ -78,7 +82,7 @@ def _kinds_table(report: ConversionReport) -> Table:
     table.add_column("range", justify="right", no_wrap=True)
     for kind in summarize_kinds(report.layers):
         table.add_row(
-            escape(kind.kind),
+            broken_at_dots(kind.kind, NAME_WIDTH),
             str(kind.layers),
             human_bytes(kind.bytes_before),
             human_bytes(kind.bytes_after),
@@ -92,7 +96,7 @@ def _kinds_table(report: ConversionReport) -> Table:
 
 def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
     table = _table("Worst layers" if len(layers) == WORST_LAYERS else "Layers, worst first")
-    table.add_column("layer", overflow="fold")
+    table.add_column("layer", no_wrap=True)
     table.add_column("out x in", justify="right", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
     table.add_column("dB", justify="right", no_wrap=True)
@@ -101,7 +105,7 @@ def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
     for layer in layers:
         sums = layer.sums
         table.add_row(
-            escape(layer.name),
+            broken_at_dots(layer.name, NAME_WIDTH),
             f"{layer.shape[0]} x {layer.shape[1]}",
             f"{sums.relative_frobenius_error:.4f}",
             decibels(sums.sqnr_db),

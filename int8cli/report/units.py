@@ -23,3 +23,8 @@ def human_count(count: int) -> str:
 
 def decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f}"
+
+
+def counted(count: int, what: str) -> str:
+    """`1 layer`, `210 layers`."""
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
