@@ -25,9 +25,10 @@ from int8cli.errors import (
     WorkerLostError,
 )
 from int8cli.executors import Executor, InlineExecutor, ProcessExecutor
+from int8cli.lock import locked
 from int8cli.manifest import MANIFEST_FILE
 from int8cli.output import CARD_FILE, INDEX_FILE, REPORT_FILE
-from int8cli.records import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardRecord, ShardSource, locked
+from int8cli.records import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardRecord, ShardSource
 from int8cli.results import ConversionReport
 from int8cli.shard import PassOptions
 from int8cli.survey import CONFIG_FILE, Survey, fingerprint, room_needed
@@ -83,8 +84,8 @@ def convert(
         raise UnsupportedModelError(
             "--only leaves nothing to quantize", hint="--dry-run lists the modules, and why each is left alone."
         )
-    with locked(options.output) as lock:
-        store = RecordStore(options.output)
+    store = RecordStore(options.output)
+    with locked(options.output, store.own) as lock:
         if options.overwrite:
             store.clear()
         conversion = describe(source, survey, settings)

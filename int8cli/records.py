@@ -1,15 +1,13 @@
 """What a conversion set out to do and what of it is finished: the files under `int8/` that resume and verify trust.
 
-Owns their schema, the order in which they come to be, and the lock on an output directory. A shard's record is written
+Owns their schema and the order in which they come to be. A shard's record is written
 after the shard stands under its final name, so that a record always speaks of a whole file.
 """
 
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +15,7 @@ from typing import Any, TypeVar
 from int8cli.checkpoint.source import SourceIdentity
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import OutputError, OutputInUseError, SettingsMismatchError
+from int8cli.errors import OutputError, SettingsMismatchError
 from int8cli.results import LayerReport
 
 CONVERSION_SCHEMA = "int8cli.conversion/1"
@@ -226,53 +224,6 @@ class RecordStore:
                     f"{path} exists and was not written by int8cli",
                     hint="Choose another directory with --output; nothing that int8cli did not write is replaced.",
                 )
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[int]:
-    """Hold an output directory for one run. Yields the descriptor whose duplicates, in workers, keep the lock.
-
-    The lock is the kernel's, on `int8/` itself: it ends with the last process that holds it, however that ends, and
-    leaves no file. An `int8/` that is empty at the end is removed. Raises OutputInUseError, OutputError.
-    """
-    own = output / OWN_DIRECTORY
-    descriptor = _lock(output, own)
-    try:
-        yield descriptor
-    finally:
-        with suppress(OSError):
-            own.rmdir()
-        os.close(descriptor)
-
-
-def _lock(output: Path, own: Path) -> int:
-    while True:
-        try:
-            own.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(own, os.O_RDONLY)
-        except OSError as error:
-            raise OutputError(
-                f"{output}: cannot be written ({error.strerror})",
-                hint="Choose a directory you may write to with --output.",
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise OutputInUseError(
-                f"{output} is in use by another int8cli convert",
-                hint="Wait for it to end, or choose another directory with --output.",
-            ) from error
-        if _is_still(own, descriptor):
-            return descriptor
-        os.close(descriptor)  # its last holder removed it in between
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import xxhash
 
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts, refuse_quantized
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.checkpoint.writer import existing_parent, free_bytes

@@ -16,6 +16,7 @@ FLOORS = {
     "int8cli.llm_int8": 1,
     "int8cli.checkpoint": 2,
     "int8cli.digest": 2,
+    "int8cli.lock": 2,
     "int8cli.architectures": 3,
     "int8cli.plan": 3,
     "int8cli.layouts": 3,

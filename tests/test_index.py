@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts, refuse_quantized
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.errors import (
     CorruptShardError,
     IndexFileError,

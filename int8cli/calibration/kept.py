@@ -6,7 +6,6 @@ and when a resumed forward passes them again, the last one's output stands in fo
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from int8cli.calibration.sites import is_marked, map_tensors, mark, tensors_in
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import OutputError, OutputInUseError
+from int8cli.errors import OutputError
+from int8cli.lock import hold
 
 _RECORD = "record.json"
 
@@ -132,14 +132,11 @@ def _lock(directory: Path) -> int:
         raise OutputError(
             f"{directory} cannot be written ({error.strerror})", hint="Choose another directory with --work-dir."
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputInUseError(
-            f"another int8cli is running this model, and keeps its state in {directory}",
-            hint="Wait for it to end, or choose another directory with --work-dir.",
-        ) from error
+    hold(
+        descriptor,
+        f"another int8cli is running this model, and keeps its state in {directory}",
+        "Wait for it to end, or choose another directory with --work-dir.",
+    )
     return descriptor
 
 

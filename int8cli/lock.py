@@ -1,0 +1,62 @@
+"""One run at a time on a directory.
+
+Owns the locks that keep two runs apart. They are the kernel's: a lock ends with the last process that holds it, however
+that ends, and what is left of a killed run never locks anybody out.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from int8cli.errors import OutputError, OutputInUseError
+
+
+def hold(descriptor: int, in_use: str, hint: str) -> None:
+    """Lock an open file or directory; where another holds it, close it and raise OutputInUseError, saying `in_use`."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputInUseError(in_use, hint=hint) from error
+
+
+@contextmanager
+def locked(output: Path, own: Path) -> Iterator[int]:
+    """Hold an output directory for one run, by a lock on `own`, a directory in it, which leaves no file.
+
+    Yields the descriptor whose duplicates, in workers, keep the lock. An `own` that is empty at the end is removed.
+    Raises OutputInUseError, OutputError.
+    """
+    descriptor = _lock(output, own)
+    try:
+        yield descriptor
+    finally:
+        with suppress(OSError):
+            own.rmdir()
+        os.close(descriptor)
+
+
+def _lock(output: Path, own: Path) -> int:
+    while True:
+        try:
+            own.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(own, os.O_RDONLY)
+        except OSError as error:
+            raise OutputError(
+                f"{output}: cannot be written ({error.strerror})",
+                hint="Choose a directory you may write to with --output.",
+            ) from error
+        hint = "Wait for it to end, or choose another directory with --output."
+        hold(descriptor, f"{output} is in use by another int8cli convert", hint)
+        if _is_still(own, descriptor):
+            return descriptor
+        os.close(descriptor)  # its last holder removed it in between
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
