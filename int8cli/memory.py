@@ -15,7 +15,7 @@ from int8cli.checkpoint.source import Source
 from int8cli.gpus import Load
 from int8cli.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.loaded import Weights, buffers_of, names_not_held, weights_of
-from int8cli.survey import Survey, room_needed
+from int8cli.survey import Survey, beside_bytes, room_needed
 
 FLOAT16 = "float16"
 INT8 = "int8"
@@ -196,5 +196,5 @@ def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> C
         survey.output_bytes,
         threads * BUFFER_BYTES_A_THREAD,
         sum(room.needed_bytes for room in rooms),
-        survey.output_bytes + download_bytes,
+        survey.output_bytes + beside_bytes(source, survey) + download_bytes,
     )

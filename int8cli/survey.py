@@ -147,7 +147,7 @@ def room_needed(source: Source, survey: Survey, remaining: Sequence[str], output
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
     wanted = [
         (output, sum(survey.outputs[name].file_bytes for name in remaining)),
-        (output, _beside_bytes(source, survey)),
+        (output, beside_bytes(source, survey)),
     ]
     if source.keeps_in is not None:
         wanted.append((source.keeps_in, sum(transferred)))
@@ -163,7 +163,7 @@ def room_needed(source: Source, survey: Survey, remaining: Sequence[str], output
     )
 
 
-def _beside_bytes(source: Source, survey: Survey) -> int:
+def beside_bytes(source: Source, survey: Survey) -> int:
     """Room for what is not weights: copied files as they are, records, report and index by the number of tensors."""
     copied = sum(source.size_bytes(name) for name in survey.weights.copied)
     return copied + _RECORD_BYTES_A_TENSOR * sum(len(output.tensors) for output in survey.outputs.values())

@@ -230,4 +230,5 @@ def test_the_largest_context_is_the_last_that_fits(tmp_path: Path) -> None:
 def test_a_local_model_is_not_downloaded(tmp_path: Path) -> None:
     found = estimate(llama(tmp_path)).conversion
     assert found.download_bytes == 0
-    assert found.disk_bytes == found.disk_keeping_source_bytes == found.output_bytes
+    assert found.disk_bytes == found.disk_keeping_source_bytes
+    assert 0 < found.disk_bytes - found.output_bytes < 100_000  # records, report, index
