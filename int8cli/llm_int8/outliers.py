@@ -20,6 +20,8 @@ POSITION_SHARE = 0.06
 # A value is massive from 100 on, where it is also a thousand times the median magnitude around it [Sun et al. 2024].
 MASSIVE_MAGNITUDE = 100.0
 MASSIVE_RATIO = 1000.0
+# Input columns of each linear that are stored exactly, at most.
+DEFAULT_OUTLIER_COLUMNS = 8
 
 _SHARE_SLACK = 1e-6  # shares are float32
 _CHUNK_ELEMENTS = 1 << 21
