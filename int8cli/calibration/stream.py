@@ -2,7 +2,8 @@
 
 Owns the order of things: every sequence comes to a unit, then the unit's weights are read, once, then all sequences
 pass. Each sequence is run by itself by the model's own forward, so its numbers are those of the whole model on that
-sequence, to the bit. Knows nothing of outliers or int8: whoever asks for the units watches them.
+sequence, to the bit. Knows nothing of outliers or int8: whoever asks for the units watches them, or changes what their
+layers compute for some of the sequences.
 
     for block in stream.units(sequences):          # its weights are in memory now
         with hooks on block.module:
@@ -57,17 +58,17 @@ class LoadedUnit:
     `linears` are its linear layers but the output head, by the names that the checkpoint has for them.
     """
 
-    def __init__(self, stream: "StreamedModel", unit: Unit, waiting: "list[tuple[int, _Call]]") -> None:
+    def __init__(self, stream: "StreamedModel", unit: Unit, waiting: dict[int, _Call]) -> None:
         self.unit = unit
         self.module: nn.Module = stream.skeleton.module(unit)
-        self.outputs: dict[int, Any] = {}
         self.done = False
         self._stream = stream
         self._waiting = waiting
+        head = stream.skeleton.output_head()
         self._names = {
             module: stream.skeleton.weight_name(f"{unit.name}.{name}" if name else unit.name)
             for name, module in linears_of(self.module).items()
-            if module is not stream.head
+            if module is not head
         }
 
     @property
@@ -77,12 +78,15 @@ class LoadedUnit:
     def run(
         self,
         *,
+        order: Callable[[int], Any] | None = None,
+        on_sequence: Callable[[int], None] | None = None,
         on_input: Callable[[str, Tensor], None] | None = None,
         on_linear_output: Callable[[str, Tensor], None] | None = None,
         on_output: Callable[[Any], None] | None = None,
     ) -> tuple[Site, ...]:
-        """Bring every sequence through, in order. Returns the sites met on the way.
+        """Bring every sequence through, by `order` of their numbers or as they were given. Returns the sites met.
 
+        on_sequence(its number): before each sequence.
         on_input(site's name, x): once for each input (…, positions, in_features), however many linears share it.
         on_linear_output(linear's name, y): after each linear. on_output(output): what the unit gave for a sequence.
         """
@@ -101,7 +105,10 @@ class LoadedUnit:
         with ExitStack() as hooks:
             for linear in self._names:
                 hooks.callback(linear.register_forward_hook(take_output).remove)
-            for turn, (sequence, call) in enumerate(self._waiting):
+            for turn, sequence in enumerate(sorted(self._waiting, key=order)):
+                if on_sequence is not None:
+                    on_sequence(sequence)
+                call = self._waiting.pop(sequence)
                 output = self._stream._compute(self, call, finder if turn == 0 else None)
                 if turn == 0:
                     sites = tuple(self._site(*found) for found in finder.found())
@@ -111,7 +118,8 @@ class LoadedUnit:
                         hooks.callback(hook.remove)
                 if on_output is not None and not isinstance(output, _HeadReachedError):
                     on_output(output)
-                self.outputs[sequence] = self._stream._keep(self, sequence, output)
+                self._stream._advance(sequence, self._stream._keep(self, sequence, output))
+                del call, output  # the sequence has what it needs of them
         return sites
 
     def _site(self, kind: Kind, in_features: int, linears: list[nn.Module]) -> Site:
@@ -123,7 +131,8 @@ class StreamedModel:
     """A model whose units are given their weights one after the other. To be run once.
 
     `to_head`: stop each sequence before the output head, whose logits nobody needs. `kept` holds the blocks' outputs on
-    disk, so that a later run can go on after the last block that is whole there.
+    disk, so that a later run can go on after the last block that is whole there. `on_result(sequence's number, what its
+    forward returned)` is called as soon as a forward ends, and nothing is held of it then: logits are large.
     """
 
     def __init__(
@@ -134,6 +143,7 @@ class StreamedModel:
         device: str = "cpu",
         to_head: bool = True,
         kept: KeptStates | None = None,
+        on_result: Callable[[int, Any], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.outputs: dict[int, Any] = {}
@@ -141,6 +151,9 @@ class StreamedModel:
         self._device = torch.device(device)
         self.head = skeleton.output_head() if to_head else None
         self._kept = kept
+        self._on_result = on_result
+        self._strands: list[Strand[_Call, Any]] = []
+        self._calls: dict[int, _Call] = {}
         self._forwards: dict[str, Callable[..., Any]] = {}
         self._visits: dict[str, int] = {}
         self._recalled: set[str] = set()
@@ -152,35 +165,37 @@ class StreamedModel:
 
         `sequences` are keyword arguments of the model's forward. A unit that shares its weights with itself (ALBERT)
         comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence,
-        where they were not stopped before the head.
+        where they were not stopped before the head and nobody was told of it.
         """
         for unit in (self.skeleton.resident, *self.skeleton.units):
             if unit.name == "" or self.skeleton.module(unit) is not self.head:
                 self._tensors.expect(unit.sources)
-        strands: list[Strand[_Call, Any]] = [self._strand(index, inputs) for index, inputs in enumerate(sequences)]
+        self._strands = [self._strand(index, inputs) for index, inputs in enumerate(sequences)]
         with self._intercepted(), torch.no_grad():
             self.skeleton.load(self.skeleton.resident, self._tensors)
             try:
-                calls = {index: call for index, strand in enumerate(strands) if (call := strand.advance())}
-                while calls:
-                    unit = calls[min(calls)].unit
-                    waiting = [(index, call) for index, call in calls.items() if call.unit == unit]
-                    yield from self._one(unit, waiting, strands, calls)
+                for index in range(len(sequences)):
+                    self._advance(index)
+                while self._calls:
+                    unit = self._calls[min(self._calls)].unit
+                    yield from self._one(unit)
             finally:
-                for strand in strands:
+                for strand in self._strands:
                     strand.close()
                 self.skeleton.unload(self.skeleton.resident)
 
-    def _one(
-        self, unit: Unit, waiting: list[tuple[int, _Call]], strands: "list[Strand[_Call, Any]]", calls: dict[int, _Call]
-    ) -> Iterator[LoadedUnit]:
-        """Load a unit, give it out, unload it, and take the sequences on with its outputs."""
+    def _one(self, unit: Unit) -> Iterator[LoadedUnit]:
+        """Load a unit, give it out so that the sequences which wait for it can pass, and unload it."""
+        waiting = {index: call for index, call in sorted(self._calls.items()) if call.unit == unit}
+        for index in waiting:
+            del self._calls[index]
         visit = self._visits[unit.name] = self._visits.get(unit.name, 0) + 1
         if self._kept is not None and visit > 1:
             self._refuse_to_keep(unit)
         if self._kept is not None and self._kept.has(unit.name, visit):
             self._recalled.add(unit.name)
-            outputs = {index: self._recall(unit, index) for index, _ in waiting}
+            for index in waiting:
+                self._advance(index, self._recall(unit, index))
         else:
             self.skeleton.load(unit, self._tensors)
             self._tensors.prefetch(self._next_sources(unit))
@@ -189,17 +204,19 @@ class StreamedModel:
                 yield loaded
                 if not loaded.done:
                     loaded.run()
-                outputs = loaded.outputs
             finally:
                 self.skeleton.unload(unit)
             if self._kept is not None and unit.stack is not None:
                 self._kept.finish(unit.stack, unit.name, visit)
         self._tensors.release(unit.sources)
-        for index, _ in waiting:
-            del calls[index]
-            call = strands[index].advance(outputs.pop(index))
-            if call is not None:
-                calls[index] = call
+
+    def _advance(self, sequence: int, output: Any = None) -> None:
+        """Take a sequence on with the output of the unit that it stood before, to its next unit or its end."""
+        call = self._strands[sequence].advance(output)
+        if call is not None:
+            self._calls[sequence] = call
+        elif self._on_result is not None and sequence in self.outputs:
+            self._on_result(sequence, self.outputs.pop(sequence))
 
     def _refuse_to_keep(self, unit: Unit) -> None:
         """A unit is called again: what is watched of it spans its calls, so a run cannot go on between them."""
