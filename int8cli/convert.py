@@ -106,11 +106,11 @@ def convert(
             records.update(_ShardLoop(source, tasks, executor, store, observer).run())
         finally:
             executor.close()
+            shutil.rmtree(store.partial_directory, ignore_errors=True)  # an interrupt may have come before any clean-up
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
-        for directory in (store.partial_directory, store.incoming_directory):
-            shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(store.incoming_directory, ignore_errors=True)
         return report
 
 

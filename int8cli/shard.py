@@ -6,6 +6,7 @@ Owns the threads of a pass and the order of what they do. Knows nothing of other
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError, quantization_steps
 from int8cli.output import OutputShard
 from int8cli.plan import Decision
+from int8cli.threads import run_in_threads
 from int8cli.workbench import TORCH_DTYPE, CrosswiseTiles, WideRowAbsmax, Workbench
 
 # For moving bytes around, a dtype's width is all that matters.
@@ -114,18 +116,7 @@ class ShardPass:
         `source_digest` is given every run of the source's bytes as it passes.
         """
         sink.write_at(0, self._output.header)
-        work = (sink, on_bytes, source_digest)
-        threads = [threading.Thread(target=self._work, args=work, daemon=True) for _ in range(self._options.threads)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except BaseException as interruption:
-            self._stop(interruption)
-            for thread in threads:
-                thread.join()
-            raise
+        run_in_threads(partial(self._work, sink, on_bytes, source_digest), self._options.threads, self._stop)
         if self._error is not None:
             raise self._error
         self._write_marks(sink)

@@ -15,6 +15,7 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.digest import new_digest
 from int8cli.errors import Int8cliError
 from int8cli.records import FileRecord
+from int8cli.threads import run_in_threads
 from int8cli.verify.checks import Failure
 
 PIECE_BYTES = 1 << 20
@@ -55,15 +56,7 @@ class DigestPass:
         """Every difference, in the order of the records."""
         sound = [record for record in self._records if self._is_worth_reading(record)]
         self._spans = (span for record in sound for span in _spans(record))
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._threads)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                thread.join()
-        except BaseException as interruption:
-            self._stop(interruption)
-            raise
+        run_in_threads(self._work, self._threads, self._stop)
         if self._error is not None:
             raise self._error
         order = {record.file: place for place, record in enumerate(self._records)}
