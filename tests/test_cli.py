@@ -198,7 +198,7 @@ def test_a_missing_model_and_a_wrong_command_are_usage_errors() -> None:
     assert CliRunner().invoke(app, ["convert"]).exit_code == 2
     wrong = CliRunner().invoke(app, ["conver", "model"])
     assert wrong.exit_code == 2
-    assert "convert" in wrong.stderr
+    assert "Did you mean 'convert'" in wrong.stderr
 
 
 def test_the_version_is_shown() -> None:
@@ -237,6 +237,33 @@ def test_help_shows_every_option_and_examples_that_parse(
         words = shlex.split(example.partition(">")[0])[1:]
         outcome = nursery.run(*words, cwd=model.parent, env={"HF_HUB_OFFLINE": "1"})
         assert outcome.code == 1, outcome.err
+
+
+def test_the_help_of_every_command_is_plain_text() -> None:
+    assert app.registered_commands
+    for command in app.registered_commands:
+        shown = CliRunner().invoke(app, [command.name, "--help"])
+        assert shown.exit_code == 0
+        assert "\n  Examples:\n\n  int8cli " in shown.stdout
+        assert "[bold]" not in shown.stdout
+        assert "\x08" not in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("int8cli con", "convert"), ("int8cli convert --lay", "--layout"), ("int8cli convert mod", "model/")],
+)
+def test_the_shell_completes_what_was_typed(typed: str, completed: str, model: Path) -> None:
+    asked = {"_INT8CLI_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    shown = subprocess.run(
+        [sys.executable, "-c", "from int8cli.cli import app; app(prog_name='int8cli')"],
+        cwd=model.parent,
+        env=environment(**asked),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.split() == [completed]
 
 
 @pytest.mark.parametrize(

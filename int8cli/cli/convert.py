@@ -13,14 +13,9 @@ from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Quiet, Revision
 
 EXAMPLES = """\
-[bold]Examples[/bold]
-
 int8cli convert bigscience/bloom
-
 int8cli convert ./my-model -o ./my-model-int8 --dry-run
-
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
-
 int8cli convert org/name --layout compressed-tensors
 """
 THREADS_FOR_A_SHARD = 4

@@ -17,14 +17,9 @@ if TYPE_CHECKING:
     from int8cli.report.memory import MemoryReport
 
 EXAMPLES = """\
-[bold]Examples[/bold]
-
 int8cli estimate-memory bigscience/bloom
-
 int8cli estimate-memory bigscience/bloom --gpu '8x RTX 3090' --context 1024
-
 int8cli estimate-memory ./my-model --gpu 24GiB --gpu 2x16GiB --batch 4
-
 int8cli estimate-memory org/name --json > memory.json
 """
 

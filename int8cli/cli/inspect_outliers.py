@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from int8cli.weight_suspects import WeightSuspects
 
 EXAMPLES = """\
-[bold]Examples[/bold]
-
 int8cli inspect-outliers bigscience/bloom-560m
-
-int8cli inspect-outliers ./my-model --text corpus.txt --tokens 16384 -o report.html -o outliers.safetensors
-
+int8cli inspect-outliers ./my-model --text corpus.txt -o report.html -o outliers.safetensors
 int8cli inspect-outliers org/name --from weights --json > suspects.json
 """
 _SUFFIXES = (".html", ".png", ".svg", ".safetensors")

@@ -20,12 +20,8 @@ if TYPE_CHECKING:
     from int8cli.records import Conversion
 
 EXAMPLES = """\
-[bold]Examples[/bold]
-
 int8cli verify bloom-int8
-
 int8cli verify ./my-model-int8 --source ./my-model
-
 int8cli verify ./name-int8 --source org/name --json > verification.json
 """
 
