@@ -73,6 +73,10 @@ class SettingsMismatchError(OutputError):
     """The output directory holds the records of a conversion of something else, or with other settings."""
 
 
+class StatisticsMismatchError(Int8cliError):
+    """Outlier statistics are of another model, or of another revision of it."""
+
+
 class DiskSpaceError(OutputError):
     """There is not enough room on the disk."""
 
@@ -87,3 +91,7 @@ class TextError(Int8cliError):
 
 class NotEnoughMemoryError(Int8cliError):
     """This machine, or its GPU, does not hold what has to be in memory at once."""
+
+
+class UnknownMethodError(Int8cliError):
+    """There is no int8 method of that name."""

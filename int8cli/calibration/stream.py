@@ -37,6 +37,7 @@ from int8cli.calibration.tensors import CheckpointTensors
 from int8cli.errors import Int8cliError, NotEnoughMemoryError, UnsupportedModelError
 
 Inputs = dict[str, Any]
+Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,21 @@ class LoadedUnit:
                 self._stream._advance(sequence, self._stream._keep(self, sequence, output))
                 del call, output  # the sequence has what it needs of them
         return sites
+
+    @contextmanager
+    def changed(self, change: Callable[[str, Forward], Forward]) -> Iterator[None]:
+        """Have each linear layer compute what `change(its name, its forward)` gives, while the context lasts."""
+        forwards = self._stream._forwards
+        with ExitStack() as stack:
+            for module, name in self._names.items():
+                if module is self.module:  # its own forward asks the engine
+                    original = forwards[self.unit.name]
+                    forwards[self.unit.name] = change(name, original)
+                    stack.callback(forwards.__setitem__, self.unit.name, original)
+                else:
+                    module.forward = change(name, module.forward)
+                    stack.callback(delattr, module, "forward")
+            yield
 
     def _site(self, kind: Kind, in_features: int, linears: list[nn.Module]) -> Site:
         names = tuple(self._names[linear] for linear in linears)

@@ -1,14 +1,21 @@
-"""The text that calibration runs on where the user names none.
+"""The texts that models are run over where the user names none.
 
-`sample.txt`: Ruth, Jonah and Genesis 37-45 from the King James Version (1611), one chapter a paragraph, 60 kB of
-English prose. It is in the public domain; taken from Debian's package bible-kjv-text, verse numbers left out.
+`sample.txt`, for calibration: Ruth, Jonah and Genesis 37-45. `held_out.txt`, for evaluation, so that nothing is measured
+on what it was calibrated on: Acts 1-16. Both from the King James Version (1611), one chapter a paragraph, English prose
+in the public domain; taken from Debian's package bible-kjv-text, verse numbers left out.
 """
 
 from importlib.resources import files
 
 SAMPLE_NAME = "int8cli's sample (King James Version: Ruth, Jonah, Genesis 37-45)"
+HELD_OUT_NAME = "int8cli's held-out sample (King James Version: Acts 1-16)"
 
 
 def sample_text() -> bytes:
-    """The text, in UTF-8."""
+    """The text to calibrate on, in UTF-8."""
     return files(__name__).joinpath("sample.txt").read_bytes()
+
+
+def held_out_text() -> bytes:
+    """The text to evaluate on, in UTF-8."""
+    return files(__name__).joinpath("held_out.txt").read_bytes()

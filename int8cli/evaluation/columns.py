@@ -1,0 +1,63 @@
+"""The outlier columns that a layer stores, chosen from a calibration as convert would choose them.
+
+Owns how a calibration becomes columns. The text it ran on should not be the one that is evaluated.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate, model_fingerprint
+from int8cli.calibration.text import Text
+from int8cli.errors import CheckpointError, TextError
+from int8cli.evaluation.results import StoredColumns
+from int8cli.evaluation.subject import Subject
+from int8cli.llm_int8.outliers import choose_columns
+from int8cli.outlier_statistics import OutlierStatistics
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenColumns:
+    """By linear layer, the columns to keep exact, sorted; and where they come from."""
+
+    by_layer: Mapping[str, tuple[int, ...]]
+    provenance: StoredColumns
+
+
+def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
+    """At most `limit` columns of each linear layer."""
+    chosen = {
+        linear.name: choose_columns(site.inputs, linear.weight_error, limit)
+        for site in statistics.linear_sites
+        for linear in site.linears
+    }
+    mean = sum(map(len, chosen.values())) / max(1, len(chosen))
+    of = statistics.provenance
+    return ChosenColumns(chosen, StoredColumns(limit, of.text, of.text_sha256, of.tokens, mean))
+
+
+def calibrated_columns(
+    subject: Subject, text: Text, evaluated: Text, limit: int, options: CalibrateOptions, observer: CalibrationObserver
+) -> ChosenColumns:
+    """Calibrate a 16-bit subject and choose: a pass over its weights of its own.
+
+    Raises TextError where that would be on the text that is evaluated, and what a calibration raises.
+    """
+    if text.sha256 == evaluated.sha256:
+        raise TextError(
+            f"{text.name} is what stored columns are calibrated on, and cannot be evaluated on",
+            hint="Choose another text, or give the statistics of another one with --outliers.",
+        )
+    assert subject.survey is not None
+    observer.noted("calibrating for stored columns: a pass over the weights of its own")
+    return columns_from(calibrate(subject.runs, subject.survey, text, options, observer), limit)
+
+
+def require_statistics_of(subject: Subject, statistics: OutlierStatistics) -> None:
+    """Raise CheckpointError if statistics are of another model, or of another state of it."""
+    of, identity = statistics.provenance, subject.runs.identity
+    mine = model_fingerprint(subject.runs, subject.layouts)
+    if (of.revision, of.model_fingerprint) != (identity.revision, mine):
+        raise CheckpointError(
+            f"the outlier statistics are of {of.model}, or of another state of it, not of {identity.name} as it is",
+            hint="Make them again: int8cli inspect-outliers MODEL --output FILE.safetensors",
+        )

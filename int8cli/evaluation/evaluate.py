@@ -1,0 +1,308 @@
+"""Evaluation of a model: all methods in one pass over its weights, with one block of it in memory.
+
+Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: an
+observer is told.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from int8cli.calibration.calibrate import CalibrationObserver, model_fingerprint
+from int8cli.calibration.kept import KeptStates
+from int8cli.calibration.memory import available_bytes
+from int8cli.calibration.model_files import model_files
+from int8cli.calibration.sites import linears_of
+from int8cli.calibration.skeleton import Skeleton, build_skeleton
+from int8cli.calibration.stream import LoadedUnit, StreamedModel
+from int8cli.calibration.tensors import CheckpointTensors
+from int8cli.calibration.text import Text, sequences_of
+from int8cli.checkpoint.writer import write_file
+from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
+from int8cli.evaluation.columns import ChosenColumns
+from int8cli.evaluation.converted import ConvertedTensors
+from int8cli.evaluation.options import EvaluateOptions, applicable
+from int8cli.evaluation.predictions import Scorer, passages_of
+from int8cli.evaluation.results import EvaluatedText, Evaluation, LayerError, MethodResult, StoredColumns
+from int8cli.evaluation.subject import Subject
+from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation
+from int8cli.evaluation.weights import LayerWeights
+
+# Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
+_FORMS = 1.5
+
+
+def evaluate(
+    subject: Subject,
+    text: Text,
+    columns: ChosenColumns | None,
+    options: EvaluateOptions,
+    observer: CalibrationObserver,
+) -> Evaluation:
+    """Run a subject over a text by each method, and compare.
+
+    `columns` are those of a model that is not converted, where a method stores some. Raises the errors of a bad
+    checkpoint, text or config, NonFiniteError where a weight or the 16-bit model's predictions are not finite,
+    NotEnoughMemoryError where a block does not fit. A run that was killed goes on after its last finished block, if it
+    is given the same directory for its state.
+    """
+    with model_files(subject.runs, subject.weights) as directory:
+        run = _Run(subject, directory, text, columns, options, observer)
+        try:
+            return run.run()
+        except UnsupportedModelError:
+            if not run.resumed:
+                raise
+            observer.noted("this model cannot go on from the middle: starting over")
+            run.forget()
+            return run.run()
+        finally:
+            run.close()
+
+
+class _Run:
+    """One evaluation of one subject."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        directory: Path,
+        text: Text,
+        columns: ChosenColumns | None,
+        options: EvaluateOptions,
+        observer: CalibrationObserver,
+    ) -> None:
+        self._begun_s = time.monotonic()
+        self._subject, self._directory, self._text = subject, directory, text
+        self._columns, self._options, self._observer = columns, options, observer
+        self._wanted = applicable(subject, options.methods)
+        model = self._build().model
+        if model.main_input_name != "input_ids":
+            raise UnsupportedModelError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
+        sequences = sequences_of(text, directory, model.config, options.sampling)
+        self._length = sequences[0]["input_ids"].numel()
+        self._passages = passages_of(model, sequences)
+        self._predicts = self._passages[0].targets is not None
+        if not self._predicts and not subject.has_reference:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} predicts no text, and without 16-bit weights there is no other measure",
+                hint="Give the model it was made from with --source: output errors are then measured.",
+            )
+        # Without predictions nothing that a method does to a layer has to be followed to the next one.
+        run_by = self._wanted.methods if self._predicts else self._wanted.methods[:1]
+        measured = min(len(sequences), max(1, options.error_tokens // self._length))
+        self._trajectories = Trajectories(run_by, len(sequences), measured)
+        self._kept = KeptStates(options.kept_in, self._identity()) if options.kept_in else None
+        self.resumed = bool(self._kept and self._kept.finished)
+
+    def run(self) -> Evaluation:
+        skeleton = self._build()
+        self._start(skeleton)
+        scorer = Scorer(self._passages, len(self._trajectories.methods), has_reference=self._subject.has_reference)
+        sums = dict(self._recalled())
+        with ExitStack() as stack:
+            tensors = stack.enter_context(self._subject.open_tensors())
+            _match(tensors, skeleton)
+            int8 = self._subject.open_int8()
+            if int8 is not None:
+                stack.enter_context(int8)
+            weights = LayerWeights(self._subject, int8, self._columns, self._options.threshold)
+            stream = self._stream(skeleton, tensors, scorer)
+            inputs = [dict(passage.inputs) for passage in self._passages for _ in self._trajectories.methods]
+            for loaded in stream.units(inputs):
+                found = self._run_unit(loaded, weights, _has_head(loaded, skeleton))
+                sums[loaded.unit.name] = _added(sums.get(loaded.unit.name, ()), found)
+        order = [unit.name for unit in skeleton.units]
+        layers = [layer for name in sorted(sums, key=order.index) for layer in sums[name]]
+        self.forget()
+        return self._evaluation(str(skeleton.dtype), scorer, layers)
+
+    def forget(self) -> None:
+        """Remove the state on disk."""
+        self.resumed = False
+        if self._kept is not None:
+            self._kept.clear()
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+
+    def _build(self) -> Skeleton:
+        return build_skeleton(self._directory, self._subject.specs)
+
+    def _start(self, skeleton: Skeleton) -> None:
+        """Tell what is going to be done. Raises NotEnoughMemoryError where a block does not fit."""
+        blocks = [unit for unit in skeleton.units if unit.is_block]
+        largest = max((unit.weight_bytes for unit in blocks), default=0)
+        needed = int(largest * (1 + _FORMS))
+        available = torch.cuda.mem_get_info()[0] if self._options.device == "cuda" else available_bytes()
+        if available is not None and needed > available:
+            raise NotEnoughMemoryError(
+                f"one block takes {largest:,} bytes, with its int8 forms {needed:,}, and {available:,} are free",
+                hint="Free some memory, or run this on a machine with more.",
+            )
+        for note in self._wanted.notes:
+            self._observer.noted(f"note: {note}")
+        methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
+        self._observer.noted(f"evaluating {methods} methods in one pass over the weights, each on every token")
+        finished = len(self._kept.finished) if self._kept else 0
+        self._observer.started(len(blocks), finished, largest, tokens * methods)
+
+    def _stream(self, skeleton: Skeleton, tensors: CheckpointTensors, scorer: Scorer) -> StreamedModel:
+        def take(sequence: int, output: Any) -> None:
+            scorer.take(*self._trajectories.place(sequence), output)
+
+        return StreamedModel(
+            skeleton,
+            tensors,
+            device=self._options.device,
+            to_head=not self._predicts,
+            kept=self._kept,
+            on_result=take if self._predicts else _dropped,
+        )
+
+    def _run_unit(self, loaded: LoadedUnit, weights: LayerWeights, has_head: bool) -> tuple[LayerSums, ...]:
+        unit, observer, done = loaded.unit, self._observer, 0
+
+        def take_output(_: Any) -> None:
+            nonlocal done
+            done += 1
+            observer.sequence_done(unit.name, done, self._trajectories.count)
+
+        if unit.is_block:
+            observer.block_started(unit.name, unit.weight_bytes)
+        compared = [method for method in self._wanted.methods if method.product] if self._subject.has_reference else []
+        evaluation = UnitEvaluation(loaded, weights.layers(loaded), self._trajectories, compared)
+        found = evaluation.run(has_head=has_head, on_output=take_output)
+        weights.release(loaded)
+        if unit.is_block:
+            self._put_down(unit.name, found)
+            observer.block_finished(unit.name)
+        return found
+
+    def _put_down(self, unit: str, found: Sequence[LayerSums]) -> None:
+        """Before the engine puts a block on record as finished, what was measured in it is there."""
+        if self._kept is not None:
+            document = json.dumps([dataclasses.asdict(layer) for layer in found]).encode()
+            write_file(self._kept.directory / f"{unit}.json", document)
+
+    def _recalled(self) -> Iterator[tuple[str, tuple[LayerSums, ...]]]:
+        for key in self._kept.finished if self._kept else ():
+            unit = key.rpartition("@")[0]
+            assert self._kept is not None
+            document = json.loads((self._kept.directory / f"{unit}.json").read_bytes())
+            yield unit, tuple(LayerSums(**{**layer, "squares": tuple(layer["squares"])}) for layer in document)
+
+    def _identity(self) -> dict[str, Any]:
+        """What makes the state of another run unusable for this one."""
+        subject, sampling = self._subject, self._options.sampling
+        columns = "" if self._columns is None else json.dumps(sorted(self._columns.by_layer.items()))
+        return {
+            "evaluation": [method.key for method in self._trajectories.methods],
+            "compared": [method.key for method in self._wanted.methods],
+            "model": [subject.runs.identity.name, subject.runs.identity.revision],
+            "fingerprint": model_fingerprint(subject.runs, subject.layouts),
+            "converted": model_fingerprint(subject.source, subject.converted.layouts) if subject.converted else "",
+            "text": self._text.sha256,
+            "sampling": dataclasses.asdict(sampling),
+            "columns": hashlib.sha256(columns.encode()).hexdigest(),
+            "threshold": self._options.threshold,
+            "measured": self._trajectories.measured,
+            "device": self._options.device,
+        }
+
+    def _evaluation(self, dtype: str, scorer: Scorer, layers: Sequence[LayerSums]) -> Evaluation:
+        subject, identity = self._subject, self._subject.source.identity
+        compared = [method for method in self._wanted.methods if method.product]
+        errors = {method.key: _errors(layers, place) for place, method in enumerate(compared)}
+        results = tuple(
+            MethodResult(
+                method.key,
+                method.label,
+                scorer.scores(place) if self._predicts else None,
+                errors.get(method.key, ()) if subject.has_reference else (),
+            )
+            for place, method in enumerate(self._wanted.methods)
+        )
+        return Evaluation(
+            model=identity.name,
+            revision=identity.revision,
+            converted=subject.converted is not None,
+            reference=subject.runs.identity.name if subject.has_reference else None,
+            dtype=dtype.removeprefix("torch."),
+            text=self._evaluated_text(),
+            threshold=self._options.threshold,
+            columns=self._stored_columns(),
+            int8_layers=len(subject.modules),
+            error_tokens=self._trajectories.measured * self._length if subject.has_reference else 0,
+            methods=results,
+            notes=self._wanted.notes,
+            seconds=time.monotonic() - self._begun_s,
+        )
+
+    def _evaluated_text(self) -> EvaluatedText:
+        targets = [passage.targets.numel() for passage in self._passages if passage.targets is not None]
+        count, text = len(self._passages), self._text
+        seed = self._options.sampling.seed
+        return EvaluatedText(text.name, text.sha256, count * self._length, count, self._length, seed, sum(targets))
+
+    def _stored_columns(self) -> StoredColumns | None:
+        converted = self._subject.converted
+        if not self._wanted.needs_columns:
+            return None
+        if converted is None:
+            return self._columns.provenance if self._columns else None
+        return StoredColumns(None, "", "", 0, sum(converted.kept_columns) / max(1, len(converted.modules)))
+
+
+def _match(tensors: CheckpointTensors, skeleton: Skeleton) -> None:
+    """Have restored weights read as the model wants them."""
+    if isinstance(tensors, ConvertedTensors):
+        from transformers.pytorch_utils import Conv1D
+
+        linears = linears_of(skeleton.model)
+        tensors.dtype = skeleton.dtype
+        tensors.transposed = frozenset(
+            skeleton.weight_name(name) for name, module in linears.items() if isinstance(module, Conv1D)
+        )
+
+
+def _has_head(loaded: LoadedUnit, skeleton: Skeleton) -> bool:
+    head = skeleton.output_head()
+    return any(module is head for module in loaded.module.modules())
+
+
+def _added(before: Sequence[LayerSums], found: Sequence[LayerSums]) -> tuple[LayerSums, ...]:
+    """Sums of a unit that is called several times in a forward, over its calls."""
+    earlier = {layer.name: layer for layer in before}
+    return tuple(
+        dataclasses.replace(
+            layer,
+            energy=layer.energy + earlier[layer.name].energy,
+            squares=tuple(map(sum, zip(layer.squares, earlier[layer.name].squares, strict=True))),
+        )
+        if layer.name in earlier
+        else layer
+        for layer in found
+    )
+
+
+def _errors(layers: Sequence[LayerSums], place: int) -> tuple[LayerError, ...]:
+    """Of the method at `place` among those compared; layers whose output is 0 have no relative error."""
+    return tuple(
+        LayerError(sums.name, sums.kind, sums.stack, sums.layer, math.sqrt(sums.squares[place] / sums.energy))
+        for sums in layers
+        if sums.energy > 0.0
+    )
+
+
+def _dropped(_: int, __: Any) -> None:
+    """What an encoder returns is of no use."""

@@ -1,0 +1,181 @@
+"""What a model predicts of a text, and how the methods' predictions differ from the 16-bit model's.
+
+Owns which tokens are predicted, and the figures made of logits. Of these only one sequence's are ever held: those of
+the 16-bit model, which the methods' on the same sequence follow.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int8cli.errors import NonFiniteError, UnsupportedModelError
+from int8cli.evaluation.results import Scores
+
+_CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32, which caches hold: half the time that 16 MB take
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A model's inputs, and the tokens that its first logits predict: int64 (positions,). None if it predicts none."""
+
+    inputs: Mapping[str, Any]
+    targets: Tensor | None
+
+
+def passages_of(model: Any, sequences: Sequence[Mapping[str, Any]]) -> list[Passage]:
+    """What is predicted of each sequence.
+
+    A decoder predicts each token from those before it. An encoder-decoder reads the first half of a sequence and
+    predicts the second. Encoders, and models without an output head, predict nothing.
+    """
+    kind = _kind(model)
+    if kind == "decoder":
+        return [Passage(inputs, inputs["input_ids"][0, 1:]) for inputs in sequences]
+    if kind == "encoder-decoder":
+        return [_continuation(inputs) for inputs in sequences]
+    return [Passage(inputs, None) for inputs in sequences]
+
+
+def _continuation(inputs: Mapping[str, Any]) -> Passage:
+    tokens: Tensor = inputs["input_ids"]
+    half = max(1, tokens.shape[1] // 2)
+    read, wanted = tokens[:, :half], tokens[:, half:]
+    start = inputs["decoder_input_ids"][:, :1]
+    given = torch.cat([start, wanted[:, :-1]], dim=1)
+    return Passage({**inputs, "input_ids": read, "decoder_input_ids": given}, wanted[0])
+
+
+def _kind(model: Any) -> str | None:
+    from transformers.models.auto import modeling_auto as auto
+
+    name = type(model).__name__
+    if model.get_output_embeddings() is None:
+        return None
+    if name in _class_names(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES):
+        return "encoder-decoder"
+    decoders = _class_names(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    decoders |= _class_names(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    return "decoder" if name in decoders and not model.config.is_encoder_decoder else None
+
+
+def _class_names(mapping: Mapping[str, Any]) -> set[str]:
+    found: set[str] = set()
+    for value in mapping.values():
+        found |= set(value) if isinstance(value, (tuple, list)) else {value}
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """Of one sequence: means over its positions; the last two against the 16-bit model, if there is one."""
+
+    nats: float
+    kl_divergence: float | None
+    same_top_share: float | None
+
+
+class Scorer:
+    """Takes the logits of every method on every passage, the 16-bit model's first of each passage.
+
+    `methods` counts them; `has_reference` says whether the first is the 16-bit model.
+    """
+
+    def __init__(self, passages: Sequence[Passage], methods: int, *, has_reference: bool) -> None:
+        self._passages, self._methods, self._has_reference = passages, methods, has_reference
+        self._figures: dict[tuple[int, int], _Figures] = {}
+        self._reference: Tensor | None = None
+        self._reference_of = -1
+
+    def take(self, passage: int, method: int, output: Any) -> None:
+        """What a forward returned. Raises NonFiniteError where the 16-bit model's logits are not finite."""
+        logits: Tensor = output.logits[0] if hasattr(output, "logits") else output[0][0]  # (positions, vocabulary)
+        targets = self._passages[passage].targets
+        assert targets is not None
+        logits = logits[: targets.numel()]
+        if not self._has_reference:
+            self._figures[passage, method] = _compare(logits, targets, None)
+            return
+        if method == 0:
+            self._reference, self._reference_of = logits, passage
+        if self._reference is None or self._reference_of != passage:
+            raise UnsupportedModelError(
+                "this model's logits come in another order than its sequences, and all of them would not fit in memory"
+            )
+        figures = _compare(logits, targets, self._reference if method else None)
+        if method == 0 and not math.isfinite(figures.nats):
+            raise NonFiniteError(
+                "the 16-bit model's own predictions hold NaN or infinity",
+                hint="It overflows on this text, or a weight is damaged: int8cli inspect-outliers says where.",
+            )
+        self._figures[passage, method] = figures
+
+    def scores(self, method: int) -> Scores | None:
+        """Over all passages; None where nothing was predicted."""
+        found = [self._figures.get((passage, method)) for passage in range(len(self._passages))]
+        figures = [each for each in found if each is not None]
+        if not figures:
+            return None
+        nats = tuple(each.nats for each in figures)
+        if method == 0 or not self._has_reference:
+            return Scores(_mean(nats), nats)
+        differences = [mine - self._figures[passage, 0].nats for passage, mine in enumerate(nats)]
+        return Scores(
+            _mean(nats),
+            nats,
+            _mean(differences),
+            _standard_error(differences),
+            _mean([each.kl_divergence or 0.0 for each in figures]),
+            _mean([each.same_top_share or 0.0 for each in figures]),
+        )
+
+
+def _compare(logits: Tensor, targets: Tensor, reference: Tensor | None) -> _Figures:
+    """Figures of one sequence from logits (positions, vocabulary), on a few positions at a time."""
+    step = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[1]))
+    nats = divergence = same = 0.0
+    for start in range(0, targets.numel(), step):
+        scores = logits[start : start + step].float()  # (positions, vocabulary)
+        log_shares = torch.log_softmax(scores, dim=1)
+        wanted = targets[start : start + step].to(scores.device)[:, None]
+        nats -= float(log_shares.gather(1, wanted).double().sum())
+        if reference is not None:
+            exact = reference[start : start + step].float()
+            top = exact.argmax(dim=1, keepdim=True)
+            same += _same_top(scores, top)
+            divergence += _kl_divergence(exact, top, log_shares)
+    count = targets.numel()
+    if reference is None:
+        return _Figures(nats / count, None, None)
+    return _Figures(nats / count, max(0.0, divergence / count), same / count)
+
+
+def _kl_divergence(exact: Tensor, top: Tensor, log_shares: Tensor) -> float:
+    """Σ p (log p - log q) over positions and vocabulary, with p of the exact logits, whose largest are at `top`."""
+    shares = torch.softmax(exact, dim=1)
+    log_sum = exact.gather(1, top) - torch.log(shares.gather(1, top))  # (positions, 1)
+    gaps = exact - log_sum - log_shares
+    if not math.isfinite(float(gaps.sum())):  # tokens that a model rules out with -inf on both sides
+        gaps.masked_fill_(shares == 0, 0.0)
+    return float((shares * gaps).sum(dim=1).double().sum())
+
+
+def _same_top(scores: Tensor, top: Tensor) -> int:
+    """At how many positions the exact model's most likely token is a most likely one: 16-bit logits often tie."""
+    return int((scores.gather(1, top) >= scores.amax(dim=1, keepdim=True)).sum())
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of independent values; None for one value."""
+    if len(values) < 2:
+        return None
+    mean = _mean(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance / len(values))

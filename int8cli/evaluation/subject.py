@@ -1,0 +1,110 @@
+"""What is evaluated: a 16- or 32-bit model, or one that convert wrote, alone or beside the model it was made from.
+
+Owns which tensors the model that runs is made of, and which of its linear layers the methods compute in int8.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from int8cli.calibration.tensors import CheckpointTensors
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.tensor import ShardLayout, TensorSpec
+from int8cli.errors import SourceError, UnsupportedModelError
+from int8cli.evaluation.converted import Converted, ConvertedTensors, find_converted
+from int8cli.plan import PlanOptions
+from int8cli.survey import Survey, survey_source
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to evaluate. `source` is the one named by the user, `runs` the one whose weights are run.
+
+    `survey` is that of the 16-bit model, None where there is none. `specs` are the tensors of the model that runs;
+    `modules` its linear layers that become or are int8, by their names in the checkpoint.
+    """
+
+    source: Source
+    runs: Source
+    weights: WeightFiles
+    layouts: tuple[ShardLayout, ...]
+    specs: Mapping[str, TensorSpec]
+    modules: frozenset[str]
+    survey: Survey | None
+    converted: Converted | None
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the 16-bit weights are there."""
+        return self.survey is not None
+
+    @property
+    def has_columns(self) -> bool:
+        """Whether outlier columns are stored beside the int8 weights."""
+        return self.converted is not None and bool(self.converted.sidecars)
+
+    def open_tensors(self) -> CheckpointTensors:
+        """The tensors that the model runs with."""
+        if self.survey is None and self.converted is not None:
+            return ConvertedTensors(self.runs, self.converted)
+        return CheckpointTensors(self.runs, self.layouts)
+
+    def open_int8(self) -> ConvertedTensors | None:
+        """The int8 tensors of a converted model; None where the methods quantize for themselves."""
+        return None if self.converted is None else ConvertedTensors(self.source, self.converted)
+
+
+def find_subject(source: Source, reference: Source | None) -> Subject:
+    """Read the headers of what is to be evaluated. `reference` is the 16-bit model beside a converted one.
+
+    Raises the errors of a bad checkpoint, SourceError where a reference is given for a model that needs none,
+    UnsupportedModelError where it is not what the converted model was made from, or nothing becomes int8.
+    """
+    weights = find_weights(source)
+    layouts = read_layouts(source, weights)
+    converted = find_converted(source, layouts)
+    if converted is None:
+        if reference is not None:
+            raise SourceError(
+                f"{source.identity.name} is no converted model, so there is nothing to hold against --source",
+                hint="Leave --source out: the model is evaluated against itself in 16 bit.",
+            )
+        survey = survey_source(source, PlanOptions())
+        return _with_floats(source, source, survey, _planned(survey), None)
+    if reference is None:
+        return Subject(source, source, weights, layouts, converted.specs, converted.modules, None, converted)
+    survey = survey_source(reference, PlanOptions())
+    _require_same(source, survey, converted)
+    return _with_floats(source, reference, survey, converted.modules, converted)
+
+
+def _with_floats(
+    source: Source, runs: Source, survey: Survey, modules: frozenset[str], converted: Converted | None
+) -> Subject:
+    specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+    return Subject(source, runs, survey.weights, survey.layouts, specs, modules, survey, converted)
+
+
+def _planned(survey: Survey) -> frozenset[str]:
+    names = [decision.spec.name for decision in survey.plan.quantized]
+    found = frozenset(name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT))
+    if not found:
+        raise UnsupportedModelError(
+            f"{survey.identity.name} has no linear layer that becomes int8", hint="int8cli convert --dry-run says why."
+        )
+    return found
+
+
+def _require_same(source: Source, survey: Survey, converted: Converted) -> None:
+    """Every int8 weight must be one of the 16-bit model, of that shape, or of its transpose."""
+    specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+    for name in converted.scales:
+        shape = converted.specs[name].shape
+        if name not in specs or specs[name].shape not in (shape, shape[::-1]):
+            raise UnsupportedModelError(
+                f"{survey.identity.name} is not what {source.identity.name} was made from: "
+                f"{name} {'is not in it' if name not in specs else 'has another shape'}",
+                hint="--source takes the 16- or 32-bit model that was converted.",
+            )
