@@ -13,6 +13,7 @@ from torch import Tensor
 from int8cli.llm_int8.quantize import INT8_MAX
 
 InputScheme = Literal["absmax", "zeropoint"]
+DEFAULT_INPUTS: InputScheme = "zeropoint"
 
 # Largest in_features for which a sum of products of two int8 values always fits into int32.
 _INT32_SAFE_FEATURES = (2**31 - 1) // (128 * 128)
