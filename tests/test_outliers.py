@@ -156,13 +156,21 @@ def test_kept_columns_add_nothing_to_the_predicted_error() -> None:
     assert predicted_output_error(mean_square, errors, 0.0) == 0.0
 
 
-def test_columns_are_chosen_by_magnitude_and_by_error_in_turn() -> None:
+def test_the_columns_chosen_are_those_of_the_most_energy_times_error() -> None:
     x = torch.zeros(1, 100, 6)
-    x[0, 0, 4] = 1000.0  # once, and huge
-    x[0, :, 1] = 200.0  # always
+    x[0, :, 1] = 2.0
     x[0, :, 3] = 3.0
-    summary, errors = summary_of(x), torch.tensor([9.0, 1.0, 9.0, 1.0, 1e-6, 9.0])
-    assert choose_columns(summary, errors, 1) == (4,)
-    assert choose_columns(summary, errors, 2) == (1, 4)
+    x[0, 0, 4] = 10.0  # once, and the largest: E[x²] = 1, where the others have 4 and 9
+    summary, errors = summary_of(x), torch.tensor([9.0, 5.0, 9.0, 1.0, 5.0, 1.0])  # 5 on average
+    assert choose_columns(summary, errors, 1) == (3,)  # 4 (5 + 5) < 9 (1 + 5)
+    assert choose_columns(summary, errors, 2) == (1, 3)
     assert choose_columns(summary, errors, 6) == (1, 3, 4)  # the others were always 0
     assert choose_columns(summary, errors, 0) == ()
+
+
+def test_a_column_that_stretches_every_scale_is_chosen_though_its_weight_has_no_error() -> None:
+    x = noise(1, 100, 8)
+    x[0, :, 5] += 50.0
+    errors = torch.full((8,), 0.1)
+    errors[5] = 0.0
+    assert choose_columns(summary_of(x), errors, 1) == (5,)
