@@ -34,7 +34,7 @@ def write_conclusion(
     if len(records) > 1:
         write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)))
     config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
-    later = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE, *(record.files[0].file for record in records)}
+    later = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE, *(file.file for record in records for file in record.files)}
     on_disk = [name for name in conversion.files if name not in later]
     write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {})
     if config is not None:

@@ -6,6 +6,7 @@ its source let go. Prints nothing; an Observer is told.
 
 import shutil
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.writer import copy_file
+from int8cli.columns import ColumnSource, NoColumns
 from int8cli.conclusion import RenderCard, write_conclusion
 from int8cli.convert_shard import ShardTask, convert_shard
 from int8cli.errors import (
@@ -74,11 +76,13 @@ def convert(
     options: ConvertOptions,
     render_card: RenderCard,
     observer: Observer,
+    columns: ColumnSource | None = None,
 ) -> ConversionReport:
     """Convert what `survey` found in `source` into `options.output`, going on where an earlier run stopped.
 
-    `render_card` makes the output's README.md from the report. Raises Int8cliError; whatever is raised, no file stands
-    half-written under a final name, and the same call goes on from there.
+    `columns` tells what to store in sidecars, where the survey has any. `render_card` makes the output's README.md
+    from the report. Raises Int8cliError; whatever is raised, no file stands half-written under a final name, and the
+    same call goes on from there.
     """
     if settings.only and not survey.plan.quantized:
         raise UnsupportedModelError(
@@ -103,14 +107,20 @@ def convert(
         executor = _executor(options, len(remaining), lock, observer)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
-            records.update(_ShardLoop(source, tasks, executor, store, observer).run())
+            loop = _ShardLoop(source, tasks, executor, store, observer, columns or NoColumns())
+            records.update(loop.run(partial(_require_room, source, survey, options.output)))
+        except UnsupportedModelError:
+            if not any(map(store.finished, conversion.shards)):  # the directory is free for another way to do it
+                store.clear()
+            raise
         finally:
             executor.close()
             shutil.rmtree(store.partial_directory, ignore_errors=True)  # an interrupt may have come before any clean-up
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
-        shutil.rmtree(store.incoming_directory, ignore_errors=True)
+        for directory in (store.incoming_directory, store.calibration_directory):
+            shutil.rmtree(directory, ignore_errors=True)
         return report
 
 
@@ -125,7 +135,9 @@ def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
         )
         for layout in survey.layouts
     )
-    files = [shard.output for shard in shards] + list(survey.weights.copied) + [CARD_FILE, REPORT_FILE]
+    files = [shard.output for shard in shards]
+    files += [sidecar.file_name for sidecar in survey.sidecars.values()]
+    files += [*survey.weights.copied, CARD_FILE, REPORT_FILE]
     files += [CONFIG_FILE] if survey.has_config else []
     files += [INDEX_FILE] if len(shards) > 1 else []
     files += [MANIFEST_FILE]
@@ -139,17 +151,30 @@ class _ShardLoop:
     """
 
     def __init__(
-        self, source: Source, tasks: list[ShardTask], executor: Executor, store: RecordStore, observer: Observer
+        self,
+        source: Source,
+        tasks: list[ShardTask],
+        executor: Executor,
+        store: RecordStore,
+        observer: Observer,
+        columns: ColumnSource,
     ) -> None:
         self._source, self._executor, self._store, self._observer = source, executor, store, observer
+        self._columns = columns
         self._waiting = deque(tasks)
         self._under_way: dict[Future[ShardRecord], tuple[ShardTask, ExitStack]] = {}
         self._fetched_again: set[str] = set()
         self._records: dict[str, ShardRecord] = {}
 
-    def run(self) -> dict[str, ShardRecord]:
-        """The records by source file. On an error, what is under way is stopped, and nothing of it has a name."""
+    def run(self, require_room: Callable[[list[ShardSource], int], None]) -> dict[str, ShardRecord]:
+        """The records by source file. On an error, what is under way is stopped, and nothing of it has a name.
+
+        `require_room(shards, bytes)` is asked first where the columns to store bring so many bytes of shards here.
+        """
         try:
+            if self._waiting:
+                remaining = [task.source for task in self._waiting]
+                self._columns.bring(self._convert_here, partial(require_room, remaining))
             while self._waiting or self._under_way:
                 while self._waiting and len(self._under_way) < self._executor.slots:
                     self._start(self._waiting.popleft())
@@ -167,12 +192,26 @@ class _ShardLoop:
             raise
         return self._records
 
+    def _convert_here(self, shard: str, local: LocalFile) -> None:
+        """Convert a shard that somebody else has brought here, unless that is done."""
+        task = next((task for task in self._waiting if task.source.file == shard), None)
+        if task is None:
+            return
+        self._waiting.remove(task)
+        self._observer.shard_started(shard)
+        stored = self._columns.columns_of(shard, local)
+        record = convert_shard(replace(task, stored=stored), local, self._observer.progressed)
+        self._store.add(record)
+        self._records[shard] = record
+        self._observer.shard_finished(shard, record)
+
     def _start(self, task: ShardTask) -> None:
         held = ExitStack()
         local = held.enter_context(self._source.fetch(task.source.file))
         if self._waiting:
             self._source.prefetch(self._waiting[0].source.file)
         self._observer.shard_started(task.source.file)
+        task = replace(task, stored=self._columns.columns_of(task.source.file, local))
         self._under_way[self._executor.submit(partial(convert_shard, task, local))] = (task, held)
 
     def _finish(self, future: Future[ShardRecord]) -> None:
@@ -212,6 +251,7 @@ def _task(
         partial=store.partial_directory / shard.output,
         options=PassOptions(options.threads, options.device, via_half, options.on_nonfinite == "keep"),
         target=settings.layout,
+        sidecar=options.output / sidecar.file_name if (sidecar := survey.sidecars.get(shard.file)) else None,
     )
 
 
@@ -222,9 +262,14 @@ def _executor(options: ConvertOptions, shards: int, lock: int, observer: Observe
     return InlineExecutor(observer.progressed)
 
 
-def _require_room(source: Source, survey: Survey, output: Path, remaining: list[ShardSource]) -> None:
-    """Stop before the first byte if what is still to be written does not fit beside the shards in flight."""
-    for room in room_needed(source, survey, [shard.file for shard in remaining], output):
+def _require_room(
+    source: Source, survey: Survey, output: Path, remaining: list[ShardSource], held_bytes: int | None = None
+) -> None:
+    """Stop before the first byte if what is still to be written does not fit beside the shards in flight.
+
+    `held_bytes`: what those take, where it is not the usual two.
+    """
+    for room in room_needed(source, survey, [shard.file for shard in remaining], output, held_bytes):
         if room.needed_bytes > room.free_bytes:
             raise DiskSpaceError(
                 f"{room.directory}: {room.needed_bytes:,} bytes are needed, {room.free_bytes:,} are free",

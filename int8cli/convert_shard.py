@@ -4,9 +4,9 @@ Owns what a process is given to convert a shard, and when the file it makes may 
 read, the source's digest held, and nothing turned up that asks for another layout.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from int8cli.digest import SourceDigest, new_digest
 from int8cli.errors import DigestMismatchError
 from int8cli.executors import OnBytes
 from int8cli.layouts import LAYOUTS, Layout
-from int8cli.output import OutputShard, output_specs, plan_output_shard
+from int8cli.output import OutputShard, output_specs, plan_output_shard, plan_sidecar
 from int8cli.plan import Decision, Plan
 from int8cli.records import FileRecord, ShardRecord, ShardSource, TensorRecord
-from int8cli.results import LayerReport
-from int8cli.shard import PassOptions, PassResult, ShardPass
+from int8cli.results import NOTHING_STORED, LayerReport, StoredColumns
+from int8cli.shard import PassOptions, PassResult, ShardPass, Sidecar
 from int8cli.survey import decisions_by_name
 
 
@@ -33,6 +33,7 @@ class ShardTask:
     """All that a process needs to convert one shard that is on this machine. Picklable.
 
     `plan` holds the decisions on this shard's tensors, in their order in the file; `target` names the output's layout.
+    `sidecar`, where there is to be one, says where it goes; `stored` names its columns, by tensor.
     """
 
     source: ShardSource
@@ -43,10 +44,16 @@ class ShardTask:
     partial: Path
     options: PassOptions
     target: str
+    sidecar: Path | None = None
+    stored: Mapping[str, StoredColumns] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
         return sum(stored.spec.nbytes for stored in self.layout.tensors)
+
+    def stored_in(self, decision: Decision) -> StoredColumns | None:
+        """The columns stored of a linear, none of one that nothing was chosen for; None where there is no sidecar."""
+        return self.stored.get(decision.spec.name, NOTHING_STORED) if self.sidecar is not None else None
 
 
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
@@ -57,43 +64,57 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
     """
     reader = open_reader(task, local)
     try:
-        result, output, plan = _attempt(task, task.plan, local, reader, on_bytes)
+        result, outputs, plan = _attempt(task, task.plan, local, reader, on_bytes)
         kept = result.non_finite
         if kept:
             on_bytes(task.source.file, "", -task.tensor_bytes)
-            result, output, plan = _attempt(task, task.plan.keeping(list(kept)), local, reader, on_bytes)
+            result, outputs, plan = _attempt(task, task.plan.keeping(list(kept)), local, reader, on_bytes)
     finally:
         reader.close()
     return ShardRecord(
         source=task.source,
         source_sha256=local.sha256,
         source_tensors=tuple(decision.spec for decision in plan.decisions),
-        files=(_file_record(output, result),),
-        layers=tuple(layer_report(decision, output.target, result) for decision in plan.quantized),
+        files=tuple(_file_record(output, result) for output in outputs),
+        layers=tuple(layer_report(each, LAYOUTS[task.target], result, task.stored_in(each)) for each in plan.quantized),
         kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
     )
 
 
 def _attempt(
     task: ShardTask, plan: Plan, local: LocalFile, reader: ShardReader, on_bytes: OnBytes
-) -> tuple[PassResult, OutputShard, Plan]:
-    """One pass over a shard; commits the file unless weights must be kept that the plan would quantize."""
+) -> tuple[PassResult, tuple[OutputShard, ...], Plan]:
+    """One pass over a shard; commits its files unless weights must be kept that the plan would quantize."""
     decisions = decisions_by_name(plan)
     output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
-    writer = ShardWriter(task.partial, output.file_bytes)
-    try:
+    sidecar = plan_task_sidecar(task, decisions)
+    with ExitStack() as abandoned:
+        writer = ShardWriter(task.partial, output.file_bytes)
+        abandoned.callback(writer.abandon)
+        beside = None
+        if sidecar is not None:
+            beside = ShardWriter(task.partial.with_name(f"{task.partial.name}.outliers"), sidecar.output.file_bytes)
+            abandoned.callback(beside.abandon)
         with _published_digest(task, local) as digest:
-            shard_pass = ShardPass(task.layout, decisions, reader, output, task.options)
+            shard_pass = ShardPass(task.layout, decisions, reader, output, task.options, sidecar)
             in_pass = digest if task.layout.mappable else None
-            result = shard_pass.run(writer, partial(on_bytes, task.source.file), in_pass)
-        if result.non_finite:
-            writer.abandon()
-        else:
+            result = shard_pass.run(writer, partial(on_bytes, task.source.file), in_pass, beside)
+        if not result.non_finite:
+            if beside is not None and task.sidecar is not None:
+                beside.commit(task.sidecar)
             writer.commit(task.output)
-    except BaseException:
-        writer.abandon()
-        raise
-    return result, output, plan
+            abandoned.pop_all()
+    return result, (output,) if sidecar is None else (output, sidecar.output), plan
+
+
+def plan_task_sidecar(task: ShardTask, decisions: Mapping[str, Decision]) -> Sidecar | None:
+    """The shard's second file: as many columns of each linear as were chosen, none of one that is not quantized."""
+    if task.sidecar is None:
+        return None
+    columns = {name: stored.indices for name, stored in task.stored.items() if decisions[name].quantize}
+    counts = {name: len(indices) for name, indices in columns.items()}
+    output = plan_sidecar(task.layout, decisions, task.source.output, counts)
+    return Sidecar(output, columns) if output is not None else None
 
 
 @contextmanager
@@ -136,7 +157,9 @@ def _file_record(output: OutputShard, result: PassResult) -> FileRecord:
     return FileRecord(output.file_name, output.file_bytes, header.hexdigest(), tensors)
 
 
-def layer_report(decision: Decision, target: Layout, result: PassResult) -> LayerReport:
+def layer_report(
+    decision: Decision, target: Layout, result: PassResult, stored: StoredColumns | None = None
+) -> LayerReport:
     """The figures of one layer, from the pass that made or compared it."""
     data, *companions = output_specs(decision, target)
     return LayerReport(
@@ -147,4 +170,5 @@ def layer_report(decision: Decision, target: Layout, result: PassResult) -> Laye
         bytes_before=decision.spec.nbytes,
         bytes_after=data.nbytes + sum(spec.nbytes for spec in companions),
         sums=result.sums[decision.spec.name],
+        stored=stored,
     )

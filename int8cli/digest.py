@@ -7,6 +7,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import xxhash
 
@@ -75,6 +76,16 @@ class SourceDigest:
             self._reader.read_into(self._position, gap)
             self._sha256.update(gap)
             self._position += len(gap)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    sha256 = hashlib.sha256()
+    piece = memoryview(bytearray(_GAP_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(piece):
+            sha256.update(piece[:count])
+    return sha256.hexdigest()
 
 
 def new_digest() -> "xxhash.xxh3_128":

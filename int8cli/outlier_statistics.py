@@ -58,7 +58,10 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class LinearStatistics:
-    """A linear layer: its shape, ||dW_:j||² by input column (in,), ||W||², and E||X Wᵀ||² as measured, without bias."""
+    """A linear layer: its shape, ||dW_:j||² by input column (in,), ||W||², and E||X Wᵀ||² as measured, without bias.
+
+    Where it was run in int8 too: the columns then stored exactly, and its relative output error without and with them.
+    """
 
     name: str
     out_features: int
@@ -66,6 +69,9 @@ class LinearStatistics:
     weight_error: Tensor
     weight_sum_squares: float
     output_mean_square: float
+    stored: tuple[int, ...] = ()
+    measured_error: float | None = None
+    measured_error_stored: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +229,11 @@ def _site_from_json(site: Mapping[str, Any], tensor: Any, threshold: float) -> S
         **{name: tensor(f"{site['name']}.{name}") for name in _BY_DIMENSION},
     )
     linears = tuple(
-        LinearStatistics(weight_error=tensor(f"{linear['name']}.weight_error"), **linear) for linear in site["linears"]
+        LinearStatistics(
+            weight_error=tensor(f"{linear['name']}.weight_error"),
+            **{**linear, "stored": tuple(linear.get("stored", ()))},
+        )
+        for linear in site["linears"]
     )
     return SiteStatistics(site["name"], site["kind"], site["stack"], site["layer"], inputs, linears)
 

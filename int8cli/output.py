@@ -15,6 +15,7 @@ from int8cli.plan import Decision
 
 CARD_FILE = "README.md"
 REPORT_FILE = "int8/report.json"
+SIDECAR_DIRECTORY = "int8/outliers"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for where there is no index
 
@@ -59,6 +60,44 @@ def output_specs(decision: Decision, target: Layout = bitsandbytes) -> Iterator[
         yield from target.quantized_specs(decision.spec, transpose=decision.transpose)
     else:
         yield replace(decision.spec, dtype=decision.written_dtype)
+
+
+def sidecar_file_name(output_file: str) -> str:
+    """Where the stored columns of an output shard's linears lie."""
+    return f"{SIDECAR_DIRECTORY}/{output_file}"
+
+
+def plan_sidecar(
+    layout: ShardLayout, decisions: Mapping[str, Decision], file_name: str, counts: Mapping[str, int]
+) -> OutputShard | None:
+    """Lay out the sidecar of an output shard; None where nothing in it is quantized.
+
+    For each quantized X `X.outlier_cols` int32 (k,) and `X.outlier_weight` (out_features, k) in the source's dtype,
+    with k = `counts` by tensor name, 0 where it has none.
+    """
+    quantized = [decision for stored in layout.tensors if (decision := decisions[stored.spec.name]).quantize]
+    if not quantized:
+        return None
+    specs = [spec for each in quantized for spec in sidecar_specs(each, counts.get(each.spec.name, 0))]
+    header, places = encode_header(specs, {"format": "pt"})
+    return OutputShard(sidecar_file_name(file_name), header, {place.spec.name: place for place in places})
+
+
+def sidecar_specs(decision: Decision, count: int) -> tuple[TensorSpec, TensorSpec]:
+    """The indices and the exact columns of one linear, `count` of them."""
+    out_features = decision.spec.shape[1] if decision.transpose else decision.spec.shape[0]
+    return (
+        TensorSpec(outlier_cols_name(decision.module), "I32", (count,)),
+        TensorSpec(outlier_weight_name(decision.module), decision.spec.dtype, (out_features, count)),
+    )
+
+
+def outlier_cols_name(module: str) -> str:
+    return f"{module}.outlier_cols"
+
+
+def outlier_weight_name(module: str) -> str:
+    return f"{module}.outlier_weight"
 
 
 def _metadata(layout: ShardLayout) -> dict[str, str]:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,19 +23,27 @@ CONVERSION_SCHEMA = "int8cli.conversion/1"
 RECORD_SCHEMA = "int8cli.record/1"
 OWN_DIRECTORY = "int8"
 VIA_FLOAT16 = "float16"  # a value of Settings.float32
+NO_OUTLIERS = "none"  # a value of Settings.outliers
 
 Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the bytes of an output. Two runs with equal settings on one source write the same files."""
+    """What decides the bytes of an output. Two runs with equal settings on one source write the same files.
+
+    `outliers` says what the stored columns are told by ("none" where none are stored), `outlier_columns` how many a
+    linear has at most, `calibration` which text and how much of it, or which statistics.
+    """
 
     layout: str
     threshold: float
     skip: tuple[str, ...]
     only: tuple[str, ...]
     float32: str
+    outliers: str = NO_OUTLIERS
+    outlier_columns: int = 0
+    calibration: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +168,11 @@ class RecordStore:
         """Where shards from the Hub land; a part that is there after a kill is gone on with."""
         return self.own / "incoming"
 
+    @property
+    def calibration_directory(self) -> Path:
+        """Where what was learnt of the activations or weights is kept until the conversion is finished."""
+        return self.own / "calibration"
+
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to, if any."""
         hint = "Without it nothing here is known to be int8cli's: choose another --output, or delete the directory."
@@ -208,7 +222,11 @@ class RecordStore:
             (self._output / name).unlink(missing_ok=True)
         for shard in known.shards:
             self._record_path(shard).unlink(missing_ok=True)
-        shutil.rmtree(self.partial_directory, ignore_errors=True)
+        for directory in (self.partial_directory, self.calibration_directory):
+            shutil.rmtree(directory, ignore_errors=True)
+        for directory in (self._records, self.own / "outliers"):
+            with suppress(OSError):  # there may be something else in it
+                directory.rmdir()
         # Last, so that a kill half-way leaves a directory that still says what is ours.
         self._conversion_path.unlink(missing_ok=True)
 

@@ -5,7 +5,7 @@ Owns the schema of the report. Written by convert, kept in the records, read by 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from int8cli.llm_int8.metrics import ErrorSums
@@ -14,8 +14,69 @@ REPORT_SCHEMA = "int8cli.report/1"
 
 
 @dataclass(frozen=True, slots=True)
+class StoredColumn:
+    """An input column kept exact, and what speaks for it, as far as that is known.
+
+    `absmax` is the largest |x| that was seen in it; `error_share` the part of the layer's squared output error, with
+    int8 weights, that its rounding makes; `suspicion` a score from weights alone.
+    """
+
+    index: int
+    absmax: float | None = None
+    error_share: float | None = None
+    suspicion: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RelativeOutputError:
+    """Relative error of a linear's output, ||error|| / ||X Wᵀ||: every column in int8, or the stored ones exact.
+
+    The inputs are int8 too. A prediction for the stored ones is an upper bound: it takes the largest value left in the
+    inputs for the largest of every token.
+    """
+
+    all_int8: float
+    with_stored: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredColumns:
+    """The columns of a linear that its sidecar holds in the source's dtype; `chosen_from` says what they were told by.
+
+    `bytes` are those of both sidecar tensors. Without calibration there is no prediction, and nothing was measured.
+    """
+
+    chosen_from: str
+    columns: tuple[StoredColumn, ...]
+    bytes: int
+    predicted: RelativeOutputError | None = None
+    measured: RelativeOutputError | None = None
+
+    @property
+    def indices(self) -> tuple[int, ...]:
+        return tuple(column.index for column in self.columns)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "StoredColumns":
+        predicted, measured = (
+            RelativeOutputError(**data[name]) if data[name] else None for name in ("predicted", "measured")
+        )
+        columns = tuple(StoredColumn(**column) for column in data["columns"])
+        return cls(data["chosen_from"], columns, data["bytes"], predicted, measured)
+
+
+NOTHING_STORED = StoredColumns("", (), 0)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One quantized linear. `shape` is (out_features, in_features); bytes are those of its tensors on disk."""
+    """One quantized linear. `shape` is (out_features, in_features); bytes are those of its tensors that loaders see.
+
+    `stored` speaks of its sidecar, None where the conversion makes none.
+    """
 
     name: str
     kind: str
@@ -24,6 +85,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     sums: ErrorSums
+    stored: StoredColumns | None = None
 
     def to_json(self) -> dict[str, Any]:
         sums = self.sums
@@ -43,6 +105,7 @@ class LayerReport:
             "sum_squared_error": sums.sum_squared_error,
             "sum_squared_weight": sums.sum_squared_weight,
             "sum_abs_data": sums.sum_abs_data,
+            "stored_columns": self.stored.to_json() if self.stored is not None else None,
         }
 
     @classmethod
@@ -58,7 +121,8 @@ class LayerReport:
             data["row_absmax_max"],
         )
         before, after = data["bytes_before"], data["bytes_after"]
-        return cls(data["name"], data["kind"], shape, data["source_dtype"], before, after, sums)
+        stored = StoredColumns.from_json(data["stored_columns"]) if data.get("stored_columns") else None
+        return cls(data["name"], data["kind"], shape, data["source_dtype"], before, after, sums, stored)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 Owns the threads of a pass and the order of what they do. Knows nothing of other shards, of records or of the Hub.
 """
 
+import struct
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +21,7 @@ from int8cli.digest import SourceDigest, TurnAbandonedError, Turnstile, new_dige
 from int8cli.errors import NonFiniteError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError, quantization_steps
-from int8cli.output import OutputShard
+from int8cli.output import OutputShard, outlier_cols_name, outlier_weight_name
 from int8cli.plan import Decision
 from int8cli.threads import run_in_threads
 from int8cli.workbench import TORCH_DTYPE, CrosswiseTiles, WideRowAbsmax, Workbench
@@ -64,7 +66,7 @@ class PassResult:
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What one block yields: bytes for the output by tensor, and what its turn adds to the digests and sums."""
+    """What one block yields: bytes for the outputs by tensor, and what its turn adds to the digests and sums."""
 
     name: str
     outputs: tuple[tuple[str, int, memoryview], ...]  # tensor, offset in its bytes, bytes
@@ -80,6 +82,14 @@ class Sink(Protocol):
         """Take bytes of the file; from any thread, in any order. `data` is the caller's, and reused."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sidecar:
+    """The second file of a pass: the input columns to store exactly, by the tensor's name, each sorted."""
+
+    output: OutputShard
+    columns: Mapping[str, tuple[int, ...]]
+
+
 class ShardPass:
     """One pass over a shard. Make it, `run` it once.
 
@@ -93,14 +103,19 @@ class ShardPass:
         reader: ShardReader,
         output: OutputShard,
         options: PassOptions,
+        sidecar: Sidecar | None = None,
     ) -> None:
         self._layout = layout
         self._decisions = decisions
         self._reader = reader
         self._output = output
         self._options = options
+        self._sidecar = sidecar
+        self._columns = dict(sidecar.columns) if sidecar is not None else {}
         self._result = PassResult()
-        self._digests = {name: new_digest() for name in output.tensors}
+        files = [output, sidecar.output] if sidecar is not None else [output]
+        self._digests = {name: new_digest() for file in files for name in file.tensors}
+        self._places: dict[str, tuple[Sink, int]] = {}
         self._turnstile = Turnstile()
         self._tickets = enumerate(blocks_of(layout, decisions))
         self._tickets_lock = threading.Lock()
@@ -109,21 +124,36 @@ class ShardPass:
         self._error: BaseException | None = None
 
     def run(
-        self, sink: Sink, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None = None
+        self,
+        sink: Sink,
+        on_bytes: Callable[[str, int], None],
+        source_digest: SourceDigest | None = None,
+        sidecar_sink: Sink | None = None,
     ) -> PassResult:
-        """Give `sink` the shard's header and tensors. Raises NonFiniteError, CorruptShardError, OutputError.
+        """Give `sink` the shard's header and tensors, and `sidecar_sink` those of the sidecar, where there is one.
 
-        `source_digest` is given every run of the source's bytes as it passes.
+        `source_digest` is given every run of the source's bytes as it passes. Raises NonFiniteError, CorruptShardError,
+        OutputError.
         """
-        sink.write_at(0, self._output.header)
-        run_in_threads(partial(self._work, sink, on_bytes, source_digest), self._options.threads, self._stop)
+        self._open(self._output, sink)
+        if self._sidecar is not None and sidecar_sink is not None:
+            self._open(self._sidecar.output, sidecar_sink)
+        run_in_threads(partial(self._work, on_bytes, source_digest), self._options.threads, self._stop)
         if self._error is not None:
             raise self._error
-        self._write_marks(sink)
+        self._write_constants()
         self._result.digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         return self._result
 
-    def _work(self, sink: Sink, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None) -> None:
+    def _open(self, output: OutputShard, sink: Sink) -> None:
+        sink.write_at(0, output.header)
+        self._places.update({name: (sink, place.offset_bytes) for name, place in output.tensors.items()})
+
+    def _write(self, name: str, offset_bytes: int, data: memoryview | bytes) -> None:
+        sink, start = self._places[name]
+        sink.write_at(start + offset_bytes, data)
+
+    def _work(self, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None) -> None:
         try:
             bench = self._workbench()
             for ticket, block in self._claim():
@@ -132,7 +162,7 @@ class ShardPass:
                     self._take_down(written, source_digest)
                     on_bytes(written.name, _source_bytes(block))
                 for name, offset, data in written.outputs:
-                    sink.write_at(self._output.tensors[name].offset_bytes + offset, data)
+                    self._write(name, offset, data)
         except TurnAbandonedError:
             pass
         except BaseException as error:
@@ -203,7 +233,21 @@ class ShardPass:
         if part.column == 0:
             scale_name = self._output.target.scale_name(spec.name)
             outputs.append((scale_name, part.row * 4, bench.scales.bytes[: part.rows * 4]))
+        outputs += self._stored_columns(bench, spec.name, part, loaded)
         return _Written(spec.name, tuple(outputs), source=bench.source_run(matrix, part), sums=sums)
+
+    def _stored_columns(
+        self, bench: Workbench, weight: str, part: Rectangle, loaded: Tensor
+    ) -> list[tuple[str, int, memoryview]]:
+        """What of the columns to store exactly lies in a rectangle."""
+        columns = self._columns.get(weight, ())
+        first, end = (bisect_left(columns, edge) for edge in (part.column, part.column + part.columns))
+        if first == end:
+            return []
+        chosen = torch.tensor([column - part.column for column in columns[first:end]], device=loaded.device)
+        gathered = bench.gather(loaded, chosen)
+        start = (part.row * len(columns) + first) * loaded.dtype.itemsize
+        return [(outlier_weight_name(self._decisions[weight].module), start, gathered)]
 
     def _row_absmax(self, bench: Workbench, matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
         if part.columns == matrix.in_features:
@@ -232,13 +276,19 @@ class ShardPass:
         if source_digest is not None and written.source is not None:
             source_digest.update(*written.source)
 
-    def _write_marks(self, sink: Sink) -> None:
+    def _write_constants(self) -> None:
+        """What does not come out of blocks: the layout's marks, and the indices of stored columns."""
         for decision in self._decisions.values():
-            if not decision.quantize:
-                continue
-            for name, mark in self._output.target.marks(decision.spec.name).items():
-                sink.write_at(self._output.tensors[name].offset_bytes, mark)
-                self._digests[name].update(mark)
+            if decision.quantize:
+                for name, mark in self._output.target.marks(decision.spec.name).items():
+                    self._write_constant(name, mark)
+                if self._sidecar is not None:
+                    columns = self._columns.get(decision.spec.name, ())
+                    self._write_constant(outlier_cols_name(decision.module), struct.pack(f"<{len(columns)}i", *columns))
+
+    def _write_constant(self, name: str, data: bytes) -> None:
+        self._write(name, 0, data)
+        self._digests[name].update(data)
 
 
 def _source_bytes(block: Block) -> int:

@@ -4,6 +4,7 @@ Owns what `convert` starts from and what `--dry-run` shows. Reads config.json, t
 for safetensors sources.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.checkpoint.writer import existing_parent, free_bytes
 from int8cli.errors import CheckpointError
 from int8cli.layouts import Layout, bitsandbytes
-from int8cli.output import OutputShard, output_file_names, plan_output_shard
+from int8cli.output import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.plan import Decision, Plan, PlanOptions, make_plan
 from int8cli.results import TensorGroup
 
@@ -36,7 +37,8 @@ _CONFIG_LIMIT_BYTES = 100_000_000
 class Survey:
     """A source as it stands and what it will become. `config` is empty where the source has no config.json.
 
-    `target` is the layout of the output; the plan holds what its loaders accept.
+    `target` is the layout of the output; the plan holds what its loaders accept. `stored_counts` says how many columns
+    of each quantized tensor its sidecar holds at most; None where there are no sidecars.
     """
 
     identity: SourceIdentity
@@ -46,6 +48,7 @@ class Survey:
     layouts: tuple[ShardLayout, ...]
     plan: Plan
     target: Layout = bitsandbytes
+    stored_counts: Mapping[str, int] | None = None
 
     @cached_property
     def decisions(self) -> dict[str, Decision]:
@@ -59,6 +62,19 @@ class Survey:
             layout.file_name: plan_output_shard(layout, self.decisions, names[layout.file_name], self.target)
             for layout in self.layouts
         }
+
+    @cached_property
+    def sidecars(self) -> dict[str, OutputShard]:
+        """The sidecar for each source shard's file name that will have one."""
+        if self.stored_counts is None:
+            return {}
+        planned = {
+            layout.file_name: plan_sidecar(
+                layout, self.decisions, self.outputs[layout.file_name].file_name, self.stored_counts
+            )
+            for layout in self.layouts
+        }
+        return {name: sidecar for name, sidecar in planned.items() if sidecar is not None}
 
     @property
     def plan_digest(self) -> str:
@@ -76,6 +92,11 @@ class Survey:
     def output_bytes(self) -> int:
         """Size of all output shards, headers included, to the byte."""
         return sum(output.file_bytes for output in self.outputs.values())
+
+    @property
+    def sidecar_bytes(self) -> int:
+        """Size of all sidecars, to the byte; less only where a linear turns out to have no columns to store."""
+        return sum(sidecar.file_bytes for sidecar in self.sidecars.values())
 
     @property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
@@ -137,22 +158,26 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
     return tuple(sorted(grouped, key=lambda group: (-group.bytes, group.kind, group.reason)))
 
 
-def room_needed(source: Source, survey: Survey, remaining: Sequence[str], output: Path) -> tuple[Room, ...]:
+def room_needed(
+    source: Source, survey: Survey, remaining: Sequence[str], output: Path, held_bytes: int | None = None
+) -> tuple[Room, ...]:
     """What each disk involved must have free to write these shards; one entry for each disk.
 
-    That is their output and, of a Hub source, the shards that are here at once: the one being converted and the next,
-    or all of them where the source keeps them. Shards in the cache already cost nothing.
+    That is their output and, of a Hub source, the shards that are here at once: `held_bytes`, or else the one being
+    converted and the next, or all of them where the source keeps them. Shards in the cache already cost nothing.
     """
     sizes = {layout.file_name: layout.file_bytes for layout in survey.layouts}
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
     wanted = [
         (output, sum(survey.outputs[name].file_bytes for name in remaining)),
+        (output, sum(survey.sidecars[name].file_bytes for name in remaining if name in survey.sidecars)),
         (output, beside_bytes(source, survey)),
     ]
     if source.keeps_in is not None:
         wanted.append((source.keeps_in, sum(transferred)))
     else:
-        wanted.append((output, max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)))
+        two = max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)
+        wanted.append((output, two if held_bytes is None else max(two, held_bytes)))
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for directory, size_bytes in wanted:
         existing = existing_parent(directory)
@@ -183,6 +208,12 @@ def fingerprint(source: Source, file_name: str) -> str:
         file.seek(max(len(edges), size_bytes - _EDGE_BYTES))
         edges += file.read(_EDGE_BYTES)
     return xxhash.xxh3_128_hexdigest(edges)
+
+
+def model_fingerprint(source: Source, layouts: Sequence[ShardLayout]) -> str:
+    """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
+    marks = [fingerprint(source, layout.file_name) for layout in layouts]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""
 
 
 def _read_config(source: Source) -> dict[str, Any]:

@@ -10,13 +10,19 @@ token embedding; divided by the root mean square over the dimensions, since the 
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from int8cli.calibration.tensors import CheckpointTensors
-from int8cli.checkpoint.source import Source
+from int8cli.calibration.tensors import CheckpointTensors, ShardTensors
+from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.checkpoint.writer import write_file
 from int8cli.errors import UnsupportedModelError
 from int8cli.plan import Decision
 from int8cli.survey import Survey
@@ -78,6 +84,71 @@ class _Layer:
     writes: dict[str, Tensor] = field(default_factory=dict)
 
 
+class SuspectScan:
+    """The suspects by what has been seen of a checkpoint so far: a figure by dimension for each tensor of interest."""
+
+    def __init__(self, survey: Survey) -> None:
+        self._width = hidden_size(survey)
+        self._add_one = survey.config.get("model_type") in _GAIN_PLUS_ONE
+        self._figures: dict[str, Tensor] = {}
+        self.wanted = {each.spec.name: each for each in survey.plan.decisions if _is_wanted(each, self._width)}
+
+    def figure(self, name: str, tensor: Tensor) -> Tensor:
+        """A norm's gain, the embedding's mean square, a writing layer's squared row norms: float64 (width,)."""
+        decision = self.wanted[name]
+        if _LAYER.match(decision.module) is None:
+            return _mean_square_columns(tensor)
+        if tensor.dim() == 1:
+            return tensor.double() + (1.0 if self._add_one else 0.0)
+        return _row_squares(tensor, transpose=decision.transpose)
+
+    def look_at(self, layout: ShardLayout, local: LocalFile) -> dict[str, Tensor]:
+        """The figures of a shard that is on this machine, in pieces of a few megabytes."""
+        names = [stored.spec.name for stored in layout.tensors if stored.spec.name in self.wanted]
+        if not names:
+            return {}
+        with closing(ShardTensors(local.path, layout)) as tensors:
+            return {name: self.figure(name, tensors.map(name)) for name in names}
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        self._figures.update(figures)
+
+    def sites(self) -> tuple[SuspectSite, ...]:
+        """Each norm's prediction."""
+        stacks: dict[str, dict[int, _Layer]] = {}
+        embedding: Tensor | None = None
+        for name, decision in self.wanted.items():  # in the checkpoint's order, whichever was seen first
+            figure, place = self._figures.get(name), _LAYER.match(decision.module)
+            if figure is None:
+                continue
+            if place is None:
+                embedding = figure
+                continue
+            stack, index, inner = place.group(1), int(place.group(2)), place.group(3)
+            layer = stacks.setdefault(stack, {}).setdefault(index, _Layer())
+            (layer.gains if len(decision.spec.shape) == 1 else layer.writes)[inner] = figure
+        return tuple(_score(stacks, embedding, self._width))
+
+    def suspects(self, most: int) -> tuple[tuple[int, float], ...]:
+        """The most suspect dimensions and their scores, sorted by dimension; none before a norm was seen."""
+        sites = self.sites()
+        found = _rank(sites, most) if sites else ()
+        return tuple(sorted((suspect.dimension, suspect.score) for suspect in found))
+
+
+def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
+    """Write a scan's figures down, whole or not at all. Raises OutputError."""
+    write_file(path, save(dict(figures)))
+
+
+def recall_figures(path: Path) -> dict[str, Tensor] | None:
+    """The figures that were written down; None where there are none."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
 def find_suspects(
     source: Source,
     survey: Survey,
@@ -90,29 +161,14 @@ def find_suspects(
     Reads each tensor of interest once, in pieces of a few megabytes. `on_tensor(name, bytes)` is called after each.
     Raises UnsupportedModelError where no norms or no layers that write to the residual stream are recognised.
     """
-    stacks: dict[str, dict[int, _Layer]] = {}
-    embedding: Tensor | None = None
-    width = _hidden_size(survey)
-    add_one = survey.config.get("model_type") in _GAIN_PLUS_ONE
+    scan = SuspectScan(survey)
     with CheckpointTensors(source, survey.layouts) as tensors:
-        wanted = [decision for decision in survey.plan.decisions if _is_wanted(decision, width)]
-        tensors.expect(decision.spec.name for decision in wanted)
-        for decision in wanted:
-            name, place = decision.spec.name, _LAYER.match(decision.module)
-            tensor = tensors.map(name)
-            if place is None:
-                embedding = _mean_square_columns(tensor)
-            else:
-                stack, index, inner = place.group(1), int(place.group(2)), place.group(3)
-                layer = stacks.setdefault(stack, {}).setdefault(index, _Layer())
-                if tensor.dim() == 1:
-                    layer.gains[inner] = tensor.float() + (1.0 if add_one else 0.0)
-                else:
-                    layer.writes[inner] = _row_squares(tensor, transpose=decision.transpose)
-            del tensor
+        tensors.expect(scan.wanted)
+        for name, decision in scan.wanted.items():
+            scan.add({name: scan.figure(name, tensors.map(name))})
             tensors.release([name])
             on_tensor(name, decision.spec.nbytes)
-    sites = tuple(_score(stacks, embedding, width))
+    sites = scan.sites()
     if not sites:
         raise UnsupportedModelError(
             "no norms, or no layers that write into the residual stream, are recognised by their names",
@@ -121,14 +177,21 @@ def find_suspects(
     return WeightSuspects(survey.identity.name, survey.identity.revision, sites, _rank(sites, most))
 
 
-def _hidden_size(survey: Survey) -> int:
-    """The commonest length of a norm's weight inside a block."""
+def hidden_size(survey: Survey) -> int:
+    """The commonest length of a norm's weight inside a block; 0 where no norms are recognised."""
     widths = [
         decision.spec.numel
         for decision in survey.plan.decisions
         if len(decision.spec.shape) == 1 and _LAYER.match(decision.module) and _NORM.search(decision.module)
     ]
     return max(sorted(set(widths)), key=widths.count) if widths else 0
+
+
+def feeds_from_norm(decision: Decision, width: int) -> bool:
+    """Whether a linear of a block reads the residual stream, by its name and width."""
+    shape = decision.spec.shape
+    in_features = shape[0] if decision.transpose else shape[-1]
+    return in_features == width and bool(_LAYER.match(decision.module)) and not _WRITER.search(decision.module)
 
 
 def _is_wanted(decision: Decision, width: int) -> bool:

@@ -99,6 +99,16 @@ class Workbench:
         self._reader = reader
         self._tiles = tiles
         self._strip: Buffer | None = None
+        self._gathered: Buffer | None = None
+
+    def gather(self, loaded: Tensor, columns: Tensor) -> memoryview:
+        """The bytes of some columns (k,) of a rectangle (rows, columns), row-major (rows, k)."""
+        rows, count = loaded.shape[0], columns.numel()
+        size_bytes = rows * count * loaded.dtype.itemsize
+        if self._gathered is None or len(self._gathered.bytes) < size_bytes:
+            self._gathered = Buffer(size_bytes)
+        self._gathered.tensor(loaded.dtype, (rows, count)).copy_(loaded.index_select(1, columns))
+        return self._gathered.bytes[:size_bytes]
 
     def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
         """Bytes of the source file, in the source buffer."""

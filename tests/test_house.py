@@ -43,6 +43,7 @@ FLOORS = {
     "int8cli.shard": 4,
     "int8cli.survey": 4,
     "int8cli.executors": 4,
+    "int8cli.columns": 4,
     "int8cli.convert": 4,
     "int8cli.convert_shard": 4,
     "int8cli.conclusion": 4,

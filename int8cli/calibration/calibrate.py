@@ -5,8 +5,7 @@ observer is told.
 """
 
 import dataclasses
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,23 @@ from int8cli.calibration.kept import KeptStates
 from int8cli.calibration.memory import available_bytes
 from int8cli.calibration.model_files import model_files
 from int8cli.calibration.sites import Site, first_hidden, weight_of
-from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, Skeleton, build_skeleton
+from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, Skeleton, Unit, build_skeleton
 from int8cli.calibration.stream import LoadedUnit, StreamedModel
 from int8cli.calibration.tensors import CheckpointTensors
 from int8cli.calibration.text import Sampling, Text, sequences_of
-from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.errors import NonFiniteError, NotEnoughMemoryError, UnsupportedModelError
-from int8cli.llm_int8.outliers import THRESHOLD, InputStatistics, NonFiniteInputError, column_errors
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS
+from int8cli.llm_int8.measure import measured_output_errors
+from int8cli.llm_int8.outliers import (
+    THRESHOLD,
+    InputStatistics,
+    InputSummary,
+    NonFiniteInputError,
+    choose_columns,
+    column_errors,
+)
 from int8cli.llm_int8.quantize import NonFiniteWeightError
 from int8cli.outlier_statistics import (
     RESIDUAL,
@@ -37,9 +45,11 @@ from int8cli.outlier_statistics import (
     load_statistics,
     save_statistics,
 )
-from int8cli.survey import Survey, fingerprint
+from int8cli.survey import Survey, model_fingerprint
 
 _STEP_ELEMENTS = 1 << 22
+# Positions of the last sequence on which a linear is run in int8 to measure its error, spread over it.
+_EXAMPLES = 128
 
 
 class CalibrationObserver:
@@ -57,18 +67,42 @@ class CalibrationObserver:
     def noted(self, message: str) -> None: ...
 
 
+class Companion:
+    """Goes along with a calibration, for what else is to be done while its shards are here. Here none does anything."""
+
+    def starting(self, held_bytes: int) -> None:
+        """The run begins; so many bytes of shards are on this machine at once."""
+
+    def learnt(self, sites: tuple[SiteStatistics, ...]) -> None:
+        """A unit is done, in this run or in an earlier one that is gone on with."""
+
+    def leaving(self, shard: str, local: LocalFile) -> None:
+        """All that is wanted of a shard has been read; it goes when this returns."""
+
+
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """`kept_in`: the directory for the state between blocks, removed at the end; None keeps it all in memory."""
+    """`kept_in`: the directory for the state between blocks, None keeps it all in memory.
+
+    It is removed at the end but with `leave_state`, which lets the same call come to its end again at once.
+    `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
+    """
 
     sampling: Sampling = field(default_factory=Sampling)
     threshold: float = THRESHOLD
     device: str = "cpu"
     kept_in: Path | None = None
+    leave_state: bool = False
+    stored_columns: int = 0
 
 
 def calibrate(
-    source: Source, survey: Survey, text: Text, options: CalibrateOptions, observer: CalibrationObserver
+    source: Source,
+    survey: Survey,
+    text: Text,
+    options: CalibrateOptions,
+    observer: CalibrationObserver,
+    companion: Companion | None = None,
 ) -> OutlierStatistics:
     """Run a source's model over a text, with one block of it in memory, and take down its outliers.
 
@@ -77,7 +111,7 @@ def calibrate(
     weight holds NaN, NotEnoughMemoryError where a block does not fit.
     """
     with model_files(source, survey.weights) as directory:
-        calibration = _Calibration(source, survey.layouts, directory, text, options, observer)
+        calibration = _Calibration(source, survey.layouts, directory, text, options, observer, companion or Companion())
         with closing(calibration):
             try:
                 return calibration.run()
@@ -101,9 +135,10 @@ class _Calibration:
         text: Text,
         options: CalibrateOptions,
         observer: CalibrationObserver,
+        companion: Companion,
     ) -> None:
         self._source, self._layouts, self._directory = source, layouts, directory
-        self._options, self._observer = options, observer
+        self._options, self._observer, self._companion = options, observer, companion
         self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
@@ -125,7 +160,10 @@ class _Calibration:
         self._require_memory(skeleton, largest)
         self._observer.started(len(blocks), finished, largest, self._provenance.tokens)
         found: dict[str, tuple[SiteStatistics, ...]] = dict(self._recalled())
-        with CheckpointTensors(self._source, self._layouts) as tensors:
+        with CheckpointTensors(self._source, self._layouts, self._companion.leaving) as tensors:
+            self._companion.starting(tensors.held_bytes([unit.sources for unit in self._read_in_order(skeleton)]))
+            for recalled in found.values():
+                self._companion.learnt(recalled)
             stream = StreamedModel(skeleton, tensors, device=self._options.device, kept=self._kept)
             accumulators: dict[str, _UnitStatistics] = {}
             for loaded in stream.units(self._sequences):
@@ -136,13 +174,20 @@ class _Calibration:
                     unit.name, _UnitStatistics(loaded, self._options, self._observer, len(self._sequences))
                 )
                 found[unit.name] = watch.run(loaded)
+                self._companion.learnt(found[unit.name])
                 if unit.is_block:
                     self._put_down(unit.name, found[unit.name])
                     self._observer.block_finished(unit.name)
         order = [unit.name for unit in skeleton.units]
         sites = [site for name in sorted(found, key=order.index) for site in found[name]]
-        self.forget()
+        if not self._options.leave_state:
+            self.forget()
         return OutlierStatistics(self._provenance, tuple(sites))
+
+    def _read_in_order(self, skeleton: Skeleton) -> list[Unit]:
+        """What is read of the model, in the order in which it is."""
+        head = skeleton.output_head()
+        return [skeleton.resident, *(unit for unit in skeleton.units if skeleton.module(unit) is not head)]
 
     def forget(self) -> None:
         """Remove the state on disk."""
@@ -216,6 +261,7 @@ class _UnitStatistics:
         self._inputs: dict[str, InputStatistics] = {}
         self._residual: InputStatistics | None = None
         self._outputs: dict[str, _MeanSquare] = {}
+        self._examples: dict[str, Tensor] = {}
         self._weights = {name: _weight_figures(name, linear) for name, linear in loaded.linears.items()}
         self._biases: dict[str, Tensor | None] = {}
 
@@ -231,7 +277,7 @@ class _UnitStatistics:
             self._observer.sequence_done(self._unit.name, done, self._sequences)
 
         sites = loaded.run(on_input=self._take_input, on_linear_output=self._take_linear_output, on_output=take_output)
-        found = [self._site(site) for site in sites]
+        found = [self._site(site, loaded.linears) for site in sites]
         if self._residual is not None:
             unit = self._unit
             summary = self._residual.summary()
@@ -241,6 +287,9 @@ class _UnitStatistics:
     def _take_input(self, name: str, x: Tensor) -> None:
         with _naming(f"{name}: its input"):
             self._statistics(name, x).update(x)
+        if self._options.stored_columns:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            self._examples[name] = rows[:: max(1, rows.shape[0] // _EXAMPLES)][:_EXAMPLES].clone()
 
     def _take_residual(self, output: Any) -> None:
         hidden = first_hidden(output)
@@ -261,13 +310,23 @@ class _UnitStatistics:
     def _new(self, x: Tensor) -> InputStatistics:
         return InputStatistics(x.shape[-1], threshold=self._options.threshold, device=x.device)
 
-    def _site(self, site: Site) -> SiteStatistics:
-        linears = tuple(
-            dataclasses.replace(self._weights[name], output_mean_square=self._outputs[name].value)
-            for name in site.linears
-        )
+    def _site(self, site: Site, modules: Mapping[str, nn.Module]) -> SiteStatistics:
         summary = self._inputs[site.name].summary()
-        return SiteStatistics(site.name, site.kind, site.stack, site.layer, summary, linears)
+        linears = []
+        for name in site.linears:
+            linear = dataclasses.replace(self._weights[name], output_mean_square=self._outputs[name].value)
+            if self._options.stored_columns:
+                linear = self._measured(linear, summary, self._examples[site.name], weight_of(modules[name]))
+            linears.append(linear)
+        return SiteStatistics(site.name, site.kind, site.stack, site.layer, summary, tuple(linears))
+
+    def _measured(
+        self, linear: LinearStatistics, summary: InputSummary, examples: Tensor, weight: Tensor
+    ) -> LinearStatistics:
+        """The linear run in int8 on some of its inputs, without and with the columns that its statistics choose."""
+        stored = choose_columns(summary, linear.weight_error, self._options.stored_columns)
+        without, with_stored = measured_output_errors(examples, weight, stored, DEFAULT_INPUTS)
+        return dataclasses.replace(linear, stored=stored, measured_error=without, measured_error_stored=with_stored)
 
 
 class _MeanSquare:
@@ -301,12 +360,6 @@ def _naming(what: str) -> Iterator[None]:
             f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
             hint="The model overflows there, or a weight before it is damaged. --from weights works all the same.",
         ) from error
-
-
-def model_fingerprint(source: Source, layouts: Sequence[ShardLayout]) -> str:
-    """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
-    marks = [fingerprint(source, layout.file_name) for layout in layouts]
-    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""
 
 
 def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:

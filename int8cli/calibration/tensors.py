@@ -6,8 +6,8 @@ Owns which shards are on this machine at a time and how a stored tensor becomes 
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader
-from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardLayout, StoredTensor, TensorSpec
-from int8cli.errors import CheckpointError
+from int8cli.digest import sha256_of
+from int8cli.errors import CheckpointError, DigestMismatchError
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -33,17 +34,118 @@ _DTYPES = {
 }
 
 
+class ShardTensors:
+    """The tensors of one shard file on this machine, read or mapped by name. Close it."""
+
+    def __init__(self, path: Path, layout: ShardLayout) -> None:
+        self._path = path
+        self._places = {stored.spec.name: stored for stored in layout.tensors}
+        self._legacy = None if layout.mappable else load_legacy(path)
+        self._reader = FileReader(path) if layout.mappable else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, contiguous."""
+        stored = self._places[name]
+        if self._legacy is not None:
+            return self._legacy[name].contiguous()
+        if not stored.spec.nbytes:
+            return torch.empty(stored.spec.shape, dtype=_dtype_of(stored))
+        assert self._reader is not None
+        memory = bytearray(stored.spec.nbytes)
+        self._reader.read_into(stored.offset_bytes, memoryview(memory))
+        return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
+
+    def map(self, name: str) -> Tensor:
+        """The tensor as a mapping of its file, which stays when this is closed. Not to be written to."""
+        stored = self._places[name]
+        if self._legacy is not None or not stored.spec.nbytes:
+            return self.read(name)
+        start = stored.offset_bytes - stored.offset_bytes % mmap.ALLOCATIONGRANULARITY
+        with self._path.open("rb") as file:
+            # Private, so that torch may take it for writable; pages that are only read are shared with the page cache.
+            mapped = mmap.mmap(
+                file.fileno(),
+                stored.end_bytes - start,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=start,
+            )
+        memory = torch.frombuffer(
+            mapped, dtype=torch.uint8, count=stored.spec.nbytes, offset=stored.offset_bytes - start
+        )
+        return _as_stored(memory, stored)
+
+    def close(self) -> None:
+        self._legacy = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+class _HeldShard:
+    """A shard that is kept on this machine for as long as tensors are read from it.
+
+    Its sha256 is looked at before anything is read, where the Hub gives one: what a model was run with cannot be taken
+    back when a conversion finds out later.
+    """
+
+    def __init__(self, source: Source, layout: ShardLayout) -> None:
+        self._stack = ExitStack()
+        self.local = self._stack.enter_context(_fetched_as_published(source, layout))
+        try:
+            self.tensors = ShardTensors(self.local.path, layout)
+        except BaseException as error:
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def close(self) -> None:
+        self.tensors.close()
+        self._stack.close()
+
+    def abandon(self, error: BaseException) -> None:
+        """Let go because of an error: what was brought here stays for the next run."""
+        self.tensors.close()
+        self._stack.__exit__(type(error), error, error.__traceback__)
+
+
+@contextmanager
+def _fetched_as_published(source: Source, layout: ShardLayout) -> Iterator[LocalFile]:
+    """A shard, transferred once more if it is not what the Hub published. Raises DigestMismatchError if it never is."""
+    with ExitStack() as stack:
+        local = stack.enter_context(source.fetch(layout.file_name))
+        if not _is_as_published(local):
+            source.discard(layout.file_name)
+            local = stack.enter_context(source.fetch(layout.file_name))
+            if not _is_as_published(local):
+                raise DigestMismatchError(
+                    f"{layout.file_name}: its sha256 is not the one that the Hub published ({local.sha256})",
+                    hint="Run the same command again; if it comes back, the network or this disk alters data.",
+                )
+        yield local
+
+
+def _is_as_published(local: LocalFile) -> bool:
+    return local.sha256 is None or sha256_of(local.path) == local.sha256
+
+
 class CheckpointTensors:
     """Reads tensors of a source. Close it, or use it as a context manager.
 
     `expect` says which tensors are still wanted; a shard is let go (and one from the Hub removed) once none of its are.
     """
 
-    def __init__(self, source: Source, layouts: Sequence[ShardLayout]) -> None:
+    def __init__(
+        self,
+        source: Source,
+        layouts: Sequence[ShardLayout],
+        on_leaving: Callable[[str, LocalFile], None] = lambda shard, local: None,
+    ) -> None:
+        """`on_leaving(shard, file)` is called when nothing more is wanted of a shard, before it is let go."""
         self._source = source
+        self._on_leaving = on_leaving
         self._layouts = {layout.file_name: layout for layout in layouts}
         self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
-        self._open: dict[str, _OpenShard] = {}
+        self._open: dict[str, _HeldShard] = {}
         self._opening = threading.Lock()
         self._wanted: Counter[str] = Counter()
 
@@ -63,11 +165,11 @@ class CheckpointTensors:
 
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own, contiguous. Raises CorruptShardError, SourceError, CheckpointError."""
-        return self._shard(name).read(self._places[name][1])
+        return self._shard(name).read(name)
 
     def map(self, name: str) -> Tensor:
         """The tensor as a mapping of its file: what is never touched never enters memory. Not to be written to."""
-        return self._shard(name).map(self._places[name][1])
+        return self._shard(name).map(name)
 
     def release(self, names: Iterable[str]) -> None:
         """Done with these tensors, as often as they are named: let go of shards that nothing else is expected from."""
@@ -75,7 +177,27 @@ class CheckpointTensors:
         self._wanted.subtract(shards)
         for shard in shards:
             if self._wanted[shard] <= 0 and shard in self._open:
-                self._open.pop(shard).close()
+                held = self._open.pop(shard)
+                try:
+                    self._on_leaving(shard, held.local)
+                except BaseException as error:
+                    held.abandon(error)
+                    raise
+                held.close()
+
+    def held_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+        """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
+
+        Only those count that have to be brought from elsewhere.
+        """
+        reads = [{self._places[name][0] for name in step} for step in steps]
+        last = {shard: place for place, shards in enumerate(reads) for shard in shards}
+        most, held = 0, set[str]()
+        for place, shards in enumerate(reads):
+            held |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
+            most = max(most, sum(self._layouts[each].file_bytes for each in held if self._source.transfers(each)))
+            held = {shard for shard in held if last[shard] > place}
+        return most
 
     def close(self) -> None:
         while self._open:
@@ -87,61 +209,12 @@ class CheckpointTensors:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _shard(self, name: str) -> "_OpenShard":
+    def _shard(self, name: str) -> ShardTensors:
         shard = self._places[name][0]
         with self._opening:  # transformers reads a unit's tensors from several threads
             if shard not in self._open:
-                self._open[shard] = _OpenShard(self._source, self._layouts[shard])
-            return self._open[shard]
-
-
-class _OpenShard:
-    """A shard on this machine, open for as long as tensors are read from it."""
-
-    def __init__(self, source: Source, layout: ShardLayout) -> None:
-        self._stack = ExitStack()
-        self._path: Path = self._stack.enter_context(source.fetch(layout.file_name)).path
-        self._legacy: dict[str, Tensor] | None = None
-        try:
-            if layout.mappable:
-                self._reader = FileReader(self._path)
-                self._stack.callback(self._reader.close)
-            else:
-                self._legacy = load_legacy(self._path)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def read(self, stored: StoredTensor) -> Tensor:
-        if self._legacy is not None:
-            return self._legacy[stored.spec.name].contiguous()
-        if not stored.spec.nbytes:
-            return torch.empty(stored.spec.shape, dtype=_dtype_of(stored))
-        memory = bytearray(stored.spec.nbytes)
-        self._reader.read_into(stored.offset_bytes, memoryview(memory))
-        return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
-
-    def map(self, stored: StoredTensor) -> Tensor:
-        if self._legacy is not None or not stored.spec.nbytes:
-            return self.read(stored)
-        start = stored.offset_bytes - stored.offset_bytes % mmap.ALLOCATIONGRANULARITY
-        with self._path.open("rb") as file:
-            # Private, so that torch may take it for writable; pages that are only read are shared with the page cache.
-            mapped = mmap.mmap(
-                file.fileno(),
-                stored.end_bytes - start,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=start,
-            )
-        memory = torch.frombuffer(
-            mapped, dtype=torch.uint8, count=stored.spec.nbytes, offset=stored.offset_bytes - start
-        )
-        return _as_stored(memory, stored)
-
-    def close(self) -> None:
-        self._legacy = None
-        self._stack.close()
+                self._open[shard] = _HeldShard(self._source, self._layouts[shard])
+            return self._open[shard].tensors
 
 
 def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
