@@ -11,16 +11,17 @@ _PROMPT_BYTES = 1 << 20
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def return_memory_promptly() -> None:
+def return_memory_promptly(prompt_bytes: int = _PROMPT_BYTES) -> None:
     """Have glibc's malloc give freed memory back to the system, for the rest of the process.
 
     Left to itself it raises its thresholds with each large block freed, and keeps what it freed: a model run in large
-    batches then peaks at many times what it uses. No effect with other C libraries.
+    batches then peaks at many times what it uses. No effect with other C libraries. Blocks of `prompt_bytes` and more
+    go back when they are freed.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _PROMPT_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _PROMPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, prompt_bytes)
+        libc.mallopt(_M_TRIM_THRESHOLD, prompt_bytes)
         libc.mallopt(_M_ARENA_MAX, 1)  # one strand runs at a time: what one frees serves the next
 
 

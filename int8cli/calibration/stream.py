@@ -189,6 +189,7 @@ class StreamedModel:
         self._strands = [self._strand(index, inputs) for index, inputs in enumerate(sequences)]
         with self._intercepted(), torch.no_grad():
             self.skeleton.load(self.skeleton.resident, self._tensors)
+            self._tensors.release(self.skeleton.resident.sources)
             try:
                 for index in range(len(sequences)):
                     self._advance(index)

@@ -6,9 +6,9 @@ Owns how a calibration becomes columns. The text it ran on should not be the one
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate, model_fingerprint
+from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
 from int8cli.calibration.text import Text
-from int8cli.errors import CheckpointError, TextError
+from int8cli.errors import TextError
 from int8cli.evaluation.results import StoredColumns
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.outliers import choose_columns
@@ -50,14 +50,3 @@ def calibrated_columns(
     assert subject.survey is not None
     observer.noted("calibrating for stored columns: a pass over the weights of its own")
     return columns_from(calibrate(subject.runs, subject.survey, text, options, observer), limit)
-
-
-def require_statistics_of(subject: Subject, statistics: OutlierStatistics) -> None:
-    """Raise CheckpointError if statistics are of another model, or of another state of it."""
-    of, identity = statistics.provenance, subject.runs.identity
-    mine = model_fingerprint(subject.runs, subject.layouts)
-    if (of.revision, of.model_fingerprint) != (identity.revision, mine):
-        raise CheckpointError(
-            f"the outlier statistics are of {of.model}, or of another state of it, not of {identity.name} as it is",
-            hint="Make them again: int8cli inspect-outliers MODEL --output FILE.safetensors",
-        )

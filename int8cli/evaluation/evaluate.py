@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from int8cli.calibration.calibrate import CalibrationObserver, model_fingerprint
+from int8cli.calibration.calibrate import CalibrationObserver
 from int8cli.calibration.kept import KeptStates
 from int8cli.calibration.memory import available_bytes
 from int8cli.calibration.model_files import model_files
@@ -35,6 +35,7 @@ from int8cli.evaluation.results import EvaluatedText, Evaluation, LayerError, Me
 from int8cli.evaluation.subject import Subject
 from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation
 from int8cli.evaluation.weights import LayerWeights
+from int8cli.survey import model_fingerprint
 
 # Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
 _FORMS = 1.5

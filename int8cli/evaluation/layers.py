@@ -142,4 +142,5 @@ def float_product(inputs: Tensor, weight: Tensor) -> Tensor:
 
 
 def _energy(values: Tensor) -> float:
-    return float(values.double().square().sum())
+    """The sum of squares: in float32 along rows, in float64 over them."""
+    return float(torch.linalg.vector_norm(values, dim=1).double().square().sum())

@@ -69,8 +69,11 @@ def _whole(scheme: InputScheme) -> Product:
     return product
 
 
-def _stored(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
-    return _biased(llm_int8_linear(inputs, layer.with_columns(), "absmax"), bias)
+def _stored(scheme: InputScheme) -> Product:
+    def product(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        return _biased(llm_int8_linear(inputs, layer.with_columns(), scheme), bias)
+
+    return product
 
 
 def _weights_only(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,18 +84,27 @@ def _biased(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output.add_(bias.to(torch.float32))
 
 
+# "By row" is by row of X, one scale a token, with one scale for all of W, as in the paper's table 1.
 METHODS = (
     Method(REFERENCE, "16 bit", None),
     Method("absmax-tensor", "absmax by tensor", _by_scale("absmax", "tensor", "tensor")),
     Method("zeropoint-tensor", "zero-point by tensor", _by_scale("zeropoint", "tensor", "tensor")),
-    Method("absmax-row", "absmax by row", _by_scale("absmax", "tensor", "row")),
+    Method("absmax-row", "absmax by row", _by_scale("absmax", "row", "tensor")),
+    Method("absmax-weight-row", "absmax by row of W", _by_scale("absmax", "tensor", "row"), by_default=False),
     Method("vector-wise", "vector-wise", _by_scale("absmax", "row", "row")),
     Method("zeropoint-vector-wise", "zero-point vector-wise", _by_scale("zeropoint", "row", "row")),
     Method("bitsandbytes", "LLM.int8(), bitsandbytes", _bitsandbytes, needs_weight=False),
     Method("llm-int8-exact", "LLM.int8(), exact columns", _exact),
     Method("llm-int8-whole", "LLM.int8(), whole columns", _whole("absmax"), by_default=False),
     Method("zeropoint-llm-int8", "zero-point LLM.int8()", _whole("zeropoint"), by_default=False),
-    Method("llm-int8-stored", "LLM.int8(), stored columns", _stored, needs_weight=False, needs_columns=True),
+    Method("llm-int8-stored", "LLM.int8(), stored columns", _stored("absmax"), needs_weight=False, needs_columns=True),
+    Method(
+        "zeropoint-llm-int8-stored",
+        "zero-point, stored columns",
+        _stored("zeropoint"),
+        needs_weight=False,
+        needs_columns=True,
+    ),
     Method("int8-weights", "int8 weights, 16-bit inputs", _weights_only, needs_weight=False),
 )
 _BY_KEY = {method.key: method for method in METHODS}

@@ -11,7 +11,7 @@ from int8cli.evaluation.results import REFERENCE
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.outliers import THRESHOLD
 
-ERROR_TOKENS = 2048  # the layers' errors settle long before: they are means over all values of a layer's output
+ERROR_TOKENS = 1024  # the layers' errors settle long before: they are means over all values of a layer's output
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,13 +154,17 @@ def _compare(logits: Tensor, targets: Tensor, reference: Tensor | None) -> _Figu
 
 
 def _kl_divergence(exact: Tensor, top: Tensor, log_shares: Tensor) -> float:
-    """Σ p (log p - log q) over positions and vocabulary, with p of the exact logits, whose largest are at `top`."""
+    """Σ p (log p - log q) over positions and vocabulary, with p of the exact logits, whose largest are at `top`.
+
+    Overwrites the logits.
+    """
     shares = torch.softmax(exact, dim=1)
     log_sum = exact.gather(1, top) - torch.log(shares.gather(1, top))  # (positions, 1)
-    gaps = exact - log_sum - log_shares
-    if not math.isfinite(float(gaps.sum())):  # tokens that a model rules out with -inf on both sides
-        gaps.masked_fill_(shares == 0, 0.0)
-    return float((shares * gaps).sum(dim=1).double().sum())
+    gaps = exact.sub_(log_sum).sub_(log_shares)
+    found = torch.linalg.vecdot(shares, gaps)  # (positions,)
+    if not bool(torch.isfinite(found).all()):  # tokens that a model rules out with -inf on both sides
+        found = torch.linalg.vecdot(shares, gaps.masked_fill_(shares == 0, 0.0))
+    return float(found.double().sum())
 
 
 def _same_top(scores: Tensor, top: Tensor) -> int:

@@ -5,6 +5,7 @@ LLM.int8() as bitsandbytes computes it. Integer products are exact on every path
 `matmul.llm_int8_linear`.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,8 @@ def quantize_matrix(values: Tensor, scheme: InputScheme, span: Span) -> Int8Matr
     `absmax` maps [-max|x|, max|x|] to [-127, 127] [eq. 1]; `zeropoint` maps [min(x, 0), max(x, 0)] to [-128, 127] with
     an offset [eq. 2 to 5]. Works on blocks of rows. What is all zeros stays zero.
     """
+    if values.numel() <= _CHUNK_ELEMENTS:
+        values = values.float()  # once for both passes; torch reduces float32 faster than 16 bit too
     low, high = values.amin(dim=1).float(), values.amax(dim=1).float()  # (rows,)
     if span == "tensor":
         low, high = low.amin().view(1), high.amax().view(1)
@@ -58,7 +61,7 @@ def quantize_matrix(values: Tensor, scheme: InputScheme, span: Span) -> Int8Matr
     rows = max(1, _CHUNK_ELEMENTS // max(1, values.shape[1]))
     for start in range(0, values.shape[0], rows):
         part = slice(start, start + rows) if span == "row" else slice(None)
-        scaled = values[start : start + rows].float().div_(divisor[part])
+        scaled = values[start : start + rows].float() / divisor[part]
         if offset is not None:
             scaled += offset[part, None]
         data[start : start + rows] = scaled.round_().clamp_(_LOWEST, INT8_MAX)
@@ -117,10 +120,7 @@ def bitsandbytes_linear(
     are taken from int8 and multiplied, in the inputs' dtype, with the columns of W rebuilt from int8. A threshold of 0
     leaves the decomposition out. Unlike there, a token of zeros gives zeros, not what NaN is in int8.
     """
-    halves = inputs.half()
-    over = halves.abs() >= threshold if threshold > 0.0 else torch.zeros_like(halves, dtype=torch.bool)
-    columns = over.any(dim=0).nonzero().squeeze(1)
-    quantized, absmax = _without_outliers(halves, over, columns)
+    quantized, absmax, columns = _without_outliers(inputs.half().float(), threshold if threshold > 0.0 else math.inf)
     product = int8_product(quantized, data).to(torch.float32)  # (tokens, out)
     product *= absmax[:, None] * row_absmax[None]
     product *= _BITSANDBYTES_PRODUCT_STEP
@@ -138,10 +138,7 @@ def exact_columns_linear(inputs: Tensor, data: Tensor, row_absmax: Tensor, weigh
 
     `weight` is what data and row_absmax were made of, (out, in).
     """
-    values = inputs.float()
-    over = values.abs() >= threshold
-    columns = over.any(dim=0).nonzero().squeeze(1)
-    quantized, absmax = _without_outliers(values, over, columns)
+    quantized, absmax, columns = _without_outliers(inputs.float(), threshold)
     product = int8_product(quantized, data).to(torch.float32)  # (tokens, out)
     product *= (absmax / INT8_MAX)[:, None]
     product *= (row_absmax / INT8_MAX)[None]
@@ -155,15 +152,19 @@ def outlier_columns(inputs: Tensor, threshold: float) -> Tensor:
     return (inputs.abs() >= threshold).any(dim=0).nonzero().squeeze(1)
 
 
-def _without_outliers(values: Tensor, over: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+def _without_outliers(values: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize tokens with scales that outlying values do not stretch, and with nothing in the outlier columns.
 
-    Returns int8 (tokens, in) and the scales' row_absmax, float32 (tokens,).
+    `values` are float32 (tokens, in). Returns int8 data of that shape, the scales' row_absmax (tokens,), the columns.
     """
-    inside = values.masked_fill(over, 0.0)
-    absmax = inside.abs().amax(dim=1).float()
-    scaled = inside * (INT8_MAX / absmax)[:, None]  # float32
-    scaled.masked_fill_((absmax == 0)[:, None], 0.0)
-    quantized = scaled.round_().to(torch.int8)
-    quantized[:, columns] = 0
-    return quantized, absmax
+    magnitude = values.abs()
+    columns = (magnitude.amax(dim=0) >= threshold).nonzero().squeeze(1)
+    if columns.numel():
+        outlying = magnitude[:, columns]  # no other column holds a value over the threshold
+        magnitude[:, columns] = outlying.masked_fill_(outlying >= threshold, 0.0)
+    absmax = magnitude.amax(dim=1)
+    scale = INT8_MAX / absmax
+    scale.masked_fill_(absmax == 0, 0.0)
+    quantized = values * scale[:, None]
+    quantized[:, columns] = 0.0
+    return quantized.round_().to(torch.int8), absmax, columns
