@@ -129,6 +129,15 @@ def test_error_sums_are_those_of_the_dequantized_weight(dtype: torch.dtype, scal
     assert sums.row_absmax_max == float(absmax.max())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_error_is_exact_though_taken_from_squares(dtype: torch.dtype) -> None:
+    weight = random_weight(40, 333, 0.02, dtype)
+    data, absmax = quantize_rowwise(weight)
+    scaled = weight.float() * (absmax.reciprocal() * 127)[:, None]
+    by_row = (scaled - data.float()).abs().amax(dim=1).double() * (absmax.double() / 127)
+    assert error_sums(weight).max_abs_error == float(by_row.max())
+
+
 def test_a_row_lost_to_float16_counts_as_its_own_error() -> None:
     weight = torch.full((2, 4), 1e-9, dtype=torch.bfloat16)
     weight[1] = 1.0

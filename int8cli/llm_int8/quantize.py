@@ -48,8 +48,8 @@ class BlockQuantizer:
         self.capacity = capacity
         self.float32_via_half = float32_via_half
         self.device = torch.device(device)
-        self._scaled = torch.empty(capacity, dtype=torch.float32, device=self.device)
-        self._rounded = torch.empty(capacity, dtype=torch.float32, device=self.device)
+        self._buffers = torch.empty((2, capacity), device=self.device)
+        self._scratch = _Scratch(self._buffers, (0, 0))
 
     def row_absmax(self, block: Tensor) -> Tensor:
         """Largest magnitude of each row of a (rows, columns) block: float32 (rows,), exact.
@@ -57,11 +57,11 @@ class BlockQuantizer:
         Raises NonFiniteWeightError at the first NaN or infinity. Magnitudes are compared as integers: the bits of
         floats of one sign are ordered like the floats, NaN above infinity, and integer amax is the vectorised one.
         """
-        bits = block.view(_BITS_DTYPE[block.dtype])
-        magnitude = self._scaled.view(bits.dtype)[: bits.numel()].view(bits.shape)
-        torch.bitwise_and(bits, _MAGNITUDE_MASK[bits.dtype], out=magnitude)
+        bits_dtype = _BITS_DTYPE[block.dtype]
+        magnitude = self._scratch_of(block).magnitude[bits_dtype]
+        torch.bitwise_and(block.view(bits_dtype), _MAGNITUDE_MASK[bits_dtype], out=magnitude)
         absmax = magnitude.amax(dim=1).view(block.dtype).float()
-        if not math.isfinite(absmax.max()):  # NaN is passed on by max
+        if not math.isfinite(absmax.max().item()):  # NaN is passed on by max
             _raise_first_non_finite(block, absmax)
         return absmax
 
@@ -73,26 +73,33 @@ class BlockQuantizer:
         The stored absmax differs from the one given in rows that go through float16. A row of zeros stays zero with the
         scale 0, as does a bfloat16 row so small that float16 has only zeros for it.
         """
-        scaled = self._scaled[: block.numel()].view(block.shape)  # (rows, columns), float32
-        rounded = self._rounded[: block.numel()].view(block.shape)  # (rows, columns), float32
-        plain = self._is_plain(block.dtype, row_absmax)
+        scratch = self._scratch_of(block)
+        scaled, rounded = scratch.scaled, scratch.rounded
+        extremes = _extremes(row_absmax)
+        plain = self._is_plain(block.dtype, extremes[0])
         absmax = row_absmax if plain else self._absmax_to_store(block.dtype, row_absmax)
-        scale = _scale(absmax)
         scaled.copy_(block)
-        scaled.mul_(scale[:, None])
+        scaled.mul_(_scale(absmax, plain=plain)[:, None])
         torch.round(scaled, out=rounded)
         if not plain:
             self._mend_rows(block, row_absmax, absmax, scaled, rounded)
+            extremes = _extremes(absmax)
         data.copy_(rounded)
         stored_absmax.copy_(absmax)
-        sums = _error_sums(scaled, rounded, absmax)
+        sums = scratch.error_sums(absmax, extremes)
         return sums if plain else sums + _lost_rows(block, row_absmax, absmax)
 
-    def _is_plain(self, dtype: torch.dtype, row_absmax: Tensor) -> bool:
+    def _scratch_of(self, block: Tensor) -> "_Scratch":
+        """The buffers in a block's shape, which is mostly that of the block before."""
+        if self._scratch.shape != block.shape:
+            self._scratch = _Scratch(self._buffers, block.shape)
+        return self._scratch
+
+    def _is_plain(self, dtype: torch.dtype, smallest: float) -> bool:
         """Whether no row of a block needs more than the scale: the usual case, told by the smallest row."""
         if dtype == torch.float32:
-            return not self.float32_via_half and float(row_absmax.min()) >= _TINY_ABSMAX
-        return float(row_absmax.min()) > (_HALF_MATTERS_BELOW if dtype == torch.bfloat16 else 0.0)
+            return not self.float32_via_half and smallest >= _TINY_ABSMAX
+        return smallest > (_HALF_MATTERS_BELOW if dtype == torch.bfloat16 else 0.0)
 
     def _goes_through_half(self, dtype: torch.dtype, row_absmax: Tensor) -> Tensor:
         if dtype == torch.bfloat16:
@@ -140,35 +147,62 @@ def quantization_steps(row_absmax: Tensor) -> None:
     row_absmax.div_(INT8_MAX).masked_fill_(zero, torch.finfo(torch.float32).eps)
 
 
-def _scale(absmax: Tensor) -> Tensor:
+def _scale(absmax: Tensor, *, plain: bool = False) -> Tensor:
     """127 / absmax with bitsandbytes' two roundings; 0 for rows of zeros (and for tiny rows, computed elsewhere)."""
     scale = absmax.reciprocal().mul_(INT8_MAX)
-    return scale.masked_fill_(absmax < _TINY_ABSMAX, 0.0)
+    return scale if plain else scale.masked_fill_(absmax < _TINY_ABSMAX, 0.0)
 
 
-def _error_sums(scaled: Tensor, rounded: Tensor, absmax: Tensor) -> ErrorSums:
-    """Error sums of a block from W and Ŵ in units of each row's quantization step. Overwrites both buffers.
-
-    Reductions run along rows in float32, where their length is bounded by a block, and across rows in float64.
-    """
-    weight_norm = torch.linalg.vector_norm(scaled, dim=1)
-    error = torch.sub(scaled, rounded, out=scaled)
-    error_norm = torch.linalg.vector_norm(error, dim=1)
-    max_error = error.abs_().amax(dim=1)
-    abs_data = rounded.abs_().sum(dim=1)
-    step = absmax.double().div_(INT8_MAX)
-    figures = torch.stack((weight_norm, error_norm, max_error)).double().mul_(step)  # (3, rows)
-    squares = figures[:2].square().sum(dim=1).tolist()
+def _extremes(absmax: Tensor) -> tuple[float, float]:
     low, high = absmax.aminmax()
-    return ErrorSums(
-        numel=scaled.numel(),
-        sum_squared_error=squares[1],
-        sum_squared_weight=squares[0],
-        max_abs_error=float(figures[2].max()),
-        sum_abs_data=float(abs_data.double().sum()),
-        row_absmax_min=float(low),
-        row_absmax_max=float(high),
-    )
+    return low.item(), high.item()
+
+
+class _Scratch:
+    """The buffers of a quantizer in the shape of one block, and what they hold at the end: the error of the block.
+
+    Views are made once for many blocks: with them, a call of torch takes as long as the arithmetic of a few thousand
+    elements, and holds Python's lock, which threads over blocks share.
+    """
+
+    def __init__(self, buffers: Tensor, shape: tuple[int, ...]) -> None:
+        rows, columns = self.shape = torch.Size(shape)
+        self.scaled, self.rounded = (buffer[: rows * columns].view(shape) for buffer in buffers)  # float32
+        self.magnitude = {
+            dtype: buffers[0].view(dtype)[: rows * columns].view(shape) for dtype in (torch.int16, torch.int32)
+        }
+        figures = torch.empty((4, rows), device=buffers.device)
+        self._weight, self._squared_error, self._max_error, self._abs_data = figures
+        self._figures, self._exact = figures, torch.empty_like(figures, dtype=torch.float64)
+        self._exact_squares, self._exact_max = self._exact[:2], self._exact[2]
+
+    def error_sums(self, absmax: Tensor, extremes: tuple[float, float]) -> ErrorSums:
+        """Error sums of a block from W and Ŵ in units of each row's quantization step. Overwrites both buffers.
+
+        Reductions run along rows in float32, where their length is bounded by a block, and across rows in float64. The
+        largest error is taken from the squares: a float32's square has a square root that rounds to that float32.
+        """
+        torch.linalg.vector_norm(self.scaled, dim=1, out=self._weight)
+        squares = self.scaled.sub_(self.rounded).square_()
+        torch.sum(squares, dim=1, out=self._squared_error)
+        torch.amax(squares, dim=1, out=self._max_error)
+        torch.sum(self.rounded.abs_(), dim=1, out=self._abs_data)
+        self._weight.square_()
+        self._max_error.sqrt_()
+        step = absmax.double().div_(INT8_MAX)
+        self._exact.copy_(self._figures)
+        self._exact_squares.mul_(step * step)
+        max_abs_error = self._exact_max.mul_(step).max().item()
+        squared_weight, squared_error, _, abs_data = self._exact.sum(dim=1).tolist()
+        return ErrorSums(
+            numel=self.scaled.numel(),
+            sum_squared_error=squared_error,
+            sum_squared_weight=squared_weight,
+            max_abs_error=max_abs_error,
+            sum_abs_data=abs_data,
+            row_absmax_min=extremes[0],
+            row_absmax_max=extremes[1],
+        )
 
 
 def _lost_rows(block: Tensor, row_absmax: Tensor, absmax: Tensor) -> ErrorSums:
