@@ -15,6 +15,9 @@ from int8cli.checkpoint.reader import FileReader
 from int8cli.errors import DiskSpaceError, OutputError
 
 _COPY_BYTES = 1 << 20
+# How much is written before the disk is told to begin. Measured: an fsync then finds next to nothing left to do, and
+# pages that are let go and used again cost a virtual machine a fifth to a tenth of what ever new ones do.
+_WRITE_BEHIND_BYTES = 1 << 24
 
 
 class ShardWriter:
@@ -32,6 +35,7 @@ class ShardWriter:
         try:
             with _disk_errors(partial, total_bytes):
                 _reserve(self._descriptor, total_bytes)
+            self._written_bytes = 0
         except BaseException:
             self.abandon()
             raise
@@ -42,12 +46,17 @@ class ShardWriter:
             while view:
                 count = os.pwrite(self._descriptor, view, offset_bytes)
                 offset_bytes, view = offset_bytes + count, view[count:]
+        self._written_bytes += len(data)  # threads may lose each other's counts: that window is a little longer
+        if self._written_bytes >= _WRITE_BEHIND_BYTES:
+            self._written_bytes = 0
+            _write_out(self._descriptor)
 
     def commit(self, final: Path) -> None:
         """Make the file durable, then give it its name. Replaces what stands there."""
         with _disk_errors(final, 0):
             final.parent.mkdir(parents=True, exist_ok=True)
             os.fsync(self._descriptor)
+            _write_out(self._descriptor)
             self._close()
             os.replace(self.partial, final)
             _sync_directory(final.parent)
@@ -126,6 +135,15 @@ def _reserve(descriptor: int, total_bytes: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
     os.ftruncate(descriptor, total_bytes)
+
+
+def _write_out(descriptor: int) -> None:
+    """Have the system begin to write what it holds of a file to the disk, and let go of what is there already.
+
+    An output larger than memory would else push everything out of the page cache, the source first.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_directory(directory: Path) -> None:
