@@ -1,4 +1,5 @@
-# Two commands: `make demo` shows int8cli at work on a real model, `make test` runs every check. Each sets up what it needs.
+# `make demo` shows int8cli at work on a real model, `make test` runs every check, `make benchmark` measures speed and
+# memory beside `cp` and other converters. Each sets up what it needs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,10 +8,13 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 READY := $(VENV)/.ready
 
+# An hour on two cores, most of it the other converters; `make benchmark BENCHMARK="--gigabytes 8"` leaves them out.
+BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
+
 DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 
-.PHONY: demo test lint types pytest clean
+.PHONY: demo test benchmark lint types pytest clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -18,6 +22,9 @@ demo: $(READY)
 	$(BIN)/python scripts/continue_sentence.py $(DEMO_MODEL) $(DEMO_INT8)
 
 test: lint types pytest
+
+benchmark: $(READY)
+	$(BIN)/python scripts/benchmark.py $(BENCHMARK)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,119 +1,65 @@
-"""Measure what a conversion costs against copying the same files: time in turn (A B A B …), peak memory, sizes.
+"""Measure int8cli against `cp` of the same files and against other converters, in turn, and print tables in Markdown.
 
-Makes a checkpoint of random bfloat16 weights at the shapes of Llama-2-7B's blocks, one block a shard, converts and
-copies it in turn, and prints medians and their ratio. Both sides end with their data on the disk (fsync, sync).
+Makes its own checkpoints: blocks of BLOOM for what is held against `cp`, blocks of Llama-2-7B for what is held against
+other converters, which must know the model. A conversion ends when its output is on the disk, as `cp` does with `sync`.
 
-    python scripts/benchmark.py --gigabytes 4 --runs 3 --directory /scratch
+    python scripts/benchmark.py --gigabytes 8 --runs 5
+    python scripts/benchmark.py --peers 2 --runs 3
+    python scripts/benchmark.py --growth 0.1 0.3 1 3 10
+
+It wants a machine that does nothing else, and three times the checkpoint's size free on the disk, twice in memory.
 """
 
 import argparse
 import json
-import multiprocessing
-import os
-import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 
-HIDDEN, FEED_FORWARD = 4096, 11008
-SHAPES = {
-    **{f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
-    "mlp.gate_proj": (FEED_FORWARD, HIDDEN),
-    "mlp.up_proj": (FEED_FORWARD, HIDDEN),
-    "mlp.down_proj": (HIDDEN, FEED_FORWARD),
-}
-IMPORT_TORCH = "import torch"
+from benchmarking.cases import Bench, Section
+from benchmarking.machine import describe_machine
+from benchmarking.tables import against_copy, growth, peers
 
-
-def make_checkpoint(directory: Path, gigabytes: float) -> None:
-    """Write blocks until there are `gigabytes` of them."""
-    import torch
-    from safetensors.torch import save_file
-
-    directory.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    block = {
-        name: torch.randn(shape, generator=generator, dtype=torch.float32).mul_(0.02).bfloat16()
-        for name, shape in SHAPES.items()
-    }
-    count = max(1, round(gigabytes * 1e9 / sum(weight.nbytes for weight in block.values())))
-    weight_map = {}
-    for layer in range(count):
-        shard = f"model-{layer + 1:05d}-of-{count:05d}.safetensors"
-        tensors = {f"model.layers.{layer}.{name}.weight": weight for name, weight in block.items()}
-        save_file(tensors, directory / shard, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, shard))
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-    (directory / "config.json").write_text(json.dumps(config))
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024
-
-
-def convert(source: Path, output: Path) -> tuple[float, int]:
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
-    return timed([sys.executable, "-m", "int8cli", "convert", str(source), "-o", str(output), "--quiet"])
-
-
-def copy(source: Path, output: Path) -> float:
-    shutil.rmtree(output, ignore_errors=True)
-    os.sync()
-    seconds, _ = timed(["cp", "-r", str(source), str(output)])
-    start = time.perf_counter()
-    os.sync()
-    return seconds + time.perf_counter() - start
-
-
-def measure(scratch: Path, gigabytes: float, runs: int) -> None:
-    source = scratch / "source"
-    # In a process of its own: a child's peak memory begins with that of the process that starts it.
-    maker = multiprocessing.get_context("spawn").Process(target=make_checkpoint, args=(source, gigabytes))
-    maker.start()
-    maker.join()
-    size_bytes = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    for file in source.iterdir():
-        subprocess.run(["cat", file], stdout=subprocess.DEVNULL, check=True)  # both sides start from a warm cache
-    import_s, import_bytes = timed([sys.executable, "-c", IMPORT_TORCH])
-    converts, copies, peaks = [], [], []
-    for _ in range(runs):
-        seconds, peak_bytes = convert(source, scratch / "int8")
-        converts.append(seconds)
-        peaks.append(peak_bytes)
-        copies.append(copy(source, scratch / "copy"))
-    written = sum(file.stat().st_size for file in (scratch / "int8").glob("*.safetensors"))
-    ratios = [a / b for a, b in zip(converts, copies, strict=True)]
-    print(
-        f"{size_bytes / 1e9:6.2f} GB → {written / 1e9:5.2f} GB | "
-        f"convert {statistics.median(converts):6.2f} s | cp and sync {statistics.median(copies):6.2f} s | "
-        f"ratio {statistics.median(ratios):.2f} | peak over torch {(max(peaks) - import_bytes) / 1e6:.0f} MB "
-        f"(import alone {import_s:.1f} s, {import_bytes / 1e6:.0f} MB)"
-    )
-    shutil.rmtree(source)
+BUILD = Path("build")  # which git ignores and `make clean` removes
 
 
 def main() -> None:
+    arguments = _arguments()
+    machine = describe_machine()
+    print(machine, end="\n\n", flush=True)
+    sections: list[Section] = []
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
+        bench = Bench(Path(scratch), arguments.runs)
+        if arguments.gigabytes:
+            sections.append(bench.against_copy(arguments.gigabytes))
+            print(against_copy(sections[-1]), flush=True)
+        if arguments.peers:
+            sections.append(bench.against_peers(arguments.peers, arguments.environments))
+            print(peers(sections[-1]), flush=True)
+        if arguments.growth:
+            sections.append(bench.growth(arguments.growth))
+            print(growth(sections[-1]), flush=True)
+    if arguments.json:
+        document = {"machine": machine, "sections": [asdict(section) for section in sections]}
+        arguments.json.write_text(json.dumps(document, indent=2))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[2.0])
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--directory", type=Path, default=None, help="where to write; the system's temporary directory")
+    parser.add_argument("--gigabytes", type=float, default=0, help="size of the checkpoint that is held against cp")
+    parser.add_argument("--peers", type=float, default=0, metavar="GIGABYTES", help="and against other converters")
+    parser.add_argument("--growth", type=float, nargs="+", default=[], metavar="GIGABYTES", help="cost at these sizes")
+    parser.add_argument("--runs", type=int, default=5, help="of everything, in turn; medians are shown")
+    parser.add_argument("--directory", type=Path, default=BUILD, help="where to write (build)")
+    parser.add_argument(
+        "--environments", type=Path, default=BUILD / "peers", help="where peers are installed (build/peers)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run here, too")
     arguments = parser.parse_args()
-    print(f"{os.cpu_count()} cores, torch {version('torch')}, medians of {arguments.runs} runs in turn")
-    for gigabytes in arguments.gigabytes:
-        with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:
-            measure(Path(scratch), gigabytes, arguments.runs)
+    if not (arguments.gigabytes or arguments.peers or arguments.growth):
+        parser.error("say what to measure: --gigabytes, --peers or --growth")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Tables in Markdown of what was measured: medians over the turns, and medians of the ratios in each turn."""
+
+from collections.abc import Iterable, Sequence
+
+from benchmarking.cases import (
+    COLD_CONVERT,
+    COLD_COPY,
+    CONVERT,
+    COPY,
+    IMPORT_TORCH,
+    INSPECT,
+    READ_OUTPUT,
+    READ_SOURCE,
+    VERIFY,
+    Section,
+)
+from benchmarking.turns import median, median_ratio
+
+# What is held against what, and the word for it.
+HELD_AGAINST = {
+    CONVERT: (COPY, "cp"),
+    COLD_CONVERT: (COLD_COPY, "cp"),
+    INSPECT: (READ_SOURCE, "cat"),
+    VERIFY: (READ_OUTPUT, "cat"),
+}
+
+
+def against_copy(section: Section) -> str:
+    """Each command beside what it is held against."""
+    header = ("", "seconds", "start apart", "ratio", "start apart", "CPU seconds", "peak over torch")
+    rows = []
+    for name, runs in section.runs.items():
+        if name == IMPORT_TORCH:
+            continue
+        row = [f"`{name}`", f"{median(runs, 'seconds'):.2f}", "", "", "", f"{median(runs, 'cpu_s'):.2f}", ""]
+        if name in HELD_AGAINST and HELD_AGAINST[name][0] in section.runs:
+            other, word = HELD_AGAINST[name]
+            against = section.runs[other]
+            row[2] = f"{median(runs, 'apart_s'):.2f}"
+            row[3] = f"{median_ratio(runs, against, 'seconds', 'seconds'):.2f} × {word}"
+            row[4] = f"{median_ratio(runs, against, 'apart_s', 'seconds'):.2f} × {word}"
+            row[6] = over_torch(section, name)
+        rows.append(row)
+    (source_bytes,) = section.source_bytes.values()
+    return f"BLOOM's blocks, {turns_and_size(section, source_bytes)}\n\n{_table(header, rows)}{_left_out(section)}"
+
+
+def peers(section: Section) -> str:
+    """Each converter, and how much longer than ours it takes."""
+    header = ("", "seconds", "start apart", "times ours", "CPU seconds", "peak memory", "output")
+    ours = section.runs[CONVERT]
+    rows = []
+    for name, runs in section.runs.items():
+        if name == IMPORT_TORCH:
+            continue
+        apart = name != COPY
+        rows.append(
+            [
+                f"`{name}`" if name in (COPY, CONVERT) else name,
+                f"{median(runs, 'seconds'):.2f}",
+                f"{median(runs, 'apart_s'):.2f}" if apart else "",
+                f"{median_ratio(runs, ours, 'apart_s', 'apart_s'):.1f}" if apart else "",
+                f"{median(runs, 'cpu_s'):.2f}",
+                _megabytes(max(run.peak_bytes for run in runs)) if apart else "",
+                f"{median(runs, 'output_bytes') / 1e9:.2f} GB",
+            ]
+        )
+    (source_bytes,) = section.source_bytes.values()
+    known = "".join(f"\n{name}: {versions}." for name, versions in section.versions.items())
+    base = median(section.runs[IMPORT_TORCH], "peak_bytes")
+    return (
+        f"Blocks of Llama-2-7B, {turns_and_size(section, source_bytes)}\n\n{_table(header, rows)}{_left_out(section)}"
+        f"\nPeak memory is all that is resident, mapped files included; importing torch alone takes {_megabytes(base)}."
+        f"\n{known}\n"
+    )
+
+
+def growth(section: Section) -> str:
+    """Time and memory by size."""
+    header = ("source", "seconds", "start apart", "GB/s, start apart", "CPU seconds", "peak over torch")
+    rows = []
+    for name, source_bytes in section.source_bytes.items():
+        if name in section.runs:
+            runs = section.runs[name]
+            apart_s = median(runs, "apart_s")
+            cells = (f"{source_bytes / 1e9:.2f} GB", f"{median(runs, 'seconds'):.2f}", f"{apart_s:.2f}")
+            rate = f"{source_bytes / apart_s / 1e9:.2f}"
+            rows.append([*cells, rate, f"{median(runs, 'cpu_s'):.2f}", over_torch(section, name)])
+    return f"How cost grows, {_turns(section)}\n\n{_table(header, rows)}{_left_out(section)}"
+
+
+def over_torch(section: Section, name: str) -> str:
+    """The largest peak of a case's runs over that of Python with torch imported."""
+    peak = max(run.peak_bytes for run in section.runs[name])
+    return _megabytes(peak - median(section.runs[IMPORT_TORCH], "peak_bytes"))
+
+
+def turns_and_size(section: Section, source_bytes: int) -> str:
+    return f"{source_bytes / 1e9:.2f} GB, {_turns(section)}"
+
+
+def _turns(section: Section) -> str:
+    return f"medians of {len(section.runs[IMPORT_TORCH])} runs in turn"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.0f} MB"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (header, *rows)]
+    lines.insert(1, "|---|" + "---:|" * (len(header) - 1))
+    return "\n".join(lines) + "\n"
+
+
+def _left_out(section: Section) -> str:
+    return "".join(f"\nLeft out: {name}: {reason}.\n" for name, reason in section.left_out.items())

@@ -1,0 +1,138 @@
+"""Runs commands in turn and measures them: seconds until what they wrote is on the disk, CPU time, peak memory.
+
+Knows nothing of what the commands do. Imports nothing large: a process's peak memory begins with that of its parent.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PIECE_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A command to measure.
+
+    `reads` is brought into the page cache before each run, or with `cold` out of it. `output` is removed before each
+    run; if it is None, the command writes nothing, and nothing is flushed after it. What `start` names is the same
+    command on next to nothing, run in the same turn: what the start of its process takes. `log` takes what the command
+    prints.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    reads: Path
+    log: Path
+    output: Path | None = None
+    keeps: bool = False
+    cold: bool = False
+    start: "Case | None" = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one run took. `disk_bytes` came from the disk, not from the page cache; start_s is 0 if it has no start."""
+
+    seconds: float
+    cpu_s: float
+    peak_bytes: int
+    disk_bytes: int
+    output_bytes: int
+    start_s: float = 0.0
+
+    @property
+    def apart_s(self) -> float:
+        """Seconds without the start of the process."""
+        return self.seconds - self.start_s
+
+
+class CaseFailedError(Exception):
+    """A command ended with an error; the message has the last it said."""
+
+
+def take_turns(cases: Sequence[Case], runs: int) -> tuple[dict[str, list[Run]], dict[str, str]]:
+    """Run every case once, then every case again, and so on: what slows the machine for a while slows all of them.
+
+    Returns the runs by name, and for each case that failed the reason; it takes no further turn.
+    """
+    taken: dict[str, list[Run]] = {case.name: [] for case in cases}
+    failures: dict[str, str] = {}
+    for _ in range(runs):
+        for case in cases:
+            if case.name not in failures:
+                try:
+                    taken[case.name].append(measure(case))
+                except CaseFailedError as error:
+                    failures[case.name] = str(error)
+                    del taken[case.name]
+    return taken, failures
+
+
+def measure(case: Case) -> Run:
+    """One run of a case and, before it, one of its start."""
+    start_s = measure(case.start).seconds if case.start else 0.0
+    if case.output is not None:
+        shutil.rmtree(case.output, ignore_errors=True)
+    os.sync()
+    for file in files_of(case.reads):
+        _forget(file) if case.cold else _read(file)
+    begin = time.perf_counter()
+    usage = _run(case)
+    if case.output is not None:
+        os.sync()
+    seconds = time.perf_counter() - begin
+    output_bytes = sum(file.stat().st_size for file in files_of(case.output)) if case.output is not None else 0
+    if case.output is not None and not case.keeps:
+        shutil.rmtree(case.output)
+    peak_bytes, disk_bytes = usage.ru_maxrss * 1024, usage.ru_inblock * 512
+    return Run(seconds, usage.ru_utime + usage.ru_stime, peak_bytes, disk_bytes, output_bytes, start_s)
+
+
+def _run(case: Case) -> "os.struct_rusage":  # type: ignore[name-defined]
+    with case.log.open("wb") as log:
+        process = subprocess.Popen(
+            case.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **case.environment}
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        said = case.log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise CaseFailedError(f"ended with {process.returncode}: {' '.join(said)[-200:]}")
+    return usage
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def size_of(directory: Path) -> int:
+    return sum(file.stat().st_size for file in files_of(directory))
+
+
+def _read(file: Path) -> None:
+    piece = bytearray(PIECE_BYTES)
+    with file.open("rb", buffering=0) as opened:
+        while opened.readinto(piece):
+            pass
+
+
+def _forget(file: Path) -> None:
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def median(runs: Sequence[Run], figure: str) -> float:
+    return statistics.median(getattr(run, figure) for run in runs)
+
+
+def median_ratio(runs: Sequence[Run], others: Sequence[Run], figure: str, of: str) -> float:
+    """The median over turns of a figure in seconds, divided by the others' figure `of` in the same turn."""
+    pairs = zip(runs, others, strict=True)
+    return statistics.median(getattr(run, figure) / getattr(other, of) for run, other in pairs)
