@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert, estimate_memory, inspect_outliers, verify
+from int8cli.cli import convert, estimate_memory, evaluate, inspect_outliers, verify
 
 app = typer.Typer(
     name="int8cli",
@@ -61,6 +61,7 @@ _add("convert", convert.convert, convert.EXAMPLES)
 _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
 _add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
 _add("verify", verify.verify, verify.EXAMPLES)
+_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES)
 
 
 def main() -> None:

@@ -1,9 +1,7 @@
 """`int8cli inspect-outliers`."""
 
 import enum
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +10,7 @@ import typer
 from int8cli.cli.convert import Device
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Quiet, Revision
+from int8cli.cli.work_directory import work_directory
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
@@ -81,7 +80,7 @@ def inspect_outliers(
 
     outputs = tuple(output or ())
     _check(outputs, source_of, device)
-    work = (work_dir or _default_work_directory()) / _key(model, revision)
+    work = work_directory(work_dir, model, revision)
     with observe_inspection(quiet=quiet) as observer:
         source = open_source(
             model,
@@ -200,15 +199,3 @@ def _show(found: "OutlierStatistics | WeightSuspects", *, as_json: bool, quiet: 
         print(json.dumps(suspects_to_json(found), indent=2))
     elif not quiet:
         show_suspects(found)
-
-
-def _default_work_directory() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "int8cli"
-
-
-def _key(model: str, revision: str | None) -> str:
-    """A directory name for a model: the same for the same command."""
-    path = Path(model).expanduser()
-    name = str(path.resolve()) if path.exists() else f"{model}@{revision}"
-    return hashlib.sha256(name.encode()).hexdigest()[:16]

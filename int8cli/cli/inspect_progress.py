@@ -27,7 +27,7 @@ class _Lines(LineObserver, InspectObserver):
 
     def started(self, blocks: int, finished: int, block_bytes: int, tokens: int) -> None:  # type: ignore[override]
         self._blocks, self._done = blocks, finished
-        for line in _beginning(blocks, finished, block_bytes, tokens):
+        for line in beginning(blocks, finished, block_bytes, tokens):
             self.noted(line)
 
     def block_started(self, name: str, weight_bytes: int) -> None:
@@ -48,9 +48,10 @@ class _Bar(BarObserver, InspectObserver):
     def started(self, blocks: int, finished: int, block_bytes: int, tokens: int) -> None:  # type: ignore[override]
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        for line in _beginning(blocks, finished, block_bytes, tokens):
+        for line in beginning(blocks, finished, block_bytes, tokens):
             self.noted(line)
         self._blocks, self._done = blocks, finished
+        self._progress.stop()  # of an earlier pass
         self._progress = Progress(
             BarColumn(bar_width=20),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -81,7 +82,7 @@ def observe_inspection(*, quiet: bool) -> Iterator[InspectObserver]:
         observer.close()
 
 
-def _beginning(blocks: int, finished: int, block_bytes: int, tokens: int) -> Iterator[str]:
+def beginning(blocks: int, finished: int, block_bytes: int, tokens: int) -> Iterator[str]:
     size = human_bytes(block_bytes)
     yield f"running {tokens:,} tokens through {blocks} blocks of up to {size}, one in memory at a time"
     if finished:

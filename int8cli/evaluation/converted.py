@@ -17,8 +17,8 @@ from int8cli.evaluation.layers import Int8Data, KeptColumns
 from int8cli.layouts import LAYOUTS
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.output import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
 
-_SIDECARS = "int8/outliers/"
 _WEIGHT = ".weight"
 
 
@@ -46,7 +46,7 @@ class Converted:
     def kept_columns(self) -> tuple[int, ...]:
         """How many columns each layer keeps that has any stored."""
         stored = [tensor.spec for layout in self.sidecars for tensor in layout.tensors]
-        return tuple(spec.numel for spec in stored if spec.name.endswith(".outlier_cols"))
+        return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
 
     @property
     def modules(self) -> frozenset[str]:
@@ -72,7 +72,7 @@ def find_converted(source: Source, layouts: Sequence[ShardLayout]) -> Converted 
 
 def _sidecars(source: Source) -> Iterable[ShardLayout]:
     for name in source.list_files():
-        if name.startswith(_SIDECARS) and name.endswith(".safetensors"):
+        if name.startswith(f"{SIDECAR_DIRECTORY}/") and name.endswith(".safetensors"):
             with source.open(name) as file:
                 yield read_layout(file, "safetensors", name, source.size_bytes(name))
 
@@ -106,8 +106,8 @@ class ConvertedTensors(CheckpointTensors):
         found = []
         for module in modules:
             found.append(f"{module}{_WEIGHT}")
-            if f"{module}.outlier_cols" in self._known:
-                found.append(f"{module}.outlier_cols")
+            if outlier_cols_name(module) in self._known:
+                found.append(outlier_cols_name(module))
         return found
 
     def int8(self, module: str) -> Int8Data:
@@ -119,7 +119,7 @@ class ConvertedTensors(CheckpointTensors):
 
     def kept(self, module: str) -> KeptColumns | None:
         """The outlier columns stored for a linear layer, if there are any."""
-        columns = f"{module}.outlier_cols"
+        columns = outlier_cols_name(module)
         if columns not in self._known:
             return None
-        return KeptColumns(super().read(columns).long(), super().read(f"{module}.outlier_weight"))
+        return KeptColumns(super().read(columns).long(), super().read(outlier_weight_name(module)))

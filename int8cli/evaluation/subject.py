@@ -3,6 +3,7 @@
 Owns which tensors the model that runs is made of, and which of its linear layers the methods compute in int8.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,8 +13,9 @@ from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardLayout, TensorSpec
 from int8cli.errors import SourceError, UnsupportedModelError
 from int8cli.evaluation.converted import Converted, ConvertedTensors, find_converted
+from int8cli.llm_int8.outliers import THRESHOLD
 from int8cli.plan import PlanOptions
-from int8cli.survey import Survey, survey_source
+from int8cli.survey import CONFIG_FILE, Survey, survey_source
 
 _WEIGHT = ".weight"
 
@@ -23,7 +25,8 @@ class Subject:
     """A model to evaluate. `source` is the one named by the user, `runs` the one whose weights are run.
 
     `survey` is that of the 16-bit model, None where there is none. `specs` are the tensors of the model that runs;
-    `modules` its linear layers that become or are int8, by their names in the checkpoint.
+    `modules` its linear layers that become or are int8, by their names in the checkpoint. `threshold` is the outlier
+    threshold that a converted model's config.json names for its loader.
     """
 
     source: Source
@@ -34,6 +37,7 @@ class Subject:
     modules: frozenset[str]
     survey: Survey | None
     converted: Converted | None
+    threshold: float = THRESHOLD
 
     @property
     def has_reference(self) -> bool:
@@ -74,7 +78,8 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
         survey = survey_source(source, PlanOptions())
         return _with_floats(source, source, survey, _planned(survey), None)
     if reference is None:
-        return Subject(source, source, weights, layouts, converted.specs, converted.modules, None, converted)
+        threshold = _threshold(source)
+        return Subject(source, source, weights, layouts, converted.specs, converted.modules, None, converted, threshold)
     survey = survey_source(reference, PlanOptions())
     _require_same(source, survey, converted)
     return _with_floats(source, reference, survey, converted.modules, converted)
@@ -84,7 +89,18 @@ def _with_floats(
     source: Source, runs: Source, survey: Survey, modules: frozenset[str], converted: Converted | None
 ) -> Subject:
     specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
-    return Subject(source, runs, survey.weights, survey.layouts, specs, modules, survey, converted)
+    threshold = _threshold(source) if converted else THRESHOLD
+    return Subject(source, runs, survey.weights, survey.layouts, specs, modules, survey, converted, threshold)
+
+
+def _threshold(source: Source) -> float:
+    """What config.json says, or the default."""
+    if CONFIG_FILE not in source.list_files():
+        return THRESHOLD
+    with source.open(CONFIG_FILE) as file:
+        config = json.loads(file.read())
+    found = (config.get("quantization_config") or {}).get("llm_int8_threshold", THRESHOLD)
+    return float(found) if isinstance(found, (int, float)) else THRESHOLD
 
 
 def _planned(survey: Survey) -> frozenset[str]:

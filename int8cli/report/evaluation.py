@@ -1,0 +1,107 @@
+"""An evaluation on the terminal, in 80 columns: predictions by method, then the output errors by method."""
+
+import math
+
+from rich.markup import escape
+from rich.table import Table
+
+from int8cli.evaluation.results import Evaluation, MethodResult
+from int8cli.report.terminal import stdout_console
+from int8cli.report.text import broken_at_dots
+from int8cli.report.units import counted
+
+_WORST_WIDTH = 33
+
+
+def show_evaluation(found: Evaluation) -> None:
+    """Print what was compared on what, the two tables, and the notes."""
+    console = stdout_console()
+    for place, line in enumerate(summary_lines(found)):
+        console.print(line, soft_wrap=True, markup=False, style="bold" if place == 0 else None)
+    if found.predicts:
+        console.print()
+        console.print(_predictions_table(found))
+    if any(method.layers for method in found.methods):
+        console.print()
+        console.print(_errors_table(found))
+    for note in found.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+
+
+def summary_lines(found: Evaluation) -> list[str]:
+    """Model, text, and what the stored columns were chosen by, a line each."""
+    text, columns = found.text, found.columns
+    beside = f" beside {found.reference}" if found.converted and found.reference else ""
+    converted = ", its own int8 tensors" if found.converted else ""
+    lines = [
+        f"{found.model}{beside}{converted}: {counted(found.int8_layers, 'linear layer')} in int8, others {found.dtype}",
+        f"text: {text.name}, {text.tokens:,} tokens in {counted(text.sequences, 'sequence')} of {text.sequence_length}",
+    ]
+    if columns is not None:
+        by = f", calibrated on {columns.text} ({columns.tokens:,} tokens)" if columns.text else ""
+        lines.append(f"stored columns: {columns.mean_columns:.1f} a layer{by}")
+    return lines
+
+
+def _predictions_table(found: Evaluation) -> Table:
+    table = _table("Predictions")
+    table.add_column("method", no_wrap=True)
+    for name in ("perplexity", "Δ nats", "± s.e.", "KL", "same top"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for method in found.methods:
+        scores = method.scores
+        if scores is None:
+            continue
+        table.add_row(
+            escape(method.label),
+            _perplexity(scores.perplexity),
+            _signed(scores.nats_over_reference),
+            _figure(scores.standard_error),
+            _figure(scores.kl_divergence),
+            "" if scores.same_top_share is None else f"{100 * scores.same_top_share:.1f} %",
+        )
+    if found.reference is not None:
+        table.caption = (
+            "Δ nats: mean log-likelihood lost against 16 bit, s.e. over sequences\n"
+            "KL: divergence from 16 bit in nats · same top: most likely token is the same"
+        )
+    return table
+
+
+def _errors_table(found: Evaluation) -> Table:
+    table = _table(f"Output error of linear layers, on {found.error_tokens:,} tokens")
+    table.add_column("method", no_wrap=True)
+    for name in ("mean", "worst"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("where", no_wrap=True)
+    for method in found.methods:
+        if method.layers:
+            table.add_row(escape(method.label), *_error_cells(method))
+    table.caption = "‖Y - Y₁₆‖ / ‖Y₁₆‖ of each layer, given its input in the 16-bit model"
+    return table
+
+
+def _error_cells(method: MethodResult) -> tuple[str, str, str]:
+    worst = method.worst_layer
+    assert worst is not None
+    return _figure(method.mean_error), _figure(worst.error), broken_at_dots(worst.name, _WORST_WIDTH)
+
+
+def _perplexity(value: float) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.2f}" if value < 10_000 else f"{value:.3g}"
+
+
+def _signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}" if math.isfinite(value) else "not finite"
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
+    table.padding = (0, 1)
+    return table
