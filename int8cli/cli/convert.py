@@ -4,19 +4,34 @@ import enum
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Quiet, Revision
 
+if TYPE_CHECKING:
+    from int8cli.checkpoint.source import Source
+    from int8cli.cli.progress import ProgressObserver
+    from int8cli.columns.choose import ColumnsWanted, Way
+    from int8cli.convert import ConvertOptions
+    from int8cli.records import Settings
+    from int8cli.results import ConversionReport
+    from int8cli.survey import Survey
+
+Show = Callable[[bool, bool], None]  # as_json, quiet
+
 EXAMPLES = """\
 int8cli convert bigscience/bloom
 int8cli convert ./my-model -o ./my-model-int8 --dry-run
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
 int8cli convert org/name --layout compressed-tensors
+int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 """
 THREADS_FOR_A_SHARD = 4
 
@@ -73,6 +88,25 @@ def convert(
     on_nonfinite: Annotated[
         OnNonFinite, typer.Option(help="A weight with NaN or Inf: stop, or keep it in its source dtype.")
     ] = OnNonFinite.error,
+    outliers: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|activations|weights|none|FILE",
+            help="Store outlier columns exactly, chosen by running the model, by its weights alone, by a statistics "
+            "file of inspect-outliers, or not at all. auto: activations where that can run, or else weights.",
+        ),
+    ] = "auto",
+    outlier_columns: Annotated[
+        int | None,
+        typer.Option(help="Columns to store of each linear, at most.", show_default="as measured to be best", min=0),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to run, in all.", min=1)] = 4096,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one shard each.", show_default="by cores and shards", min=1, max=256)
     ] = None,
@@ -95,16 +129,15 @@ def convert(
     norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
     shards are not done twice.
     """
+    from int8cli.calibration.text import Sampling
     from int8cli.checkpoint.locate import open_source
-    from int8cli.cli.progress import observe, warnings
+    from int8cli.cli.progress import observe
+    from int8cli.columns.choose import ColumnsWanted
     from int8cli.convert import ConvertOptions
-    from int8cli.convert import convert as run
     from int8cli.layouts import LAYOUTS
+    from int8cli.llm_int8.outliers import DEFAULT_OUTLIER_COLUMNS
     from int8cli.plan import PlanOptions
     from int8cli.records import RecordStore, Settings
-    from int8cli.report.card import render_card
-    from int8cli.report.plan import Needs, plan_to_json, show_plan
-    from int8cli.report.terminal import show_report
     from int8cli.survey import survey_source
 
     require_device(device)
@@ -112,12 +145,22 @@ def convert(
         raise typer.BadParameter("a threshold is a finite number", param_hint="'--threshold'")
     output = output or default_output(model)
     settings = Settings(layout.value, threshold, tuple(skip or ()), tuple(only or ()), float32.value)
+    store = RecordStore(output)
+    known = store.conversion() if not overwrite else None
+    wanted = ColumnsWanted(
+        _outliers(outliers, text),
+        DEFAULT_OUTLIER_COLUMNS if outlier_columns is None else outlier_columns,
+        text,
+        Sampling(tokens),
+        device.value,
+        usable_cores(),
+        known.settings if known is not None else None,
+    )
     with observe(quiet=quiet) as observer:
-        incoming = RecordStore(output).incoming_directory
         source = open_source(
             model,
             revision=revision,
-            download_dir=incoming,
+            download_dir=store.incoming_directory,
             output=output,
             keep_source=keep_source,
             on_bytes=observer.received,
@@ -126,27 +169,119 @@ def convert(
         try:
             survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
             workers = workers or _workers(len(survey.layouts), on_hub=survey.identity.on_hub)
-            threads = _threads(workers)
-            if dry_run:
-                for warning in warnings(survey):
-                    observer.noted(warning)
-                observer.close()
-                needs = Needs.of(source, survey, output, threads=threads * workers)
-                with writing_result():
-                    if as_json:
-                        print(json.dumps(plan_to_json(survey, needs), indent=2))
-                    elif not quiet:
-                        show_plan(survey, needs, output)
-                return
-            options = ConvertOptions(output, on_nonfinite.value, overwrite, workers, threads, device.value)
-            report = run(source, survey, settings, options, render_card, observer)
+            options = ConvertOptions(output, on_nonfinite.value, overwrite, workers, _threads(workers), device.value)
+            job = _Job(source, survey, settings, wanted, options, store.calibration_directory, observer)
+            show = job.plan() if dry_run else job.convert()
         finally:
             source.close()
     with writing_result():
-        if as_json:
-            print(json.dumps(report.to_json(), indent=2))
-        elif not quiet:
-            show_report(report, output)
+        show(as_json, quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A conversion that is ready to be planned or run; both give back what shows the result."""
+
+    source: "Source"
+    survey: "Survey"
+    settings: "Settings"
+    wanted: "ColumnsWanted"
+    options: "ConvertOptions"
+    kept_in: Path
+    observer: "ProgressObserver"
+
+    def plan(self) -> Show:
+        """What would be done; writes nothing."""
+        from int8cli.cli.progress import warnings
+        from int8cli.report.plan import Needs, plan_to_json, show_plan
+
+        survey = next(self._ways()).survey
+        for warning in warnings(survey):
+            self.observer.noted(warning)
+        output, threads = self.options.output, self.options.threads * self.options.workers
+        needs = Needs.of(self.source, survey, output, threads=threads)
+
+        def show(as_json: bool, quiet: bool) -> None:
+            if as_json:
+                print(json.dumps(plan_to_json(survey, needs), indent=2))
+            elif not quiet:
+                show_plan(survey, needs, output)
+
+        return show
+
+    def convert(self) -> Show:
+        """Convert, by the best way to know the outlier columns that turns out to be passable."""
+        from int8cli.report.terminal import show_report
+
+        report = self._converted()
+
+        def show(as_json: bool, quiet: bool) -> None:
+            if as_json:
+                print(json.dumps(report.to_json(), indent=2))
+            elif not quiet:
+                show_report(report, self.options.output)
+
+        return show
+
+    def _converted(self) -> "ConversionReport":
+        from int8cli.cli.calibration_progress import CalibrationProgress
+        from int8cli.columns.choose import CANNOT_GO
+        from int8cli.convert import convert as run
+        from int8cli.report.card import render_card
+
+        ways = self._ways()
+        way = next(ways)
+        while True:
+            self.observer.noted(_told(way))
+            columns = way.columns(CalibrationProgress(self.observer))
+            try:
+                return run(self.source, way.survey, way.settings, self.options, render_card, self.observer, columns)
+            except CANNOT_GO as error:
+                following = next(ways, None)
+                if following is None:
+                    raise
+                self.observer.noted(f"the activations cannot be looked at: {error}")
+                way = following
+
+    def _ways(self) -> "Iterator[Way]":
+        from int8cli.columns.choose import ways_to_choose
+
+        return ways_to_choose(self.wanted, self.source, self.survey, self.settings, self.kept_in, self.observer.noted)
+
+
+def _told(way: "Way") -> str:
+    """Where the outlier columns will be known from and what that costs, in a line."""
+    from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS
+    from int8cli.records import NO_OUTLIERS
+    from int8cli.report.units import human_bytes, human_seconds
+
+    settings, survey = way.settings, way.survey
+    if settings.outliers == NO_OUTLIERS:
+        return "outlier columns: none are stored"
+    if settings.outliers == FROM_ACTIVATIONS:
+        known = f"from the activations, {settings.calibration}; some {human_seconds(way.arithmetic_s())} of arithmetic"
+    elif settings.outliers == FROM_STATISTICS:
+        known = "by the statistics given"
+    else:
+        known = "suspects only, told by the weights alone"
+    size = f"{human_bytes(survey.sidecar_bytes)} beside {human_bytes(survey.output_bytes)}"
+    return f"outlier columns: {known}; up to {settings.outlier_columns} of each linear, {size}"
+
+
+def _outliers(value: str, text: Path | None) -> str:
+    """The value of --outliers, if it is one: a mode, or the path of a file."""
+    from int8cli.columns import FROM_ACTIVATIONS
+    from int8cli.columns.choose import AUTO, MODES
+
+    if value not in MODES and not Path(value).is_file():
+        near = get_close_matches(value, MODES, n=1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise typer.BadParameter(
+            f"{value!r} is none of {', '.join(MODES)}, and no file{meant}", param_hint="'--outliers'"
+        )
+    if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
+        raise typer.BadParameter(f"--outliers {value} reads no text", param_hint="'--text'")
+    return value
 
 
 def default_output(model: str) -> Path:

@@ -53,6 +53,15 @@ class ProgressObserver(Observer):
     def waiting(self, what: str, why: str, pause_s: float) -> None:
         """A transfer failed and is tried again after a pause."""
 
+    def calibration_started(self, total_bytes: int, done_bytes: int) -> None:
+        """The model begins to be run, with weights of so many bytes."""
+
+    def calibrated(self, where: str, done_bytes: int) -> None:
+        """It has come so far."""
+
+    def block_calibrated(self, line: str) -> None:
+        """A block is done; a line about it."""
+
     def close(self) -> None: ...
 
 
@@ -80,6 +89,9 @@ class LineObserver(ProgressObserver):
     def waiting(self, what: str, why: str, pause_s: float) -> None:
         self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
 
+    def block_calibrated(self, line: str) -> None:
+        self.noted(line)
+
     def noted(self, message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
 
@@ -101,6 +113,7 @@ class BarObserver(ProgressObserver):
         self._lock = threading.Lock()
         self._task: TaskID | None = None
         self._transfer: TaskID | None = None
+        self._calibration: TaskID | None = None
         self._positions: dict[str, int] = {}
 
     def started(self, survey: Survey, finished: frozenset[str]) -> None:
@@ -122,6 +135,13 @@ class BarObserver(ProgressObserver):
 
     def shard_finished(self, shard: str, record: ShardRecord) -> None:
         self.noted(f"{self._positions[shard]}/{len(self._positions)} {shard}: {_outcome(record)}")
+
+    def calibration_started(self, total_bytes: int, done_bytes: int) -> None:
+        self._calibration = self._progress.add_task("", total=total_bytes, completed=done_bytes)
+
+    def calibrated(self, where: str, done_bytes: int) -> None:
+        if self._calibration is not None:
+            self._progress.update(self._calibration, completed=done_bytes, description=printable(where))
 
     def received(self, file: str, count: int) -> None:
         with self._lock:

@@ -10,6 +10,11 @@ from typing import Protocol
 from int8cli.checkpoint.source import LocalFile
 from int8cli.results import StoredColumns
 
+# What columns may be told by, as settings and reports name it.
+FROM_ACTIVATIONS = "activations"
+FROM_STATISTICS = "statistics"
+FROM_WEIGHTS = "weights"
+
 TakeShard = Callable[[str, LocalFile], None]
 
 

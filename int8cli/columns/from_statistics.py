@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns import TakeShard
+from int8cli.columns import FROM_ACTIVATIONS, TakeShard
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.outliers import choose_columns, predicted_output_error
 from int8cli.outlier_statistics import LinearStatistics, OutlierStatistics, SiteStatistics
@@ -16,8 +16,6 @@ from int8cli.output import sidecar_specs
 from int8cli.plan import Decision
 from int8cli.results import RelativeOutputError, StoredColumn, StoredColumns
 from int8cli.survey import Survey, model_fingerprint
-
-FROM_ACTIVATIONS = "activations"
 
 
 class StatisticsColumns:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from int8cli.checkpoint.source import LocalFile
-from int8cli.columns import TakeShard
+from int8cli.columns import FROM_WEIGHTS, TakeShard
 from int8cli.columns.from_statistics import sidecar_bytes
 from int8cli.results import StoredColumn, StoredColumns
 from int8cli.survey import Survey
 from int8cli.weight_suspects import SuspectScan, feeds_from_norm, hidden_size, keep_figures, recall_figures
-
-FROM_WEIGHTS = "weights"
 
 
 def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:

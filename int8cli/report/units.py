@@ -21,6 +21,14 @@ def human_count(count: int) -> str:
     return f"{value:.1f} T"
 
 
+def human_seconds(seconds: float) -> str:
+    """`14 s`, `25 min`, `3.2 h`."""
+    if seconds < 99.5:
+        return f"{max(1.0, seconds):.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
+
+
 def decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f}"
 
