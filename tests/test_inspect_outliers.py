@@ -20,8 +20,8 @@ from int8cli.checkpoint.locate import open_source
 from int8cli.cli import app
 from int8cli.errors import MissingExtraError
 from int8cli.outlier_statistics import load_statistics
-from int8cli.report import charts
 from int8cli.report.outliers import common_prefix, ranges
+from int8cli.report.vega import require_altair
 from int8cli.weight_suspects import find_suspects
 
 
@@ -161,7 +161,7 @@ def test_missing_extras_are_named_with_how_to_get_them(
     assert "hint: pip install 'int8cli[calibrate]'" in result.stderr
     monkeypatch.setitem(sys.modules, "altair", None)
     with pytest.raises(MissingExtraError) as caught:
-        charts.require_altair()
+        require_altair()
     assert "int8cli[plots]" in caught.value.hint
 
 

@@ -198,7 +198,7 @@ def _check(outputs: tuple[Path, ...], device: Device) -> None:
         if path.suffix not in _SUFFIXES or path.is_dir():
             raise typer.BadParameter(f"{path} is not a {', '.join(_SUFFIXES)} file", param_hint="'--output'")
     if outputs:
-        from int8cli.report.charts import require_altair
+        from int8cli.report.vega import require_altair
 
         require_altair()
     if device is Device.cuda:

@@ -156,7 +156,7 @@ def _check(outputs: tuple[Path, ...], source_of: From | None, device: Device) ->
         if path.suffix == ".safetensors" and source_of is From.weights:
             raise typer.BadParameter("statistics come from activations only", param_hint="'--output'")
     if any(path.suffix != ".safetensors" for path in outputs):
-        from int8cli.report.charts import require_altair
+        from int8cli.report.vega import require_altair
 
         require_altair()
     if device is Device.cuda:

@@ -1,4 +1,4 @@
-"""Charts of outlier statistics, as Vega-Lite by altair; PNG and SVG of the heatmap by vl-convert, without a browser.
+"""Charts of outlier statistics, as Vega-Lite by altair; the heatmap as a picture too.
 
 Owns what is drawn and how. Reads result objects; the numbers in the tooltips are those of the statistics.
 """
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from int8cli.checkpoint.writer import write_file
-from int8cli.errors import MissingExtraError, OutputError
 from int8cli.outlier_statistics import RESIDUAL, OutlierStatistics, SiteStatistics
+from int8cli.report.vega import Row, chart_of, finished, require_altair, save_chart, short, stacked
 from int8cli.weight_suspects import WeightSuspects
 
 MOST_DIMENSIONS = 48
@@ -21,39 +20,12 @@ _KIND_ORDER = ["norm-fed", "attention output", "second feed-forward", RESIDUAL]
 _KIND_COLORS = ["#2a78d6", "#e08a00", "#199e70", "#8a8f98"]
 _LINE_COLORS = ["#2a78d6", "#e08a00", "#199e70", "#c0392b", "#7e57c2", "#6d4c41", "#d6589f", "#5f6b7a"]
 
-Row = dict[str, Any]
-
-
-def require_altair() -> Any:
-    """altair and vl-convert, or MissingExtraError."""
-    try:
-        import altair
-        import vl_convert  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"charts need {error.name}, which is not installed", hint="pip install 'int8cli[plots]'."
-        ) from error
-    # Every row is embedded whatever their number; the statistics decide how many there are.
-    altair.data_transformers.disable_max_rows()
-    return altair
-
 
 def write_picture(statistics: OutlierStatistics | WeightSuspects, path: Path) -> None:
     """Write the heatmap as .png or .svg, whole or not at all. Raises OutputError, MissingExtraError."""
-    import io
-
     require_altair()
     chart = heatmap(statistics) if isinstance(statistics, OutlierStatistics) else suspects_heatmap(statistics)
-    if path.suffix == ".svg":
-        text = io.StringIO()
-        chart.save(text, format="svg")
-        write_file(path, text.getvalue().encode())
-    elif path.suffix == ".png":
-        data = io.BytesIO()
-        chart.save(data, format="png", scale_factor=2)
-        write_file(path, data.getvalue())
-    else:
-        raise OutputError(f"{path}: pictures are .png or .svg")
+    save_chart(chart, path)
 
 
 def heatmap(statistics: OutlierStatistics) -> Any:
@@ -67,7 +39,7 @@ def heatmap(statistics: OutlierStatistics) -> Any:
             f"the {len({row['dimension'] for row in rows})} dimensions that reach furthest; red from {threshold:g} on"
         )
         charts.append(_heatmap(rows, sorted(layers), title, subtitle, threshold))
-    return _stacked(charts, "no norm-fed inputs were found")
+    return stacked(charts, "no norm-fed inputs were found")
 
 
 def suspects_heatmap(found: WeightSuspects) -> Any:
@@ -83,11 +55,11 @@ def suspects_heatmap(found: WeightSuspects) -> Any:
             for dimension in shown:
                 best = max(members, key=lambda site: float(site.score[dimension]))
                 value = float(best.score[dimension])
-                rows.append({"layer": layer, "dimension": dimension, "value": _short(value), "site": best.name})
+                rows.append({"layer": layer, "dimension": dimension, "value": short(value), "site": best.name})
         layers = sorted({site.layer for site in sites})
         title = f"Suspects: predicted magnitude by layer and dimension, {stack}"
         charts.append(_heatmap(rows, layers, title, "from the weights alone, relative to the other dimensions", None))
-    return _stacked(charts, "no norms were found")
+    return stacked(charts, "no norms were found")
 
 
 def features_by_layer(statistics: OutlierStatistics) -> Any:
@@ -103,8 +75,8 @@ def features_by_layer(statistics: OutlierStatistics) -> Any:
                         "dimension": str(dimension)
                         if len(statistics.norm_fed_layers()) == 1
                         else f"{stack} {dimension}",
-                        "largest": _short(float(best.inputs.absmax[dimension])),
-                        "share": _short(max(float(site.inputs.share_over[dimension]) for site in sites)),
+                        "largest": short(float(best.inputs.absmax[dimension])),
+                        "share": short(max(float(site.inputs.share_over[dimension]) for site in sites)),
                         "site": best.name,
                     }
                 )
@@ -114,9 +86,7 @@ def features_by_layer(statistics: OutlierStatistics) -> Any:
         "color": alt.Color("dimension:N", title="dimension", scale=alt.Scale(range=_LINE_COLORS)),
         "tooltip": ["layer:Q", "dimension:N", "largest:Q", alt.Tooltip("share:Q", format=".2%"), "site:N"],
     }
-    rule = alt.Chart(alt.Data(values=[{"y": statistics.provenance.threshold}])).mark_rule(
-        strokeDash=[4, 4], opacity=0.6
-    )
+    rule = chart_of([{"y": statistics.provenance.threshold}]).mark_rule(strokeDash=[4, 4], opacity=0.6)
     magnitude = (
         _lines(rows)
         .encode(y=alt.Y("largest:Q", title="largest |x|"), **common)
@@ -130,7 +100,7 @@ def features_by_layer(statistics: OutlierStatistics) -> Any:
         )
         .properties(width=_WIDTH // 2 - 60, height=220, title="Share of positions at the threshold")
     )
-    return _finished(alt.hconcat(magnitude + rule.encode(y="y:Q"), share))
+    return finished(alt.hconcat(magnitude + rule.encode(y="y:Q"), share))
 
 
 def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
@@ -148,7 +118,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
             "layer": layer,
             "kind": kind,
             "line": f"{stack} {kind}",
-            "largest": _short(max(float(site.inputs.absmax.max()), 1e-3)),
+            "largest": short(max(float(site.inputs.absmax.max()), 1e-3)),
             "dimension": int(site.inputs.absmax.argmax()),
             "position": int(site.inputs.absmax_position[site.inputs.absmax.argmax()]),
             "site": site.name,
@@ -162,7 +132,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
         detail="line:N",
         tooltip=["site:N", "kind:N", "layer:Q", "dimension:Q", "position:Q", "largest:Q"],
     )
-    return _finished(chart.properties(width=_WIDTH, height=240))
+    return finished(chart.properties(width=_WIDTH, height=240))
 
 
 def errors_by_layer(statistics: OutlierStatistics) -> Any:
@@ -174,7 +144,7 @@ def errors_by_layer(statistics: OutlierStatistics) -> Any:
             "kind": site.kind,
             "linear": linear.name,
             "method": method,
-            "error": _short(max(site.predicted_error(linear, int8_inputs=both), 1e-6)),
+            "error": short(max(site.predicted_error(linear, int8_inputs=both), 1e-6)),
         }
         for site in statistics.linear_sites
         if site.layer is not None
@@ -182,7 +152,7 @@ def errors_by_layer(statistics: OutlierStatistics) -> Any:
         for method, both in (("int8 weights, 16-bit inputs", False), ("vector-wise int8", True))
     ]
     points = (
-        alt.Chart(alt.Data(values=rows))
+        chart_of(rows)
         .mark_point(filled=True, size=34, opacity=0.75)
         .encode(
             x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
@@ -192,7 +162,7 @@ def errors_by_layer(statistics: OutlierStatistics) -> Any:
         )
         .properties(width=_WIDTH // 2 - 60, height=240)
     )
-    return _finished(points.facet(column=alt.Column("method:N", title=None)))
+    return finished(points.facet(column=alt.Column("method:N", title=None)))
 
 
 def _heatmap_rows(layers: dict[int, tuple[SiteStatistics, ...]]) -> Iterator[Row]:
@@ -204,10 +174,10 @@ def _heatmap_rows(layers: dict[int, tuple[SiteStatistics, ...]]) -> Iterator[Row
             yield {
                 "layer": layer,
                 "dimension": dimension,
-                "value": _short(float(best.inputs.absmax[dimension])),
-                "minimum": _short(float(best.inputs.minimum[dimension])),
-                "maximum": _short(float(best.inputs.maximum[dimension])),
-                "share": _short(float(best.inputs.share_over[dimension])),
+                "value": short(float(best.inputs.absmax[dimension])),
+                "minimum": short(float(best.inputs.minimum[dimension])),
+                "maximum": short(float(best.inputs.maximum[dimension])),
+                "share": short(float(best.inputs.share_over[dimension])),
                 "site": best.name,
             }
 
@@ -231,7 +201,7 @@ def _heatmap(rows: Sequence[Row], layers: Sequence[int], title: str, subtitle: s
     step = 13 if len(layers) <= 40 else 10
     shown = [layer for layer in layers if len(layers) <= 40 or layer % 5 == 0]
     return (
-        alt.Chart(alt.Data(values=list(rows)))
+        chart_of(rows)
         .mark_rect(stroke="white", strokeWidth=0.5)
         .encode(
             x=alt.X("dimension:O", title="dimension", axis=alt.Axis(labelAngle=-90, labelFontSize=9)),
@@ -267,21 +237,4 @@ def _kind_color(rows: Sequence[Row]) -> Any:
 
 def _lines(rows: Sequence[Row]) -> Any:
     alt = require_altair()
-    return alt.Chart(alt.Data(values=list(rows))).mark_line(point=alt.OverlayMarkDef(size=28), strokeWidth=1.5)
-
-
-def _stacked(charts: Sequence[Any], otherwise: str) -> Any:
-    alt = require_altair()
-    if not charts:
-        charts = [alt.Chart(alt.Data(values=[{"text": otherwise}])).mark_text().encode(text="text:N")]
-    chart = charts[0] if len(charts) == 1 else alt.vconcat(*charts).resolve_scale(color="independent")
-    return _finished(chart)
-
-
-def _finished(chart: Any) -> Any:
-    return chart.configure_view(strokeWidth=0).configure(font="system-ui, sans-serif", background="white")
-
-
-def _short(value: float) -> float:
-    """Five significant digits: what a tooltip shows, and a page need not hold more."""
-    return float(f"{value:.5g}")
+    return chart_of(rows).mark_line(point=alt.OverlayMarkDef(size=28), strokeWidth=1.5)

@@ -1,0 +1,65 @@
+"""What charts share: altair where it is installed, how they look, and PNG and SVG without a browser, by vl-convert.
+
+Owns what every chart of a report looks like. Knows nothing of what is drawn.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.writer import write_file
+from int8cli.errors import MissingExtraError, OutputError
+
+Row = dict[str, Any]
+
+
+def require_altair() -> Any:
+    """altair and vl-convert, or MissingExtraError."""
+    try:
+        import altair
+        import vl_convert  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"charts need {error.name}, which is not installed", hint="pip install 'int8cli[plots]'."
+        ) from error
+    # Every row is embedded whatever their number; what is reported decides how many there are.
+    altair.data_transformers.disable_max_rows()
+    return altair
+
+
+def save_chart(chart: Any, path: Path) -> None:
+    """Write a chart as .png or .svg on white, whole or not at all. Raises OutputError."""
+    chart = chart.properties(background="white")
+    if path.suffix == ".svg":
+        text = io.StringIO()
+        chart.save(text, format="svg")
+        write_file(path, text.getvalue().encode())
+    elif path.suffix == ".png":
+        data = io.BytesIO()
+        chart.save(data, format="png", scale_factor=2)
+        write_file(path, data.getvalue())
+    else:
+        raise OutputError(f"{path}: pictures are .png or .svg")
+
+
+def chart_of(rows: Sequence[Row]) -> Any:
+    return require_altair().Chart(require_altair().Data(values=list(rows)))
+
+
+def stacked(charts: Sequence[Any], otherwise: str) -> Any:
+    """One chart below the other, each with its own colors; without any, the words `otherwise`."""
+    alt = require_altair()
+    if not charts:
+        charts = [chart_of([{"text": otherwise}]).mark_text().encode(text="text:N")]
+    return finished(charts[0] if len(charts) == 1 else alt.vconcat(*charts).resolve_scale(color="independent"))
+
+
+def finished(chart: Any) -> Any:
+    """The chart with the look of all: no frame, the reader's font. Text and background take the page's scheme."""
+    return chart.configure_view(strokeWidth=0).configure(font="system-ui, sans-serif")
+
+
+def short(value: float) -> float:
+    """Five significant digits: what a tooltip shows, and a page need not hold more."""
+    return float(f"{value:.5g}")
