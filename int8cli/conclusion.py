@@ -13,7 +13,7 @@ from typing import Any
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.manifest import MANIFEST_FILE, write_manifest
-from int8cli.output import CARD_FILE, INDEX_FILE, REPORT_FILE
+from int8cli.output import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
 from int8cli.plan import Plan
 from int8cli.records import Conversion, Settings, ShardRecord
 from int8cli.results import ConversionReport, worst_first
@@ -34,8 +34,10 @@ def write_conclusion(
     if len(records) > 1:
         write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)))
     config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
-    later = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE, *(file.file for record in records for file in record.files)}
-    on_disk = [name for name in conversion.files if name not in later]
+    apart = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE}
+    for shard in conversion.shards:  # a sidecar may have turned out to be none: --on-nonfinite keep
+        apart |= {shard.output, sidecar_file_name(shard.output)}
+    on_disk = [name for name in conversion.files if name not in apart]
     write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {})
     if config is not None:
         write_file(output / CONFIG_FILE, config)
@@ -53,8 +55,9 @@ def _report(survey: Survey, conversion: Conversion, records: list[ShardRecord], 
         unmatched_patterns=plan.unmatched_patterns,
         parameters=plan.parameters,
         source_bytes=survey.source_bytes,
-        output_bytes=sum(file.size_bytes for record in records for file in record.files),
+        output_bytes=sum(record.files[0].size_bytes for record in records),
         shards=len(records),
+        sidecar_bytes=sum(file.size_bytes for record in records for file in record.files[1:]),
     )
 
 

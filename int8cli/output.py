@@ -86,9 +86,14 @@ def plan_sidecar(
 def sidecar_specs(decision: Decision, count: int) -> tuple[TensorSpec, TensorSpec]:
     """The indices and the exact columns of one linear, `count` of them."""
     out_features = decision.spec.shape[1] if decision.transpose else decision.spec.shape[0]
+    return stored_specs(decision.module, decision.spec.dtype, out_features, count)
+
+
+def stored_specs(module: str, dtype: str, out_features: int, count: int) -> tuple[TensorSpec, TensorSpec]:
+    """What a sidecar holds of a linear whose source weight has this dtype."""
     return (
-        TensorSpec(outlier_cols_name(decision.module), "I32", (count,)),
-        TensorSpec(outlier_weight_name(decision.module), decision.spec.dtype, (out_features, count)),
+        TensorSpec(outlier_cols_name(module), "I32", (count,)),
+        TensorSpec(outlier_weight_name(module), dtype, (out_features, count)),
     )
 
 

@@ -6,11 +6,13 @@ Owns the schema of the report. Written by convert, kept in the records, read by 
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from int8cli.llm_int8.metrics import ErrorSums
 
 REPORT_SCHEMA = "int8cli.report/1"
+
+ErrorBasis = Literal["measured", "predicted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,9 @@ class StoredColumns:
     @property
     def indices(self) -> tuple[int, ...]:
         return tuple(column.index for column in self.columns)
+
+    def output_error(self, basis: "ErrorBasis") -> RelativeOutputError | None:
+        return self.measured if basis == "measured" else self.predicted
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -153,6 +158,41 @@ class KindSummary:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredKind:
+    """The stored columns of the layers of one kind; of `layers`, those are counted that have any.
+
+    `bytes` are those of the sidecar tensors. `error` is the mean over the layers where one is known.
+    """
+
+    kind: str
+    layers: int
+    columns: int
+    bytes: int
+    error: RelativeOutputError | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSummary:
+    """The stored columns of a conversion: in all, and by kind with the largest output error first.
+
+    `basis` says what all errors here are: measured where every layer of which anything is known was measured, or else
+    predicted; None where nothing is known of the activations.
+    """
+
+    total: StoredKind
+    kinds: tuple[StoredKind, ...]
+    basis: ErrorBasis | None
+
+    def to_json(self) -> dict[str, Any]:
+        total = {key: value for key, value in self.total.to_json().items() if key != "kind"}
+        kinds = [kind.to_json() for kind in self.kinds]
+        return {**total, "error_basis": self.basis, "kinds": kinds}
+
+
+@dataclass(frozen=True, slots=True)
 class TensorGroup:
     """Tensors of one kind that share their fate, and the reason for it. `bytes` are those of the source."""
 
@@ -178,6 +218,7 @@ class ConversionReport:
 
     `layers` come worst first, by relative Frobenius error. `passed_over` names each file of the source that was neither
     converted nor copied, with the reason. `unmatched_patterns` are the --skip and --only patterns that named nothing.
+    `output_bytes` are those of the shards, `sidecar_bytes` those of the files beside them that hold stored columns.
     """
 
     model: str
@@ -191,6 +232,7 @@ class ConversionReport:
     source_bytes: int
     output_bytes: int
     shards: int
+    sidecar_bytes: int = 0
 
     @property
     def quantized_parameters(self) -> int:
@@ -204,8 +246,13 @@ class ConversionReport:
     def sums(self) -> ErrorSums:
         return _total(self.layers)
 
+    @property
+    def stored(self) -> StoredSummary | None:
+        """What was stored exactly; None where the conversion makes no sidecars."""
+        return summarize_stored(self.layers)
+
     def to_json(self) -> dict[str, Any]:
-        total = self.sums
+        total, stored = self.sums, self.stored
         return {
             "schema": REPORT_SCHEMA,
             "model": self.model,
@@ -215,6 +262,7 @@ class ConversionReport:
                 "shards": self.shards,
                 "source_bytes": self.source_bytes,
                 "output_bytes": self.output_bytes,
+                "sidecar_bytes": self.sidecar_bytes,
                 "parameters": self.parameters,
                 "quantized_parameters": self.quantized_parameters,
                 "percent_quantized": self.percent_quantized,
@@ -224,6 +272,7 @@ class ConversionReport:
                 "max_abs_error": total.max_abs_error,
                 "mean_range_use": total.mean_range_use,
             },
+            "stored_columns": stored.to_json() if stored is not None else None,
             "kinds": [kind.to_json() for kind in summarize_kinds(self.layers)],
             "layers": [layer.to_json() for layer in self.layers],
             "left_alone": [kept.to_json() for kept in self.left_alone],
@@ -243,6 +292,44 @@ def summarize_kinds(layers: Iterable[LayerReport]) -> tuple[KindSummary, ...]:
         groups.setdefault(layer.kind, []).append(layer)
     summaries = [_summarize(kind, members) for kind, members in groups.items()]
     return tuple(sorted(summaries, key=lambda kind: (-kind.sums.relative_frobenius_error, kind.kind)))
+
+
+def summarize_stored(layers: Iterable[LayerReport]) -> StoredSummary | None:
+    """The stored columns of these layers; None where there are no sidecars."""
+    found = [(layer.kind, layer.stored) for layer in sorted(layers, key=lambda layer: layer.name) if layer.stored]
+    if not found:
+        return None
+    basis = _basis([stored for _, stored in found])
+    groups: dict[str, list[StoredColumns]] = {}
+    for kind, stored in found:
+        groups.setdefault(kind, []).append(stored)
+    kinds = [_stored_kind(kind, members, basis) for kind, members in groups.items()]
+    kinds.sort(key=lambda kind: (-(kind.error.all_int8 if kind.error else 0.0), kind.kind))
+    return StoredSummary(_stored_kind("", [stored for _, stored in found], basis), tuple(kinds), basis)
+
+
+def _basis(stored: list[StoredColumns]) -> ErrorBasis | None:
+    known = [each for each in stored if each.measured or each.predicted]
+    if not known:
+        return None
+    return "measured" if all(each.measured for each in known) else "predicted"
+
+
+def _stored_kind(kind: str, members: list[StoredColumns], basis: ErrorBasis | None) -> StoredKind:
+    errors = [error for each in members if basis is not None and (error := each.output_error(basis))]
+    mean = None
+    if errors:
+        mean = RelativeOutputError(
+            math.fsum(error.all_int8 for error in errors) / len(errors),
+            math.fsum(error.with_stored for error in errors) / len(errors),
+        )
+    return StoredKind(
+        kind=kind,
+        layers=sum(1 for each in members if each.columns),
+        columns=sum(len(each.columns) for each in members),
+        bytes=sum(each.bytes for each in members),
+        error=mean,
+    )
 
 
 def _summarize(kind: str, members: list[LayerReport]) -> KindSummary:

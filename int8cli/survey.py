@@ -30,6 +30,8 @@ CONFIG_FILE = "config.json"
 _EDGE_BYTES = 1 << 16
 # Measured on SmolLM2: what is written beside the weights comes to 684 bytes for each of their tensors.
 _RECORD_BYTES_A_TENSOR = 1000
+# And 289 bytes for each stored column, in record and report, where it comes with reasons.
+_RECORD_BYTES_A_COLUMN = 500
 _CONFIG_LIMIT_BYTES = 100_000_000
 
 
@@ -191,7 +193,9 @@ def room_needed(
 def beside_bytes(source: Source, survey: Survey) -> int:
     """Room for what is not weights: copied files as they are, records, report and index by the number of tensors."""
     copied = sum(source.size_bytes(name) for name in survey.weights.copied)
-    return copied + _RECORD_BYTES_A_TENSOR * sum(len(output.tensors) for output in survey.outputs.values())
+    files = (*survey.outputs.values(), *survey.sidecars.values())
+    columns = sum((survey.stored_counts or {}).values())
+    return copied + _RECORD_BYTES_A_TENSOR * sum(len(file.tensors) for file in files) + _RECORD_BYTES_A_COLUMN * columns
 
 
 def fingerprint(source: Source, file_name: str) -> str:

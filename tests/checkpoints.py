@@ -1,8 +1,8 @@
 """Tiny checkpoints on disk, by transformers or by hand, and their conversion as the command does it."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.source import LocalFile
+from int8cli.columns import FROM_ACTIVATIONS, NoColumns
 from int8cli.convert import ConvertOptions, Observer, convert
 from int8cli.layouts import LAYOUTS
-from int8cli.plan import PlanOptions
+from int8cli.output import sidecar_specs
+from int8cli.plan import Decision, PlanOptions
 from int8cli.records import Settings
 from int8cli.report.card import render_card
-from int8cli.results import ConversionReport
+from int8cli.results import ConversionReport, StoredColumn, StoredColumns
 from int8cli.survey import Survey, survey_source
 
 
@@ -382,6 +385,33 @@ def survey(model: Path, *, skip: tuple[str, ...] = (), only: tuple[str, ...] = (
         source.close()
 
 
+def some_columns(decision: Decision) -> StoredColumns:
+    """Three columns of a linear, or all if it has fewer: the first, the last and one between; no reasons."""
+    in_features = in_features_of(decision)
+    return stored_at(decision, *sorted({0, (in_features - 1) * 2 // 3, in_features - 1}))
+
+
+def stored_at(decision: Decision, *indices: int) -> StoredColumns:
+    columns = tuple(StoredColumn(index) for index in indices)
+    size_bytes = sum(spec.nbytes for spec in sidecar_specs(decision, len(columns)))
+    return StoredColumns(FROM_ACTIVATIONS, columns, size_bytes)
+
+
+def in_features_of(decision: Decision) -> int:
+    return decision.spec.shape[0 if decision.transpose else 1]
+
+
+class GivenColumns(NoColumns):
+    """Columns that are known beforehand, by tensor."""
+
+    def __init__(self, found: Survey, stored: Mapping[str, StoredColumns]) -> None:
+        self._tensors = {layout.file_name: [each.spec.name for each in layout.tensors] for layout in found.layouts}
+        self._stored = stored
+
+    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
+        return {name: self._stored[name] for name in self._tensors[shard] if name in self._stored}
+
+
 def convert_local(
     model: Path,
     output: Path,
@@ -396,14 +426,27 @@ def convert_local(
     threads: int = 2,
     layout: str = "bitsandbytes",
     observer: Observer | None = None,
+    stored: Callable[[Decision], StoredColumns | None] | None = None,
+    chosen_from: str = FROM_ACTIVATIONS,
+    calibration: str = "",
 ) -> ConversionReport:
-    """Convert a directory or file into `output`, through the library as the command does."""
+    """Convert a directory or file into `output`, through the library as the command does.
+
+    `stored` says which columns of a quantized tensor to store exactly, if any; without it there are no sidecars.
+    """
     source = open_source(str(model), revision=None, download_dir=output / "int8" / "incoming", keep_source=False)
     try:
         found = survey_source(source, PlanOptions(skip, only), LAYOUTS[layout])
         settings = Settings(layout, threshold, skip, only, float32)
         options = ConvertOptions(output, on_nonfinite, overwrite, workers, threads)
-        return convert(source, found, settings, options, render_card, observer or Observer())
+        columns = NoColumns()
+        if stored is not None:
+            chosen = {each.spec.name: own for each in found.plan.quantized if (own := stored(each)) is not None}
+            counts = {name: len(own.columns) for name, own in chosen.items()}
+            found, columns = replace(found, stored_counts=counts), GivenColumns(found, chosen)
+            most = max(counts.values(), default=0)
+            settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
+        return convert(source, found, settings, options, render_card, observer or Observer(), columns)
     finally:
         source.close()
 

@@ -21,7 +21,7 @@ from int8cli.checkpoint.locate import open_source
 from int8cli.errors import IndexFileError, OutputError, OutputInUseError
 from int8cli.verify import Check, Means, Observer, Verification, verify
 
-WHOLE = ("records", "shards", "tensors", "index", "config", "report", "files", "loads")
+WHOLE = ("records", "shards", "sidecars", "tensors", "index", "config", "report", "files", "loads")
 SKIPS = "llm_int8_skip_modules"
 SHARD = "model-00002-of-00003.safetensors"
 QUANTIZED = "model.layers.0.self_attn.v_proj"

@@ -26,6 +26,7 @@ from int8cli.verify.consistency import (
 )
 from int8cli.verify.files import DigestPass, header_bytes
 from int8cli.verify.loads import check_loads
+from int8cli.verify.sidecars import check_sidecars
 
 __all__ = ["Check", "Failure", "Means", "Observer", "Status", "Verification", "conversion_in", "verify"]
 
@@ -97,7 +98,9 @@ def _check_whole(
     size_bytes, tensors = sum(file.size_bytes for file in files), sum(len(file.tensors) for file in files)
     observer.pass_started("read", {file.file: file.size_bytes - header_bytes(file) for file in files})
     failures = DigestPass(directory, files, means.threads, observer.pass_progressed).run()
-    yield Check.of("shards", f"{len(files)} files, {size_bytes:,} bytes, {tensors:,} tensors by digest", failures)
+    detail = f"{_files(len(found), len(files) - len(found))}, {size_bytes:,} bytes, {tensors:,} tensors by digest"
+    yield Check.of("shards", detail, failures)
+    yield check_sidecars(directory, conversion, found)
     sources = sum(len(record.source_tensors) for record in found)
     detail = f"{sources:,} of the source: none missing, none added"
     yield Check.of("tensors", detail, tensor_failures(conversion, found))
@@ -109,6 +112,11 @@ def _check_whole(
     yield Check.of("report", "source, settings, totals, figures", report_failures(directory, conversion, found))
     detail = f"{len(manifest)} others, by digest; no other weights"
     yield Check.of("files", detail, side_file_failures(directory, conversion, manifest))
+
+
+def _files(shards: int, sidecars: int) -> str:
+    told = f"{shards:,} file" + ("s" if shards != 1 else "")
+    return f"{told} and {sidecars:,} of stored columns" if sidecars else told
 
 
 def _check_against(

@@ -8,7 +8,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,20 @@ from pathlib import Path
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor
-from int8cli.convert_shard import ShardTask, layer_report, open_reader
+from int8cli.convert_shard import ShardTask, layer_report, open_reader, plan_task_sidecar
 from int8cli.digest import SourceDigest
 from int8cli.errors import Int8cliError
 from int8cli.layouts import LAYOUTS
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.manifest import SideFile
-from int8cli.output import OutputShard, plan_output_shard
+from int8cli.output import OutputShard, plan_output_shard, sidecar_file_name
 from int8cli.plan import Decision, Plan, PlanOptions
 from int8cli.records import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
 from int8cli.results import LayerReport
-from int8cli.shard import PassOptions, PassResult, ShardPass
+from int8cli.shard import PassOptions, PassResult, ShardPass, Sidecar
 from int8cli.survey import Survey, decisions_by_name, fingerprint, survey_source
 from int8cli.verify.checks import Check, Failure
+from int8cli.verify.sidecars import column_problem
 
 # Two machines may add up the same float64 sums in another order.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
@@ -49,6 +50,7 @@ class Comparison:
 
     def __init__(self, path: Path, output: OutputShard) -> None:
         self._reader = FileReader(path)
+        self._file = output.file_name
         self._header_bytes = len(output.header)
         self._places = sorted(output.tensors.values(), key=lambda place: (place.offset_bytes, place.end_bytes))
         self._starts = [place.offset_bytes for place in self._places]
@@ -64,14 +66,15 @@ class Comparison:
         if bytes(found) != bytes(wanted):
             self._take_down(offset_bytes, wanted, found)
 
-    def differences(self) -> Iterator[tuple[str | None, str]]:
-        """Each tensor that differs (None for the header) and where it first does."""
+    def differences(self) -> Iterator[Failure]:
+        """Each tensor that differs and where it first does, and the header if it does."""
         places = {place.spec.name: place for place in self._places}
         for name, offset_bytes in self._first.items():
             if name is None:
-                yield None, "its header is not the one that the source gives"
+                yield Failure(self._file, "its header is not the one that the source gives")
             else:
-                yield name, f"differs from what the source gives, first at {_position(places[name], offset_bytes)}"
+                position = _position(places[name], offset_bytes)
+                yield Failure(self._file, f"differs from what the source gives, first at {position}", name)
 
     def close(self) -> None:
         self._reader.close()
@@ -128,13 +131,14 @@ def check_weights(
     """Convert every shard once more and compare bytes and figures. One shard of a Hub source is here at a time."""
     weights: list[Failure] = []
     figures: list[Failure] = []
-    layers = copied = 0
+    layers = copied = columns = 0
     layouts = {layout.file_name: layout for layout in survey.layouts}
     shards = [shard for shard in conversion.shards if shard.file in layouts and shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = _task(directory, shard, survey, conversion, record, means)
         layers, copied = layers + len(record.layers), copied + len(task.plan.copied)
+        columns += sum(len(stored.columns) for stored in task.stored.values())
         try:
             with source.fetch(shard.file) as local:
                 if following is not None:
@@ -146,6 +150,7 @@ def check_weights(
         weights += found
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
+    detail += f", {columns:,} stored columns too" if columns else ""
     return Check.of("weights", detail, weights), Check.of("figures", f"of {layers:,} layers, computed anew", figures)
 
 
@@ -167,6 +172,9 @@ def _task(
 ) -> ShardTask:
     layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
     via_half = conversion.settings.float32 == VIA_FLOAT16
+    sidecar = sidecar_file_name(shard.output)
+    has_sidecar = _is_comparable(record, sidecar, layout, conversion)
+    stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
     return ShardTask(
         source=shard,
         weight_format=survey.weights.format,
@@ -176,7 +184,17 @@ def _task(
         partial=directory / shard.output,
         options=PassOptions(means.threads, means.device, via_half, keep_non_finite=True),
         target=conversion.settings.layout,
+        sidecar=directory / sidecar if has_sidecar else None,
+        stored=stored if has_sidecar else {},
     )
+
+
+def _is_comparable(record: ShardRecord, sidecar: str, layout: ShardLayout, conversion: Conversion) -> bool:
+    """Whether there is a sidecar whose record makes sense; where it makes none, a check of its own says so."""
+    known = {stored.spec.name for stored in layout.tensors}
+    most = conversion.settings.outlier_columns
+    sound = (f"{layer.name}.weight" in known and column_problem(layer, most) is None for layer in record.layers)
+    return sidecar in (file.file for file in record.files[1:]) and all(sound)
 
 
 def _plan_as_recorded(survey: Survey, layout: ShardLayout, record: ShardRecord) -> Plan:
@@ -195,18 +213,39 @@ def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
 def _compare(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> tuple[PassResult, list[Failure]]:
     decisions = decisions_by_name(task.plan)
     output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
+    sidecar, failures = _comparable_sidecar(task, decisions)
     shard = task.source.output
-    failures = []
-    with closing(open_reader(task, local)) as reader, closing(Comparison(task.output, output)) as comparison:
+    with ExitStack() as opened:
+        reader = opened.enter_context(closing(open_reader(task, local)))
+        comparison = opened.enter_context(closing(Comparison(task.output, output)))
+        beside = None
+        if sidecar is not None and task.sidecar is not None:
+            beside = opened.enter_context(closing(Comparison(task.sidecar, sidecar.output)))
         digest = SourceDigest(FileReader(local.path), task.source.size_bytes) if local.sha256 else None
-        shard_pass = ShardPass(task.layout, decisions, reader, output, task.options)
-        result = shard_pass.run(comparison, partial(_count, on_bytes, shard), digest if task.layout.mappable else None)
+        in_pass = digest if task.layout.mappable else None
+        shard_pass = ShardPass(task.layout, decisions, reader, output, task.options, sidecar)
+        result = shard_pass.run(comparison, partial(_count, on_bytes, shard), in_pass, beside)
         if digest is not None and digest.hexdigest() != local.sha256:
             failures.append(Failure(task.source.file, "its sha256 is not the one that the Hub published"))
-        failures += [Failure(shard, problem, name) for name, problem in comparison.differences()]
+        failures += comparison.differences()
+        failures += beside.differences() if beside is not None else ()
     for name, place in result.non_finite.items():
         failures.append(Failure(shard, f"is in int8, but holds {place.value} in the source", name))
     return result, failures
+
+
+def _comparable_sidecar(task: ShardTask, decisions: Mapping[str, Decision]) -> tuple[Sidecar | None, list[Failure]]:
+    """What the source gives for the sidecar; None, and why, if the file that stands cannot be that by its size."""
+    sidecar = plan_task_sidecar(task, decisions)
+    if sidecar is None or task.sidecar is None:
+        return None, []
+    name, wanted = sidecar.output.file_name, sidecar.output.file_bytes
+    if not task.sidecar.is_file():
+        return None, [Failure(name, "is missing")]
+    found = task.sidecar.stat().st_size
+    if found != wanted:
+        return None, [Failure(name, f"has {found:,} bytes, the source gives {wanted:,}")]
+    return sidecar, []
 
 
 def _count(on_bytes: OnBytes, file: str, tensor: str, count: int) -> None:
@@ -218,7 +257,8 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
     for decision in task.plan.quantized:
         if decision.spec.name not in result.sums:
             continue
-        anew, told = layer_report(decision, LAYOUTS[task.target], result), recorded[decision.module]
+        told = recorded[decision.module]
+        anew = layer_report(decision, LAYOUTS[task.target], result, told.stored)
         if replace(anew, sums=told.sums) != told:
             yield Failure(record.files[0].file, "its shape, kind or sizes are not those reported", decision.module)
         for name in ErrorSums.__slots__:

@@ -16,7 +16,7 @@ from int8cli.manifest import MANIFEST_FILE, SideFile
 from int8cli.output import INDEX_FILE, REPORT_FILE
 from int8cli.plan import Plan
 from int8cli.records import Conversion, ShardRecord, TensorRecord
-from int8cli.results import LayerReport, worst_first
+from int8cli.results import LayerReport, summarize_stored, worst_first
 from int8cli.survey import CONFIG_FILE
 from int8cli.verify.checks import Failure
 
@@ -144,10 +144,17 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
         return
     layers = worst_first(layer for record in records for layer in record.layers)
     settings = json.loads(json.dumps(asdict(conversion.settings)))
-    head = {"model": conversion.source.name, "revision": conversion.source.revision, "settings": settings}
+    stored = summarize_stored(layers)
+    head = {
+        "model": conversion.source.name,
+        "revision": conversion.source.revision,
+        "settings": settings,
+        "stored_columns": json.loads(json.dumps(stored.to_json())) if stored is not None else None,
+    }
     totals = {
         "shards": len(records),
-        "output_bytes": sum(file.size_bytes for record in records for file in record.files),
+        "output_bytes": sum(record.files[0].size_bytes for record in records),
+        "sidecar_bytes": sum(file.size_bytes for record in records for file in record.files[1:]),
         "parameters": sum(spec.numel for record in records for spec in record.source_tensors),
         "quantized_layers": len(layers),
     }

@@ -1,0 +1,136 @@
+"""Whether the sidecars hold what the records say of stored columns, and nothing else lies among them.
+
+Owns what is particular to them; their bytes are held against digests with those of all other files. Reads only indices.
+"""
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import pairwise
+from pathlib import Path
+
+from int8cli.checkpoint.reader import FileReader
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.errors import Int8cliError
+from int8cli.output import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
+from int8cli.records import NO_OUTLIERS, Conversion, FileRecord, ShardRecord
+from int8cli.results import LayerReport
+from int8cli.verify.checks import Check, Failure
+from int8cli.verify.files import header_bytes
+
+NAME = "sidecars"
+
+
+def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Check:
+    """Each int8 layer has its entry in the sidecar of its shard, with the columns that are reported, ascending."""
+    failures = list(_stray_files(directory, conversion, records))
+    for record in records:
+        failures += _record_failures(directory, conversion, record)
+    if conversion.settings.outliers == NO_OUTLIERS:
+        return Check.of(NAME, "none: no columns are stored", failures)
+    layers = [layer.stored for record in records for layer in record.layers if layer.stored is not None]
+    columns, having = sum(len(stored.columns) for stored in layers), sum(1 for stored in layers if stored.columns)
+    detail = f"{columns:,} columns of {having:,} layers, in order and as reported"
+    return Check.of(NAME, detail, failures)
+
+
+def column_problem(layer: LayerReport, most: int) -> str | None:
+    """What is wrong with the columns that are reported of a layer, at most so many of them."""
+    if layer.stored is None:
+        return "reports no stored columns, not even that there are none"
+    indices: tuple[object, ...] = layer.stored.indices
+    numbers = [index for index in indices if type(index) is int]
+    if len(numbers) < len(indices):
+        return f"its stored columns are {list(indices)}, not indices"
+    if any(earlier >= later for earlier, later in pairwise(numbers)):
+        return f"its stored columns {numbers} do not ascend"
+    if numbers and not 0 <= numbers[0] <= numbers[-1] < layer.shape[1]:
+        return f"its stored columns {numbers} are not all among its {layer.shape[1]:,}"
+    if len(numbers) > most:
+        return f"has {len(numbers):,} stored columns, the settings allow {most:,}"
+    return None
+
+
+def _stray_files(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    known = {file.file for record in records for file in record.files[1:]}
+    for path in sorted((directory / SIDECAR_DIRECTORY).rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if name not in known and not path.is_dir():
+            yield Failure(name, "is in no record: it is not of this conversion")
+    for name in sorted(known - set(conversion.files)):
+        yield Failure(name, "is recorded, but not among the files of this conversion")
+
+
+def _record_failures(directory: Path, conversion: Conversion, record: ShardRecord) -> Iterator[Failure]:
+    """What one record says of its sidecar, and whether that is there."""
+    name = sidecar_file_name(record.source.output)
+    due = conversion.settings.outliers != NO_OUTLIERS and bool(record.layers)
+    sidecars = [file for file in record.files[1:] if file.file == name]
+    for other in record.files[1:]:
+        if other.file != name:
+            yield Failure(other.file, f"is in the record of {record.source.output}, which has no such file")
+    if not due:
+        if sidecars:
+            yield Failure(name, "is recorded, but there are no columns to store")
+        return
+    if not sidecars:
+        yield Failure(name, f"is missing in the record of {record.source.output}")
+        return
+    yield from _tensor_failures(record, sidecars[0])
+    problems = [(layer, column_problem(layer, conversion.settings.outlier_columns)) for layer in record.layers]
+    yield from (Failure(name, problem, layer.name) for layer, problem in problems if problem is not None)
+    sound = [layer for layer, problem in problems if problem is None]
+    yield from _index_failures(directory, sidecars[0], sound)
+
+
+def _tensor_failures(record: ShardRecord, sidecar: FileRecord) -> Iterator[Failure]:
+    """Whether the recorded tensors are those of the layers, by names, shapes and dtypes: none missing, none added."""
+    sources = {spec.name: spec for spec in record.source_tensors}
+    held = {tensor.name: tensor for tensor in sidecar.tensors}
+    for layer in record.layers:
+        source = sources.get(f"{layer.name}.weight")
+        if source is None or layer.stored is None:
+            continue  # named elsewhere
+        due = stored_specs(layer.name, source.dtype, layer.shape[0], len(layer.stored.columns))
+        for spec in due:
+            tensor = held.pop(spec.name, None)
+            if tensor is None:
+                yield Failure(sidecar.file, "is missing", spec.name)
+            elif (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape):
+                was = f"is {tensor.dtype} {list(tensor.shape)}, not {spec.dtype} {list(spec.shape)}"
+                yield Failure(sidecar.file, was, spec.name)
+        size_bytes = sum(spec.nbytes for spec in due)
+        if layer.stored.bytes != size_bytes:
+            problem = f"its stored columns are said to take {layer.stored.bytes:,} bytes, they take {size_bytes:,}"
+            yield Failure(sidecar.file, problem, layer.name)
+    for name in held:
+        yield Failure(sidecar.file, "belongs to no layer that is in int8", name)
+
+
+def _index_failures(directory: Path, sidecar: FileRecord, layers: Sequence[LayerReport]) -> Iterator[Failure]:
+    """Whether the indices in the file are those reported. A file of another size or none is named with the digests."""
+    path = directory / sidecar.file
+    if not path.is_file() or path.stat().st_size != sidecar.size_bytes:
+        return
+    try:
+        with closing(FileReader(path)) as reader:
+            found = dict(_indices(reader, sidecar))
+    except Int8cliError as error:
+        yield Failure(sidecar.file, str(error))
+        return
+    for layer in layers:
+        name = outlier_cols_name(layer.name)
+        reported = layer.stored.indices if layer.stored is not None else ()
+        if name in found and found[name] != reported:
+            yield Failure(sidecar.file, f"is {list(found[name])}, reported as {list(reported)}", name)
+
+
+def _indices(reader: FileReader, sidecar: FileRecord) -> Iterator[tuple[str, tuple[int, ...]]]:
+    offset_bytes = header_bytes(sidecar)
+    for tensor in sidecar.tensors:
+        size_bytes = TensorSpec(tensor.name, tensor.dtype, tensor.shape).nbytes
+        if tensor.dtype == "I32":
+            data = memoryview(bytearray(size_bytes))
+            reader.read_into(offset_bytes, data)
+            yield tensor.name, struct.unpack(f"<{size_bytes // 4}i", data)
+        offset_bytes += size_bytes
