@@ -12,12 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, build_tiny, convert_local, read_json, read_tensors, save_by_hand, save_tiny
+from checkpoints import (
+    LISTED,
+    build_tiny,
+    convert_local,
+    read_json,
+    read_tensors,
+    save_by_hand,
+    save_tiny,
+    some_columns,
+    stored_at,
+)
 from hub_stand_in import HubStandIn
 from program import llama, run, tree, write_json
 from safetensors.torch import save_file
 
+from int8cli.blocks import BLOCK_ELEMENTS
 from int8cli.checkpoint.locate import open_source
+from int8cli.digest import new_digest
 from int8cli.errors import IndexFileError, OutputError, OutputInUseError
 from int8cli.verify import Check, Means, Observer, Verification, verify
 
@@ -530,6 +542,228 @@ def test_a_file_taken_along_that_changed_at_the_source_is_named(out: Path, sourc
     changed = Path(shutil.copytree(source, tmp_path / "changed"))
     (changed / "tokenizer.json").write_text("{}")
     assert failures(verified(out, changed)) == {"copies": [("tokenizer.json", None, "is not the source's")]}
+
+
+# --- sidecars ---------------------------------------------------------------------------------------------------------
+
+
+SIDECAR = f"int8/outliers/{SHARD}"
+
+
+@pytest.fixture(scope="module")
+def original_with_sidecars(original: Path) -> Path:
+    convert_local(original / "source", original / "beside", stored=some_columns)
+    return original / "beside"
+
+
+@pytest.fixture
+def beside(original_with_sidecars: Path, tmp_path: Path) -> Path:
+    """A copy of the conversion with stored columns, to be damaged."""
+    return Path(shutil.copytree(original_with_sidecars, tmp_path / "out"))
+
+
+def record_as_written(out: Path, tensor: str) -> None:
+    """Make the record agree with what is in the sidecar now: what no digest can find any more."""
+    start, end = places(out / SIDECAR)[tensor]
+    digest = new_digest()
+    digest.update((out / SIDECAR).read_bytes()[start:end])
+
+    def change(record: Any) -> None:
+        entry = next(each for each in record["files"][1]["tensors"] if each["name"] == tensor)
+        entry["xxh3_128"] = digest.hexdigest()
+
+    edit(record_path(out), change)
+
+
+def change_columns(out: Path, *indices: object) -> str:
+    """Make record and report speak of other columns of the first layer in a record; returns its name."""
+    columns = [{"index": index, "absmax": None, "error_share": None, "suspicion": None} for index in indices]
+    layer = read_json(record_path(out))["layers"][0]["name"]
+
+    def change(found: Any) -> None:
+        own = next(each for each in found["layers"] if each["name"] == layer)
+        own["stored_columns"]["columns"] = columns
+
+    edit(record_path(out), change)
+    edit(out / "int8/report.json", change)
+    return str(layer)
+
+
+def test_stored_columns_hold_with_their_source(beside: Path, source: Path) -> None:
+    before = tree(beside)
+    verification = verified(beside, source)
+    assert failures(verification) == {}
+    assert check_of(verification, "sidecars").detail == "42 columns of 14 layers, in order and as reported"
+    assert check_of(verification, "shards").detail.startswith("3 files and 3 of stored columns, ")
+    assert check_of(verification, "weights").detail.endswith(", 42 stored columns too")
+    assert tree(beside) == before
+    record = read_json(record_path(beside))
+    assert [file["file"] for file in record["files"]] == [SHARD, SIDECAR]
+
+
+def test_without_stored_columns_it_says_so(out: Path) -> None:
+    verification = verified(out)
+    assert check_of(verification, "sidecars").detail == "none: no columns are stored"
+    assert check_of(verification, "shards").detail.startswith("3 files, ")
+
+
+def test_stored_columns_of_a_conv1d_hold(tmp_path: Path) -> None:
+    source = save_tiny("gpt2", tmp_path / "source")
+    convert_local(source, tmp_path / "out", stored=some_columns)
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+@pytest.mark.parametrize("float32", ["direct", "float16"])
+def test_stored_columns_of_a_float32_bin_hold(float32: Any, tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", shards=1, dtype=torch.float32)
+    torch.save(read_tensors(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    convert_local(source, tmp_path / "out", float32=float32, stored=some_columns)
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+def test_stored_columns_of_rows_that_are_cut_hold(tmp_path: Path) -> None:
+    source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(2, BLOCK_ELEMENTS + 9).bfloat16()})
+    columns = (0, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 8)
+    convert_local(source, tmp_path / "out", stored=lambda decision: stored_at(decision, *columns))
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+def test_stored_columns_of_the_other_layout_hold(source: Path, tmp_path: Path) -> None:
+    convert_local(source, tmp_path / "out", layout="compressed-tensors", stored=some_columns)
+    assert failures(verified(tmp_path / "out", source)) == {}
+
+
+@pytest.mark.parametrize("damaged", [1, 14], ids=["one layer", "every layer"])
+def test_a_weight_that_is_kept_for_non_finite_values_has_no_stored_columns(damaged: int, tmp_path: Path) -> None:
+    source = llama(tmp_path / "source", shards=1)
+    tensors = read_tensors(source / "model.safetensors")
+    quantized = [name for name in tensors if name.endswith("_proj.weight")]
+    for name in quantized[:damaged]:
+        tensors[name][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert_local(source, tmp_path / "out", on_nonfinite="keep", stored=some_columns)
+    verification = verified(tmp_path / "out", source)
+    assert failures(verification) == {}
+    left = 14 - damaged
+    assert check_of(verification, "sidecars").detail.startswith(f"{3 * left} columns of {left} layers")
+    assert (tmp_path / "out/int8/outliers/model.safetensors").exists() == (left > 0)
+
+
+def test_a_layer_without_stored_columns_has_an_empty_entry(source: Path, tmp_path: Path) -> None:
+    convert_local(
+        source,
+        tmp_path / "out",
+        stored=lambda decision: some_columns(decision) if decision.module == QUANTIZED else None,
+    )
+    verification = verified(tmp_path / "out", source)
+    assert failures(verification) == {}
+    assert check_of(verification, "sidecars").detail.startswith("3 columns of 1 layers")
+
+
+@pytest.mark.parametrize("tensor", [f"{QUANTIZED}.outlier_cols", f"{QUANTIZED}.outlier_weight"])
+def test_a_flipped_bit_of_a_sidecar_is_found_in_its_tensor(tensor: str, beside: Path) -> None:
+    file = next(file for file in sorted((beside / "int8/outliers").iterdir()) if tensor in places(file))
+    flip(file, places(file)[tensor][1] - 1, bit=7)
+    found = failures(verified(beside))
+    assert [(name, where) for name, where, _ in found.pop("shards")] == [(f"int8/outliers/{file.name}", tensor)]
+    assert found.keys() == ({"sidecars"} if tensor.endswith("cols") else set())
+
+
+def test_a_header_of_a_sidecar_counts_too(beside: Path) -> None:
+    flip(beside / SIDECAR, 30)
+    assert (SIDECAR, None) in named(verified(beside))
+
+
+def test_only_the_source_tells_a_column_that_record_and_file_agree_on(beside: Path, source: Path) -> None:
+    tensor = next(name for name in places(beside / SIDECAR) if name.endswith("outlier_weight"))
+    flip(beside / SIDECAR, places(beside / SIDECAR)[tensor][0] + 2 * (3 * 5 + 1))
+    record_as_written(beside, tensor)
+    assert verified(beside).holds
+    assert failures(verified(beside, source)) == {
+        "weights": [(SIDECAR, tensor, "differs from what the source gives, first at [5, 1]")]
+    }
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "long"])
+def test_a_sidecar_that_is_not_whole_is_named_and_the_rest_compared(damage: str, beside: Path, source: Path) -> None:
+    size = (beside / SIDECAR).stat().st_size
+    if damage == "gone":
+        (beside / SIDECAR).unlink()
+        told, compared = "is missing", "is missing"
+    else:
+        now = size - 1 if damage == "short" else size + 1
+        os.truncate(beside / SIDECAR, now)
+        told, compared = f"has {now:,} bytes, {size:,} were written", f"has {now:,} bytes, the source gives {size:,}"
+    assert failures(verified(beside, source)) == {
+        "shards": [(SIDECAR, None, told)],
+        "weights": [(SIDECAR, None, compared)],
+    }
+
+
+@pytest.mark.parametrize("conversion", ["out", "beside"])
+def test_a_stray_file_among_the_sidecars_is_named(
+    conversion: str, original_with_sidecars: Path, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(original_with_sidecars.parent / conversion, tmp_path / "copy"))
+    (directory / "int8/outliers").mkdir(exist_ok=True)
+    (directory / "int8/outliers/mine.safetensors").write_bytes(b"")
+    assert failures(verified(directory)) == {
+        "sidecars": [("int8/outliers/mine.safetensors", None, "is in no record: it is not of this conversion")]
+    }
+
+
+@pytest.mark.parametrize(
+    ("indices", "problem"),
+    [
+        ((5, 4, 9), "its stored columns [5, 4, 9] do not ascend"),
+        ((4, 4, 9), "its stored columns [4, 4, 9] do not ascend"),
+        ((-1, 4, 9), "its stored columns [-1, 4, 9] are not all among its"),
+        ((1, 4, 5000), "its stored columns [1, 4, 5000] are not all among its"),
+        ((1, "4", 9), "its stored columns are [1, '4', 9], not indices"),
+        ((1, 4, 9, 11), "has 4 stored columns, the settings allow 3"),
+        ((1, 4, 9), ", reported as [1, 4, 9]"),
+    ],
+)
+def test_columns_that_are_reported_wrongly_are_named(
+    indices: tuple[object, ...], problem: str, beside: Path, source: Path
+) -> None:
+    layer = change_columns(beside, *indices)
+    found = failures(verified(beside, source))["sidecars"]
+    assert [each for each in found if (each[1] or "").startswith(layer) and problem in each[2]], found
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor", "problem"),
+    [
+        (lambda record: record["files"].pop(1), None, f"is missing in the record of {SHARD}"),
+        (lambda record: record["files"][1]["tensors"].pop(0), "first", "is missing"),
+        (lambda record: record["files"][1]["tensors"][0].update(name="x.outlier_cols"), "x.outlier_cols", "belongs to"),
+        (lambda record: record["files"][1]["tensors"][0].update(dtype="F32"), "first", "is F32 [3], not I32 [3]"),
+        (lambda record: record["layers"][0].update(stored_columns=None), "layer", "reports no stored columns"),
+        (lambda record: record["layers"][0]["stored_columns"].update(bytes=1), "layer", "are said to take 1 bytes"),
+        (lambda record: record["layers"].pop(0), "layer", "belongs to no layer"),
+    ],
+    ids=["sidecar", "tensor gone", "tensor renamed", "dtype", "layer says nothing", "bytes", "layer gone"],
+)
+def test_a_record_that_does_not_match_its_sidecar_is_named(
+    change: Callable[[Any], object], tensor: str | None, problem: str, beside: Path
+) -> None:
+    record = read_json(record_path(beside))
+    where = {"first": record["files"][1]["tensors"][0]["name"], "layer": record["layers"][0]["name"]}.get(tensor or "")
+    edit(record_path(beside), change)
+    found = failures(verified(beside))["sidecars"]
+    assert [
+        each
+        for each in found
+        if each[0] == SIDECAR and (each[1] or "").startswith(where or tensor or "") and problem in each[2]
+    ], found
+
+
+@pytest.mark.parametrize("key", ["columns", "bytes"])
+def test_totals_of_stored_columns_in_the_report_are_those_of_the_records(key: str, beside: Path) -> None:
+    edit(beside / "int8/report.json", lambda report: report["stored_columns"].update({key: 1}))
+    assert [problem.split()[0] for _, _, problem in failures(verified(beside))["report"]] == ["stored_columns"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
