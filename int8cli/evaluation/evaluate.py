@@ -153,7 +153,10 @@ class _Run:
         for note in self._wanted.notes:
             self._observer.noted(f"note: {note}")
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
-        self._observer.noted(f"evaluating {methods} methods in one pass over the weights, each on every token")
+        if self._predicts:
+            self._observer.noted(f"evaluating {methods} methods in one pass over the weights, each on every token")
+        else:
+            self._observer.noted("this model predicts no next token: measuring output errors only")
         finished = len(self._kept.finished) if self._kept else 0
         self._observer.started(len(blocks), finished, largest, tokens * methods)
 
@@ -227,7 +230,7 @@ class _Run:
         results = tuple(
             MethodResult(
                 method.key,
-                method.label,
+                "32 bit" if method.product is None and dtype == "torch.float32" else method.label,
                 scorer.scores(place) if self._predicts else None,
                 errors.get(method.key, ()) if subject.has_reference else (),
             )

@@ -54,16 +54,17 @@ def _predictions_table(found: Evaluation) -> Table:
             continue
         table.add_row(
             escape(method.label),
-            _perplexity(scores.perplexity),
+            perplexity_text(scores.perplexity),
             _signed(scores.nats_over_reference),
             _figure(scores.standard_error),
             _figure(scores.kl_divergence),
             "" if scores.same_top_share is None else f"{100 * scores.same_top_share:.1f} %",
         )
     if found.reference is not None:
+        float_label = found.methods[0].label
         table.caption = (
-            "Δ nats: mean log-likelihood lost against 16 bit, s.e. over sequences\n"
-            "KL: divergence from 16 bit in nats · same top: most likely token is the same"
+            f"Δ nats: mean log-likelihood lost against {float_label}, s.e. over sequences\n"
+            f"KL: divergence from {float_label} in nats · same top: most likely token is the same"
         )
     return table
 
@@ -77,7 +78,7 @@ def _errors_table(found: Evaluation) -> Table:
     for method in found.methods:
         if method.layers:
             table.add_row(escape(method.label), *_error_cells(method))
-    table.caption = "‖Y - Y₁₆‖ / ‖Y₁₆‖ of each layer, given its input in the 16-bit model"
+    table.caption = f"‖Y - Y₀‖ / ‖Y₀‖ of each layer, given its input X in {found.methods[0].label}: Y₀ = X Wᵀ"
     return table
 
 
@@ -87,7 +88,7 @@ def _error_cells(method: MethodResult) -> tuple[str, str, str]:
     return _figure(method.mean_error), _figure(worst.error), broken_at_dots(worst.name, _WORST_WIDTH)
 
 
-def _perplexity(value: float) -> str:
+def perplexity_text(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.2f}" if value < 10_000 else f"{value:.3g}"
