@@ -1,3 +1,18 @@
 """int8cli: LLM.int8() checkpoints, by streaming."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from int8cli.runtime.load import load_model as load_model
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """`load_model`, imported when it is asked for: it needs torch, which takes a second to import."""
+    if name != "load_model":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from int8cli.runtime.load import load_model
+
+    return load_model

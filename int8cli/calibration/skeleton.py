@@ -7,7 +7,7 @@ refused.
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Skeleton:
         self.dtype = dtype
         self._device = torch.device("cpu")
         self._conversions: Any = get_model_conversion_mapping(model)
-        self._target_of = self._name_targets(specs)
+        self._target_of = name_targets(model, specs)
         self._sources_of: dict[str, list[str]] = {}
         for source, target in self._target_of.items():
             self._sources_of.setdefault(target, []).append(source)
@@ -147,23 +147,6 @@ class Skeleton:
         parameter: Tensor = getattr(self.model.get_submodule(owner), leaf)
         return parameter
 
-    def _name_targets(self, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
-        """The parameter that each tensor becomes (the first, where it is split); tensors of no use are not in it."""
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        renamings = [entry for entry in self._conversions if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in self._conversions if isinstance(entry, WeightConverter)]
-        wanted = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        found = {}
-        for name in specs:
-            target, _ = rename_source_key(name, renamings, converters, prefix, wanted)
-            if target not in wanted and name in wanted:
-                target, _ = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
-            if target in wanted:
-                found[name] = target
-        return found
-
     def _sources(self, targets: list[str]) -> tuple[str, ...]:
         return tuple(
             dict.fromkeys(source for target in targets for source in self._sources_of.get(self._untied(target), ()))
@@ -190,8 +173,8 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     Raises UnsupportedModelError for a model that only remote code can build, MissingExtraError without transformers.
     """
     config = read_config(directory)
-    model_class = _model_class(config)
-    dtype = _dtype(config, specs)
+    model_class = model_class_of(config)
+    dtype = dtype_of(config, specs)
     try:
         with contextlib.ExitStack() as stack:
             for context in model_class.get_init_context(dtype, False, False, None):
@@ -206,6 +189,26 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
             hint=FROM_WEIGHTS_HINT,
         ) from error
     return Skeleton(model.eval(), dtype, specs)
+
+
+def name_targets(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The parameter that each tensor becomes (the first, where it is split); tensors of no use are not in it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions: Any = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    wanted = model.state_dict()
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, _ = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
+        if target in wanted:
+            found[name] = target
+    return found
 
 
 def _computed_weights(model: Any) -> set[str]:
@@ -252,7 +255,8 @@ def require_transformers() -> None:
         ) from error
 
 
-def _model_class(config: Any) -> Any:
+def model_class_of(config: Any) -> Any:
+    """The class that a config names, or the bare model of its type. Raises UnsupportedModelError."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -268,7 +272,7 @@ def _model_class(config: Any) -> Any:
     )
 
 
-def _dtype(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
+def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
     """The dtype of the weights: what the config says, as transformers' `dtype="auto"` has it, or what most are."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype

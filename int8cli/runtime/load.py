@@ -1,0 +1,216 @@
+"""From a converted directory to a transformers model that computes the exact decomposition.
+
+Owns the use of transformers for that: its own loader builds the model, matches names and ties weights; before it reads
+anything, the linear layers that the directory holds in int8 are replaced by Int8Linear.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from int8cli.calibration.skeleton import (
+    dtype_of,
+    model_class_of,
+    name_targets,
+    read_config,
+)
+from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
+from int8cli.runtime.linear import Int8Linear
+from int8cli.runtime.stored import StoredLinear, StoredModel
+
+_METHOD = "int8cli"
+_GENERATION_CONFIG = "generation_config.json"
+_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_OTHER_LOADERS_HINT = "Where transformers opens the directory itself, AutoModel...from_pretrained(DIR) runs it too."
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    inputs: InputScheme = DEFAULT_INPUTS,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The transformers model of a directory that `convert` wrote, its int8 layers computing LLM.int8() exactly.
+
+    Stored columns are taken out of X whole and multiplied in floats, all others in int8 with exact integer sums.
+    `inputs` says how X is quantized: "zeropoint" (half of absmax's error or less) or "absmax". `device` is the GPU if
+    there is one, as for transformers' own int8 models. `dtype`, of what is not int8, is that of the config. The model
+    is in eval mode and for inference; bitsandbytes is not needed.
+
+    Raises MissingExtraError without transformers, UnsupportedModelError for what is not a conversion or has no class in
+    transformers, CheckpointError for tensors that do not fit.
+    """
+    _require_extra()
+    stored = StoredModel(Path(directory))
+    try:
+        config = _config(Path(directory))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return _load(stored, Path(directory), config, inputs, place, dtype or dtype_of(config, stored.float_specs))
+    finally:
+        stored.close()
+
+
+def _require_extra() -> None:
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(
+                f"running a model needs {package}, which is not installed", hint="pip install 'int8cli[calibrate]'"
+            )
+
+
+def _config(directory: Path) -> Any:
+    """The model's config, without the mark that would have another quantizer load it."""
+    try:
+        config = read_config(directory)
+        model_class_of(config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(str(error), hint="load_model runs what transformers itself has.") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _load(
+    stored: StoredModel, directory: Path, config: Any, inputs: InputScheme, device: torch.device, dtype: torch.dtype
+) -> Any:
+    model_class = model_class_of(config)
+    model, info = model_class.from_pretrained(
+        None,  # a directory and a state dict exclude each other
+        config=config,
+        generation_config=_generation_config(model_class, directory),
+        state_dict=stored.state_dict(),
+        quantization_config=_registered()(_Replacing(stored.linears, inputs)),
+        dtype=dtype,
+        device_map={"": device},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    for name, found, wanted in info["mismatched_keys"]:
+        raise CheckpointError(f"{name} has the shape {tuple(found)}, the model's config.json wants {tuple(wanted)}")
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] == name)
+            if lost:
+                raise CheckpointError(
+                    f"transformers looks for {lost[0]} and does not find it", hint=_OTHER_LOADERS_HINT
+                )
+            module.prepare()
+    return model
+
+
+def _generation_config(model_class: Any, directory: Path) -> Any:
+    """Where transformers looks for it: in a file of its own, or for older models in config.json."""
+    from transformers import GenerationConfig
+
+    if not model_class.can_generate():
+        return None
+    if (directory / _GENERATION_CONFIG).is_file():
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return GenerationConfig.from_pretrained(directory, "config.json", local_files_only=True, _from_model_config=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacing:
+    """Puts an Int8Linear where a model has a linear layer that is stored in int8."""
+
+    linears: tuple[StoredLinear, ...]
+    inputs: InputScheme
+
+    def __call__(self, model: Any) -> None:
+        modules = _modules_of(model, {linear.weight_name: linear for linear in self.linears})
+        for module_name, linear in modules.items():
+            model.set_submodule(module_name, self._replacement(model.get_submodule(module_name), linear))
+
+    def _replacement(self, module: nn.Module, linear: StoredLinear) -> Int8Linear:
+        from transformers.pytorch_utils import Conv1D
+
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise UnsupportedModelError(
+                f"{linear.name} is int8, and transformers has a {type(module).__name__} for it",
+                hint=_OTHER_LOADERS_HINT,
+            )
+        shape = tuple(module.weight.shape) if isinstance(module, nn.Linear) else tuple(reversed(module.weight.shape))
+        if shape != (linear.out_features, linear.in_features):
+            raise CheckpointError(
+                f"{linear.weight_name} has the shape {(linear.out_features, linear.in_features)}, the model's "
+                f"config.json wants {shape}"
+            )
+        return Int8Linear(
+            linear.in_features,
+            linear.out_features,
+            module.bias,
+            inputs=self.inputs,
+            columns=linear.columns,
+            columns_dtype=_TORCH_DTYPES[linear.columns_dtype],
+            device=module.weight.device,
+        )
+
+
+def _modules_of(model: Any, linears: Mapping[str, StoredLinear]) -> dict[str, StoredLinear]:
+    """The linears by their modules' names in the model; those of a head that this model does not have are left out."""
+    found: dict[str, StoredLinear] = {}
+    for weight_name, target in name_targets(model, linears).items():
+        module_name, _, leaf = target.rpartition(".")
+        if leaf != "weight" or module_name in found:
+            raise UnsupportedModelError(
+                f"{weight_name} is int8, and transformers merges it with others into {target}", hint=_OTHER_LOADERS_HINT
+            )
+        found[module_name] = linears[weight_name]
+    return found
+
+
+@cache
+def _registered() -> Any:
+    """The config class of our quantizer, which is made known to transformers once.
+
+    A quantizer is what transformers' loader calls between building a model and reading its weights.
+    """
+    from transformers.quantizers.auto import register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Int8cliConfig(QuantizationConfigMixin):
+        """What a loaded model's config says of its quantization."""
+
+        def __init__(self, replacing: _Replacing | None = None) -> None:
+            self.quant_method: Any = _METHOD
+            self.replacing = replacing
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": self.quant_method}
+
+    @register_quantizer(_METHOD)
+    class Int8cliQuantizer(HfQuantizer):
+        """Replaces layers, and says that the tensors come quantized and cannot be saved from here."""
+
+        requires_calibration = False
+
+        def __init__(self, quantization_config: Int8cliConfig, **kwargs: Any) -> None:
+            super().__init__(quantization_config, pre_quantized=True)
+            self._config = quantization_config
+
+        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+            if self._config.replacing is not None:
+                self._config.replacing(model)
+
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            self._config.replacing = None
+            return model
+
+        def is_serializable(self) -> bool:
+            return False
+
+        @property
+        def is_trainable(self) -> bool:
+            return False
+
+    return Int8cliConfig

@@ -1,0 +1,149 @@
+"""A converted directory as a state dict whose tensors are read when a loader asks for them.
+
+Owns which linear layers are int8, how the layouts' scales become row_absmax, and whether the stored columns fit the
+layers they are for. Knows no model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from int8cli.calibration.tensors import CheckpointTensors
+from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.index import find_weights, read_layouts
+from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from int8cli.evaluation.converted import Converted, find_converted
+from int8cli.llm_int8.quantize import INT8_MAX
+
+COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
+_AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
+
+
+class StoredTensor:
+    """A tensor that is read when a loader slices it, as loaders slice those of safetensors."""
+
+    def __init__(self, read: Callable[[], Tensor], dtype: str) -> None:
+        self._read, self._dtype = read, dtype
+
+    def __getitem__(self, _: object) -> Tensor:
+        return self._read()
+
+    def get_dtype(self) -> str:
+        """The dtype as safetensors calls it."""
+        return self._dtype
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLinear:
+    """A linear layer in int8, by its name in the checkpoint; `columns_dtype` as safetensors calls it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    columns: int
+    columns_dtype: str
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+
+class StoredModel:
+    """The tensors of a converted directory. Close it when they have been read."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ModelNotFoundError, UnsupportedModelError where nothing is int8, CheckpointError for bad columns."""
+        if not directory.is_dir():
+            raise ModelNotFoundError(f"{directory} is no directory", hint="load_model takes what convert wrote.")
+        source = DirectorySource(directory)
+        layouts = read_layouts(source, find_weights(source))
+        converted = find_converted(source, layouts)
+        if converted is None:
+            raise UnsupportedModelError(
+                f"{directory} holds no int8 weights in a layout of int8cli",
+                hint="Convert the model first, and load what that writes: int8cli convert MODEL.",
+            )
+        self._converted = converted
+        self._tensors = CheckpointTensors(source, (*layouts, *converted.sidecars))
+        try:
+            self.linears = tuple(_linears(converted, self._tensors))
+        except BaseException:
+            self._tensors.close()
+            raise
+
+    @property
+    def float_specs(self) -> Mapping[str, TensorSpec]:
+        """The weights that were left in floats, which tell the model's dtype."""
+        return {name: spec for name, spec in self._converted.specs.items() if spec.dtype in QUANTIZABLE_DTYPES}
+
+    def state_dict(self) -> dict[str, StoredTensor]:
+        """Every tensor by its name in the checkpoint; those of int8 layers as Int8Linear calls them."""
+        found = {name: self._tensor(name, spec.dtype) for name, spec in self._converted.specs.items()}
+        for linear in self.linears:
+            found[f"{linear.name}.row_absmax"] = StoredTensor(self._row_absmax(linear), "F32")
+            found[f"{linear.name}.{COLUMNS}"] = self._columns(linear, COLUMNS, "I32")
+            found[f"{linear.name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
+        return found
+
+    def close(self) -> None:
+        self._tensors.close()
+
+    def _tensor(self, name: str, dtype: str) -> StoredTensor:
+        return StoredTensor(lambda: self._tensors.read(name), dtype)
+
+    def _columns(self, linear: StoredLinear, kind: str, dtype: str) -> StoredTensor:
+        if linear.columns:
+            return self._tensor(f"{linear.name}.{kind}", dtype)
+        none = torch.empty(0, dtype=torch.int32) if kind == COLUMNS else torch.empty(linear.out_features, 0)
+        return StoredTensor(lambda: none, dtype)
+
+    def _row_absmax(self, linear: StoredLinear) -> Callable[[], Tensor]:
+        scale = self._converted.scales[linear.weight_name]
+
+        def read() -> Tensor:
+            values = self._tensors.read(scale.name).float().reshape(-1)
+            return values * INT8_MAX if scale.is_step else values
+
+        return read
+
+
+def _linears(converted: Converted, tensors: CheckpointTensors) -> Iterator[StoredLinear]:
+    stored = {spec.name: spec for spec in (t.spec for sidecar in converted.sidecars for t in sidecar.tensors)}
+    for name in stored:
+        if name.rpartition(".")[0] not in converted.modules:
+            raise CheckpointError(f"columns are stored as {name}, and the model has no such int8 layer", hint=_AGAIN)
+    for name in sorted(converted.modules):
+        out_features, in_features = converted.specs[f"{name}.weight"].shape
+        columns, weights = stored.get(f"{name}.{COLUMNS}"), stored.get(f"{name}.{COLUMN_WEIGHTS}")
+        if columns is None and weights is None:
+            yield StoredLinear(name, in_features, out_features, 0, "F32")
+            continue
+        if columns is None or weights is None or not _fits(columns, weights, out_features):
+            raise CheckpointError(
+                f"{name}: its stored columns are {_shown(columns)} and {_shown(weights)}, where the layer has "
+                f"{out_features} outputs and takes I32 [k] and floats [{out_features}, k]",
+                hint=_AGAIN,
+            )
+        _check_indices(name, tensors.read(columns.name).tolist(), in_features)
+        columns_dtype = weights.dtype if columns.numel else "F32"
+        yield StoredLinear(name, in_features, out_features, columns.numel, columns_dtype)
+
+
+def _fits(columns: TensorSpec, weights: TensorSpec, out_features: int) -> bool:
+    whole = columns.dtype == "I32" and weights.dtype in QUANTIZABLE_DTYPES
+    return whole and len(columns.shape) == 1 and weights.shape == (out_features, columns.numel)
+
+
+def _check_indices(name: str, indices: list[int], in_features: int) -> None:
+    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
+        raise CheckpointError(
+            f"{name}: its stored columns {str(indices)[:80]} are no ascending indices below {in_features}", hint=_AGAIN
+        )
+
+
+def _shown(spec: TensorSpec | None) -> str:
+    return "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
