@@ -8,7 +8,7 @@ from checkpoints import convert_local, read_all
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-from benchmarking.cases import CONVERT, COPY, IMPORT_TORCH, INSPECT, READ_SOURCE, Section
+from benchmarking.cases import COLD_CONVERT, CONVERT, COPY, IMPORT_TORCH, INSPECT, READ_SOURCE, Section
 from benchmarking.checkpoint import bloom, llama, write_checkpoint
 from benchmarking.peers import InstallError, Peer, installed
 from benchmarking.tables import against_copy, growth, peers
@@ -91,7 +91,7 @@ def test_a_peer_that_cannot_be_installed_says_so(tmp_path: Path) -> None:
 
 
 def runs(*seconds: float, start_s: float = 0.0, peak: int = 200) -> list[Run]:
-    return [Run(value, value / 2, peak * MEGABYTE, 0, 500 * MEGABYTE, start_s) for value in seconds]
+    return [Run(value, value / 2, peak * MEGABYTE, 0, 500 * MEGABYTE, start_s, start_s / 4) for value in seconds]
 
 
 def row(table: str, name: str) -> list[str]:
@@ -107,25 +107,25 @@ def test_ratios_are_medians_of_the_ratios_of_each_turn() -> None:
         READ_SOURCE: runs(1, 1, 1),
         INSPECT: runs(3, 3, 3, start_s=1, peak=210),
     }
-    table = against_copy(Section({"": 10**9}, taken, {"int8cli convert, cold": "no disk"}, {}))
-    assert row(table, f"`{CONVERT}`")[1:] == ["5.00", "3.00", "2.50 × cp", "1.50 × cp", "2.50", "50 MB"]
-    assert row(table, f"`{INSPECT}`")[1:] == ["3.00", "2.00", "3.00 × cat", "2.00 × cat", "1.50", "10 MB"]
-    assert row(table, f"`{COPY}`")[1:] == ["2.00", "", "", "", "1.00", ""]
-    assert "Left out: int8cli convert, cold: no disk." in table
+    table = against_copy(Section({"": 10**9}, taken, {COLD_CONVERT: "no disk"}, {}))
+    assert row(table, f"`{CONVERT}`")[1:] == ["5.00", "3.00", "2.50 × cp", "1.50 × cp", "2.50", "2.00", "50 MB"]
+    assert row(table, f"`{INSPECT}`")[1:] == ["3.00", "2.00", "3.00 × cat", "2.00 × cat", "1.50", "1.25", "10 MB"]
+    assert row(table, f"`{COPY}`")[1:] == ["2.00", "", "", "", "1.00", "", ""]
+    assert f"Left out: {COLD_CONVERT}: no disk." in table
 
 
 def test_peers_are_held_against_ours_without_their_starts() -> None:
     taken = {IMPORT_TORCH: runs(1), COPY: runs(1), CONVERT: runs(3, start_s=2), "other": runs(25, start_s=5, peak=900)}
     table = peers(Section({"": 10**9}, taken, {}, {"other": "other 1.0"}))
-    assert row(table, "other")[1:] == ["25.00", "20.00", "20.0", "12.50", "900 MB", "0.50 GB"]
+    assert row(table, "other")[1:] == ["25.00", "20.00", "20.0", "12.50", "11.25", "900 MB", "0.50 GB"]
     assert row(table, f"`{CONVERT}`")[3] == "1.0"
 
 
 def test_growth_is_a_row_a_size() -> None:
     taken = {IMPORT_TORCH: runs(1), "1": runs(3, start_s=2, peak=240), "10": runs(12, start_s=2, peak=241)}
     table = growth(Section({"1": 10**9, "10": 10**10}, taken, {}, {}))
-    assert row(table, "1.00 GB")[1:] == ["3.00", "1.00", "1.00", "1.50", "40 MB"]
-    assert row(table, "10.00 GB")[1:] == ["12.00", "10.00", "1.00", "6.00", "41 MB"]
+    assert row(table, "1.00 GB")[1:] == ["3.00", "1.00", "1.00", "1.50", "1.00", "40 MB"]
+    assert row(table, "10.00 GB")[1:] == ["12.00", "10.00", "1.00", "6.00", "5.50", "41 MB"]
 
 
 def test_sizes_are_of_all_files_below(tmp_path: Path) -> None:

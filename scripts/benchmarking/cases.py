@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarking.peers import PEERS, PROGRAMS, InstallError, installed, versions
-from benchmarking.turns import Case, Run, size_of, take_turns
+from benchmarking.turns import Case, CaseFailedError, Run, size_of, take_turns
 
-COPY, CONVERT, IMPORT_TORCH = "cp -r, sync", "int8cli convert", "import torch"
-COLD_COPY, COLD_CONVERT = "cp -r, sync, cold", "int8cli convert, cold"
+IMPORT_TORCH = "import torch"
+COPY, COLD_COPY = "cp -r, sync", "cp -r, sync, cold"
+# With the full report; no columns are stored, since cp and the others do nothing of the kind.
+CONVERT, COLD_CONVERT = "int8cli convert --outliers none", "int8cli convert --outliers none, cold"
+STORE_COLUMNS = "int8cli convert --outliers weights"
 READ_SOURCE, INSPECT = "cat of the source", "int8cli inspect-outliers --from weights"
 READ_OUTPUT, VERIFY = "cat of the output", "int8cli verify"
 NEXT_TO_NOTHING = 1e-4  # GB: one block, 128 wide
@@ -43,6 +46,7 @@ class Bench:
             self._importing_torch(tiny),
             self._copying(COPY, source),
             self._converting(CONVERT, source, tiny, int8),
+            self._converting(STORE_COLUMNS, source, tiny, self._scratch / "columns", outliers="weights"),
             self._reading(READ_SOURCE, source),
             self._int8cli(INSPECT, (*from_weights, str(source)), source, (*from_weights, str(tiny)), tiny),
             self._reading(READ_OUTPUT, int8),
@@ -90,6 +94,9 @@ class Bench:
     def _measured(self, cases: Sequence[Case], source: Path) -> Section:
         runs, left_out = take_turns(cases, self._runs)
         source_bytes = size_of(source)
+        for name in (IMPORT_TORCH, COPY, CONVERT):  # without these nothing can be told
+            if name in left_out:
+                raise CaseFailedError(f"{name} {left_out[name]}")
         for case in cases:
             taken = runs.get(case.name, [])
             if case.cold and min((run.disk_bytes for run in taken), default=0) < 0.9 * source_bytes:
@@ -116,15 +123,14 @@ class Bench:
         script = 'find "$0" -type f -exec cat {} + > /dev/null'
         return Case(name, ("sh", "-c", script, str(directory)), directory, self._log)
 
-    def _converting(self, name: str, source: Path, tiny: Path, output: Path, *, cold: bool = False) -> Case:
+    def _converting(
+        self, name: str, source: Path, tiny: Path, output: Path, *, outliers: str = "none", cold: bool = False
+    ) -> Case:
         tiny_output = self._scratch / "tiny-int8"
-        start = self._convert("", tiny, tiny_output)
-        command = self._convert(name, source, output).command
-        return Case(name, command, source, self._log, output, keeps=True, cold=cold, start=start)
-
-    def _convert(self, name: str, source: Path, output: Path) -> Case:
-        command = (sys.executable, "-m", "int8cli", "convert", "--quiet", str(source), "--output", str(output))
-        return Case(name, command, source, self._log, output, keeps=True)
+        command = (sys.executable, "-m", "int8cli", "convert", "--quiet", "--outliers", outliers, "--output")
+        start = Case("", (*command, str(tiny_output), str(tiny)), tiny, self._log, tiny_output, keeps=True)
+        on_source = (*command, str(output), str(source))
+        return Case(name, on_source, source, self._log, output, keeps=True, cold=cold, start=start)
 
     def _int8cli(
         self, name: str, arguments: tuple[str, ...], reads: Path, on_tiny: tuple[str, ...], tiny: Path

@@ -11,6 +11,7 @@ from benchmarking.cases import (
     INSPECT,
     READ_OUTPUT,
     READ_SOURCE,
+    STORE_COLUMNS,
     VERIFY,
     Section,
 )
@@ -19,6 +20,7 @@ from benchmarking.turns import median, median_ratio
 # What is held against what, and the word for it.
 HELD_AGAINST = {
     CONVERT: (COPY, "cp"),
+    STORE_COLUMNS: (COPY, "cp"),
     COLD_CONVERT: (COLD_COPY, "cp"),
     INSPECT: (READ_SOURCE, "cat"),
     VERIFY: (READ_OUTPUT, "cat"),
@@ -27,19 +29,20 @@ HELD_AGAINST = {
 
 def against_copy(section: Section) -> str:
     """Each command beside what it is held against."""
-    header = ("", "seconds", "start apart", "ratio", "start apart", "CPU seconds", "peak over torch")
+    header = ("", "seconds", "start apart", "ratio", "start apart", "CPU seconds", "start apart", "peak over torch")
     rows = []
     for name, runs in section.runs.items():
         if name == IMPORT_TORCH:
             continue
-        row = [f"`{name}`", f"{median(runs, 'seconds'):.2f}", "", "", "", f"{median(runs, 'cpu_s'):.2f}", ""]
+        row = [f"`{name}`", f"{median(runs, 'seconds'):.2f}", "", "", "", f"{median(runs, 'cpu_s'):.2f}", "", ""]
         if name in HELD_AGAINST and HELD_AGAINST[name][0] in section.runs:
             other, word = HELD_AGAINST[name]
             against = section.runs[other]
             row[2] = f"{median(runs, 'apart_s'):.2f}"
             row[3] = f"{median_ratio(runs, against, 'seconds', 'seconds'):.2f} × {word}"
             row[4] = f"{median_ratio(runs, against, 'apart_s', 'seconds'):.2f} × {word}"
-            row[6] = over_torch(section, name)
+            row[6] = f"{median(runs, 'apart_cpu_s'):.2f}"
+            row[7] = over_torch(section, name)
         rows.append(row)
     (source_bytes,) = section.source_bytes.values()
     return f"BLOOM's blocks, {turns_and_size(section, source_bytes)}\n\n{_table(header, rows)}{_left_out(section)}"
@@ -47,7 +50,7 @@ def against_copy(section: Section) -> str:
 
 def peers(section: Section) -> str:
     """Each converter, and how much longer than ours it takes."""
-    header = ("", "seconds", "start apart", "times ours", "CPU seconds", "peak memory", "output")
+    header = ("", "seconds", "start apart", "times ours", "CPU seconds", "start apart", "peak memory", "output")
     ours = section.runs[CONVERT]
     rows = []
     for name, runs in section.runs.items():
@@ -61,6 +64,7 @@ def peers(section: Section) -> str:
                 f"{median(runs, 'apart_s'):.2f}" if apart else "",
                 f"{median_ratio(runs, ours, 'apart_s', 'apart_s'):.1f}" if apart else "",
                 f"{median(runs, 'cpu_s'):.2f}",
+                f"{median(runs, 'apart_cpu_s'):.2f}" if apart else "",
                 _megabytes(max(run.peak_bytes for run in runs)) if apart else "",
                 f"{median(runs, 'output_bytes') / 1e9:.2f} GB",
             ]
@@ -77,7 +81,7 @@ def peers(section: Section) -> str:
 
 def growth(section: Section) -> str:
     """Time and memory by size."""
-    header = ("source", "seconds", "start apart", "GB/s, start apart", "CPU seconds", "peak over torch")
+    header = ("source", "seconds", "start apart", "GB/s, start apart", "CPU seconds", "start apart", "peak over torch")
     rows = []
     for name, source_bytes in section.source_bytes.items():
         if name in section.runs:
@@ -85,7 +89,8 @@ def growth(section: Section) -> str:
             apart_s = median(runs, "apart_s")
             cells = (f"{source_bytes / 1e9:.2f} GB", f"{median(runs, 'seconds'):.2f}", f"{apart_s:.2f}")
             rate = f"{source_bytes / apart_s / 1e9:.2f}"
-            rows.append([*cells, rate, f"{median(runs, 'cpu_s'):.2f}", over_torch(section, name)])
+            cpu = (f"{median(runs, 'cpu_s'):.2f}", f"{median(runs, 'apart_cpu_s'):.2f}")
+            rows.append([*cells, rate, *cpu, over_torch(section, name)])
     return f"How cost grows, {_turns(section)}\n\n{_table(header, rows)}{_left_out(section)}"
 
 

@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run took. `disk_bytes` came from the disk, not from the page cache; start_s is 0 if it has no start."""
+    """What one run took. `disk_bytes` came from the disk, not from the page cache."""
 
     seconds: float
     cpu_s: float
@@ -46,11 +46,17 @@ class Run:
     disk_bytes: int
     output_bytes: int
     start_s: float = 0.0
+    start_cpu_s: float = 0.0
 
     @property
     def apart_s(self) -> float:
         """Seconds without the start of the process."""
         return self.seconds - self.start_s
+
+    @property
+    def apart_cpu_s(self) -> float:
+        """CPU seconds without the start of the process."""
+        return self.cpu_s - self.start_cpu_s
 
 
 class CaseFailedError(Exception):
@@ -77,7 +83,7 @@ def take_turns(cases: Sequence[Case], runs: int) -> tuple[dict[str, list[Run]], 
 
 def measure(case: Case) -> Run:
     """One run of a case and, before it, one of its start."""
-    start_s = measure(case.start).seconds if case.start else 0.0
+    start = measure(case.start) if case.start else None
     if case.output is not None:
         shutil.rmtree(case.output, ignore_errors=True)
     os.sync()
@@ -91,8 +97,15 @@ def measure(case: Case) -> Run:
     output_bytes = sum(file.stat().st_size for file in files_of(case.output)) if case.output is not None else 0
     if case.output is not None and not case.keeps:
         shutil.rmtree(case.output)
-    peak_bytes, disk_bytes = usage.ru_maxrss * 1024, usage.ru_inblock * 512
-    return Run(seconds, usage.ru_utime + usage.ru_stime, peak_bytes, disk_bytes, output_bytes, start_s)
+    return Run(
+        seconds,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss * 1024,
+        usage.ru_inblock * 512,
+        output_bytes,
+        start.seconds if start else 0.0,
+        start.cpu_s if start else 0.0,
+    )
 
 
 def _run(case: Case) -> "os.struct_rusage":  # type: ignore[name-defined]
