@@ -105,7 +105,7 @@ def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("convert", "estimate-memory", "inspect-outliers", "verify")),
+        *([command, "--help"] for command in ("convert", "estimate-memory", "evaluate", "inspect-outliers", "verify")),
     ],
 )
 def test_help_and_version_import_nothing_large(arguments: list[str]) -> None:

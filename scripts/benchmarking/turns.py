@@ -7,6 +7,7 @@ import os
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,9 +71,10 @@ def take_turns(cases: Sequence[Case], runs: int) -> tuple[dict[str, list[Run]], 
     """
     taken: dict[str, list[Run]] = {case.name: [] for case in cases}
     failures: dict[str, str] = {}
-    for _ in range(runs):
+    for turn in range(runs):
         for case in cases:
             if case.name not in failures:
+                print(f"turn {turn + 1} of {runs}: {case.name}", file=sys.stderr)
                 try:
                     taken[case.name].append(measure(case))
                 except CaseFailedError as error:
