@@ -115,7 +115,11 @@ def _run(case: Case) -> "os.struct_rusage":  # type: ignore[name-defined]
         process = subprocess.Popen(
             case.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **case.environment}
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:  # an interrupt is for the command, too
+            process.kill()
+            raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         said = case.log.read_text(errors="replace").strip().splitlines()[-1:]
