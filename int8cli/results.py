@@ -58,6 +58,11 @@ class StoredColumns:
     def indices(self) -> tuple[int, ...]:
         return tuple(column.index for column in self.columns)
 
+    @property
+    def heaviest_first(self) -> tuple[StoredColumn, ...]:
+        """The columns by their share of the error or their suspicion, whatever is known."""
+        return tuple(sorted(self.columns, key=lambda column: -(column.error_share or column.suspicion or 0.0)))
+
     def output_error(self, basis: "ErrorBasis") -> RelativeOutputError | None:
         return self.measured if basis == "measured" else self.predicted
 
@@ -283,6 +288,14 @@ class ConversionReport:
 
 def worst_first(layers: Iterable[LayerReport]) -> tuple[LayerReport, ...]:
     return tuple(sorted(layers, key=lambda layer: (-layer.sums.relative_frobenius_error, layer.name)))
+
+
+def worst_by_output_error(
+    layers: Iterable[LayerReport], basis: ErrorBasis
+) -> tuple[tuple[LayerReport, RelativeOutputError], ...]:
+    """The layers whose output error is known, the largest with all columns in int8 first."""
+    known = [(each, error) for each in layers if each.stored and (error := each.stored.output_error(basis))]
+    return tuple(sorted(known, key=lambda pair: (-pair[1].all_int8, pair[0].name)))
 
 
 def summarize_kinds(layers: Iterable[LayerReport]) -> tuple[KindSummary, ...]:

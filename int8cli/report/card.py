@@ -6,12 +6,24 @@ Says nothing that differs between two runs of the same conversion.
 from collections.abc import Iterator
 
 from int8cli.layouts import compressed_tensors
+from int8cli.output import SIDECAR_DIRECTORY
+from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import printable
 from int8cli.report.units import decibels, human_bytes, human_count
-from int8cli.results import ConversionReport, KindSummary, summarize_kinds
+from int8cli.results import (
+    ConversionReport,
+    ErrorBasis,
+    KindSummary,
+    RelativeOutputError,
+    StoredKind,
+    StoredSummary,
+    summarize_kinds,
+    worst_by_output_error,
+)
 from int8cli.survey import Survey
 
 WORST_LAYERS = 10
+COLUMNS_SHOWN = 8  # of one layer
 TAGS = ["int8", "8-bit", "llm.int8()"]
 # The auto class for the end of an architecture's name; any other architecture is loaded by its own class.
 _AUTO_CLASSES = {
@@ -53,6 +65,9 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
     yield from _size_table(report)
     if survey.has_config:
         yield from _loading(survey)
+    stored = report.stored
+    if stored is not None:
+        yield from _stored_columns(report, stored, survey)
     yield from _errors(report)
 
 
@@ -60,6 +75,8 @@ def _size_table(report: ConversionReport) -> Iterator[str]:
     yield "| | original | here |"
     yield "|---|---|---|"
     yield f"| weight files | {human_bytes(report.source_bytes)} | {human_bytes(report.output_bytes)} |"
+    if report.stored is not None:
+        yield f"| stored columns, in `{SIDECAR_DIRECTORY}` | | {human_bytes(report.sidecar_bytes)} |"
     yield (
         f"| parameters in int8 | | {human_count(report.quantized_parameters)} of {human_count(report.parameters)} "
         f"({report.percent_quantized:.1f} %) |"
@@ -88,6 +105,56 @@ def _loading(survey: Survey) -> Iterator[str]:
     yield "```\n"
 
 
+def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Survey) -> Iterator[str]:
+    """What they are, where they lie, who looks at them, and the output error with and without."""
+    more = percent_more(report.sidecar_bytes, report.output_bytes)
+    yield "## Stored columns\n"
+    yield (
+        f"`{SIDECAR_DIRECTORY}` holds {how_many(report, stored)} exactly as the original has them, "
+        f"{human_bytes(report.sidecar_bytes)} or {more} more. With them what these inputs "
+        "contribute is computed from the original's own weights, without them from int8."
+    )
+    yield f"They are {printable(told_by(report.settings))}.\n"
+    yield (
+        "Beside each weight file lies one of the same name: for every int8 layer `X`, `X.outlier_cols` (int32, sorted "
+        "indices of input columns) and `X.outlier_weight` (out_features x columns). Usual loaders do not look at them "
+        "and give the same results as without them."
+    )
+    if survey.has_config:
+        yield "To compute with them, `pip install 'int8cli[calibrate]'` and:\n"
+        yield "```python"
+        yield "from int8cli import load_model\n"
+        yield 'model = load_model(".")  # this directory'
+        yield "```"
+    yield ""
+    yield from _stored_table(stored)
+
+
+def _stored_table(stored: StoredSummary) -> Iterator[str]:
+    if stored.basis is None:
+        yield "| kind | layers | columns | size |"
+        yield "|---|---:|---:|---:|"
+    else:
+        at_most = "" if stored.basis == "measured" else " (with stored columns an upper bound)"
+        yield f"Output error, ‖error‖/‖X Wᵀ‖, {stored.basis}{at_most}, the layers' mean:\n"
+        yield "| kind | layers | columns | size | all in int8 | stored columns exact |"
+        yield "|---|---:|---:|---:|---:|---:|"
+    for kind in (each for each in stored.kinds if each.columns or each.error):
+        yield f"| `{printable(kind.kind)}` {_stored_cells(kind, stored.basis)}"
+    if len(stored.kinds) > 1:
+        yield f"| all {_stored_cells(stored.total, stored.basis)}"
+    yield ""
+
+
+def _stored_cells(kind: StoredKind, basis: ErrorBasis | None) -> str:
+    cells = f"| {kind.layers} | {kind.columns:,} | {human_bytes(kind.bytes)} |"
+    return cells if basis is None else f"{cells} {_error_cells(kind.error)}"
+
+
+def _error_cells(error: RelativeOutputError | None) -> str:
+    return f"{error.all_int8:.4f} | {error.with_stored:.4f} |" if error is not None else "| |"
+
+
 def _errors(report: ConversionReport) -> Iterator[str]:
     if not report.layers:
         return
@@ -96,6 +163,25 @@ def _errors(report: ConversionReport) -> Iterator[str]:
     yield "|---|---:|---:|---:|---:|"
     for kind in summarize_kinds(report.layers):
         yield _kind_row(kind)
+    stored = report.stored
+    if stored is not None and stored.basis is not None:
+        yield from _worst_by_output(report, stored.basis)
+    else:
+        yield from _worst_by_weights(report)
+    yield "\nThe error of every layer is in `int8/report.json`."
+
+
+def _worst_by_output(report: ConversionReport, basis: ErrorBasis) -> Iterator[str]:
+    yield f"\n## Worst layers by output error ({basis})\n"
+    yield "| layer | all in int8 | stored columns exact | columns, the heaviest first |"
+    yield "|---|---:|---:|---|"
+    for layer, error in worst_by_output_error(report.layers, basis)[:WORST_LAYERS]:
+        columns = layer.stored.heaviest_first[:COLUMNS_SHOWN] if layer.stored is not None else ()
+        indices = " ".join(str(column.index) for column in columns)
+        yield f"| `{printable(layer.name)}` | {_error_cells(error)} {indices} |"
+
+
+def _worst_by_weights(report: ConversionReport) -> Iterator[str]:
     yield "\n## Worst layers\n"
     yield "| layer | shape | relative error | SQNR (dB) | largest error |"
     yield "|---|---|---:|---:|---:|"
@@ -105,7 +191,6 @@ def _errors(report: ConversionReport) -> Iterator[str]:
             f"| `{printable(layer.name)}` | {layer.shape[0]} x {layer.shape[1]} | {sums.relative_frobenius_error:.4f} "
             f"| {decibels(sums.sqnr_db)} | {sums.max_abs_error:.3g} |"
         )
-    yield "\nThe error of every layer is in `int8/report.json`."
 
 
 def _kind_row(kind: KindSummary) -> str:

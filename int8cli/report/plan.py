@@ -1,6 +1,6 @@
 """What `--dry-run` shows: the plan by kind of tensor, the output's size, and what the conversion will need."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,12 @@ from rich.markup import escape
 
 from int8cli.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.records import NO_OUTLIERS, Settings
+from int8cli.report.stored import columns_word, percent_more, told_by
 from int8cli.report.terminal import groups_table, stdout_console
 from int8cli.report.text import printable
-from int8cli.report.units import human_bytes, human_count
+from int8cli.report.units import counted, human_bytes, human_count
 from int8cli.survey import Room, Survey, group_by_kind, room_needed
 
 PLAN_SCHEMA = "int8cli.plan/1"
@@ -31,7 +34,8 @@ class Needs:
         return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)
 
 
-def plan_to_json(survey: Survey, needs: Needs) -> dict[str, Any]:
+def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:
+    """`output_bytes` are those of the shards; `settings` say what stored columns will be chosen by."""
     plan = survey.plan
     return {
         "schema": PLAN_SCHEMA,
@@ -39,15 +43,10 @@ def plan_to_json(survey: Survey, needs: Needs) -> dict[str, Any]:
         "revision": survey.identity.revision,
         "source_bytes": survey.source_bytes,
         "output_bytes": survey.output_bytes,
-        "shards": [
-            {
-                "source": layout.file_name,
-                "source_bytes": layout.file_bytes,
-                "output": survey.outputs[layout.file_name].file_name,
-                "output_bytes": survey.outputs[layout.file_name].file_bytes,
-            }
-            for layout in survey.layouts
-        ],
+        "sidecar_bytes": survey.sidecar_bytes,
+        "total_bytes": survey.output_bytes + survey.sidecar_bytes,
+        "stored_columns": _stored_to_json(survey, settings),
+        "shards": [_shard_to_json(survey, layout) for layout in survey.layouts],
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
         "percent_quantized": plan.percent_quantized,
@@ -77,7 +76,34 @@ def plan_to_json(survey: Survey, needs: Needs) -> dict[str, Any]:
     }
 
 
-def show_plan(survey: Survey, needs: Needs, output: Path) -> None:
+def _shard_to_json(survey: Survey, layout: ShardLayout) -> dict[str, Any]:
+    output, sidecar = survey.outputs[layout.file_name], survey.sidecars.get(layout.file_name)
+    return {
+        "source": layout.file_name,
+        "source_bytes": layout.file_bytes,
+        "output": output.file_name,
+        "output_bytes": output.file_bytes,
+        "sidecar": sidecar.file_name if sidecar is not None else None,
+        "sidecar_bytes": sidecar.file_bytes if sidecar is not None else 0,
+    }
+
+
+def _stored_to_json(survey: Survey, settings: Settings | None) -> dict[str, Any] | None:
+    """How many columns there will be at most, and what they will be chosen by; None where there will be none."""
+    if survey.stored_counts is None:
+        return None
+    counts = [count for count in survey.stored_counts.values() if count]
+    told = {} if settings is None else asdict(settings)
+    return {
+        "columns": sum(counts),
+        "layers": len(counts),
+        "chosen_from": told.get("outliers"),
+        "columns_a_layer": told.get("outlier_columns"),
+        "calibration": told.get("calibration"),
+    }
+
+
+def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | None = None) -> None:
     """Print what would be done, and that nothing was."""
     console = stdout_console()
     plan = survey.plan
@@ -87,16 +113,35 @@ def show_plan(survey: Survey, needs: Needs, output: Path) -> None:
         f"[bold]{escape(survey.identity.name)}[/bold] → [bold]{escape(str(output))}[/bold], {shards} (dry run)",
         f"source    {survey.source_bytes:>19,} bytes  {human_bytes(survey.source_bytes):>10}",
         f"output    {survey.output_bytes:>19,} bytes  {human_bytes(survey.output_bytes):>10}  {ratio:.2f} x smaller",
+        *_stored_lines(survey),
         f"download  {needs.download_bytes:>19,} bytes  {human_bytes(needs.download_bytes):>10}",
         *(_disk_line(room) for room in needs.disks),
         f"buffers   {needs.buffer_bytes:>19,} bytes  {human_bytes(needs.buffer_bytes):>10}  of memory, besides torch",
         f"{plan.percent_quantized:.1f} % of {human_count(plan.parameters)} parameters become int8",
     ):
         console.print(line, soft_wrap=True)
+    if settings is not None:
+        console.print(_chosen_by(survey, settings))
     console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
     console.print(groups_table("Left alone", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+
+
+def _stored_lines(survey: Survey) -> list[str]:
+    if survey.stored_counts is None:
+        return []
+    size_bytes, more = survey.sidecar_bytes, percent_more(survey.sidecar_bytes, survey.output_bytes)
+    return [f"sidecars  {size_bytes:>19,} bytes  {human_bytes(size_bytes):>10}  {more} more, of stored columns"]
+
+
+def _chosen_by(survey: Survey, settings: Settings) -> str:
+    if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
+        return "no columns are stored exactly"
+    told = asdict(settings)
+    columns = counted(sum(survey.stored_counts.values()), columns_word(told))
+    by = escape(printable(told_by(told)))
+    return f"up to {columns} are kept exact, {settings.outlier_columns:,} of a layer at most; {by}"
 
 
 def _disk_line(room: Room) -> str:

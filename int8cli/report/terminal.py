@@ -6,15 +6,27 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from int8cli.output import SIDECAR_DIRECTORY
+from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import broken_at_dots, printable
 from int8cli.report.units import counted, decibels, human_bytes, human_count
-from int8cli.results import ConversionReport, LayerReport, TensorGroup, summarize_kinds
+from int8cli.results import (
+    ConversionReport,
+    ErrorBasis,
+    LayerReport,
+    StoredColumn,
+    StoredSummary,
+    TensorGroup,
+    summarize_kinds,
+    worst_by_output_error,
+)
 
 WIDTH = 80
 WORST_LAYERS = 10
 # What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
 NAME_WIDTH = 32
 GROUP_WIDTH = 39
+COLUMNS_WIDTH = 25
 
 
 def stdout_console() -> Console:
@@ -25,12 +37,22 @@ def stdout_console() -> Console:
 
 
 def show_report(report: ConversionReport, output: Path) -> None:
-    """Print totals, the error by kind of layer, the worst layers, and what was left alone."""
+    """Print totals, the error by kind of layer, the worst layers, and what was left alone.
+
+    Where the activations are known their error leads; that of the weights alone follows, without its worst layers.
+    """
     console = stdout_console()
     console.print(_headline(report, output), soft_wrap=True)
+    stored = report.stored
+    for line in _stored_lines(report, stored) if stored is not None else ():
+        console.print(line)
+    if stored is not None and stored.basis is not None:
+        console.print(_output_error_table(stored, stored.basis))
+        console.print(_worst_output_table(report.layers, stored.basis))
     if report.layers:
         console.print(_kinds_table(report))
-        console.print(_worst_table(report.layers[:WORST_LAYERS]))
+        if stored is None or stored.basis is None:
+            console.print(_worst_table(report.layers[:WORST_LAYERS]))
     console.print(groups_table("Left alone", report.left_alone))
     for file, reason in report.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
@@ -69,6 +91,70 @@ def _headline(report: ConversionReport, output: Path) -> str:
     else:
         lines.append("[yellow]Nothing was quantized: see below why.[/yellow]")
     return "\n".join(lines)
+
+
+def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
+    size, more = human_bytes(report.sidecar_bytes), percent_more(report.sidecar_bytes, report.output_bytes)
+    lines = [
+        f"{how_many(report, stored)} kept exact in {SIDECAR_DIRECTORY}: {size}, {more} more",
+        f"[dim]{escape(told_by(report.settings))}[/dim]",
+    ]
+    error = stored.total.error
+    if error is not None:
+        lines.append(
+            f"output error, {stored.basis}: {error.all_int8:.4f} all in int8, "
+            f"[bold]{error.with_stored:.4f}[/bold] with the stored columns exact"
+        )
+    return lines
+
+
+def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
+    table = _table(f"Output error ({basis}), by kind of layer")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("layers", justify="right", no_wrap=True)
+    table.add_column("columns", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("all int8", justify="right", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    for kind in stored.kinds:
+        error = kind.error
+        table.add_row(
+            broken_at_dots(kind.kind, NAME_WIDTH),
+            str(kind.layers),
+            f"{kind.columns:,}",
+            human_bytes(kind.bytes),
+            f"{error.all_int8:.4f}" if error is not None else "-",
+            f"{error.with_stored:.4f}" if error is not None else "-",
+        )
+    at_most = "" if basis == "measured" else ", at most"
+    table.caption = f"‖error‖/‖X Wᵀ‖, the layers' mean · stored: with those columns exact{at_most}"
+    return table
+
+
+def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> Table:
+    worst = worst_by_output_error(layers, basis)[:WORST_LAYERS]
+    table = _table("Worst layers by output error" if len(worst) == WORST_LAYERS else "Layers, by output error")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("all int8", justify="right", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    table.add_column("columns", no_wrap=True)
+    for layer, error in worst:
+        table.add_row(
+            broken_at_dots(layer.name, NAME_WIDTH),
+            f"{error.all_int8:.4f}",
+            f"{error.with_stored:.4f}",
+            _in_a_line(layer.stored.heaviest_first if layer.stored is not None else ()),
+        )
+    table.caption = "columns: those kept exact, the largest shares of the error first"
+    return table
+
+
+def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
+    """As many indices as there is room for."""
+    text = " ".join(str(column.index) for column in columns)
+    if len(text) <= COLUMNS_WIDTH:
+        return text
+    return text[: text.rindex(" ", 0, COLUMNS_WIDTH - 1)] + " …"
 
 
 def _kinds_table(report: ConversionReport) -> Table:

@@ -1,0 +1,42 @@
+"""How stored columns are spoken of: what told them, and that suspects are no more than that.
+
+Owns the words that the terminal, the card and the dry run share.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
+from int8cli.report.units import counted
+from int8cli.results import ConversionReport, StoredSummary
+
+SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"
+
+
+def told_by(settings: Mapping[str, Any]) -> str:
+    """What the columns were chosen by, from the settings of a conversion."""
+    chosen_from, calibration = settings["outliers"], settings["calibration"]
+    if chosen_from == FROM_WEIGHTS:
+        return SUSPECTS
+    if chosen_from == FROM_ACTIVATIONS:
+        return f"chosen by the activations over {calibration}" if calibration else "chosen by the activations"
+    if chosen_from == FROM_STATISTICS:
+        digest = calibration.removeprefix("statistics ")
+        return f"chosen by the statistics of a calibration (file {digest})" if digest else "chosen by statistics"
+    return f"chosen by {chosen_from}"
+
+
+def columns_word(settings: Mapping[str, Any]) -> str:
+    return "suspect column" if settings["outliers"] == FROM_WEIGHTS else "column"
+
+
+def how_many(report: ConversionReport, stored: StoredSummary) -> str:
+    """`1,680 columns of 210 layers`."""
+    columns = counted(stored.total.columns, columns_word(report.settings))
+    return f"{columns} of {counted(stored.total.layers, 'layer')}"
+
+
+def percent_more(extra_bytes: int, output_bytes: int) -> str:
+    """What stored columns add to an output, as in `1.6 %`."""
+    percent = 100 * extra_bytes / output_bytes if output_bytes else 0.0
+    return f"{percent:.1f} %" if percent >= 0.1 or not extra_bytes else f"{percent:.2g} %"
