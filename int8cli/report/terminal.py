@@ -101,9 +101,10 @@ def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
     ]
     error = stored.total.error
     if error is not None:
+        at_most = "" if stored.basis == "measured" else "at most "
         lines.append(
             f"output error, {stored.basis}: {error.all_int8:.4f} all in int8, "
-            f"[bold]{error.with_stored:.4f}[/bold] with the stored columns exact"
+            f"{at_most}[bold]{error.with_stored:.4f}[/bold] with stored columns"
         )
     return lines
 
