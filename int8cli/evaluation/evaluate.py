@@ -150,11 +150,10 @@ class _Run:
                 f"one block takes {largest:,} bytes, with its int8 forms {needed:,}, and {available:,} are free",
                 hint="Free some memory, or run this on a machine with more.",
             )
-        for note in self._wanted.notes:
-            self._observer.noted(f"note: {note}")
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
         if self._predicts:
-            self._observer.noted(f"evaluating {methods} methods in one pass over the weights, each on every token")
+            keys = ", ".join(method.key for method in self._trajectories.methods)
+            self._observer.noted(f"evaluating in one pass over the weights: {keys}")
         else:
             self._observer.noted("this model predicts no next token: measuring output errors only")
         finished = len(self._kept.finished) if self._kept else 0

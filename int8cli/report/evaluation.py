@@ -46,20 +46,20 @@ def summary_lines(found: Evaluation) -> list[str]:
 def _predictions_table(found: Evaluation) -> Table:
     table = _table("Predictions")
     table.add_column("method", no_wrap=True)
-    for name in ("perplexity", "Δ nats", "± s.e.", "KL", "same top"):
+    compared = ("Δ nats", "± s.e.", "KL", "same top") if found.reference is not None else ()
+    for name in ("perplexity", *compared):
         table.add_column(name, justify="right", no_wrap=True)
     for method in found.methods:
         scores = method.scores
         if scores is None:
             continue
-        table.add_row(
-            escape(method.label),
-            perplexity_text(scores.perplexity),
+        cells = (
             _signed(scores.nats_over_reference),
             _figure(scores.standard_error),
             _figure(scores.kl_divergence),
             "" if scores.same_top_share is None else f"{100 * scores.same_top_share:.1f} %",
         )
+        table.add_row(escape(method.label), _perplexity(scores.perplexity), *cells[: len(compared)])
     if found.reference is not None:
         float_label = found.methods[0].label
         table.caption = (
@@ -88,7 +88,7 @@ def _error_cells(method: MethodResult) -> tuple[str, str, str]:
     return _figure(method.mean_error), _figure(worst.error), broken_at_dots(worst.name, _WORST_WIDTH)
 
 
-def perplexity_text(value: float) -> str:
+def _perplexity(value: float) -> str:
     if not math.isfinite(value):
         return "not finite"
     return f"{value:,.2f}" if value < 10_000 else f"{value:.3g}"
