@@ -213,7 +213,7 @@ class _Run:
             "compared": [method.key for method in self._wanted.methods],
             "model": [subject.runs.identity.name, subject.runs.identity.revision],
             "fingerprint": model_fingerprint(subject.runs, subject.layouts),
-            "converted": model_fingerprint(subject.source, subject.converted.layouts) if subject.converted else "",
+            "converted": self._converted_identity(),
             "text": self._text.sha256,
             "sampling": dataclasses.asdict(sampling),
             "columns": hashlib.sha256(columns.encode()).hexdigest(),
@@ -221,6 +221,13 @@ class _Run:
             "measured": self._trajectories.measured,
             "device": self._options.device,
         }
+
+    def _converted_identity(self) -> list[str | None]:
+        subject, converted = self._subject, self._subject.converted
+        if converted is None:
+            return []
+        mark = model_fingerprint(subject.source, (*converted.layouts, *converted.sidecars))
+        return [subject.source.identity.name, subject.source.identity.revision, mark]
 
     def _evaluation(self, dtype: str, scorer: Scorer, layers: Sequence[LayerSums]) -> Evaluation:
         subject, identity = self._subject, self._subject.source.identity
