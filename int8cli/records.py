@@ -276,7 +276,7 @@ def _read_record(path: Path, parse: Callable[[Any], Read], hint: str) -> Read | 
     """What `parse` makes of a JSON file; None where there is none. Raises OutputError for what we did not write."""
     try:
         return parse(json.loads(path.read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise OutputError(f"{path} is not as int8cli wrote it ({type(error).__name__}: {error})", hint=hint) from error

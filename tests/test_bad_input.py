@@ -279,7 +279,7 @@ def test_a_revision_of_a_directory_is_refused(model: Path, nursery: Nursery) -> 
     assert_refused(nursery.run("convert", model, "--revision", "main", cwd=model.parent), "revision", "hint:")
 
 
-@pytest.mark.parametrize("file", [FIRST, "config.json", "tokenizer.json", INDEX])
+@pytest.mark.parametrize("file", [FIRST, "config.json", "tokenizer_config.json", INDEX])
 def test_a_file_that_may_not_be_read_is_an_error(file: str, nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = llama(Path(directory) / "model")

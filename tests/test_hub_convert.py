@@ -266,7 +266,7 @@ def test_a_server_that_falls_silent_is_asked_again(
 def test_a_file_that_vanished_is_an_error_and_the_next_run_goes_on(
     user: User, hub: HubStandIn, reference: dict[str, bytes]
 ) -> None:
-    hub.fail("tokenizer.json", Fault(status=404))
+    hub.fail("tokenizer_config.json", Fault(status=404))
     outcome = user.convert(REPO)
     assert (outcome.code, outcome.out) == (1, "")
     assert re.search(r"^error: .*tokenizer\.json.*\nhint: ", outcome.err, re.MULTILINE)
@@ -308,7 +308,7 @@ def test_corrupt_bytes_do_not_come_back_from_the_part_of_an_earlier_run(
 def test_a_copied_file_that_arrives_damaged_is_never_left_there(
     user: User, hub: HubStandIn, published: Path, tmp_path: Path, reference: dict[str, bytes]
 ) -> None:
-    hub.fail("tokenizer.json", Fault(drop_after_bytes=3))
+    hub.fail("tokenizer_config.json", Fault(drop_after_bytes=3))
     outcome = user.convert(REPO)
     assert outcome.code == 0, outcome.err
     assert_converted(user, reference)

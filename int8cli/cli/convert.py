@@ -227,12 +227,14 @@ class _Job:
         from int8cli.cli.calibration_progress import CalibrationProgress
         from int8cli.columns.choose import CANNOT_GO
         from int8cli.convert import convert as run
+        from int8cli.records import NO_OUTLIERS
         from int8cli.report.card import render_card
 
         ways = self._ways()
         way = next(ways)
         while True:
-            self.observer.noted(_told(way))
+            if self.wanted.mode != NO_OUTLIERS:
+                self.observer.noted(_told(way))
             columns = way.columns(CalibrationProgress(self.observer))
             try:
                 return run(self.source, way.survey, way.settings, self.options, render_card, self.observer, columns)
@@ -273,7 +275,8 @@ def _outliers(value: str, text: Path | None) -> str:
     from int8cli.columns import FROM_ACTIVATIONS
     from int8cli.columns.choose import AUTO, MODES
 
-    if value not in MODES and not Path(value).is_file():
+    looks_like_a_file = Path(value).is_file() or Path(value).suffix or len(Path(value).parts) > 1
+    if value not in MODES and not looks_like_a_file:
         near = get_close_matches(value, MODES, n=1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise typer.BadParameter(

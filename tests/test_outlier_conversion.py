@@ -1,0 +1,413 @@
+"""convert --outliers: where the columns are known from, one download for calibration and conversion, and going on."""
+
+import json
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from calibration_models import calibrated, make_model, save_tokenizer, some_text
+from checkpoints import LISTED, build_tiny, read_all, read_tensors
+from hub_stand_in import Fault, HubStandIn
+from program import Nursery, llama, nursery_in, tree, wait_until
+
+from int8cli.calibration.calibrate import CalibrationObserver
+from int8cli.calibration.text import Sampling
+from int8cli.checkpoint.hub import HubOptions, HubSource
+from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.source import Source
+from int8cli.columns.choose import ColumnsWanted, Way, ways_to_choose
+from int8cli.convert import ConvertOptions, Observer, convert
+from int8cli.errors import StatisticsMismatchError, TextError, UnsupportedModelError
+from int8cli.layouts import LAYOUTS
+from int8cli.outlier_statistics import save_statistics
+from int8cli.plan import PlanOptions
+from int8cli.records import RecordStore, Settings
+from int8cli.report.card import render_card
+from int8cli.results import ConversionReport
+from int8cli.survey import survey_source
+
+REPO = "org/model"
+SAMPLING = Sampling(tokens=48, sequence_length=16)
+SMALL = {"max_shard_size": "30KB"}
+
+
+@dataclass
+class Asked:
+    """A conversion as the command makes it, and what it said."""
+
+    source: Source
+    output: Path
+    mode: str = "auto"
+    limit: int = 3
+    text: Path | None = None
+    layout: str = "bitsandbytes"
+    sampling: Sampling = SAMPLING
+    said: list[str] = field(default_factory=list)
+
+    def ways(self) -> list[Way]:
+        settings = Settings(self.layout, 6.0, (), (), "direct")
+        wanted = ColumnsWanted(self.mode, self.limit, self.text, self.sampling)
+        survey = survey_source(self.source, PlanOptions(), LAYOUTS[self.layout])
+        kept_in = RecordStore(self.output).calibration_directory
+        return list(ways_to_choose(wanted, self.source, survey, settings, kept_in, self.said.append))
+
+    def convert(
+        self, observer: CalibrationObserver | None = None, on_shard: Observer | None = None
+    ) -> ConversionReport:
+        way = self.ways()[0]
+        columns = way.columns(observer or CalibrationObserver())
+        options = ConvertOptions(self.output)
+        return convert(self.source, way.survey, way.settings, options, render_card, on_shard or Observer(), columns)
+
+
+def local(model: Path, output: Path, **options) -> Asked:
+    return Asked(open_source(str(model), revision=None, download_dir=output / "int8/incoming"), output, **options)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(some_text().text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("llama") / "model", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: Path, words: Path) -> dict[str, bytes]:
+    asked = local(model, model.parent / "unbroken", text=words)
+    asked.convert()
+    return tree(asked.output)
+
+
+def sidecars(output: Path) -> dict[str, torch.Tensor]:
+    files = sorted((output / "int8/outliers").rglob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in read_tensors(file).items()}
+
+
+# Where the columns are known from
+
+
+def test_auto_runs_the_model_and_every_linear_gets_its_columns(
+    model: Path, words: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    asked = local(model, tmp_path / "out", text=words)
+    report = asked.convert()
+    assert report.settings["outliers"] == "activations"
+    assert report.settings["calibration"].startswith("words.txt: 48 tokens in sequences of 16, seed 0, sha256 ")
+    stored, source = sidecars(asked.output), read_all(model)
+    for layer in report.layers:
+        columns = stored[f"{layer.name}.outlier_cols"].tolist()
+        assert columns == sorted(set(columns)) == list(layer.stored.indices)
+        assert len(columns) == 3
+        weight = source[f"{layer.name}.weight"][:, columns]
+        assert torch.equal(stored[f"{layer.name}.outlier_weight"], weight)
+        assert layer.stored.measured.with_stored < layer.stored.measured.all_int8
+        assert layer.stored.predicted.with_stored < layer.stored.predicted.all_int8
+    assert tree(asked.output) == unbroken
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom", "opt", "bert", "t5", "mixtral"])
+def test_other_architectures_convert_with_their_activations(architecture: str, words: Path, tmp_path: Path) -> None:
+    made = make_model(architecture, tmp_path / "model")
+    asked = local(made, tmp_path / "out", text=words, mode="activations")
+    report = asked.convert()
+    reached = [layer for layer in report.layers if layer.stored.columns]
+    assert {layer.stored.chosen_from for layer in reached} == {"activations"}
+    assert len(reached) >= 0.8 * len(report.layers)
+
+
+def test_the_files_that_loaders_see_do_not_depend_on_it(
+    model: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    asked = local(model, tmp_path / "out", mode="none")
+    asked.convert()
+    without = tree(asked.output)
+    assert not any(name.startswith("int8/outliers") for name in without)
+    beside = ("int8/", "README.md")
+    assert {n: d for n, d in without.items() if not n.startswith(beside)} == {
+        n: d for n, d in unbroken.items() if not n.startswith(beside)
+    }
+
+
+def test_sizes_are_known_before(model: Path, words: Path, tmp_path: Path) -> None:
+    for mode in ("activations", "weights"):
+        asked = local(model, tmp_path / mode, text=words if mode == "activations" else None, mode=mode)
+        expected = asked.ways()[0].survey.sidecar_bytes
+        asked.convert()
+        written = sum(file.stat().st_size for file in (asked.output / "int8/outliers").rglob("*.safetensors"))
+        assert written == expected > 0
+
+
+def test_statistics_of_a_file_give_what_running_the_model_gives(
+    model: Path, words: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    save_statistics(calibrated(model, text=some_text()), tmp_path / "statistics.safetensors")
+    asked = local(model, tmp_path / "out", mode=str(tmp_path / "statistics.safetensors"))
+    report = asked.convert()
+    assert report.settings["outliers"] == "statistics"
+    stored = {name: data for name, data in tree(asked.output).items() if name.startswith("int8/outliers/")}
+    assert stored == {name: data for name, data in unbroken.items() if name.startswith("int8/outliers/")}
+    assert all(layer.stored.measured is None and layer.stored.predicted for layer in report.layers)
+
+
+def test_statistics_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
+    other = make_model("llama", tmp_path / "other", change=lambda m: m.model.norm.weight.mul_(2))
+    file = tmp_path / "statistics.safetensors"
+    save_statistics(calibrated(other), file)
+    with pytest.raises(StatisticsMismatchError, match="whose shards are not those here"):
+        local(model, tmp_path / "out", mode=str(file)).ways()
+    with HubStandIn() as hub:
+        hub.add_repo(REPO, model)
+        statistics = calibrated(model)
+        was = statistics.provenance
+        for provenance in (replace(was, model=REPO, revision="a" * 40), replace(was, model="org/other")):
+            save_statistics(replace(statistics, provenance=provenance), file)
+            with pytest.raises(StatisticsMismatchError, match="the statistics are of"):
+                Asked(hub_source(hub, tmp_path), tmp_path / "out", mode=str(file)).ways()
+
+
+def test_weights_alone_give_suspects_of_linears_that_a_norm_feeds(model: Path, tmp_path: Path) -> None:
+    report = local(model, tmp_path / "out", mode="weights").convert()
+    for layer in report.layers:
+        fed = layer.name.rpartition(".")[2] not in ("o_proj", "down_proj")
+        assert len(layer.stored.columns) == (3 if fed else 0)
+        assert all(column.suspicion > 0 for column in layer.stored.columns)
+        assert layer.stored.predicted is None
+
+
+def test_weights_find_a_dimension_that_norms_amplify(tmp_path: Path) -> None:
+    def amplify(model: torch.nn.Module) -> None:
+        for block in model.model.layers:
+            block.input_layernorm.weight[7] *= 64
+            block.post_attention_layernorm.weight[7] *= 64
+
+    made = make_model("llama", tmp_path / "model", change=amplify)
+    report = local(made, tmp_path / "out", mode="weights", limit=1).convert()
+    assert {layer.stored.indices for layer in report.layers} == {(7,), ()}
+
+
+def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path) -> None:
+    bare = llama(tmp_path / "bare")  # without a tokenizer
+    asked = local(bare, tmp_path / "out")
+    assert [way.settings.outliers for way in asked.ways()] == ["weights", "none"]
+    assert asked.said == ["the activations cannot be looked at: there is no tokenizer beside the weights"]
+    with pytest.raises(UnsupportedModelError, match="no tokenizer"):
+        local(bare, tmp_path / "out", mode="activations").ways()
+
+
+def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
+    made = make_model("vit", tmp_path / "model")
+    assert [way.settings.outliers for way in local(made, tmp_path / "out").ways()][-1] == "none"
+    with pytest.raises(UnsupportedModelError, match="takes pixel_values, and there is only text"):
+        local(made, tmp_path / "out", mode="activations").ways()
+
+
+def test_a_text_that_cannot_be_used_is_an_error_in_auto_too(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(TextError, match="is empty"):
+        local(model, tmp_path / "out", text=tmp_path / "empty.txt").ways()
+
+
+# One download
+
+
+def hub_source(hub: HubStandIn, home: Path) -> HubSource:
+    options = HubOptions(download_dir=home / "out/int8/incoming", cache_dir=home / "cache", endpoint=hub.endpoint)
+    return HubSource(REPO, None, options)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight blocks in nine shards or so."""
+    directory = tmp_path_factory.mktemp("published") / "model"
+    tiny = LISTED["llama"]
+    deep = build_tiny(replace(tiny, arguments={**tiny.arguments, "num_hidden_layers": 8}), torch.bfloat16)
+    deep.save_pretrained(directory, max_shard_size="20KB")
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(published: Path, words: Path) -> dict[str, bytes]:
+    """The shards and sidecars that a conversion of the local directory writes."""
+    asked = local(published, published.parent / "out", text=words)
+    asked.convert()
+    return files_of_shards(asked.output)
+
+
+def files_of_shards(output: Path) -> dict[str, bytes]:
+    return {name: data for name, data in tree(output).items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture
+def hub(published: Path) -> Iterator[HubStandIn]:
+    with HubStandIn() as hub:
+        hub.add_repo(REPO, published)
+        yield hub
+
+
+class AtOnce(Observer):
+    """Looks at how many shards are here whenever one is done."""
+
+    def __init__(self, incoming: Path) -> None:
+        self._incoming = incoming
+        self.most = 0
+
+    def shard_finished(self, *_: object) -> None:
+        self.most = max(self.most, len(list(self._incoming.rglob("*.safetensors"))))
+
+
+def test_calibration_and_conversion_share_one_download(
+    hub: HubStandIn, published: Path, words: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    asked = Asked(hub_source(hub, tmp_path), output, text=words)
+    watch = AtOnce(output / "int8/incoming")
+    asked.convert(on_shard=watch)
+    shards = sorted(published.glob("*.safetensors"))
+    for shard in shards:
+        whole = [r for r in hub.requests if r.file == shard.name and r.bytes_sent == shard.stat().st_size]
+        assert len(whole) == 1, shard.name
+    assert len(shards) >= 8
+    assert 0 < watch.most <= 3  # of the block at work, and of the next
+    assert not (output / "int8/incoming").exists()
+    assert not (output / "int8/calibration").exists()
+    assert files_of_shards(output) == expected
+
+
+def test_a_corrupt_shard_is_noticed_before_the_model_runs_on_it(
+    hub: HubStandIn, published: Path, words: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    shard = sorted(published.glob("*.safetensors"))[1]
+    hub.fail(shard.name, Fault(corrupt_at=shard.stat().st_size - 5))
+    asked = Asked(hub_source(hub, tmp_path), tmp_path / "out", text=words)
+    asked.convert()
+    assert files_of_shards(asked.output) == expected
+
+
+# Going on
+
+
+class StopError(Exception):
+    """Ends a run in the middle."""
+
+
+class StoppingAt(CalibrationObserver):
+    def __init__(self, block: int) -> None:
+        self._left = block
+
+    def block_finished(self, name: str) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise StopError
+
+
+@pytest.mark.parametrize("block", [1, 2])
+def test_a_run_that_ended_in_a_block_goes_on_there(
+    block: int, model: Path, words: Path, unbroken: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(StopError):
+        local(model, output, text=words).convert(StoppingAt(block))
+    assert not (output / "config.json").exists()
+    local(model, output, text=words).convert()
+    assert tree(output) == unbroken
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+def test_a_killed_process_goes_on_and_gives_the_same(
+    model: Path, words: Path, nursery: Nursery, tmp_path: Path
+) -> None:
+    command = (
+        "convert",
+        model,
+        "--outliers",
+        "auto",
+        "--outlier-columns",
+        "3",
+        "--text",
+        words,
+        "--tokens",
+        "1024",
+        "-q",
+    )
+    output = tmp_path / "out"
+    child = nursery.start(*command, "-o", output, cwd=tmp_path)
+    wait_until(lambda: any((output / "int8/calibration").rglob("record.json")), "a finished block")
+    child.signal(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
+    again = nursery.run(*command, "-o", output, cwd=tmp_path)
+    assert again.code == 0, again.err
+    local(model, tmp_path / "unbroken", text=words, sampling=Sampling(1024)).convert()
+    assert tree(output) == tree(tmp_path / "unbroken")
+
+
+def test_weights_of_shards_that_have_gone_are_remembered(tmp_path: Path) -> None:
+    made = llama(tmp_path / "model", layers=4, shards=4)
+    whole = local(made, tmp_path / "whole", mode="weights")
+    whole.convert()
+
+    class Stopping(Observer):
+        def shard_finished(self, *_: object) -> None:
+            raise StopError
+
+    output = tmp_path / "out"
+    for _ in range(3):
+        with pytest.raises(StopError):
+            local(made, output, mode="weights").convert(on_shard=Stopping())
+    local(made, output, mode="weights").convert()
+    assert tree(output) == tree(tmp_path / "whole")
+
+
+def test_auto_goes_on_with_what_an_earlier_run_chose(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+    first = nursery.run("convert", model, "-o", "out", "--outliers", "weights", cwd=tmp_path)
+    assert (first.code, "suspects only, told by the weights alone" in first.err) == (0, True)
+    next((tmp_path / "out").glob("model-*2-of*")).unlink()
+    again = nursery.run("convert", model, "-o", "out", "--outliers", "auto", "--json", cwd=tmp_path)
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["settings"]["outliers"] == "weights"
+    other = nursery.run("convert", model, "-o", "out", "--outliers", "none", cwd=tmp_path)
+    assert other.code == 1
+    assert "outliers 'weights'; this one has 'none'" in other.err
+
+
+# The option
+
+
+def test_a_typo_is_told(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+    outcome = nursery.run("convert", model, "--outliers", "wieghts", cwd=tmp_path)
+    assert outcome.code == 2
+    assert "did you mean weights?" in outcome.err
+
+
+def test_a_statistics_file_that_is_none_is_an_error(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+    outcome = nursery.run("convert", model, "--outliers", "nothing.safetensors", cwd=tmp_path)
+    assert outcome.code == 1
+    assert "error: nothing.safetensors does not hold outlier statistics" in outcome.err
+    assert not (tmp_path / "model-int8").exists()
+
+
+def test_a_text_without_a_model_to_run_is_refused(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+    outcome = nursery.run("convert", model, "--outliers", "weights", "--text", "any.txt", cwd=tmp_path)
+    assert outcome.code == 2
+    assert "--outliers weights reads no text" in outcome.err
+
+
+def test_a_dry_run_counts_the_columns(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+    dry = nursery.run("convert", model, "--outliers", "weights", "--dry-run", "--json", cwd=tmp_path)
+    assert dry.code == 0, dry.err
+    assert nursery.run("convert", model, "--outliers", "weights", "-o", "out", "-q", cwd=tmp_path).code == 0
+    written = sum(file.stat().st_size for file in (tmp_path / "out/int8/outliers").rglob("*.safetensors"))
+    assert json.loads(dry.out)["sidecar_bytes"] == written
