@@ -195,7 +195,8 @@ class _Job:
         from int8cli.cli.progress import warnings
         from int8cli.report.plan import Needs, plan_to_json, show_plan
 
-        survey = next(self._ways()).survey
+        way = next(self._ways())
+        survey, settings = way.survey, way.settings
         for warning in warnings(survey):
             self.observer.noted(warning)
         output, threads = self.options.output, self.options.threads * self.options.workers
@@ -203,9 +204,9 @@ class _Job:
 
         def show(as_json: bool, quiet: bool) -> None:
             if as_json:
-                print(json.dumps(plan_to_json(survey, needs), indent=2))
+                print(json.dumps(plan_to_json(survey, needs, settings), indent=2))
             elif not quiet:
-                show_plan(survey, needs, output)
+                show_plan(survey, needs, output, settings)
 
         return show
 
