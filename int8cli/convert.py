@@ -18,7 +18,6 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.columns import ColumnSource, NoColumns
 from int8cli.conclusion import RenderCard, write_conclusion
-from int8cli.convert_shard import ShardTask, convert_shard
 from int8cli.errors import (
     CorruptShardError,
     DigestMismatchError,
@@ -26,13 +25,13 @@ from int8cli.errors import (
     UnsupportedModelError,
     WorkerLostError,
 )
-from int8cli.executors import Executor, InlineExecutor, ProcessExecutor
+from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor
 from int8cli.lock import locked
 from int8cli.manifest import MANIFEST_FILE
 from int8cli.output import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.records import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardRecord, ShardSource
 from int8cli.results import ConversionReport
-from int8cli.shard import PassOptions
+from int8cli.shard_task import PassOptions, ShardTask
 from int8cli.survey import CONFIG_FILE, Survey, fingerprint, room_needed
 
 
@@ -200,7 +199,9 @@ class _ShardLoop:
         self._waiting.remove(task)
         self._observer.shard_started(shard)
         stored = self._columns.columns_of(shard, local)
-        record = convert_shard(replace(task, stored=stored), local, self._observer.progressed)
+        threads = task.options.threads * self._executor.slots  # no other shard is worked on meanwhile
+        alone = replace(task, stored=stored, options=replace(task.options, threads=threads))
+        record = _convert_shard(alone, local, self._observer.progressed)
         self._store.add(record)
         self._records[shard] = record
         self._observer.shard_finished(shard, record)
@@ -212,7 +213,7 @@ class _ShardLoop:
             self._source.prefetch(self._waiting[0].source.file)
         self._observer.shard_started(task.source.file)
         task = replace(task, stored=self._columns.columns_of(task.source.file, local))
-        self._under_way[self._executor.submit(partial(convert_shard, task, local))] = (task, held)
+        self._under_way[self._executor.submit(partial(_convert_shard, task, local))] = (task, held)
 
     def _finish(self, future: Future[ShardRecord]) -> None:
         task, held = self._under_way.pop(future)
@@ -236,6 +237,13 @@ class _ShardLoop:
         self._waiting.append(task)
 
 
+def _convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
+    """Convert a shard in the process that this is called in: torch comes with it, and this one may do without."""
+    from int8cli.convert_shard import convert_shard
+
+    return convert_shard(task, local, on_bytes)
+
+
 def _task(
     shard: ShardSource, survey: Survey, settings: Settings, options: ConvertOptions, store: RecordStore
 ) -> ShardTask:
@@ -256,9 +264,8 @@ def _task(
 
 
 def _executor(options: ConvertOptions, shards: int, lock: int, observer: Observer) -> Executor:
-    workers = min(options.workers, shards)
-    if workers > 1:
-        return ProcessExecutor(workers, lock, observer.progressed)
+    if options.workers > 1 and shards:
+        return ProcessExecutor(min(options.workers, shards), lock, observer.progressed, preload="int8cli.preloaded")
     return InlineExecutor(observer.progressed)
 
 

@@ -1,20 +1,18 @@
 """One shard that is on this machine, from its header to its record.
 
-Owns what a process is given to convert a shard, and when the file it makes may have its name: after every byte was
-read, the source's digest held, and nothing turned up that asks for another layout.
+Owns when the file it makes may have its name: after every byte was read, the source's digest held, and nothing turned
+up that asks for another layout.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
-from int8cli.checkpoint.index import WeightFormat, read_layout
+from int8cli.checkpoint.index import read_layout
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader, ShardReader, TensorsReader
 from int8cli.checkpoint.source import LocalFile
-from int8cli.checkpoint.tensor import TORCH_NAMES, ShardLayout
+from int8cli.checkpoint.tensor import TORCH_NAMES
 from int8cli.checkpoint.writer import ShardWriter
 from int8cli.digest import SourceDigest, new_digest
 from int8cli.errors import DigestMismatchError
@@ -22,38 +20,11 @@ from int8cli.executors import OnBytes
 from int8cli.layouts import LAYOUTS, Layout
 from int8cli.output import OutputShard, output_specs, plan_output_shard, plan_sidecar
 from int8cli.plan import Decision, Plan
-from int8cli.records import FileRecord, ShardRecord, ShardSource, TensorRecord
-from int8cli.results import NOTHING_STORED, LayerReport, StoredColumns
-from int8cli.shard import PassOptions, PassResult, ShardPass, Sidecar
+from int8cli.records import FileRecord, ShardRecord, TensorRecord
+from int8cli.results import LayerReport, StoredColumns
+from int8cli.shard import PassResult, ShardPass, Sidecar
+from int8cli.shard_task import ShardTask
 from int8cli.survey import decisions_by_name
-
-
-@dataclass(frozen=True, slots=True)
-class ShardTask:
-    """All that a process needs to convert one shard that is on this machine. Picklable.
-
-    `plan` holds the decisions on this shard's tensors, in their order in the file; `target` names the output's layout.
-    `sidecar`, where there is to be one, says where it goes; `stored` names its columns, by tensor.
-    """
-
-    source: ShardSource
-    weight_format: WeightFormat
-    layout: ShardLayout
-    plan: Plan
-    output: Path
-    partial: Path
-    options: PassOptions
-    target: str
-    sidecar: Path | None = None
-    stored: Mapping[str, StoredColumns] = field(default_factory=dict)
-
-    @property
-    def tensor_bytes(self) -> int:
-        return sum(stored.spec.nbytes for stored in self.layout.tensors)
-
-    def stored_in(self, decision: Decision) -> StoredColumns | None:
-        """The columns stored of a linear, none of one that nothing was chosen for; None where there is no sidecar."""
-        return self.stored.get(decision.spec.name, NOTHING_STORED) if self.sidecar is not None else None
 
 
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:

@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,8 +19,14 @@ from multiprocessing.reduction import DupFd
 from multiprocessing.synchronize import Lock
 from typing import Any, Protocol, TypeVar
 
+from int8cli.torch_start import start_torch
+
 Result = TypeVar("Result")
 OnBytes = Callable[[str, str, int], None]  # shard, tensor, bytes of the source done since the last call
+
+# A server that has imported what the tasks need, and forks: one import and one copy of it for all processes. It has one
+# thread when it forks, which this process may not. Apple's libraries do not bear a fork.
+_START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
 
 class Executor(Protocol):
@@ -54,16 +61,17 @@ class InlineExecutor:
 
 
 class ProcessExecutor:
-    """Runs tasks in `slots` fresh processes; tasks and results are pickled.
+    """Runs tasks in `slots` processes of their own; tasks and results are pickled. `preload`: a module they all need.
 
     Each process holds a duplicate of the output directory's lock, so that a killed parent does not let a second run in
     while one of them still writes, and ends as soon as its parent is gone.
     """
 
-    def __init__(self, slots: int, lock: int, on_bytes: OnBytes) -> None:
+    def __init__(self, slots: int, lock: int, on_bytes: OnBytes, preload: str) -> None:
         self.slots = slots
         self._on_bytes = on_bytes
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(_START_METHOD)
+        context.set_forkserver_preload([preload])
         # A pipe rather than a queue, a byte rather than an Event: no lock that we wait for may die with a worker.
         self._heard, self._told = context.Pipe(duplex=False)
         self._stop = context.RawValue("b", 0)
@@ -73,8 +81,8 @@ class ProcessExecutor:
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
-        # Processes start with the first task. They inherit the mask, so that a Ctrl-C, which a terminal sends to all of
-        # them, cannot hit one before it ignores the signal.
+        # The server starts with the first task. It and its forks inherit the mask, so that a Ctrl-C, which a terminal
+        # sends to all of them, cannot hit one before it ignores the signal.
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return self._pool.submit(_run, task)
@@ -120,9 +128,7 @@ def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> Non
     global _report
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    import torch
-
-    torch.set_num_threads(1)  # as in the parent: threads over blocks are ours
+    start_torch()
 
     def report(shard: str, tensor: str, count: int) -> None:
         if stop.value:

@@ -23,24 +23,12 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError, quantization_steps
 from int8cli.output import OutputShard, outlier_cols_name, outlier_weight_name
 from int8cli.plan import Decision
+from int8cli.shard_task import PassOptions
 from int8cli.threads import run_in_threads
 from int8cli.workbench import TORCH_DTYPE, CrosswiseTiles, WideRowAbsmax, Workbench
 
 # For moving bytes around, a dtype's width is all that matters.
 _DTYPE_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-@dataclass(frozen=True, slots=True)
-class PassOptions:
-    """How a pass over a shard is made; nothing here changes the bytes it writes, but `float32_via_half`.
-
-    `keep_non_finite`: a weight with NaN or an infinity is put down in the result instead of raised.
-    """
-
-    threads: int = 1
-    device: str = "cpu"
-    float32_via_half: bool = False
-    keep_non_finite: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -265,6 +265,7 @@ def _serve() -> None:
     import int8cli.cli
     import int8cli.cli.progress
     import int8cli.convert
+    import int8cli.convert_shard
     import int8cli.report.card
     import int8cli.report.plan
 

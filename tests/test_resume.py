@@ -69,6 +69,10 @@ def process_state(pid: int) -> str | None:
         return None
 
 
+def descendants_of(pid: int) -> list[int]:
+    return [each for child in children_of(pid) for each in (child, *descendants_of(child))]
+
+
 def children_of(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
@@ -177,8 +181,8 @@ def test_a_killed_parent_takes_its_workers_along(
     output = tmp_path / "out"
     parent = start("convert", large, "-o", output, "--workers", "2", cwd=tmp_path)
     wait_until(lambda: any((output / "int8/partial").glob("*")))
-    workers = children_of(parent.pid)
-    assert len(workers) >= 2
+    workers = [pid for pid in descendants_of(parent.pid) if holds_open(pid, output / "int8")]
+    assert workers
     parent.kill()
     outcome_of(parent)
     lock = os.open(output / "int8", os.O_RDONLY)
@@ -217,7 +221,7 @@ def test_a_killed_worker_ends_the_run_with_an_error(large: Path, reference: dict
     output = tmp_path / "out"
     parent = start("convert", large, "-o", output, "--workers", "2", cwd=tmp_path)
     wait_until(lambda: any((output / "int8/partial").glob("*")))
-    victim = next(pid for pid in children_of(parent.pid) if holds_open(pid, output / "int8"))
+    victim = next(pid for pid in descendants_of(parent.pid) if holds_open(pid, output / "int8"))
     os.kill(victim, signal.SIGKILL)
     outcome = outcome_of(parent)
     assert outcome.code == 1

@@ -14,11 +14,13 @@ import typer
 
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Quiet, Revision
+from int8cli.torch_start import start_torch
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
     from int8cli.cli.progress import ProgressObserver
-    from int8cli.columns.choose import ColumnsWanted, Way
+    from int8cli.columns import ColumnSource
+    from int8cli.columns.wanted import ColumnsWanted, Way
     from int8cli.convert import ConvertOptions
     from int8cli.records import Settings
     from int8cli.results import ConversionReport
@@ -34,6 +36,9 @@ int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 """
 THREADS_FOR_A_SHARD = 4
+# With more, a disk sets the pace; with less to do, the processes' start.
+MOST_WORKERS = 8
+LEAST_BYTES_FOR_WORKERS = 10**9
 
 
 class Layout(str, enum.Enum):
@@ -129,13 +134,11 @@ def convert(
     norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
     shards are not done twice.
     """
-    from int8cli.calibration.text import Sampling
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.progress import observe
-    from int8cli.columns.choose import ColumnsWanted
+    from int8cli.columns.wanted import ColumnsWanted
     from int8cli.convert import ConvertOptions
     from int8cli.layouts import LAYOUTS
-    from int8cli.llm_int8.outliers import DEFAULT_OUTLIER_COLUMNS
     from int8cli.plan import PlanOptions
     from int8cli.records import RecordStore, Settings
     from int8cli.survey import survey_source
@@ -149,9 +152,9 @@ def convert(
     known = store.conversion() if not overwrite else None
     wanted = ColumnsWanted(
         _outliers(outliers, text),
-        DEFAULT_OUTLIER_COLUMNS if outlier_columns is None else outlier_columns,
+        _columns_at_most(outliers) if outlier_columns is None else outlier_columns,
         text,
-        Sampling(tokens),
+        tokens,
         device.value,
         usable_cores(),
         known.settings if known is not None else None,
@@ -168,7 +171,7 @@ def convert(
         )
         try:
             survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
-            workers = workers or _workers(len(survey.layouts), on_hub=survey.identity.on_hub)
+            workers = workers or _workers(survey)
             options = ConvertOptions(output, on_nonfinite.value, overwrite, workers, _threads(workers), device.value)
             job = _Job(source, survey, settings, wanted, options, store.calibration_directory, observer)
             show = job.plan() if dry_run else job.convert()
@@ -225,18 +228,19 @@ class _Job:
         return show
 
     def _converted(self) -> "ConversionReport":
-        from int8cli.cli.calibration_progress import CalibrationProgress
-        from int8cli.columns.choose import CANNOT_GO
+        from int8cli.columns.wanted import CANNOT_GO
         from int8cli.convert import convert as run
         from int8cli.records import NO_OUTLIERS
         from int8cli.report.card import render_card
 
+        if self.options.workers == 1:
+            start_torch()
         ways = self._ways()
         way = next(ways)
         while True:
             if self.wanted.mode != NO_OUTLIERS:
                 self.observer.noted(_told(way))
-            columns = way.columns(CalibrationProgress(self.observer))
+            columns = self._columns(way)
             try:
                 return run(self.source, way.survey, way.settings, self.options, render_card, self.observer, columns)
             except CANNOT_GO as error:
@@ -246,7 +250,23 @@ class _Job:
                 self.observer.noted(f"the activations cannot be looked at: {error}")
                 way = following
 
+    def _columns(self, way: "Way") -> "ColumnSource":
+        from int8cli.columns import NoColumns
+        from int8cli.records import NO_OUTLIERS
+
+        if way.settings.outliers == NO_OUTLIERS:
+            return NoColumns()
+        from int8cli.cli.calibration_progress import CalibrationProgress
+
+        return way.columns(CalibrationProgress(self.observer))
+
     def _ways(self) -> "Iterator[Way]":
+        """The ways to know the columns, the best first. Where there is nothing to know, torch is not needed for it."""
+        from int8cli.columns.wanted import without_columns
+
+        if self.wanted.nothing(self.survey):
+            return iter([without_columns(self.survey, self.settings)])
+        start_torch()
         from int8cli.columns.choose import ways_to_choose
 
         return ways_to_choose(self.wanted, self.source, self.survey, self.settings, self.kept_in, self.observer.noted)
@@ -274,7 +294,7 @@ def _told(way: "Way") -> str:
 def _outliers(value: str, text: Path | None) -> str:
     """The value of --outliers, if it is one: a mode, or the path of a file."""
     from int8cli.columns import FROM_ACTIVATIONS
-    from int8cli.columns.choose import AUTO, MODES
+    from int8cli.columns.wanted import AUTO, MODES
 
     looks_like_a_file = Path(value).is_file() or Path(value).suffix or len(Path(value).parts) > 1
     if value not in MODES and not looks_like_a_file:
@@ -288,6 +308,18 @@ def _outliers(value: str, text: Path | None) -> str:
     return value
 
 
+def _columns_at_most(outliers: str) -> int:
+    """How many columns of a linear are stored unless told otherwise."""
+    from int8cli.records import NO_OUTLIERS
+
+    if outliers == NO_OUTLIERS:
+        return 0
+    start_torch()
+    from int8cli.llm_int8.outliers import DEFAULT_OUTLIER_COLUMNS
+
+    return DEFAULT_OUTLIER_COLUMNS
+
+
 def default_output(model: str) -> Path:
     """`<name>-int8` in the current directory, for a Hub id, a directory or a file."""
     path = Path(model).expanduser()
@@ -298,11 +330,13 @@ def default_output(model: str) -> Path:
 
 
 def require_device(device: Device) -> None:
-    """Set torch up for this program, and refuse a device that is not there."""
+    """Refuse a device that is not there."""
+    if device is Device.cpu:
+        return
+    start_torch()
     import torch
 
-    torch.set_num_threads(1)  # threads over blocks are ours: OpenMP's own collapse beside other work
-    if device is Device.cuda and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
 
 
@@ -311,9 +345,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _workers(shards: int, *, on_hub: bool) -> int:
-    """Enough processes that each has the threads one shard can use; one where the network sets the pace."""
-    return 1 if on_hub else max(1, min(shards, usable_cores() // THREADS_FOR_A_SHARD))
+def _workers(survey: "Survey") -> int:
+    """A process for every core, since threads of one get in each other's way; one where the network sets the pace."""
+    shards = len(survey.layouts)
+    if survey.identity.on_hub or survey.source_bytes < LEAST_BYTES_FOR_WORKERS:
+        return 1
+    return max(1, min(shards, usable_cores(), MOST_WORKERS))
 
 
 def _threads(workers: int) -> int:

@@ -7,7 +7,7 @@ conversion agree.
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,50 +19,22 @@ from int8cli.calibration.memory import return_memory_promptly
 from int8cli.calibration.skeleton import build_skeleton
 from int8cli.calibration.text import Sampling, Text
 from int8cli.checkpoint.source import Source
-from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, ColumnSource, NoColumns
+from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, ColumnSource
 from int8cli.columns.from_activations import CalibratedColumns, CalibrationRun
 from int8cli.columns.from_statistics import StatisticsColumns, require_same_model
 from int8cli.columns.from_weights import SuspectColumns, counts_from_weights
+from int8cli.columns.wanted import AUTO, CANNOT_GO, MODES, ColumnsWanted, Way, without_columns
 from int8cli.data import SAMPLE_NAME, sample_text
-from int8cli.errors import MissingExtraError, NotEnoughMemoryError, UnsupportedModelError
+from int8cli.errors import UnsupportedModelError
 from int8cli.outlier_statistics import load_statistics
 from int8cli.plan import Decision
-from int8cli.records import NO_OUTLIERS, Settings
+from int8cli.records import Settings
 from int8cli.survey import CONFIG_FILE, Survey
 
-AUTO = "auto"
-CANNOT_GO = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)  # after which another way may
-MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
 # What a tokenizer is loaded from; without any of them there is nothing to run a model over.
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ColumnsWanted:
-    """What the user asked for: one of MODES, or a file of statistics; how many columns of each linear at most.
-
-    `text` None means the sample that comes along. `known` are the settings of a conversion that is to be gone on with.
-    """
-
-    mode: str
-    limit: int
-    text: Path | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    device: str = "cpu"
-    model_threads: int = 1
-    known: Settings | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Way:
-    """One way to know the columns: the survey and settings that it makes, and the source of columns once it is gone."""
-
-    survey: Survey
-    settings: Settings
-    columns: Callable[[CalibrationObserver], ColumnSource]
-    arithmetic_s: Callable[[], float] = lambda: 0.0  # what knowing them takes, told by a product timed here
 
 
 def ways_to_choose(
@@ -78,11 +50,7 @@ def ways_to_choose(
     `kept_in` is the directory for what has to outlast a killed run. `noted` is told why a better way was left out.
     Raises TextError, StatisticsMismatchError, CheckpointError for what the user named.
     """
-    known = wanted.known.outliers if wanted.known is not None and wanted.mode == AUTO else None
-    mode = known if known in MODES else wanted.mode
-    if not wanted.limit or mode == NO_OUTLIERS or not survey.plan.quantized:
-        yield _without(survey, settings)
-        return
+    mode = wanted.mode_to_go_on_with
     if mode not in MODES:
         yield _from_statistics(wanted, source, survey, settings)
         return
@@ -100,11 +68,7 @@ def ways_to_choose(
         if counts or mode == FROM_WEIGHTS:
             yield _from_weights(wanted, survey, settings, counts, kept_in)
     if mode == AUTO:
-        yield _without(survey, settings)
-
-
-def _without(survey: Survey, settings: Settings) -> Way:
-    return Way(survey, settings, lambda observer: NoColumns())
+        yield without_columns(survey, settings)
 
 
 def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Way:
@@ -126,7 +90,7 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 def _from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, kept_in: Path, dtype: torch.dtype
 ) -> Way:
-    sampling = wanted.sampling
+    sampling = Sampling(wanted.tokens)
     if wanted.text is not None:
         text = Text.read(wanted.text, sampling.tokens)
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor
-from int8cli.convert_shard import ShardTask, layer_report, open_reader, plan_task_sidecar
+from int8cli.convert_shard import layer_report, open_reader, plan_task_sidecar
 from int8cli.digest import SourceDigest
 from int8cli.errors import Int8cliError
 from int8cli.layouts import LAYOUTS
@@ -26,7 +26,8 @@ from int8cli.output import OutputShard, plan_output_shard, sidecar_file_name
 from int8cli.plan import Decision, Plan, PlanOptions
 from int8cli.records import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
 from int8cli.results import LayerReport
-from int8cli.shard import PassOptions, PassResult, ShardPass, Sidecar
+from int8cli.shard import PassResult, ShardPass, Sidecar
+from int8cli.shard_task import PassOptions, ShardTask
 from int8cli.survey import Survey, decisions_by_name, fingerprint, survey_source
 from int8cli.verify.checks import Check, Failure
 from int8cli.verify.sidecars import column_problem

@@ -1,0 +1,63 @@
+"""What `--outliers` asks for, and what a way to know the columns is.
+
+Owns the words, and the way that stores nothing. Needs no torch, which a conversion without stored columns, whose
+workers have it, can then do without.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from int8cli.columns import FROM_ACTIVATIONS, FROM_WEIGHTS, ColumnSource, NoColumns
+from int8cli.errors import MissingExtraError, NotEnoughMemoryError, UnsupportedModelError
+from int8cli.records import NO_OUTLIERS, Settings
+from int8cli.survey import Survey
+
+if TYPE_CHECKING:
+    from int8cli.calibration.calibrate import CalibrationObserver
+
+AUTO = "auto"
+CANNOT_GO = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)  # after which another way may
+MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnsWanted:
+    """What the user asked for: one of MODES, or a file of statistics; how many columns of each linear at most.
+
+    `text` None means the sample that comes along. `known` are the settings of a conversion that is to be gone on with.
+    """
+
+    mode: str
+    limit: int
+    text: Path | None = None
+    tokens: int = 4096
+    device: str = "cpu"
+    model_threads: int = 1
+    known: Settings | None = None
+
+    @property
+    def mode_to_go_on_with(self) -> str:
+        """The mode, or for AUTO the one that was gone before."""
+        known = self.known.outliers if self.known is not None and self.mode == AUTO else None
+        return known if known in MODES else self.mode
+
+    def nothing(self, survey: Survey) -> bool:
+        """Whether there is nothing to choose."""
+        return not self.limit or self.mode_to_go_on_with == NO_OUTLIERS or not survey.plan.quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to know the columns: the survey and settings that it makes, and the source of columns once it is gone."""
+
+    survey: Survey
+    settings: Settings
+    columns: "Callable[[CalibrationObserver], ColumnSource]"
+    arithmetic_s: Callable[[], float] = lambda: 0.0  # what knowing them takes, told by a product timed here
+
+
+def without_columns(survey: Survey, settings: Settings) -> Way:
+    """Nothing is stored: there is nothing to know."""
+    return Way(survey, settings, lambda observer: NoColumns())
