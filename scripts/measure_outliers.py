@@ -23,11 +23,12 @@ from safetensors.torch import save_file
 from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
 from int8cli.calibration.memory import return_memory_promptly
 from int8cli.calibration.model_files import model_files
+from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.sites import weight_of
 from int8cli.calibration.skeleton import build_skeleton
 from int8cli.calibration.stream import StreamedModel
 from int8cli.calibration.tensors import CheckpointTensors
-from int8cli.calibration.text import Sampling, Text, sequences_of
+from int8cli.calibration.text import Text, sequences_of
 from int8cli.checkpoint.locate import open_source
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.llm_int8.quantize import quantize_rowwise

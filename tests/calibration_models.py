@@ -8,7 +8,8 @@ import torch
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
 from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
-from int8cli.calibration.text import Sampling, Text
+from int8cli.calibration.sampling import Sampling
+from int8cli.calibration.text import Text
 from int8cli.checkpoint.locate import open_source
 from int8cli.outlier_statistics import OutlierStatistics
 from int8cli.plan import PlanOptions

@@ -193,8 +193,9 @@ def test_statistics_are_those_of_the_whole_models_inputs(tmp_path: Path) -> None
 
 
 def calibrate_inputs(directory: Path) -> list[dict[str, torch.Tensor]]:
+    from int8cli.calibration.sampling import Sampling
     from int8cli.calibration.skeleton import read_config
-    from int8cli.calibration.text import Sampling, sequences_of
+    from int8cli.calibration.text import sequences_of
 
     return sequences_of(some_text(), directory, read_config(directory), Sampling(32, 16, 0))
 

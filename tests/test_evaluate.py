@@ -17,7 +17,8 @@ from torch.nn import functional
 from typer.testing import CliRunner, Result
 
 from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver
-from int8cli.calibration.text import Sampling, Text, sequences_of
+from int8cli.calibration.sampling import Sampling
+from int8cli.calibration.text import Text, sequences_of
 from int8cli.checkpoint.locate import open_source
 from int8cli.cli import app
 from int8cli.errors import NonFiniteError, SourceError, TextError, UnknownMethodError, UnsupportedModelError

@@ -14,11 +14,12 @@ from hub_stand_in import Fault, HubStandIn
 from program import Nursery, llama, nursery_in, tree, wait_until
 
 from int8cli.calibration.calibrate import CalibrationObserver
-from int8cli.calibration.text import Sampling
+from int8cli.calibration.sampling import Sampling
 from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.source import Source
-from int8cli.columns.choose import ColumnsWanted, Way, ways_to_choose
+from int8cli.columns.choose import ways_to_choose
+from int8cli.columns.wanted import ColumnsWanted, Way
 from int8cli.convert import ConvertOptions, Observer, convert
 from int8cli.errors import StatisticsMismatchError, TextError, UnsupportedModelError
 from int8cli.layouts import LAYOUTS

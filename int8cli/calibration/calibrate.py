@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from int8cli.calibration.kept import KeptStates
 from int8cli.calibration.memory import available_bytes
 from int8cli.calibration.model_files import model_files
+from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.sites import Site, first_hidden, weight_of
 from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, Skeleton, Unit, build_skeleton
 from int8cli.calibration.stream import LoadedUnit, StreamedModel
 from int8cli.calibration.tensors import CheckpointTensors
-from int8cli.calibration.text import Sampling, Text, sequences_of
+from int8cli.calibration.text import Text, sequences_of
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.errors import NonFiniteError, NotEnoughMemoryError, UnsupportedModelError

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, require_transformers
 from int8cli.errors import TextError, UnsupportedModelError
 
@@ -54,15 +55,6 @@ class Text:
         if len(data) > limit:  # end at a whole character
             data = data[:limit].rsplit(b"\n", 1)[0]
         return cls.decode(path.name, data)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How many tokens of a text to use, in sequences of what length, and which."""
-
-    tokens: int = 4096
-    sequence_length: int = 512
-    seed: int = 0
 
 
 def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -> list[dict[str, Any]]:

@@ -134,6 +134,7 @@ def convert(
     norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
     shards are not done twice.
     """
+    from int8cli.calibration.sampling import Sampling
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.progress import observe
     from int8cli.columns.wanted import ColumnsWanted
@@ -154,7 +155,7 @@ def convert(
         _outliers(outliers, text),
         _columns_at_most(outliers) if outlier_columns is None else outlier_columns,
         text,
-        tokens,
+        Sampling(tokens),
         device.value,
         usable_cores(),
         known.settings if known is not None else None,

@@ -131,7 +131,8 @@ def _evaluate(
     source: "Source", reference: "Source | None", text: Path | None, request: _Request, observer: "InspectObserver"
 ) -> "Evaluation":
     from int8cli.calibration.memory import return_memory_promptly
-    from int8cli.calibration.text import Sampling, Text
+    from int8cli.calibration.sampling import Sampling
+    from int8cli.calibration.text import Text
     from int8cli.data import HELD_OUT_NAME, held_out_text
     from int8cli.evaluation.evaluate import evaluate as run
     from int8cli.evaluation.options import EvaluateOptions

@@ -138,7 +138,8 @@ def _calibrate(
 ) -> "OutlierStatistics":
     from int8cli.calibration.calibrate import CalibrateOptions, calibrate
     from int8cli.calibration.memory import return_memory_promptly
-    from int8cli.calibration.text import Sampling, Text
+    from int8cli.calibration.sampling import Sampling
+    from int8cli.calibration.text import Text
     from int8cli.data import SAMPLE_NAME, sample_text
 
     return_memory_promptly()

@@ -17,7 +17,7 @@ from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver
 from int8cli.calibration.cost import arithmetic_s
 from int8cli.calibration.memory import return_memory_promptly
 from int8cli.calibration.skeleton import build_skeleton
-from int8cli.calibration.text import Sampling, Text
+from int8cli.calibration.text import Text
 from int8cli.checkpoint.source import Source
 from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, ColumnSource
 from int8cli.columns.from_activations import CalibratedColumns, CalibrationRun
@@ -50,6 +50,9 @@ def ways_to_choose(
     `kept_in` is the directory for what has to outlast a killed run. `noted` is told why a better way was left out.
     Raises TextError, StatisticsMismatchError, CheckpointError for what the user named.
     """
+    if wanted.nothing(survey):
+        yield without_columns(survey, settings)
+        return
     mode = wanted.mode_to_go_on_with
     if mode not in MODES:
         yield _from_statistics(wanted, source, survey, settings)
@@ -90,7 +93,7 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 def _from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, kept_in: Path, dtype: torch.dtype
 ) -> Way:
-    sampling = Sampling(wanted.tokens)
+    sampling = wanted.sampling
     if wanted.text is not None:
         text = Text.read(wanted.text, sampling.tokens)
     else:

@@ -5,10 +5,11 @@ workers have it, can then do without.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from int8cli.calibration.sampling import Sampling
 from int8cli.columns import FROM_ACTIVATIONS, FROM_WEIGHTS, ColumnSource, NoColumns
 from int8cli.errors import MissingExtraError, NotEnoughMemoryError, UnsupportedModelError
 from int8cli.records import NO_OUTLIERS, Settings
@@ -32,7 +33,7 @@ class ColumnsWanted:
     mode: str
     limit: int
     text: Path | None = None
-    tokens: int = 4096
+    sampling: Sampling = field(default_factory=Sampling)
     device: str = "cpu"
     model_threads: int = 1
     known: Settings | None = None

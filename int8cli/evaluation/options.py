@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from int8cli.calibration.text import Sampling
+from int8cli.calibration.sampling import Sampling
 from int8cli.errors import UnsupportedModelError
 from int8cli.evaluation.methods import METHODS, Method
 from int8cli.evaluation.results import REFERENCE

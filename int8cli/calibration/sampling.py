@@ -1,0 +1,15 @@
+"""How much of a text a model is run over.
+
+Owns the defaults. Needs no torch.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How many tokens of a text to use, in sequences of what length, and which."""
+
+    tokens: int = 4096
+    sequence_length: int = 512
+    seed: int = 0
