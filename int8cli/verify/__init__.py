@@ -27,6 +27,7 @@ from int8cli.verify.consistency import (
 from int8cli.verify.files import DigestPass, header_bytes
 from int8cli.verify.loads import check_loads
 from int8cli.verify.sidecars import check_sidecars
+from int8cli.verify.wellformed import record_problem
 
 __all__ = ["Check", "Failure", "Means", "Observer", "Status", "Verification", "conversion_in", "verify"]
 
@@ -145,8 +146,13 @@ def _read_records(store: RecordStore, conversion: Conversion) -> tuple[dict[str,
         except Int8cliError as error:
             failures.append(Failure(shard.output, str(error)))
             continue
-        if record is not None and record.files:
+        if record is None:
+            continue
+        problem = record_problem(record) if record.files else "it names no file"
+        if problem is None:
             records[shard.file] = record
+        else:
+            failures.append(Failure(shard.output, f"its record is not as int8cli wrote it: {problem}"))
     return records, failures
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.layouts import LAYOUTS
 from int8cli.manifest import MANIFEST_FILE, SideFile
@@ -37,8 +37,6 @@ def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) 
             yield Failure(shard.output, "its record speaks of another output file")
         for file in record.files:
             for tensor in file.tensors:
-                if tensor.dtype not in DTYPE_BITS:
-                    yield Failure(file.file, f"is recorded with the unknown dtype {tensor.dtype!r}", tensor.name)
                 if tensor.name in seen:
                     yield Failure(file.file, f"is in {seen[tensor.name]} too", tensor.name)
                 seen[tensor.name] = file.file

@@ -38,16 +38,13 @@ def column_problem(layer: LayerReport, most: int) -> str | None:
     """What is wrong with the columns that are reported of a layer, at most so many of them."""
     if layer.stored is None:
         return "reports no stored columns, not even that there are none"
-    indices: tuple[object, ...] = layer.stored.indices
-    numbers = [index for index in indices if type(index) is int]
-    if len(numbers) < len(indices):
-        return f"its stored columns are {list(indices)}, not indices"
-    if any(earlier >= later for earlier, later in pairwise(numbers)):
-        return f"its stored columns {numbers} do not ascend"
-    if numbers and not 0 <= numbers[0] <= numbers[-1] < layer.shape[1]:
-        return f"its stored columns {numbers} are not all among its {layer.shape[1]:,}"
-    if len(numbers) > most:
-        return f"has {len(numbers):,} stored columns, the settings allow {most:,}"
+    indices = list(layer.stored.indices)
+    if any(earlier >= later for earlier, later in pairwise(indices)):
+        return f"its stored columns {indices} do not ascend"
+    if indices and not 0 <= indices[0] <= indices[-1] < layer.shape[1]:
+        return f"its stored columns {indices} are not all among its {layer.shape[1]:,}"
+    if len(indices) > most:
+        return f"has {len(indices):,} stored columns, the settings allow {most:,}"
     return None
 
 
