@@ -3,6 +3,7 @@
 Owns how a rectangle of a tensor comes into memory, whichever way its bytes lie, and what that costs in buffers.
 """
 
+import mmap
 import threading
 from collections import OrderedDict
 
@@ -19,10 +20,14 @@ _TILES_AT_ONCE = 2
 
 
 class Buffer:
-    """Memory seen both as bytes, for the disk, and as tensors, for the arithmetic. Allocated once."""
+    """Memory seen both as bytes, for the disk, and as tensors, for the arithmetic. Allocated once.
+
+    It is mapped: what a block does not reach takes no memory, as with 16-bit weights in room for 64-bit ones, and
+    every buffer lies alike, so that no sum depends on where it happens to lie.
+    """
 
     def __init__(self, size_bytes: int) -> None:
-        memory = bytearray(size_bytes)
+        memory = mmap.mmap(-1, size_bytes)
         self.bytes = memoryview(memory)
         self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
 

@@ -17,7 +17,7 @@ from int8cli.checkpoint.header import encode_header
 from int8cli.checkpoint.tensor import TensorSpec
 
 ROOT = Path(__file__).parents[1]
-LIMIT_BYTES = 200 * 2**20
+LIMIT_BYTES = 100 * 10**6
 CONVERT = """
 import sys
 from pathlib import Path
