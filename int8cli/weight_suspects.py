@@ -9,7 +9,7 @@ token embedding; divided by the root mean square over the dimensions, since the 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,6 @@ MEASURED_ON = "SmolLM2-135M-Instruct"
 MOST_SUSPECTS = 20
 MEASURED_PRECISION_OF_ALL = 1 / MOST_SUSPECTS
 
-_ROWS_BYTES = 8 << 20
 _WRITER = re.compile(
     r"\.(o_proj|out_proj|c_proj|wo|o|dense_4h_to_h|down_proj|fc2|fc_out|w2|out_lin|lin2|attn_out|ff_out"
     r"|self_attention\.dense|attention\.dense|attention\.output\.dense|output\.dense|attention\.out_proj)$"
@@ -93,14 +92,16 @@ class SuspectScan:
         self._figures: dict[str, Tensor] = {}
         self.wanted = {each.spec.name: each for each in survey.plan.decisions if _is_wanted(each, self._width)}
 
-    def figure(self, name: str, tensor: Tensor) -> Tensor:
+    def figure(self, name: str, tensors: CheckpointTensors | ShardTensors) -> Tensor:
         """A norm's gain, the embedding's mean square, a writing layer's squared row norms: float64 (width,)."""
         decision = self.wanted[name]
+        if len(decision.spec.shape) == 1:
+            return tensors.read(name).double() + (1.0 if self._add_one else 0.0)
+        blocks, rows = tensors.row_blocks(name), decision.spec.shape[0]
         if _LAYER.match(decision.module) is None:
-            return _mean_square_columns(tensor)
-        if tensor.dim() == 1:
-            return tensor.double() + (1.0 if self._add_one else 0.0)
-        return _row_squares(tensor, transpose=decision.transpose)
+            return _column_squares(blocks, self._width) / max(1, rows)
+        # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
+        return _column_squares(blocks, self._width) if decision.transpose else _row_squares(blocks)
 
     def look_at(self, layout: ShardLayout, local: LocalFile) -> dict[str, Tensor]:
         """The figures of a shard that is on this machine, in pieces of a few megabytes."""
@@ -108,7 +109,7 @@ class SuspectScan:
         if not names:
             return {}
         with closing(ShardTensors(local.path, layout)) as tensors:
-            return {name: self.figure(name, tensors.map(name)) for name in names}
+            return {name: self.figure(name, tensors) for name in names}
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         self._figures.update(figures)
@@ -165,7 +166,7 @@ def find_suspects(
     with CheckpointTensors(source, survey.layouts) as tensors:
         tensors.expect(scan.wanted)
         for name, decision in scan.wanted.items():
-            scan.add({name: scan.figure(name, tensors.map(name))})
+            scan.add({name: scan.figure(name, tensors)})
             tensors.release([name])
             on_tensor(name, decision.spec.nbytes)
     sites = scan.sites()
@@ -246,22 +247,23 @@ def _rank(sites: Sequence[SuspectSite], most: int) -> tuple[Suspect, ...]:
     )
 
 
-def _mean_square_columns(table: Tensor) -> Tensor:
-    """Mean over rows of the squared values: float64 (columns,)."""
-    total = torch.zeros(table.shape[1], dtype=torch.float64)
-    for rows in _pieces(table):
-        total += rows.float().square_().sum(dim=0).double()
-    return total / max(1, table.shape[0])
+def _column_squares(blocks: Iterable[Tensor], width: int) -> Tensor:
+    """Squared length of each column: float64 (width,)."""
+    total = torch.zeros(width, dtype=torch.float64)
+    for squares in _squares(blocks):
+        total += squares.sum(dim=0)
+    return total
 
 
-def _row_squares(weight: Tensor, *, transpose: bool) -> Tensor:
-    """Squared length of each row of a weight (out, in): float64 (out,). Of a Conv1D weight, (in, out), the columns."""
-    if transpose:
-        return _mean_square_columns(weight) * weight.shape[0]
-    return torch.cat([rows.float().square_().sum(dim=1).double() for rows in _pieces(weight)])
+def _row_squares(blocks: Iterable[Tensor]) -> Tensor:
+    """Squared length of each row: float64 (rows,)."""
+    return torch.cat([squares.sum(dim=1).double() for squares in _squares(blocks)])
 
 
-def _pieces(matrix: Tensor) -> Iterator[Tensor]:
-    rows = max(1, _ROWS_BYTES // max(1, matrix.shape[1] * matrix.element_size()))
-    for start in range(0, matrix.shape[0], rows):
-        yield matrix[start : start + rows]
+def _squares(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The blocks' values squared in float32, in one buffer that stays in cache."""
+    buffer: Tensor | None = None
+    for block in blocks:
+        if buffer is None:
+            buffer = torch.empty(block.shape, dtype=torch.float32)
+        yield buffer[: block.shape[0]].copy_(block).square_()

@@ -232,7 +232,6 @@ def test_a_sidecar_that_is_not_whole_is_made_again(damage: str, tmp_path: Path) 
     assert (output / "model-00001-of-00003.safetensors").stat() == others  # with its shard, and no other
 
 
-@pytest.mark.xfail(strict=True, reason="what the weights of finished shards told is forgotten when a conversion ends")
 def test_suspects_are_the_same_when_a_finished_shard_is_made_again(
     converted: Path, nursery: Nursery, tmp_path: Path
 ) -> None:

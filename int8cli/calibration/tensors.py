@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from int8cli.blocks import BLOCK_ELEMENTS
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
@@ -54,6 +55,24 @@ class ShardTensors:
         memory = bytearray(stored.spec.nbytes)
         self._reader.read_into(stored.offset_bytes, memoryview(memory))
         return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
+
+    def row_blocks(self, name: str) -> Iterator[Tensor]:
+        """A matrix in blocks of whole rows, each in the same memory as the one before it: nothing else grows."""
+        stored = self._places[name]
+        rows, columns = stored.spec.shape
+        step = max(1, BLOCK_ELEMENTS // max(1, columns))
+        if self._reader is None or stored.column_major:
+            matrix = self.map(name)
+            yield from (matrix[start : start + step] for start in range(0, rows, step))
+            return
+        row_bytes = stored.spec.nbytes // max(1, rows)
+        memory = bytearray(step * row_bytes)
+        block = torch.frombuffer(memory, dtype=_dtype_of(stored)).view(step, columns) if memory else None
+        for start in range(0, rows if block is not None else 0, step):
+            count = min(step, rows - start)
+            self._reader.read_into(stored.offset_bytes + start * row_bytes, memoryview(memory)[: count * row_bytes])
+            assert block is not None
+            yield block[:count]
 
     def map(self, name: str) -> Tensor:
         """The tensor as a mapping of its file, which stays when this is closed. Not to be written to."""
@@ -170,6 +189,10 @@ class CheckpointTensors:
     def map(self, name: str) -> Tensor:
         """The tensor as a mapping of its file: what is never touched never enters memory. Not to be written to."""
         return self._shard(name).map(name)
+
+    def row_blocks(self, name: str) -> Iterator[Tensor]:
+        """A matrix in blocks of whole rows, each in the same memory as the one before it."""
+        return self._shard(name).row_blocks(name)
 
     def release(self, names: Iterable[str]) -> None:
         """Done with these tensors, as often as they are named: let go of shards that nothing else is expected from."""

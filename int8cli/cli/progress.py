@@ -180,8 +180,7 @@ def warnings(survey: Survey) -> Iterator[str]:
 
 
 def _outcome(record: ShardRecord) -> str:
-    written = sum(file.size_bytes for file in record.files)
-    outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(written)}"
+    outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(record.files[0].size_bytes)}"
     if record.layers:
         worst = worst_first(record.layers)[0]
         outcome += f", {counted(len(record.layers), 'layer')}, worst error {worst.sums.relative_frobenius_error:.4f}"

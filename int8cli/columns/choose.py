@@ -69,7 +69,7 @@ def ways_to_choose(
     if mode in (AUTO, FROM_WEIGHTS):
         counts = counts_from_weights(survey, wanted.limit)
         if counts or mode == FROM_WEIGHTS:
-            yield _from_weights(wanted, survey, settings, counts, kept_in)
+            yield _from_weights(wanted, source, survey, settings, counts, kept_in)
     if mode == AUTO:
         yield without_columns(survey, settings)
 
@@ -127,7 +127,7 @@ def _from_activations(
 
 
 def _from_weights(
-    wanted: ColumnsWanted, survey: Survey, settings: Settings, counts: dict[str, int], kept_in: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, counts: dict[str, int], kept_in: Path
 ) -> Way:
     if not counts:
         raise UnsupportedModelError(
@@ -137,7 +137,7 @@ def _from_weights(
     return Way(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit),
-        lambda observer: SuspectColumns(survey, wanted.limit, kept_in / "suspects"),
+        lambda observer: SuspectColumns(source, survey, wanted.limit, kept_in / "suspects"),
     )
 
 

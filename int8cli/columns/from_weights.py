@@ -5,9 +5,12 @@ is converted, and the state on disk by which a later run knows what was in shard
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
-from int8cli.checkpoint.source import LocalFile
+from torch import Tensor
+
+from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns import FROM_WEIGHTS, TakeShard
 from int8cli.columns.from_statistics import sidecar_bytes
 from int8cli.results import StoredColumn, StoredColumns
@@ -24,11 +27,12 @@ def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
 class SuspectColumns:
     """The most suspect dimensions of the residual stream, by all shards up to the one asked for.
 
-    `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished.
+    `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
+    the one asked for, of which nothing is kept, is brought here to be looked at again.
     """
 
-    def __init__(self, survey: Survey, limit: int, kept_in: Path) -> None:
-        self._survey, self._limit, self._kept_in = survey, limit, kept_in
+    def __init__(self, source: Source, survey: Survey, limit: int, kept_in: Path) -> None:
+        self._source, self._survey, self._limit, self._kept_in = source, survey, limit, kept_in
         self._counts = counts_from_weights(survey, limit)
         self._order = [layout.file_name for layout in survey.layouts]
         self._layouts = {layout.file_name: layout for layout in survey.layouts}
@@ -43,17 +47,23 @@ class SuspectColumns:
         wanted = [each for each in wanted if each.spec.name in self._counts]
         scan = SuspectScan(self._survey)
         for name in self._order[: self._order.index(shard) + 1]:
-            figures = recall_figures(self._figures_path(name))
-            if figures is None and name == shard:
-                figures = scan.look_at(layout, local)
-                keep_figures(figures, self._figures_path(name))
-            scan.add(figures or {})
+            scan.add(self._figures(scan, name, local if name == shard else None))
         if not wanted:
             return {}
         columns = tuple(StoredColumn(index, suspicion=score) for index, score in scan.suspects(self._limit))
         return {
             each.spec.name: StoredColumns(FROM_WEIGHTS, columns, sidecar_bytes(each, len(columns))) for each in wanted
         }
+
+    def _figures(self, scan: SuspectScan, shard: str, local: LocalFile | None) -> Mapping[str, Tensor]:
+        """What was or is now seen of a shard, kept for the shards after it."""
+        path = self._figures_path(shard)
+        figures = recall_figures(path)
+        if figures is None:
+            with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
+                figures = scan.look_at(self._layouts[shard], here)
+            keep_figures(figures, path)
+        return figures
 
     def _figures_path(self, shard: str) -> Path:
         return self._kept_in / f"{self._order.index(shard)}.safetensors"
