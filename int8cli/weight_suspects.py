@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from int8cli.calibration.tensors import CheckpointTensors, ShardTensors
+from int8cli.calibration.torch_threads import torch_threads
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.checkpoint.writer import write_file
@@ -108,7 +109,7 @@ class SuspectScan:
         names = [stored.spec.name for stored in layout.tensors if stored.spec.name in self.wanted]
         if not names:
             return {}
-        with closing(ShardTensors(local.path, layout)) as tensors:
+        with closing(ShardTensors(local.path, layout)) as tensors, torch_threads(1):
             return {name: self.figure(name, tensors) for name in names}
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
@@ -163,7 +164,7 @@ def find_suspects(
     Raises UnsupportedModelError where no norms or no layers that write to the residual stream are recognised.
     """
     scan = SuspectScan(survey)
-    with CheckpointTensors(source, survey.layouts) as tensors:
+    with CheckpointTensors(source, survey.layouts) as tensors, torch_threads(1):
         tensors.expect(scan.wanted)
         for name, decision in scan.wanted.items():
             scan.add({name: scan.figure(name, tensors)})

@@ -4,6 +4,8 @@ import time
 
 import torch
 
+from int8cli.calibration.torch_threads import torch_threads
+
 _SIZE = 1024
 _LONG_ENOUGH_S = 0.05
 
@@ -13,12 +15,8 @@ def arithmetic_s(parameters: int, tokens: int, dtype: torch.dtype, device: str, 
 
     Two operations for each parameter and token; attention and everything else comes on top.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         return 2.0 * parameters * tokens / _operations_a_second(dtype, device)
-    finally:
-        torch.set_num_threads(before)
 
 
 def _operations_a_second(dtype: torch.dtype, device: str) -> float:

@@ -6,10 +6,9 @@ Owns how a calibration and a conversion share the shards of one source, so that 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, Companion, calibrate
 from int8cli.calibration.text import Text
+from int8cli.calibration.torch_threads import torch_threads
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns import TakeShard
 from int8cli.columns.from_statistics import StatisticsColumns
@@ -37,12 +36,8 @@ class CalibratedColumns:
     def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
         """Run the model; each shard is taken once all that is wanted of it has been read. Raises as `calibrate`."""
         companion = _Passing(self._columns, take, require_room)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self._run.model_threads)
-        try:
+        with torch_threads(self._run.model_threads):
             calibrate(self._source, self._survey, self._run.text, self._run.options, self._observer, companion)
-        finally:
-            torch.set_num_threads(threads)
 
     def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
         return self._columns.columns_of(shard, local)
@@ -61,9 +56,5 @@ class _Passing(Companion):
         self._columns.learn(sites)
 
     def leaving(self, shard: str, local: LocalFile) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # a pass has threads of its own
-        try:
+        with torch_threads(1):
             self._take(shard, local)
-        finally:
-            torch.set_num_threads(threads)
