@@ -1,4 +1,4 @@
-"""Continue a sentence with a model and with its int8 conversion, side by side, through transformers + bitsandbytes.
+"""Continue a sentence with a model and with its int8 conversion: by transformers + bitsandbytes, and by int8cli.
 
 python scripts/continue_sentence.py demo/SmolLM2-135M-Instruct demo/SmolLM2-135M-Instruct-int8
 """
@@ -7,20 +7,22 @@ import argparse
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+import int8cli
 
-def continue_sentence(model_directory: Path, sentence: str, tokens: int) -> tuple[str, int]:
-    """Greedy continuation, and the bytes that the model's tensors take in memory."""
+
+def continue_sentence(model_directory: Path, model: Any, sentence: str, tokens: int) -> str:
+    """The sentence and its greedy continuation."""
     tokenizer = AutoTokenizer.from_pretrained(model_directory)
-    model = AutoModelForCausalLM.from_pretrained(model_directory, device_map="cpu")
     prompt = tokenizer(sentence, return_tensors="pt")
     with torch.inference_mode():
         output = model.generate(**prompt, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(output[0], skip_special_tokens=True), model.get_memory_footprint()
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def main() -> None:
@@ -34,8 +36,16 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="bitsandbytes")
     for directory in arguments.models:
-        text, size_bytes = continue_sentence(directory, arguments.sentence, arguments.tokens)
-        print(f"\n{directory} ({size_bytes / 1e6:.0f} MB in memory):\n  {text}")
+        model = AutoModelForCausalLM.from_pretrained(directory, device_map="cpu")
+        show(directory, "transformers", model, arguments)
+        if (directory / "int8").is_dir():
+            show(directory, "int8cli, stored columns exact", int8cli.load_model(directory, device="cpu"), arguments)
+
+
+def show(directory: Path, loader: str, model: Any, arguments: argparse.Namespace) -> None:
+    text = continue_sentence(directory, model, arguments.sentence, arguments.tokens)
+    size_mb = model.get_memory_footprint() / 1e6
+    print(f"\n{directory} ({loader}; {size_mb:.0f} MB in memory):\n  {text}")
 
 
 if __name__ == "__main__":
