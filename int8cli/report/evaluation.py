@@ -8,7 +8,7 @@ from rich.table import Table
 from int8cli.evaluation.results import Evaluation, MethodResult
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import broken_at_dots
-from int8cli.report.units import counted
+from int8cli.report.units import counted, perplexity_text
 
 _WORST_WIDTH = 33
 
@@ -59,7 +59,7 @@ def _predictions_table(found: Evaluation) -> Table:
             _figure(scores.kl_divergence),
             "" if scores.same_top_share is None else f"{100 * scores.same_top_share:.1f} %",
         )
-        table.add_row(escape(method.label), _perplexity(scores.perplexity), *cells[: len(compared)])
+        table.add_row(escape(method.label), perplexity_text(scores.perplexity), *cells[: len(compared)])
     if found.reference is not None:
         float_label = found.methods[0].label
         table.caption = (
@@ -86,12 +86,6 @@ def _error_cells(method: MethodResult) -> tuple[str, str, str]:
     worst = method.worst_layer
     assert worst is not None
     return _figure(method.mean_error), _figure(worst.error), broken_at_dots(worst.name, _WORST_WIDTH)
-
-
-def _perplexity(value: float) -> str:
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:,.2f}" if value < 10_000 else f"{value:.3g}"
 
 
 def _signed(value: float | None) -> str:

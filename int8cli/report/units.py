@@ -1,5 +1,7 @@
 """Numbers as people read them. Decimal units throughout: 1 GB is 10^9 bytes."""
 
+import math
+
 
 def human_bytes(count: float) -> str:
     """Three digits: `352 GB` for 352494542848, `53.1 MB`, `512 B`."""
@@ -31,6 +33,13 @@ def human_seconds(seconds: float) -> str:
 
 def decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f}"
+
+
+def perplexity_text(value: float) -> str:
+    """`22.85`, `9,876.54`, `8.99e+04`."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.2f}" if value < 10_000 else f"{value:.3g}"
 
 
 def counted(count: int, what: str) -> str:

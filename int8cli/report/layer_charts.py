@@ -1,0 +1,123 @@
+"""The chart of an evaluation's output errors by layer, as Vega-Lite by altair.
+
+Owns what is drawn and how: a panel for each place in a block, a line for each method.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from int8cli.evaluation.results import Evaluation, LayerError, MethodResult
+from int8cli.report.layer_roles import OUTSIDE, places
+from int8cli.report.method_marks import color, compared, line_color, line_dash, reference_label, shape
+from int8cli.report.vega import Row, chart_of, require_altair, short
+
+_WIDTH = 395
+_HEIGHT = 165
+_COLUMNS = 2
+_FEW_LAYERS = 40
+
+
+def has_errors(found: Evaluation) -> bool:
+    return any(method.layers for method in found.methods)
+
+
+def errors_by_layer(found: Evaluation) -> Any:
+    """Panels on one logarithmic scale. A click on a name in the legend leaves that method alone."""
+    alt = require_altair()
+    panels = _panels([method for method in compared(found) if method.layers])
+    chosen = alt.selection_point(name="chosen", fields=["method"], bind="legend")
+    y = _error_axis([row["value"] for rows in panels.values() for row in rows if row["value"] is not None])
+    drawn: list[Any] = []
+    for place, (role, rows) in enumerate(panels.items()):
+        left, bottom = place % _COLUMNS == 0, place >= len(panels) - _COLUMNS and role != OUTSIDE
+        x = _layer_axis([row["number"] for row in rows], "layer" if bottom else None)
+        panel = _panel(found, rows, chosen).encode(x=x, y=y.title("output error" if left else None))
+        title = alt.TitleParams(role, anchor="start", fontSize=12, fontWeight="normal", limit=_WIDTH)
+        # One panel owns the choice; the others follow it.
+        panel = panel if drawn else panel.add_params(chosen)
+        drawn.append(panel.properties(width=_WIDTH, height=_HEIGHT, title=title))
+    subtitle = f"on {found.error_tokens:,} tokens; every layer gets the input that it has in {reference_label(found)}"
+    title = alt.TitleParams("Output error by layer, relative to the output", subtitle=subtitle, anchor="start")
+    return alt.concat(*drawn, columns=_COLUMNS, spacing=20).properties(title=title)
+
+
+@dataclass(slots=True)
+class _Point:
+    """The worst of the layers that share a place, and how many do."""
+
+    worst: LayerError
+    layers: int = 1
+
+    def take(self, layer: LayerError) -> None:
+        self.layers += 1
+        if layer.error > self.worst.error:
+            self.worst = layer
+
+
+def _panels(methods: Sequence[MethodResult]) -> dict[str, list[Row]]:
+    """The rows of each panel, in the model's order."""
+    panels: dict[str, list[Row]] = {}
+    for method in methods:
+        points: dict[tuple[str, int], _Point] = {}
+        for layer, place in zip(method.layers, places(method.layers), strict=True):
+            key = (place.role, place.number)
+            if key in points:
+                points[key].take(layer)
+            else:
+                points[key] = _Point(layer)
+        for (role, number), point in points.items():
+            panels.setdefault(role, []).append(_row(method, number, point))
+    return panels
+
+
+def _row(method: MethodResult, number: int, point: _Point) -> Row:
+    worst = point.worst
+    return {
+        "layer": worst.name if point.layers == 1 else f"{worst.name}, the worst of {point.layers}",
+        "input": worst.kind,
+        "number": number,
+        "method": method.label,
+        "value": short(worst.error) if math.isfinite(worst.error) and worst.error > 0 else None,
+    }
+
+
+def _panel(found: Evaluation, rows: Sequence[Row], chosen: Any) -> Any:
+    """A line a method. Lines have channels of their own, so that the legend shows the shapes of the points."""
+    alt = require_altair()
+    shown = alt.condition(chosen, alt.value(0.9), alt.value(0.06))
+    lines = (
+        chart_of(rows)
+        .mark_line(strokeWidth=1.2)
+        .encode(stroke=line_color(found), strokeDash=line_dash(found), opacity=shown)
+    )
+    few = len({row["number"] for row in rows}) <= _FEW_LAYERS
+    points = (
+        chart_of(rows)
+        .mark_point(filled=True, size=30 if few else 16)
+        .encode(
+            color=color(found, legend=True),
+            shape=shape(found, legend=True),
+            opacity=shown,
+            tooltip=["layer:N", "input:N", "method:N", alt.Tooltip("value:Q", title="output error")],
+        )
+    )
+    return lines + points
+
+
+def _error_axis(values: Sequence[float]) -> Any:
+    """One scale for all panels, and its ticks: decades, with a step between where they are few."""
+    alt = require_altair()
+    low, high = 0.85 * min(values, default=1.0), 1.18 * max(values, default=1.0)
+    steps = (1, 3) if high <= 1000 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    ticks = [float(f"{step}e{power}") for power in decades for step in steps]
+    axis = alt.Axis(values=[tick for tick in ticks if low <= tick <= high], format="~g")
+    return alt.Y("value:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False), axis=axis)
+
+
+def _layer_axis(numbers: Sequence[int], title: str | None) -> Any:
+    alt = require_altair()
+    scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False)
+    return alt.X("number:Q", title=title, scale=scale, axis=alt.Axis(tickMinStep=1, format="d", grid=False))

@@ -1,0 +1,40 @@
+"""Which place in its block a linear layer has: `model.layers.7.mlp.up_proj` is the `mlp.up_proj` of block 7.
+
+Owns how layers fall into series that can be followed from block to block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from int8cli.evaluation.results import LayerError
+
+OUTSIDE = "outside of the blocks, in order"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A series, and how far along it. The experts of a block share a place."""
+
+    role: str
+    number: int
+
+
+def places(layers: Sequence[LayerError]) -> list[Place]:
+    """The place of each layer. The stack is named where there are several; layers outside of them are counted."""
+    stacks = {layer.stack for layer in layers if layer.stack is not None}
+    found: list[Place] = []
+    outside = 0
+    for layer in layers:
+        if layer.stack is None or layer.layer is None:
+            found.append(Place(OUTSIDE, outside))
+            outside += 1
+        else:
+            role = _below(layer.name, f"{layer.stack}.{layer.layer}.")
+            found.append(Place(f"{layer.stack}: {role}" if len(stacks) > 1 else role, layer.layer))
+    return found
+
+
+def _below(name: str, block: str) -> str:
+    """The name below its block, with `*` for the numbers of experts and sublayers."""
+    below = name.partition(block)[2] or name
+    return ".".join("*" if part.isdigit() else part for part in below.split("."))

@@ -1,0 +1,104 @@
+"""How a method looks in every chart of an evaluation: its color, its shape, its row.
+
+Owns that a method keeps its look from chart to chart and of page to picture.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from int8cli.evaluation.results import REFERENCE, Evaluation, MethodResult
+from int8cli.report.vega import Row, chart_of, require_altair, short
+
+# Each stands out from a white and from a dark page, and from its neighbors. Shapes tell apart what comes around again.
+_COLORS = ("#c8452f", "#d98200", "#8a8d1c", "#2e9c5b", "#1a9fae", "#3a7fe0", "#8f67d8", "#d655a0", "#a9714b", "#7f8a99")
+_SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
+_REFERENCE_COLOR = "#7f8a99"
+_ROW_HEIGHT = 22
+_LEGEND_COLUMNS = 4
+
+
+def compared(found: Evaluation) -> list[MethodResult]:
+    """All methods but the 16-bit model."""
+    return [method for method in found.methods if method.key != REFERENCE]
+
+
+def reference_label(found: Evaluation) -> str:
+    """What the model is called that the methods are held against."""
+    reference = found.method(REFERENCE)
+    return "16 bit" if reference is None else reference.label
+
+
+def color(found: Evaluation, *, legend: bool) -> Any:
+    alt = require_altair()
+    return alt.Color(
+        "method:N", scale=_scale(found, _COLORS, _REFERENCE_COLOR), legend=_legend(found) if legend else None
+    )
+
+
+def shape(found: Evaluation, *, legend: bool) -> Any:
+    scale = _scale(found, _SHAPES, "circle")
+    return require_altair().Shape("method:N", scale=scale, legend=_legend(found) if legend else None)
+
+
+def line_color(found: Evaluation) -> Any:
+    return require_altair().Stroke("method:N", scale=_scale(found, _COLORS, _REFERENCE_COLOR), legend=None)
+
+
+def line_dash(found: Evaluation) -> Any:
+    """Whole lines while the colors last, dashed ones when they come around again."""
+    whole, dashed = [1, 0], [5, 2]
+    dashes = [*[whole] * len(_COLORS), *[dashed] * len(_COLORS)]
+    return require_altair().StrokeDash("method:N", scale=_scale(found, dashes, whole), legend=None)
+
+
+def _scale(found: Evaluation, looks: Sequence[Any], of_reference: Any) -> Any:
+    """The methods in the table's order, around and around; the 16-bit model has a look of its own."""
+    labels = [method.label for method in compared(found)]
+    chosen = [looks[place % len(looks)] for place in range(len(labels))]
+    reference = [method.label for method in found.methods if method.key == REFERENCE]
+    return require_altair().Scale(domain=[*labels, *reference], range=[*chosen, *([of_reference] * len(reference))])
+
+
+def row_of(method: MethodResult, value: float | None, written: str) -> Row:
+    """What is drawn of a method: the value where it is finite, and in any case what is written."""
+    finite = value is not None and math.isfinite(value)
+    return {"method": method.label, "value": short(value) if finite and value is not None else None, "text": written}
+
+
+def rows_axis(rows: Sequence[Row], *, named: bool = True) -> Any:
+    """One row a method, in the table's order."""
+    alt = require_altair()
+    axis = alt.Axis(labelLimit=260, ticks=False, domain=False, labelPadding=8, grid=True, labels=named)
+    return alt.Y("method:N", title=None, sort=[row["method"] for row in rows], axis=axis)
+
+
+def dots(found: Evaluation, rows: Sequence[Row], x: Any, tooltip: Sequence[Any], *, named: bool = True) -> Any:
+    """A dot a method, at its value."""
+    marks = chart_of(rows).mark_point(filled=True, size=70, opacity=1)
+    return marks.encode(
+        x=x,
+        y=rows_axis(rows, named=named),
+        color=color(found, legend=False),
+        shape=shape(found, legend=False),
+        tooltip=list(tooltip),
+    ).properties(height={"step": _ROW_HEIGHT})
+
+
+def written(rows: Sequence[Row], width: int, *, named: bool = True) -> Any:
+    """The values in words, in a column of their own at the right of a chart of that width."""
+    alt = require_altair()
+    marks = chart_of(rows).mark_text(align="left", fontSize=11)
+    return marks.encode(x=alt.value(width + 10), y=rows_axis(rows, named=named), text="text:N")
+
+
+def _legend(found: Evaluation) -> Any:
+    """All but the 16-bit model, which has no errors of its own."""
+    return require_altair().Legend(
+        title=None,
+        orient="top",
+        columns=_LEGEND_COLUMNS,
+        labelLimit=260,
+        symbolOpacity=1,
+        values=[method.label for method in compared(found)],
+    )
