@@ -269,7 +269,7 @@ def test_a_file_that_vanished_is_an_error_and_the_next_run_goes_on(
     hub.fail("tokenizer_config.json", Fault(status=404))
     outcome = user.convert(REPO)
     assert (outcome.code, outcome.out) == (1, "")
-    assert re.search(r"^error: .*tokenizer\.json.*\nhint: ", outcome.err, re.MULTILINE)
+    assert re.search(r"^error: .*tokenizer_config\.json.*\nhint: ", outcome.err, re.MULTILINE)
     assert not (user.output / "config.json").exists()
     assert user.convert(REPO).code == 0
     assert_converted(user, reference)
