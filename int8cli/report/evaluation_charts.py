@@ -10,7 +10,7 @@ from typing import Any
 from int8cli.evaluation.results import REFERENCE, Evaluation, MethodResult
 from int8cli.report.method_marks import color, compared, dots, reference_label, row_of, rows_axis, written
 from int8cli.report.units import perplexity_text
-from int8cli.report.vega import Row, chart_of, require_altair, short
+from int8cli.report.vega import Row, chart_of, logarithmic, require_altair, short
 
 _WIDTH = 700
 _HALF_WIDTH = 310
@@ -35,12 +35,7 @@ def agreement_by_method(found: Evaluation) -> Any:
     scores = [(method, method.scores) for method in compared(found) if method.scores is not None]
     divergences = [row_of(method, of.kl_divergence, _figure(of.kl_divergence)) for method, of in scores]
     shares = [row_of(method, of.same_top_share, _percent(of.same_top_share)) for method, of in scores]
-    to_divergence = alt.X(
-        "value:Q",
-        title=f"KL divergence from {reference_label(found)}, nats",
-        scale=_log(divergences),
-        axis=_decimal_axis(),
-    )
+    to_divergence = _log_x(divergences, f"KL divergence from {reference_label(found)}, nats")
     to_share = alt.X(
         "value:Q",
         title="most likely token is the same",
@@ -84,13 +79,12 @@ def _increases(found: Evaluation) -> Any:
 
 def _perplexities(found: Evaluation) -> Any:
     """Perplexities by themselves, where there is no 16-bit model to hold them against."""
-    alt = require_altair()
     rows = [
         row_of(method, method.scores.perplexity, perplexity_text(method.scores.perplexity))
         for method in found.methods
         if method.scores is not None
     ]
-    x = alt.X("value:Q", title="perplexity", scale=_log(rows), axis=_decimal_axis())
+    x = _log_x(rows, "perplexity")
     chart = dots(found, rows, x, _tooltip("perplexity")) + written(rows, _WIDTH)
     return chart.properties(
         width=_WIDTH, title=_title("Perplexity by method", f"without {reference_label(found)} beside it")
@@ -145,18 +139,13 @@ def _straight(value: float, constant: float) -> float:
     return math.copysign(math.expm1(abs(value)) * constant, value)
 
 
-def _log(rows: Sequence[Row]) -> Any:
-    """A logarithmic scale with some room at its ends. What is not positive has no place on it and is not drawn."""
-    alt = require_altair()
+def _log_x(rows: Sequence[Row], title: str) -> Any:
+    """A logarithmic axis. What is not positive has no place on it and is not drawn."""
     for row in rows:
         row["value"] = row["value"] if row["value"] is not None and row["value"] > 0 else None
     values = [row["value"] for row in rows if row["value"] is not None] or [1.0]
     room = max((max(values) / min(values)) ** 0.05, 1.1)
-    return alt.Scale(type="log", domain=[min(values) / room, max(values) * room], nice=False)
-
-
-def _decimal_axis() -> Any:
-    return require_altair().Axis(format="~g", tickCount=6, labelOverlap="greedy")
+    return require_altair().X("value:Q", title=title, **logarithmic(values, room))
 
 
 def _tooltip(of: str) -> list[Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from int8cli.evaluation.results import Evaluation, LayerError, MethodResult
 from int8cli.report.layer_roles import OUTSIDE, places
-from int8cli.report.method_marks import color, compared, line_color, line_dash, reference_label, shape
-from int8cli.report.vega import Row, chart_of, require_altair, short
+from int8cli.report.method_marks import color, compared, reference_label, shape
+from int8cli.report.vega import Row, chart_of, logarithmic, require_altair, short
 
 _WIDTH = 395
 _HEIGHT = 165
@@ -28,11 +28,12 @@ def errors_by_layer(found: Evaluation) -> Any:
     alt = require_altair()
     panels = _panels([method for method in compared(found) if method.layers])
     chosen = alt.selection_point(name="chosen", fields=["method"], bind="legend")
-    y = _error_axis([row["value"] for rows in panels.values() for row in rows if row["value"] is not None])
+    errors = [row["value"] for rows in panels.values() for row in rows if row["value"] is not None]
+    y = alt.Y("value:Q", **logarithmic(errors, 1.18))
     drawn: list[Any] = []
     for place, (role, rows) in enumerate(panels.items()):
-        left, bottom = place % _COLUMNS == 0, place >= len(panels) - _COLUMNS and role != OUTSIDE
-        x = _layer_axis([row["number"] for row in rows], "layer" if bottom else None)
+        left, bottom = place % _COLUMNS == 0, place >= len(panels) - _COLUMNS
+        x = _layer_axis([row["number"] for row in rows], "block" if bottom else None, labels=role != OUTSIDE)
         panel = _panel(found, rows, chosen).encode(x=x, y=y.title("output error" if left else None))
         title = alt.TitleParams(role, anchor="start", fontSize=12, fontWeight="normal", limit=_WIDTH)
         # One panel owns the choice; the others follow it.
@@ -84,40 +85,22 @@ def _row(method: MethodResult, number: int, point: _Point) -> Row:
 
 
 def _panel(found: Evaluation, rows: Sequence[Row], chosen: Any) -> Any:
-    """A line a method. Lines have channels of their own, so that the legend shows the shapes of the points."""
+    """A line a method. Lines and points name the same legend: it would have no shapes, or not be there at all."""
     alt = require_altair()
-    shown = alt.condition(chosen, alt.value(0.9), alt.value(0.06))
-    lines = (
-        chart_of(rows)
-        .mark_line(strokeWidth=1.2)
-        .encode(stroke=line_color(found), strokeDash=line_dash(found), opacity=shown)
+    base = chart_of(rows).encode(
+        color=color(found, legend=True), opacity=alt.condition(chosen, alt.value(0.9), alt.value(0.06))
     )
     few = len({row["number"] for row in rows}) <= _FEW_LAYERS
-    points = (
-        chart_of(rows)
-        .mark_point(filled=True, size=30 if few else 16)
-        .encode(
-            color=color(found, legend=True),
-            shape=shape(found, legend=True),
-            opacity=shown,
-            tooltip=["layer:N", "input:N", "method:N", alt.Tooltip("value:Q", title="output error")],
-        )
+    points = base.mark_point(filled=True, size=30 if few else 16).encode(
+        shape=shape(found, legend=True),
+        tooltip=["layer:N", "input:N", "method:N", alt.Tooltip("value:Q", title="output error")],
     )
-    return lines + points
+    return base.mark_line(strokeWidth=1.2) + points
 
 
-def _error_axis(values: Sequence[float]) -> Any:
-    """One scale for all panels, and its ticks: decades, with a step between where they are few."""
-    alt = require_altair()
-    low, high = 0.85 * min(values, default=1.0), 1.18 * max(values, default=1.0)
-    steps = (1, 3) if high <= 1000 * low else (1,)
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    ticks = [float(f"{step}e{power}") for power in decades for step in steps]
-    axis = alt.Axis(values=[tick for tick in ticks if low <= tick <= high], format="~g")
-    return alt.Y("value:Q", scale=alt.Scale(type="log", domain=[low, high], nice=False), axis=axis)
-
-
-def _layer_axis(numbers: Sequence[int], title: str | None) -> Any:
+def _layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool) -> Any:
+    """Numbers of blocks; those of layers outside of them mean nothing and are not shown."""
     alt = require_altair()
     scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False)
-    return alt.X("number:Q", title=title, scale=scale, axis=alt.Axis(tickMinStep=1, format="d", grid=False))
+    axis = alt.Axis(tickMinStep=1, format="d", grid=False, labels=labels, ticks=labels)
+    return alt.X("number:Q", title=title if labels else None, scale=scale, axis=axis)

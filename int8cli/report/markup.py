@@ -94,7 +94,7 @@ def page(title: str, body: Sequence[str], drawn: Mapping[str, Any]) -> str:
         style=_STYLE,
         body="\n".join(body),
         library=_safe(vl_convert.javascript_bundle()),
-        specs=_safe(specs),
+        specs=specs.replace("<", "\\u003c"),  # in JSON it only stands in strings
         script=_SCRIPT,
     )
 

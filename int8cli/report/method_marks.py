@@ -41,17 +41,6 @@ def shape(found: Evaluation, *, legend: bool) -> Any:
     return require_altair().Shape("method:N", scale=scale, legend=_legend(found) if legend else None)
 
 
-def line_color(found: Evaluation) -> Any:
-    return require_altair().Stroke("method:N", scale=_scale(found, _COLORS, _REFERENCE_COLOR), legend=None)
-
-
-def line_dash(found: Evaluation) -> Any:
-    """Whole lines while the colors last, dashed ones when they come around again."""
-    whole, dashed = [1, 0], [5, 2]
-    dashes = [*[whole] * len(_COLORS), *[dashed] * len(_COLORS)]
-    return require_altair().StrokeDash("method:N", scale=_scale(found, dashes, whole), legend=None)
-
-
 def _scale(found: Evaluation, looks: Sequence[Any], of_reference: Any) -> Any:
     """The methods in the table's order, around and around; the 16-bit model has a look of its own."""
     labels = [method.label for method in compared(found)]

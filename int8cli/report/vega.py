@@ -4,6 +4,7 @@ Owns what every chart of a report looks like. Knows nothing of what is drawn.
 """
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,29 @@ def chart_of(rows: Sequence[Row]) -> Any:
 
 
 def stacked(charts: Sequence[Any], otherwise: str) -> Any:
-    """One chart below the other, each with its own colors; without any, the words `otherwise`."""
+    """One chart below the other, each with its own colors and shapes; without any, the words `otherwise`."""
     alt = require_altair()
     if not charts:
         charts = [chart_of([{"text": otherwise}]).mark_text().encode(text="text:N")]
-    return finished(charts[0] if len(charts) == 1 else alt.vconcat(*charts).resolve_scale(color="independent"))
+    if len(charts) == 1:
+        return finished(charts[0])
+    return finished(alt.vconcat(*charts).resolve_scale(color="independent", shape="independent"))
 
 
 def finished(chart: Any) -> Any:
     """The chart with the look of all: no frame, the reader's font. Text and background take the page's scheme."""
-    return chart.configure_view(strokeWidth=0).configure(font="system-ui, sans-serif")
+    return chart.configure(font="system-ui, sans-serif", view=require_altair().ViewConfig(strokeWidth=0))
+
+
+def logarithmic(values: Sequence[float], room: float) -> dict[str, Any]:
+    """A logarithmic scale that holds the values and some room, as a factor; ticks at decades, and between if few."""
+    alt = require_altair()
+    low, high = min(values, default=1.0) / room, max(values, default=1.0) * room
+    steps = (1, 3) if high <= 1000 * low else (1,)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    ticks = [float(f"{step}e{power}") for power in decades for step in steps]
+    axis = alt.Axis(values=[tick for tick in ticks if low <= tick <= high], format="~g")
+    return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis}
 
 
 def short(value: float) -> float:
