@@ -17,6 +17,7 @@ _WIDTH = 395
 _HEIGHT = 165
 _COLUMNS = 2
 _FEW_LAYERS = 40
+_MOST_TICKS = 15
 
 
 def has_errors(found: Evaluation) -> bool:
@@ -102,5 +103,8 @@ def _layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool) -> A
     """Numbers of blocks; those of layers outside of them mean nothing and are not shown."""
     alt = require_altair()
     scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False)
-    axis = alt.Axis(tickMinStep=1, format="d", grid=False, labels=labels, ticks=labels)
+    span = max(numbers) - min(numbers) + 1
+    step = next((step for step in (1, 2, 5, 10, 20, 50) if span <= _MOST_TICKS * step), 100)
+    ticks = [number for number in range(min(numbers), max(numbers) + 1) if number % step == 0]
+    axis = alt.Axis(values=ticks, format="d", grid=False, labels=labels, ticks=labels)
     return alt.X("number:Q", title=title if labels else None, scale=scale, axis=axis)
