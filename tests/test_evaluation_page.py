@@ -240,11 +240,22 @@ const hover = () => {
     const button = table.querySelectorAll('th button')[2];
     button.click(); seen.down = names();
     button.click(); seen.up = names();
-    const out = document.createElement('pre');
-    out.id = 'seen';
-    out.textContent = JSON.stringify(seen);
-    document.body.append(out);
+    const symbol = document.querySelector('#errors .role-legend-symbol path');
+    const at = symbol.getBoundingClientRect();
+    const there = {bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2};
+    for (const event of ['pointerdown', 'mousedown', 'pointerup', 'mouseup', 'click']) {
+      symbol.dispatchEvent(new MouseEvent(event, there));
+    }
+    setTimeout(tell, 200);
   }, 200);
+};
+const tell = () => {
+  const dots = [...document.querySelectorAll('#errors path[aria-label*="input:"]')];
+  seen.left = dots.filter(dot => Number(dot.getAttribute('opacity')) > 0.5).map(dot => dot.getAttribute('aria-label'));
+  const out = document.createElement('pre');
+  out.id = 'seen';
+  out.textContent = JSON.stringify(seen);
+  document.body.append(out);
 };
 hover();
 </script>
@@ -275,6 +286,8 @@ def test_in_a_browser_the_page_has_no_error_and_a_point_tells_its_layer(tmp_path
     assert seen["legend"] == len(OVER)
     for part in ("h.2.mlp.down", "vector-wise", "0.07"):
         assert part in seen["tooltip"]
+    assert len(seen["left"]) == 2 * LAYERS  # of all panels, after a click on the first name in the legend
+    assert all("absmax by tensor" in dot for dot in seen["left"])
     # The 16-bit model has no difference and sorts as the least.
     assert seen["down"] == ["absmax by tensor", "vector-wise", "int8 weights", "16 bit"]
     assert seen["up"] == ["16 bit", "int8 weights", "vector-wise", "absmax by tensor"]
