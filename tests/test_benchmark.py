@@ -1,5 +1,6 @@
 """The benchmark measures what it says: real checkpoints, commands in turn, and for what cannot be had a reason."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from benchmarking.cases import COLD_CONVERT, CONVERT, COPY, IMPORT_TORCH, INSPEC
 from benchmarking.checkpoint import bloom, llama, write_checkpoint
 from benchmarking.peers import InstallError, Peer, installed
 from benchmarking.tables import against_copy, growth, peers
-from benchmarking.turns import Case, Run, size_of, take_turns
+from benchmarking.turns import Case, Run, measure, size_of, take_turns
 
 MEGABYTE = 1_000_000
 
@@ -133,3 +134,17 @@ def test_sizes_are_of_all_files_below(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(3))
     (tmp_path / "in/b").write_bytes(bytes(4))
     assert size_of(tmp_path) == 7
+
+
+def test_what_a_command_starts_and_does_not_wait_for_counts_too(tmp_path: Path) -> None:
+    burn = "import time; a = bytearray(50 << 20); t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"
+    program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {burn!r}])"
+    case = Case("orphan", (sys.executable, "-c", program), reads=tmp_path, log=tmp_path / "log")
+    bystander = subprocess.Popen(["sleep", "100"])
+    try:
+        run = measure(case)
+    finally:
+        bystander.kill()
+        bystander.wait()
+    assert run.cpu_s > 0.3
+    assert run.peak_bytes > 50 << 20

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarking.process_tree import ProcessTree, Usage, adopt_orphans, children_of
+
 PIECE_BYTES = 1 << 22
 
 
@@ -101,22 +103,24 @@ def measure(case: Case) -> Run:
         shutil.rmtree(case.output)
     return Run(
         seconds,
-        usage.ru_utime + usage.ru_stime,
-        usage.ru_maxrss * 1024,
-        usage.ru_inblock * 512,
+        usage.cpu_s,
+        usage.peak_bytes,
+        usage.disk_bytes,
         output_bytes,
         start.seconds if start else 0.0,
         start.cpu_s if start else 0.0,
     )
 
 
-def _run(case: Case) -> "os.struct_rusage":  # type: ignore[name-defined]
+def _run(case: Case) -> Usage:
+    adopt_orphans()
+    before = children_of(os.getpid())
     with case.log.open("wb") as log:
         process = subprocess.Popen(
             case.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **case.environment}
         )
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            status, usage = ProcessTree(process.pid, before).wait()
         except BaseException:  # an interrupt is for the command, too
             process.kill()
             raise
