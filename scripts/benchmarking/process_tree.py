@@ -6,8 +6,8 @@ A process's own figures leave out what it starts and does not wait for, such as 
 import ctypes
 import os
 import threading
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +60,15 @@ class ProcessTree:
         return [pid for pid in children_of(os.getpid()) if pid not in self._before]
 
 
-def adopt_orphans() -> None:
-    """Have processes whose parent has ended become children of this one, so that it can wait for them (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Have processes whose parent ends become children of this one meanwhile, so that it can wait for them (Linux)."""
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def children_of(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarking.process_tree import ProcessTree, Usage, adopt_orphans, children_of
+from benchmarking.process_tree import ProcessTree, Usage, adopting_orphans, children_of
 
 PIECE_BYTES = 1 << 22
 
@@ -113,9 +113,8 @@ def measure(case: Case) -> Run:
 
 
 def _run(case: Case) -> Usage:
-    adopt_orphans()
     before = children_of(os.getpid())
-    with case.log.open("wb") as log:
+    with adopting_orphans(), case.log.open("wb") as log:
         process = subprocess.Popen(
             case.command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **case.environment}
         )
