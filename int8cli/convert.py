@@ -17,6 +17,7 @@ from typing import Literal
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.columns import ColumnSource, NoColumns
+from int8cli.columns.wanted import CANNOT_GO
 from int8cli.conclusion import RenderCard, write_conclusion
 from int8cli.errors import (
     CorruptShardError,
@@ -108,7 +109,7 @@ def convert(
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
             loop = _ShardLoop(source, tasks, executor, store, observer, columns or NoColumns())
             records.update(loop.run(partial(_require_room, source, survey, options.output)))
-        except UnsupportedModelError:
+        except CANNOT_GO:
             if not any(map(store.finished, conversion.shards)):  # the directory is free for another way to do it
                 store.clear()
             raise

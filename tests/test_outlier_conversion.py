@@ -21,7 +21,7 @@ from int8cli.checkpoint.source import Source
 from int8cli.columns.choose import ways_to_choose
 from int8cli.columns.wanted import ColumnsWanted, Way
 from int8cli.convert import ConvertOptions, Observer, convert
-from int8cli.errors import StatisticsMismatchError, TextError, UnsupportedModelError
+from int8cli.errors import NotEnoughMemoryError, StatisticsMismatchError, TextError, UnsupportedModelError
 from int8cli.layouts import LAYOUTS
 from int8cli.outlier_statistics import save_statistics
 from int8cli.plan import PlanOptions
@@ -201,6 +201,17 @@ def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path
     assert asked.said == ["the activations cannot be looked at: there is no tokenizer beside the weights"]
     with pytest.raises(UnsupportedModelError, match="no tokenizer"):
         local(bare, tmp_path / "out", mode="activations").ways()
+
+
+def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
+    model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8cli.calibration.calibrate.available_bytes", lambda: 1)
+    output = tmp_path / "out"
+    with pytest.raises(NotEnoughMemoryError):
+        local(model, output, text=words).convert()
+    report = local(model, output, mode="weights").convert()
+    assert report.settings["outliers"] == "weights"
 
 
 def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
