@@ -45,7 +45,10 @@ class Place:
 
 @dataclass(slots=True)
 class PassResult:
-    """What a pass saw. `non_finite` names weights that must be kept; with any, the written file is not the result."""
+    """What a pass saw: the errors, where they were asked for, and the digests of what it wrote, by tensor.
+
+    `non_finite` names weights that must be kept; with any, the written file is not the result.
+    """
 
     sums: dict[str, ErrorSums] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
@@ -214,7 +217,11 @@ class ShardPass:
             return _Written(spec.name, (), non_finite=self._place(matrix, part, found))
         data = bench.data.tensor(torch.int8, (part.rows, part.columns))
         scales = bench.scales.tensor(torch.float32, (part.rows,))
-        sums = bench.quantizer.quantize(loaded, absmax, data=data, stored_absmax=scales)
+        sums = None
+        if self._options.figures:
+            sums = bench.quantizer.quantize_and_measure(loaded, absmax, data=data, stored_absmax=scales)
+        else:
+            bench.quantizer.quantize(loaded, absmax, data=data, stored_absmax=scales)
         if self._output.target.SCALES == "step":
             quantization_steps(scales)
         outputs = [(spec.name, part.row * matrix.in_features + part.column, bench.data.bytes[: part.numel])]

@@ -18,13 +18,15 @@ from int8cli.results import NOTHING_STORED, StoredColumns
 class PassOptions:
     """How a pass over a shard is made; nothing here changes the bytes it writes, but `float32_via_half`.
 
-    `keep_non_finite`: a weight with NaN or an infinity is put down in the result instead of raised.
+    `keep_non_finite`: a weight with NaN or an infinity is put down in the result instead of raised. `figures`:
+    the error of what is quantized is measured.
     """
 
     threads: int = 1
     device: str = "cpu"
     float32_via_half: bool = False
     keep_non_finite: bool = False
+    figures: bool = True
 
 
 @dataclass(frozen=True, slots=True)

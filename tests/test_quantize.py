@@ -28,7 +28,7 @@ def error_sums(weight: Tensor) -> ErrorSums:
     quantizer = BlockQuantizer(weight.numel())
     data = torch.empty(weight.shape, dtype=torch.int8)
     absmax = torch.empty(weight.shape[0])
-    return quantizer.quantize(weight, quantizer.row_absmax(weight), data=data, stored_absmax=absmax)
+    return quantizer.quantize_and_measure(weight, quantizer.row_absmax(weight), data=data, stored_absmax=absmax)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -153,6 +153,22 @@ def test_sums_of_parts_make_the_sums_of_the_whole() -> None:
     assert parts.sum_squared_error == pytest.approx(whole.sum_squared_error, rel=1e-12)
     assert parts.max_abs_error == whole.max_abs_error
     assert parts.sum_abs_data == whole.sum_abs_data
+
+
+@pytest.mark.parametrize("float32_via_half", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_measuring_changes_nothing_of_what_is_measured(dtype: torch.dtype, float32_via_half: bool) -> None:
+    scales = torch.logspace(-40, 4, 97)[:, None]
+    weight = (random_weight(97, 301, 1.0, torch.float32) * scales).to(dtype)
+    quantizer = BlockQuantizer(weight.numel(), float32_via_half=float32_via_half)
+    outcomes = []
+    for quantize in (quantizer.quantize, quantizer.quantize_and_measure):
+        data, absmax = torch.empty(weight.shape, dtype=torch.int8), torch.empty(97)
+        quantize(weight, quantizer.row_absmax(weight), data=data, stored_absmax=absmax)
+        outcomes.append((data, absmax))
+    (plain, plain_absmax), (measured, measured_absmax) = outcomes
+    assert torch.equal(plain, measured)
+    assert torch.equal(plain_absmax, measured_absmax)
 
 
 def test_a_weight_of_zeros_has_no_error_and_no_ratio() -> None:

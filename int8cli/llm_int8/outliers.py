@@ -255,7 +255,8 @@ def column_errors(weight: Tensor) -> tuple[Tensor, float]:
     for start in range(0, out_features, rows):
         block = weight[start : start + rows].contiguous()
         count = block.shape[0]
-        sums = quantizer.quantize(block, quantizer.row_absmax(block), data=data[:count], stored_absmax=absmax[:count])
+        found = quantizer.row_absmax(block)
+        sums = quantizer.quantize_and_measure(block, found, data=data[:count], stored_absmax=absmax[:count])
         restored = data[:count].float().mul_((absmax[:count] / INT8_MAX)[:, None])
         errors += restored.sub_(block).square_().sum(dim=0).double()
         sum_squares += sums.sum_squared_weight

@@ -9,6 +9,7 @@ that reciprocal and product: two roundings, and a true division would differ in 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class BlockQuantizer:
             _raise_first_non_finite(block, absmax)
         return absmax
 
-    def quantize(self, block: Tensor, row_absmax: Tensor, *, data: Tensor, stored_absmax: Tensor) -> ErrorSums:
+    def quantize(self, block: Tensor, row_absmax: Tensor, *, data: Tensor, stored_absmax: Tensor) -> None:
         """Quantize a block into `data`, given the absmax of its whole rows (it may be only some of their columns).
 
         block: (rows, columns), contiguous, on this quantizer's device; row_absmax: float32 (rows,) from `row_absmax`.
@@ -73,8 +74,23 @@ class BlockQuantizer:
         The stored absmax differs from the one given in rows that go through float16. A row of zeros stays zero with the
         scale 0, as does a bfloat16 row so small that float16 has only zeros for it.
         """
+        scaled = self._scratch_of(block).scaled
+        absmax = self._quantize(block, row_absmax, scaled, scaled).absmax
+        self._hand_over(scaled, absmax, data, stored_absmax)
+
+    def quantize_and_measure(
+        self, block: Tensor, row_absmax: Tensor, *, data: Tensor, stored_absmax: Tensor
+    ) -> ErrorSums:
+        """The same, and what it did to the block. Takes about twice as long."""
         scratch = self._scratch_of(block)
-        scaled, rounded = scratch.scaled, scratch.rounded
+        rows = self._quantize(block, row_absmax, scratch.scaled, scratch.rounded)
+        self._hand_over(scratch.rounded, rows.absmax, data, stored_absmax)
+        if rows.plain:
+            return scratch.error_sums(rows.absmax, rows.extremes)
+        return scratch.error_sums(rows.absmax, _extremes(rows.absmax)) + _lost_rows(block, row_absmax, rows.absmax)
+
+    def _quantize(self, block: Tensor, row_absmax: Tensor, scaled: Tensor, rounded: Tensor) -> "_Rows":
+        """W in units of each row's step, and that rounded; `rounded` may be `scaled` where only it is wanted."""
         extremes = _extremes(row_absmax)
         plain = self._is_plain(block.dtype, extremes[0])
         absmax = row_absmax if plain else self._absmax_to_store(block.dtype, row_absmax)
@@ -83,11 +99,14 @@ class BlockQuantizer:
         torch.round(scaled, out=rounded)
         if not plain:
             self._mend_rows(block, row_absmax, absmax, scaled, rounded)
-            extremes = _extremes(absmax)
-        data.copy_(rounded)
-        stored_absmax.copy_(absmax)
-        sums = scratch.error_sums(absmax, extremes)
-        return sums if plain else sums + _lost_rows(block, row_absmax, absmax)
+        return _Rows(absmax, plain, extremes)
+
+    def _hand_over(self, rounded: Tensor, absmax: Tensor, data: Tensor, stored_absmax: Tensor) -> None:
+        """Give the caller what was made. It may be read at once, also where it had to come from another device."""
+        data.copy_(rounded, non_blocking=True)
+        stored_absmax.copy_(absmax, non_blocking=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _scratch_of(self, block: Tensor) -> "_Scratch":
         """The buffers in a block's shape, which is mostly that of the block before."""
@@ -145,6 +164,15 @@ def quantization_steps(row_absmax: Tensor) -> None:
     """
     zero = row_absmax == 0
     row_absmax.div_(INT8_MAX).masked_fill_(zero, torch.finfo(torch.float32).eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The rows of a block: the absmax to store, whether none needed more than the scale, the extremes of the given."""
+
+    absmax: Tensor
+    plain: bool
+    extremes: tuple[float, float]
 
 
 def _scale(absmax: Tensor, *, plain: bool = False) -> Tensor:
