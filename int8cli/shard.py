@@ -147,13 +147,14 @@ class ShardPass:
     def _work(self, on_bytes: Callable[[str, int], None], source_digest: SourceDigest | None) -> None:
         try:
             bench = self._workbench()
-            for ticket, block in self._claim():
-                written = self._process(bench, block)
-                with self._turnstile.turn(ticket):
-                    self._take_down(written, source_digest)
-                    on_bytes(written.name, _source_bytes(block))
-                for name, offset, data in written.outputs:
-                    self._write(name, offset, data)
+            with bench.in_stream():
+                for ticket, block in self._claim():
+                    written = self._process(bench, block)
+                    with self._turnstile.turn(ticket):
+                        self._take_down(written, source_digest)
+                        on_bytes(written.name, _source_bytes(block))
+                    for name, offset, data in written.outputs:
+                        self._write(name, offset, data)
         except TurnAbandonedError:
             pass
         except BaseException as error:
@@ -196,10 +197,10 @@ class ShardPass:
         spec, dtype_name = matrix.stored.spec, self._output.tensors[matrix.stored.spec.name].spec.dtype
         width_bytes = DTYPE_BITS[dtype_name] // 8
         if dtype_name == spec.dtype:
-            bench.load(matrix, part, _DTYPE_OF_WIDTH[width_bytes])
+            bench.load_here(matrix, part, _DTYPE_OF_WIDTH[width_bytes])
             data = bench.source.bytes[: part.numel * width_bytes]
         else:
-            loaded = bench.load(matrix, part, TORCH_DTYPE[spec.dtype])
+            loaded = bench.load_here(matrix, part, TORCH_DTYPE[spec.dtype])
             bench.scales.tensor(TORCH_DTYPE[dtype_name], (part.rows, part.columns)).copy_(loaded)
             data = bench.scales.bytes[: part.numel * width_bytes]
         start = (part.row * matrix.in_features + part.column) * width_bytes

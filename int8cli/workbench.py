@@ -1,11 +1,14 @@
 """The memory that a pass works in: the buffers of one thread, and what threads share of a tensor that lies awkwardly.
 
-Owns how a rectangle of a tensor comes into memory, whichever way its bytes lie, and what that costs in buffers.
+Owns how a rectangle of a tensor comes into memory, whichever way its bytes lie, and on to the device that computes, and
+what that costs in buffers.
 """
 
+import ctypes
 import mmap
 import threading
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,13 +26,18 @@ class Buffer:
     """Memory seen both as bytes, for the disk, and as tensors, for the arithmetic. Allocated once.
 
     It is mapped: what a block does not reach takes no memory, as with 16-bit weights in room for 64-bit ones, and
-    every buffer lies alike, so that no sum depends on where it happens to lie.
+    every buffer lies alike, so that no sum depends on where it happens to lie. A `pinned` one is locked in memory
+    instead, so that a GPU copies from it and to it while the processor does something else.
     """
 
-    def __init__(self, size_bytes: int) -> None:
-        memory = mmap.mmap(-1, size_bytes)
-        self.bytes = memoryview(memory)
-        self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+    def __init__(self, size_bytes: int, *, pinned: bool = False) -> None:
+        if pinned:
+            self._tensor = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+            self.bytes = bytes_of(self._tensor)
+        else:
+            memory = mmap.mmap(-1, size_bytes)
+            self.bytes = memoryview(memory)
+            self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
     def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
         """The first bytes of the buffer as a contiguous tensor of this dtype and shape."""
@@ -37,6 +45,11 @@ class Buffer:
         for size in shape:
             numel *= size
         return self._tensor[: numel * dtype.itemsize].view(dtype).view(shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor, which must outlive the view."""
+    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
 
 
 class CrosswiseTiles:
@@ -94,17 +107,33 @@ class CrosswiseTiles:
 
 
 class Workbench:
-    """The buffers of one thread: a block as the source has it, its int8 data, its scales or its cast form."""
+    """The buffers of one thread: a block as the source has it, its int8 data, its scales or its cast form.
+
+    Where a GPU computes, they are pinned, and each thread's work goes to the GPU in a stream of its own: while one
+    block is on its way there or back another is computed, and a third comes off the disk.
+    """
 
     def __init__(self, reader: ShardReader, tiles: CrosswiseTiles, quantizer: BlockQuantizer) -> None:
-        self.source = Buffer(BLOCK_ELEMENTS * 8)
-        self.data = Buffer(BLOCK_ELEMENTS)
-        self.scales = Buffer(BLOCK_ELEMENTS * 4)
+        on_gpu = quantizer.device.type == "cuda"
+        self.source = Buffer(BLOCK_ELEMENTS * 8, pinned=on_gpu)
+        self.data = Buffer(BLOCK_ELEMENTS, pinned=on_gpu)
+        self.scales = Buffer(BLOCK_ELEMENTS * 4, pinned=on_gpu)
         self.quantizer = quantizer
         self._reader = reader
         self._tiles = tiles
         self._strip: Buffer | None = None
         self._gathered: Buffer | None = None
+        self._stream = _new_stream(quantizer.device) if on_gpu else None
+        self._on_gpu = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8, device=quantizer.device) if on_gpu else None
+
+    def in_stream(self) -> AbstractContextManager[object]:
+        """The context that the bench's thread must compute in."""
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def settle(self) -> None:
+        """Wait until what this thread has asked for is computed, so that others may use it."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def gather(self, loaded: Tensor, columns: Tensor) -> memoryview:
         """The bytes of some columns (k,) of a rectangle (rows, columns), row-major (rows, k)."""
@@ -122,7 +151,19 @@ class Workbench:
         return data
 
     def load(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read a rectangle into the source buffer: (rows, columns), contiguous, on the quantizer's device."""
+        """Read a rectangle of floats into the source buffer, and from there to the quantizer's device if it is another.
+
+        (rows, columns), contiguous. What was loaded before is overwritten, here and there.
+        """
+        if self._on_gpu is None:
+            return self.load_here(matrix, part, dtype)
+        self.settle()  # the block before may still be on its way from the buffer
+        loaded = self.load_here(matrix, part, dtype)
+        there = self._on_gpu[: part.numel * dtype.itemsize].view(dtype).view(loaded.shape)
+        return there.copy_(loaded, non_blocking=True)
+
+    def load_here(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
+        """Read a rectangle into the source buffer: (rows, columns), contiguous."""
         loaded = self.source.tensor(dtype, (part.rows, part.columns))
         if matrix.crosswise:
             # In two steps: torch turns a whole contiguous matrix ten times faster than a part of a wider one.
@@ -131,7 +172,7 @@ class Workbench:
             loaded.copy_(strip.t())
         else:
             self.read(*matrix.run(part))
-        return loaded.to(self.quantizer.device, non_blocking=True)
+        return loaded
 
     def _strip_buffer(self) -> Buffer:
         """Few checkpoints have tensors that lie crosswise; for the others there is no second buffer."""
@@ -160,8 +201,13 @@ class WideRowAbsmax:
         with self._lock:
             if self._absmax is None or self._row != (matrix.stored, row):
                 self._absmax = _scan(bench, matrix, row)
+                bench.settle()
                 self._row = (matrix.stored, row)
             return self._absmax
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _scan(bench: Workbench, matrix: Matrix, row: int) -> Tensor:

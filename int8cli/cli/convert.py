@@ -172,8 +172,9 @@ def convert(
         )
         try:
             survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
-            workers = workers or _workers(survey)
-            options = ConvertOptions(output, on_nonfinite.value, overwrite, workers, _threads(workers), device.value)
+            workers = workers or _workers(survey, device)
+            threads = _threads(workers, device)
+            options = ConvertOptions(output, on_nonfinite.value, overwrite, workers, threads, device.value)
             job = _Job(source, survey, settings, wanted, options, store.calibration_directory, observer)
             show = job.plan() if dry_run else job.convert()
         finally:
@@ -346,13 +347,19 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _workers(survey: "Survey") -> int:
-    """A process for every core, since threads of one get in each other's way; one where the network sets the pace."""
+def _workers(survey: "Survey", device: Device) -> int:
+    """A process for every core, since threads of one get in each other's way; one where the network sets the pace.
+
+    One for a GPU, too: its threads wait more than they compute, and each process would take memory of it.
+    """
     shards = len(survey.layouts)
-    if survey.identity.on_hub or survey.source_bytes < LEAST_BYTES_FOR_WORKERS:
+    if device is Device.cuda or survey.identity.on_hub or survey.source_bytes < LEAST_BYTES_FOR_WORKERS:
         return 1
     return max(1, min(shards, usable_cores(), MOST_WORKERS))
 
 
-def _threads(workers: int) -> int:
+def _threads(workers: int, device: Device) -> int:
+    """Of each process. A GPU gets them all however few the cores: one reads, one waits for the GPU, one writes."""
+    if device is Device.cuda:
+        return THREADS_FOR_A_SHARD
     return max(1, min(THREADS_FOR_A_SHARD, usable_cores() // workers))

@@ -1,0 +1,78 @@
+"""Conversion on a GPU, where there is one: the bytes are those of the processor, the figures equal but for their order.
+
+Without one, only what a GPU's buffers rest on is tested.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from int8cli.blocks import BLOCK_ELEMENTS
+from int8cli.workbench import bytes_of
+from tests.checkpoints import read_json, save_by_hand, save_tiny
+from tests.program import run
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+FIGURES = ("max_abs_error", "sum_squared_error", "sum_squared_weight", "sum_abs_data")
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 0.05) -> torch.Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) * std).to(dtype)
+
+
+def convert_on(device: str, source: Path, *options: str) -> Path:
+    output = source.with_name(f"on-{device}")
+    outcome = run("convert", source, "-o", output, "--device", device, "--quiet", *options, cwd=source.parent)
+    assert outcome.code == 0, outcome.err
+    return output
+
+
+def assert_alike(gpu: Path, cpu: Path) -> None:
+    names = sorted(file.relative_to(cpu) for file in cpu.rglob("*.safetensors"))
+    assert names == sorted(file.relative_to(gpu) for file in gpu.rglob("*.safetensors"))
+    for name in names:
+        assert (gpu / name).read_bytes() == (cpu / name).read_bytes()
+    there, here = (
+        {layer["name"]: layer for layer in read_json(directory / "int8" / "report.json")["layers"]}
+        for directory in (gpu, cpu)
+    )
+    assert there.keys() == here.keys()
+    for name, layer in here.items():
+        assert all(math.isclose(there[name][figure], layer[figure], rel_tol=1e-5) for figure in FIGURES)
+
+
+def test_the_bytes_of_a_tensor_are_its_own_memory() -> None:
+    tensor = torch.zeros(5, dtype=torch.uint8)
+    view = bytes_of(tensor)
+    view[1:3] = b"ab"
+    assert tensor.tolist() == [0, 97, 98, 0, 0]
+    assert (view.format, view.nbytes, view.readonly) == ("B", 5, False)
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [(), ("--layout", "compressed-tensors"), ("--outliers", "weights")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_gpu_writes_the_bytes_of_the_processor(dtype: torch.dtype, options: tuple[str, ...], tmp_path: Path) -> None:
+    source = save_tiny("llama", tmp_path / "source", dtype)
+    assert_alike(convert_on("cuda", source, *options), convert_on("cpu", source, *options))
+
+
+@on_gpu
+def test_rows_wider_than_a_block_and_tensors_of_many_blocks_come_out_alike(tmp_path: Path) -> None:
+    rows_of_every_size = normal(3000, 700, dtype=torch.float32, std=1.0) * torch.logspace(-8, 4, 3000)[:, None]
+    tensors = {
+        "layers.0.mlp.up_proj.weight": normal(3, BLOCK_ELEMENTS + 9),
+        "layers.0.mlp.down_proj.weight": rows_of_every_size.bfloat16(),
+        "layers.0.self_attn.q_proj.weight": torch.zeros(5, 700, dtype=torch.bfloat16),
+        "layers.0.self_attn.k_proj.weight": normal(9000, 700),
+    }
+    source = save_by_hand(tmp_path / "source", tensors)
+    assert_alike(convert_on("cuda", source), convert_on("cpu", source))
+
+
+@on_gpu
+def test_conv1d_weights_come_out_alike(tmp_path: Path) -> None:
+    source = save_tiny("gpt2", tmp_path / "source", torch.float16)
+    assert_alike(convert_on("cuda", source), convert_on("cpu", source))
