@@ -26,7 +26,7 @@ from int8cli.errors import (
     UnsupportedModelError,
     WorkerLostError,
 )
-from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor
+from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor, Result
 from int8cli.lock import locked
 from int8cli.manifest import MANIFEST_FILE
 from int8cli.output import CARD_FILE, INDEX_FILE, REPORT_FILE
@@ -199,7 +199,7 @@ class _ShardLoop:
             return
         self._waiting.remove(task)
         self._observer.shard_started(shard)
-        stored = self._columns.columns_of(shard, local)
+        stored = self._columns.columns_of(shard, local, self._run_task)
         threads = task.options.threads * self._executor.slots  # no other shard is worked on meanwhile
         alone = replace(task, stored=stored, options=replace(task.options, threads=threads))
         record = _convert_shard(alone, local, self._observer.progressed)
@@ -213,8 +213,12 @@ class _ShardLoop:
         if self._waiting:
             self._source.prefetch(self._waiting[0].source.file)
         self._observer.shard_started(task.source.file)
-        task = replace(task, stored=self._columns.columns_of(task.source.file, local))
+        task = replace(task, stored=self._columns.columns_of(task.source.file, local, self._run_task))
         self._under_way[self._executor.submit(partial(_convert_shard, task, local))] = (task, held)
+
+    def _run_task(self, task: Callable[[OnBytes], Result]) -> Result:
+        """A free slot is there: this is called for a shard that is to be given to it next."""
+        return self._executor.submit(task).result()
 
     def _finish(self, future: Future[ShardRecord]) -> None:
         task, held = self._under_way.pop(future)

@@ -89,6 +89,11 @@ def sidecar_specs(decision: Decision, count: int) -> tuple[TensorSpec, TensorSpe
     return stored_specs(decision.module, decision.spec.dtype, out_features, count)
 
 
+def sidecar_bytes(decision: Decision, count: int) -> int:
+    """What both of a linear's sidecar tensors take."""
+    return sum(spec.nbytes for spec in sidecar_specs(decision, count))
+
+
 def stored_specs(module: str, dtype: str, out_features: int, count: int) -> tuple[TensorSpec, TensorSpec]:
     """What a sidecar holds of a linear whose source weight has this dtype."""
     return (

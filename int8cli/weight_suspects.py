@@ -1,14 +1,13 @@
 """Dimensions of the residual stream that may carry outliers, as far as weights can tell: suspects, never outliers.
 
-Owns the one predictor that was found to be worth something, the names by which it finds the layers it needs, and the
-precision that was measured for it. One pass over the shards, in blocks, without any model code.
+Owns the one predictor that was found to be worth something, and the precision that was measured for it. One pass over
+the shards, in blocks, without any model code; `residual_stream` knows the tensors that it needs by their names.
 
 Predictor, for dimension j of a norm's output: |gain_j| times what the layers before it write into the dimension,
 sqrt( mean_v E[v, j]² + Σ ||row_j||² ) over the attention outputs and second feed-forward layers upstream, with E the
 token embedding; divided by the root mean square over the dimensions, since the norm divides by it.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardLayout
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import UnsupportedModelError
-from int8cli.plan import Decision
+from int8cli.residual_stream import ResidualStream, in_block
 from int8cli.survey import Survey
 
 # On SmolLM2-135M-Instruct, whose outliers are known from its activations (scripts/measure_outliers.py): the one feature
@@ -34,16 +33,6 @@ MEASURED_AVERAGE_PRECISION = 0.76
 MEASURED_ON = "SmolLM2-135M-Instruct"
 MOST_SUSPECTS = 20
 MEASURED_PRECISION_OF_ALL = 1 / MOST_SUSPECTS
-
-_WRITER = re.compile(
-    r"\.(o_proj|out_proj|c_proj|wo|o|dense_4h_to_h|down_proj|fc2|fc_out|w2|out_lin|lin2|attn_out|ff_out"
-    r"|self_attention\.dense|attention\.dense|attention\.output\.dense|output\.dense|attention\.out_proj)$"
-)
-_NORM = re.compile(r"(norm|ln)(_?\w*)?$", re.IGNORECASE)
-_INNER_NORM = re.compile(r"[qk]_(layer)?norm$|post_(feedforward|mlp)_(layer)?norm$|sub_?(layer)?norm$", re.IGNORECASE)
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|embed)$")
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
-_GAIN_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "recurrent_gemma", "nemotron"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +76,25 @@ class _Layer:
 class SuspectScan:
     """The suspects by what has been seen of a checkpoint so far: a figure by dimension for each tensor of interest."""
 
-    def __init__(self, survey: Survey) -> None:
-        self._width = hidden_size(survey)
-        self._add_one = survey.config.get("model_type") in _GAIN_PLUS_ONE
+    def __init__(self, stream: ResidualStream, on_block: Callable[[], None] = lambda: None) -> None:
+        """`on_block` is called after each block that is read."""
+        self._stream, self._on_block = stream, on_block
         self._figures: dict[str, Tensor] = {}
-        self.wanted = {each.spec.name: each for each in survey.plan.decisions if _is_wanted(each, self._width)}
 
     def figure(self, name: str, tensors: CheckpointTensors | ShardTensors) -> Tensor:
         """A norm's gain, the embedding's mean square, a writing layer's squared row norms: float64 (width,)."""
-        decision = self.wanted[name]
+        decision, width = self._stream.tensors[name], self._stream.width
         if len(decision.spec.shape) == 1:
-            return tensors.read(name).double() + (1.0 if self._add_one else 0.0)
-        blocks, rows = tensors.row_blocks(name), decision.spec.shape[0]
-        if _LAYER.match(decision.module) is None:
-            return _column_squares(blocks, self._width) / max(1, rows)
+            return tensors.read(name).double() + (1.0 if self._stream.gain_plus_one else 0.0)
+        blocks, rows = self._told(tensors.row_blocks(name)), decision.spec.shape[0]
+        if in_block(decision.module) is None:
+            return _column_squares(blocks, width) / max(1, rows)
         # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
-        return _column_squares(blocks, self._width) if decision.transpose else _row_squares(blocks)
+        return _column_squares(blocks, width) if decision.transpose else _row_squares(blocks)
 
     def look_at(self, layout: ShardLayout, local: LocalFile) -> dict[str, Tensor]:
         """The figures of a shard that is on this machine, in pieces of a few megabytes."""
-        names = [stored.spec.name for stored in layout.tensors if stored.spec.name in self.wanted]
+        names = [stored.spec.name for stored in layout.tensors if stored.spec.name in self._stream.tensors]
         if not names:
             return {}
         with closing(ShardTensors(local.path, layout)) as tensors, torch_threads(1):
@@ -119,23 +107,27 @@ class SuspectScan:
         """Each norm's prediction."""
         stacks: dict[str, dict[int, _Layer]] = {}
         embedding: Tensor | None = None
-        for name, decision in self.wanted.items():  # in the checkpoint's order, whichever was seen first
-            figure, place = self._figures.get(name), _LAYER.match(decision.module)
+        for name, decision in self._stream.tensors.items():  # in the checkpoint's order, whichever was seen first
+            figure, place = self._figures.get(name), in_block(decision.module)
             if figure is None:
                 continue
             if place is None:
                 embedding = figure
                 continue
-            stack, index, inner = place.group(1), int(place.group(2)), place.group(3)
-            layer = stacks.setdefault(stack, {}).setdefault(index, _Layer())
-            (layer.gains if len(decision.spec.shape) == 1 else layer.writes)[inner] = figure
-        return tuple(_score(stacks, embedding, self._width))
+            layer = stacks.setdefault(place.stack, {}).setdefault(place.index, _Layer())
+            (layer.gains if len(decision.spec.shape) == 1 else layer.writes)[place.inner] = figure
+        return tuple(_score(stacks, embedding, self._stream.width))
 
     def suspects(self, most: int) -> tuple[tuple[int, float], ...]:
         """The most suspect dimensions and their scores, sorted by dimension; none before a norm was seen."""
         sites = self.sites()
         found = _rank(sites, most) if sites else ()
         return tuple(sorted((suspect.dimension, suspect.score) for suspect in found))
+
+    def _told(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for block in blocks:
+            yield block
+            self._on_block()
 
 
 def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
@@ -163,10 +155,11 @@ def find_suspects(
     Reads each tensor of interest once, in pieces of a few megabytes. `on_tensor(name, bytes)` is called after each.
     Raises UnsupportedModelError where no norms or no layers that write to the residual stream are recognised.
     """
-    scan = SuspectScan(survey)
+    stream = ResidualStream.of(survey)
+    scan = SuspectScan(stream)
     with CheckpointTensors(source, survey.layouts) as tensors, torch_threads(1):
-        tensors.expect(scan.wanted)
-        for name, decision in scan.wanted.items():
+        tensors.expect(stream.tensors)
+        for name, decision in stream.tensors.items():
             scan.add({name: scan.figure(name, tensors)})
             tensors.release([name])
             on_tensor(name, decision.spec.nbytes)
@@ -177,35 +170,6 @@ def find_suspects(
             hint="--from activations tells by running the model (pip install 'int8cli[calibrate]').",
         )
     return WeightSuspects(survey.identity.name, survey.identity.revision, sites, _rank(sites, most))
-
-
-def hidden_size(survey: Survey) -> int:
-    """The commonest length of a norm's weight inside a block; 0 where no norms are recognised."""
-    widths = [
-        decision.spec.numel
-        for decision in survey.plan.decisions
-        if len(decision.spec.shape) == 1 and _LAYER.match(decision.module) and _NORM.search(decision.module)
-    ]
-    return max(sorted(set(widths)), key=widths.count) if widths else 0
-
-
-def feeds_from_norm(decision: Decision, width: int) -> bool:
-    """Whether a linear of a block reads the residual stream, by its name and width."""
-    shape = decision.spec.shape
-    in_features = shape[0] if decision.transpose else shape[-1]
-    return in_features == width and bool(_LAYER.match(decision.module)) and not _WRITER.search(decision.module)
-
-
-def _is_wanted(decision: Decision, width: int) -> bool:
-    spec, module = decision.spec, decision.module
-    if not spec.name.endswith(".weight") or width not in spec.shape:
-        return False
-    if _LAYER.match(module) is None:
-        return len(spec.shape) == 2 and spec.shape[1] == width and bool(_EMBEDDING.search(module))
-    if len(spec.shape) == 1:
-        return bool(_NORM.search(module)) and not _INNER_NORM.search(module)
-    rows = spec.shape[1] if decision.transpose else spec.shape[0]
-    return len(spec.shape) == 2 and rows == width and bool(_WRITER.search(module))
 
 
 def _score(stacks: Mapping[str, Mapping[int, _Layer]], embedding: Tensor | None, width: int) -> Iterator[SuspectSite]:

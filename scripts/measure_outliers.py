@@ -20,9 +20,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
+from int8cli.calibration.calibrate import CalibrateOptions, calibrate
 from int8cli.calibration.memory import return_memory_promptly
 from int8cli.calibration.model_files import model_files
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.sites import weight_of
 from int8cli.calibration.skeleton import build_skeleton

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
+from int8cli.calibration.calibrate import CalibrateOptions, calibrate
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.text import Text
 from int8cli.checkpoint.locate import open_source

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.source import LocalFile
-from int8cli.columns import FROM_ACTIVATIONS, NoColumns
+from int8cli.columns import FROM_ACTIVATIONS, NoColumns, RunTask
 from int8cli.convert import ConvertOptions, Observer, convert
 from int8cli.layouts import LAYOUTS
 from int8cli.output import sidecar_specs
@@ -408,7 +408,7 @@ class GivenColumns(NoColumns):
         self._tensors = {layout.file_name: [each.spec.name for each in layout.tensors] for layout in found.layouts}
         self._stored = stored
 
-    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
+    def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         return {name: self._stored[name] for name in self._tensors[shard] if name in self._stored}
 
 

@@ -9,7 +9,7 @@ from calibration_models import calibrated, make_model, save_tokenizer, some_text
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
 from int8cli.calibration import calibrate as calibrate_module
-from int8cli.calibration.calibrate import CalibrationObserver
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.skeleton import build_skeleton
 from int8cli.calibration.strands import Strand
 from int8cli.calibration.stream import StreamedModel

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver
+from int8cli.calibration.calibrate import CalibrateOptions
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.text import Text, sequences_of
 from int8cli.checkpoint.locate import open_source

@@ -37,6 +37,7 @@ FLOORS = {
     "int8cli.outlier_statistics": 3,
     "int8cli.evaluation.results": 3,
     "int8cli.calibration": 4,
+    "int8cli.residual_stream": 4,
     "int8cli.weight_suspects": 4,
     "int8cli.memory": 4,
     "int8cli.fit": 4,

@@ -13,7 +13,7 @@ from checkpoints import LISTED, build_tiny, read_all, read_tensors
 from hub_stand_in import Fault, HubStandIn
 from program import Nursery, llama, nursery_in, tree, wait_until
 
-from int8cli.calibration.calibrate import CalibrationObserver
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sampling import Sampling
 from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.locate import open_source

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from int8cli.calibration.kept import KeptStates
 from int8cli.calibration.memory import available_bytes
 from int8cli.calibration.model_files import model_files
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sampling import Sampling
 from int8cli.calibration.sites import Site, first_hidden, weight_of
 from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, Skeleton, Unit, build_skeleton
@@ -51,21 +52,6 @@ from int8cli.survey import Survey, model_fingerprint
 _STEP_ELEMENTS = 1 << 22
 # Positions of the last sequence on which a linear is run in int8 to measure its error, spread over it.
 _EXAMPLES = 128
-
-
-class CalibrationObserver:
-    """Hears how a calibration goes. Every method may be overridden; here none does anything."""
-
-    def started(self, blocks: int, finished: int, block_bytes: int, tokens: int) -> None:
-        """`blocks` are to be run, of which `finished` are on disk from an earlier run."""
-
-    def block_started(self, name: str, weight_bytes: int) -> None: ...
-
-    def sequence_done(self, name: str, sequence: int, sequences: int) -> None: ...
-
-    def block_finished(self, name: str) -> None: ...
-
-    def noted(self, message: str) -> None: ...
 
 
 class Companion:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8cli.calibration.extra import require_transformers
 from int8cli.calibration.tensors import CheckpointTensors
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
-from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from int8cli.errors import CheckpointError, UnsupportedModelError
 
 FROM_WEIGHTS_HINT = "--from weights works without running the model."
 _RESIDENT_TABLE_BYTES = 16 << 20
@@ -242,16 +243,6 @@ def read_config(directory: Path) -> Any:
     except Exception as error:
         raise UnsupportedModelError(
             f"transformers does not accept this config.json: {error!s:.300}", hint=FROM_WEIGHTS_HINT
-        ) from error
-
-
-def require_transformers() -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            f"running a model needs {error.name}, which is not installed",
-            hint="pip install 'int8cli[calibrate]', or use --from weights.",
         ) from error
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from int8cli.calibration.extra import require_transformers
 from int8cli.calibration.sampling import Sampling
-from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT, require_transformers
+from int8cli.calibration.skeleton import FROM_WEIGHTS_HINT
 from int8cli.errors import TextError, UnsupportedModelError
 
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; of a longer text only this much is read

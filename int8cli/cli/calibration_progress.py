@@ -2,7 +2,7 @@
 
 import time
 
-from int8cli.calibration.calibrate import CalibrationObserver
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.cli.inspect_progress import beginning
 from int8cli.cli.progress import ProgressObserver
 

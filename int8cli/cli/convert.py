@@ -253,22 +253,12 @@ class _Job:
                 way = following
 
     def _columns(self, way: "Way") -> "ColumnSource":
-        from int8cli.columns import NoColumns
-        from int8cli.records import NO_OUTLIERS
-
-        if way.settings.outliers == NO_OUTLIERS:
-            return NoColumns()
         from int8cli.cli.calibration_progress import CalibrationProgress
 
         return way.columns(CalibrationProgress(self.observer))
 
     def _ways(self) -> "Iterator[Way]":
-        """The ways to know the columns, the best first. Where there is nothing to know, torch is not needed for it."""
-        from int8cli.columns.wanted import without_columns
-
-        if self.wanted.nothing(self.survey):
-            return iter([without_columns(self.survey, self.settings)])
-        start_torch()
+        """The ways to know the columns, the best first."""
         from int8cli.columns.choose import ways_to_choose
 
         return ways_to_choose(self.wanted, self.source, self.survey, self.settings, self.kept_in, self.observer.noted)
@@ -312,14 +302,10 @@ def _outliers(value: str, text: Path | None) -> str:
 
 def _columns_at_most(outliers: str) -> int:
     """How many columns of a linear are stored unless told otherwise."""
+    from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
     from int8cli.records import NO_OUTLIERS
 
-    if outliers == NO_OUTLIERS:
-        return 0
-    start_torch()
-    from int8cli.llm_int8.outliers import DEFAULT_OUTLIER_COLUMNS
-
-    return DEFAULT_OUTLIER_COLUMNS
+    return DEFAULT_OUTLIER_COLUMNS if outliers != NO_OUTLIERS else 0
 
 
 def default_output(model: str) -> Path:

@@ -100,8 +100,8 @@ def evaluate(
     beside the 16-bit model. Encoders get output errors only. A run that was interrupted goes on after its last block.
     """
     from int8cli.cli.inspect_progress import observe_inspection
+    from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
     from int8cli.evaluation.methods import chosen_methods
-    from int8cli.llm_int8.outliers import DEFAULT_OUTLIER_COLUMNS
 
     outputs = tuple(output or ())
     _check(outputs, device)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from int8cli.checkpoint.source import LocalFile
+from int8cli.executors import OnBytes, Result
 from int8cli.results import StoredColumns
 
 # What columns may be told by, as settings and reports name it.
@@ -16,6 +17,12 @@ FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
 
 TakeShard = Callable[[str, LocalFile], None]
+
+
+class RunTask(Protocol):
+    """Runs a picklable task where torch is, as executors do, and waits for its result."""
+
+    def __call__(self, task: Callable[[OnBytes], Result], /) -> Result: ...
 
 
 class ColumnSource(Protocol):
@@ -28,8 +35,11 @@ class ColumnSource(Protocol):
         is converted afterwards. `require_room(bytes)` is told first how many bytes of shards are here at once.
         """
 
-    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
-        """The columns for the quantized tensors of a source shard that is on this machine."""
+    def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
+        """The columns for the quantized tensors of a source shard that is on this machine.
+
+        What is best done where shards are converted is given to `run`.
+        """
 
 
 class NoColumns:
@@ -38,5 +48,5 @@ class NoColumns:
     def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
         pass
 
-    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
+    def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         return {}

@@ -3,18 +3,69 @@
 Owns how a calibration and a conversion share the shards of one source, so that each is brought here once.
 """
 
+import json
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, Companion, calibrate
+import torch
+
+from int8cli.calibration.calibrate import CalibrateOptions, Companion, calibrate
+from int8cli.calibration.cost import arithmetic_s
+from int8cli.calibration.memory import return_memory_promptly
+from int8cli.calibration.observer import CalibrationObserver
+from int8cli.calibration.skeleton import build_skeleton
 from int8cli.calibration.text import Text
 from int8cli.calibration.torch_threads import torch_threads
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns import TakeShard
-from int8cli.columns.from_statistics import StatisticsColumns
+from int8cli.columns import FROM_ACTIVATIONS, ColumnSource, RunTask, TakeShard
+from int8cli.columns.from_statistics import StatisticsColumns, at_most
+from int8cli.columns.wanted import ColumnsWanted, Way
+from int8cli.data import SAMPLE_NAME, sample_text
+from int8cli.errors import UnsupportedModelError
 from int8cli.outlier_statistics import SiteStatistics
+from int8cli.records import Settings
 from int8cli.results import StoredColumns
-from int8cli.survey import Survey
+from int8cli.survey import CONFIG_FILE, Survey
+
+
+def way_from_activations(
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, kept_in: Path
+) -> Way:
+    """By a calibration. Raises what it would, as far as config.json and file names tell, and TextError."""
+    dtype = _dtype_to_run_in(survey)
+    sampling = wanted.sampling
+    if wanted.text is not None:
+        text = Text.read(wanted.text, sampling.tokens)
+    else:
+        text = Text.decode(SAMPLE_NAME, sample_text())
+    options = CalibrateOptions(
+        sampling,
+        settings.threshold or CalibrateOptions().threshold,
+        wanted.device,
+        kept_in / "blocks",
+        leave_state=True,
+        stored_columns=wanted.limit,
+    )
+
+    def columns(observer: CalibrationObserver) -> ColumnSource:
+        return_memory_promptly()
+        run = CalibrationRun(text, options, wanted.model_threads)
+        return CalibratedColumns(source, survey, run, observer)
+
+    def seconds() -> float:
+        parameters = survey.plan.quantized_parameters
+        return arithmetic_s(parameters, sampling.tokens, dtype, wanted.device, wanted.model_threads)
+
+    used = f"{text.name}: {sampling.tokens:,} tokens in sequences of {sampling.sequence_length:,}"
+    used += f", seed {sampling.seed}, sha256 {text.sha256[:16]}"
+    return Way(
+        replace(survey, stored_counts={e.spec.name: at_most(e, wanted.limit) for e in survey.plan.quantized}),
+        replace(settings, outliers=FROM_ACTIVATIONS, outlier_columns=wanted.limit, calibration=used),
+        columns,
+        seconds,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +90,8 @@ class CalibratedColumns:
         with torch_threads(self._run.model_threads):
             calibrate(self._source, self._survey, self._run.text, self._run.options, self._observer, companion)
 
-    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
-        return self._columns.columns_of(shard, local)
+    def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
+        return self._columns.columns_of(shard, local, run)
 
 
 class _Passing(Companion):
@@ -58,3 +109,16 @@ class _Passing(Companion):
     def leaving(self, shard: str, local: LocalFile) -> None:
         with torch_threads(1):
             self._take(shard, local)
+
+
+def _dtype_to_run_in(survey: Survey) -> torch.dtype:
+    """Raises UnsupportedModelError for a model that cannot be built, or that takes something else than text."""
+    with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
+        if survey.has_config:
+            (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
+        specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+        skeleton = build_skeleton(Path(name), specs)
+    model = skeleton.model
+    if model.main_input_name != "input_ids":
+        raise UnsupportedModelError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
+    return skeleton.dtype

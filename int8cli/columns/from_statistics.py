@@ -4,18 +4,40 @@ Owns what is made of statistics that are there, and whether they are of this mod
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
+import xxhash
 
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns import FROM_ACTIVATIONS, TakeShard
+from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, RunTask, TakeShard
+from int8cli.columns.wanted import ColumnsWanted, Way
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.outliers import choose_columns, predicted_output_error
-from int8cli.outlier_statistics import LinearStatistics, OutlierStatistics, SiteStatistics
-from int8cli.output import sidecar_specs
+from int8cli.outlier_statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
+from int8cli.output import sidecar_bytes
 from int8cli.plan import Decision
+from int8cli.records import Settings
 from int8cli.results import RelativeOutputError, StoredColumn, StoredColumns
 from int8cli.survey import Survey, model_fingerprint
+
+
+def way_from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Way:
+    """By the file of statistics that the user named. Raises StatisticsMismatchError, CheckpointError."""
+    path = Path(wanted.mode)
+    statistics = load_statistics(path)
+    require_same_model(statistics, source, survey)
+    columns = StatisticsColumns(survey, wanted.limit)
+    columns.learn(statistics.sites)
+    of = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    known = {linear.name for site in statistics.sites for linear in site.linears}
+    counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
+    return Way(
+        replace(survey, stored_counts=counts),
+        replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, calibration=f"statistics {of}"),
+        lambda observer: columns,
+    )
 
 
 class StatisticsColumns:
@@ -33,7 +55,7 @@ class StatisticsColumns:
     def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
         pass
 
-    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
+    def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Of a linear that the calibration never came to, nothing is stored."""
         decisions = (self._decisions[stored.spec.name] for stored in self._layouts[shard].tensors)
         known = [each for each in decisions if each.quantize and each.module in self._linears]
@@ -72,9 +94,10 @@ def stored_columns(site: SiteStatistics, linear: LinearStatistics, decision: Dec
     return StoredColumns(FROM_ACTIVATIONS, columns, sidecar_bytes(decision, len(indices)), predicted, measured)
 
 
-def sidecar_bytes(decision: Decision, count: int) -> int:
-    """What both of a linear's sidecar tensors take."""
-    return sum(spec.nbytes for spec in sidecar_specs(decision, count))
+def at_most(decision: Decision, limit: int) -> int:
+    """How many columns a linear gets: it may have fewer."""
+    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
+    return min(limit, in_features)
 
 
 def _predicted(site: SiteStatistics, linear: LinearStatistics, indices: tuple[int, ...]) -> RelativeOutputError:

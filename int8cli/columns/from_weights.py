@@ -1,27 +1,49 @@
 """Columns by the weights alone: the suspects of the layers seen so far, for want of activations.
 
 Owns the one pass over each shard that looks at norms and at what is written into the residual stream, before the shard
-is converted, and the state on disk by which a later run knows what was in shards that have gone.
+is converted, and the state on disk by which a later run knows what was in shards that have gone. What needs torch is a
+task for where torch is.
 """
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns import FROM_WEIGHTS, TakeShard
-from int8cli.columns.from_statistics import sidecar_bytes
+from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.columns import FROM_WEIGHTS, RunTask, TakeShard
+from int8cli.columns.wanted import ColumnsWanted, Way
+from int8cli.errors import UnsupportedModelError
+from int8cli.executors import OnBytes
+from int8cli.output import sidecar_bytes
+from int8cli.records import Settings
+from int8cli.residual_stream import ResidualStream
 from int8cli.results import StoredColumn, StoredColumns
 from int8cli.survey import Survey
-from int8cli.weight_suspects import SuspectScan, feeds_from_norm, hidden_size, keep_figures, recall_figures
+
+
+def way_from_weights(
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, counts: dict[str, int], kept_in: Path
+) -> Way:
+    """`counts` as `counts_from_weights` has them. Raises UnsupportedModelError where there are none."""
+    if not counts:
+        raise UnsupportedModelError(
+            "no linear layers that a norm feeds are recognised by their names, so the weights tell nothing",
+            hint="--outliers activations tells by running the model, --outliers none stores no columns.",
+        )
+    return Way(
+        replace(survey, stored_counts=counts),
+        replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit),
+        lambda observer: SuspectColumns(source, survey, wanted.limit, kept_in / "suspects"),
+    )
 
 
 def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
     """How many columns each tensor gets: those of linears that a norm feeds; the weights say nothing of the others."""
-    width = hidden_size(survey)
-    return {each.spec.name: min(limit, width) for each in survey.plan.quantized if feeds_from_norm(each, width)}
+    stream = ResidualStream.of(survey)
+    return {each.spec.name: min(limit, stream.width) for each in survey.plan.quantized if stream.feeds(each)}
 
 
 class SuspectColumns:
@@ -33,37 +55,63 @@ class SuspectColumns:
 
     def __init__(self, source: Source, survey: Survey, limit: int, kept_in: Path) -> None:
         self._source, self._survey, self._limit, self._kept_in = source, survey, limit, kept_in
+        self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
-        self._order = [layout.file_name for layout in survey.layouts]
         self._layouts = {layout.file_name: layout for layout in survey.layouts}
+        self._kept: dict[str, Path] = {}
 
     def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
         pass
 
-    def columns_of(self, shard: str, local: LocalFile) -> Mapping[str, StoredColumns]:
+    def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Only what the shards before it hold counts, whatever else has been seen: a run that goes on chooses alike."""
-        layout = self._layouts[shard]
-        wanted = [self._survey.decisions[each.spec.name] for each in layout.tensors]
-        wanted = [each for each in wanted if each.spec.name in self._counts]
-        scan = SuspectScan(self._survey)
-        for name in self._order[: self._order.index(shard) + 1]:
-            scan.add(self._figures(scan, name, local if name == shard else None))
+        order = list(self._layouts)
+        kept = [
+            self._looked_at(name, local if name == shard else None, run) for name in order[: order.index(shard) + 1]
+        ]
+        decisions = [self._survey.decisions[each.spec.name] for each in self._layouts[shard].tensors]
+        wanted = [each for each in decisions if each.spec.name in self._counts]
         if not wanted:
             return {}
-        columns = tuple(StoredColumn(index, suspicion=score) for index, score in scan.suspects(self._limit))
+        found = run(partial(_suspects, self._stream, kept, self._limit))
+        columns = tuple(StoredColumn(index, suspicion=score) for index, score in found)
         return {
             each.spec.name: StoredColumns(FROM_WEIGHTS, columns, sidecar_bytes(each, len(columns))) for each in wanted
         }
 
-    def _figures(self, scan: SuspectScan, shard: str, local: LocalFile | None) -> Mapping[str, Tensor]:
-        """What was or is now seen of a shard, kept for the shards after it."""
-        path = self._figures_path(shard)
-        figures = recall_figures(path)
-        if figures is None:
+    def _looked_at(self, shard: str, local: LocalFile | None, run: RunTask) -> Path:
+        """Where that lies which was or is now seen of a shard, for the shards after it."""
+        if shard in self._kept:
+            return self._kept[shard]
+        path = self._kept_in / f"{list(self._layouts).index(shard)}.safetensors"
+        if not (path.exists() and run(partial(_can_be_read, path))):
+            layout = self._layouts[shard]
             with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
-                figures = scan.look_at(self._layouts[shard], here)
-            keep_figures(figures, path)
-        return figures
+                run(partial(_look_at, self._stream.within(layout), layout, here, path))
+        self._kept[shard] = path
+        return path
 
-    def _figures_path(self, shard: str) -> Path:
-        return self._kept_in / f"{self._order.index(shard)}.safetensors"
+
+# Tasks: what they import lies where torch is, and comes with it.
+
+
+def _look_at(stream: ResidualStream, layout: ShardLayout, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+    from int8cli.weight_suspects import SuspectScan, keep_figures
+
+    scan = SuspectScan(stream, lambda: on_bytes(layout.file_name, "", 0))
+    keep_figures(scan.look_at(layout, local), path)
+
+
+def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:
+    from int8cli.weight_suspects import recall_figures
+
+    return recall_figures(path) is not None
+
+
+def _suspects(stream: ResidualStream, kept: list[Path], most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
+    from int8cli.weight_suspects import SuspectScan, recall_figures
+
+    scan = SuspectScan(stream)
+    for path in kept:
+        scan.add(recall_figures(path) or {})
+    return scan.suspects(most)

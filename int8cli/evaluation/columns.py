@@ -6,7 +6,8 @@ Owns how a calibration becomes columns. The text it ran on should not be the one
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from int8cli.calibration.calibrate import CalibrateOptions, CalibrationObserver, calibrate
+from int8cli.calibration.calibrate import CalibrateOptions, calibrate
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.text import Text
 from int8cli.errors import TextError
 from int8cli.evaluation.results import StoredColumns

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from int8cli.calibration.calibrate import CalibrationObserver
 from int8cli.calibration.kept import KeptStates
 from int8cli.calibration.memory import available_bytes
 from int8cli.calibration.model_files import model_files
+from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sites import linears_of
 from int8cli.calibration.skeleton import Skeleton, build_skeleton
 from int8cli.calibration.stream import LoadedUnit, StreamedModel

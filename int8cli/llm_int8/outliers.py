@@ -20,10 +20,6 @@ POSITION_SHARE = 0.06
 # A value is massive from 100 on, where it is also a thousand times the median magnitude around it [Sun et al. 2024].
 MASSIVE_MAGNITUDE = 100.0
 MASSIVE_RATIO = 1000.0
-# Input columns of each linear that are stored exactly, at most: 1.5 % more bytes of SmolLM2-135M (576 wide), fewer of
-# wider models. With 4, 8 and 10 of them, and zero-point inputs, it was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
-# without any 0.0208; 0.0235 by bitsandbytes' own LLM.int8().
-DEFAULT_OUTLIER_COLUMNS = 8
 
 _SHARE_SLACK = 1e-6  # shares are float32
 _CHUNK_ELEMENTS = 1 << 21
