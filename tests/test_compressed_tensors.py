@@ -10,13 +10,13 @@ import torch
 from checkpoints import LISTED, build_tiny, convert_local, read_all, read_json, read_tensors, save_by_hand, save_tiny
 from program import llama, run, tree
 from torch import Tensor, nn
+from verifying import verified
 
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.layouts import LAYOUTS, compressed_tensors
 from int8cli.plan import PlanOptions, make_plan
 from int8cli.survey import survey_source
-from int8cli.verify import Means, Observer, Verification, verify
 
 LAYOUT = "compressed-tensors"
 WEIGHT = "layers.0.mlp.up_proj.weight"
@@ -31,12 +31,6 @@ def converted(directory: Path, tensors: dict[str, Tensor], layout: str = LAYOUT)
     source = save_by_hand(directory / "source", tensors)
     convert_local(source, directory / layout, layout=layout)
     return read_tensors(directory / layout / "model.safetensors")
-
-
-def check(directory: Path, source: Path | None = None) -> Verification:
-    if source is None:
-        return verify(directory, None, Means(threads=2), Observer())
-    return verify(directory, open_source(str(source), revision=None, download_dir=directory), Means(2), Observer())
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -333,7 +327,7 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
 def test_verify_knows_the_layout(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source")
     convert_local(source, tmp_path / "out", layout=LAYOUT)
-    verification = check(tmp_path / "out", source)
+    verification = verified(tmp_path / "out", source)
     assert [(c.name, c.status, c.failures) for c in verification.checks if c.status != "passed"] == []
 
 
@@ -347,7 +341,7 @@ def test_verify_names_a_changed_scale(tmp_path: Path) -> None:
     begin, _ = json.loads(data[8:start])[name]["data_offsets"]
     data[start + begin + 4] ^= 1
     file.write_bytes(data)
-    found = {(c.name, f.tensor, f.problem) for c in check(tmp_path / "out", source).checks for f in c.failures}
+    found = {(c.name, f.tensor, f.problem) for c in verified(tmp_path / "out", source).checks for f in c.failures}
     assert found == {
         ("shards", name, "its bytes are not those that were written"),
         ("weights", name, "differs from what the source gives, first at [1, 0]"),
@@ -358,7 +352,7 @@ def test_verify_names_a_changed_scale(tmp_path: Path) -> None:
 def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, ...], tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
     convert_local(source, tmp_path / "out", layout=LAYOUT, skip=skip)
-    verification = check(tmp_path / "out", source)
+    verification = verified(tmp_path / "out", source)
     assert verification.holds
     unchecked = {each.name: each.detail for each in verification.checks if each.status == "not checked"}
     assert set(unchecked) == {"loads"}

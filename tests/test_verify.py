@@ -26,28 +26,17 @@ from checkpoints import (
 from hub_stand_in import HubStandIn
 from program import llama, run, tree, write_json
 from safetensors.torch import save_file
+from verifying import verified
 
 from int8cli.blocks import BLOCK_ELEMENTS
-from int8cli.checkpoint.locate import open_source
 from int8cli.digest import new_digest
 from int8cli.errors import IndexFileError, OutputError, OutputInUseError
-from int8cli.verify import Check, Means, Observer, Verification, verify
+from int8cli.verify import Check, Verification
 
 WHOLE = ("records", "shards", "sidecars", "tensors", "index", "config", "report", "files", "loads")
 SKIPS = "llm_int8_skip_modules"
 SHARD = "model-00002-of-00003.safetensors"
 QUANTIZED = "model.layers.0.self_attn.v_proj"
-
-
-def verified(directory: Path, source: Path | None = None) -> Verification:
-    """As the command verifies a directory."""
-    if source is None:
-        return verify(directory, None, Means(threads=2), Observer())
-    opened = open_source(str(source), revision=None, download_dir=directory / "int8" / "incoming")
-    try:
-        return verify(directory, opened, Means(threads=2), Observer())
-    finally:
-        opened.close()
 
 
 def failures(verification: Verification) -> dict[str, list[tuple[str, str | None, str]]]:

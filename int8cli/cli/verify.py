@@ -13,7 +13,6 @@ from int8cli.cli.convert import THREADS_FOR_A_SHARD, Device, require_device, usa
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
 from int8cli.cli.options import Json, Quiet, complete_path
 from int8cli.errors import OutputError
-from int8cli.torch_start import start_torch
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
@@ -60,7 +59,6 @@ def verify(
 
     if revision is not None and model is None:
         raise typer.BadParameter("it is the revision of a --source", param_hint="'--revision'")
-    start_torch()
     require_device(device)
     conversion = conversion_in(directory)
     means = Means(min(THREADS_FOR_A_SHARD, usable_cores()), device.value)

@@ -1,12 +1,14 @@
 """Verify: is what a directory holds whole, does it load, and is it what its source becomes.
 
-Owns the order of the checks. Reads only; prints nothing: an Observer is told.
+Owns the order of the checks. Reads only; prints nothing: an Observer is told. Imports torch only to compare with a
+source; what loads the model is imported in a process of its own, beside the reading.
 """
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source, checked_file_name
@@ -14,7 +16,8 @@ from int8cli.errors import Int8cliError, OutputError, OutputInUseError
 from int8cli.manifest import MANIFEST_FILE, SideFile, read_manifest
 from int8cli.records import OWN_DIRECTORY, Conversion, RecordStore, ShardRecord
 from int8cli.survey import CONFIG_FILE
-from int8cli.verify.against_source import Means, check_copies, check_source, check_weights, survey_for
+from int8cli.torch_start import start_torch
+from int8cli.verify.beside import check_loads_beside
 from int8cli.verify.checks import Check, Failure, Status, Verification
 from int8cli.verify.consistency import (
     config_failures,
@@ -25,7 +28,8 @@ from int8cli.verify.consistency import (
     tensor_failures,
 )
 from int8cli.verify.files import DigestPass, header_bytes
-from int8cli.verify.loads import check_loads
+from int8cli.verify.loads import NAME
+from int8cli.verify.means import Means
 from int8cli.verify.sidecars import check_sidecars
 from int8cli.verify.wellformed import record_problem
 
@@ -70,15 +74,26 @@ def verify(directory: Path, source: Source | None, means: Means, observer: Obser
     conversion = conversion_in(directory)
     records, unreadable = _read_records(RecordStore(directory), conversion)
     manifest = read_manifest(directory) or ()
-    checks = list(_check_whole(directory, conversion, records, unreadable, manifest, means, observer))
-    if CONFIG_FILE in conversion.files:
-        checks.append(check_loads(directory, conversion.settings.layout, list(records.values())))
-    else:
-        checks.append(Check.not_made("loads", "the source had no config.json"))
-    if source is not None:
-        checks += _check_against(source, directory, conversion, records, means, observer)
+    with _loads_beside(directory, conversion, records) as loads:
+        whole = list(_check_whole(directory, conversion, records, unreadable, manifest, means, observer))
+        against: list[Check] = []
+        if source is not None:
+            against += _check_against(source, directory, conversion, records, means, observer)
+        checks = (*whole, loads(), *against)
     name = source.identity.name if source is not None else None
-    return Verification(str(directory), conversion.source.name, conversion.settings.layout, name, tuple(checks))
+    return Verification(str(directory), conversion.source.name, conversion.settings.layout, name, checks)
+
+
+@contextmanager
+def _loads_beside(
+    directory: Path, conversion: Conversion, records: Mapping[str, ShardRecord]
+) -> Iterator[Callable[[], Check]]:
+    """The check "loads", under way beside what is done in this context; yields what waits for it."""
+    if CONFIG_FILE not in conversion.files:
+        yield lambda: Check.not_made(NAME, "the source had no config.json")
+        return
+    with check_loads_beside(directory, conversion.settings.layout, list(records.values())) as loads:
+        yield loads
 
 
 def _check_whole(
@@ -128,6 +143,10 @@ def _check_against(
     means: Means,
     observer: Observer,
 ) -> Iterator[Check]:
+    if "torch" not in sys.modules:  # whoever has imported it has decided on its threads
+        start_torch()
+    from int8cli.verify.against_source import check_copies, check_source, check_weights, survey_for
+
     survey = survey_for(source, conversion)
     yield check_source(source, survey, conversion)
     sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}

@@ -9,7 +9,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,20 +30,13 @@ from int8cli.shard import PassResult, ShardPass, Sidecar
 from int8cli.shard_task import PassOptions, ShardTask
 from int8cli.survey import Survey, decisions_by_name, fingerprint, survey_source
 from int8cli.verify.checks import Check, Failure
+from int8cli.verify.means import Means
 from int8cli.verify.sidecars import column_problem
 
 # Two machines may add up the same float64 sums in another order.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
 
 OnBytes = Callable[[str, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Means:
-    """With what to convert once more; nothing here changes a result."""
-
-    threads: int
-    device: str = "cpu"
 
 
 class Comparison:

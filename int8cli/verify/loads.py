@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,19 +58,29 @@ class _LaidOut:
     mismatched: tuple[tuple[str, Any, Any], ...]
 
 
+def absent_packages(layout: str) -> list[str]:
+    """What the loader of a layout consists of and is not installed here. Imports nothing."""
+    return [name for name in _PACKAGES[layout] if importlib.util.find_spec(name) is None]
+
+
+def is_imported(layout: str) -> bool:
+    """Whether this process has imported the loader of a layout already."""
+    return all(sys.modules.get(name) is not None for name in _PACKAGES[layout])
+
+
 def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) -> Check:
     """Lay the model out as `from_pretrained` would; every tensor must find its module, every module its tensors.
 
-    What a model of this class does not find in the source either, or does not take from it, is no failure.
+    What a model of this class does not find in the source either, or does not take from it, is no failure. All that
+    the loader consists of must be installed.
     """
-    absent = [name for name in _PACKAGES[layout] if importlib.util.find_spec(name) is None]
-    if absent:
-        return Check.not_made(NAME, f"needs {' and '.join(absent)}, not installed here")
-    import transformers
-
-    loader = f"transformers {transformers.__version__}"
-    held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
     with _silence():
+        try:
+            import transformers
+        except Exception as error:  # an installation that is broken says nothing of the model
+            return Check.not_made(NAME, f"transformers cannot be imported here: {_first_line(error)}")
+        loader = f"transformers {transformers.__version__}"
+        held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
         try:
             model_class, config = _class_of(directory)
             laid_out = _lay_out(model_class, config, held)

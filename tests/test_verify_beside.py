@@ -1,0 +1,137 @@
+"""The loader in a process of its own: the same answer, no torch in the program, and an end with the program."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from checkpoints import convert_local
+from program import ROOT, environment, llama, outcome_of, run, start, wait_until
+from verifying import verified
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("verify-beside")
+    convert_local(llama(directory / "source"), directory / "out")
+    return directory / "out"
+
+
+def has_imported(pid: int, library: str) -> bool:
+    try:
+        return library in Path(f"/proc/{pid}/maps").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not a zombie that nobody has waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def amid_its_imports(out: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The program, and its loader's process while that imports torch; what is left of them is killed in the end."""
+    process = start("verify", out, cwd=out.parent)
+    try:
+        wait_until(lambda: any(has_imported(child, "libtorch") for child in children_of(process.pid)), "an import")
+        yield process, children_of(process.pid)[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def imported_by(out: Path, *, absent: tuple[str, ...] = ()) -> tuple[str, list[str]]:
+    """The document of `verify` in a new interpreter, and which large packages that has imported."""
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
+        "from int8cli.cli import app\n"
+        f"try: app(['verify', {str(out)!r}, '--json', '--quiet'])\n"
+        "except SystemExit as ending: assert ending.code == 0\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if sys.modules.get(name)], file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment(), cwd=out.parent
+    )
+    return result.stdout, json.loads(result.stderr.replace("'", '"'))
+
+
+def test_the_answer_is_that_of_the_check_made_here_and_the_program_needs_no_torch(out: Path) -> None:
+    document, imported = imported_by(out)
+    assert imported == []
+    assert json.loads(document) == json.loads(json.dumps(verified(out).to_json()))
+
+
+def test_without_transformers_nobody_imports_torch(out: Path) -> None:
+    document, imported = imported_by(out, absent=("transformers", "torch"))
+    assert imported == []
+    loads = json.loads(document)["checks"][-1]
+    assert (loads["status"], loads["detail"]) == ("not checked", "needs transformers, not installed here")
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A directory to import from, with a transformers that cannot be imported."""
+    directory = tmp_path / "broken"
+    directory.mkdir()
+    (directory / "transformers.py").write_text("print('noise')\nraise ImportError('tokenizers is too old')\n")
+    return directory
+
+
+def test_a_transformers_that_cannot_be_imported_says_nothing_of_the_model(out: Path, broken: Path) -> None:
+    outcome = run("verify", out, "--json", "-q", cwd=out.parent, env={"PYTHONPATH": f"{broken}:{ROOT}"})
+    assert (outcome.code, outcome.err) == (0, "")
+    loads = json.loads(outcome.out)["checks"][-1]
+    why = "transformers cannot be imported here: ImportError: tokenizers is too old"
+    assert (loads["status"], loads["detail"]) == ("not checked", why)
+
+
+def test_no_file_in_the_working_directory_is_run(out: Path, broken: Path, tmp_path: Path) -> None:
+    for name in ("int8cli", "transformers", "torch", "pickle", "threading"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('foreign code ran')\n")
+    code = (
+        "import sys; sys.path.remove('')  # as the installed program has it\n"
+        f"from int8cli.cli import app; app(['verify', {str(out)!r}, '--json', '--quiet'])"
+    )
+    settings = environment(PYTHONPATH=f"{broken}:{ROOT}")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "tokenizers is too old" in json.loads(result.stdout)["checks"][-1]["detail"]
+
+
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["from a terminal", "to the program alone"])
+def test_an_interrupt_amid_an_import_ends_both_at_once(send: Callable[[int, int], None], out: Path) -> None:
+    with amid_its_imports(out) as (process, loader):
+        send(process.pid, signal.SIGINT)
+        outcome = outcome_of(process)
+        assert not is_running(loader)
+    assert (outcome.code, outcome.out) == (130, "")
+    assert "Traceback" not in outcome.err
+    assert "interrupted: run the same command again to go on" in outcome.err
+
+
+def test_a_killed_program_takes_its_loader_along(out: Path) -> None:
+    with amid_its_imports(out) as (process, loader):
+        process.kill()
+        wait_until(lambda: not is_running(loader), "the end of the loader")
+
+
+def test_a_loader_that_is_killed_is_a_failure(out: Path) -> None:
+    with amid_its_imports(out) as (process, loader):
+        os.kill(loader, signal.SIGKILL)
+        outcome = outcome_of(process)
+    assert outcome.code == 1
+    assert "the loader ends its process: SIGKILL" in outcome.out
+    assert "It does not hold: loads." in outcome.out
