@@ -206,7 +206,7 @@ def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path
 def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
     model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("int8cli.calibration.calibrate.available_bytes", lambda: 1)
+    monkeypatch.setattr("int8cli.calibration.calibrate.available_bytes", lambda device: 1)
     output = tmp_path / "out"
     with pytest.raises(NotEnoughMemoryError):
         local(model, output, text=words).convert()

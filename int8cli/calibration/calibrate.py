@@ -220,10 +220,7 @@ class _Calibration:
         activations = length * widest * 16 + (heads * length * length * 8 if isinstance(heads, int) else 0)
         whole_files = max((layout.file_bytes for layout in self._layouts if not layout.mappable), default=0)
         needed = block_bytes + activations + whole_files
-        if self._options.device == "cuda":
-            available: int | None = torch.cuda.mem_get_info()[0]
-        else:
-            available = available_bytes()
+        available = available_bytes(self._options.device)
         if available is not None and needed > available:
             raise NotEnoughMemoryError(
                 f"one block takes {needed:,} bytes ({block_bytes:,} of weights, {needed - block_bytes:,} to work in), "

@@ -25,8 +25,15 @@ def return_memory_promptly(prompt_bytes: int = _PROMPT_BYTES) -> None:
         libc.mallopt(_M_ARENA_MAX, 1)  # one strand runs at a time: what one frees serves the next
 
 
-def available_bytes() -> int | None:
-    """Memory that a process may still take: the machine's, or its control group's if less. None if unknown."""
+def available_bytes(device: str) -> int | None:
+    """Memory of a device that a process may still take; None if unknown.
+
+    Of the processor it is the machine's, or what its control group has left if that is less.
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
     found = [_machine_bytes(), _group_bytes()]
     return min((value for value in found if value is not None), default=None)
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import Device
+from int8cli.cli.convert import Device, require_device
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Quiet, Revision
+from int8cli.cli.options import Json, Model, Quiet, Revision, Seed, SequenceLength, TextFile, WorkDir, check_outputs
 from int8cli.cli.work_directory import work_directory
 
 if TYPE_CHECKING:
@@ -48,15 +48,10 @@ class _Request:
 @shows_errors
 def evaluate(
     model: Model,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
-        ),
-    ] = None,
+    text: TextFile = None,
     tokens: Annotated[int, typer.Option(help="Tokens to run, in all.", min=2)] = 4096,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
-    seed: Annotated[int, typer.Option(help="Which pieces of a long text are used.")] = 0,
+    sequence_length: SequenceLength = 512,
+    seed: Seed = 0,
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,10 +81,7 @@ def evaluate(
         list[Path] | None,
         typer.Option("--output", "-o", help=".html, .png or .svg. Repeatable.", metavar="FILE"),
     ] = None,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the state between blocks is kept while it runs.", show_default="the user's cache"),
-    ] = None,
+    work_dir: WorkDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -104,7 +96,8 @@ def evaluate(
     from int8cli.evaluation.methods import chosen_methods
 
     outputs = tuple(output or ())
-    _check(outputs, device)
+    check_outputs(outputs, _SUFFIXES, drawn=_SUFFIXES)
+    require_device(device)
     wanted = chosen_methods(name.strip() for names in methods or () for name in names.split(",") if name.strip())
     limit = DEFAULT_OUTLIER_COLUMNS if outlier_columns is None else outlier_columns
     work = work_directory(work_dir, model, revision)
@@ -191,22 +184,6 @@ def _opened(
         yield source
     finally:
         source.close()
-
-
-def _check(outputs: tuple[Path, ...], device: Device) -> None:
-    """What can be refused before anything is read."""
-    for path in outputs:
-        if path.suffix not in _SUFFIXES or path.is_dir():
-            raise typer.BadParameter(f"{path} is not a {', '.join(_SUFFIXES)} file", param_hint="'--output'")
-    if outputs:
-        from int8cli.report.vega import require_altair
-
-        require_altair()
-    if device is Device.cuda:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
 
 
 def _show(found: "Evaluation", *, as_json: bool, quiet: bool) -> None:

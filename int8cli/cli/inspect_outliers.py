@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import Device
+from int8cli.cli.convert import Device, require_device
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Quiet, Revision
+from int8cli.cli.options import Json, Model, Quiet, Revision, Seed, SequenceLength, TextFile, WorkDir, check_outputs
 from int8cli.cli.work_directory import work_directory
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ int8cli inspect-outliers bigscience/bloom-560m
 int8cli inspect-outliers ./my-model --text corpus.txt -o report.html -o outliers.safetensors
 int8cli inspect-outliers org/name --from weights --json > suspects.json
 """
-_SUFFIXES = (".html", ".png", ".svg", ".safetensors")
+_DRAWN = (".html", ".png", ".svg")
+_SUFFIXES = (*_DRAWN, ".safetensors")
 
 
 class From(str, enum.Enum):
@@ -44,15 +45,10 @@ def inspect_outliers(
         ),
     ] = None,
     revision: Revision = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
-        ),
-    ] = None,
+    text: TextFile = None,
     tokens: Annotated[int, typer.Option(help="Tokens to run, in all.", min=1)] = 4096,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.", min=2)] = 512,
-    seed: Annotated[int, typer.Option(help="Which pieces of a long text are used.")] = 0,
+    sequence_length: SequenceLength = 512,
+    seed: Seed = 0,
     threshold: Annotated[float, typer.Option(help="Magnitude from which a value is an outlier.", min=0.0)] = 6.0,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.cpu,
     output: Annotated[
@@ -61,10 +57,7 @@ def inspect_outliers(
             "--output", "-o", help=".html, .png, .svg, or .safetensors for convert. Repeatable.", metavar="FILE"
         ),
     ] = None,
-    work_dir: Annotated[
-        Path | None,
-        typer.Option(help="Where the state between blocks is kept while it runs.", show_default="the user's cache"),
-    ] = None,
+    work_dir: WorkDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -79,7 +72,10 @@ def inspect_outliers(
     from int8cli.survey import survey_source
 
     outputs = tuple(output or ())
-    _check(outputs, source_of, device)
+    check_outputs(outputs, _SUFFIXES, drawn=_DRAWN)
+    if source_of is From.weights and any(path.suffix not in _DRAWN for path in outputs):
+        raise typer.BadParameter("statistics come from activations only", param_hint="'--output'")
+    require_device(device)
     work = work_directory(work_dir, model, revision)
     with observe_inspection(quiet=quiet) as observer:
         source = open_source(
@@ -147,24 +143,6 @@ def _calibrate(
     read = Text.read(text, chosen.tokens) if text is not None else Text.decode(SAMPLE_NAME, sample_text())
     options = CalibrateOptions(chosen, threshold, device.value, kept_in)
     return calibrate(source, survey, read, options, observer)
-
-
-def _check(outputs: tuple[Path, ...], source_of: From | None, device: Device) -> None:
-    """What can be refused before anything is read."""
-    for path in outputs:
-        if path.suffix not in _SUFFIXES or path.is_dir():
-            raise typer.BadParameter(f"{path} is not a {', '.join(_SUFFIXES)} file", param_hint="'--output'")
-        if path.suffix == ".safetensors" and source_of is From.weights:
-            raise typer.BadParameter("statistics come from activations only", param_hint="'--output'")
-    if any(path.suffix != ".safetensors" for path in outputs):
-        from int8cli.report.vega import require_altair
-
-        require_altair()
-    if device is Device.cuda:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
 
 
 def _write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:

@@ -1,6 +1,6 @@
 """Options and arguments that commands share."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,5 +32,30 @@ Revision = Annotated[
     str | None,
     typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default="main", metavar="REV"),
 ]
+TextFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--text", help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
+    ),
+]
+SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Tokens a sequence.", min=2)]
+Seed = Annotated[int, typer.Option("--seed", help="Which pieces of a long text are used.")]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--work-dir", help="Where the state between blocks is kept while it runs.", show_default="the user's cache"
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report; errors still show.")]
+
+
+def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Collection[str]) -> None:
+    """Refuse what cannot be written before anything is read; files of the suffixes `drawn` need altair."""
+    for path in paths:
+        if path.suffix not in suffixes or path.is_dir():
+            raise typer.BadParameter(f"{path} is not a {', '.join(suffixes)} file", param_hint="'--output'")
+    if any(path.suffix in drawn for path in paths):
+        from int8cli.report.vega import require_altair
+
+        require_altair()

@@ -14,8 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from int8cli.calibration.kept import KeptStates
 from int8cli.calibration.memory import available_bytes
 from int8cli.calibration.model_files import model_files
@@ -144,7 +142,7 @@ class _Run:
         blocks = [unit for unit in skeleton.units if unit.is_block]
         largest = max((unit.weight_bytes for unit in blocks), default=0)
         needed = int(largest * (1 + _FORMS))
-        available = torch.cuda.mem_get_info()[0] if self._options.device == "cuda" else available_bytes()
+        available = available_bytes(self._options.device)
         if available is not None and needed > available:
             raise NotEnoughMemoryError(
                 f"one block takes {largest:,} bytes, with its int8 forms {needed:,}, and {available:,} are free",
