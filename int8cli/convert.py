@@ -262,7 +262,9 @@ def _task(
         plan=replace(survey.plan, decisions=own),
         output=options.output / shard.output,
         partial=store.partial_directory / shard.output,
-        options=PassOptions(options.threads, options.device, via_half, options.on_nonfinite == "keep"),
+        options=PassOptions(
+            options.threads, options.device, via_half, options.on_nonfinite == "keep", settings.figures
+        ),
         target=settings.layout,
         sidecar=options.output / sidecar.file_name if (sidecar := survey.sidecars.get(shard.file)) else None,
     )

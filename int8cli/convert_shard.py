@@ -131,7 +131,7 @@ def _file_record(output: OutputShard, result: PassResult) -> FileRecord:
 def layer_report(
     decision: Decision, target: Layout, result: PassResult, stored: StoredColumns | None = None
 ) -> LayerReport:
-    """The figures of one layer, from the pass that made or compared it."""
+    """What there is to say of a layer after the pass that made or compared it; its errors where that measured them."""
     data, *companions = output_specs(decision, target)
     return LayerReport(
         name=decision.module,
@@ -140,6 +140,6 @@ def layer_report(
         source_dtype=TORCH_NAMES[decision.spec.dtype],
         bytes_before=decision.spec.nbytes,
         bytes_after=data.nbytes + sum(spec.nbytes for spec in companions),
-        sums=result.sums[decision.spec.name],
+        sums=result.sums.get(decision.spec.name),
         stored=stored,
     )

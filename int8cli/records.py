@@ -20,7 +20,7 @@ from int8cli.errors import OutputError, SettingsMismatchError
 from int8cli.results import LayerReport
 
 CONVERSION_SCHEMA = "int8cli.conversion/1"
-RECORD_SCHEMA = "int8cli.record/1"
+RECORD_SCHEMA = "int8cli.record/2"  # 2: the figures of a layer are null where they were not measured
 OWN_DIRECTORY = "int8"
 VIA_FLOAT16 = "float16"  # a value of Settings.float32
 NO_OUTLIERS = "none"  # a value of Settings.outliers
@@ -33,7 +33,8 @@ class Settings:
     """What decides the bytes of an output. Two runs with equal settings on one source write the same files.
 
     `outliers` says what the stored columns are told by ("none" where none are stored), `outlier_columns` how many a
-    linear has at most, `calibration` which text and how much of it, or which statistics.
+    linear has at most, `calibration` which text and how much of it, or which statistics. `figures`: the error of every
+    layer is measured.
     """
 
     layout: str
@@ -44,6 +45,7 @@ class Settings:
     outliers: str = NO_OUTLIERS
     outlier_columns: int = 0
     calibration: str = ""
+    figures: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,12 +250,15 @@ def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> Non
     before, now = _fields(known), _fields(wanted)
     field = next(name for name in now if before.get(name) != now[name])
     raise SettingsMismatchError(
-        f"{output} holds a conversion with {field} {_told(before.get(field))}; this one has {_told(now[field])}",
+        f"{output} holds a conversion with {field} {_told(field, before.get(field))}; "
+        f"this one has {_told(field, now[field])}",
         hint="Use the same settings to go on, --overwrite to start anew, or another --output.",
     )
 
 
-def _told(value: object) -> str:
+def _told(field: str, value: object) -> str:
+    if field == "figures":  # a flag: the value alone does not say what to type
+        return f"{value!r} ({'--figures' if value else '--no-figures'})"
     if isinstance(value, (tuple, list)):
         return ", ".join(map(repr, value)) or "none"
     return repr(value)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from int8cli.llm_int8.metrics import ErrorSums
 
-REPORT_SCHEMA = "int8cli.report/1"
+# 2: the figures are null where they were not measured.
+REPORT_SCHEMA = "int8cli.report/2"
 
 ErrorBasis = Literal["measured", "predicted"]
 
@@ -81,11 +82,33 @@ class StoredColumns:
 NOTHING_STORED = StoredColumns("", (), 0)
 
 
+# The figures of a layer, of what layers make together, and those that all others follow from.
+_LAYER_FIGURES = (
+    "row_absmax_min",
+    "row_absmax_max",
+    "max_abs_error",
+    "relative_frobenius_error",
+    "sqnr_db",
+    "mean_range_use",
+    "sum_squared_error",
+    "sum_squared_weight",
+    "sum_abs_data",
+)
+_FIGURES_TOGETHER = ("relative_frobenius_error", "sqnr_db", "max_abs_error", "mean_range_use")
+_ADDED_UP = tuple(name for name in ErrorSums.__slots__ if name != "numel")
+
+
+def _figures(sums: ErrorSums | None, names: tuple[str, ...]) -> dict[str, float | None]:
+    """These figures by name; None for each where nothing was measured."""
+    return {name: getattr(sums, name) if sums is not None else None for name in names}
+
+
 @dataclass(frozen=True, slots=True)
 class LayerReport:
     """One quantized linear. `shape` is (out_features, in_features); bytes are those of its tensors that loaders see.
 
-    `stored` speaks of its sidecar, None where the conversion makes none.
+    `sums` is None where its error was not measured. `stored` speaks of its sidecar, None where the conversion makes
+    none.
     """
 
     name: str
@@ -94,11 +117,10 @@ class LayerReport:
     source_dtype: str
     bytes_before: int
     bytes_after: int
-    sums: ErrorSums
+    sums: ErrorSums | None
     stored: StoredColumns | None = None
 
     def to_json(self) -> dict[str, Any]:
-        sums = self.sums
         return {
             "name": self.name,
             "kind": self.kind,
@@ -106,30 +128,16 @@ class LayerReport:
             "source_dtype": self.source_dtype,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "row_absmax_min": sums.row_absmax_min,
-            "row_absmax_max": sums.row_absmax_max,
-            "max_abs_error": sums.max_abs_error,
-            "relative_frobenius_error": sums.relative_frobenius_error,
-            "sqnr_db": sums.sqnr_db,
-            "mean_range_use": sums.mean_range_use,
-            "sum_squared_error": sums.sum_squared_error,
-            "sum_squared_weight": sums.sum_squared_weight,
-            "sum_abs_data": sums.sum_abs_data,
+            **_figures(self.sums, _LAYER_FIGURES),
             "stored_columns": self.stored.to_json() if self.stored is not None else None,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "LayerReport":
         shape = (int(data["shape"][0]), int(data["shape"][1]))
-        sums = ErrorSums(
-            math.prod(shape),
-            data["sum_squared_error"],
-            data["sum_squared_weight"],
-            data["max_abs_error"],
-            data["sum_abs_data"],
-            data["row_absmax_min"],
-            data["row_absmax_max"],
-        )
+        added_up = {name: data[name] for name in _ADDED_UP}
+        measured = any(value is not None for value in added_up.values())
+        sums = ErrorSums(math.prod(shape), **added_up) if measured else None
         before, after = data["bytes_before"], data["bytes_after"]
         stored = StoredColumns.from_json(data["stored_columns"]) if data.get("stored_columns") else None
         return cls(data["name"], data["kind"], shape, data["source_dtype"], before, after, sums, stored)
@@ -137,15 +145,15 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class KindSummary:
-    """All layers of one kind together: their errors over all their weights, and the worst of them."""
+    """All layers of one kind together: their errors over all their weights, and the worst of them, if measured."""
 
     kind: str
     layers: int
     parameters: int
     bytes_before: int
     bytes_after: int
-    sums: ErrorSums
-    worst: LayerReport
+    sums: ErrorSums | None
+    worst: LayerReport | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -154,11 +162,8 @@ class KindSummary:
             "parameters": self.parameters,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "relative_frobenius_error": self.sums.relative_frobenius_error,
-            "sqnr_db": self.sums.sqnr_db,
-            "max_abs_error": self.sums.max_abs_error,
-            "mean_range_use": self.sums.mean_range_use,
-            "worst_layer": self.worst.name,
+            **_figures(self.sums, _FIGURES_TOGETHER),
+            "worst_layer": self.worst.name if self.worst is not None else None,
         }
 
 
@@ -221,8 +226,9 @@ class TensorGroup:
 class ConversionReport:
     """The whole report of a conversion. Holds nothing that differs between two runs of the same conversion.
 
-    `layers` come worst first, by relative Frobenius error. `passed_over` names each file of the source that was neither
-    converted nor copied, with the reason. `unmatched_patterns` are the --skip and --only patterns that named nothing.
+    `layers` come worst first, by relative Frobenius error, or by name where that was not measured. `passed_over` names
+    each file of the source that was neither converted nor copied, with the reason. `unmatched_patterns` are the --skip
+    and --only patterns that named nothing.
     `output_bytes` are those of the shards, `sidecar_bytes` those of the files beside them that hold stored columns.
     """
 
@@ -248,8 +254,9 @@ class ConversionReport:
         return 100.0 * self.quantized_parameters / self.parameters if self.parameters else 0.0
 
     @property
-    def sums(self) -> ErrorSums:
-        return _total(self.layers)
+    def sums(self) -> ErrorSums | None:
+        """Over all layers; None where the errors were not to be measured."""
+        return _total(self.layers) if self.settings["figures"] else None
 
     @property
     def stored(self) -> StoredSummary | None:
@@ -257,7 +264,7 @@ class ConversionReport:
         return summarize_stored(self.layers)
 
     def to_json(self) -> dict[str, Any]:
-        total, stored = self.sums, self.stored
+        stored = self.stored
         return {
             "schema": REPORT_SCHEMA,
             "model": self.model,
@@ -272,10 +279,7 @@ class ConversionReport:
                 "quantized_parameters": self.quantized_parameters,
                 "percent_quantized": self.percent_quantized,
                 "quantized_layers": len(self.layers),
-                "relative_frobenius_error": total.relative_frobenius_error,
-                "sqnr_db": total.sqnr_db,
-                "max_abs_error": total.max_abs_error,
-                "mean_range_use": total.mean_range_use,
+                **_figures(self.sums, _FIGURES_TOGETHER),
             },
             "stored_columns": stored.to_json() if stored is not None else None,
             "kinds": [kind.to_json() for kind in summarize_kinds(self.layers)],
@@ -287,7 +291,12 @@ class ConversionReport:
 
 
 def worst_first(layers: Iterable[LayerReport]) -> tuple[LayerReport, ...]:
-    return tuple(sorted(layers, key=lambda layer: (-layer.sums.relative_frobenius_error, layer.name)))
+    """The layers by their errors, the largest first; by name where these were not measured."""
+    return tuple(sorted(layers, key=lambda layer: (-_error(layer.sums), layer.name)))
+
+
+def _error(sums: ErrorSums | None) -> float:
+    return sums.relative_frobenius_error if sums is not None else 0.0
 
 
 def worst_by_output_error(
@@ -299,12 +308,12 @@ def worst_by_output_error(
 
 
 def summarize_kinds(layers: Iterable[LayerReport]) -> tuple[KindSummary, ...]:
-    """Group layers by kind, the kind with the largest error first."""
+    """Group layers by kind, the kind with the largest error first; by name where none was measured."""
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault(layer.kind, []).append(layer)
     summaries = [_summarize(kind, members) for kind, members in groups.items()]
-    return tuple(sorted(summaries, key=lambda kind: (-kind.sums.relative_frobenius_error, kind.kind)))
+    return tuple(sorted(summaries, key=lambda kind: (-_error(kind.sums), kind.kind)))
 
 
 def summarize_stored(layers: Iterable[LayerReport]) -> StoredSummary | None:
@@ -346,17 +355,24 @@ def _stored_kind(kind: str, members: list[StoredColumns], basis: ErrorBasis | No
 
 
 def _summarize(kind: str, members: list[LayerReport]) -> KindSummary:
+    sums = _total(members)
     return KindSummary(
         kind=kind,
         layers=len(members),
         parameters=sum(math.prod(layer.shape) for layer in members),
         bytes_before=sum(layer.bytes_before for layer in members),
         bytes_after=sum(layer.bytes_after for layer in members),
-        sums=_total(members),
-        worst=worst_first(members)[0],
+        sums=sums,
+        worst=worst_first(members)[0] if sums is not None else None,
     )
 
 
-def _total(layers: Iterable[LayerReport]) -> ErrorSums:
+def _total(layers: Iterable[LayerReport]) -> ErrorSums | None:
+    """The sums over layers; None where one of them was not measured."""
+    total = ErrorSums()
     # Sorted by name: a float sum depends on its order, and a report must not depend on which shard finished first.
-    return sum((layer.sums for layer in sorted(layers, key=lambda layer: layer.name)), ErrorSums())
+    for layer in sorted(layers, key=lambda layer: layer.name):
+        if layer.sums is None:
+            return None
+        total += layer.sums
+    return total

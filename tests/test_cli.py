@@ -67,7 +67,7 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
     outcome = nursery.run("convert", "model", "--json", cwd=model.parent)
     assert outcome.code == 0
     report = json.loads(outcome.out)
-    assert report["schema"] == "int8cli.report/1"
+    assert report["schema"] == "int8cli.report/2"
     assert report == json.loads((model.parent / "model-int8/int8/report.json").read_text())
     assert len(outcome.err.splitlines()) == SHARDS
     assert len(report["layers"]) == report["totals"]["quantized_layers"] == 14

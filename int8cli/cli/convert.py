@@ -34,6 +34,7 @@ int8cli convert ./my-model -o ./my-model-int8 --dry-run
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
 int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
+int8cli convert org/name --outliers none --no-figures
 """
 THREADS_FOR_A_SHARD = 4
 # With more, a disk sets the pace; with less to do, the processes' start.
@@ -116,6 +117,10 @@ def convert(
         int | None, typer.Option(help="Processes, one shard each.", show_default="by cores and shards", min=1, max=256)
     ] = None,
     device: Annotated[Device, typer.Option(help="Where to quantize.")] = Device.cpu,
+    figures: Annotated[
+        bool,
+        typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert in less time."),
+    ] = True,
     keep_source: Annotated[
         bool, typer.Option("--keep-source", help="Keep downloaded shards, in the Hub cache.")
     ] = False,
@@ -148,7 +153,7 @@ def convert(
     if not math.isfinite(threshold):
         raise typer.BadParameter("a threshold is a finite number", param_hint="'--threshold'")
     output = output or default_output(model)
-    settings = Settings(layout.value, threshold, tuple(skip or ()), tuple(only or ()), float32.value)
+    settings = Settings(layout.value, threshold, tuple(skip or ()), tuple(only or ()), float32.value, figures=figures)
     store = RecordStore(output)
     known = store.conversion() if not overwrite else None
     wanted = ColumnsWanted(

@@ -182,8 +182,9 @@ def warnings(survey: Survey) -> Iterator[str]:
 def _outcome(record: ShardRecord) -> str:
     outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(record.files[0].size_bytes)}"
     if record.layers:
-        worst = worst_first(record.layers)[0]
-        outcome += f", {counted(len(record.layers), 'layer')}, worst error {worst.sums.relative_frobenius_error:.4f}"
+        outcome += f", {counted(len(record.layers), 'layer')}"
+        worst = worst_first(record.layers)[0].sums
+        outcome += f", worst error {worst.relative_frobenius_error:.4f}" if worst is not None else ""
     if record.kept:
         outcome += f", {len(record.kept)} kept for non-finite values"
     return outcome

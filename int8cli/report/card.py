@@ -13,7 +13,6 @@ from int8cli.report.units import decibels, human_bytes, human_count
 from int8cli.results import (
     ConversionReport,
     ErrorBasis,
-    KindSummary,
     RelativeOutputError,
     StoredKind,
     StoredSummary,
@@ -68,7 +67,7 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
     stored = report.stored
     if stored is not None:
         yield from _stored_columns(report, stored, survey)
-    yield from _errors(report)
+    yield from _layers(report)
 
 
 def _size_table(report: ConversionReport) -> Iterator[str]:
@@ -81,8 +80,7 @@ def _size_table(report: ConversionReport) -> Iterator[str]:
         f"| parameters in int8 | | {human_count(report.quantized_parameters)} of {human_count(report.parameters)} "
         f"({report.percent_quantized:.1f} %) |"
     )
-    if report.layers:
-        total = report.sums
+    if report.layers and (total := report.sums) is not None:
         yield f"| relative error of the int8 weights, ‖W-Ŵ‖/‖W‖ | | {total.relative_frobenius_error:.4f} |"
         yield f"| their SQNR | | {decibels(total.sqnr_db)} dB |"
     yield ""
@@ -155,20 +153,39 @@ def _error_cells(error: RelativeOutputError | None) -> str:
     return f"{error.all_int8:.4f} | {error.with_stored:.4f} |" if error is not None else "| |"
 
 
-def _errors(report: ConversionReport) -> Iterator[str]:
+def _layers(report: ConversionReport) -> Iterator[str]:
     if not report.layers:
         return
+    measured = report.sums is not None
+    yield from _kinds_with_errors(report) if measured else _kinds_by_size(report)
+    stored = report.stored
+    if stored is not None and stored.basis is not None:
+        yield from _worst_by_output(report, stored.basis)
+    elif measured:
+        yield from _worst_by_weights(report)
+    yield f"\n{'The error of every layer' if measured else 'Every layer'} is in `int8/report.json`."
+
+
+def _kinds_with_errors(report: ConversionReport) -> Iterator[str]:
     yield "## Error of the weights, by kind of layer\n"
     yield "| kind | layers | relative error | SQNR (dB) | use of the int8 range |"
     yield "|---|---:|---:|---:|---:|"
     for kind in summarize_kinds(report.layers):
-        yield _kind_row(kind)
-    stored = report.stored
-    if stored is not None and stored.basis is not None:
-        yield from _worst_by_output(report, stored.basis)
-    else:
-        yield from _worst_by_weights(report)
-    yield "\nThe error of every layer is in `int8/report.json`."
+        if kind.sums is not None:
+            yield (
+                f"| `{printable(kind.kind)}` | {kind.layers} | {kind.sums.relative_frobenius_error:.4f} "
+                f"| {decibels(kind.sums.sqnr_db)} | {100 * kind.sums.mean_range_use:.0f} % |"
+            )
+
+
+def _kinds_by_size(report: ConversionReport) -> Iterator[str]:
+    yield "## Quantized, by kind of layer\n"
+    yield "The error of the weights was not measured (`int8cli convert --no-figures`).\n"
+    yield "| kind | layers | original | here |"
+    yield "|---|---:|---:|---:|"
+    for kind in summarize_kinds(report.layers):
+        before, after = human_bytes(kind.bytes_before), human_bytes(kind.bytes_after)
+        yield f"| `{printable(kind.kind)}` | {kind.layers} | {before} | {after} |"
 
 
 def _worst_by_output(report: ConversionReport, basis: ErrorBasis) -> Iterator[str]:
@@ -185,16 +202,8 @@ def _worst_by_weights(report: ConversionReport) -> Iterator[str]:
     yield "\n## Worst layers\n"
     yield "| layer | shape | relative error | SQNR (dB) | largest error |"
     yield "|---|---|---:|---:|---:|"
-    for layer in report.layers[:WORST_LAYERS]:
-        sums = layer.sums
+    for layer, sums in ((each, each.sums) for each in report.layers[:WORST_LAYERS] if each.sums is not None):
         yield (
             f"| `{printable(layer.name)}` | {layer.shape[0]} x {layer.shape[1]} | {sums.relative_frobenius_error:.4f} "
             f"| {decibels(sums.sqnr_db)} | {sums.max_abs_error:.3g} |"
         )
-
-
-def _kind_row(kind: KindSummary) -> str:
-    return (
-        f"| `{printable(kind.kind)}` | {kind.layers} | {kind.sums.relative_frobenius_error:.4f} "
-        f"| {decibels(kind.sums.sqnr_db)} | {100 * kind.sums.mean_range_use:.0f} % |"
-    )

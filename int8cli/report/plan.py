@@ -35,7 +35,10 @@ class Needs:
 
 
 def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:
-    """`output_bytes` are those of the shards; `settings` say what stored columns will be chosen by."""
+    """`output_bytes` are those of the shards; `settings` say what stored columns will be chosen by.
+
+    `figures` is whether the error of every layer will be measured, null where that is open.
+    """
     plan = survey.plan
     return {
         "schema": PLAN_SCHEMA,
@@ -46,6 +49,7 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
         "sidecar_bytes": survey.sidecar_bytes,
         "total_bytes": survey.output_bytes + survey.sidecar_bytes,
         "stored_columns": _stored_to_json(survey, settings),
+        "figures": settings.figures if settings is not None else None,
         "shards": [_shard_to_json(survey, layout) for layout in survey.layouts],
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
@@ -122,6 +126,8 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
         console.print(line, soft_wrap=True)
     if settings is not None:
         console.print(_chosen_by(survey, settings))
+        if not settings.figures:
+            console.print("the error of the weights will not be measured (--no-figures)")
     console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
     console.print(groups_table("Left alone", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:

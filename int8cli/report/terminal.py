@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.output import SIDECAR_DIRECTORY
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import broken_at_dots, printable
@@ -26,6 +27,7 @@ WORST_LAYERS = 10
 # What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
 NAME_WIDTH = 32
 GROUP_WIDTH = 39
+SIZED_NAME_WIDTH = 48  # beside sizes alone
 COLUMNS_WIDTH = 25
 
 
@@ -39,7 +41,8 @@ def stdout_console() -> Console:
 def show_report(report: ConversionReport, output: Path) -> None:
     """Print totals, the error by kind of layer, the worst layers, and what was left alone.
 
-    Where the activations are known their error leads; that of the weights alone follows, without its worst layers.
+    Where the activations are known their error leads; that of the weights alone follows, without its worst layers, and
+    is not spoken of where it was not measured.
     """
     console = stdout_console()
     console.print(_headline(report, output), soft_wrap=True)
@@ -51,7 +54,7 @@ def show_report(report: ConversionReport, output: Path) -> None:
         console.print(_worst_output_table(report.layers, stored.basis))
     if report.layers:
         console.print(_kinds_table(report))
-        if stored is None or stored.basis is None:
+        if report.sums is not None and (stored is None or stored.basis is None):
             console.print(_worst_table(report.layers[:WORST_LAYERS]))
     console.print(groups_table("Left alone", report.left_alone))
     for file, reason in report.passed_over:
@@ -83,13 +86,15 @@ def _headline(report: ConversionReport, output: Path) -> str:
         f"{human_bytes(report.source_bytes)} → {human_bytes(report.output_bytes)}, {ratio:.2f} times smaller; "
         f"{report.percent_quantized:.1f} % of {human_count(report.parameters)} parameters in int8",
     ]
-    if report.layers:
-        lines.append(
-            f"{counted(len(report.layers), 'layer')}: relative error {total.relative_frobenius_error:.4f}, "
-            f"SQNR {decibels(total.sqnr_db)} dB"
-        )
-    else:
+    layers = counted(len(report.layers), "layer")
+    if not report.layers:
         lines.append("[yellow]Nothing was quantized: see below why.[/yellow]")
+    elif total is None:
+        lines.append(f"{layers}; the error of their weights was not measured (--no-figures)")
+    else:
+        lines.append(
+            f"{layers}: relative error {total.relative_frobenius_error:.4f}, SQNR {decibels(total.sqnr_db)} dB"
+        )
     return "\n".join(lines)
 
 
@@ -161,24 +166,25 @@ def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
 def _kinds_table(report: ConversionReport) -> Table:
     table = _table("Quantized, by kind of layer")
     table.add_column("kind", no_wrap=True)
-    table.add_column("layers", justify="right", no_wrap=True)
-    table.add_column("before", justify="right", no_wrap=True)
-    table.add_column("after", justify="right", no_wrap=True)
-    table.add_column("error", justify="right", no_wrap=True)
-    table.add_column("dB", justify="right", no_wrap=True)
-    table.add_column("range", justify="right", no_wrap=True)
+    measured = report.sums is not None
+    name_width = NAME_WIDTH if measured else SIZED_NAME_WIDTH
+    for figure in ("layers", "before", "after", *(("error", "dB", "range") if measured else ())):
+        table.add_column(figure, justify="right", no_wrap=True)
     for kind in summarize_kinds(report.layers):
         table.add_row(
-            broken_at_dots(kind.kind, NAME_WIDTH),
+            broken_at_dots(kind.kind, name_width),
             str(kind.layers),
             human_bytes(kind.bytes_before),
             human_bytes(kind.bytes_after),
-            f"{kind.sums.relative_frobenius_error:.4f}",
-            decibels(kind.sums.sqnr_db),
-            f"{100 * kind.sums.mean_range_use:.0f} %",
+            *(_error_cells(kind.sums) if kind.sums is not None else ()),
         )
-    table.caption = "error: ‖W-Ŵ‖/‖W‖ · dB: SQNR · range: mean use of the int8 range"
+    if measured:
+        table.caption = "error: ‖W-Ŵ‖/‖W‖ · dB: SQNR · range: mean use of the int8 range"
     return table
+
+
+def _error_cells(sums: ErrorSums) -> tuple[str, str, str]:
+    return f"{sums.relative_frobenius_error:.4f}", decibels(sums.sqnr_db), f"{100 * sums.mean_range_use:.0f} %"
 
 
 def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
@@ -189,8 +195,7 @@ def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
     table.add_column("dB", justify="right", no_wrap=True)
     table.add_column("max err", justify="right", no_wrap=True)
     table.add_column("absmax", justify="right", no_wrap=True)
-    for layer in layers:
-        sums = layer.sums
+    for layer, sums in ((each, each.sums) for each in layers if each.sums is not None):
         table.add_row(
             broken_at_dots(layer.name, NAME_WIDTH),
             f"{layer.shape[0]} x {layer.shape[1]}",

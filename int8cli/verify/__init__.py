@@ -125,7 +125,9 @@ def _check_whole(
     if CONFIG_FILE in conversion.files:
         detail = "quantization_config as in the settings"
         yield Check.of("config", detail, config_failures(directory, conversion, found))
-    yield Check.of("report", "source, settings, totals, figures", report_failures(directory, conversion, found))
+    figures = "figures" if conversion.settings.figures else "sizes; no errors were measured"
+    detail = f"source, settings, totals, {figures}"
+    yield Check.of("report", detail, report_failures(directory, conversion, found))
     detail = f"{len(manifest)} others, by digest; no other weights"
     yield Check.of("files", detail, side_file_failures(directory, conversion, manifest))
 

@@ -35,6 +35,10 @@ def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) 
             yield Failure(shard.output, "its record speaks of another source file")
         if not record.files or record.files[0].file != shard.output:
             yield Failure(shard.output, "its record speaks of another output file")
+        for layer in record.layers:
+            if (layer.sums is not None) != conversion.settings.figures:
+                told = "has figures, though none were measured" if layer.sums else "has no figures in its record"
+                yield Failure(shard.output, told, layer.name)
         for file in record.files:
             for tensor in file.tensors:
                 if tensor.name in seen:
@@ -140,6 +144,8 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
     except Int8cliError as error:
         yield Failure(REPORT_FILE, str(error))
         return
+    if isinstance(report.get("settings"), dict):
+        report["settings"].setdefault("figures", True)  # earlier versions always measured them
     layers = worst_first(layer for record in records for layer in record.layers)
     settings = json.loads(json.dumps(asdict(conversion.settings)))
     stored = summarize_stored(layers)
