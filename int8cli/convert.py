@@ -272,7 +272,7 @@ def _task(
 
 def _executor(options: ConvertOptions, shards: int, lock: int, observer: Observer) -> Executor:
     if options.workers > 1 and shards:
-        return ProcessExecutor(min(options.workers, shards), lock, observer.progressed, preload="int8cli.preloaded")
+        return ProcessExecutor(min(options.workers, shards), lock, observer.progressed)
     return InlineExecutor(observer.progressed)
 
 

@@ -10,23 +10,31 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from multiprocessing.synchronize import Lock
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 from int8cli.torch_start import start_torch
 
 Result = TypeVar("Result")
-OnBytes = Callable[[str, str, int], None]  # shard, tensor, bytes of the source done since the last call
+# Shard, tensor, bytes of the source done since the last call. With none it only asks, by returning, whether to go on:
+# nobody is told.
+OnBytes = Callable[[str, str, int], None]
 
 # A server that has imported what the tasks need, and forks: one import and one copy of it for all processes. It has one
 # thread when it forks, which this process may not. Apple's libraries do not bear a fork.
 _START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+
+
+# What all tasks need, imported in that server.
+_PRELOADED = "int8cli.preloaded"
 
 
 class Executor(Protocol):
@@ -51,7 +59,7 @@ class InlineExecutor:
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
         future: Future[Result] = Future()
         try:
-            future.set_result(task(self._on_bytes))
+            future.set_result(task(self._report))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -59,35 +67,36 @@ class InlineExecutor:
     def close(self) -> None:
         pass
 
+    def _report(self, shard: str, tensor: str, count: int) -> None:
+        if count:
+            self._on_bytes(shard, tensor, count)
+
 
 class ProcessExecutor:
-    """Runs tasks in `slots` processes of their own; tasks and results are pickled. `preload`: a module they all need.
+    """Runs tasks in `slots` processes of their own; tasks and results are pickled.
 
     Each process holds a duplicate of the output directory's lock, so that a killed parent does not let a second run in
     while one of them still writes, and ends as soon as its parent is gone.
     """
 
-    def __init__(self, slots: int, lock: int, on_bytes: OnBytes, preload: str) -> None:
+    def __init__(self, slots: int, lock: int, on_bytes: OnBytes) -> None:
         self.slots = slots
         self._on_bytes = on_bytes
         context = multiprocessing.get_context(_START_METHOD)
-        context.set_forkserver_preload([preload])
+        context.set_forkserver_preload([_PRELOADED])
         # A pipe rather than a queue, a byte rather than an Event: no lock that we wait for may die with a worker.
         self._heard, self._told = context.Pipe(duplex=False)
         self._stop = context.RawValue("b", 0)
-        start = partial(_start_worker, _Lock(lock), self._told, context.Lock(), self._stop)
+        with _starting_processes():  # a lock may start one that cleans up after it
+            turn = context.Lock()
+        start = partial(_start_worker, _Lock(lock), self._told, turn, self._stop)
         self._pool = ProcessPoolExecutor(slots, mp_context=context, initializer=start)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
-        # The server starts with the first task. It and its forks inherit the mask, so that a Ctrl-C, which a terminal
-        # sends to all of them, cannot hit one before it ignores the signal.
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _starting_processes():
             return self._pool.submit(_run, task)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
     def close(self) -> None:
         self._stop.value = 1
@@ -100,6 +109,44 @@ class ProcessExecutor:
         with suppress(EOFError):
             while True:
                 self._on_bytes(*self._heard.recv())
+
+
+def start_server() -> None:
+    """Start the server that processes are forked from, unless it runs: it imports while this process goes on.
+
+    It ends with this process.
+    """
+    if _START_METHOD == "forkserver":
+        with _starting_processes():
+            forkserver.set_forkserver_preload([_PRELOADED])
+            forkserver.ensure_running()
+
+
+@contextmanager
+def _starting_processes() -> Iterator[None]:
+    """Around what may start a process.
+
+    It inherits the mask, so that a Ctrl-C, which a terminal sends to all of them, cannot hit one before it ignores the
+    signal. It finds modules where this process does, and not first of all in the working directory, which may be a
+    checkpoint's: nothing of that is ever run. And `__main__` is hidden from it, which multiprocessing would run anew:
+    no task is defined there.
+    """
+    paths = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    before = {name: os.environ.get(name) for name in paths}
+    main = sys.modules["__main__"]
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        sys.modules["__main__"] = ModuleType("__main__")
+        os.environ.update(paths)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        sys.modules["__main__"] = main
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
 class StoppedError(Exception):
@@ -133,8 +180,9 @@ def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> Non
     def report(shard: str, tensor: str, count: int) -> None:
         if stop.value:
             raise StoppedError
-        with turn:
-            told.send((shard, tensor, count))
+        if count:
+            with turn:
+                told.send((shard, tensor, count))
 
     _report = report
 

@@ -10,4 +10,5 @@ from int8cli.torch_start import start_torch
 
 start_torch()
 import_module("int8cli.convert_shard")
+import_module("int8cli.weight_suspects")
 gc.freeze()  # the collector writes into what it looks at, and a page that is written to is no longer shared
