@@ -9,7 +9,7 @@ from checkpoints import convert_local, read_all
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-from benchmarking.cases import COLD_CONVERT, CONVERT, COPY, IMPORT_TORCH, INSPECT, READ_SOURCE, Section
+from benchmarking.cases import COLD_CONVERT, CONVERT, COPY, IMPORT_TORCH, INSPECT, NO_FIGURES, READ_SOURCE, Section
 from benchmarking.checkpoint import bloom, llama, write_checkpoint
 from benchmarking.peers import InstallError, Peer, installed
 from benchmarking.tables import against_copy, growth, peers
@@ -105,21 +105,32 @@ def test_ratios_are_medians_of_the_ratios_of_each_turn() -> None:
         IMPORT_TORCH: runs(1, 1, 1),
         COPY: runs(1, 2, 4),
         CONVERT: runs(4, 5, 6, start_s=2, peak=250),
+        NO_FIGURES: runs(3, 4, 5, start_s=2, peak=240),
         READ_SOURCE: runs(1, 1, 1),
         INSPECT: runs(3, 3, 3, start_s=1, peak=210),
     }
     table = against_copy(Section({"": 10**9}, taken, {COLD_CONVERT: "no disk"}, {}))
     assert row(table, f"`{CONVERT}`")[1:] == ["5.00", "3.00", "2.50 × cp", "1.50 × cp", "2.50", "2.00", "50 MB"]
+    assert row(table, f"`{NO_FIGURES}`")[1:] == ["4.00", "2.00", "2.00 × cp", "1.00 × cp", "2.00", "1.50", "40 MB"]
     assert row(table, f"`{INSPECT}`")[1:] == ["3.00", "2.00", "3.00 × cat", "2.00 × cat", "1.50", "1.25", "10 MB"]
     assert row(table, f"`{COPY}`")[1:] == ["2.00", "", "", "", "1.00", "", ""]
     assert f"Left out: {COLD_CONVERT}: no disk." in table
 
 
 def test_peers_are_held_against_ours_without_their_starts() -> None:
-    taken = {IMPORT_TORCH: runs(1), COPY: runs(1), CONVERT: runs(3, start_s=2), "other": runs(25, start_s=5, peak=900)}
+    taken = {
+        IMPORT_TORCH: runs(1),
+        COPY: runs(1),
+        CONVERT: runs(3, start_s=2),
+        NO_FIGURES: runs(2.5, start_s=2),
+        "other": runs(25, start_s=5, peak=900),
+    }
     table = peers(Section({"": 10**9}, taken, {}, {"other": "other 1.0"}))
-    assert row(table, "other")[1:] == ["25.00", "20.00", "20.0", "12.50", "11.25", "900 MB", "0.50 GB"]
-    assert row(table, f"`{CONVERT}`")[3] == "1.0"
+    assert row(table, "other")[1:] == ["25.00", "20.00", "20.0", "40.0", "12.50", "11.25", "900 MB", "0.50 GB"]
+    assert row(table, f"`{CONVERT}`")[3:5] == ["1.0", "2.0"]
+    assert row(table, f"`{NO_FIGURES}`")[3:5] == ["0.5", "1.0"]
+    assert row(table, f"`{COPY}`")[3:5] == ["", ""]
+    assert "`--no-figures` leaves that out as the other converters do" in table
 
 
 def test_growth_is_a_row_a_size() -> None:

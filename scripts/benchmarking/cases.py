@@ -13,6 +13,7 @@ IMPORT_TORCH = "import torch"
 COPY, COLD_COPY = "cp -r, sync", "cp -r, sync, cold"
 # With the full report; no columns are stored, since cp and the others do nothing of the kind.
 CONVERT, COLD_CONVERT = "int8cli convert --outliers none", "int8cli convert --outliers none, cold"
+NO_FIGURES = "int8cli convert --outliers none --no-figures"
 STORE_COLUMNS = "int8cli convert --outliers weights"
 READ_SOURCE, INSPECT = "cat of the source", "int8cli inspect-outliers --from weights"
 READ_OUTPUT, VERIFY = "cat of the output", "int8cli verify"
@@ -46,6 +47,7 @@ class Bench:
             self._importing_torch(tiny),
             self._copying(COPY, source),
             self._converting(CONVERT, source, tiny, int8),
+            self._converting(NO_FIGURES, source, tiny, self._scratch / "no-figures", options=("--no-figures",)),
             self._converting(STORE_COLUMNS, source, tiny, self._scratch / "columns", outliers="weights"),
             self._reading(READ_SOURCE, source),
             self._int8cli(INSPECT, (*from_weights, str(source)), source, (*from_weights, str(tiny)), tiny),
@@ -66,6 +68,7 @@ class Bench:
             self._importing_torch(tiny),
             self._copying(COPY, source),
             self._converting(CONVERT, source, tiny, self._scratch / "int8"),
+            self._converting(NO_FIGURES, source, tiny, self._scratch / "no-figures", options=("--no-figures",)),
         ]
         left_out, known = {}, {}
         for peer in PEERS:
@@ -94,7 +97,7 @@ class Bench:
     def _measured(self, cases: Sequence[Case], source: Path) -> Section:
         runs, left_out = take_turns(cases, self._runs)
         source_bytes = size_of(source)
-        for name in (IMPORT_TORCH, COPY, CONVERT):  # without these nothing can be told
+        for name in (IMPORT_TORCH, COPY, CONVERT, NO_FIGURES):  # without these nothing can be told
             if name in left_out:
                 raise CaseFailedError(f"{name} {left_out[name]}")
         for case in cases:
@@ -124,10 +127,18 @@ class Bench:
         return Case(name, ("sh", "-c", script, str(directory)), directory, self._log)
 
     def _converting(
-        self, name: str, source: Path, tiny: Path, output: Path, *, outliers: str = "none", cold: bool = False
+        self,
+        name: str,
+        source: Path,
+        tiny: Path,
+        output: Path,
+        *,
+        outliers: str = "none",
+        options: tuple[str, ...] = (),
+        cold: bool = False,
     ) -> Case:
         tiny_output = self._scratch / "tiny-int8"
-        command = (sys.executable, "-m", "int8cli", "convert", "--quiet", "--outliers", outliers, "--output")
+        command = (sys.executable, "-m", "int8cli", "convert", "--quiet", "--outliers", outliers, *options, "--output")
         start = Case("", (*command, str(tiny_output), str(tiny)), tiny, self._log, tiny_output, keeps=True)
         on_source = (*command, str(output), str(source))
         return Case(name, on_source, source, self._log, output, keeps=True, cold=cold, start=start)

@@ -9,6 +9,7 @@ from benchmarking.cases import (
     COPY,
     IMPORT_TORCH,
     INSPECT,
+    NO_FIGURES,
     READ_OUTPUT,
     READ_SOURCE,
     STORE_COLUMNS,
@@ -20,6 +21,7 @@ from benchmarking.turns import median, median_ratio
 # What is held against what, and the word for it.
 HELD_AGAINST = {
     CONVERT: (COPY, "cp"),
+    NO_FIGURES: (COPY, "cp"),
     STORE_COLUMNS: (COPY, "cp"),
     COLD_CONVERT: (COLD_COPY, "cp"),
     INSPECT: (READ_SOURCE, "cat"),
@@ -49,9 +51,10 @@ def against_copy(section: Section) -> str:
 
 
 def peers(section: Section) -> str:
-    """Each converter, and how much longer than ours it takes."""
-    header = ("", "seconds", "start apart", "times ours", "CPU seconds", "start apart", "peak memory", "output")
-    ours = section.runs[CONVERT]
+    """Each converter, and how much longer than ours it takes, with and without error figures."""
+    times = ("times ours", "without figures")
+    header = ("", "seconds", "start apart", *times, "CPU seconds", "start apart", "peak memory", "output")
+    ours = [section.runs[name] for name in (CONVERT, NO_FIGURES)]
     rows = []
     for name, runs in section.runs.items():
         if name == IMPORT_TORCH:
@@ -59,10 +62,10 @@ def peers(section: Section) -> str:
         apart = name != COPY
         rows.append(
             [
-                f"`{name}`" if name in (COPY, CONVERT) else name,
+                f"`{name}`" if name in (COPY, CONVERT, NO_FIGURES) else name,
                 f"{median(runs, 'seconds'):.2f}",
                 f"{median(runs, 'apart_s'):.2f}" if apart else "",
-                f"{median_ratio(runs, ours, 'apart_s', 'apart_s'):.1f}" if apart else "",
+                *(f"{median_ratio(runs, own, 'apart_s', 'apart_s'):.1f}" if apart else "" for own in ours),
                 f"{median(runs, 'cpu_s'):.2f}",
                 f"{median(runs, 'apart_cpu_s'):.2f}" if apart else "",
                 _megabytes(max(run.peak_bytes for run in runs)) if apart else "",
@@ -74,6 +77,7 @@ def peers(section: Section) -> str:
     base = median(section.runs[IMPORT_TORCH], "peak_bytes")
     return (
         f"Blocks of Llama-2-7B, {turns_and_size(section, source_bytes)}\n\n{_table(header, rows)}{_left_out(section)}"
+        f"\n`{CONVERT}` measures the error of every layer, `--no-figures` leaves that out as the other converters do."
         f"\nPeak memory is all that is resident, mapped files included; importing torch alone takes {_megabytes(base)}."
         f"\n{known}\n"
     )
