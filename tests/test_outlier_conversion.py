@@ -46,6 +46,7 @@ class Asked:
     text: Path | None = None
     layout: str = "bitsandbytes"
     sampling: Sampling = SAMPLING
+    workers: int = 1
     said: list[str] = field(default_factory=list)
 
     def ways(self) -> list[Way]:
@@ -60,7 +61,7 @@ class Asked:
     ) -> ConversionReport:
         way = self.ways()[0]
         columns = way.columns(observer or CalibrationObserver())
-        options = ConvertOptions(self.output)
+        options = ConvertOptions(self.output, workers=self.workers)
         return convert(self.source, way.survey, way.settings, options, render_card, on_shard or Observer(), columns)
 
 
@@ -381,6 +382,27 @@ def test_weights_of_shards_that_have_gone_are_remembered(tmp_path: Path) -> None
             local(made, output, mode="weights").convert(on_shard=Stopping())
     local(made, output, mode="weights").convert()
     assert tree(output) == tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stopped_after", [None, 1, 2])
+def test_the_number_of_workers_changes_nothing_that_the_weights_tell(stopped_after: int | None, tmp_path: Path) -> None:
+    made = llama(tmp_path / "model", layers=4, shards=4)
+    local(made, tmp_path / "one", mode="weights").convert()
+
+    class Stopping(Observer):
+        left = stopped_after
+
+        def shard_finished(self, *_: object) -> None:
+            self.left = self.left and self.left - 1
+            if self.left == 0:
+                raise StopError
+
+    several = local(made, tmp_path / "several", mode="weights", workers=3)
+    if stopped_after:
+        with pytest.raises(StopError):
+            several.convert(on_shard=Stopping())
+    several.convert()
+    assert tree(several.output) == tree(tmp_path / "one")
 
 
 def test_auto_goes_on_with_what_an_earlier_run_chose(model: Path, nursery: Nursery, tmp_path: Path) -> None:

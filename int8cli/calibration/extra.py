@@ -1,6 +1,13 @@
 """What running a model needs besides int8cli's own dependencies: told without torch."""
 
+import importlib.util
+
 from int8cli.errors import MissingExtraError
+
+
+def has_transformers() -> bool:
+    """Whether it seems to be installed; that takes a second less than to import it."""
+    return importlib.util.find_spec("transformers") is not None
 
 
 def require_transformers() -> None:

@@ -139,6 +139,8 @@ def convert(
     norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
     shards are not done twice.
     """
+    if not dry_run and device is Device.cpu:
+        _start_server_early(model, output or default_output(model), outliers, workers)
     from int8cli.calibration.sampling import Sampling
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.progress import observe
@@ -343,10 +345,33 @@ def _workers(survey: "Survey", device: Device) -> int:
 
     One for a GPU, too: its threads wait more than they compute, and each process would take memory of it.
     """
-    shards = len(survey.layouts)
-    if device is Device.cuda or survey.identity.on_hub or survey.source_bytes < LEAST_BYTES_FOR_WORKERS:
+    if device is Device.cuda or survey.identity.on_hub:
         return 1
-    return max(1, min(shards, usable_cores(), MOST_WORKERS))
+    return _workers_over(len(survey.layouts), survey.source_bytes)
+
+
+def _workers_over(shards: int, source_bytes: int) -> int:
+    return max(1, min(shards, usable_cores(), MOST_WORKERS)) if source_bytes >= LEAST_BYTES_FOR_WORKERS else 1
+
+
+def _start_server_early(model: str, output: Path, outliers: str, workers: int | None) -> None:
+    """Have torch imported for workers while this process imports the rest and reads headers, if some are foreseen.
+
+    Where they are not, it happens when they are needed; a server that was started in vain ends with this process.
+    """
+    from int8cli.calibration.extra import has_transformers
+    from int8cli.columns import FROM_WEIGHTS
+    from int8cli.executors import start_server
+    from int8cli.output import REPORT_FILE
+    from int8cli.records import NO_OUTLIERS
+
+    if outliers not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
+        return  # a calibration may do the work itself, and has torch imported here
+    directory = Path(model).expanduser()
+    files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
+    foreseen = workers or _workers_over(len(files), sum(file.stat().st_size for file in files if file.is_file()))
+    if files and foreseen > 1 and not (output / REPORT_FILE).exists():  # which a finished conversion has
+        start_server()
 
 
 def _threads(workers: int, device: Device) -> int:

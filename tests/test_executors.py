@@ -1,0 +1,136 @@
+"""Worker processes: what they are told and tell, what they do without, and what they never run."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from calibration_models import make_model
+from program import environment, llama
+
+from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor, StoppedError
+
+Told = list[tuple[str, str, int]]
+
+
+def tell(on_bytes: OnBytes) -> int:
+    on_bytes("shard", "first", 3)
+    on_bytes("shard", "second", 0)
+    on_bytes("shard", "third", 4)
+    return os.getpid()
+
+
+def ask_for_ever(on_bytes: OnBytes) -> None:
+    on_bytes("shard", "begun", 1)
+    while True:
+        on_bytes("shard", "", 0)
+
+
+@pytest.fixture
+def in_a_process(tmp_path: Path) -> Iterator[Callable[[OnBytes], Executor]]:
+    """Makes an executor of one process."""
+    lock = os.open(tmp_path, os.O_RDONLY)
+    yield lambda on_bytes: ProcessExecutor(1, lock, on_bytes)
+    os.close(lock)
+
+
+def test_a_task_tells_of_bytes_and_not_of_none(in_a_process: Callable[[OnBytes], Executor]) -> None:
+    for make in (InlineExecutor, in_a_process):
+        told: Told = []
+        executor = make(lambda *report, told=told: told.append(report))
+        pid = executor.submit(tell).result()
+        executor.close()
+        assert (pid == os.getpid()) == (make is InlineExecutor)
+        assert told == [("shard", "first", 3), ("shard", "third", 4)]
+
+
+def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Executor]) -> None:
+    begun = threading.Event()
+    executor = in_a_process(lambda *report: begun.set())
+    future = executor.submit(ask_for_ever)
+    assert begun.wait(60)
+    executor.close()
+    assert isinstance(future.exception(), StoppedError)
+
+
+# The program that starts them
+
+AT_THE_END = """
+import multiprocessing.forkserver, sys
+if {hidden!r}: sys.modules[{hidden!r}] = None
+from int8cli.cli import app
+try: app({arguments!r})
+except SystemExit as ending: print({asked}, ending.code or 0)
+"""
+
+
+def at_the_end(asked: str, *arguments: str | Path, cwd: Path, hidden: str = "") -> list[str]:
+    """What holds when the program has run, and its exit code. The module `hidden` cannot be imported."""
+    code = AT_THE_END.format(hidden=hidden, arguments=[*map(str, arguments)], asked=asked)
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment(), stdout=subprocess.PIPE, text=True)
+    return done.stdout.split()[-2:]
+
+
+TORCH = "'torch' in sys.modules"
+
+
+@pytest.mark.parametrize("outliers", ["none", "weights", "auto"])
+def test_the_process_that_hands_shards_out_needs_no_torch(outliers: str, tmp_path: Path) -> None:
+    command = ("convert", llama(tmp_path / "model"), "-q", "--outliers", outliers)  # there is no tokenizer
+    assert at_the_end(TORCH, *command, "-o", "two", "--workers", "2", cwd=tmp_path) == ["False", "0"]
+    assert (tmp_path / "two/int8/outliers").exists() == (outliers != "none")
+
+
+def test_without_transformers_auto_needs_no_torch_either(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", max_shard_size="30KB")
+    command = ("convert", model, "-q", "--workers", "2", "-o", "out")
+    assert at_the_end(TORCH, *command, cwd=tmp_path, hidden="transformers") == ["False", "0"]
+    assert (tmp_path / "out/int8/outliers").exists()
+
+
+def test_one_worker_is_the_process_itself(tmp_path: Path) -> None:
+    command = ("convert", llama(tmp_path / "model"), "-q", "-o", "out", "--workers", "1", "--outliers", "weights")
+    assert at_the_end(TORCH, *command, cwd=tmp_path) == ["True", "0"]
+
+
+SERVER = "multiprocessing.forkserver._forkserver._forkserver_pid is not None"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no server")
+@pytest.mark.parametrize(
+    ("options", "foreseen"),
+    [
+        (["--workers", "2", "--outliers", "weights"], True),
+        (["--workers", "2", "--outliers", "activations"], False),
+        (["--workers", "1", "--outliers", "weights"], False),
+        (["--outliers", "weights"], False),
+    ],
+)
+def test_the_server_starts_before_anything_is_read_where_workers_are_foreseen(
+    options: list[str], foreseen: bool, tmp_path: Path
+) -> None:
+    model = llama(tmp_path / "model")
+    (model / "config.json").write_text("no JSON")  # the end comes before any task
+    assert at_the_end(SERVER, "convert", model, "-o", "out", *options, cwd=tmp_path) == [str(foreseen), "1"]
+
+
+# What is never run
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
+def test_nothing_in_the_working_directory_is_run(tmp_path: Path) -> None:
+    """Nor the script that calls the program, a second time: this one would convert again."""
+    model = llama(tmp_path / "model")
+    for name in ("torch", "multiprocessing", "numpy", "int8cli"):
+        (model / f"{name}.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'a').write({name!r})")
+    script = tmp_path / "script.py"
+    script.write_text("from int8cli.cli import main\nmain()\n")
+    command = ("convert", ".", "-o", tmp_path / "out", "--workers", "2", "--outliers", "weights", "-q")
+    done = subprocess.run(
+        [sys.executable, script, *command], cwd=model, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "was_run").exists()
