@@ -429,6 +429,7 @@ def convert_local(
     stored: Callable[[Decision], StoredColumns | None] | None = None,
     chosen_from: str = FROM_ACTIVATIONS,
     calibration: str = "",
+    figures: bool = True,
 ) -> ConversionReport:
     """Convert a directory or file into `output`, through the library as the command does.
 
@@ -437,7 +438,7 @@ def convert_local(
     source = open_source(str(model), revision=None, download_dir=output / "int8" / "incoming", keep_source=False)
     try:
         found = survey_source(source, PlanOptions(skip, only), LAYOUTS[layout])
-        settings = Settings(layout, threshold, skip, only, float32)
+        settings = Settings(layout, threshold, skip, only, float32, figures=figures)
         options = ConvertOptions(output, on_nonfinite, overwrite, workers, threads)
         columns = NoColumns()
         if stored is not None:
