@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
 from multiprocessing.synchronize import Lock
@@ -126,27 +126,60 @@ def start_server() -> None:
 def _starting_processes() -> Iterator[None]:
     """Around what may start a process.
 
-    It inherits the mask, so that a Ctrl-C, which a terminal sends to all of them, cannot hit one before it ignores the
-    signal. It finds modules where this process does, and not first of all in the working directory, which may be a
-    checkpoint's: nothing of that is ever run. And `__main__` is hidden from it, which multiprocessing would run anew:
-    no task is defined there.
+    `__main__` is hidden from it, which multiprocessing would run anew: no task is defined there.
+    """
+    main = sys.modules["__main__"]
+    with _own_modules_only():
+        resource_tracker.ensure_running()  # ahead of the mask: to start it ends with SIGINT unblocked
+        with _uninterrupted():
+            try:
+                sys.modules["__main__"] = ModuleType("__main__")
+                yield
+            finally:
+                sys.modules["__main__"] = main
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A Ctrl-C counts at the end.
+
+    A process that is started meanwhile inherits the mask, so that one, which a terminal sends to all of them, cannot
+    hit it before it ignores the signal. In this process another thread may take the signal, and the main one would then
+    stop with a process started that nobody knows of, and wait for it for good: hence the handler.
+    """
+    came: list[int] = []
+    handler = signal.getsignal(signal.SIGINT)
+    replaced = handler is not None and threading.current_thread() is threading.main_thread()
+    if replaced:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        if replaced:
+            signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _own_modules_only() -> Iterator[None]:
+    """A process finds modules where this one does, and not first of all in the working directory.
+
+    That may be a checkpoint's, and nothing of a checkpoint is ever run. From Python 3.11 on.
     """
     paths = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     before = {name: os.environ.get(name) for name in paths}
-    main = sys.modules["__main__"]
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        sys.modules["__main__"] = ModuleType("__main__")
         os.environ.update(paths)
         yield
     finally:
         for name, value in before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        sys.modules["__main__"] = main
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
 class StoppedError(Exception):

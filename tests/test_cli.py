@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import termios
 from collections.abc import Iterator
 from pathlib import Path
@@ -377,9 +378,11 @@ def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
     assert tree(output) == tree(tmp_path / "unbroken")
 
 
-def test_an_interrupt_while_workers_start_is_no_traceback(large: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause_s", [0.0, 0.2])  # before, and while the first of them is waited for
+def test_an_interrupt_while_workers_start_is_no_traceback(pause_s: float, large: Path, tmp_path: Path) -> None:
     process = start("convert", large, "-o", "out", "--workers", "2", cwd=tmp_path)
     wait_until(lambda: (tmp_path / "out/LICENSE").exists())
+    time.sleep(pause_s)
     os.killpg(process.pid, signal.SIGINT)
     outcome = outcome_of(process)
     assert outcome.code == 130
