@@ -239,7 +239,7 @@ class _ShardLoop:
         self._source.discard(task.source.file)
         self._observer.noted(f"{task.source.file}: not what the Hub published; fetching it once more")
         self._observer.progressed(task.source.file, "", -task.tensor_bytes)
-        self._waiting.append(task)
+        self._waiting.appendleft(task)  # what it tells of the columns to store is for the shards after it
 
 
 def _convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:

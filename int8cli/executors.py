@@ -167,7 +167,7 @@ def _uninterrupted() -> Iterator[None]:
 def _own_modules_only() -> Iterator[None]:
     """A process finds modules where this one does, and not first of all in the working directory.
 
-    That may be a checkpoint's, and nothing of a checkpoint is ever run. From Python 3.11 on.
+    That may be a checkpoint's, and nothing of a checkpoint is ever run.
     """
     paths = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     before = {name: os.environ.get(name) for name in paths}

@@ -305,6 +305,23 @@ def test_a_corrupt_shard_is_noticed_before_the_model_runs_on_it(
     assert files_of_shards(asked.output) == expected
 
 
+def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(tmp_path: Path) -> None:
+    made = llama(tmp_path / "model", layers=4, shards=4)
+    whole = local(made, tmp_path / "whole", mode="weights")
+    whole.convert()
+    shard = sorted(made.glob("*.safetensors"))[0]
+    header_bytes = int.from_bytes(shard.read_bytes()[:8], "little")
+    tensors = json.loads(shard.read_bytes()[8 : 8 + header_bytes])
+    writer = next(each for name, each in tensors.items() if name.endswith("o_proj.weight"))
+    exponent_of_first = 8 + header_bytes + writer["data_offsets"][0] + 1  # its dimension would look like an outlier's
+    with HubStandIn() as hub:
+        hub.add_repo(REPO, made)
+        hub.fail(shard.name, Fault(corrupt_at=exponent_of_first))
+        asked = Asked(hub_source(hub, tmp_path), tmp_path / "out", mode="weights")
+        asked.convert()
+    assert files_of_shards(asked.output) == files_of_shards(whole.output)
+
+
 # Going on
 
 

@@ -6,7 +6,7 @@ Owns the translation of huggingface_hub's, httpx's and the file system's errors 
 import errno
 import re
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import ModuleType
@@ -88,7 +88,7 @@ def _seconds_until(http_date: str) -> float:
         moment = parsedate_to_datetime(http_date)
     except ValueError:
         return 1.0
-    return (moment - datetime.now(timezone.utc)).total_seconds()
+    return (moment - datetime.now(UTC)).total_seconds()
 
 
 def described(error: Exception) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Quiet, Revision
+from int8cli.cli.options import Json, Model, Quiet, Revision, TextFile
 from int8cli.torch_start import start_torch
 
 if TYPE_CHECKING:
@@ -42,28 +42,28 @@ MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
 
 
-class Layout(str, enum.Enum):
+class Layout(enum.StrEnum):
     """Output layouts."""
 
     bitsandbytes = "bitsandbytes"
     compressed_tensors = "compressed-tensors"
 
 
-class Float32(str, enum.Enum):
+class Float32(enum.StrEnum):
     """How float32 weights become int8."""
 
     direct = "direct"
     float16 = "float16"
 
 
-class OnNonFinite(str, enum.Enum):
+class OnNonFinite(enum.StrEnum):
     """What to do with a weight that holds NaN or an infinity."""
 
     error = "error"
     keep = "keep"
 
 
-class Device(str, enum.Enum):
+class Device(enum.StrEnum):
     """Where the arithmetic runs."""
 
     cpu = "cpu"
@@ -106,12 +106,7 @@ def convert(
         int | None,
         typer.Option(help="Columns to store of each linear, at most.", show_default="as measured to be best", min=0),
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
-        ),
-    ] = None,
+    text: TextFile = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it to run, in all.", min=1)] = 4096,
     workers: Annotated[
         int | None, typer.Option(help="Processes, one shard each.", show_default="by cores and shards", min=1, max=256)

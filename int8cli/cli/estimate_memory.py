@@ -24,7 +24,7 @@ int8cli estimate-memory org/name --json > memory.json
 """
 
 
-class KvDtype(str, enum.Enum):
+class KvDtype(enum.StrEnum):
     """What the cache is kept in."""
 
     float32 = "float32"

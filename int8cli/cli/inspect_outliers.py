@@ -28,7 +28,7 @@ _DRAWN = (".html", ".png", ".svg")
 _SUFFIXES = (*_DRAWN, ".safetensors")
 
 
-class From(str, enum.Enum):
+class From(enum.StrEnum):
     """Where the answer comes from."""
 
     activations = "activations"

@@ -80,11 +80,14 @@ class SuspectColumns:
         }
 
     def _looked_at(self, shard: str, local: LocalFile | None, run: RunTask) -> Path:
-        """Where that lies which was or is now seen of a shard, for the shards after it."""
-        if shard in self._kept:
+        """Where that lies which was or is now seen of a shard, for the shards after it.
+
+        One that is at hand is looked at whatever is kept: that may be of a copy whose digest proved to be wrong.
+        """
+        if local is None and shard in self._kept:
             return self._kept[shard]
         path = self._kept_in / f"{list(self._layouts).index(shard)}.safetensors"
-        if not (path.exists() and run(partial(_can_be_read, path))):
+        if local is not None or not (path.exists() and run(partial(_can_be_read, path))):
             layout = self._layouts[shard]
             with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
                 run(partial(_look_at, self._stream.within(layout), layout, here, path))
