@@ -16,6 +16,8 @@ BLOCK_ELEMENTS = 1 << 19
 COPY_BYTES = 1 << 19
 # What is read at once of a tensor that lies crosswise; two such tiles are held.
 TILE_BYTES = 1 << 24
+# Over the blocks of one shard, at most. With more, they wait for each other: for Python's lock, and the file's.
+THREADS_FOR_A_SHARD = 4
 # What one thread holds, in bytes an element of a block: source 8 (the widest dtype), float32 scaled and rounded 4 + 4,
 # int8 data 1, scales 4 (a block may be one column).
 BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)

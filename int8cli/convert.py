@@ -11,9 +11,11 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from int8cli.blocks import THREADS_FOR_A_SHARD
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.columns import ColumnSource, NoColumns
@@ -200,9 +202,8 @@ class _ShardLoop:
         self._waiting.remove(task)
         self._observer.shard_started(shard)
         stored = self._columns.columns_of(shard, local, self._run_task)
-        threads = task.options.threads * self._executor.slots  # no other shard is worked on meanwhile
-        alone = replace(task, stored=stored, options=replace(task.options, threads=threads))
-        record = _convert_shard(alone, local, self._observer.progressed)
+        task = self._with_threads(replace(task, stored=stored), 1.0)
+        record = _convert_shard(task, local, self._observer.progressed)
         self._store.add(record)
         self._records[shard] = record
         self._observer.shard_finished(shard, record)
@@ -214,7 +215,20 @@ class _ShardLoop:
             self._source.prefetch(self._waiting[0].source.file)
         self._observer.shard_started(task.source.file)
         task = replace(task, stored=self._columns.columns_of(task.source.file, local, self._run_task))
+        task = self._with_threads(task, task.tensor_bytes / max(1, self._bytes_beside() + task.tensor_bytes))
         self._under_way[self._executor.submit(partial(_convert_shard, task, local))] = (task, held)
+
+    def _bytes_beside(self) -> int:
+        """What there is to do beside a shard that is about to be started: under way, and in the slots left after it."""
+        free = self._executor.slots - len(self._under_way) - 1
+        beside = [*(task for task, _ in self._under_way.values()), *islice(self._waiting, free)]
+        return sum(task.tensor_bytes for task in beside)
+
+    def _with_threads(self, task: ShardTask, share: float) -> ShardTask:
+        """The task with its share of all threads, so that one large shard among small ones does not have one alone."""
+        threads = round(task.options.threads * self._executor.slots * share)
+        options = replace(task.options, threads=min(max(1, threads), max(THREADS_FOR_A_SHARD, task.options.threads)))
+        return replace(task, options=options)
 
     def _run_task(self, task: Callable[[OnBytes], Result]) -> Result:
         """A free slot is there: this is called for a shard that is to be given to it next."""

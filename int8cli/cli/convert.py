@@ -36,7 +36,6 @@ int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 """
-THREADS_FOR_A_SHARD = 4
 # With more, a disk sets the pace; with less to do, the processes' start.
 MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
@@ -371,6 +370,8 @@ def _start_server_early(model: str, output: Path, outliers: str, workers: int | 
 
 def _threads(workers: int, device: Device) -> int:
     """Of each process. A GPU gets them all however few the cores: one reads, one waits for the GPU, one writes."""
+    from int8cli.blocks import THREADS_FOR_A_SHARD
+
     if device is Device.cuda:
         return THREADS_FOR_A_SHARD
     return max(1, min(THREADS_FOR_A_SHARD, usable_cores() // workers))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import THREADS_FOR_A_SHARD, Layout, default_output
+from int8cli.cli.convert import Layout, default_output
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, Model, Revision
 
@@ -58,6 +58,7 @@ def estimate_memory(
     Weights as stored, in 32 and 16 bit and in LLM.int8(), the KV cache, and what a conversion takes. The exit code is 0
     whether or not the cards of --gpu hold it: --json says that in cards.answers[].fits.
     """
+    from int8cli.blocks import THREADS_FOR_A_SHARD
     from int8cli.checkpoint.locate import open_source
     from int8cli.layouts import LAYOUTS
     from int8cli.memory import Use, estimate_memory

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import THREADS_FOR_A_SHARD, Device, require_device, usable_cores
+from int8cli.cli.convert import Device, require_device, usable_cores
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
 from int8cli.cli.options import Json, Quiet, complete_path
 from int8cli.errors import OutputError
 
 if TYPE_CHECKING:
+    from int8cli.blocks import THREADS_FOR_A_SHARD
     from int8cli.checkpoint.source import Source
     from int8cli.cli.passes import PassObserver
     from int8cli.records import Conversion
