@@ -1,15 +1,21 @@
 """Worker processes: what they are told and tell, what they do without, and what they never run."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from calibration_models import make_model
+from checkpoints import convert_local
 from program import environment, llama
+from safetensors.torch import save_file
 
 from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor, StoppedError
 
@@ -54,6 +60,44 @@ def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Exec
     assert begun.wait(60)
     executor.close()
     assert isinstance(future.exception(), StoppedError)
+
+
+@dataclass
+class TwoSlots:
+    """An executor with room for two that takes down how many threads each shard has."""
+
+    threads: list[int] = field(default_factory=list)
+    slots = 2
+
+    def submit(self, task: Any) -> Any:
+        self.threads.append(task.args[0].options.threads)
+        return InlineExecutor(lambda *report: None).submit(task)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads"),
+    [((9000, 2000, 2000), [3, 1, 4]), ((3000, 3000, 3000), [2, 2, 4]), ((10, 9000, 10), [1, 4, 4])],
+    ids=["a large one", "alike", "one that is all"],
+)
+def test_shards_have_threads_by_their_part_of_the_work(
+    rows: tuple[int, ...], threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are given out and done before the third, which has all threads to itself."""
+    source = tmp_path / "source"
+    source.mkdir()
+    weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(count, 8) for i, count in enumerate(rows)}
+    index = {}
+    for number, (name, weight) in enumerate(weights.items(), start=1):
+        index[name] = f"model-{number:05}-of-{len(rows):05}.safetensors"
+        save_file({name: weight}, source / index[name])
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    executor = TwoSlots()
+    monkeypatch.setattr("int8cli.convert._executor", lambda *_: executor)
+    convert_local(source, tmp_path / "out", workers=2, threads=2)
+    assert executor.threads == threads
 
 
 # The program that starts them
