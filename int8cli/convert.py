@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from heapq import nlargest
 from pathlib import Path
 from typing import Literal
 
@@ -219,10 +219,9 @@ class _ShardLoop:
         self._under_way[self._executor.submit(partial(_convert_shard, task, local))] = (task, held)
 
     def _bytes_beside(self) -> int:
-        """What there is to do beside a shard that is about to be started: under way, and in the slots left after it."""
-        free = self._executor.slots - len(self._under_way) - 1
-        beside = [*(task for task, _ in self._under_way.values()), *islice(self._waiting, free)]
-        return sum(task.tensor_bytes for task in beside)
+        """What may be worked on beside a shard that is about to be started: the largest of all others, a slot each."""
+        others = [*(task for task, _ in self._under_way.values()), *self._waiting]
+        return sum(nlargest(self._executor.slots - 1, (task.tensor_bytes for task in others)))
 
     def _with_threads(self, task: ShardTask, share: float) -> ShardTask:
         """The task with its share of all threads, so that one large shard among small ones does not have one alone."""

@@ -79,8 +79,8 @@ class TwoSlots:
 
 @pytest.mark.parametrize(
     ("rows", "threads"),
-    [((9000, 2000, 2000), [3, 1, 4]), ((3000, 3000, 3000), [2, 2, 4]), ((10, 9000, 10), [1, 4, 4])],
-    ids=["a large one", "alike", "one that is all"],
+    [((9000, 2000, 2000), [3, 1, 4]), ((10, 3000, 3000), [1, 2, 4]), ((10, 9000, 10), [1, 4, 4])],
+    ids=["a large one", "two alike", "one that is all"],
 )
 def test_shards_have_threads_by_their_part_of_the_work(
     rows: tuple[int, ...], threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
