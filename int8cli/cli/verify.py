@@ -15,7 +15,6 @@ from int8cli.cli.options import Json, Quiet, complete_path
 from int8cli.errors import OutputError
 
 if TYPE_CHECKING:
-    from int8cli.blocks import THREADS_FOR_A_SHARD
     from int8cli.checkpoint.source import Source
     from int8cli.cli.passes import PassObserver
     from int8cli.records import Conversion
@@ -53,6 +52,7 @@ def verify(
     against the tensors. Where transformers is installed the model is laid out, without weights, to see that each int8
     tensor lands on a layer that takes it. Exits with 0 only if nothing fails.
     """
+    from int8cli.blocks import THREADS_FOR_A_SHARD
     from int8cli.cli.passes import observe_passes
     from int8cli.report.verification import show_verification
     from int8cli.verify import Means, conversion_in
