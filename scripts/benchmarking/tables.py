@@ -19,6 +19,7 @@ from benchmarking.cases import (
 from benchmarking.turns import median, median_ratio
 
 # What is held against what, and the word for it.
+NOISE_S = 0.2  # by so much the start alone differs from run to run
 HELD_AGAINST = {
     CONVERT: (COPY, "cp"),
     NO_FIGURES: (COPY, "cp"),
@@ -92,7 +93,7 @@ def growth(section: Section) -> str:
             runs = section.runs[name]
             apart_s = median(runs, "apart_s")
             cells = (f"{source_bytes / 1e9:.2f} GB", f"{median(runs, 'seconds'):.2f}", f"{apart_s:.2f}")
-            rate = f"{source_bytes / apart_s / 1e9:.2f}"
+            rate = f"{source_bytes / apart_s / 1e9:.2f}" if apart_s > NOISE_S else ""
             cpu = (f"{median(runs, 'cpu_s'):.2f}", f"{median(runs, 'apart_cpu_s'):.2f}")
             rows.append([*cells, rate, *cpu, over_torch(section, name)])
     return f"How cost grows, {_turns(section)}\n\n{_table(header, rows)}{_left_out(section)}"
