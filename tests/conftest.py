@@ -1,8 +1,17 @@
-"""What every test shares: a Hub client that cannot see this machine's cache, token or network settings, and Ctrl-C."""
+"""What every test shares: a Hub client that cannot see this machine's cache, token or network settings, Ctrl-C, and a
+nursery of processes for each module that asks for one.
+"""
 
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from program import Nursery
 
 # huggingface_hub reads these when it is first imported, so they are set before any test module can import it.
 _home = tempfile.TemporaryDirectory(prefix="int8cli-hf-home-")
@@ -20,3 +29,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # A shell gives what it runs in the background an ignored SIGINT, and every process started from there with it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
+    from program import nursery_in
+
+    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery

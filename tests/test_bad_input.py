@@ -15,18 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import Nursery, Outcome, llama, nursery_in, run, tree, wait_until, write_json
+from program import Nursery, Outcome, llama, run, tree, wait_until, write_json
 from safetensors.torch import load_file, save_file
 
 FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
 INDEX = "model.safetensors.index.json"
 NOBODY = 65534
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture
@@ -299,6 +293,17 @@ def test_a_directory_that_may_not_be_written_is_an_error(nursery: Nursery) -> No
         Path(directory).chmod(0o755)
         assert_refused(outcome, "model-int8: cannot be written (Permission denied)", "--output")
         assert not (Path(directory) / "model-int8").exists()
+
+
+def test_an_output_that_may_not_be_looked_at_is_an_error(nursery: Nursery) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        model = llama(Path(directory) / "model")
+        Path(directory).chmod(0o755)
+        closed = Path(directory) / "closed"
+        closed.mkdir(0o000)
+        line = ("convert", model, "--workers", "2", "-o", closed / "out")
+        outcome = nursery.run(*line, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
+        assert_refused(outcome, "cannot be read (Permission denied)", "hint:")
 
 
 # Where it is to go

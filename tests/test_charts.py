@@ -1,13 +1,11 @@
 """The report's page and pictures: whole, self-contained, and alive in a browser."""
 
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from browser import needs_browser, seen_by
 
 from int8cli.errors import OutputError
 from int8cli.llm_int8.outliers import InputStatistics
@@ -23,9 +21,6 @@ from int8cli.outlier_statistics import (
 from int8cli.report.charts import heatmap, write_picture
 from int8cli.report.page import statistics_page, write_page
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
 LAYERS = 3
 
 
@@ -137,25 +132,10 @@ hover();
 """
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@needs_browser
 def test_in_a_browser_the_page_has_no_error_and_a_cell_tells_its_value(tmp_path: Path) -> None:
     write_page(made_up(), tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    (tmp_path / "probed.html").write_text(page.replace("<body>", f"<body>{PROBE}", 1))
-    result = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"),
-            (tmp_path / "probed.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in result.stderr
-    [found] = re.findall(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)
-    seen = json.loads(found.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    seen = seen_by(PROBE, tmp_path / "report.html")
     assert seen["errors"] == []
     assert seen["charts"] == [1, 1, 1, 1]
     for told in ("layer", "2", "dimension", "11", "14.5", "h.2.attn.qkv"):

@@ -12,11 +12,10 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from program import Nursery, environment, llama, nursery_in, outcome_of, run, start, tree, wait_until
+from program import Nursery, environment, llama, outcome_of, run, start, tree, wait_until
 from typer.testing import CliRunner
 
 from int8cli import __version__
@@ -25,12 +24,6 @@ from int8cli.cli.convert import EXAMPLES, default_output
 from int8cli.cli.options import complete_path
 
 SHARDS = 3
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture

@@ -11,17 +11,11 @@ import pytest
 import torch
 from checkpoints import LISTED, OTHERS, build_tiny, save_by_hand
 from hub_stand_in import Fault, HubStandIn
-from program import Nursery, Outcome, environment, llama, nursery_in
+from program import Nursery, Outcome, environment, llama
 from safetensors.torch import load_file
 
 REPO = "org/model"
 HEADER_READ_BYTES = 128 << 10
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

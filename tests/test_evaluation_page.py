@@ -4,13 +4,13 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_charts import CHROMIUM, markup
+from browser import needs_browser, seen_by
+from test_charts import markup
 
 from int8cli.errors import MissingExtraError, OutputError
 from int8cli.evaluation.results import (
@@ -262,25 +262,10 @@ hover();
 """
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@needs_browser
 def test_in_a_browser_the_page_has_no_error_and_a_point_tells_its_layer(tmp_path: Path) -> None:
     write_evaluation(made_up(), tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    (tmp_path / "probed.html").write_text(page.replace("<body>", f"<body>{PROBE}", 1))
-    result = subprocess.run(
-        [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"),
-            (tmp_path / "probed.html").as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in result.stderr
-    [told] = re.findall(r'<pre id="seen">(.*?)</pre>', result.stdout, re.DOTALL)
-    seen = json.loads(told.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    seen = seen_by(PROBE, tmp_path / "report.html")
     assert seen["errors"] == []
     assert seen["charts"] == [1, 1, 1]
     assert seen["legend"] == len(OVER)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny, some_columns
-from program import Nursery, llama, nursery_in, tree
+from program import Nursery, llama, tree
 from verifying import verified
 
 from int8cli.blocks import BLOCK_ELEMENTS
@@ -33,12 +32,6 @@ OF_A_LAYER = (
 NOT_MEASURED = "the error of their weights was not measured (--no-figures)"
 SPEAK_OF_FIGURES = ("README.md", "int8/conversion.json", "int8/files.json", "int8/report.json")
 WEIGHT = "layers.0.mlp.up_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture

@@ -13,18 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from hub_stand_in import Fault, HubStandIn
-from program import Nursery, Outcome, llama, nursery_in, tree, wait_until
+from program import Nursery, Outcome, llama, tree, wait_until
 from safetensors.torch import load_file
 
 REPO = "org/model"
 SHARD = "model-00002-of-00004.safetensors"
 SHARDS = [f"model-0000{number}-of-00004.safetensors" for number in range(1, 5)]
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from calibration_models import calibrated, make_model, save_tokenizer, some_text
 from checkpoints import LISTED, build_tiny, read_all, read_tensors
 from hub_stand_in import Fault, HubStandIn
-from program import Nursery, llama, nursery_in, tree, wait_until
+from program import Nursery, llama, tree, wait_until
 
 from int8cli.calibration.observer import CalibrationObserver
 from int8cli.calibration.sampling import Sampling
@@ -349,12 +349,6 @@ def test_a_run_that_ended_in_a_block_goes_on_there(
     assert not (output / "config.json").exists()
     local(model, output, text=words).convert()
     assert tree(output) == unbroken
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 def test_a_killed_process_goes_on_and_gives_the_same(

@@ -7,19 +7,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from program import Child, Nursery, llama, nursery_in, outcome_of, run, start, tree, wait_until
+from program import Child, Nursery, llama, outcome_of, run, start, tree, wait_until
 
 SHARDS = 6
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The second file of a pass: the source's own columns, bit for bit, beside shards that are the same without."""
 
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from checkpoints import (
     stored_at,
     survey,
 )
-from program import Nursery, llama, nursery_in, tree, wait_until
+from program import Nursery, llama, tree, wait_until
 
 from int8cli.blocks import BLOCK_ELEMENTS
 from int8cli.plan import Decision
@@ -169,12 +168,6 @@ def test_threads_and_processes_change_no_byte(tmp_path: Path) -> None:
         convert_local(source, tmp_path / str(threads), threads=threads, stored=some_columns)
     assert_holds_the_sources_columns(source, tmp_path / "1")
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
-        yield nursery
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -133,8 +134,12 @@ def convert(
     norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
     shards are not done twice.
     """
+    if not math.isfinite(threshold):
+        raise typer.BadParameter("a threshold is a finite number", param_hint="'--threshold'")
+    outliers = _outliers(outliers, text)
+    output = output or default_output(model)
     if not dry_run and device is Device.cpu:
-        _start_server_early(model, output or default_output(model), outliers, workers)
+        _start_server_early(model, output, outliers, workers)
     from int8cli.calibration.sampling import Sampling
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.progress import observe
@@ -146,14 +151,11 @@ def convert(
     from int8cli.survey import survey_source
 
     require_device(device)
-    if not math.isfinite(threshold):
-        raise typer.BadParameter("a threshold is a finite number", param_hint="'--threshold'")
-    output = output or default_output(model)
     settings = Settings(layout.value, threshold, tuple(skip or ()), tuple(only or ()), float32.value, figures=figures)
     store = RecordStore(output)
     known = store.conversion() if not overwrite else None
     wanted = ColumnsWanted(
-        _outliers(outliers, text),
+        outliers,
         _columns_at_most(outliers) if outlier_columns is None else outlier_columns,
         text,
         Sampling(tokens),
@@ -362,10 +364,11 @@ def _start_server_early(model: str, output: Path, outliers: str, workers: int | 
     if outliers not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
         return  # a calibration may do the work itself, and has torch imported here
     directory = Path(model).expanduser()
-    files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
-    foreseen = workers or _workers_over(len(files), sum(file.stat().st_size for file in files if file.is_file()))
-    if files and foreseen > 1 and not (output / REPORT_FILE).exists():  # which a finished conversion has
-        start_server()
+    with suppress(OSError):  # what cannot be read is told by whoever needs it
+        files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
+        foreseen = workers or _workers_over(len(files), sum(file.stat().st_size for file in files if file.is_file()))
+        if files and foreseen > 1 and not (output / REPORT_FILE).exists():  # which a finished conversion has
+            start_server()
 
 
 def _threads(workers: int, device: Device) -> int:
