@@ -95,3 +95,7 @@ class NotEnoughMemoryError(Int8cliError):
 
 class UnknownMethodError(Int8cliError):
     """There is no int8 method of that name."""
+
+
+# What stops a calibration without being a fault of the checkpoint: columns can still be chosen in another way.
+CANNOT_CALIBRATE = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)

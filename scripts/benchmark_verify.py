@@ -12,7 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from int8cli.records import RecordStore
+from int8cli.records.store import RecordStore
 from int8cli.verify.files import DigestPass
 
 RUNS = 9

@@ -20,24 +20,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from int8cli.calibration.calibrate import CalibrateOptions, calibrate
-from int8cli.calibration.memory import return_memory_promptly
-from int8cli.calibration.model_files import model_files
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.sampling import Sampling
-from int8cli.calibration.sites import weight_of
-from int8cli.calibration.skeleton import build_skeleton
-from int8cli.calibration.stream import StreamedModel
-from int8cli.calibration.tensors import CheckpointTensors
-from int8cli.calibration.text import Text, sequences_of
 from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.llm_int8.quantize import quantize_rowwise
-from int8cli.outlier_statistics import OutlierStatistics
-from int8cli.plan import PlanOptions
+from int8cli.model.files import model_files
+from int8cli.model.memory import return_memory_promptly
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.sampling import Sampling
+from int8cli.model.sites import weight_of
+from int8cli.model.skeleton import build_skeleton
+from int8cli.model.stream import StreamedModel
+from int8cli.model.text import Text, sequences_of
+from int8cli.outliers.calibrate import CalibrateOptions, calibrate
+from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.outliers.suspects import find_suspects
+from int8cli.planning.plan import PlanOptions
+from int8cli.planning.survey import survey_source
 from int8cli.report.outliers import grouped_massive, ranges
-from int8cli.survey import survey_source
-from int8cli.weight_suspects import find_suspects
 
 PLANTED = (5, 100, 200, 333, 444, 570)
 TOKENS = 8192
@@ -210,7 +210,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
 with torch.no_grad():
     model.model(torch.randint(100, 40_000, (int(sys.argv[2]) // 512, 512)), use_cache=False)
 """
-IMPORTS = "import torch, transformers, transformers.models.llama.modeling_llama, int8cli.calibration.calibrate"
+IMPORTS = "import torch, transformers, transformers.models.llama.modeling_llama, int8cli.outliers.calibrate"
 
 
 def show_memory(model: Path) -> None:

@@ -1,8 +1,9 @@
 """Hold the plan against every model that transformers can build.
 
 For each model class in transformers' auto mappings a model with few layers is built on the meta device, its tensors
-are named as `save_pretrained` would name them, and `int8cli.plan` decides on those names, shapes and the config alone.
-The measure is what transformers' bitsandbytes path would hold in int8. A difference is one of three:
+are named as `save_pretrained` would name them, and `int8cli.planning.plan` decides on those names, shapes
+and the config alone. The measure is what transformers' bitsandbytes path would hold in int8. A difference is one of
+three:
 
     FATAL    we quantize what the loader cannot hold in int8, or the skip list disagrees: the output would not load
     refused  we quantize a linear that the loader leaves alone (output head, tied, last module): loads, but differs
@@ -31,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.layouts.skip_modules import skip_modules
-from int8cli.plan import Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning.layouts.skip_modules import skip_modules
+from int8cli.planning.plan import Plan, PlanOptions, kind_of, make_plan
 
 BUILD_LIMIT_S = 60
 TIE_FLIPPED = " (tie_word_embeddings flipped)"

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.calibration.calibrate import CalibrateOptions, calibrate
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.sampling import Sampling
-from int8cli.calibration.text import Text
 from int8cli.checkpoint.locate import open_source
-from int8cli.outlier_statistics import OutlierStatistics
-from int8cli.plan import PlanOptions
-from int8cli.survey import survey_source
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.sampling import Sampling
+from int8cli.model.text import Text
+from int8cli.outliers.calibrate import CalibrateOptions, calibrate
+from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.planning.plan import PlanOptions
+from int8cli.planning.survey import survey_source
 
 WORDS = [f"w{index}" for index in range(90)]
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.source import LocalFile
-from int8cli.columns import FROM_ACTIVATIONS, NoColumns, RunTask
-from int8cli.convert import ConvertOptions, Observer, convert
-from int8cli.layouts import LAYOUTS
-from int8cli.output import sidecar_specs
-from int8cli.plan import Decision, PlanOptions
-from int8cli.records import Settings
+from int8cli.conversion.column_source import NoColumns, RunTask
+from int8cli.conversion.convert import ConversionObserver, ConvertOptions, convert
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.output_files import sidecar_specs
+from int8cli.planning.plan import Decision, PlanOptions
+from int8cli.planning.survey import Survey, survey_source
+from int8cli.records.store import FROM_ACTIVATIONS, Settings
 from int8cli.report.card import render_card
-from int8cli.results import ConversionReport, StoredColumn, StoredColumns
-from int8cli.survey import Survey, survey_source
+from int8cli.results.conversion import ConversionReport, StoredColumn, StoredColumns
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ def convert_local(
     workers: int = 1,
     threads: int = 2,
     layout: str = "bitsandbytes",
-    observer: Observer | None = None,
+    observer: ConversionObserver | None = None,
     stored: Callable[[Decision], StoredColumns | None] | None = None,
     chosen_from: str = FROM_ACTIVATIONS,
     calibration: str = "",
@@ -447,7 +447,7 @@ def convert_local(
             found, columns = replace(found, stored_counts=counts), GivenColumns(found, chosen)
             most = max(counts.values(), default=0)
             settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
-        return convert(source, found, settings, options, render_card, observer or Observer(), columns)
+        return convert(source, found, settings, options, render_card, observer or ConversionObserver(), columns)
     finally:
         source.close()
 

@@ -264,8 +264,8 @@ def _serve() -> None:
     import int8cli.checkpoint.locate
     import int8cli.cli
     import int8cli.cli.progress
-    import int8cli.convert
-    import int8cli.convert_shard
+    import int8cli.conversion.convert
+    import int8cli.conversion.shard
     import int8cli.report.card
     import int8cli.report.plan
 

@@ -8,15 +8,9 @@ import torch
 from calibration_models import calibrated, make_model, save_tokenizer, some_text
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.calibration import calibrate as calibrate_module
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.skeleton import build_skeleton
-from int8cli.calibration.strands import Strand
-from int8cli.calibration.stream import StreamedModel
-from int8cli.calibration.tensors import CheckpointTensors
-from int8cli.calibration.text import Text
 from int8cli.checkpoint.index import find_weights, read_layouts
 from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import (
     CheckpointError,
     NonFiniteError,
@@ -26,7 +20,13 @@ from int8cli.errors import (
     UnsupportedModelError,
 )
 from int8cli.llm_int8.outliers import InputStatistics
-from int8cli.outlier_statistics import RESIDUAL, OutlierStatistics, load_statistics, save_statistics
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.skeleton import build_skeleton
+from int8cli.model.strands import Strand
+from int8cli.model.stream import StreamedModel
+from int8cli.model.text import Text
+from int8cli.outliers import calibrate as calibrate_module
+from int8cli.outliers.statistics import RESIDUAL, OutlierStatistics, load_statistics, save_statistics
 
 ALL = LISTED | HEADS | OTHERS
 FAMILIES = [
@@ -193,9 +193,9 @@ def test_statistics_are_those_of_the_whole_models_inputs(tmp_path: Path) -> None
 
 
 def calibrate_inputs(directory: Path) -> list[dict[str, torch.Tensor]]:
-    from int8cli.calibration.sampling import Sampling
-    from int8cli.calibration.skeleton import read_config
-    from int8cli.calibration.text import sequences_of
+    from int8cli.model.sampling import Sampling
+    from int8cli.model.skeleton import read_config
+    from int8cli.model.text import sequences_of
 
     return sequences_of(some_text(), directory, read_config(directory), Sampling(32, 16, 0))
 

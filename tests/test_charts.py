@@ -9,7 +9,7 @@ from browser import needs_browser, seen_by
 
 from int8cli.errors import OutputError
 from int8cli.llm_int8.outliers import InputStatistics
-from int8cli.outlier_statistics import (
+from int8cli.outliers.statistics import (
     NORM_FED,
     RESIDUAL,
     SECOND_FEED_FORWARD,
@@ -18,8 +18,8 @@ from int8cli.outlier_statistics import (
     Provenance,
     SiteStatistics,
 )
-from int8cli.report.charts import heatmap, write_picture
-from int8cli.report.page import statistics_page, write_page
+from int8cli.report.outlier_charts import heatmap, write_picture
+from int8cli.report.outlier_page import statistics_page, write_page
 
 LAYERS = 3
 

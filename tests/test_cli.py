@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from int8cli import __version__
 from int8cli.cli import app
-from int8cli.cli.convert import EXAMPLES, default_output
-from int8cli.cli.options import complete_path
+from int8cli.cli.convert import EXAMPLES
+from int8cli.cli.options import complete_path, default_output
 
 SHARDS = 3
 
@@ -92,7 +92,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: 
     written = sum(path.stat().st_size for path in (model.parent / "model-int8").glob("*.safetensors"))
     if options:
         plan = json.loads(outcome.out)
-        assert plan["schema"] == "int8cli.plan/1"
+        assert plan["schema"] == "int8cli.planning.plan/1"
         assert plan["output_bytes"] == written
         for shard in plan["shards"]:
             assert (model.parent / "model-int8" / shard["output"]).stat().st_size == shard["output_bytes"]

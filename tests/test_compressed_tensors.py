@@ -14,9 +14,9 @@ from verifying import verified
 
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.layouts import LAYOUTS, compressed_tensors
-from int8cli.plan import PlanOptions, make_plan
-from int8cli.survey import survey_source
+from int8cli.planning.layouts import LAYOUTS, compressed_tensors
+from int8cli.planning.plan import PlanOptions, make_plan
+from int8cli.planning.survey import survey_source
 
 LAYOUT = "compressed-tensors"
 WEIGHT = "layers.0.mlp.up_proj.weight"
@@ -59,7 +59,7 @@ def test_rows_of_zeros_are_zeros_under_a_scale_that_one_can_divide_by(tmp_path: 
 
 
 def test_wide_rows_and_transposes_have_one_scale_a_row(tmp_path: Path) -> None:
-    from int8cli.blocks import BLOCK_ELEMENTS
+    from int8cli.planning.blocks import BLOCK_ELEMENTS
 
     weight = normal(2, BLOCK_ELEMENTS + 77)
     weight[1, -1] = 5.0

@@ -24,8 +24,8 @@ from checkpoints import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from int8cli.blocks import BLOCK_ELEMENTS
 from int8cli.errors import NonFiniteError, UnsupportedModelError
+from int8cli.planning.blocks import BLOCK_ELEMENTS
 
 LINEAR = "layers.0.mlp.up_proj"
 WEIGHT = f"{LINEAR}.weight"

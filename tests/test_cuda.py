@@ -11,8 +11,8 @@ import torch
 from checkpoints import read_json, save_by_hand, save_tiny
 from program import run
 
-from int8cli.blocks import BLOCK_ELEMENTS
-from int8cli.workbench import bytes_of
+from int8cli.conversion.buffers import bytes_of
+from int8cli.planning.blocks import BLOCK_ELEMENTS
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 FIGURES = ("max_abs_error", "sum_squared_error", "sum_squared_weight", "sum_abs_data")

@@ -16,10 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from int8cli.calibration.calibrate import CalibrateOptions
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.sampling import Sampling
-from int8cli.calibration.text import Text, sequences_of
 from int8cli.checkpoint.locate import open_source
 from int8cli.cli import app
 from int8cli.errors import NonFiniteError, SourceError, TextError, UnknownMethodError, UnsupportedModelError
@@ -27,9 +23,13 @@ from int8cli.evaluation.columns import ChosenColumns, calibrated_columns
 from int8cli.evaluation.evaluate import evaluate
 from int8cli.evaluation.methods import METHODS, chosen_methods
 from int8cli.evaluation.options import EvaluateOptions, applicable
-from int8cli.evaluation.results import REFERENCE, Evaluation, StoredColumns, evaluation_to_json
 from int8cli.evaluation.subject import find_subject
 from int8cli.llm_int8.quantize import quantize_rowwise
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.sampling import Sampling
+from int8cli.model.text import Text, sequences_of
+from int8cli.outliers.calibrate import CalibrateOptions
+from int8cli.results.evaluation import REFERENCE, Evaluation, StoredColumnsSummary, evaluation_to_json
 
 SAMPLING = Sampling(48, 16)
 TEXT = some_text(200)
@@ -306,7 +306,7 @@ def test_stored_columns_of_a_conversion_are_used(tmp_path: Path, llama: Path) ->
     place.mkdir(parents=True, exist_ok=True)
     save_file(sidecar, place / "model.safetensors")
     alone = evaluated(tmp_path / "int8", "llm-int8-stored")
-    columns = ChosenColumns(chosen, StoredColumns(2, "by hand", "", 0, 2.0))
+    columns = ChosenColumns(chosen, StoredColumnsSummary(2, "by hand", "", 0, 2.0))
     plain = evaluated(llama, "llm-int8-stored", "vector-wise", columns=columns)
     assert scores_of(alone, "llm-int8-stored").nats == scores_of(plain, "llm-int8-stored").nats
     assert scores_of(plain, "llm-int8-stored").nats != scores_of(plain, "vector-wise").nats

@@ -13,19 +13,19 @@ from browser import needs_browser, seen_by
 from test_charts import markup
 
 from int8cli.errors import MissingExtraError, OutputError
-from int8cli.evaluation.results import (
+from int8cli.report.evaluation_charts import agreement_by_method, perplexity_by_method
+from int8cli.report.evaluation_page import evaluation_page, verdict_lines, write_evaluation
+from int8cli.report.layer_charts import errors_by_layer
+from int8cli.report.layer_roles import OUTSIDE, LayerPlace, places
+from int8cli.results.evaluation import (
     REFERENCE,
     EvaluatedText,
     Evaluation,
     LayerError,
     MethodResult,
     Scores,
-    StoredColumns,
+    StoredColumnsSummary,
 )
-from int8cli.report.evaluation_charts import agreement_by_method, perplexity_by_method
-from int8cli.report.evaluation_page import evaluation_page, verdict_lines, write_evaluation
-from int8cli.report.layer_charts import errors_by_layer
-from int8cli.report.layer_roles import OUTSIDE, Place, places
 
 # Nats over 16 bit: one method is off by orders of magnitude, one is better by chance.
 OVER = {"absmax by tensor": 8.25, "vector-wise": 0.0625, "int8 weights": -0.004}
@@ -50,7 +50,7 @@ def made_up(name: str = "some/model", *, predicts: bool = True) -> Evaluation:
         scores = Scores(3.0 + over, (2.9 + over, 3.1 + over), over, 0.01, divergence, 1 / (1 + divergence))
         methods.append(MethodResult(KEYS[label], label, scores if predicts else None, layer_errors(0.1 / 10**place)))
     text = EvaluatedText("a text", "0" * 64, 64, 2, 32, 0, 62 if predicts else 0)
-    columns = StoredColumns(8, "another text", "1" * 64, 64, 7.5)
+    columns = StoredColumnsSummary(8, "another text", "1" * 64, 64, 7.5)
     return Evaluation(
         name, None, False, name, "bfloat16", text, 6.0, columns, 6, 64, tuple(methods), ("Be careful.",), 1.0
     )
@@ -182,10 +182,10 @@ def test_stacks_are_told_apart_and_layers_outside_are_counted() -> None:
         LayerError("project.in", "", None, None, 0.1),
     ]
     assert places(layers) == [
-        Place("encoder.block: layer.*.q", 1),
-        Place("decoder.block: layer.*.q", 1),
-        Place(OUTSIDE, 0),
-        Place(OUTSIDE, 1),
+        LayerPlace("encoder.block: layer.*.q", 1),
+        LayerPlace("decoder.block: layer.*.q", 1),
+        LayerPlace(OUTSIDE, 0),
+        LayerPlace(OUTSIDE, 1),
     ]
 
 

@@ -17,7 +17,8 @@ from checkpoints import convert_local
 from program import environment, llama
 from safetensors.torch import save_file
 
-from int8cli.executors import Executor, InlineExecutor, OnBytes, ProcessExecutor, StoppedError
+from int8cli.conversion import WORKER_PRELOAD
+from int8cli.workers.processes import Executor, InlineExecutor, OnBytes, ProcessExecutor, StoppedError
 
 Told = list[tuple[str, str, int]]
 
@@ -39,7 +40,7 @@ def ask_for_ever(on_bytes: OnBytes) -> None:
 def in_a_process(tmp_path: Path) -> Iterator[Callable[[OnBytes], Executor]]:
     """Makes an executor of one process."""
     lock = os.open(tmp_path, os.O_RDONLY)
-    yield lambda on_bytes: ProcessExecutor(1, lock, on_bytes)
+    yield lambda on_bytes: ProcessExecutor(1, lock, on_bytes, WORKER_PRELOAD)
     os.close(lock)
 
 
@@ -95,7 +96,7 @@ def test_shards_have_threads_by_their_part_of_the_work(
         save_file({name: weight}, source / index[name])
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     executor = TwoSlots()
-    monkeypatch.setattr("int8cli.convert._executor", lambda *_: executor)
+    monkeypatch.setattr("int8cli.conversion.convert._executor", lambda *_: executor)
     convert_local(source, tmp_path / "out", workers=2, threads=2)
     assert executor.threads == threads
 

@@ -12,13 +12,12 @@ from checkpoints import convert_local, read_all, read_json, save_by_hand, save_t
 from program import Nursery, llama, tree
 from verifying import verified
 
-from int8cli.blocks import BLOCK_ELEMENTS
-from int8cli.columns import FROM_WEIGHTS
 from int8cli.errors import NonFiniteError, SettingsMismatchError
-from int8cli.plan import Decision
-from int8cli.records import ShardRecord
-from int8cli.report.terminal import show_report
-from int8cli.results import ConversionReport, LayerReport, RelativeOutputError, StoredColumns
+from int8cli.planning.blocks import BLOCK_ELEMENTS
+from int8cli.planning.plan import Decision
+from int8cli.records.store import FROM_WEIGHTS, ShardRecord
+from int8cli.report.conversion import show_report
+from int8cli.results.conversion import ConversionReport, LayerReport, RelativeOutputError, StoredColumns
 
 FIGURES_TOGETHER = ("relative_frobenius_error", "sqnr_db", "max_abs_error", "mean_range_use")
 OF_A_LAYER = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from int8cli.gpus import (
+from int8cli.estimate.cards import (
     CARDS,
     CONTEXT_BYTES,
     GIB,

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 from int8cli.checkpoint.header import encode_header, read_header
-from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError
 
 
@@ -27,7 +27,7 @@ def entry(begin: int = 0, end: int = 16, shape: Any = (2, 2), dtype: Any = "F32"
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
-def read(content: bytes) -> ShardLayout:
+def read(content: bytes) -> ShardContents:
     return read_header(io.BytesIO(content), "model.safetensors", len(content))
 
 

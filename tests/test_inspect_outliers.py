@@ -19,10 +19,10 @@ from typer.testing import CliRunner, Result
 from int8cli.checkpoint.locate import open_source
 from int8cli.cli import app
 from int8cli.errors import MissingExtraError
-from int8cli.outlier_statistics import load_statistics
+from int8cli.outliers.statistics import load_statistics
+from int8cli.outliers.suspects import find_suspects
 from int8cli.report.outliers import common_prefix, ranges
 from int8cli.report.vega import require_altair
-from int8cli.weight_suspects import find_suspects
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import transformers
 from checkpoints import LISTED, OTHERS, Tiny
 
-from int8cli.kv_cache import read_kv_cache
+from int8cli.estimate.kv_cache import read_kv_cache
 
 TOKENS, ENCODER_TOKENS, BATCH = 13, 11, 2
 _GQA = LISTED["qwen3"].arguments

@@ -9,12 +9,12 @@ import transformers
 from checkpoints import LISTED, OTHERS, build_tiny, convert_local, read_json, save_by_hand, survey
 from program import llama
 
-from int8cli.anatomy import BLOCKS, DECODER, EMBEDDINGS, ENCODER, EXPERTS, HEAD, cached_units
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.fit import answer, fit_table
-from int8cli.gpus import card_named
-from int8cli.loaded import Weights
-from int8cli.memory import FLOAT16, INT8, Estimate, Use, estimate_memory, int8_workspace
+from int8cli.estimate.cards import card_named
+from int8cli.estimate.estimate import FLOAT16, INT8, Estimate, Use, estimate_memory, int8_workspace
+from int8cli.estimate.fit import answer, fit_table
+from int8cli.estimate.units import BLOCKS, DECODER, EMBEDDINGS, ENCODER, EXPERTS, HEAD, cached_units
+from int8cli.estimate.weights import Weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 

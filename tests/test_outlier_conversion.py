@@ -13,22 +13,22 @@ from checkpoints import LISTED, build_tiny, read_all, read_tensors
 from hub_stand_in import Fault, HubStandIn
 from program import Nursery, llama, tree, wait_until
 
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.sampling import Sampling
 from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.source import Source
-from int8cli.columns.choose import ways_to_choose
-from int8cli.columns.wanted import ColumnsWanted, Way
-from int8cli.convert import ConvertOptions, Observer, convert
+from int8cli.columns.choose import column_strategies
+from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.conversion.convert import ConversionObserver, ConvertOptions, convert
 from int8cli.errors import NotEnoughMemoryError, StatisticsMismatchError, TextError, UnsupportedModelError
-from int8cli.layouts import LAYOUTS
-from int8cli.outlier_statistics import save_statistics
-from int8cli.plan import PlanOptions
-from int8cli.records import RecordStore, Settings
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.sampling import Sampling
+from int8cli.outliers.statistics import save_statistics
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.plan import PlanOptions
+from int8cli.planning.survey import survey_source
+from int8cli.records.store import RecordStore, Settings
 from int8cli.report.card import render_card
-from int8cli.results import ConversionReport
-from int8cli.survey import survey_source
+from int8cli.results.conversion import ConversionReport
 
 REPO = "org/model"
 SAMPLING = Sampling(tokens=48, sequence_length=16)
@@ -49,20 +49,22 @@ class Asked:
     workers: int = 1
     said: list[str] = field(default_factory=list)
 
-    def ways(self) -> list[Way]:
+    def ways(self) -> list[ColumnStrategy]:
         settings = Settings(self.layout, 6.0, (), (), "direct")
         wanted = ColumnsWanted(self.mode, self.limit, self.text, self.sampling)
         survey = survey_source(self.source, PlanOptions(), LAYOUTS[self.layout])
         kept_in = RecordStore(self.output).calibration_directory
-        return list(ways_to_choose(wanted, self.source, survey, settings, kept_in, self.said.append))
+        return list(column_strategies(wanted, self.source, survey, settings, kept_in, self.said.append))
 
     def convert(
-        self, observer: CalibrationObserver | None = None, on_shard: Observer | None = None
+        self, observer: CalibrationObserver | None = None, on_shard: ConversionObserver | None = None
     ) -> ConversionReport:
         way = self.ways()[0]
         columns = way.columns(observer or CalibrationObserver())
         options = ConvertOptions(self.output, workers=self.workers)
-        return convert(self.source, way.survey, way.settings, options, render_card, on_shard or Observer(), columns)
+        return convert(
+            self.source, way.survey, way.settings, options, render_card, on_shard or ConversionObserver(), columns
+        )
 
 
 def local(model: Path, output: Path, **options) -> Asked:
@@ -207,7 +209,7 @@ def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path
 def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
     model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("int8cli.calibration.calibrate.available_bytes", lambda device: 1)
+    monkeypatch.setattr("int8cli.outliers.calibrate.available_bytes", lambda device: 1)
     output = tmp_path / "out"
     with pytest.raises(NotEnoughMemoryError):
         local(model, output, text=words).convert()
@@ -266,7 +268,7 @@ def hub(published: Path) -> Iterator[HubStandIn]:
         yield hub
 
 
-class AtOnce(Observer):
+class AtOnce(ConversionObserver):
     """Looks at how many shards are here whenever one is done."""
 
     def __init__(self, incoming: Path) -> None:
@@ -383,7 +385,7 @@ def test_weights_of_shards_that_have_gone_are_remembered(tmp_path: Path) -> None
     whole = local(made, tmp_path / "whole", mode="weights")
     whole.convert()
 
-    class Stopping(Observer):
+    class Stopping(ConversionObserver):
         def shard_finished(self, *_: object) -> None:
             raise StopError
 
@@ -400,7 +402,7 @@ def test_the_number_of_workers_changes_nothing_that_the_weights_tell(stopped_aft
     made = llama(tmp_path / "model", layers=4, shards=4)
     local(made, tmp_path / "one", mode="weights").convert()
 
-    class Stopping(Observer):
+    class Stopping(ConversionObserver):
         left = stopped_after
 
         def shard_finished(self, *_: object) -> None:

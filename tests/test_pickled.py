@@ -18,7 +18,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from int8cli.checkpoint.pickled import load_legacy, read_pickled
-from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
 
 
@@ -28,7 +28,7 @@ def saved(obj: Any, *, legacy: bool = False) -> bytes:
     return buffer.getvalue()
 
 
-def read(content: bytes) -> ShardLayout:
+def read(content: bytes) -> ShardContents:
     return read_pickled(io.BytesIO(content), "pytorch_model.bin", len(content))
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from int8cli import architectures as names
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
-from int8cli.plan import Decision, Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning import architectures as names
+from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
+from int8cli.planning.plan import Decision, Plan, PlanOptions, kind_of, make_plan
 
 
 def spec(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:
@@ -67,7 +67,7 @@ def test_percent_counts_every_stored_element() -> None:
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, int8cli.plan, int8cli.layouts.skip_modules; sys.exit('torch' in sys.modules)"
+    code = "import sys, int8cli.planning.plan, int8cli.planning.layouts.skip_modules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,13 +11,12 @@ from checkpoints import convert_local, in_features_of, read_json, save_by_hand, 
 from program import llama
 
 from int8cli.checkpoint.locate import open_source
-from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
-from int8cli.plan import Decision
-from int8cli.records import Settings
+from int8cli.planning.plan import Decision
+from int8cli.planning.survey import Survey
+from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, Settings
+from int8cli.report.conversion import show_report
 from int8cli.report.plan import Needs, plan_to_json, show_plan
-from int8cli.report.terminal import show_report
-from int8cli.results import ConversionReport, RelativeOutputError, StoredColumn, StoredColumns
-from int8cli.survey import Survey
+from int8cli.results.conversion import ConversionReport, RelativeOutputError, StoredColumn, StoredColumns
 
 TEXT = "a sample (Ruth): 4,096 tokens in sequences of 512, seed 0"
 CHOSEN = f"chosen by the activations over {TEXT}"

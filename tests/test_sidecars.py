@@ -21,9 +21,9 @@ from checkpoints import (
 )
 from program import Nursery, llama, tree, wait_until
 
-from int8cli.blocks import BLOCK_ELEMENTS
-from int8cli.plan import Decision
-from int8cli.results import StoredColumns
+from int8cli.planning.blocks import BLOCK_ELEMENTS
+from int8cli.planning.plan import Decision
+from int8cli.results.conversion import StoredColumns
 
 UP = "layers.0.mlp.up_proj.weight"
 DOWN = "layers.0.mlp.down_proj.weight"

@@ -16,7 +16,7 @@ from program import environment
 from int8cli.checkpoint import pickled
 from int8cli.checkpoint.pickled import read_pickled
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, PickledTensor, read_state_dict
-from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import CheckpointError
 
 WEIGHT = torch.arange(24, dtype=torch.float32).reshape(4, 6)
@@ -60,7 +60,7 @@ def pickle_of(content: bytes) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
 
-def read(content: bytes) -> ShardLayout:
+def read(content: bytes) -> ShardContents:
     return read_pickled(io.BytesIO(content), "pytorch_model.bin", len(content))
 
 
@@ -68,7 +68,7 @@ def read(content: bytes) -> ShardLayout:
 def by_torch(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Reading as torch reads, without the form that is known here."""
 
-    def read_by_torch(content: bytes) -> ShardLayout:
+    def read_by_torch(content: bytes) -> ShardContents:
         with monkeypatch.context() as patch:
             patch.setattr(pickled, "_plain_tensors", lambda *_: None)
             return read(content)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from int8cli.threads import run_in_threads
+from int8cli.workers.threads import run_in_threads
 
 
 def test_all_threads_work_and_end() -> None:

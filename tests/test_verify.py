@@ -28,9 +28,9 @@ from program import llama, run, tree, write_json
 from safetensors.torch import save_file
 from verifying import verified
 
-from int8cli.blocks import BLOCK_ELEMENTS
-from int8cli.digest import new_digest
+from int8cli.checkpoint.digest import new_digest
 from int8cli.errors import IndexFileError, OutputError, OutputInUseError
+from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.verify import Check, Verification
 
 WHOLE = ("records", "shards", "sidecars", "tensors", "index", "config", "report", "files", "loads")

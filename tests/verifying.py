@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from int8cli.checkpoint.locate import open_source
-from int8cli.verify import Means, Observer, Verification, verify
+from int8cli.verify import Verification, VerifyObserver, VerifyOptions, verify
 
 
 def verified(directory: Path, source: Path | None = None) -> Verification:
     """Every check of a directory and, with a source, of what it becomes."""
     _import_loaders()
     if source is None:
-        return verify(directory, None, Means(threads=2), Observer())
+        return verify(directory, None, VerifyOptions(threads=2), VerifyObserver())
     opened = open_source(str(source), revision=None, download_dir=directory / "int8" / "incoming")
     try:
-        return verify(directory, opened, Means(threads=2), Observer())
+        return verify(directory, opened, VerifyOptions(threads=2), VerifyObserver())
     finally:
         opened.close()
 

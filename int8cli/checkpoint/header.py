@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
-from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound, `MAX_HEADER_SIZE`
@@ -26,7 +26,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml")
 
 
-def read_header(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
+def read_header(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     """Read what a safetensors file of `file_bytes` bytes holds: its tensors by offset, absolute in the file.
 
     Reads the header alone. Raises CorruptShardError for every departure from the format, naming file, tensor and place.
@@ -40,7 +40,7 @@ def read_header(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
         key=lambda tensor: (tensor.offset_bytes, tensor.end_bytes, tensor.spec.name),
     )
     _check_coverage(tensors, data_start, file_name, file_bytes)
-    return ShardLayout(file_name, tuple(tensors), metadata, file_bytes)
+    return ShardContents(file_name, tuple(tensors), metadata, file_bytes)
 
 
 def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, tuple[StoredTensor, ...]]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 from int8cli.checkpoint.header import read_header
 from int8cli.checkpoint.pickled import read_pickled
 from int8cli.checkpoint.source import Source, checked_file_name
-from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import IndexFileError, ModelNotFoundError, UnsupportedModelError
 
 WeightFormat = Literal["safetensors", "pickle"]
@@ -156,16 +156,16 @@ def find_weights(source: Source) -> WeightFiles:
     return WeightFiles(weight_format, shards, weight_map, index_file, metadata, tuple(copied), tuple(passed_over))
 
 
-def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardLayout, ...]:
+def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardContents, ...]:
     """Read the header of every shard, in the order of `weights.shards`, and hold them to the index.
 
     Tensors that the index does not list are kept. Raises IndexFileError for a tensor that is not where the index says,
     or is in two shards, and what the formats' readers raise.
     """
 
-    def layout(shard: str) -> ShardLayout:
+    def layout(shard: str) -> ShardContents:
         with source.open(shard) as file:
-            return read_layout(file, weights.format, shard, source.size_bytes(shard))
+            return read_contents(file, weights.format, shard, source.size_bytes(shard))
 
     # Over HTTP a header is three round trips; BLOOM has 72 of them: 4.6 s at 100 ms each with 8 at once, 2.8 s with 32.
     with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
@@ -178,7 +178,7 @@ def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardLayout, ...
     return layouts
 
 
-def read_layout(file: BinaryIO, weight_format: WeightFormat, file_name: str, file_bytes: int) -> ShardLayout:
+def read_contents(file: BinaryIO, weight_format: WeightFormat, file_name: str, file_bytes: int) -> ShardContents:
     """One shard's tensors and their places. Raises what the format's reader raises."""
     read = read_header if weight_format == "safetensors" else read_pickled
     return read(file, file_name, file_bytes)
@@ -344,7 +344,7 @@ def _too_large(source: Source, file: str) -> str | None:
     return f"too large to be what its name says, {size_bytes:,} bytes" if size_bytes > _COPY_LIMIT_BYTES else None
 
 
-def _homes(layouts: Iterable[ShardLayout]) -> dict[str, str]:
+def _homes(layouts: Iterable[ShardContents]) -> dict[str, str]:
     """Tensor name → shard."""
     homes: dict[str, str] = {}
     for layout in layouts:

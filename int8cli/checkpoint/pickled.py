@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from int8cli.checkpoint.header import refuse_stand_in
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
-from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ _DTYPES = {
 }
 
 
-def read_pickled(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
+def read_pickled(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     """Read what a PyTorch file of `file_bytes` bytes holds, touching its directory and its pickle but no weights.
 
     Tied tensors appear under each of their names, at one offset. A legacy file gives `mappable=False`. Raises
@@ -86,13 +86,13 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
         return _named_tensors(_load_weights(file, path.name, "cpu"), path.name)
 
 
-def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
+def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     with _zip_faults(file_name):
         archive = zipfile.ZipFile(file)
     records = _records(archive, file_name)
     plain = _plain_tensors(archive, records, file, file_name, file_bytes)
     if plain is not None:
-        return ShardLayout(file_name, _in_file_order(plain), {}, file_bytes)
+        return ShardContents(file_name, _in_file_order(plain), {}, file_bytes)
     skeleton, storages = _skeleton(archive, records, file_name)
     with _without_data():
         tensors = _named_tensors(_load_weights(skeleton, file_name, "meta"), file_name)
@@ -105,7 +105,7 @@ def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
         if record is None:
             raise CheckpointError(f"{file_name}: tensor {name!r} was saved without its data")
         stored.append(_stored_tensor(spec, tensor, places[record.filename], record.file_size, file_name))
-    return ShardLayout(file_name, _in_file_order(stored), {}, file_bytes)
+    return ShardContents(file_name, _in_file_order(stored), {}, file_bytes)
 
 
 def _plain_tensors(
@@ -251,7 +251,7 @@ def _local_header_bytes(file: BinaryIO, info: zipfile.ZipInfo, file_name: str) -
     return len(local) + int.from_bytes(local[28:30], "little")
 
 
-def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout:
+def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     """Shapes and dtypes of a legacy file, whose pickles stand before its data and end where that begins."""
     from torch.serialization import skip_data
 
@@ -271,7 +271,7 @@ def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardLayout
         spec = _spec(name, tensor, file_name)
         stored.append(StoredTensor(spec, offset))
         offset += spec.nbytes
-    return ShardLayout(file_name, tuple(stored), {}, file_bytes, mappable=False)
+    return ShardContents(file_name, tuple(stored), {}, file_bytes, mappable=False)
 
 
 def _load_weights(file: BinaryIO, file_name: str, device: str) -> Any:

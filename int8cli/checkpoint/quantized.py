@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from int8cli.checkpoint.tensor import ShardLayout
+from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import UnsupportedModelError
 
 # What the formats of quantized checkpoints store beside a weight: bitsandbytes 8 and 4 bit; GPTQ and AWQ;
@@ -21,7 +21,7 @@ _SCALE_NAME = re.compile(r"(?P<weight>.*\.weight)_scale(_inv|_2)?")
 _PACKED_DTYPES = frozenset({"I8", "U8", "I32", "U32"})
 
 
-def refuse_quantized(config: Mapping[str, Any], layouts: Sequence[ShardLayout]) -> None:
+def refuse_quantized(config: Mapping[str, Any], layouts: Sequence[ShardContents]) -> None:
     """Raise UnsupportedModelError if the weights are quantized already, told by their companions or their dtypes.
 
     A `quantization_config` over weights that are all 16 or 32 bit is no such sign: it asks the loader to quantize.

@@ -71,7 +71,7 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardLayout:
+class ShardContents:
     """One checkpoint file without its data: its tensors in file order, its metadata, its size.
 
     `mappable` is false for a legacy `.bin`, which can only be read whole; its offsets count in the concatenation of

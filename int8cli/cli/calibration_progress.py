@@ -2,9 +2,9 @@
 
 import time
 
-from int8cli.calibration.observer import CalibrationObserver
 from int8cli.cli.inspect_progress import beginning
 from int8cli.cli.progress import ProgressObserver
+from int8cli.model.observer import CalibrationObserver
 
 
 class CalibrationProgress(CalibrationObserver):

@@ -3,7 +3,6 @@
 import enum
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,18 +13,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Quiet, Revision, TextFile
-from int8cli.torch_start import start_torch
+from int8cli.cli.options import (
+    Device,
+    Json,
+    LayoutName,
+    Model,
+    Quiet,
+    Revision,
+    TextFile,
+    default_output,
+    require_device,
+    usable_cores,
+)
+from int8cli.workers.torch_start import start_torch
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
     from int8cli.cli.progress import ProgressObserver
-    from int8cli.columns import ColumnSource
-    from int8cli.columns.wanted import ColumnsWanted, Way
-    from int8cli.convert import ConvertOptions
-    from int8cli.records import Settings
-    from int8cli.results import ConversionReport
-    from int8cli.survey import Survey
+    from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+    from int8cli.conversion.column_source import ColumnSource
+    from int8cli.conversion.convert import ConvertOptions
+    from int8cli.planning.survey import Survey
+    from int8cli.records.store import Settings
+    from int8cli.results.conversion import ConversionReport
 
 Show = Callable[[bool, bool], None]  # as_json, quiet
 
@@ -42,13 +52,6 @@ MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
 
 
-class Layout(enum.StrEnum):
-    """Output layouts."""
-
-    bitsandbytes = "bitsandbytes"
-    compressed_tensors = "compressed-tensors"
-
-
 class Float32(enum.StrEnum):
     """How float32 weights become int8."""
 
@@ -63,13 +66,6 @@ class OnNonFinite(enum.StrEnum):
     keep = "keep"
 
 
-class Device(enum.StrEnum):
-    """Where the arithmetic runs."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
 @shows_errors
 def convert(
     model: Model,
@@ -77,7 +73,7 @@ def convert(
         Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
     ] = None,
     revision: Revision = None,
-    layout: Annotated[Layout, typer.Option(help="For which loaders to write.")] = Layout.bitsandbytes,
+    layout: Annotated[LayoutName, typer.Option(help="For which loaders to write.")] = LayoutName.bitsandbytes,
     threshold: Annotated[
         float, typer.Option(help="llm_int8_threshold for the loader: inputs from here on go through 16 bit.", min=0.0)
     ] = 6.0,
@@ -140,15 +136,15 @@ def convert(
     output = output or default_output(model)
     if not dry_run and device is Device.cpu:
         _start_server_early(model, output, outliers, workers)
-    from int8cli.calibration.sampling import Sampling
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.progress import observe
     from int8cli.columns.wanted import ColumnsWanted
-    from int8cli.convert import ConvertOptions
-    from int8cli.layouts import LAYOUTS
-    from int8cli.plan import PlanOptions
-    from int8cli.records import RecordStore, Settings
-    from int8cli.survey import survey_source
+    from int8cli.conversion.convert import ConvertOptions
+    from int8cli.model.sampling import Sampling
+    from int8cli.planning.layouts import LAYOUTS
+    from int8cli.planning.plan import PlanOptions
+    from int8cli.planning.survey import survey_source
+    from int8cli.records.store import RecordStore, Settings
 
     require_device(device)
     settings = Settings(layout.value, threshold, tuple(skip or ()), tuple(only or ()), float32.value, figures=figures)
@@ -203,7 +199,7 @@ class _Job:
         from int8cli.cli.progress import warnings
         from int8cli.report.plan import Needs, plan_to_json, show_plan
 
-        way = next(self._ways())
+        way = next(self._strategies())
         survey, settings = way.survey, way.settings
         for warning in warnings(survey):
             self.observer.noted(warning)
@@ -220,7 +216,7 @@ class _Job:
 
     def convert(self) -> Show:
         """Convert, by the best way to know the outlier columns that turns out to be passable."""
-        from int8cli.report.terminal import show_report
+        from int8cli.report.conversion import show_report
 
         report = self._converted()
 
@@ -233,14 +229,14 @@ class _Job:
         return show
 
     def _converted(self) -> "ConversionReport":
-        from int8cli.columns.wanted import CANNOT_GO
-        from int8cli.convert import convert as run
-        from int8cli.records import NO_OUTLIERS
+        from int8cli.conversion.convert import convert as run
+        from int8cli.errors import CANNOT_CALIBRATE
+        from int8cli.records.store import NO_OUTLIERS
         from int8cli.report.card import render_card
 
         if self.options.workers == 1:
             start_torch()
-        ways = self._ways()
+        ways = self._strategies()
         way = next(ways)
         while True:
             if self.wanted.mode != NO_OUTLIERS:
@@ -248,29 +244,30 @@ class _Job:
             columns = self._columns(way)
             try:
                 return run(self.source, way.survey, way.settings, self.options, render_card, self.observer, columns)
-            except CANNOT_GO as error:
+            except CANNOT_CALIBRATE as error:
                 following = next(ways, None)
                 if following is None:
                     raise
                 self.observer.noted(f"the activations cannot be looked at: {error}")
                 way = following
 
-    def _columns(self, way: "Way") -> "ColumnSource":
+    def _columns(self, way: "ColumnStrategy") -> "ColumnSource":
         from int8cli.cli.calibration_progress import CalibrationProgress
 
         return way.columns(CalibrationProgress(self.observer))
 
-    def _ways(self) -> "Iterator[Way]":
+    def _strategies(self) -> "Iterator[ColumnStrategy]":
         """The ways to know the columns, the best first."""
-        from int8cli.columns.choose import ways_to_choose
+        from int8cli.columns.choose import column_strategies
 
-        return ways_to_choose(self.wanted, self.source, self.survey, self.settings, self.kept_in, self.observer.noted)
+        return column_strategies(
+            self.wanted, self.source, self.survey, self.settings, self.kept_in, self.observer.noted
+        )
 
 
-def _told(way: "Way") -> str:
+def _told(way: "ColumnStrategy") -> str:
     """Where the outlier columns will be known from and what that costs, in a line."""
-    from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS
-    from int8cli.records import NO_OUTLIERS
+    from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS
     from int8cli.report.units import human_bytes, human_seconds
 
     settings, survey = way.settings, way.survey
@@ -288,8 +285,8 @@ def _told(way: "Way") -> str:
 
 def _outliers(value: str, text: Path | None) -> str:
     """The value of --outliers, if it is one: a mode, or the path of a file."""
-    from int8cli.columns import FROM_ACTIVATIONS
     from int8cli.columns.wanted import AUTO, MODES
+    from int8cli.records.store import FROM_ACTIVATIONS
 
     looks_like_a_file = Path(value).is_file() or Path(value).suffix or len(Path(value).parts) > 1
     if value not in MODES and not looks_like_a_file:
@@ -306,34 +303,9 @@ def _outliers(value: str, text: Path | None) -> str:
 def _columns_at_most(outliers: str) -> int:
     """How many columns of a linear are stored unless told otherwise."""
     from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
-    from int8cli.records import NO_OUTLIERS
+    from int8cli.records.store import NO_OUTLIERS
 
     return DEFAULT_OUTLIER_COLUMNS if outliers != NO_OUTLIERS else 0
-
-
-def default_output(model: str) -> Path:
-    """`<name>-int8` in the current directory, for a Hub id, a directory or a file."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        return Path(f"{path.stem}-int8")
-    name = path.resolve().name if path.exists() else model.rstrip("/").rpartition("/")[2]
-    return Path(f"{name}-int8")
-
-
-def require_device(device: Device) -> None:
-    """Refuse a device that is not there."""
-    if device is Device.cpu:
-        return
-    start_torch()
-    import torch
-
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _workers(survey: "Survey", device: Device) -> int:
@@ -355,11 +327,11 @@ def _start_server_early(model: str, output: Path, outliers: str, workers: int | 
 
     Where they are not, it happens when they are needed; a server that was started in vain ends with this process.
     """
-    from int8cli.calibration.extra import has_transformers
-    from int8cli.columns import FROM_WEIGHTS
-    from int8cli.executors import start_server
-    from int8cli.output import REPORT_FILE
-    from int8cli.records import NO_OUTLIERS
+    from int8cli.conversion import WORKER_PRELOAD
+    from int8cli.model.extra import has_transformers
+    from int8cli.planning.output_files import REPORT_FILE
+    from int8cli.records.store import FROM_WEIGHTS, NO_OUTLIERS
+    from int8cli.workers.processes import start_server
 
     if outliers not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
         return  # a calibration may do the work itself, and has torch imported here
@@ -368,12 +340,12 @@ def _start_server_early(model: str, output: Path, outliers: str, workers: int | 
         files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
         foreseen = workers or _workers_over(len(files), sum(file.stat().st_size for file in files if file.is_file()))
         if files and foreseen > 1 and not (output / REPORT_FILE).exists():  # which a finished conversion has
-            start_server()
+            start_server(WORKER_PRELOAD)
 
 
 def _threads(workers: int, device: Device) -> int:
     """Of each process. A GPU gets them all however few the cores: one reads, one waits for the GPU, one writes."""
-    from int8cli.blocks import THREADS_FOR_A_SHARD
+    from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 
     if device is Device.cuda:
         return THREADS_FOR_A_SHARD

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import Layout, default_output
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Revision
+from int8cli.cli.options import Json, LayoutName, Model, Revision, default_output
 
 if TYPE_CHECKING:
-    from int8cli.gpus import Card
-    from int8cli.memory import Estimate, Use
+    from int8cli.estimate.cards import Card
+    from int8cli.estimate.estimate import Estimate, Use
     from int8cli.report.memory import MemoryReport
 
 EXAMPLES = """\
@@ -50,7 +49,7 @@ def estimate_memory(
             help="Will these hold it? A card ('RTX 3090'), a size (24GiB), several (8x24GiB). Repeatable.",
         ),
     ] = None,
-    layout: Annotated[Layout, typer.Option(help="The layout of the conversion.")] = Layout.bitsandbytes,
+    layout: Annotated[LayoutName, typer.Option(help="The layout of the conversion.")] = LayoutName.bitsandbytes,
     as_json: Json = False,
 ) -> None:
     """Tell what a model needs, and which GPUs hold it, from config.json and its files' headers alone.
@@ -58,14 +57,14 @@ def estimate_memory(
     Weights as stored, in 32 and 16 bit and in LLM.int8(), the KV cache, and what a conversion takes. The exit code is 0
     whether or not the cards of --gpu hold it: --json says that in cards.answers[].fits.
     """
-    from int8cli.blocks import THREADS_FOR_A_SHARD
     from int8cli.checkpoint.locate import open_source
-    from int8cli.layouts import LAYOUTS
-    from int8cli.memory import Use, estimate_memory
-    from int8cli.plan import PlanOptions
+    from int8cli.estimate.estimate import Use, estimate_memory
+    from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+    from int8cli.planning.layouts import LAYOUTS
+    from int8cli.planning.plan import PlanOptions
+    from int8cli.planning.survey import survey_source
     from int8cli.report.memory import show_memory
     from int8cli.report.memory_json import memory_to_json
-    from int8cli.survey import survey_source
 
     cards = _cards(gpu or [])
     output = default_output(model)
@@ -85,9 +84,9 @@ def estimate_memory(
 
 
 def _report(estimate: "Estimate", use: "Use", cards: tuple["Card", ...]) -> "MemoryReport":
-    from int8cli.fit import answer, fit_table
-    from int8cli.gpus import SHOWN_CARDS, card_named, cards_of_this_machine
-    from int8cli.memory import PRECISIONS
+    from int8cli.estimate.cards import SHOWN_CARDS, card_named, cards_of_this_machine
+    from int8cli.estimate.estimate import PRECISIONS
+    from int8cli.estimate.fit import answer, fit_table
     from int8cli.report.memory import MemoryReport
 
     here = cards_of_this_machine()
@@ -101,7 +100,7 @@ def _report(estimate: "Estimate", use: "Use", cards: tuple["Card", ...]) -> "Mem
 
 
 def _cards(wanted: list[str]) -> tuple["Card", ...]:
-    from int8cli.gpus import UnknownCardError, parse_cards
+    from int8cli.estimate.cards import UnknownCardError, parse_cards
 
     try:
         return tuple(card for text in wanted for card in parse_cards(text))

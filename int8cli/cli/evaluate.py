@@ -9,19 +9,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import Device, require_device
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Quiet, Revision, Seed, SequenceLength, TextFile, WorkDir, check_outputs
+from int8cli.cli.options import (
+    Device,
+    Json,
+    Model,
+    Quiet,
+    Revision,
+    Seed,
+    SequenceLength,
+    TextFile,
+    WorkDir,
+    check_outputs,
+    require_device,
+)
 from int8cli.cli.work_directory import work_directory
 
 if TYPE_CHECKING:
-    from int8cli.calibration.text import Text
     from int8cli.checkpoint.source import Source
     from int8cli.cli.inspect_progress import InspectObserver
     from int8cli.evaluation.columns import ChosenColumns
     from int8cli.evaluation.methods import Method
-    from int8cli.evaluation.results import Evaluation
     from int8cli.evaluation.subject import Subject
+    from int8cli.model.text import Text
+    from int8cli.results.evaluation import Evaluation
 
 EXAMPLES = """\
 int8cli evaluate bigscience/bloom-560m
@@ -123,13 +134,13 @@ def evaluate(
 def _evaluate(
     source: "Source", reference: "Source | None", text: Path | None, request: _Request, observer: "InspectObserver"
 ) -> "Evaluation":
-    from int8cli.calibration.memory import return_memory_promptly
-    from int8cli.calibration.sampling import Sampling
-    from int8cli.calibration.text import Text
     from int8cli.data import HELD_OUT_NAME, held_out_text
     from int8cli.evaluation.evaluate import evaluate as run
     from int8cli.evaluation.options import EvaluateOptions
     from int8cli.evaluation.subject import find_subject
+    from int8cli.model.memory import return_memory_promptly
+    from int8cli.model.sampling import Sampling
+    from int8cli.model.text import Text
 
     return_memory_promptly(_MALLOC_KEEPS_BYTES)
     sampling = Sampling(*request.sampling)
@@ -146,13 +157,13 @@ def _columns(
     subject: "Subject", evaluated: "Text", request: _Request, observer: "InspectObserver"
 ) -> "ChosenColumns | None":
     """The columns that a 16-bit model would store, if a method needs them: by statistics, or by a calibration."""
-    from int8cli.calibration.calibrate import CalibrateOptions
-    from int8cli.calibration.text import Text
     from int8cli.columns.from_statistics import require_same_model
     from int8cli.data import SAMPLE_NAME, sample_text
     from int8cli.evaluation.columns import calibrated_columns, columns_from
     from int8cli.evaluation.options import applicable
-    from int8cli.outlier_statistics import load_statistics
+    from int8cli.model.text import Text
+    from int8cli.outliers.calibrate import CalibrateOptions
+    from int8cli.outliers.statistics import load_statistics
 
     if subject.converted is not None or not applicable(subject, request.methods).needs_columns:
         return None
@@ -187,8 +198,8 @@ def _opened(
 
 
 def _show(found: "Evaluation", *, as_json: bool, quiet: bool) -> None:
-    from int8cli.evaluation.results import evaluation_to_json
     from int8cli.report.evaluation import show_evaluation
+    from int8cli.results.evaluation import evaluation_to_json
 
     if as_json:
         print(json.dumps(evaluation_to_json(found), indent=2))

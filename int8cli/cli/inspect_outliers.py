@@ -7,17 +7,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import Device, require_device
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, Model, Quiet, Revision, Seed, SequenceLength, TextFile, WorkDir, check_outputs
+from int8cli.cli.options import (
+    Device,
+    Json,
+    Model,
+    Quiet,
+    Revision,
+    Seed,
+    SequenceLength,
+    TextFile,
+    WorkDir,
+    check_outputs,
+    require_device,
+)
 from int8cli.cli.work_directory import work_directory
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
     from int8cli.cli.inspect_progress import InspectObserver
-    from int8cli.outlier_statistics import OutlierStatistics
-    from int8cli.survey import Survey
-    from int8cli.weight_suspects import WeightSuspects
+    from int8cli.outliers.statistics import OutlierStatistics
+    from int8cli.outliers.suspects import WeightSuspects
+    from int8cli.planning.survey import Survey
 
 EXAMPLES = """\
 int8cli inspect-outliers bigscience/bloom-560m
@@ -68,8 +79,8 @@ def inspect_outliers(
     """
     from int8cli.checkpoint.locate import open_source
     from int8cli.cli.inspect_progress import observe_inspection
-    from int8cli.plan import PlanOptions
-    from int8cli.survey import survey_source
+    from int8cli.planning.plan import PlanOptions
+    from int8cli.planning.survey import survey_source
 
     outputs = tuple(output or ())
     check_outputs(outputs, _SUFFIXES, drawn=_DRAWN)
@@ -110,7 +121,7 @@ def _inspect(
 ) -> "OutlierStatistics | WeightSuspects":
     """From activations if that is asked for or can be done, else from weights."""
     from int8cli.errors import MissingExtraError, UnsupportedModelError
-    from int8cli.weight_suspects import find_suspects
+    from int8cli.outliers.suspects import find_suspects
 
     if source_of is not From.weights:
         try:
@@ -132,11 +143,11 @@ def _calibrate(
     kept_in: Path,
     observer: "InspectObserver",
 ) -> "OutlierStatistics":
-    from int8cli.calibration.calibrate import CalibrateOptions, calibrate
-    from int8cli.calibration.memory import return_memory_promptly
-    from int8cli.calibration.sampling import Sampling
-    from int8cli.calibration.text import Text
     from int8cli.data import SAMPLE_NAME, sample_text
+    from int8cli.model.memory import return_memory_promptly
+    from int8cli.model.sampling import Sampling
+    from int8cli.model.text import Text
+    from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 
     return_memory_promptly()
     chosen = Sampling(*sampling)
@@ -147,9 +158,9 @@ def _calibrate(
 
 def _write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
     from int8cli.errors import OutputError
-    from int8cli.outlier_statistics import OutlierStatistics, save_statistics
-    from int8cli.report.charts import write_picture
-    from int8cli.report.page import write_page
+    from int8cli.outliers.statistics import OutlierStatistics, save_statistics
+    from int8cli.report.outlier_charts import write_picture
+    from int8cli.report.outlier_page import write_page
 
     if path.suffix == ".html":
         write_page(found, path)
@@ -165,7 +176,7 @@ def _write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
 
 
 def _show(found: "OutlierStatistics | WeightSuspects", *, as_json: bool, quiet: bool) -> None:
-    from int8cli.outlier_statistics import OutlierStatistics
+    from int8cli.outliers.statistics import OutlierStatistics
     from int8cli.report.outliers import show_statistics, show_suspects
     from int8cli.report.outliers_json import statistics_to_json, suspects_to_json
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from int8cli.calibration.observer import CalibrationObserver
 from int8cli.cli.progress import BarObserver, LineObserver, ProgressObserver
+from int8cli.model.observer import CalibrationObserver
 from int8cli.report.units import human_bytes
 
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from int8cli.cli.progress import BarObserver, LineObserver, ProgressObserver
 from int8cli.report.units import human_bytes
-from int8cli.verify import Observer
+from int8cli.verify import VerifyObserver
 
 
-class PassObserver(ProgressObserver, Observer):
+class PassObserver(ProgressObserver, VerifyObserver):
     """Says nothing; the base of those that do."""
 
 

@@ -18,12 +18,12 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from int8cli.convert import Observer
-from int8cli.records import ShardRecord
+from int8cli.conversion.convert import ConversionObserver
+from int8cli.planning.survey import Survey
+from int8cli.records.store import ShardRecord
 from int8cli.report.text import printable
 from int8cli.report.units import counted, human_bytes
-from int8cli.results import worst_first
-from int8cli.survey import Survey
+from int8cli.results.conversion import worst_first
 
 NAME_WIDTH = 26  # with bytes, rate, time and shard before it, 80 columns
 
@@ -44,7 +44,7 @@ def observe(*, quiet: bool) -> Iterator["ProgressObserver"]:
         observer.close()
 
 
-class ProgressObserver(Observer):
+class ProgressObserver(ConversionObserver):
     """Says nothing; the base of those that do. Also hears of transfers from the Hub."""
 
     def received(self, file: str, count: int) -> None:

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from int8cli.cli.convert import Device, require_device, usable_cores
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
-from int8cli.cli.options import Json, Quiet, complete_path
+from int8cli.cli.options import Device, Json, Quiet, complete_path, require_device, usable_cores
 from int8cli.errors import OutputError
 
 if TYPE_CHECKING:
     from int8cli.checkpoint.source import Source
     from int8cli.cli.passes import PassObserver
-    from int8cli.records import Conversion
+    from int8cli.records.store import Conversion
 
 EXAMPLES = """\
 int8cli verify bloom-int8
@@ -52,19 +51,19 @@ def verify(
     against the tensors. Where transformers is installed the model is laid out, without weights, to see that each int8
     tensor lands on a layer that takes it. Exits with 0 only if nothing fails.
     """
-    from int8cli.blocks import THREADS_FOR_A_SHARD
     from int8cli.cli.passes import observe_passes
+    from int8cli.planning.blocks import THREADS_FOR_A_SHARD
     from int8cli.report.verification import show_verification
-    from int8cli.verify import Means, conversion_in
+    from int8cli.verify import VerifyOptions, conversion_in
     from int8cli.verify import verify as run
 
     if revision is not None and model is None:
         raise typer.BadParameter("it is the revision of a --source", param_hint="'--revision'")
     require_device(device)
     conversion = conversion_in(directory)
-    means = Means(min(THREADS_FOR_A_SHARD, usable_cores()), device.value)
+    options = VerifyOptions(min(THREADS_FOR_A_SHARD, usable_cores()), device.value)
     with observe_passes(quiet=quiet) as observer, _source(model, revision, conversion, directory, observer) as source:
-        verification = run(directory, source, means, observer)
+        verification = run(directory, source, options, observer)
     with writing_result():
         if as_json:
             print(json.dumps(verification.to_json(), indent=2))
@@ -86,7 +85,7 @@ def _source(
     Its shards land where those of convert do, one at a time, and are gone afterwards.
     """
     from int8cli.checkpoint.locate import open_source
-    from int8cli.records import RecordStore
+    from int8cli.records.store import RecordStore
 
     if model is None:
         yield None

@@ -11,28 +11,28 @@ from pathlib import Path
 
 import torch
 
-from int8cli.calibration.calibrate import CalibrateOptions, Companion, calibrate
-from int8cli.calibration.cost import arithmetic_s
-from int8cli.calibration.memory import return_memory_promptly
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.skeleton import build_skeleton
-from int8cli.calibration.text import Text
-from int8cli.calibration.torch_threads import torch_threads
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns import FROM_ACTIVATIONS, ColumnSource, RunTask, TakeShard
 from int8cli.columns.from_statistics import StatisticsColumns, at_most
-from int8cli.columns.wanted import ColumnsWanted, Way
+from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.conversion.column_source import ColumnSource, RunTask, TakeShard
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import UnsupportedModelError
-from int8cli.outlier_statistics import SiteStatistics
-from int8cli.records import Settings
-from int8cli.results import StoredColumns
-from int8cli.survey import CONFIG_FILE, Survey
+from int8cli.model.memory import return_memory_promptly
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.skeleton import build_skeleton
+from int8cli.model.text import Text
+from int8cli.outliers.calibrate import CalibrateOptions, Companion, calibrate
+from int8cli.outliers.cost import arithmetic_s
+from int8cli.outliers.statistics import SiteStatistics
+from int8cli.planning.survey import CONFIG_FILE, Survey
+from int8cli.records.store import FROM_ACTIVATIONS, Settings
+from int8cli.results.conversion import StoredColumns
+from int8cli.workers.torch_threads import torch_threads
 
 
-def way_from_activations(
+def strategy_from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, kept_in: Path
-) -> Way:
+) -> ColumnStrategy:
     """By a calibration. Raises what it would, as far as config.json and file names tell, and TextError."""
     dtype = _dtype_to_run_in(survey)
     sampling = wanted.sampling
@@ -60,7 +60,7 @@ def way_from_activations(
 
     used = f"{text.name}: {sampling.tokens:,} tokens in sequences of {sampling.sequence_length:,}"
     used += f", seed {sampling.seed}, sha256 {text.sha256[:16]}"
-    return Way(
+    return ColumnStrategy(
         replace(survey, stored_counts={e.spec.name: at_most(e, wanted.limit) for e in survey.plan.quantized}),
         replace(settings, outliers=FROM_ACTIVATIONS, outlier_columns=wanted.limit, calibration=used),
         columns,

@@ -11,19 +11,21 @@ import torch
 import xxhash
 
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, RunTask, TakeShard
-from int8cli.columns.wanted import ColumnsWanted, Way
+from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.conversion.column_source import RunTask, TakeShard
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.outliers import choose_columns, predicted_output_error
-from int8cli.outlier_statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
-from int8cli.output import sidecar_bytes
-from int8cli.plan import Decision
-from int8cli.records import Settings
-from int8cli.results import RelativeOutputError, StoredColumn, StoredColumns
-from int8cli.survey import Survey, model_fingerprint
+from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
+from int8cli.planning.output_files import sidecar_bytes
+from int8cli.planning.plan import Decision
+from int8cli.planning.survey import Survey, model_fingerprint
+from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
+from int8cli.results.conversion import RelativeOutputError, StoredColumn, StoredColumns
 
 
-def way_from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Way:
+def strategy_from_statistics(
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings
+) -> ColumnStrategy:
     """By the file of statistics that the user named. Raises StatisticsMismatchError, CheckpointError."""
     path = Path(wanted.mode)
     statistics = load_statistics(path)
@@ -33,7 +35,7 @@ def way_from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, s
     of = xxhash.xxh3_128_hexdigest(path.read_bytes())
     known = {linear.name for site in statistics.sites for linear in site.linears}
     counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
-    return Way(
+    return ColumnStrategy(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, calibration=f"statistics {of}"),
         lambda observer: columns,

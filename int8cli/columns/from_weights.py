@@ -12,28 +12,28 @@ from functools import partial
 from pathlib import Path
 
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.checkpoint.tensor import ShardLayout
-from int8cli.columns import FROM_WEIGHTS, RunTask, TakeShard
-from int8cli.columns.wanted import ColumnsWanted, Way
+from int8cli.checkpoint.tensor import ShardContents
+from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.conversion.column_source import RunTask, TakeShard
 from int8cli.errors import UnsupportedModelError
-from int8cli.executors import OnBytes
-from int8cli.output import sidecar_bytes
-from int8cli.records import Settings
-from int8cli.residual_stream import ResidualStream
-from int8cli.results import StoredColumn, StoredColumns
-from int8cli.survey import Survey
+from int8cli.outliers.residual_stream import ResidualStream
+from int8cli.planning.output_files import sidecar_bytes
+from int8cli.planning.survey import Survey
+from int8cli.records.store import FROM_WEIGHTS, Settings
+from int8cli.results.conversion import StoredColumn, StoredColumns
+from int8cli.workers.processes import OnBytes
 
 
-def way_from_weights(
+def strategy_from_weights(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, counts: dict[str, int], kept_in: Path
-) -> Way:
+) -> ColumnStrategy:
     """`counts` as `counts_from_weights` has them. Raises UnsupportedModelError where there are none."""
     if not counts:
         raise UnsupportedModelError(
             "no linear layers that a norm feeds are recognised by their names, so the weights tell nothing",
             hint="--outliers activations tells by running the model, --outliers none stores no columns.",
         )
-    return Way(
+    return ColumnStrategy(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit),
         lambda observer: SuspectColumns(source, survey, wanted.limit, kept_in / "suspects"),
@@ -98,21 +98,21 @@ class SuspectColumns:
 # Tasks: what they import lies where torch is, and comes with it.
 
 
-def _look_at(stream: ResidualStream, layout: ShardLayout, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
-    from int8cli.weight_suspects import SuspectScan, keep_figures
+def _look_at(stream: ResidualStream, layout: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+    from int8cli.outliers.suspects import SuspectScan, keep_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(layout.file_name, "", 0))
     keep_figures(scan.look_at(layout, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:
-    from int8cli.weight_suspects import recall_figures
+    from int8cli.outliers.suspects import recall_figures
 
     return recall_figures(path) is not None
 
 
 def _suspects(stream: ResidualStream, kept: list[Path], most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
-    from int8cli.weight_suspects import SuspectScan, recall_figures
+    from int8cli.outliers.suspects import SuspectScan, recall_figures
 
     scan = SuspectScan(stream)
     for path in kept:

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.sampling import Sampling
-from int8cli.columns import FROM_ACTIVATIONS, FROM_WEIGHTS, ColumnSource, NoColumns
-from int8cli.errors import MissingExtraError, NotEnoughMemoryError, UnsupportedModelError
-from int8cli.records import NO_OUTLIERS, Settings
-from int8cli.survey import Survey
+from int8cli.conversion.column_source import ColumnSource, NoColumns
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.sampling import Sampling
+from int8cli.planning.survey import Survey
+from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
 
 AUTO = "auto"
-CANNOT_GO = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)  # after which another way may
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
 # Input columns of each linear that are stored exactly, at most: 1.5 % more bytes of SmolLM2-135M (576 wide), fewer of
 # wider models. With 4, 8 and 10 of them, and zero-point inputs, it was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
@@ -51,7 +49,7 @@ class ColumnsWanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ColumnStrategy:
     """One way to know the columns: the survey and settings that it makes, and the source of columns once it is gone."""
 
     survey: Survey
@@ -60,6 +58,6 @@ class Way:
     arithmetic_s: Callable[[], float] = lambda: 0.0  # what knowing them takes, told by a product timed here
 
 
-def without_columns(survey: Survey, settings: Settings) -> Way:
+def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """Nothing is stored: there is nothing to know."""
-    return Way(survey, settings, lambda observer: NoColumns())
+    return ColumnStrategy(survey, settings, lambda observer: NoColumns())

@@ -6,14 +6,14 @@ Owns how a calibration becomes columns. The text it ran on should not be the one
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from int8cli.calibration.calibrate import CalibrateOptions, calibrate
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.text import Text
 from int8cli.errors import TextError
-from int8cli.evaluation.results import StoredColumns
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.outliers import choose_columns
-from int8cli.outlier_statistics import OutlierStatistics
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.text import Text
+from int8cli.outliers.calibrate import CalibrateOptions, calibrate
+from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.results.evaluation import StoredColumnsSummary
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class ChosenColumns:
     """By linear layer, the columns to keep exact, sorted; and where they come from."""
 
     by_layer: Mapping[str, tuple[int, ...]]
-    provenance: StoredColumns
+    provenance: StoredColumnsSummary
 
 
 def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
@@ -33,7 +33,7 @@ def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
     }
     mean = sum(map(len, chosen.values())) / max(1, len(chosen))
     of = statistics.provenance
-    return ChosenColumns(chosen, StoredColumns(limit, of.text, of.text_sha256, of.tokens, mean))
+    return ChosenColumns(chosen, StoredColumnsSummary(limit, of.text, of.text_sha256, of.tokens, mean))
 
 
 def calibrated_columns(

@@ -14,26 +14,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from int8cli.calibration.kept import KeptStates
-from int8cli.calibration.memory import available_bytes
-from int8cli.calibration.model_files import model_files
-from int8cli.calibration.observer import CalibrationObserver
-from int8cli.calibration.sites import linears_of
-from int8cli.calibration.skeleton import Skeleton, build_skeleton
-from int8cli.calibration.stream import LoadedUnit, StreamedModel
-from int8cli.calibration.tensors import CheckpointTensors
-from int8cli.calibration.text import Text, sequences_of
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns
-from int8cli.evaluation.converted import ConvertedTensors
 from int8cli.evaluation.options import EvaluateOptions, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
-from int8cli.evaluation.results import EvaluatedText, Evaluation, LayerError, MethodResult, StoredColumns
 from int8cli.evaluation.subject import Subject
 from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation
 from int8cli.evaluation.weights import LayerWeights
-from int8cli.survey import model_fingerprint
+from int8cli.model.files import model_files
+from int8cli.model.memory import available_bytes
+from int8cli.model.observer import CalibrationObserver
+from int8cli.model.saved_states import KeptStates
+from int8cli.model.sites import linears_of
+from int8cli.model.skeleton import Skeleton, build_skeleton
+from int8cli.model.stream import LoadedUnit, StreamedModel
+from int8cli.model.text import Text, sequences_of
+from int8cli.planning.survey import model_fingerprint
+from int8cli.results.evaluation import EvaluatedText, Evaluation, LayerError, MethodResult, StoredColumnsSummary
+from int8cli.runtime.converted import ConvertedTensors
 
 # Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
 _FORMS = 1.5
@@ -262,13 +262,13 @@ class _Run:
         seed = self._options.sampling.seed
         return EvaluatedText(text.name, text.sha256, count * self._length, count, self._length, seed, sum(targets))
 
-    def _stored_columns(self) -> StoredColumns | None:
+    def _stored_columns(self) -> StoredColumnsSummary | None:
         converted = self._subject.converted
         if not self._wanted.needs_columns:
             return None
         if converted is None:
             return self._columns.provenance if self._columns else None
-        return StoredColumns(None, "", "", 0, sum(converted.kept_columns) / max(1, len(converted.modules)))
+        return StoredColumnsSummary(None, "", "", 0, sum(converted.kept_columns) / max(1, len(converted.modules)))
 
 
 def _match(tensors: CheckpointTensors, skeleton: Skeleton) -> None:

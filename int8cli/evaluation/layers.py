@@ -4,7 +4,6 @@ Owns how long a form is kept: each is made once for all sequences of a unit. Kno
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,24 +17,9 @@ from int8cli.llm_int8.baselines import (
 )
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.runtime.converted import Int8Data, KeptColumns
 
 _CHUNK_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class Int8Data:
-    """int8 data (out, in) and float32 row_absmax (out,) of a weight, as a checkpoint holds them or as it would."""
-
-    data: Tensor
-    row_absmax: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class KeptColumns:
-    """The input columns that a layer keeps exact: int64 (k,), sorted; and their weights (out, k)."""
-
-    columns: Tensor
-    weight: Tensor
 
 
 class Layer:

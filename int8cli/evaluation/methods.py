@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from int8cli.errors import UnknownMethodError
 from int8cli.evaluation.layers import Layer
-from int8cli.evaluation.results import REFERENCE
 from int8cli.llm_int8.baselines import (
     Span,
     bitsandbytes_linear,
@@ -23,6 +22,7 @@ from int8cli.llm_int8.baselines import (
     quantize_matrix,
 )
 from int8cli.llm_int8.matmul import InputScheme, llm_int8_linear
+from int8cli.results.evaluation import REFERENCE
 
 Product = Callable[[Layer, Tensor, Tensor | None], Tensor]
 

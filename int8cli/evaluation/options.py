@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from int8cli.calibration.sampling import Sampling
 from int8cli.errors import UnsupportedModelError
 from int8cli.evaluation.methods import METHODS, Method
-from int8cli.evaluation.results import REFERENCE
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.outliers import THRESHOLD
+from int8cli.model.sampling import Sampling
+from int8cli.results.evaluation import REFERENCE
 
 ERROR_TOKENS = 1024  # the layers' errors settle long before: they are means over all values of a layer's output
 

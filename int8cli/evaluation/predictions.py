@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from int8cli.errors import NonFiniteError, UnsupportedModelError
-from int8cli.evaluation.results import Scores
+from int8cli.results.evaluation import Scores
 
 _CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32, which caches hold: half the time that 16 MB take
 

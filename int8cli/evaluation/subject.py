@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from int8cli.calibration.tensors import CheckpointTensors
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
 from int8cli.checkpoint.source import Source
-from int8cli.checkpoint.tensor import ShardLayout, TensorSpec
+from int8cli.checkpoint.tensor import ShardContents, TensorSpec
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import SourceError, UnsupportedModelError
-from int8cli.evaluation.converted import Converted, ConvertedTensors, find_converted
 from int8cli.llm_int8.outliers import THRESHOLD
-from int8cli.plan import PlanOptions
-from int8cli.survey import CONFIG_FILE, Survey, survey_source
+from int8cli.planning.plan import PlanOptions
+from int8cli.planning.survey import CONFIG_FILE, Survey, survey_source
+from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
 
 _WEIGHT = ".weight"
 
@@ -32,7 +32,7 @@ class Subject:
     source: Source
     runs: Source
     weights: WeightFiles
-    layouts: tuple[ShardLayout, ...]
+    layouts: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
     modules: frozenset[str]
     survey: Survey | None

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from int8cli.calibration.sites import Site
-from int8cli.calibration.stream import Forward, LoadedUnit
 from int8cli.evaluation.layers import ErrorMeter, Layer
 from int8cli.evaluation.methods import Method
+from int8cli.model.sites import Site
+from int8cli.model.stream import Forward, LoadedUnit
 
 
 @dataclass(frozen=True, slots=True)

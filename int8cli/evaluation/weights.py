@@ -6,13 +6,13 @@ Owns where a layer's weights come from: the unit's own 16-bit weight, a converte
 import torch
 from torch import nn
 
-from int8cli.calibration.sites import weight_of
-from int8cli.calibration.stream import LoadedUnit
 from int8cli.errors import NonFiniteError
 from int8cli.evaluation.columns import ChosenColumns
-from int8cli.evaluation.converted import ConvertedTensors
-from int8cli.evaluation.layers import Int8Data, KeptColumns, Layer
+from int8cli.evaluation.layers import Layer
 from int8cli.evaluation.subject import Subject
+from int8cli.model.sites import weight_of
+from int8cli.model.stream import LoadedUnit
+from int8cli.runtime.converted import ConvertedTensors, Int8Data, KeptColumns
 
 
 class LayerWeights:

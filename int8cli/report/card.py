@@ -5,12 +5,13 @@ Says nothing that differs between two runs of the same conversion.
 
 from collections.abc import Iterator
 
-from int8cli.layouts import compressed_tensors
-from int8cli.output import SIDECAR_DIRECTORY
+from int8cli.planning.layouts import compressed_tensors
+from int8cli.planning.output_files import SIDECAR_DIRECTORY
+from int8cli.planning.survey import Survey
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import printable
 from int8cli.report.units import decibels, human_bytes, human_count
-from int8cli.results import (
+from int8cli.results.conversion import (
     ConversionReport,
     ErrorBasis,
     RelativeOutputError,
@@ -19,7 +20,6 @@ from int8cli.results import (
     summarize_kinds,
     worst_by_output_error,
 )
-from int8cli.survey import Survey
 
 WORST_LAYERS = 10
 COLUMNS_SHOWN = 8  # of one layer

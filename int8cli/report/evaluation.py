@@ -5,10 +5,10 @@ import math
 from rich.markup import escape
 from rich.table import Table
 
-from int8cli.evaluation.results import Evaluation, MethodResult
-from int8cli.report.terminal import stdout_console
+from int8cli.report.conversion import stdout_console
 from int8cli.report.text import broken_at_dots
 from int8cli.report.units import counted, perplexity_text
+from int8cli.results.evaluation import Evaluation, MethodResult
 
 _WORST_WIDTH = 33
 

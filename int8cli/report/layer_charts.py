@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from int8cli.evaluation.results import Evaluation, LayerError, MethodResult
 from int8cli.report.layer_roles import OUTSIDE, places
 from int8cli.report.method_marks import color, compared, reference_label, shape
 from int8cli.report.vega import Row, chart_of, logarithmic, require_altair, short
+from int8cli.results.evaluation import Evaluation, LayerError, MethodResult
 
 _WIDTH = 395
 _HEIGHT = 165

@@ -6,31 +6,31 @@ Owns how layers fall into series that can be followed from block to block.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8cli.evaluation.results import LayerError
+from int8cli.results.evaluation import LayerError
 
 OUTSIDE = "outside of the blocks, in order"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LayerPlace:
     """A series, and how far along it. The experts of a block share a place."""
 
     role: str
     number: int
 
 
-def places(layers: Sequence[LayerError]) -> list[Place]:
+def places(layers: Sequence[LayerError]) -> list[LayerPlace]:
     """The place of each layer. The stack is named where there are several; layers outside of them are counted."""
     stacks = {layer.stack for layer in layers if layer.stack is not None}
-    found: list[Place] = []
+    found: list[LayerPlace] = []
     outside = 0
     for layer in layers:
         if layer.stack is None or layer.layer is None:
-            found.append(Place(OUTSIDE, outside))
+            found.append(LayerPlace(OUTSIDE, outside))
             outside += 1
         else:
             role = _below(layer.name, f"{layer.stack}.{layer.layer}.")
-            found.append(Place(f"{layer.stack}: {role}" if len(stacks) > 1 else role, layer.layer))
+            found.append(LayerPlace(f"{layer.stack}: {role}" if len(stacks) > 1 else role, layer.layer))
     return found
 
 

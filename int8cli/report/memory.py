@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from rich.markup import escape
 from rich.table import Table
 
-from int8cli.anatomy import HEAD
-from int8cli.fit import Answer, Count, FitRow
-from int8cli.gpus import GIB, USABLE_RULE, Placed
-from int8cli.loaded import Weights
-from int8cli.memory import FLOAT16, INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate, Part, Use
-from int8cli.report.terminal import stdout_console
+from int8cli.estimate.cards import GIB, USABLE_RULE, Placed
+from int8cli.estimate.estimate import FLOAT16, INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate, Part, Use
+from int8cli.estimate.fit import Answer, Count, FitRow
+from int8cli.estimate.units import HEAD
+from int8cli.estimate.weights import Weights
+from int8cli.report.conversion import stdout_console
 from int8cli.report.units import human_bytes, human_count
 
 _BAR_WIDTH = 30
@@ -266,7 +266,7 @@ def _range(stack: str, first: int, last: int) -> str:
 
 
 def _element_bytes(use: Use) -> int:
-    from int8cli.kv_cache import DTYPE_BYTES
+    from int8cli.estimate.kv_cache import DTYPE_BYTES
 
     return DTYPE_BYTES[use.kv_dtype]
 

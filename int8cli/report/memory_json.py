@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from int8cli.fit import Answer, FitRow
-from int8cli.gpus import USABLE_RULE, Card, Placed
-from int8cli.kv_cache import DTYPE_BYTES
-from int8cli.loaded import Weights
-from int8cli.memory import INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate
+from int8cli.estimate.cards import USABLE_RULE, Card, Placed
+from int8cli.estimate.estimate import INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate
+from int8cli.estimate.fit import Answer, FitRow
+from int8cli.estimate.kv_cache import DTYPE_BYTES
+from int8cli.estimate.weights import Weights
 from int8cli.report.memory import MemoryReport, total_bytes
 
-MEMORY_SCHEMA = "int8cli.memory/1"
+MEMORY_SCHEMA = "int8cli.estimate.estimate/1"
 
 
 def memory_to_json(report: MemoryReport) -> dict[str, Any]:

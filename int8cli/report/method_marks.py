@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from int8cli.evaluation.results import REFERENCE, Evaluation, MethodResult
 from int8cli.report.vega import Row, chart_of, require_altair, short
+from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
 
 # Each stands out from a white and from a dark page, and from its neighbors. Shapes tell apart what comes around again.
 _COLORS = ("#c8452f", "#d98200", "#8a8d1c", "#2e9c5b", "#1a9fae", "#3a7fe0", "#8f67d8", "#d655a0", "#a9714b", "#7f8a99")

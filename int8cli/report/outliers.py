@@ -8,19 +8,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from int8cli.llm_int8.outliers import LAYER_SHARE, POSITION_SHARE
-from int8cli.outlier_statistics import (
+from int8cli.outliers.statistics import (
     LocatedActivation,
     LocatedFeature,
     OutlierStatistics,
     SiteStatistics,
 )
-from int8cli.report.terminal import stdout_console
-from int8cli.weight_suspects import (
+from int8cli.outliers.suspects import (
     MEASURED_AVERAGE_PRECISION,
     MEASURED_ON,
     MEASURED_PRECISION_OF_ALL,
     WeightSuspects,
 )
+from int8cli.report.conversion import stdout_console
 
 MOST_ROWS = 12
 

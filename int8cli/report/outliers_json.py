@@ -3,8 +3,8 @@
 from typing import Any
 
 from int8cli.llm_int8.outliers import InputSummary
-from int8cli.outlier_statistics import OutlierStatistics, SiteStatistics
-from int8cli.weight_suspects import (
+from int8cli.outliers.statistics import OutlierStatistics, SiteStatistics
+from int8cli.outliers.suspects import (
     MEASURED_AVERAGE_PRECISION,
     MEASURED_ON,
     MEASURED_PRECISION_OF_ALL,

@@ -6,17 +6,17 @@ from typing import Any
 
 from rich.markup import escape
 
-from int8cli.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.checkpoint.source import Source
-from int8cli.checkpoint.tensor import ShardLayout
-from int8cli.records import NO_OUTLIERS, Settings
+from int8cli.checkpoint.tensor import ShardContents
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.survey import Room, Survey, group_by_kind, room_needed
+from int8cli.records.store import NO_OUTLIERS, Settings
+from int8cli.report.conversion import groups_table, stdout_console
 from int8cli.report.stored import columns_word, percent_more, told_by
-from int8cli.report.terminal import groups_table, stdout_console
 from int8cli.report.text import printable
 from int8cli.report.units import counted, human_bytes, human_count
-from int8cli.survey import Room, Survey, group_by_kind, room_needed
 
-PLAN_SCHEMA = "int8cli.plan/1"
+PLAN_SCHEMA = "int8cli.planning.plan/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
     }
 
 
-def _shard_to_json(survey: Survey, layout: ShardLayout) -> dict[str, Any]:
+def _shard_to_json(survey: Survey, layout: ShardContents) -> dict[str, Any]:
     output, sidecar = survey.outputs[layout.file_name], survey.sidecars.get(layout.file_name)
     return {
         "source": layout.file_name,

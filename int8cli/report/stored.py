@@ -6,9 +6,9 @@ Owns the words that the terminal, the card and the dry run share.
 from collections.abc import Mapping
 from typing import Any
 
-from int8cli.columns import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
+from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
 from int8cli.report.units import counted
-from int8cli.results import ConversionReport, StoredSummary
+from int8cli.results.conversion import ConversionReport, StoredSummary
 
 SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8cli.calibration.skeleton import (
+from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
+from int8cli.model.skeleton import (
     dtype_of,
     model_class_of,
     name_targets,
     read_config,
 )
-from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.stored import StoredLinear, StoredModel
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from int8cli.calibration.tensors import CheckpointTensors
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.index import find_weights, read_layouts
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
-from int8cli.evaluation.converted import Converted, find_converted
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.runtime.converted import Converted, find_converted
 
 COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
 _AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
 
 
-class StoredTensor:
+class LoadedTensor:
     """A tensor that is read when a loader slices it, as loaders slice those of safetensors."""
 
     def __init__(self, read: Callable[[], Tensor], dtype: str) -> None:
@@ -80,11 +80,11 @@ class StoredModel:
         """The weights that were left in floats, which tell the model's dtype."""
         return {name: spec for name, spec in self._converted.specs.items() if spec.dtype in QUANTIZABLE_DTYPES}
 
-    def state_dict(self) -> dict[str, StoredTensor]:
+    def state_dict(self) -> dict[str, LoadedTensor]:
         """Every tensor by its name in the checkpoint; those of int8 layers as Int8Linear calls them."""
         found = {name: self._tensor(name, spec.dtype) for name, spec in self._converted.specs.items()}
         for linear in self.linears:
-            found[f"{linear.name}.row_absmax"] = StoredTensor(self._row_absmax(linear), "F32")
+            found[f"{linear.name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")
             found[f"{linear.name}.{COLUMNS}"] = self._columns(linear, COLUMNS, "I32")
             found[f"{linear.name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
         return found
@@ -92,14 +92,14 @@ class StoredModel:
     def close(self) -> None:
         self._tensors.close()
 
-    def _tensor(self, name: str, dtype: str) -> StoredTensor:
-        return StoredTensor(lambda: self._tensors.read(name), dtype)
+    def _tensor(self, name: str, dtype: str) -> LoadedTensor:
+        return LoadedTensor(lambda: self._tensors.read(name), dtype)
 
-    def _columns(self, linear: StoredLinear, kind: str, dtype: str) -> StoredTensor:
+    def _columns(self, linear: StoredLinear, kind: str, dtype: str) -> LoadedTensor:
         if linear.columns:
             return self._tensor(f"{linear.name}.{kind}", dtype)
         none = torch.empty(0, dtype=torch.int32) if kind == COLUMNS else torch.empty(linear.out_features, 0)
-        return StoredTensor(lambda: none, dtype)
+        return LoadedTensor(lambda: none, dtype)
 
     def _row_absmax(self, linear: StoredLinear) -> Callable[[], Tensor]:
         scale = self._converted.scales[linear.weight_name]

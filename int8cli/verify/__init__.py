@@ -1,6 +1,6 @@
 """Verify: is what a directory holds whole, does it load, and is it what its source becomes.
 
-Owns the order of the checks. Reads only; prints nothing: an Observer is told. Imports torch only to compare with a
+Owns the order of the checks. Reads only; prints nothing: a VerifyObserver is told. Imports torch only to compare with a
 source; what loads the model is imported in a process of its own, beside the reading.
 """
 
@@ -13,12 +13,11 @@ from pathlib import Path
 
 from int8cli.checkpoint.source import Source, checked_file_name
 from int8cli.errors import Int8cliError, OutputError, OutputInUseError
-from int8cli.manifest import MANIFEST_FILE, SideFile, read_manifest
-from int8cli.records import OWN_DIRECTORY, Conversion, RecordStore, ShardRecord
-from int8cli.survey import CONFIG_FILE
-from int8cli.torch_start import start_torch
+from int8cli.planning.survey import CONFIG_FILE
+from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
+from int8cli.records.store import OWN_DIRECTORY, Conversion, RecordStore, ShardRecord
+from int8cli.results.verification import Check, Failure, Status, Verification
 from int8cli.verify.beside import check_loads_beside
-from int8cli.verify.checks import Check, Failure, Status, Verification
 from int8cli.verify.consistency import (
     config_failures,
     index_failures,
@@ -29,14 +28,15 @@ from int8cli.verify.consistency import (
 )
 from int8cli.verify.files import DigestPass, header_bytes
 from int8cli.verify.loads import NAME
-from int8cli.verify.means import Means
+from int8cli.verify.options import VerifyOptions
 from int8cli.verify.sidecars import check_sidecars
 from int8cli.verify.wellformed import record_problem
+from int8cli.workers.torch_start import start_torch
 
-__all__ = ["Check", "Failure", "Means", "Observer", "Status", "Verification", "conversion_in", "verify"]
+__all__ = ["Check", "Failure", "Status", "Verification", "VerifyObserver", "VerifyOptions", "conversion_in", "verify"]
 
 
-class Observer:
+class VerifyObserver:
     """Is told how a verification goes. Every method may be overridden; calls may come from another thread."""
 
     def pass_started(self, task: str, sizes: Mapping[str, int]) -> None:
@@ -66,7 +66,7 @@ def conversion_in(directory: Path) -> Conversion:
     return conversion
 
 
-def verify(directory: Path, source: Source | None, means: Means, observer: Observer) -> Verification:
+def verify(directory: Path, source: Source | None, options: VerifyOptions, observer: VerifyObserver) -> Verification:
     """Make every check that can be made. Raises OutputError for a directory that holds no finished conversion.
 
     With a source, its shards are fetched one at a time, converted once more and compared.
@@ -75,10 +75,10 @@ def verify(directory: Path, source: Source | None, means: Means, observer: Obser
     records, unreadable = _read_records(RecordStore(directory), conversion)
     manifest = read_manifest(directory) or ()
     with _loads_beside(directory, conversion, records) as loads:
-        whole = list(_check_whole(directory, conversion, records, unreadable, manifest, means, observer))
+        whole = list(_check_whole(directory, conversion, records, unreadable, manifest, options, observer))
         against: list[Check] = []
         if source is not None:
-            against += _check_against(source, directory, conversion, records, means, observer)
+            against += _check_against(source, directory, conversion, records, options, observer)
         checks = (*whole, loads(), *against)
     name = source.identity.name if source is not None else None
     return Verification(str(directory), conversion.source.name, conversion.settings.layout, name, checks)
@@ -102,8 +102,8 @@ def _check_whole(
     records: Mapping[str, ShardRecord],
     unreadable: list[Failure],
     manifest: tuple[SideFile, ...],
-    means: Means,
-    observer: Observer,
+    options: VerifyOptions,
+    observer: VerifyObserver,
 ) -> Iterator[Check]:
     found = list(records.values())
     shards = len(conversion.shards)
@@ -113,7 +113,7 @@ def _check_whole(
     files = [file for record in found for file in record.files]
     size_bytes, tensors = sum(file.size_bytes for file in files), sum(len(file.tensors) for file in files)
     observer.pass_started("read", {file.file: file.size_bytes - header_bytes(file) for file in files})
-    failures = DigestPass(directory, files, means.threads, observer.pass_progressed).run()
+    failures = DigestPass(directory, files, options.threads, observer.pass_progressed).run()
     detail = f"{_files(len(found), len(files) - len(found))}, {size_bytes:,} bytes, {tensors:,} tensors by digest"
     yield Check.of("shards", detail, failures)
     yield check_sidecars(directory, conversion, found)
@@ -142,8 +142,8 @@ def _check_against(
     directory: Path,
     conversion: Conversion,
     records: Mapping[str, ShardRecord],
-    means: Means,
-    observer: Observer,
+    options: VerifyOptions,
+    observer: VerifyObserver,
 ) -> Iterator[Check]:
     if "torch" not in sys.modules:  # whoever has imported it has decided on its threads
         start_torch()
@@ -153,7 +153,7 @@ def _check_against(
     yield check_source(source, survey, conversion)
     sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
     observer.pass_started("compared", {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
-    yield from check_weights(directory, source, survey, conversion, records, means, observer.pass_progressed)
+    yield from check_weights(directory, source, survey, conversion, records, options, observer.pass_progressed)
     yield check_copies(directory, source, survey)
 
 

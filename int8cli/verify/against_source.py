@@ -13,24 +13,24 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from int8cli.checkpoint.digest import SourceDigest
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.checkpoint.tensor import DTYPE_BITS, ShardLayout, StoredTensor
-from int8cli.convert_shard import layer_report, open_reader, plan_task_sidecar
-from int8cli.digest import SourceDigest
+from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor
+from int8cli.conversion.shard import layer_report, open_reader, plan_task_sidecar
+from int8cli.conversion.shard_pass import PassResult, ShardPass, Sidecar
+from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import Int8cliError
-from int8cli.layouts import LAYOUTS
 from int8cli.llm_int8.metrics import ErrorSums
-from int8cli.manifest import SideFile
-from int8cli.output import OutputShard, plan_output_shard, sidecar_file_name
-from int8cli.plan import Decision, Plan, PlanOptions
-from int8cli.records import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
-from int8cli.results import LayerReport
-from int8cli.shard import PassResult, ShardPass, Sidecar
-from int8cli.shard_task import PassOptions, ShardTask
-from int8cli.survey import Survey, decisions_by_name, fingerprint, survey_source
-from int8cli.verify.checks import Check, Failure
-from int8cli.verify.means import Means
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.output_files import OutputShard, plan_output_shard, sidecar_file_name
+from int8cli.planning.plan import Decision, Plan, PlanOptions
+from int8cli.planning.survey import Survey, decisions_by_name, fingerprint, survey_source
+from int8cli.records.manifest import SideFile
+from int8cli.records.store import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
+from int8cli.results.conversion import LayerReport
+from int8cli.results.verification import Check, Failure
+from int8cli.verify.options import VerifyOptions
 from int8cli.verify.sidecars import column_problem
 
 # Two machines may add up the same float64 sums in another order.
@@ -119,7 +119,7 @@ def check_weights(
     survey: Survey,
     conversion: Conversion,
     records: Mapping[str, ShardRecord],
-    means: Means,
+    options: VerifyOptions,
     on_bytes: OnBytes,
 ) -> tuple[Check, Check]:
     """Convert every shard once more and compare bytes and figures. One shard of a Hub source is here at a time."""
@@ -130,7 +130,7 @@ def check_weights(
     shards = [shard for shard in conversion.shards if shard.file in layouts and shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
-        task = _task(directory, shard, survey, conversion, record, means)
+        task = _task(directory, shard, survey, conversion, record, options)
         layers, copied = layers + len(record.layers), copied + len(task.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
         try:
@@ -168,7 +168,12 @@ def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
 
 
 def _task(
-    directory: Path, shard: ShardSource, survey: Survey, conversion: Conversion, record: ShardRecord, means: Means
+    directory: Path,
+    shard: ShardSource,
+    survey: Survey,
+    conversion: Conversion,
+    record: ShardRecord,
+    options: VerifyOptions,
 ) -> ShardTask:
     layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
     via_half = conversion.settings.float32 == VIA_FLOAT16
@@ -183,7 +188,7 @@ def _task(
         output=directory / shard.output,
         partial=directory / shard.output,
         options=PassOptions(
-            means.threads, means.device, via_half, keep_non_finite=True, figures=conversion.settings.figures
+            options.threads, options.device, via_half, keep_non_finite=True, figures=conversion.settings.figures
         ),
         target=conversion.settings.layout,
         sidecar=directory / sidecar if has_sidecar else None,
@@ -191,7 +196,7 @@ def _task(
     )
 
 
-def _is_comparable(record: ShardRecord, sidecar: str, layout: ShardLayout, conversion: Conversion) -> bool:
+def _is_comparable(record: ShardRecord, sidecar: str, layout: ShardContents, conversion: Conversion) -> bool:
     """Whether there is a sidecar whose record makes sense; where it makes none, a check of its own says so."""
     known = {stored.spec.name for stored in layout.tensors}
     most = conversion.settings.outlier_columns
@@ -199,7 +204,7 @@ def _is_comparable(record: ShardRecord, sidecar: str, layout: ShardLayout, conve
     return sidecar in (file.file for file in record.files[1:]) and all(sound)
 
 
-def _plan_as_recorded(survey: Survey, layout: ShardLayout, record: ShardRecord) -> Plan:
+def _plan_as_recorded(survey: Survey, layout: ShardContents, record: ShardRecord) -> Plan:
     layers = {f"{layer.name}.weight": layer for layer in record.layers}
     own = (survey.decisions[stored.spec.name] for stored in layout.tensors)
     return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))

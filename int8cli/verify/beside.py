@@ -23,9 +23,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NoReturn
 
-from int8cli.records import ShardRecord
-from int8cli.survey import CONFIG_FILE
-from int8cli.verify.checks import Check, Failure
+from int8cli.planning.survey import CONFIG_FILE
+from int8cli.records.store import ShardRecord
+from int8cli.results.verification import Check, Failure
 from int8cli.verify.loads import NAME, absent_packages, check_loads, is_imported
 
 # The path is set first: with -c alone, a file in the working directory could stand in for a module.

@@ -11,14 +11,14 @@ from typing import Any
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
-from int8cli.layouts import LAYOUTS
-from int8cli.manifest import MANIFEST_FILE, SideFile
-from int8cli.output import INDEX_FILE, REPORT_FILE
-from int8cli.plan import Plan
-from int8cli.records import Conversion, ShardRecord, TensorRecord
-from int8cli.results import LayerReport, summarize_stored, worst_first
-from int8cli.survey import CONFIG_FILE
-from int8cli.verify.checks import Failure
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
+from int8cli.planning.plan import Plan
+from int8cli.planning.survey import CONFIG_FILE
+from int8cli.records.manifest import MANIFEST_FILE, SideFile
+from int8cli.records.store import Conversion, ShardRecord, TensorRecord
+from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
+from int8cli.results.verification import Failure
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
 

@@ -9,14 +9,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8cli.checkpoint.digest import new_digest
 from int8cli.checkpoint.header import read_header
 from int8cli.checkpoint.reader import FileReader, unreadable
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.digest import new_digest
 from int8cli.errors import Int8cliError
-from int8cli.records import FileRecord
-from int8cli.threads import run_in_threads
-from int8cli.verify.checks import Failure
+from int8cli.records.store import FileRecord
+from int8cli.results.verification import Failure
+from int8cli.workers.threads import run_in_threads
 
 PIECE_BYTES = 1 << 20
 _TOLD_AT_ONCE_BYTES = 1 << 24  # whoever draws a bar takes longer over it than a piece takes to read

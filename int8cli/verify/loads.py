@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.layouts import LAYOUTS
-from int8cli.records import ShardRecord
-from int8cli.survey import CONFIG_FILE
-from int8cli.verify.checks import Check, Failure
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.survey import CONFIG_FILE
+from int8cli.records.store import ShardRecord
+from int8cli.results.verification import Check, Failure
 
 NAME = "loads"
 # What each layout's loader consists of, by the names that are imported.

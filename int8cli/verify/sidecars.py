@@ -12,10 +12,10 @@ from pathlib import Path
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
-from int8cli.output import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
-from int8cli.records import NO_OUTLIERS, Conversion, FileRecord, ShardRecord
-from int8cli.results import LayerReport
-from int8cli.verify.checks import Check, Failure
+from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
+from int8cli.records.store import NO_OUTLIERS, Conversion, FileRecord, ShardRecord
+from int8cli.results.conversion import LayerReport
+from int8cli.results.verification import Check, Failure
 from int8cli.verify.files import header_bytes
 
 NAME = "sidecars"

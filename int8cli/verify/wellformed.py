@@ -10,7 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from int8cli.checkpoint.tensor import DTYPE_BITS
-from int8cli.records import ShardRecord
+from int8cli.records.store import ShardRecord
 
 
 def record_problem(record: ShardRecord) -> str | None:

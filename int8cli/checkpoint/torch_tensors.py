@@ -1,0 +1,256 @@
+"""A checkpoint's tensors by name, read from its shards when asked for, with no more shards held than needed.
+
+Owns which shards are on this machine at a time and how a stored tensor becomes one of torch. Knows no model.
+"""
+
+import mmap
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from int8cli.checkpoint.digest import sha256_of
+from int8cli.checkpoint.pickled import load_legacy
+from int8cli.checkpoint.reader import FileReader
+from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
+from int8cli.errors import CheckpointError, DigestMismatchError
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+class ShardTensors:
+    """The tensors of one shard file on this machine, read or mapped by name. Close it."""
+
+    def __init__(self, path: Path, layout: ShardContents) -> None:
+        self._path = path
+        self._places = {stored.spec.name: stored for stored in layout.tensors}
+        self._legacy = None if layout.mappable else load_legacy(path)
+        self._reader = FileReader(path) if layout.mappable else None
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, contiguous."""
+        stored = self._places[name]
+        if self._legacy is not None:
+            return self._legacy[name].contiguous()
+        if not stored.spec.nbytes:
+            return torch.empty(stored.spec.shape, dtype=_dtype_of(stored))
+        assert self._reader is not None
+        memory = bytearray(stored.spec.nbytes)
+        self._reader.read_into(stored.offset_bytes, memoryview(memory))
+        return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
+
+    def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A matrix in blocks of whole rows of some `elements`, each in the same memory as the one before it."""
+        stored = self._places[name]
+        rows, columns = stored.spec.shape
+        step = max(1, elements // max(1, columns))
+        if self._reader is None or stored.column_major:
+            matrix = self.map(name)
+            yield from (matrix[start : start + step] for start in range(0, rows, step))
+            return
+        row_bytes = stored.spec.nbytes // max(1, rows)
+        memory = bytearray(step * row_bytes)
+        block = torch.frombuffer(memory, dtype=_dtype_of(stored)).view(step, columns) if memory else None
+        for start in range(0, rows if block is not None else 0, step):
+            count = min(step, rows - start)
+            self._reader.read_into(stored.offset_bytes + start * row_bytes, memoryview(memory)[: count * row_bytes])
+            assert block is not None
+            yield block[:count]
+
+    def map(self, name: str) -> Tensor:
+        """The tensor as a mapping of its file, which stays when this is closed. Not to be written to."""
+        stored = self._places[name]
+        if self._legacy is not None or not stored.spec.nbytes:
+            return self.read(name)
+        start = stored.offset_bytes - stored.offset_bytes % mmap.ALLOCATIONGRANULARITY
+        with self._path.open("rb") as file:
+            # Private, so that torch may take it for writable; pages that are only read are shared with the page cache.
+            mapped = mmap.mmap(
+                file.fileno(),
+                stored.end_bytes - start,
+                flags=mmap.MAP_PRIVATE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+                offset=start,
+            )
+        memory = torch.frombuffer(
+            mapped, dtype=torch.uint8, count=stored.spec.nbytes, offset=stored.offset_bytes - start
+        )
+        return _as_stored(memory, stored)
+
+    def close(self) -> None:
+        self._legacy = None
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+class _HeldShard:
+    """A shard that is kept on this machine for as long as tensors are read from it.
+
+    Its sha256 is looked at before anything is read, where the Hub gives one: what a model was run with cannot be taken
+    back when a conversion finds out later.
+    """
+
+    def __init__(self, source: Source, layout: ShardContents) -> None:
+        self._stack = ExitStack()
+        self.local = self._stack.enter_context(_fetched_as_published(source, layout))
+        try:
+            self.tensors = ShardTensors(self.local.path, layout)
+        except BaseException as error:
+            self._stack.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def close(self) -> None:
+        self.tensors.close()
+        self._stack.close()
+
+    def abandon(self, error: BaseException) -> None:
+        """Let go because of an error: what was brought here stays for the next run."""
+        self.tensors.close()
+        self._stack.__exit__(type(error), error, error.__traceback__)
+
+
+@contextmanager
+def _fetched_as_published(source: Source, layout: ShardContents) -> Iterator[LocalFile]:
+    """A shard, transferred once more if it is not what the Hub published. Raises DigestMismatchError if it never is."""
+    with ExitStack() as stack:
+        local = stack.enter_context(source.fetch(layout.file_name))
+        if not _is_as_published(local):
+            source.discard(layout.file_name)
+            local = stack.enter_context(source.fetch(layout.file_name))
+            if not _is_as_published(local):
+                raise DigestMismatchError(
+                    f"{layout.file_name}: its sha256 is not the one that the Hub published ({local.sha256})",
+                    hint="Run the same command again; if it comes back, the network or this disk alters data.",
+                )
+        yield local
+
+
+def _is_as_published(local: LocalFile) -> bool:
+    return local.sha256 is None or sha256_of(local.path) == local.sha256
+
+
+class CheckpointTensors:
+    """Reads tensors of a source. Close it, or use it as a context manager.
+
+    `expect` says which tensors are still wanted; a shard is let go (and one from the Hub removed) once none of its are.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layouts: Sequence[ShardContents],
+        on_leaving: Callable[[str, LocalFile], None] = lambda shard, local: None,
+    ) -> None:
+        """`on_leaving(shard, file)` is called when nothing more is wanted of a shard, before it is let go."""
+        self._source = source
+        self._on_leaving = on_leaving
+        self._layouts = {layout.file_name: layout for layout in layouts}
+        self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
+        self._open: dict[str, _HeldShard] = {}
+        self._opening = threading.Lock()
+        self._wanted: Counter[str] = Counter()
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return {name: stored.spec for name, (_, stored) in self._places.items()}
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Count on these tensors being read, once for each time they are named."""
+        self._wanted.update(self._places[name][0] for name in names)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Start to bring here what these tensors lie in."""
+        for shard in dict.fromkeys(self._places[name][0] for name in names):
+            if shard not in self._open:
+                self._source.prefetch(shard)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor in memory of its own, contiguous. Raises CorruptShardError, SourceError, CheckpointError."""
+        return self._shard(name).read(name)
+
+    def map(self, name: str) -> Tensor:
+        """The tensor as a mapping of its file: what is never touched never enters memory. Not to be written to."""
+        return self._shard(name).map(name)
+
+    def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        """A matrix in blocks of whole rows of some `elements`, each in the same memory as the one before it."""
+        return self._shard(name).row_blocks(name, elements)
+
+    def release(self, names: Iterable[str]) -> None:
+        """Done with these tensors, as often as they are named: let go of shards that nothing else is expected from."""
+        shards = Counter(self._places[name][0] for name in names)
+        self._wanted.subtract(shards)
+        for shard in shards:
+            if self._wanted[shard] <= 0 and shard in self._open:
+                held = self._open.pop(shard)
+                try:
+                    self._on_leaving(shard, held.local)
+                except BaseException as error:
+                    held.abandon(error)
+                    raise
+                held.close()
+
+    def held_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+        """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
+
+        Only those count that have to be brought from elsewhere.
+        """
+        reads = [{self._places[name][0] for name in step} for step in steps]
+        last = {shard: place for place, shards in enumerate(reads) for shard in shards}
+        most, held = 0, set[str]()
+        for place, shards in enumerate(reads):
+            held |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
+            most = max(most, sum(self._layouts[each].file_bytes for each in held if self._source.transfers(each)))
+            held = {shard for shard in held if last[shard] > place}
+        return most
+
+    def close(self) -> None:
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def __enter__(self) -> "CheckpointTensors":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _shard(self, name: str) -> ShardTensors:
+        shard = self._places[name][0]
+        with self._opening:  # transformers reads a unit's tensors from several threads
+            if shard not in self._open:
+                self._open[shard] = _HeldShard(self._source, self._layouts[shard])
+            return self._open[shard].tensors
+
+
+def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
+    """Bytes as the tensor they are."""
+    spec, dtype = stored.spec, _dtype_of(stored)
+    if memory.data_ptr() % dtype.itemsize:  # a header of odd length, which old writers left
+        memory = memory.clone()
+    values = memory.view(dtype)
+    if stored.column_major:
+        return values.view(spec.shape[::-1]).t().contiguous()
+    return values.view(spec.shape)
+
+
+def _dtype_of(stored: StoredTensor) -> torch.dtype:
+    if stored.spec.dtype not in _DTYPES:
+        raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a type that no model is run in")
+    return _DTYPES[stored.spec.dtype]

@@ -1,0 +1,221 @@
+"""The memory that a pass works in: the buffers of one thread, and what threads share of a tensor that lies awkwardly.
+
+Owns how a rectangle of a tensor comes into memory, whichever way its bytes lie, and on to the device that computes, and
+what that costs in buffers.
+"""
+
+import ctypes
+import mmap
+import threading
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from int8cli.checkpoint.reader import ShardReader
+from int8cli.checkpoint.tensor import StoredTensor
+from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
+from int8cli.planning.blocks import BLOCK_ELEMENTS, TILE_BYTES, Matrix, Rectangle
+
+TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TILES_AT_ONCE = 2
+
+
+class Buffer:
+    """Memory seen both as bytes, for the disk, and as tensors, for the arithmetic. Allocated once.
+
+    It is mapped: what a block does not reach takes no memory, as with 16-bit weights in room for 64-bit ones, and
+    every buffer lies alike, so that no sum depends on where it happens to lie. A `pinned` one is locked in memory
+    instead, so that a GPU copies from it and to it while the processor does something else.
+    """
+
+    def __init__(self, size_bytes: int, *, pinned: bool = False) -> None:
+        if pinned:
+            self._tensor = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+            self.bytes = bytes_of(self._tensor)
+        else:
+            memory = mmap.mmap(-1, size_bytes)
+            self.bytes = memoryview(memory)
+            self._tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def tensor(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The first bytes of the buffer as a contiguous tensor of this dtype and shape."""
+        numel = 1
+        for size in shape:
+            numel *= size
+        return self._tensor[: numel * dtype.itemsize].view(dtype).view(shape)
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous uint8 tensor, which must outlive the view."""
+    return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
+
+
+class CrosswiseTiles:
+    """Tiles of tensors whose bytes are those of the transpose, read once and shared by the threads of a pass.
+
+    A block of such a tensor is a narrow strip of its file: read one by one, blocks would take a read for every few
+    hundred bytes. A tile spans the strips of many blocks. The last two are kept, since threads straddle their borders.
+    """
+
+    def __init__(self, reader: ShardReader) -> None:
+        self._reader = reader
+        self._lock = threading.Lock()
+        self._tiles: OrderedDict[tuple[StoredTensor, Rectangle], Tensor] = OrderedDict()
+        self._buffers: list[Buffer] = []
+
+    def copy(self, matrix: Matrix, part: Rectangle, strip: Tensor) -> None:
+        """Fill `strip` (columns, rows) with a rectangle as it lies in the file."""
+        width_bytes = strip.dtype.itemsize
+        tile_rows = max(part.rows, TILE_BYTES // (part.columns * width_bytes))
+        first_row = part.row // tile_rows * tile_rows
+        last_row = min(matrix.out_features, first_row + tile_rows)
+        if part.row + part.rows > last_row:  # a block that two tiles share is a tile of its own
+            first_row, last_row = part.row, part.row + part.rows
+        area = Rectangle(first_row, last_row - first_row, part.column, part.columns)
+        with self._lock:
+            start = part.row - first_row
+            strip.copy_(self._tile(matrix, area, strip.dtype)[:, start : start + part.rows])
+
+    def _tile(self, matrix: Matrix, area: Rectangle, dtype: torch.dtype) -> Tensor:
+        """The tile (columns, rows) as it lies in the file, from memory or read into the buffer of the oldest."""
+        key = (matrix.stored, area)
+        if key not in self._tiles:
+            self._tiles[key] = self._read(self._free_buffer(), matrix, area, dtype)
+        return self._tiles[key]
+
+    def _free_buffer(self) -> Buffer:
+        if len(self._buffers) < _TILES_AT_ONCE:
+            self._buffers.append(Buffer(TILE_BYTES))
+        else:
+            self._buffers.append(self._buffers.pop(0))
+            while len(self._tiles) >= _TILES_AT_ONCE:
+                self._tiles.popitem(last=False)
+        return self._buffers[-1]
+
+    def _read(self, buffer: Buffer, matrix: Matrix, area: Rectangle, dtype: torch.dtype) -> Tensor:
+        run = area.rows * dtype.itemsize
+        start = matrix.stored.offset_bytes + (area.column * matrix.out_features + area.row) * dtype.itemsize
+        if area.rows == matrix.out_features:
+            self._reader.read_into(start, buffer.bytes[: area.columns * run])
+        else:
+            stride = matrix.out_features * dtype.itemsize
+            for index in range(area.columns):
+                self._reader.read_into(start + index * stride, buffer.bytes[index * run : (index + 1) * run])
+        return buffer.tensor(dtype, (area.columns, area.rows))
+
+
+class Workbench:
+    """The buffers of one thread: a block as the source has it, its int8 data, its scales or its cast form.
+
+    Where a GPU computes, they are pinned, and each thread's work goes to the GPU in a stream of its own: while one
+    block is on its way there or back another is computed, and a third comes off the disk.
+    """
+
+    def __init__(self, reader: ShardReader, tiles: CrosswiseTiles, quantizer: BlockQuantizer) -> None:
+        on_gpu = quantizer.device.type == "cuda"
+        self.source = Buffer(BLOCK_ELEMENTS * 8, pinned=on_gpu)
+        self.data = Buffer(BLOCK_ELEMENTS, pinned=on_gpu)
+        self.scales = Buffer(BLOCK_ELEMENTS * 4, pinned=on_gpu)
+        self.quantizer = quantizer
+        self._reader = reader
+        self._tiles = tiles
+        self._strip: Buffer | None = None
+        self._gathered: Buffer | None = None
+        self._stream = _new_stream(quantizer.device) if on_gpu else None
+        self._on_gpu = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8, device=quantizer.device) if on_gpu else None
+
+    def in_stream(self) -> AbstractContextManager[object]:
+        """The context that the bench's thread must compute in."""
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def settle(self) -> None:
+        """Wait until what this thread has asked for is computed, so that others may use it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def gather(self, loaded: Tensor, columns: Tensor) -> memoryview:
+        """The bytes of some columns (k,) of a rectangle (rows, columns), row-major (rows, k)."""
+        rows, count = loaded.shape[0], columns.numel()
+        size_bytes = rows * count * loaded.dtype.itemsize
+        if self._gathered is None or len(self._gathered.bytes) < size_bytes:
+            self._gathered = Buffer(size_bytes)
+        self._gathered.tensor(loaded.dtype, (rows, count)).copy_(loaded.index_select(1, columns))
+        return self._gathered.bytes[:size_bytes]
+
+    def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
+        """Bytes of the source file, in the source buffer."""
+        data = self.source.bytes[:size_bytes]
+        self._reader.read_into(offset_bytes, data)
+        return data
+
+    def load(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
+        """Read a rectangle of floats into the source buffer, and from there to the quantizer's device if it is another.
+
+        (rows, columns), contiguous. What was loaded before is overwritten, here and there.
+        """
+        if self._on_gpu is None:
+            return self.load_here(matrix, part, dtype)
+        self.settle()  # the block before may still be on its way from the buffer
+        loaded = self.load_here(matrix, part, dtype)
+        there = self._on_gpu[: part.numel * dtype.itemsize].view(dtype).view(loaded.shape)
+        return there.copy_(loaded, non_blocking=True)
+
+    def load_here(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
+        """Read a rectangle into the source buffer: (rows, columns), contiguous."""
+        loaded = self.source.tensor(dtype, (part.rows, part.columns))
+        if matrix.crosswise:
+            # In two steps: torch turns a whole contiguous matrix ten times faster than a part of a wider one.
+            strip = self._strip_buffer().tensor(dtype, (part.columns, part.rows))
+            self._tiles.copy(matrix, part, strip)
+            loaded.copy_(strip.t())
+        else:
+            self.read(*matrix.run(part))
+        return loaded
+
+    def _strip_buffer(self) -> Buffer:
+        """Few checkpoints have tensors that lie crosswise; for the others there is no second buffer."""
+        if self._strip is None:
+            self._strip = Buffer(BLOCK_ELEMENTS * 8)
+        return self._strip
+
+    def source_run(self, matrix: Matrix, part: Rectangle) -> tuple[int, memoryview] | None:
+        """Where the rectangle last loaded lies in the file, and its bytes, if they are one run there."""
+        if matrix.crosswise:
+            return None
+        offset_bytes, size_bytes = matrix.run(part)
+        return offset_bytes, self.source.bytes[:size_bytes]
+
+
+class WideRowAbsmax:
+    """The absmax of the row that is being worked on, where a row is wider than a block: found in one scan, kept."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._row: tuple[StoredTensor, int] | None = None
+        self._absmax: Tensor | None = None
+
+    def get(self, bench: Workbench, matrix: Matrix, row: int) -> Tensor:
+        """float32 (1,). Overwrites the bench's source buffer. Raises NonFiniteWeightError with the row's own column."""
+        with self._lock:
+            if self._absmax is None or self._row != (matrix.stored, row):
+                self._absmax = _scan(bench, matrix, row)
+                bench.settle()
+                self._row = (matrix.stored, row)
+            return self._absmax
+
+
+def _new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def _scan(bench: Workbench, matrix: Matrix, row: int) -> Tensor:
+    dtype = TORCH_DTYPE[matrix.stored.spec.dtype]
+    pieces = []
+    for piece in matrix.row_pieces(row):
+        try:
+            pieces.append(bench.quantizer.row_absmax(bench.load(matrix, piece, dtype)))
+        except NonFiniteWeightError as found:
+            raise NonFiniteWeightError(0, piece.column + found.column, found.value) from None
+    return torch.stack(pieces).amax(dim=0)

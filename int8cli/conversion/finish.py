@@ -1,0 +1,86 @@
+"""What speaks of a whole conversion: report, model card, index, digests and config.json.
+
+Owns what these files say and the order in which they appear. config.json comes last: no loader opens a directory that
+has none.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
+from int8cli.checkpoint.writer import write_file
+from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
+from int8cli.planning.plan import Plan
+from int8cli.planning.survey import CONFIG_FILE, Survey, group_by_kind
+from int8cli.records.manifest import MANIFEST_FILE, write_manifest
+from int8cli.records.store import Conversion, Settings, ShardRecord
+from int8cli.results.conversion import ConversionReport, worst_first
+
+RenderCard = Callable[[ConversionReport, Survey], str]
+
+
+def write_conclusion(
+    survey: Survey, conversion: Conversion, records: list[ShardRecord], output: Path, render_card: RenderCard
+) -> ConversionReport:
+    """Write these files into `output`, whose shards are all in place; `records` are in the order of the shards."""
+    kept = [tensor for record in records for tensor, _ in record.kept]
+    plan = survey.plan.keeping(kept)
+    report = _report(survey, conversion, records, plan)
+    write_file(output / REPORT_FILE, _json_bytes(report.to_json()))
+    write_file(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"))
+    if len(records) > 1:
+        write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)))
+    config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
+    apart = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE}
+    for shard in conversion.shards:  # a sidecar may have turned out to be none: --on-nonfinite keep
+        apart |= {shard.output, sidecar_file_name(shard.output)}
+    on_disk = [name for name in conversion.files if name not in apart]
+    write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {})
+    if config is not None:
+        write_file(output / CONFIG_FILE, config)
+    return report
+
+
+def _report(survey: Survey, conversion: Conversion, records: list[ShardRecord], plan: Plan) -> ConversionReport:
+    return ConversionReport(
+        model=conversion.source.name,
+        revision=conversion.source.revision,
+        settings=asdict(conversion.settings),
+        layers=worst_first(layer for record in records for layer in record.layers),
+        left_alone=group_by_kind(plan.copied),
+        passed_over=survey.passed_over,
+        unmatched_patterns=plan.unmatched_patterns,
+        parameters=plan.parameters,
+        source_bytes=survey.source_bytes,
+        output_bytes=sum(record.files[0].size_bytes for record in records),
+        shards=len(records),
+        sidecar_bytes=sum(file.size_bytes for record in records for file in record.files[1:]),
+    )
+
+
+def _index(survey: Survey, records: list[ShardRecord]) -> dict[str, Any]:
+    shards = [record.files[0] for record in records]
+    weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    total_size = sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for shard in shards for t in shard.tensors)
+    metadata = {**survey.weights.index_metadata, "total_size": total_size}
+    return {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _config(survey: Survey, settings: Settings, plan: Plan) -> dict[str, Any]:
+    """The source's config.json with this quantization_config in place of any other.
+
+    A config that does not name its dtype leaves loaders to take that of the first float tensor, which in the output is
+    a float32 scale: the model's is written down for them.
+    """
+    config = {key: value for key, value in survey.config.items() if key != "quantization_config"}
+    if config.get("dtype") is None and config.get("torch_dtype") is None and plan.dtype is not None:
+        config["torch_dtype"] = TORCH_NAMES[plan.dtype]
+    config["quantization_config"] = survey.target.quantization_config(plan, settings.threshold)
+    return config
+
+
+def _json_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,0 +1,200 @@
+"""What a model needs, before anything of it is downloaded: weights, cache, workspace, and a conversion's room.
+
+Owns the estimate: it adds up what `loaded`, `kv_cache` and `output` say of a survey, and places nothing, prints
+nothing, knows no card. No torch. All sizes in bytes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from int8cli.checkpoint.source import Source
+from int8cli.estimate.cards import Load
+from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
+from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
+from int8cli.estimate.weights import Weights, buffers_of, names_not_held, weights_of
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.survey import Survey, beside_bytes, room_needed
+
+FLOAT16 = "float16"
+INT8 = "int8"
+PRECISIONS = (FLOAT16, INT8)
+OUTLIER_SHARE = 0.001  # LLM.int8(): about 0.1 % of the features
+WORKSPACE_FORMULA = "T·(in + 6·out + 4) + 2·k·(T + out) bytes: T tokens at once, k = 0.1 % of in"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """How the model is to be used: `batch` sequences of `context` tokens, each read in one pass."""
+
+    context: int
+    batch: int = 1
+    kv_dtype: str = "float16"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of the model by its name in `anatomy`, with its weights."""
+
+    name: str
+    weights: Weights
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionNeeds:
+    """What `convert` takes, in bytes. Memory is its buffers', besides Python with torch imported.
+
+    Disk is the peak: the output and the shards that are here at once, or all of them with --keep-source.
+    """
+
+    download_bytes: int
+    output_bytes: int
+    buffer_bytes: int
+    disk_bytes: int
+    disk_keeping_source_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything that is known of a model's needs. Weights are counted once where two names share them."""
+
+    survey: Survey
+    units: tuple[tuple[MemoryUnit, Weights], ...]
+    parts: tuple[Part, ...]
+    cache: KvCache
+    conversion: ConversionNeeds
+    not_held: frozenset[str]
+
+    @property
+    def weights(self) -> Weights:
+        """All tensors and the buffers a loader adds, as memory holds them."""
+        return Weights.total(weights for _, weights in self.units)
+
+    @property
+    def buffer_bytes(self) -> int:
+        buffers = buffers_of(self.survey.config)
+        return buffers.model_bytes + buffers.block_bytes * sum(unit.is_block for unit, _ in self.units)
+
+    @property
+    def largest_block(self) -> tuple[MemoryUnit, Weights] | None:
+        """The block that is largest in 16 bit; None for a model without blocks."""
+        blocks = [(unit, weights) for unit, weights in self.units if unit.is_block]
+        return max(blocks, key=lambda block: block[1].float16_bytes, default=None)
+
+    @property
+    def stored_dtypes(self) -> dict[str, int]:
+        """Bytes of the source by dtype, the largest share first."""
+        sizes: dict[str, int] = {}
+        for decision in self.survey.plan.decisions:
+            sizes[decision.spec.dtype] = sizes.get(decision.spec.dtype, 0) + decision.spec.nbytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+    def kv_bytes(self, use: Use) -> int | None:
+        """The whole cache; None where the config is not understood."""
+        layers = self.cache.layer_bytes(use.context, use.batch, DTYPE_BYTES[use.kv_dtype])
+        return None if layers is None else sum(layers)
+
+    def workspace_bytes(self, use: Use, precision: str) -> int:
+        """The largest product's workspace in any unit, all tokens in one pass."""
+        return max((unit_workspace(unit, precision, use.batch * use.context) for unit, _ in self.units), default=0)
+
+    def loads(self, precision: str, use: Use | None) -> tuple[Load, ...]:
+        """What each unit puts on the card that holds it; without a use, its weights and the product of one token.
+
+        A cache that is not understood counts as nothing here: whoever shows the result must say so.
+        """
+        kv: dict[str, int] = {}
+        layers = use and self.cache.layer_bytes(use.context, use.batch, DTYPE_BYTES[use.kv_dtype])
+        for name, layer in cached_units((unit for unit, _ in self.units), len(layers or ())):
+            kv[name] = kv.get(name, 0) + (layers or ())[layer]
+        tokens = use.batch * use.context if use else 1
+        buffers = buffers_of(self.survey.config)
+        return tuple(
+            Load(
+                unit.name,
+                (weights.int8_bytes if precision == INT8 else weights.float16_bytes)
+                + (buffers.block_bytes if unit.is_block else 0)
+                + (buffers.model_bytes if place == 0 else 0),
+                kv.get(unit.name, 0),
+                unit_workspace(unit, precision, tokens),
+            )
+            for place, (unit, weights) in enumerate(self.units)
+        )
+
+
+def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: int) -> Estimate:
+    """Add up what a survey tells. `output` says on which disk a conversion would write."""
+    decisions = survey.plan.decisions
+    not_held = names_not_held(decisions, survey.config)
+    not_held |= _aliases(survey, not_held)
+    units, parts = [], dict[str, Weights]()
+    for unit in units_of(decisions):
+        weights = Weights()
+        for decision in unit.decisions:
+            size = weights_of(decision, held=decision.spec.name not in not_held)
+            weights += size
+            part = part_of(decision, unit)
+            parts[part] = parts.get(part, Weights()) + size
+        units.append((unit, weights))
+    return Estimate(
+        survey,
+        tuple(units),
+        tuple(Part(name, parts[name]) for name in PARTS if name in parts),
+        read_kv_cache(survey.config),
+        _conversion(source, survey, output, threads),
+        not_held,
+    )
+
+
+def unit_workspace(unit: MemoryUnit, precision: str, tokens: int) -> int:
+    """What the largest matrix product of a unit needs beside its input and its weight, for `tokens` tokens at once."""
+    shapes = [
+        tuple(reversed(decision.spec.shape)) if decision.transpose else decision.spec.shape
+        for decision in unit.decisions
+        if decision.quantize
+    ]
+    product = int8_workspace if precision == INT8 else _float16_workspace
+    return max((product(out_features, in_features, tokens) for out_features, in_features in shapes), default=0)
+
+
+def int8_workspace(out_features: int, in_features: int, tokens: int) -> int:
+    """Bytes of one LLM.int8() product: an estimate, `WORKSPACE_FORMULA`.
+
+    The inputs in int8 and their scales, the int32 product and its 16-bit result, and the outlier columns of inputs and
+    weight in 16 bit (bitsandbytes, autograd/_functions.py, `MatMul8bitLt.forward`).
+    """
+    outliers = math.ceil(OUTLIER_SHARE * in_features)
+    return tokens * (in_features + 6 * out_features + 4) + 2 * outliers * (tokens + out_features)
+
+
+def _float16_workspace(out_features: int, in_features: int, tokens: int) -> int:
+    return 2 * tokens * out_features
+
+
+def _aliases(survey: Survey, not_held: frozenset[str]) -> frozenset[str]:
+    """All held names but the first of tensors that lie on the same bytes of a `.bin`."""
+    found: set[str] = set()
+    for layout in survey.layouts:
+        seen: set[tuple[int, int]] = set()
+        for stored in layout.tensors if layout.mappable else ():
+            place = (stored.offset_bytes, stored.spec.nbytes)
+            if stored.spec.name in not_held or not stored.spec.nbytes:
+                continue
+            if place in seen:
+                found.add(stored.spec.name)
+            seen.add(place)
+    return frozenset(found)
+
+
+def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> ConversionNeeds:
+    sizes: Mapping[str, int] = {layout.file_name: layout.file_bytes for layout in survey.layouts}
+    download_bytes = sum(size for name, size in sizes.items() if source.transfers(name))
+    rooms = room_needed(source, survey, list(sizes), output)
+    return ConversionNeeds(
+        download_bytes,
+        survey.output_bytes,
+        threads * BUFFER_BYTES_A_THREAD,
+        sum(room.needed_bytes for room in rooms),
+        survey.output_bytes + beside_bytes(source, survey) + download_bytes,
+    )

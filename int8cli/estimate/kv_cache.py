@@ -1,0 +1,271 @@
+"""What a model keeps of the tokens it has seen, in bytes, from its config alone.
+
+Owns the size of a layer's cache in every family: attention with its variants, the state of state-space and linear
+layers, the cross-attention of a decoder. The sizes are those of transformers' own cache after a forward pass (held
+against it in tests). What a config does not tell is not guessed: then there is a reason and no number.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from int8cli.estimate.config_fields import (
+    DECODER_HEADS,
+    DECODER_LENGTH,
+    HEAD_WIDTH,
+    HEADS,
+    KEY_VALUE_HEADS,
+    LENGTH,
+    WIDTH,
+    Fields,
+    LanguageModel,
+    MissingFieldError,
+    language_model,
+)
+from int8cli.estimate.layer_kinds import CHUNKED, FULL, HYBRID, NOTHING, SLIDING, STATE, layer_kinds, refuse_foreign
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
+CONTEXT_CAP = 8192
+CONTEXT_WITHOUT_ONE = 2048
+_FLOAT32_BYTES = 4
+
+
+def _types(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+# These read their input at once, and write nothing token by token.
+_ENCODERS = _types(
+    "albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm "
+    "eurobert flaubert fnet funnel ibert jina_embeddings_v3 layoutlm layoutlmv2 layoutlmv3 longformer luke "
+    "megatron-bert mobilebert modernbert mpnet mra nezha nomic_bert nystromformer rembert roberta roberta-prelayernorm "
+    "roc_bert roformer splinter squeezebert tapas xlm-roberta xlm-roberta-xl xmod yoso beit clip clip_vision_model "
+    "convnext deit dinov2 dinov3_vit hiera hubert ijepa segformer siglip siglip2 swin swinv2 vit vit_mae wav2vec2 "
+    "wavlm unispeech data2vec-audio data2vec-vision"
+)
+# No cache in their code: every token is computed from all that came before.
+_CACHELESS = _types("openai-gpt")
+_CROSS_ATTENDING = _types(
+    "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
+    "pegasus_x plbart prophetnet speech_to_text switch_transformers t5 t5gemma umt5 whisper"
+)
+# Latent attention whose latents transformers caches as they are (5.23): keys are the latent, values the rotary part.
+_LATENT = _types("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite minicpm3")
+# Memories of their own kinds, or an encoder whose length is not that of a text.
+_UNTOLD = _types("xlnet transfo-xl reformer blip blip-2 git vision-encoder-decoder speech-encoder-decoder")
+# Where configs on the Hub leave a field out and the class has something else than one head for each query.
+_CLASS_KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """What one layer keeps of one sequence, counted in elements.
+
+    `token_elements` for each token, of at most `window` tokens; `cross_elements` for each token of the encoder;
+    `state_elements` whatever the length, and `float32_elements` likewise but always in float32.
+    """
+
+    kind: str
+    token_elements: int = 0
+    window: int | None = None
+    cross_elements: int = 0
+    state_elements: int = 0
+    float32_elements: int = 0
+
+    def bytes(self, tokens: int, encoder_tokens: int, element_bytes: int) -> int:
+        kept = tokens if self.window is None else min(tokens, self.window)
+        elements = self.token_elements * kept + self.cross_elements * encoder_tokens + self.state_elements
+        return elements * element_bytes + self.float32_elements * _FLOAT32_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class KvCache:
+    """The cache of a model by layer, in the order of its (decoder's) blocks.
+
+    `layers` is None where the config is not understood, and `reason` says why; empty where there is no cache, and
+    `reason` says so. `encoder_tokens` is the length of the encoder's output where that is fixed.
+    """
+
+    layers: tuple[LayerCache, ...] | None
+    reason: str
+    own_context: int | None = None
+    encoder_tokens: int | None = None
+
+    @property
+    def default_context(self) -> int:
+        """The model's own length, but no more than 8192 tokens."""
+        return min(self.own_context or CONTEXT_WITHOUT_ONE, CONTEXT_CAP)
+
+    def layer_bytes(self, tokens: int, batch: int, element_bytes: int) -> tuple[int, ...] | None:
+        """The bytes that each layer keeps of `batch` sequences of `tokens` tokens."""
+        if self.layers is None:
+            return None
+        encoder = tokens if self.encoder_tokens is None else self.encoder_tokens
+        return tuple(batch * layer.bytes(tokens, encoder, element_bytes) for layer in self.layers)
+
+    def bytes_a_token(self, element_bytes: int) -> int | None:
+        """What one more token costs while no window is full."""
+        return None if self.layers is None else element_bytes * sum(layer.token_elements for layer in self.layers)
+
+
+def read_kv_cache(config: Mapping[str, Any]) -> KvCache:
+    """What config.json tells of the cache."""
+    if not config:
+        return KvCache(None, "there is no config.json to tell it from")
+    model = language_model(config)
+    try:
+        return _read(model, config)
+    except MissingFieldError as error:
+        return KvCache(None, str(error), _own_context(model.fields))
+    except (TypeError, ValueError):  # a field of a type that no such config has
+        return KvCache(None, "config.json is not what its model type's are", _own_context(model.fields))
+
+
+def _read(model: LanguageModel, config: Mapping[str, Any]) -> KvCache:
+    fields = model.fields
+    context = _own_context(fields)
+    if fields.model_type in _ENCODERS and not fields.has("is_decoder"):
+        return KvCache((), "an encoder reads its input at once and keeps no cache", context)
+    if fields.model_type in _CACHELESS:
+        return KvCache((), f"{fields.model_type} has no cache in transformers", context)
+    if "image_size" in fields.config and "vocab_size" not in fields.config:
+        return KvCache((), "an image model keeps no cache", context)
+    for model_type in (fields.model_type, str(config.get("model_type"))):
+        if model_type in _UNTOLD:
+            raise MissingFieldError(f"the cache of {model_type} is not known here")
+    cross = model.cross_attends or fields.model_type in _CROSS_ATTENDING
+    refuse_foreign(fields, frozenset(_STATES) | _LATENT)
+    layers = tuple(_layer(kind, fields, cross=cross) for kind in layer_kinds(fields, decoder=cross))
+    encoder_tokens = fields.number("max_source_positions", default=0) if fields.model_type == "whisper" else 0
+    return KvCache(layers, _summary(layers, fields), context, encoder_tokens or None)
+
+
+def _own_context(fields: Fields) -> int | None:
+    return fields.number(*DECODER_LENGTH, *LENGTH, default=0) or None
+
+
+def _layer(kind: str, fields: Fields, *, cross: bool) -> LayerCache:
+    attends = kind in (FULL, SLIDING, CHUNKED, HYBRID)
+    token_elements = _token_elements(fields, cross=cross) if attends else 0
+    state = _state(fields) if kind in (STATE, HYBRID) else (0, 0)
+    return LayerCache(
+        kind,
+        token_elements,
+        _window(kind, fields),
+        token_elements if cross and attends else 0,
+        *state,
+    )
+
+
+def _window(kind: str, fields: Fields) -> int | None:
+    """How many tokens a layer keeps: transformers holds one fewer than the window, for the next token to join."""
+    if kind == SLIDING:
+        return fields.number("sliding_window") - 1
+    if kind == CHUNKED:
+        return fields.number("attention_chunk_size") - 1
+    return None
+
+
+def _token_elements(fields: Fields, *, cross: bool) -> int:
+    """Keys and values of one token in one layer."""
+    if fields.has("kv_lora_rank"):
+        return fields.number("kv_lora_rank") + fields.number("qk_rope_head_dim")
+    heads = fields.number(*(DECODER_HEADS if cross else HEADS))
+    default_width = fields.number(*WIDTH, default=0) // heads
+    width = fields.number(*HEAD_WIDTH, default=default_width)
+    if not width:
+        raise MissingFieldError("config.json has neither head_dim nor hidden_size")
+    key_value_heads = heads if cross else _key_value_heads(fields, heads)
+    return key_value_heads * (width + fields.number("v_head_dim", default=width))
+
+
+def _key_value_heads(fields: Fields, heads: int) -> int:
+    family = fields.model_type
+    if family == "gpt_bigcode":
+        return 1 if fields.flag("multi_query", default=True) else heads
+    if family in ("falcon", "RefinedWeb", "RefinedWebModel"):
+        # With the new architecture transformers repeats keys and values for every query head before it caches them.
+        new = family == "RefinedWeb" or fields.flag("new_decoder_architecture", default=False)
+        return 1 if not new and fields.flag("multi_query", default=True) else heads
+    attention = fields.config.get("attn_config")
+    if family == "mpt" and isinstance(attention, Mapping):
+        if attention.get("attn_type") == "multiquery_attention":
+            return 1
+        return Fields(attention).number("kv_n_heads", default=heads)
+    return fields.number(*KEY_VALUE_HEADS, default=_CLASS_KEY_VALUE_HEADS.get(family, heads))
+
+
+def _state(fields: Fields) -> tuple[int, int]:
+    """Elements of a layer's state: in the cache's dtype (the convolution's), and in float32 (the recurrence's)."""
+    sizes = _STATES.get(fields.model_type)
+    if sizes is None:
+        raise MissingFieldError(f"the state of {fields.model_type or 'this model'}'s layers is not known here")
+    return sizes(fields)
+
+
+def _mamba(fields: Fields) -> tuple[int, int]:
+    expanded = fields.number("mamba_expand", "expand", default=2) * fields.number("hidden_size")
+    # Beside attention, intermediate_size is that of the MLP.
+    inner = fields.number("intermediate_size", default=expanded) if fields.has("state_size") else expanded
+    return inner * fields.number("mamba_d_conv", "conv_kernel", default=4), inner * _state_width(fields)
+
+
+def _mamba2(fields: Fields) -> tuple[int, int]:
+    expanded = fields.number("mamba_expand", "expand", default=2) * fields.number("hidden_size")
+    heads = fields.number("n_mamba_heads", "mamba_n_heads", "mamba_num_heads", "num_heads")
+    head_widths = ("mamba_headdim", "mamba_d_head", "mamba_head_dim", "head_dim")
+    inner = fields.number("mamba_d_ssm", default=expanded)
+    width = fields.number(*(head_widths if fields.model_type == "mamba2" else head_widths[:-1]), default=inner // heads)
+    if fields.model_type == "nemotron_h":
+        inner = heads * width
+    groups = fields.number("mamba_ngroups", "mamba_n_groups", "n_groups", default=1)
+    state_width = _state_width(fields)
+    convolved = inner + 2 * groups * state_width
+    return convolved * fields.number("mamba_d_conv", "conv_kernel", default=4), heads * width * state_width
+
+
+def _state_width(fields: Fields) -> int:
+    return fields.number("mamba_d_state", "ssm_state_size", "state_size")
+
+
+def _gated_delta(fields: Fields) -> tuple[int, int]:
+    key_width, value_heads = fields.number("linear_key_head_dim"), fields.number("linear_num_value_heads")
+    keys = fields.number("linear_num_key_heads") * key_width
+    values = value_heads * fields.number("linear_value_head_dim")
+    return (2 * keys + values) * fields.number("linear_conv_kernel_dim"), values * key_width
+
+
+def _short_convolution(fields: Fields) -> tuple[int, int]:
+    return fields.number("hidden_size") * fields.number("conv_L_cache", default=3), 0
+
+
+def _rwkv(fields: Fields) -> tuple[int, int]:
+    width = fields.number("hidden_size")
+    return 2 * width, 3 * fields.number("attention_hidden_size", default=width)
+
+
+_STATES: dict[str, Callable[[Fields], tuple[int, int]]] = {
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba", "zamba"), _mamba),
+    **dict.fromkeys(("mamba2", "zamba2", "falcon_h1", "granitemoehybrid", "bamba", "nemotron_h"), _mamba2),
+    **dict.fromkeys(("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"), _gated_delta),
+    **dict.fromkeys(("lfm2", "lfm2_moe"), _short_convolution),
+    "rwkv": _rwkv,
+}
+
+
+def _summary(layers: tuple[LayerCache, ...], fields: Fields) -> str:
+    """The kinds of layers in words: `26 sliding window (4,096), 26 full attention`."""
+    groups: dict[str, int] = {}
+    for layer in layers:
+        if layer.kind != NOTHING:
+            kind = _name(layer, fields)
+            groups[kind] = groups.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in groups.items())
+
+
+def _name(layer: LayerCache, fields: Fields) -> str:
+    if layer.cross_elements:
+        return f"{layer.kind} with cross-attention"
+    if fields.has("kv_lora_rank") and layer.token_elements:
+        return "latent attention, kept compressed"
+    return layer.kind if layer.window is None else f"{layer.kind} ({layer.window + 1:,} tokens)"

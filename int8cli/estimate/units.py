@@ -1,0 +1,122 @@
+"""Which part of a model a tensor belongs to: its embeddings, a block, the head; and in which order the parts run.
+
+Owns the reading of tensor names as a structure. Knows names, the plan's reasons and no bytes. A unit is what a loader
+never splits over cards: one block, the embeddings, the head.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from int8cli.planning import architectures as names
+from int8cli.planning.plan import Decision
+
+EMBEDDINGS = "embeddings"
+BLOCKS = "blocks"
+ENCODER = "encoder"
+DECODER = "decoder"
+TOWER = "vision and audio"
+EXPERTS = "experts"
+HEAD = "head"
+OTHER = "other"
+PARTS = (EMBEDDINGS, TOWER, ENCODER, BLOCKS, DECODER, EXPERTS, OTHER, HEAD)  # in running order
+
+# Lists of modules that are a model's blocks: `h`, `model.layers`, `encoder.block`, `vision_model.encoder.layers`.
+_BLOCK_LIST = re.compile(r"(?:^|_)(?:h|layers?|blocks?|resblocks|stages|layer_groups)$")
+_TOWER = re.compile(r"vision|visual|image|audio|speech|acoustic")
+_EXPERT = re.compile(r"\.experts(?:\.|$)")
+_EMBEDDING = re.compile(r"(?:^|\.)(?:\w*embed\w*|\w*_emb|wte|wpe|shared)(?:\.|$|_)")
+_HEAD = re.compile(
+    r"^(?:\w+\.)?(?:lm_head|embed_out|cls|score|classifier|qa_outputs|proj_out|final_logits_bias)(?:\.|$)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUnit:
+    """A part of a model that stays on one card, with its tensors. `index` is a block's place in its stack."""
+
+    name: str
+    part: str
+    stack: str = ""
+    index: int | None = None
+    decisions: list[Decision] = field(default_factory=list, compare=False)
+
+    @property
+    def is_block(self) -> bool:
+        return self.index is not None
+
+
+def units_of(decisions: Iterable[Decision]) -> tuple[MemoryUnit, ...]:
+    """The units of a model in the order in which its tokens pass them: embeddings, blocks, final norms, head."""
+    decisions = tuple(decisions)
+    stacks = {stack for decision in decisions if (stack := _stack(decision.spec.name))}
+    both = any(_is_encoder(stack) for stack in stacks) and any("decoder" in stack.lower() for stack in stacks)
+    units: dict[str, MemoryUnit] = {}
+    for decision in decisions:
+        unit = _unit(decision, both=both)
+        units.setdefault(unit.name, unit).decisions.append(decision)
+    return tuple(sorted(units.values(), key=_running_order))
+
+
+def part_of(decision: Decision, unit: MemoryUnit) -> str:
+    """The part that a tensor counts to where parts are shown: experts apart from the rest of their blocks."""
+    return EXPERTS if unit.is_block and _EXPERT.search(decision.module) else unit.part
+
+
+def cached_units(units: Iterable[MemoryUnit], layers: int) -> Iterator[tuple[str, int]]:
+    """For each layer that a config counts, the unit that holds it, as (unit name, layer).
+
+    Those are the blocks of the longest stack, decoders before all others. Blocks beyond the config's count (multi-token
+    prediction) hold no layer; where blocks are fewer, they are used several times over (ALBERT).
+    """
+    stacks: dict[str, list[MemoryUnit]] = {}
+    for unit in units:
+        if unit.is_block:
+            stacks.setdefault(unit.stack, []).append(unit)
+    if not stacks:
+        return
+    last = max(stacks.values(), key=lambda blocks: (_rank(blocks[0].part), len(blocks)))
+    for layer in range(layers):
+        yield last[layer if layers <= len(last) else layer * len(last) // layers].name, layer
+
+
+def _unit(decision: Decision, *, both: bool) -> MemoryUnit:
+    name = decision.spec.name
+    stack = _stack(name)
+    if stack:
+        index = name[len(stack) + 1 :].partition(".")[0]
+        return MemoryUnit(f"{stack}.{index}", _part_of_stack(stack, both=both), stack, int(index))
+    if decision.reason in (names.HEAD, names.TIED_HEAD) or _HEAD.search(name):
+        return MemoryUnit(HEAD, HEAD)
+    if decision.reason == names.EMBEDDING or _EMBEDDING.search(name):
+        return MemoryUnit(EMBEDDINGS, EMBEDDINGS)
+    return MemoryUnit(OTHER, OTHER)
+
+
+def _part_of_stack(stack: str, *, both: bool) -> str:
+    if _TOWER.search(stack):
+        return TOWER
+    if not both:
+        return BLOCKS
+    return ENCODER if _is_encoder(stack) else DECODER
+
+
+def _is_encoder(stack: str) -> bool:
+    return "encoder" in stack.lower() and "decoder" not in stack.lower()
+
+
+def _stack(name: str) -> str:
+    """The list of blocks that a tensor is in, outermost first; empty for one outside of all."""
+    parts = name.split(".")
+    for place in range(1, len(parts)):
+        if parts[place].isdigit() and _BLOCK_LIST.search(parts[place - 1]):
+            return ".".join(parts[:place])
+    return ""
+
+
+def _rank(part: str) -> int:
+    return PARTS.index(part)
+
+
+def _running_order(unit: MemoryUnit) -> tuple[int, str, int]:
+    return _rank(unit.part), unit.stack, unit.index or 0

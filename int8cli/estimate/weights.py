@@ -1,0 +1,184 @@
+"""What a checkpoint's tensors take in memory once a loader has them, at each precision.
+
+Owns what loading changes: weights that two names share are held once, leftovers of older versions are not held, some
+weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Held against
+transformers, with and without bitsandbytes, for the architectures that the tests name.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.estimate.config_fields import (
+    HEAD_WIDTH,
+    HEADS,
+    LAYERS,
+    LENGTH,
+    WIDTH,
+    Fields,
+    MissingFieldError,
+    language_model,
+)
+from int8cli.planning import architectures as names
+from int8cli.planning.output_files import output_specs
+from int8cli.planning.plan import Decision
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+# Causal masks and frequencies that older versions saved; today's make them anew or not at all.
+_LEFTOVER = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|(?:^|\.)(?:position_ids|token_type_ids)$")
+_MASK = re.compile(r"(?:attn|attention)\.bias$")
+# transformers keeps these in float32 whatever else is asked (`_keep_in_fp32_modules_strict`).
+_FLOAT32 = re.compile(r"\.e_score_correction_bias$")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Sizes of some tensors, in bytes. `stored_bytes` counts them as the files do, all others as memory holds them.
+
+    Of the LLM.int8() form: the int8 data, its float32 scales, and the rest in the dtype it is written in:
+    transformers leaves a quantized checkpoint in the dtypes of its file, whatever dtype is asked for.
+    """
+
+    parameters: int = 0
+    stored_bytes: int = 0
+    float32_bytes: int = 0
+    float16_bytes: int = 0
+    int8_data_bytes: int = 0
+    int8_scale_bytes: int = 0
+    int8_rest_bytes: int = 0
+
+    @property
+    def int8_bytes(self) -> int:
+        return self.int8_data_bytes + self.int8_scale_bytes + self.int8_rest_bytes
+
+    def __add__(self, other: "Weights") -> "Weights":
+        return Weights(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    @classmethod
+    def total(cls, each: Iterable["Weights"]) -> "Weights":
+        sums = cls()
+        for weights in each:
+            sums += weights
+        return sums
+
+
+def weights_of(decision: Decision, *, held: bool) -> Weights:
+    """The sizes of one tensor; one that is not `held` counts on disk alone."""
+    spec = decision.spec
+    if not held:
+        return Weights(stored_bytes=spec.nbytes)
+    if spec.dtype not in _FLOATS:
+        return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
+    float32_bytes = 4 * spec.numel
+    always_float32 = decision.reason == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
+    float16_bytes = float32_bytes if always_float32 or decision.reason == names.FLOAT32 else 2 * spec.numel
+    written = {made.dtype: made.nbytes for made in output_specs(decision)}
+    if not decision.quantize:
+        rest_bytes = float32_bytes if always_float32 else sum(written.values())
+        return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
+    # The third tensor, weight_format, is read on loading and not held.
+    return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
+
+
+def names_not_held(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors of the file that memory does not hold: second names of a shared weight, and leftovers."""
+    specs = {decision.spec.name: decision.spec for decision in decisions}
+    embeddings = {decision.spec.shape for decision in decisions if decision.reason == names.EMBEDDING}
+    found = {name for name, spec in specs.items() if _is_leftover(spec)}
+    for decision in decisions:
+        spec = decision.spec
+        tied_head = decision.reason == names.TIED_HEAD and spec.shape in embeddings
+        if tied_head or _is_second_embedding(spec, specs) or _is_second_bias(spec, specs):
+            found.add(spec.name)
+    return frozenset(found)
+
+
+def _is_leftover(spec: TensorSpec) -> bool:
+    return bool(_LEFTOVER.search(spec.name)) or (len(spec.shape) >= 3 and bool(_MASK.search(spec.name)))
+
+
+def _is_second_embedding(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
+    """`encoder.embed_tokens.weight` beside `shared.weight`, as older files of T5 and BART have it."""
+    prefix, found, _ = spec.name.rpartition(".embed_tokens.weight")
+    if not found or prefix.rpartition(".")[2] not in ("encoder", "decoder"):
+        return False
+    shared = specs.get(f"{prefix[: -len('encoder')]}shared.weight")
+    return shared is not None and shared.shape == spec.shape
+
+
+def _is_second_bias(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
+    """`cls.predictions.decoder.bias` beside `cls.predictions.bias`."""
+    first = specs.get(spec.name.replace(".decoder.bias", ".bias"))
+    return spec.name.endswith(".decoder.bias") and first is not None and first.shape == spec.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """Tables that a loader makes beside the weights, in bytes: once for the model, and in each block."""
+
+    model_bytes: int = 0
+    block_bytes: int = 0
+
+
+_ROTARY_FIELDS = (
+    *("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base", "rope_local_base_freq"),
+    "global_rope_theta",
+)
+# These have rotary positions also where the config leaves the fields out.
+_ROTARY_FAMILIES = re.compile(
+    r"(code_)?llama|mistral|mixtral|qwen[23]|gemma|phi|gpt_neox|falcon$|stablelm|olmo|starcoder2|cohere|granite$|deepseek"
+)
+# One set of frequencies for each kind of layer.
+_ROTARY_BY_KIND = frozenset({"gemma3", "gemma3_text", "modernbert"})
+_SINUSOIDAL_BLOCKS = frozenset({"gptj", "codegen"})
+_TWO_POSITION_TABLES = frozenset(
+    {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "albert", "roberta-prelayernorm"}
+)
+_ONE_POSITION_TABLE = frozenset({"deberta-v2", "distilbert", "mpnet", "layoutlm", "ernie"})
+_SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
+
+
+def buffers_of(config: Mapping[str, Any]) -> Buffers:
+    """What transformers 5 makes for this model type: nothing for a type or a config that does not tell."""
+    fields = language_model(config).fields
+    try:
+        return _buffers(fields)
+    except (MissingFieldError, TypeError, ValueError):
+        return Buffers()
+
+
+def _buffers(fields: Fields) -> Buffers:
+    family = fields.model_type
+    if family in _TWO_POSITION_TABLES:
+        return Buffers(16 * fields.number(*LENGTH))  # int64 position_ids and token_type_ids
+    if family in _ONE_POSITION_TABLE:
+        return Buffers(8 * fields.number(*LENGTH))
+    if family in _SINUSOIDAL_BLOCKS:
+        return Buffers(0, 4 * fields.number(*LENGTH) * fields.number("rotary_dim", default=_head_width(fields)))
+    if family == "gpt_neo":
+        return Buffers(0, fields.number(*LENGTH) ** 2)  # a causal mask of bool in each layer
+    if family == "gpt_bigcode":
+        return Buffers(fields.number(*LENGTH) ** 2)
+    rotary = any(fields.has(name) for name in _ROTARY_FIELDS) or _ROTARY_FAMILIES.match(family)
+    if not rotary or fields.has("alibi"):
+        return Buffers()
+    frequencies = _rotary_width(fields) // 2
+    kinds = len(set(fields.words("layer_types") or (1, 2))) if family in _ROTARY_BY_KIND else 1
+    # inv_freq and original_inv_freq, in float32; the embeddings' scale in 16 bit.
+    return Buffers(2 * 4 * frequencies * kinds + (2 if family in _SCALED_EMBEDDINGS else 0))
+
+
+def _rotary_width(fields: Fields) -> int:
+    if fields.has("qk_rope_head_dim"):
+        return fields.number("qk_rope_head_dim")
+    parameters = fields.config.get("rope_parameters")
+    partly = parameters.get("partial_rotary_factor") if isinstance(parameters, Mapping) else None
+    share = partly or fields.config.get("partial_rotary_factor") or fields.config.get("rotary_pct") or 1.0
+    return int(_head_width(fields) * float(share))
+
+
+def _head_width(fields: Fields) -> int:
+    fields.number(*LAYERS)
+    return fields.number(*HEAD_WIDTH, default=fields.number(*WIDTH, default=0) // fields.number(*HEADS))

@@ -1,0 +1,147 @@
+"""Text into sequences of tokens, as the model's own tokenizer makes them.
+
+Owns what is taken of a text and what cannot be used. Chosen by seed, never at random.
+"""
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from int8cli.errors import TextError, UnsupportedModelError
+from int8cli.model.extra import require_transformers
+from int8cli.model.sampling import Sampling
+from int8cli.model.skeleton import FROM_WEIGHTS_HINT
+
+_BYTES_A_TOKEN = 64  # more than any tokenizer needs; of a longer text only this much is read
+_LEAST_BYTES = 1 << 20
+_PROBE = "The quick brown fox"
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text and what to call it. `sha256` is that of the bytes used."""
+
+    name: str
+    text: str
+    sha256: str
+
+    @classmethod
+    def decode(cls, name: str, data: bytes) -> "Text":
+        """Raises TextError if the bytes are not UTF-8, or nothing but blanks."""
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TextError(
+                f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start:,}",
+                hint="Convert it first: iconv -f LATIN1 -t UTF-8.",
+            ) from error
+        if not text.strip():
+            raise TextError(f"{name} is empty", hint="Give plain text of the kind that the model is used on.")
+        return cls(name, text, hashlib.sha256(data).hexdigest())
+
+    @classmethod
+    def read(cls, path: Path, tokens: int) -> "Text":
+        """As much of a file as `tokens` tokens can need. Raises TextError if it cannot be read or used."""
+        limit = max(_LEAST_BYTES, tokens * _BYTES_A_TOKEN)
+        try:
+            with path.open("rb") as file:
+                data = file.read(limit + 1)
+        except OSError as error:
+            raise TextError(f"{path} cannot be read: {error.strerror}", hint="--text takes a file of text.") from error
+        if len(data) > limit:  # end at a whole character
+            data = data[:limit].rsplit(b"\n", 1)[0]
+        return cls.decode(path.name, data)
+
+
+def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -> list[dict[str, Any]]:
+    """Inputs of a model's forward: sequences of exactly the sampling's length, or what the model can take at most.
+
+    The text is cut into pieces; as many as wanted are chosen by seed and kept in their order, or all if there are not
+    as many. Each gets the special tokens that the tokenizer puts around a text. Raises TextError where the text does
+    not give one sequence, UnsupportedModelError where there is no tokenizer.
+    """
+    tokenizer = load_tokenizer(directory)
+    before, after = _special_tokens(tokenizer)
+    length = min(sampling.sequence_length, _longest(config, sampling.sequence_length))
+    body = length - len(before) - len(after)
+    if body < 1:
+        raise TextError(f"sequences of {length} have no room for text beside the special tokens of this tokenizer")
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
+    if not pieces:
+        raise TextError(
+            f"{text.name} has {len(ids)} tokens, and a sequence takes {body}",
+            hint=f"Give a longer text, or --sequence-length {max(1, len(ids) + length - body)}.",
+        )
+    wanted = max(1, sampling.tokens // length)
+    if len(pieces) > wanted:
+        chosen = sorted(random.Random(sampling.seed).sample(range(len(pieces)), wanted))
+        pieces = [pieces[index] for index in chosen]
+    return [_inputs([*before, *piece, *after], config) for piece in pieces]
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The directory's tokenizer, never with code of its own. Raises UnsupportedModelError where there is none."""
+    require_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        usable = bool(tokenizer(_PROBE)["input_ids"])
+    except Exception as error:  # whatever a tokenizer's files, or their absence, make of this
+        raise UnsupportedModelError(
+            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            hint=f"Put the tokenizer's files (tokenizer.json) beside the weights. {FROM_WEIGHTS_HINT}",
+        ) from error
+    if not usable:
+        raise UnsupportedModelError("the tokenizer makes no tokens of text", hint=FROM_WEIGHTS_HINT)
+    return tokenizer
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens put before and after a text."""
+    plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    whole = tokenizer(_PROBE)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return [], []
+
+
+def _longest(config: Any, wanted: int) -> int:
+    """How many positions a model has. RoBERTa's table has two more than that, its positions begin after padding."""
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(found, int) or found <= 0:
+        return wanted
+    padding = getattr(config, "pad_token_id", None)
+    return max(1, found - (padding or 0) - 1) if _offset_positions(config) else found
+
+
+def _offset_positions(config: Any) -> bool:
+    return getattr(config, "model_type", "") in {"roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "esm"}
+
+
+def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
+    """A forward's arguments; an encoder-decoder reads the same text on both sides, shifted by its start token."""
+    tokens = torch.tensor([list(ids)])
+    if not getattr(config, "is_encoder_decoder", False):
+        return {"input_ids": tokens, "use_cache": False}
+    start = next(
+        (
+            value
+            for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+            if isinstance(value := getattr(config, name, None), int)
+        ),
+        0,
+    )
+    shifted = torch.cat([torch.tensor([[start]]), tokens[:, :-1]], dim=1)
+    return {"input_ids": tokens, "decoder_input_ids": shifted, "use_cache": False}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

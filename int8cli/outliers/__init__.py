@@ -1,0 +1,1 @@
+"""Statistics of activations, and suspects from the weights."""

@@ -1,0 +1,74 @@
+"""The `bitsandbytes` layout: the names, dtypes and config with which transformers opens int8 weights as they are.
+
+Owns what stands in the output for a quantized `X.weight`: `X.weight` int8 (out, in), `X.SCB` float32 (out,) holding
+row_absmax undivided, `X.weight_format` uint8 scalar 0 (row-major). Format: bitsandbytes' `Linear8bitLt` state dict.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.planning.layouts.skip_modules import covers, skip_modules
+from int8cli.planning.plan import Acceptance, Plan
+
+NAME = "bitsandbytes"
+ACCEPTS = Acceptance()
+SCALES: Literal["row_absmax", "step"] = "row_absmax"
+SKIP_KEY = "llm_int8_skip_modules"
+WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
+
+
+def module_name(weight_name: str) -> str:
+    """`h.0.mlp.dense` for `h.0.mlp.dense.weight`."""
+    return weight_name.removesuffix(".weight")
+
+
+def scale_name(weight_name: str) -> str:
+    return f"{module_name(weight_name)}.SCB"
+
+
+def weight_format_name(weight_name: str) -> str:
+    return f"{module_name(weight_name)}.weight_format"
+
+
+def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """What the output holds for a weight: int8 data, scales, format mark. `transpose`: the source is (in, out)."""
+    out_features, in_features = reversed(source.shape) if transpose else source.shape
+    return (
+        TensorSpec(source.name, "I8", (out_features, in_features)),
+        TensorSpec(scale_name(source.name), "F32", (out_features,)),
+        TensorSpec(weight_format_name(source.name), "U8", ()),
+    )
+
+
+def marks(weight_name: str) -> dict[str, bytes]:
+    return {weight_format_name(weight_name): WEIGHT_FORMAT}
+
+
+def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
+    """The `quantization_config` of config.json, with the fields that transformers' BitsAndBytesConfig writes."""
+    return {
+        "quant_method": NAME,
+        "load_in_8bit": True,
+        "load_in_4bit": False,
+        "llm_int8_threshold": threshold,
+        SKIP_KEY: skip_modules(plan),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+    }
+
+
+def transformers_reads(tensor_names: Iterable[str]) -> bool:
+    return True
+
+
+def caveats(plan: Plan) -> Iterator[str]:
+    yield from ()
+
+
+def leaves_alone(entry: str, module: str) -> bool:
+    try:
+        return covers(entry, module)
+    except re.error:
+        return False  # the loader will say so itself

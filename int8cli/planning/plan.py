@@ -1,0 +1,290 @@
+"""The plan: which tensors of a checkpoint become int8, and why each of the others does not.
+
+Decided from names, shapes and config.json alone; knows no model code, no file format, no layout and no torch. The
+measure is what transformers' bitsandbytes path holds in int8 on load: modules of the exact type `nn.Linear` or `Conv1D`
+but output embeddings, tied weights, modules kept in float32, and the module of the very last parameter
+(transformers, quantizers/base.py, `get_keys_to_not_convert`). Where names cannot tell, a tensor is left alone: that
+costs bytes, the other mistake costs the model.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.planning import architectures as names
+from int8cli.planning.architectures import Rule
+
+_WEIGHT = ".weight"
+_FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """What a loader holds in int8 beside plain linear layers: experts stored one by one, transformers' Conv1D.
+
+    The defaults are those of transformers' bitsandbytes path.
+    """
+
+    experts: bool = False
+    conv1d: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What the user asked for: glob patterns on module names (a tensor's name without `.weight`), for which loader."""
+
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    loader: Acceptance = Acceptance()
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of one tensor, and why.
+
+    `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
+    expert index replaced by `*`. `written_dtype` is what a tensor that does not become int8 is written in.
+    """
+
+    spec: TensorSpec
+    quantize: bool
+    transpose: bool
+    kind: str
+    reason: str
+    written_dtype: str
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the tensor."""
+        return self.spec.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A decision for each tensor of a checkpoint, in the order the tensors were given.
+
+    `absent` covers linear layers that the loader must leave alone although the checkpoint has no tensor of that name,
+    since they are tied to one it has, or made from one: entries for `llm_int8_skip_modules`. `dtype` is the float dtype
+    that loaders give the model, None where there is no config or no float.
+    """
+
+    decisions: tuple[Decision, ...]
+    options: PlanOptions = PlanOptions()
+    absent: tuple[str, ...] = ()
+    dtype: str | None = None
+
+    @property
+    def quantized(self) -> tuple[Decision, ...]:
+        return tuple(decision for decision in self.decisions if decision.quantize)
+
+    @property
+    def copied(self) -> tuple[Decision, ...]:
+        return tuple(decision for decision in self.decisions if not decision.quantize)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all tensors, as stored: a tied weight counts as often as the checkpoint holds it."""
+        return sum(decision.spec.numel for decision in self.decisions)
+
+    @property
+    def quantized_parameters(self) -> int:
+        return sum(decision.spec.numel for decision in self.quantized)
+
+    @property
+    def percent_quantized(self) -> float:
+        return 100.0 * self.quantized_parameters / self.parameters if self.parameters else 0.0
+
+    @property
+    def unmatched_patterns(self) -> tuple[str, ...]:
+        """The patterns that changed nothing, most likely typos.
+
+        Those of `--skip` that name no module with a weight, and those of `--only` that name none that became int8:
+        `--only` narrows, it cannot make an embedding a linear layer.
+        """
+        weights = [d.module for d in self.decisions if d.spec.name.endswith(_WEIGHT)]
+        quantized = [d.module for d in self.quantized]
+        skips = (p for p in self.options.skip if not any(fnmatchcase(module, p) for module in weights))
+        onlys = (p for p in self.options.only if not any(fnmatchcase(module, p) for module in quantized))
+        return tuple(dict.fromkeys((*skips, *onlys)))
+
+    def keeping(self, tensor_names: Collection[str]) -> "Plan":
+        """The plan in which these tensors, found to hold NaN or infinity, are copied as they are."""
+        kept = frozenset(tensor_names)
+        decisions = (
+            replace(d, quantize=False, transpose=False, reason=names.NON_FINITE, written_dtype=d.spec.dtype)
+            if d.quantize and d.spec.name in kept
+            else d
+            for d in self.decisions
+        )
+        return replace(self, decisions=tuple(decisions))
+
+
+def make_plan(specs: Iterable[TensorSpec], config: Mapping[str, Any], options: PlanOptions) -> Plan:
+    """Decide on every tensor of a checkpoint; `specs` must be all of them, since a layer is also told by its bias.
+
+    `config` is config.json as read; an empty one costs only the exceptions that go by model type.
+    """
+    specs = tuple(specs)
+    checkpoint = _Checkpoint({spec.name: spec for spec in specs}, config)
+    decisions = tuple(_decide(spec, checkpoint, options) for spec in specs)
+    return Plan(decisions, options, tuple(dict.fromkeys(_absent_linears(config))), checkpoint.dtype)
+
+
+def kind_of(tensor_name: str) -> str:
+    """The tensor's name with each layer or expert index replaced by `*`."""
+    return ".".join("*" if part.isdigit() else part for part in tensor_name.split("."))
+
+
+class _Checkpoint:
+    """What the rules need to know of the whole checkpoint beside the one tensor."""
+
+    def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
+        self._specs = specs
+        self.rules = tuple(_rules_for(config))
+        self.tied = bool(config.get("tie_word_embeddings", False))
+        self.dtype = (_dtype_in(config) or _most_common_float(specs.values())) if config else None
+        self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
+
+    def bias_length(self, module: str) -> int | None:
+        """Length of the module's bias, None where it has none."""
+        bias = self._specs.get(f"{module}.bias")
+        return bias.numel if bias is not None and len(bias.shape) == 1 else None
+
+    def holds(self, tensor_name: str) -> bool:
+        return tensor_name in self._specs
+
+    def is_conv1d(self, spec: TensorSpec) -> bool:
+        """Whether a matrix is stored (in, out): a square one does not show it, but others of its block do."""
+        return bool(names.CONV1D_NAME.search(_module(spec))) and _block(spec.name) in self._conv1d_blocks
+
+    def _shows_conv1d(self, spec: TensorSpec) -> bool:
+        if len(spec.shape) != 2 or not names.CONV1D_NAME.search(_module(spec)):
+            return False
+        return spec.shape[0] != spec.shape[1] and self.bias_length(_module(spec)) == spec.shape[1]
+
+
+def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> Decision:
+    reason = _why_not_linear(spec) or _reason_by_name(spec, checkpoint)
+    if reason == names.EXPERT and options.loader.experts:
+        reason = names.LINEAR
+    if reason == names.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
+        reason = names.CONV1D
+    if reason == names.LINEAR:
+        reason = _reason_by_options(_module(spec), options)
+    quantize = reason == names.LINEAR
+    transpose = quantize and checkpoint.is_conv1d(spec)
+    written_dtype = spec.dtype if quantize else _written_dtype(spec, checkpoint)
+    return Decision(spec, quantize, transpose, kind_of(spec.name), reason, written_dtype)
+
+
+def _written_dtype(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
+    """The dtype in which a tensor that stays a float has to stand in the file.
+
+    On load, transformers casts every float of a checkpoint to the model's dtype, or to float32 where a model wants it;
+    but of one that is int8 already it casts no `X.weight`. So those are written as a load of the source would hold
+    them: nearly always as they are. (transformers, quantizers/base.py, `get_new_dtype`)
+    """
+    if spec.dtype not in QUANTIZABLE_DTYPES or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
+        return spec.dtype
+    widening = {"F16": {names.FLOAT32, names.FLOAT32_ALWAYS}, "BF16": {names.FLOAT32_ALWAYS}}.get(checkpoint.dtype, ())
+    module = _module(spec)
+    if any(rule.reason in widening and rule.pattern.search(module) for rule in checkpoint.rules):
+        return "F32"
+    return checkpoint.dtype
+
+
+def _dtype_in(config: Mapping[str, Any]) -> str | None:
+    """The dtype that config.json gives the model, under its name of today or of transformers 4."""
+    named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+    return _FLOAT_DTYPES.get(named)
+
+
+def _most_common_float(specs: Iterable[TensorSpec]) -> str | None:
+    sizes = Counter[str]()
+    for spec in specs:
+        if spec.dtype in QUANTIZABLE_DTYPES:
+            sizes[spec.dtype] += spec.nbytes
+    return max(sizes, key=lambda dtype: (sizes[dtype], dtype), default=None)
+
+
+def _why_not_linear(spec: TensorSpec) -> str | None:
+    """Why dtype, shape or the last part of the name rule out the weight of a linear layer; None if they do not."""
+    if spec.dtype not in QUANTIZABLE_DTYPES:
+        return names.NOT_FLOAT
+    if len(spec.shape) < 2:
+        return names.NORM_OR_BIAS
+    if len(spec.shape) > 2:
+        return names.NOT_A_MATRIX
+    if not spec.name.endswith(_WEIGHT):
+        return names.NOT_A_WEIGHT
+    return names.EMPTY if spec.numel == 0 else None
+
+
+def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
+    """What the module is by its name, its family, and its bias: `LINEAR`, or why it is left alone."""
+    module = _module(spec)
+    bias_length = checkpoint.bias_length(module)
+    for rule in checkpoint.rules:
+        if rule.pattern.search(module) and not (rule.biasless and bias_length is not None):
+            return names.TIED_HEAD if rule.reason == names.HEAD and checkpoint.tied else rule.reason
+    if module.endswith(".out_proj") and checkpoint.holds(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
+        return names.SUBCLASS  # torch.nn.MultiheadAttention's NonDynamicallyQuantizableLinear
+    if bias_length is None:
+        return names.LINEAR if names.LINEAR_NAME.search(module) else names.UNKNOWN
+    out_features = spec.shape[1] if checkpoint.is_conv1d(spec) else spec.shape[0]
+    return names.LINEAR if bias_length == out_features else names.UNKNOWN
+
+
+def _reason_by_options(module: str, options: PlanOptions) -> str:
+    if any(fnmatchcase(module, pattern) for pattern in options.skip):
+        return names.SKIPPED
+    if options.only and not any(fnmatchcase(module, pattern) for pattern in options.only):
+        return names.NOT_NAMED
+    return names.LINEAR
+
+
+def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
+    """The rules that hold for a model, the most particular first: its class, its model types, then all models."""
+    for pattern, rules in names.ARCHITECTURE_RULES:
+        if any(re.fullmatch(pattern, architecture) for architecture in config.get("architectures") or ()):
+            yield from rules
+    for model_type in dict.fromkeys(_model_types(config)):
+        yield from names.MODEL_TYPE_RULES.get(model_type, ())
+    yield from names.GENERAL_RULES
+
+
+def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
+    """Entries for linear layers that are left alone without being in the file; all heads where the type is unknown."""
+    model_types = tuple(_model_types(config))
+    for head, owners in names.TIED_HEADS.items():
+        if not model_types or any(model_type in owners for model_type in model_types):
+            yield head
+    for model_type in model_types:
+        yield from names.ABSENT_LINEARS.get(model_type, ())
+        if model_type in names.POOLED:
+            yield names.POOLER
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    """The model type of a config and of each config inside it (text_config, vision_config, ...)."""
+    model_type = config.get("model_type")
+    if isinstance(model_type, str):
+        yield model_type
+    for value in config.values():
+        if isinstance(value, Mapping):
+            yield from _model_types(value)
+
+
+def _module(spec: TensorSpec) -> str:
+    return spec.name.rpartition(".")[0]
+
+
+def _block(tensor_name: str) -> str:
+    """The layer that a tensor belongs to: its name up to the last index (`h.3` of `h.3.mlp.c_fc.weight`)."""
+    parts = tensor_name.split(".")
+    indices = [place for place, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: indices[-1] + 1]) if indices else ""

@@ -1,0 +1,232 @@
+"""All that is known of a conversion before the first weight byte is read: headers, plan, sizes, room needed.
+
+Owns what `convert` starts from and what `--dry-run` shows. Reads config.json, the index and the headers; no torch
+for safetensors sources.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.quantized import refuse_quantized
+from int8cli.checkpoint.source import Source, SourceIdentity
+from int8cli.checkpoint.tensor import ShardContents
+from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.errors import CheckpointError
+from int8cli.planning.layouts import Layout, bitsandbytes
+from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
+from int8cli.planning.plan import Decision, Plan, PlanOptions, make_plan
+from int8cli.results.conversion import TensorGroup
+
+CONFIG_FILE = "config.json"
+_EDGE_BYTES = 1 << 16
+# Measured on SmolLM2: what is written beside the weights comes to 684 bytes for each of their tensors.
+_RECORD_BYTES_A_TENSOR = 1000
+# And 289 bytes for each stored column, in record and report, where it comes with reasons.
+_RECORD_BYTES_A_COLUMN = 500
+_CONFIG_LIMIT_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A source as it stands and what it will become. `config` is empty where the source has no config.json.
+
+    `target` is the layout of the output; the plan holds what its loaders accept. `stored_counts` says how many columns
+    of each quantized tensor its sidecar holds at most; None where there are no sidecars.
+    """
+
+    identity: SourceIdentity
+    has_config: bool
+    config: Mapping[str, Any]
+    weights: WeightFiles
+    layouts: tuple[ShardContents, ...]
+    plan: Plan
+    target: Layout = bitsandbytes
+    stored_counts: Mapping[str, int] | None = None
+
+    @cached_property
+    def decisions(self) -> dict[str, Decision]:
+        return decisions_by_name(self.plan)
+
+    @cached_property
+    def outputs(self) -> dict[str, OutputShard]:
+        """The output shard for each source shard's file name."""
+        names = output_file_names([layout.file_name for layout in self.layouts])
+        return {
+            layout.file_name: plan_output_shard(layout, self.decisions, names[layout.file_name], self.target)
+            for layout in self.layouts
+        }
+
+    @cached_property
+    def sidecars(self) -> dict[str, OutputShard]:
+        """The sidecar for each source shard's file name that will have one."""
+        if self.stored_counts is None:
+            return {}
+        planned = {
+            layout.file_name: plan_sidecar(
+                layout, self.decisions, self.outputs[layout.file_name].file_name, self.stored_counts
+            )
+            for layout in self.layouts
+        }
+        return {name: sidecar for name, sidecar in planned.items() if sidecar is not None}
+
+    @property
+    def plan_digest(self) -> str:
+        """A digest, in hex, of every header that will be written: of what becomes of each tensor."""
+        digest = xxhash.xxh3_128()
+        for output in self.outputs.values():
+            digest.update(output.header)
+        return digest.hexdigest()
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(layout.file_bytes for layout in self.layouts)
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of all output shards, headers included, to the byte."""
+        return sum(output.file_bytes for output in self.outputs.values())
+
+    @property
+    def sidecar_bytes(self) -> int:
+        """Size of all sidecars, to the byte; less only where a linear turns out to have no columns to store."""
+        return sum(sidecar.file_bytes for sidecar in self.sidecars.values())
+
+    @property
+    def passed_over(self) -> tuple[tuple[str, str], ...]:
+        """Everything of the source that is neither converted nor copied, with the reason."""
+        stale = (f"{CONFIG_FILE}: quantization_config", "of another quantization; these weights are not quantized")
+        return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
+
+
+def _told_reason(decision: Decision) -> str:
+    """The reason, and the cast where a tensor is not written in the dtype it came in."""
+    if decision.written_dtype == decision.spec.dtype:
+        return decision.reason
+    return f"{decision.reason}; {decision.spec.dtype} cast to {decision.written_dtype}, as loaders would"
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a disk, named by a directory on it, must have free, and what it has."""
+
+    directory: Path
+    needed_bytes: int
+    free_bytes: int
+
+
+def survey_source(source: Source, options: PlanOptions, target: Layout = bitsandbytes) -> Survey:
+    """Read what decides a conversion. Raises the errors of a bad checkpoint; nothing is written anywhere.
+
+    What the loaders of `target` accept goes into the plan's options.
+    """
+    weights = find_weights(source)
+    has_config = CONFIG_FILE in source.list_files()
+    config = _read_config(source) if has_config else {}
+    layouts = read_layouts(source, weights)
+    refuse_quantized(config, layouts)
+    specs = [stored.spec for layout in layouts for stored in layout.tensors]
+    plan = make_plan(specs, config, replace(options, loader=target.ACCEPTS))
+    return Survey(source.identity, has_config, config, weights, layouts, plan, target)
+
+
+def decisions_by_name(plan: Plan) -> dict[str, Decision]:
+    return {decision.spec.name: decision for decision in plan.decisions}
+
+
+def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
+    """Tensors by kind and reason, the largest groups first."""
+    groups: dict[tuple[str, str], list[Decision]] = {}
+    for decision in decisions:
+        groups.setdefault((decision.kind, _told_reason(decision)), []).append(decision)
+    grouped = [
+        TensorGroup(
+            kind,
+            reason,
+            len(members),
+            sum(member.spec.numel for member in members),
+            sum(member.spec.nbytes for member in members),
+        )
+        for (kind, reason), members in groups.items()
+    ]
+    return tuple(sorted(grouped, key=lambda group: (-group.bytes, group.kind, group.reason)))
+
+
+def room_needed(
+    source: Source, survey: Survey, remaining: Sequence[str], output: Path, held_bytes: int | None = None
+) -> tuple[Room, ...]:
+    """What each disk involved must have free to write these shards; one entry for each disk.
+
+    That is their output and, of a Hub source, the shards that are here at once: `held_bytes`, or else the one being
+    converted and the next, or all of them where the source keeps them. Shards in the cache already cost nothing.
+    """
+    sizes = {layout.file_name: layout.file_bytes for layout in survey.layouts}
+    transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
+    wanted = [
+        (output, sum(survey.outputs[name].file_bytes for name in remaining)),
+        (output, sum(survey.sidecars[name].file_bytes for name in remaining if name in survey.sidecars)),
+        (output, beside_bytes(source, survey)),
+    ]
+    if source.keeps_in is not None:
+        wanted.append((source.keeps_in, sum(transferred)))
+    else:
+        two = max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)
+        wanted.append((output, two if held_bytes is None else max(two, held_bytes)))
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for directory, size_bytes in wanted:
+        existing = existing_parent(directory)
+        by_disk.setdefault(existing.stat().st_dev, []).append((existing, size_bytes))
+    return tuple(
+        Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
+        for shares in by_disk.values()
+    )
+
+
+def beside_bytes(source: Source, survey: Survey) -> int:
+    """Room for what is not weights: copied files as they are, records, report and index by the number of tensors."""
+    copied = sum(source.size_bytes(name) for name in survey.weights.copied)
+    files = (*survey.outputs.values(), *survey.sidecars.values())
+    columns = sum((survey.stored_counts or {}).values())
+    return copied + _RECORD_BYTES_A_TENSOR * sum(len(file.tensors) for file in files) + _RECORD_BYTES_A_COLUMN * columns
+
+
+def fingerprint(source: Source, file_name: str) -> str:
+    """A mark of a local shard's state that notices retrained or replaced weights without reading them all.
+
+    xxh3_128 over its first and last 64 KiB: the header, and with a `.bin` the zip directory with every record's CRC.
+    A Hub file needs none, its revision says it.
+    """
+    if source.identity.on_hub:
+        return ""
+    size_bytes = source.size_bytes(file_name)
+    with source.open(file_name) as file:
+        edges = file.read(_EDGE_BYTES)
+        file.seek(max(len(edges), size_bytes - _EDGE_BYTES))
+        edges += file.read(_EDGE_BYTES)
+    return xxhash.xxh3_128_hexdigest(edges)
+
+
+def model_fingerprint(source: Source, layouts: Sequence[ShardContents]) -> str:
+    """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
+    marks = [fingerprint(source, layout.file_name) for layout in layouts]
+    return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""
+
+
+def _read_config(source: Source) -> dict[str, Any]:
+    with source.open(CONFIG_FILE) as file:
+        text = file.read(_CONFIG_LIMIT_BYTES)
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{CONFIG_FILE}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{CONFIG_FILE}: holds {type(config).__name__}, not an object")
+    return config

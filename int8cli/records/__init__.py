@@ -1,0 +1,1 @@
+"""What of a conversion is finished: what resuming and verifying trust."""

@@ -1,0 +1,301 @@
+"""What a conversion set out to do and what of it is finished: the files under `int8/` that resume and verify trust.
+
+Owns their schema and the order in which they come to be. A shard's record is written
+after the shard stands under its final name, so that a record always speaks of a whole file.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from int8cli.checkpoint.source import SourceIdentity
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.checkpoint.writer import write_file
+from int8cli.errors import OutputError, SettingsMismatchError
+from int8cli.results.conversion import LayerReport
+
+CONVERSION_SCHEMA = "int8cli.conversion/1"
+RECORD_SCHEMA = "int8cli.record/2"  # 2: the figures of a layer are null where they were not measured
+OWN_DIRECTORY = "int8"
+VIA_FLOAT16 = "float16"  # a value of Settings.float32
+# The values of Settings.outliers: what the stored columns were chosen by.
+NO_OUTLIERS = "none"
+FROM_ACTIVATIONS = "activations"
+FROM_STATISTICS = "statistics"
+FROM_WEIGHTS = "weights"
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the bytes of an output. Two runs with equal settings on one source write the same files.
+
+    `outliers` says what the stored columns are told by ("none" where none are stored), `outlier_columns` how many a
+    linear has at most, `calibration` which text and how much of it, or which statistics. `figures`: the error of every
+    layer is measured.
+    """
+
+    layout: str
+    threshold: float
+    skip: tuple[str, ...]
+    only: tuple[str, ...]
+    float32: str
+    outliers: str = NO_OUTLIERS
+    outlier_columns: int = 0
+    calibration: str = ""
+    figures: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource:
+    """One shard to convert: its file in the source, a fingerprint of its state there, and its file in the output."""
+
+    file: str
+    size_bytes: int
+    fingerprint: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What is converted, how, and every file that it will write into the output directory (relative names).
+
+    `plan` is a digest of all planned headers: it notices a config.json, or an int8cli, that decides otherwise.
+    """
+
+    source: SourceIdentity
+    settings: Settings
+    plan: str
+    shards: tuple[ShardSource, ...]
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": CONVERSION_SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Conversion":
+        settings = data["settings"]
+        patterns = {name: tuple(settings[name]) for name in ("skip", "only")}
+        return cls(
+            SourceIdentity(**data["source"]),
+            Settings(**{**settings, **patterns}),
+            data["plan"],
+            tuple(ShardSource(**shard) for shard in data["shards"]),
+            tuple(data["files"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor as written: `xxh3_128` is the digest of its bytes, in hex."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file as written, by its name in the output directory. `header_xxh3_128` covers the safetensors header."""
+
+    file: str
+    size_bytes: int
+    header_xxh3_128: str
+    tensors: tuple[TensorRecord, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "FileRecord":
+        tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data["tensors"])
+        return cls(data["file"], data["size_bytes"], data["header_xxh3_128"], tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard: where it came from, every file it became, and what int8 did to its layers.
+
+    `files` holds the shard itself first; what else is made from it (a sidecar) follows. `kept` names tensors that were
+    left in their source dtype because they hold non-finite values, with the place of the first. `source_tensors` is all
+    that the source shard held.
+    """
+
+    source: ShardSource
+    source_sha256: str | None
+    source_tensors: tuple[TensorSpec, ...]
+    files: tuple[FileRecord, ...]
+    layers: tuple[LayerReport, ...]
+    kept: tuple[tuple[str, str], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": RECORD_SCHEMA,
+            "source": asdict(self.source),
+            "source_sha256": self.source_sha256,
+            "source_tensors": [asdict(spec) for spec in self.source_tensors],
+            "files": [asdict(file) for file in self.files],
+            "layers": [layer.to_json() for layer in self.layers],
+            "kept": [{"tensor": tensor, "place": place} for tensor, place in self.kept],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ShardRecord":
+        return cls(
+            ShardSource(**data["source"]),
+            data["source_sha256"],
+            tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in data["source_tensors"]),
+            tuple(FileRecord.from_json(file) for file in data["files"]),
+            tuple(LayerReport.from_json(layer) for layer in data["layers"]),
+            tuple((kept["tensor"], kept["place"]) for kept in data["kept"]),
+        )
+
+
+class RecordStore:
+    """The records of one output directory. The caller holds the directory's lock."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self.own = output / OWN_DIRECTORY
+        self._conversion_path = self.own / "conversion.json"
+        self._records = self.own / "records"
+
+    @property
+    def partial_directory(self) -> Path:
+        """Where files are made before they get their final name; whatever is there after a kill is worthless."""
+        return self.own / "partial"
+
+    @property
+    def incoming_directory(self) -> Path:
+        """Where shards from the Hub land; a part that is there after a kill is gone on with."""
+        return self.own / "incoming"
+
+    @property
+    def calibration_directory(self) -> Path:
+        """Where what was learnt of the activations or weights is kept until the conversion is finished."""
+        return self.own / "calibration"
+
+    def conversion(self) -> Conversion | None:
+        """The conversion that this directory belongs to, if any."""
+        hint = "Without it nothing here is known to be int8cli's: choose another --output, or delete the directory."
+        return _read_record(self._conversion_path, Conversion.from_json, hint)
+
+    def check(self, conversion: Conversion) -> None:
+        """Whether the directory is free for a conversion, or holds the same one. Writes nothing.
+
+        Raises SettingsMismatchError if it belongs to another, OutputError if files stand there that are not ours.
+        """
+        known = self.conversion()
+        if known is None:
+            self._refuse_foreign_files(conversion)
+        elif known != conversion:
+            _refuse_mismatch(self._output, known, conversion)
+
+    def claim(self, conversion: Conversion) -> None:
+        """Put down that the directory, which `check` found free, belongs to this conversion."""
+        if self.conversion() is None:
+            write_file(self._conversion_path, _to_bytes(conversion.to_json()))
+
+    def record(self, shard: ShardSource) -> ShardRecord | None:
+        """What was put down when a shard was finished; None if it never was. Raises OutputError."""
+        path = self._record_path(shard)
+        return _read_record(path, ShardRecord.from_json, "Delete it, and its shard is converted again.")
+
+    def finished(self, shard: ShardSource) -> ShardRecord | None:
+        """The record of a shard whose files are all in place at their size; None if it must be (re)made."""
+        record = self.record(shard)
+        if record is None:
+            return None
+        whole = all(_size_of(self._output / file.file) == file.size_bytes for file in record.files)
+        return record if record.source == shard and whole else None
+
+    def add(self, record: ShardRecord) -> None:
+        """Put down that a shard is finished. Its files are already durable under their final names."""
+        write_file(self._record_path(record.source), _to_bytes(record.to_json()))
+
+    def clear(self) -> None:
+        """Remove every file that an earlier conversion put down as its own, and the records; nothing else."""
+        known = self.conversion()
+        if known is None:
+            return
+        for name in known.files:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise OutputError(f"{self._conversion_path} names a file outside its directory: {name}")
+            (self._output / name).unlink(missing_ok=True)
+        for shard in known.shards:
+            self._record_path(shard).unlink(missing_ok=True)
+        for directory in (self.partial_directory, self.calibration_directory):
+            shutil.rmtree(directory, ignore_errors=True)
+        for directory in (self._records, self.own / "outliers"):
+            with suppress(OSError):  # there may be something else in it
+                directory.rmdir()
+        # Last, so that a kill half-way leaves a directory that still says what is ours.
+        self._conversion_path.unlink(missing_ok=True)
+
+    def _record_path(self, shard: ShardSource) -> Path:
+        return self._records / f"{shard.output.removesuffix('.safetensors')}.json"
+
+    def _refuse_foreign_files(self, conversion: Conversion) -> None:
+        ours = [self._output / name for name in conversion.files]
+        ours += [self._record_path(shard) for shard in conversion.shards] + [self.partial_directory]
+        for path in ours:
+            if os.path.lexists(path):
+                raise OutputError(
+                    f"{path} exists and was not written by int8cli",
+                    hint="Choose another directory with --output; nothing that int8cli did not write is replaced.",
+                )
+
+
+def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> None:
+    before, now = _fields(known), _fields(wanted)
+    field = next(name for name in now if before.get(name) != now[name])
+    raise SettingsMismatchError(
+        f"{output} holds a conversion with {field} {_told(field, before.get(field))}; "
+        f"this one has {_told(field, now[field])}",
+        hint="Use the same settings to go on, --overwrite to start anew, or another --output.",
+    )
+
+
+def _told(field: str, value: object) -> str:
+    if field == "figures":  # a flag: the value alone does not say what to type
+        return f"{value!r} ({'--figures' if value else '--no-figures'})"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(repr, value)) or "none"
+    return repr(value)
+
+
+def _fields(conversion: Conversion) -> dict[str, object]:
+    """What a mismatch can be named by, the plainest first."""
+    fields: dict[str, object] = {"model": conversion.source.name, "revision": conversion.source.revision}
+    fields.update(asdict(conversion.settings))
+    fields["on_hub"] = conversion.source.on_hub
+    for shard in conversion.shards:
+        fields[f"source shard {shard.file}"] = f"{shard.size_bytes:,} bytes, {shard.fingerprint}"
+    fields["plan (as config.json and this version of int8cli make it)"] = conversion.plan
+    fields["shards"] = [shard.output for shard in conversion.shards]
+    fields["files"] = list(conversion.files)
+    return fields
+
+
+def _read_record(path: Path, parse: Callable[[Any], Read], hint: str) -> Read | None:
+    """What `parse` makes of a JSON file; None where there is none. Raises OutputError for what we did not write."""
+    try:
+        return parse(json.loads(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise OutputError(f"{path} is not as int8cli wrote it ({type(error).__name__}: {error})", hint=hint) from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read ({error.strerror})", hint="Check its permissions.") from error
+
+
+def _to_bytes(data: Any) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

@@ -1,0 +1,214 @@
+"""The report of a conversion on the terminal, in 80 columns."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from int8cli.llm_int8.metrics import ErrorSums
+from int8cli.planning.output_files import SIDECAR_DIRECTORY
+from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.text import broken_at_dots, printable
+from int8cli.report.units import counted, decibels, human_bytes, human_count
+from int8cli.results.conversion import (
+    ConversionReport,
+    ErrorBasis,
+    LayerReport,
+    StoredColumn,
+    StoredSummary,
+    TensorGroup,
+    summarize_kinds,
+    worst_by_output_error,
+)
+
+WIDTH = 80
+WORST_LAYERS = 10
+# What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
+NAME_WIDTH = 32
+GROUP_WIDTH = 39
+SIZED_NAME_WIDTH = 48  # beside sizes alone
+COLUMNS_WIDTH = 25
+
+
+def stdout_console() -> Console:
+    """A console on stdout that never uses more than 80 columns."""
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH)
+    return console
+
+
+def show_report(report: ConversionReport, output: Path) -> None:
+    """Print totals, the error by kind of layer, the worst layers, and what was left alone.
+
+    Where the activations are known their error leads; that of the weights alone follows, without its worst layers, and
+    is not spoken of where it was not measured.
+    """
+    console = stdout_console()
+    console.print(_headline(report, output), soft_wrap=True)
+    stored = report.stored
+    for line in _stored_lines(report, stored) if stored is not None else ():
+        console.print(line)
+    if stored is not None and stored.basis is not None:
+        console.print(_output_error_table(stored, stored.basis))
+        console.print(_worst_output_table(report.layers, stored.basis))
+    if report.layers:
+        console.print(_kinds_table(report))
+        if report.sums is not None and (stored is None or stored.basis is None):
+            console.print(_worst_table(report.layers[:WORST_LAYERS]))
+    console.print(groups_table("Left alone", report.left_alone))
+    for file, reason in report.passed_over:
+        console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+
+
+def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:
+    """Kinds of tensors with the reason for what becomes of them."""
+    table = _table(title)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("why")
+    for group in groups:
+        table.add_row(
+            broken_at_dots(group.kind.removesuffix(".weight"), GROUP_WIDTH),
+            str(group.tensors),
+            human_bytes(group.bytes),
+            escape(group.reason),
+        )
+    return table
+
+
+def _headline(report: ConversionReport, output: Path) -> str:
+    total = report.sums
+    ratio = report.source_bytes / report.output_bytes if report.output_bytes else 0.0
+    lines = [
+        f"[bold]{escape(report.model)}[/bold] → [bold]{escape(str(output))}[/bold]",
+        f"{human_bytes(report.source_bytes)} → {human_bytes(report.output_bytes)}, {ratio:.2f} times smaller; "
+        f"{report.percent_quantized:.1f} % of {human_count(report.parameters)} parameters in int8",
+    ]
+    layers = counted(len(report.layers), "layer")
+    if not report.layers:
+        lines.append("[yellow]Nothing was quantized: see below why.[/yellow]")
+    elif total is None:
+        lines.append(f"{layers}; the error of their weights was not measured (--no-figures)")
+    else:
+        lines.append(
+            f"{layers}: relative error {total.relative_frobenius_error:.4f}, SQNR {decibels(total.sqnr_db)} dB"
+        )
+    return "\n".join(lines)
+
+
+def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
+    size, more = human_bytes(report.sidecar_bytes), percent_more(report.sidecar_bytes, report.output_bytes)
+    lines = [
+        f"{how_many(report, stored)} kept exact in {SIDECAR_DIRECTORY}: {size}, {more} more",
+        f"[dim]{escape(told_by(report.settings))}[/dim]",
+    ]
+    error = stored.total.error
+    if error is not None:
+        at_most = "" if stored.basis == "measured" else "at most "
+        lines.append(
+            f"output error, {stored.basis}: {error.all_int8:.4f} all in int8, "
+            f"{at_most}[bold]{error.with_stored:.4f}[/bold] with stored columns"
+        )
+    return lines
+
+
+def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
+    table = _table(f"Output error ({basis}), by kind of layer")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("layers", justify="right", no_wrap=True)
+    table.add_column("columns", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("all int8", justify="right", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    for kind in stored.kinds:
+        error = kind.error
+        table.add_row(
+            broken_at_dots(kind.kind, NAME_WIDTH),
+            str(kind.layers),
+            f"{kind.columns:,}",
+            human_bytes(kind.bytes),
+            f"{error.all_int8:.4f}" if error is not None else "-",
+            f"{error.with_stored:.4f}" if error is not None else "-",
+        )
+    at_most = "" if basis == "measured" else ", at most"
+    table.caption = f"‖error‖/‖X Wᵀ‖, the layers' mean · stored: with those columns exact{at_most}"
+    return table
+
+
+def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> Table:
+    worst = worst_by_output_error(layers, basis)[:WORST_LAYERS]
+    table = _table("Worst layers by output error" if len(worst) == WORST_LAYERS else "Layers, by output error")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("all int8", justify="right", no_wrap=True)
+    table.add_column("stored", justify="right", no_wrap=True)
+    table.add_column("columns", no_wrap=True)
+    for layer, error in worst:
+        table.add_row(
+            broken_at_dots(layer.name, NAME_WIDTH),
+            f"{error.all_int8:.4f}",
+            f"{error.with_stored:.4f}",
+            _in_a_line(layer.stored.heaviest_first if layer.stored is not None else ()),
+        )
+    table.caption = "columns: those kept exact, the largest shares of the error first"
+    return table
+
+
+def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
+    """As many indices as there is room for."""
+    text = " ".join(str(column.index) for column in columns)
+    if len(text) <= COLUMNS_WIDTH:
+        return text
+    return text[: text.rindex(" ", 0, COLUMNS_WIDTH - 1)] + " …"
+
+
+def _kinds_table(report: ConversionReport) -> Table:
+    table = _table("Quantized, by kind of layer")
+    table.add_column("kind", no_wrap=True)
+    measured = report.sums is not None
+    name_width = NAME_WIDTH if measured else SIZED_NAME_WIDTH
+    for figure in ("layers", "before", "after", *(("error", "dB", "range") if measured else ())):
+        table.add_column(figure, justify="right", no_wrap=True)
+    for kind in summarize_kinds(report.layers):
+        table.add_row(
+            broken_at_dots(kind.kind, name_width),
+            str(kind.layers),
+            human_bytes(kind.bytes_before),
+            human_bytes(kind.bytes_after),
+            *(_error_cells(kind.sums) if kind.sums is not None else ()),
+        )
+    if measured:
+        table.caption = "error: ‖W-Ŵ‖/‖W‖ · dB: SQNR · range: mean use of the int8 range"
+    return table
+
+
+def _error_cells(sums: ErrorSums) -> tuple[str, str, str]:
+    return f"{sums.relative_frobenius_error:.4f}", decibels(sums.sqnr_db), f"{100 * sums.mean_range_use:.0f} %"
+
+
+def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
+    table = _table("Worst layers" if len(layers) == WORST_LAYERS else "Layers, worst first")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("out x in", justify="right", no_wrap=True)
+    table.add_column("error", justify="right", no_wrap=True)
+    table.add_column("dB", justify="right", no_wrap=True)
+    table.add_column("max err", justify="right", no_wrap=True)
+    table.add_column("absmax", justify="right", no_wrap=True)
+    for layer, sums in ((each, each.sums) for each in layers if each.sums is not None):
+        table.add_row(
+            broken_at_dots(layer.name, NAME_WIDTH),
+            f"{layer.shape[0]} x {layer.shape[1]}",
+            f"{sums.relative_frobenius_error:.4f}",
+            decibels(sums.sqnr_db),
+            f"{sums.max_abs_error:.2g}",
+            f"{sums.row_absmax_min:.2g}-{sums.row_absmax_max:.2g}",
+        )
+    table.caption = "max err: max |w-ŵ| · absmax: smallest and largest row_absmax"
+    return table
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
+    table.padding = (0, 1)
+    return table

@@ -1,0 +1,240 @@
+"""Charts of outlier statistics, as Vega-Lite by altair; the heatmap as a picture too.
+
+Owns what is drawn and how. Reads result objects; the numbers in the tooltips are those of the statistics.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from int8cli.outliers.statistics import RESIDUAL, OutlierStatistics, SiteStatistics
+from int8cli.outliers.suspects import WeightSuspects
+from int8cli.report.vega import Row, chart_of, finished, require_altair, save_chart, short, stacked
+
+MOST_DIMENSIONS = 48
+MOST_LINES = 8
+_WIDTH = 720
+_KIND_ORDER = ["norm-fed", "attention output", "second feed-forward", RESIDUAL]
+_KIND_COLORS = ["#2a78d6", "#e08a00", "#199e70", "#8a8f98"]
+_LINE_COLORS = ["#2a78d6", "#e08a00", "#199e70", "#c0392b", "#7e57c2", "#6d4c41", "#d6589f", "#5f6b7a"]
+
+
+def write_picture(statistics: OutlierStatistics | WeightSuspects, path: Path) -> None:
+    """Write the heatmap as .png or .svg, whole or not at all. Raises OutputError, MissingExtraError."""
+    require_altair()
+    chart = heatmap(statistics) if isinstance(statistics, OutlierStatistics) else suspects_heatmap(statistics)
+    save_chart(chart, path)
+
+
+def heatmap(statistics: OutlierStatistics) -> Any:
+    """Layer by dimension: the largest |x| over the norm-fed inputs, for the dimensions that reach furthest."""
+    threshold = statistics.provenance.threshold
+    charts = []
+    for stack, layers in statistics.norm_fed_layers().items():
+        rows = list(_heatmap_rows(layers))
+        title = f"Largest |x| by layer and dimension, norm-fed inputs of {stack}"
+        subtitle = (
+            f"the {len({row['dimension'] for row in rows})} dimensions that reach furthest; red from {threshold:g} on"
+        )
+        charts.append(_heatmap(rows, sorted(layers), title, subtitle, threshold))
+    return stacked(charts, "no norm-fed inputs were found")
+
+
+def suspects_heatmap(found: WeightSuspects) -> Any:
+    """The same of predictions from weights: suspects."""
+    charts = []
+    for stack in dict.fromkeys(site.stack for site in found.sites):
+        sites = [site for site in found.sites if site.stack == stack]
+        scores = torch.stack([site.score for site in sites])
+        shown = sorted(scores.amax(dim=0).topk(min(MOST_DIMENSIONS, scores.shape[1])).indices.tolist())
+        rows: list[Row] = []
+        for layer in sorted({site.layer for site in sites}):
+            members = [site for site in sites if site.layer == layer]
+            for dimension in shown:
+                best = max(members, key=lambda site: float(site.score[dimension]))
+                value = float(best.score[dimension])
+                rows.append({"layer": layer, "dimension": dimension, "value": short(value), "site": best.name})
+        layers = sorted({site.layer for site in sites})
+        title = f"Suspects: predicted magnitude by layer and dimension, {stack}"
+        charts.append(_heatmap(rows, layers, title, "from the weights alone, relative to the other dimensions", None))
+    return stacked(charts, "no norms were found")
+
+
+def features_by_layer(statistics: OutlierStatistics) -> Any:
+    """Magnitude and share of positions of the outlier features by layer; without any, of the largest dimensions."""
+    rows: list[Row] = []
+    for stack, layers in statistics.norm_fed_layers().items():
+        for dimension in _dimensions_to_follow(statistics, stack, layers):
+            for layer, sites in sorted(layers.items()):
+                best = max(sites, key=lambda site: float(site.inputs.absmax[dimension]))
+                rows.append(
+                    {
+                        "layer": layer,
+                        "dimension": str(dimension)
+                        if len(statistics.norm_fed_layers()) == 1
+                        else f"{stack} {dimension}",
+                        "largest": short(float(best.inputs.absmax[dimension])),
+                        "share": short(max(float(site.inputs.share_over[dimension]) for site in sites)),
+                        "site": best.name,
+                    }
+                )
+    alt = require_altair()
+    common = {
+        "x": alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
+        "color": alt.Color("dimension:N", title="dimension", scale=alt.Scale(range=_LINE_COLORS)),
+        "tooltip": ["layer:Q", "dimension:N", "largest:Q", alt.Tooltip("share:Q", format=".2%"), "site:N"],
+    }
+    rule = chart_of([{"y": statistics.provenance.threshold}]).mark_rule(strokeDash=[4, 4], opacity=0.6)
+    magnitude = (
+        _lines(rows)
+        .encode(y=alt.Y("largest:Q", title="largest |x|"), **common)
+        .properties(width=_WIDTH // 2 - 60, height=220, title="Magnitude")
+    )
+    share = (
+        _lines(rows)
+        .encode(
+            y=alt.Y("share:Q", title="share of positions", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            **common,
+        )
+        .properties(width=_WIDTH // 2 - 60, height=220, title="Share of positions at the threshold")
+    )
+    return finished(alt.hconcat(magnitude + rule.encode(y="y:Q"), share))
+
+
+def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
+    """The largest |x| of each kind of input by layer, on a log scale: where massive activations are."""
+    alt = require_altair()
+    furthest: dict[tuple[str | None, int, str], SiteStatistics] = {}
+    for site in statistics.sites:
+        if site.layer is not None:
+            key = (site.stack, site.layer, site.kind)
+            known = furthest.get(key)
+            if known is None or site.inputs.absmax.max() > known.inputs.absmax.max():
+                furthest[key] = site
+    rows = [
+        {
+            "layer": layer,
+            "kind": kind,
+            "line": f"{stack} {kind}",
+            "largest": short(max(float(site.inputs.absmax.max()), 1e-3)),
+            "dimension": int(site.inputs.absmax.argmax()),
+            "position": int(site.inputs.absmax_position[site.inputs.absmax.argmax()]),
+            "site": site.name,
+        }
+        for (stack, layer, kind), site in furthest.items()
+    ]
+    chart = _lines(rows).encode(
+        x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
+        y=alt.Y("largest:Q", title="largest |x|", scale=alt.Scale(type="log")),
+        color=_kind_color(rows),
+        detail="line:N",
+        tooltip=["site:N", "kind:N", "layer:Q", "dimension:Q", "position:Q", "largest:Q"],
+    )
+    return finished(chart.properties(width=_WIDTH, height=240))
+
+
+def errors_by_layer(statistics: OutlierStatistics) -> Any:
+    """The output error predicted for each linear, by layer: int8 weights alone, and vector-wise."""
+    alt = require_altair()
+    rows = [
+        {
+            "layer": site.layer,
+            "kind": site.kind,
+            "linear": linear.name,
+            "method": method,
+            "error": short(max(site.predicted_error(linear, int8_inputs=both), 1e-6)),
+        }
+        for site in statistics.linear_sites
+        if site.layer is not None
+        for linear in site.linears
+        for method, both in (("int8 weights, 16-bit inputs", False), ("vector-wise int8", True))
+    ]
+    points = (
+        chart_of(rows)
+        .mark_point(filled=True, size=34, opacity=0.75)
+        .encode(
+            x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
+            y=alt.Y("error:Q", title="relative output error", scale=alt.Scale(type="log")),
+            color=_kind_color(rows),
+            tooltip=["linear:N", "kind:N", "layer:Q", "method:N", "error:Q"],
+        )
+        .properties(width=_WIDTH // 2 - 60, height=240)
+    )
+    return finished(points.facet(column=alt.Column("method:N", title=None)))
+
+
+def _heatmap_rows(layers: dict[int, tuple[SiteStatistics, ...]]) -> Iterator[Row]:
+    absmax = torch.stack([torch.stack([s.inputs.absmax for s in layers[n]]).amax(dim=0) for n in sorted(layers)])
+    shown = sorted(absmax.amax(dim=0).topk(min(MOST_DIMENSIONS, absmax.shape[1])).indices.tolist())
+    for layer in sorted(layers):
+        for dimension in shown:
+            best = max(layers[layer], key=lambda site: float(site.inputs.absmax[dimension]))
+            yield {
+                "layer": layer,
+                "dimension": dimension,
+                "value": short(float(best.inputs.absmax[dimension])),
+                "minimum": short(float(best.inputs.minimum[dimension])),
+                "maximum": short(float(best.inputs.maximum[dimension])),
+                "share": short(float(best.inputs.share_over[dimension])),
+                "site": best.name,
+            }
+
+
+def _heatmap(rows: Sequence[Row], layers: Sequence[int], title: str, subtitle: str, threshold: float | None) -> Any:
+    """Cells of one stack. Without a threshold one ramp of blue; with one, red begins there."""
+    alt = require_altair()
+    top = max(max((row["value"] for row in rows), default=1.0), 1e-6)
+    if threshold is None:
+        scale = alt.Scale(scheme="blues", domain=[0, top])
+    else:
+        top = max(top, threshold * 2)
+        scale = alt.Scale(
+            domain=[0, threshold * 0.5, threshold * 0.999, threshold, top],
+            range=["#f4f7fb", "#b9d2ee", "#5b93d3", "#f08a5d", "#8f1d14"],
+            type="linear",
+        )
+    tooltip = ["layer:O", "dimension:O", alt.Tooltip("value:Q", title="largest |x|" if threshold else "predicted")]
+    if threshold is not None:
+        tooltip += ["minimum:Q", "maximum:Q", alt.Tooltip("share:Q", title="positions over", format=".2%")]
+    step = 13 if len(layers) <= 40 else 10
+    shown = [layer for layer in layers if len(layers) <= 40 or layer % 5 == 0]
+    return (
+        chart_of(rows)
+        .mark_rect(stroke="white", strokeWidth=0.5)
+        .encode(
+            x=alt.X("dimension:O", title="dimension", axis=alt.Axis(labelAngle=-90, labelFontSize=9)),
+            y=alt.Y("layer:O", title="layer", sort="descending", axis=alt.Axis(values=shown)),
+            color=alt.Color("value:Q", title="|x|" if threshold else "score", scale=scale),
+            tooltip=[*tooltip, "site:N"],
+        )
+        .properties(
+            width=_WIDTH,
+            height={"step": step},
+            title=alt.TitleParams(title, subtitle=subtitle, anchor="start"),
+        )
+    )
+
+
+def _dimensions_to_follow(
+    statistics: OutlierStatistics, stack: str, layers: dict[int, tuple[SiteStatistics, ...]]
+) -> list[int]:
+    """The systematic features, and with them the dimensions that reach furthest, some in all."""
+    found = [located.feature.dimension for located in statistics.features() if located.stack == stack]
+    absmax = torch.stack([site.inputs.absmax for sites in layers.values() for site in sites]).amax(dim=0)
+    largest = absmax.topk(min(MOST_LINES, absmax.numel())).indices.tolist()
+    least = len(found) if found else 4
+    return list(dict.fromkeys([*found, *largest]))[: min(MOST_LINES, max(least, 4))]
+
+
+def _kind_color(rows: Sequence[Row]) -> Any:
+    alt = require_altair()
+    shown = [kind for kind in _KIND_ORDER if any(row["kind"] == kind for row in rows)]
+    colors = [_KIND_COLORS[_KIND_ORDER.index(kind)] for kind in shown]
+    return alt.Color("kind:N", title="input", sort=shown, scale=alt.Scale(domain=shown, range=colors))
+
+
+def _lines(rows: Sequence[Row]) -> Any:
+    alt = require_altair()
+    return chart_of(rows).mark_line(point=alt.OverlayMarkDef(size=28), strokeWidth=1.5)

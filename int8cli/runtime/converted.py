@@ -1,0 +1,140 @@
+"""A model that `convert` wrote, read for evaluation: its int8 tensors, and the floats they stand for.
+
+Owns how the layouts' names and scales become `Int8Data`, and where stored outlier columns lie. Knows no method.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from int8cli.checkpoint.index import read_contents
+from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.tensor import ShardContents, TensorSpec
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
+from int8cli.llm_int8.baselines import restored_weight
+from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
+
+_WEIGHT = ".weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Data:
+    """int8 data (out, in) and float32 row_absmax (out,) of a weight, as a checkpoint holds them or as it would."""
+
+    data: Tensor
+    row_absmax: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KeptColumns:
+    """The input columns that a layer keeps exact: int64 (k,), sorted; and their weights (out, k)."""
+
+    columns: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """Where a weight's scales are, and whether they are steps, row_absmax / 127."""
+
+    name: str
+    is_step: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What of a converted model is where. `specs` are the tensors that the model is made of, without scales and marks.
+
+    `scales` are by the int8 weight's name; `sidecars` the files of stored outlier columns, empty without.
+    """
+
+    layouts: tuple[ShardContents, ...]
+    sidecars: tuple[ShardContents, ...]
+    specs: Mapping[str, TensorSpec]
+    scales: Mapping[str, _Scale]
+
+    @property
+    def kept_columns(self) -> tuple[int, ...]:
+        """How many columns each layer keeps that has any stored."""
+        stored = [tensor.spec for layout in self.sidecars for tensor in layout.tensors]
+        return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """The linear layers that are int8, by their names in the checkpoint."""
+        return frozenset(name.removesuffix(_WEIGHT) for name in self.scales)
+
+
+def find_converted(source: Source, layouts: Sequence[ShardContents]) -> Converted | None:
+    """The int8 weights of a checkpoint in one of our layouts; None where there are none."""
+    specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
+    scales: dict[str, _Scale] = {}
+    beside: set[str] = set()
+    for layout in LAYOUTS.values():
+        for name, spec in specs.items():
+            if name.endswith(_WEIGHT) and spec.dtype == "I8" and layout.scale_name(name) in specs:
+                scales[name] = _Scale(layout.scale_name(name), layout.SCALES == "step")
+                beside |= {layout.scale_name(name), *layout.marks(name)}
+    if not scales:
+        return None
+    left = {name: spec for name, spec in specs.items() if name not in beside}
+    return Converted(tuple(layouts), tuple(_sidecars(source)), left, scales)
+
+
+def _sidecars(source: Source) -> Iterable[ShardContents]:
+    for name in source.list_files():
+        if name.startswith(f"{SIDECAR_DIRECTORY}/") and name.endswith(".safetensors"):
+            with source.open(name) as file:
+                yield read_contents(file, "safetensors", name, source.size_bytes(name))
+
+
+class ConvertedTensors(CheckpointTensors):
+    """Reads a converted model as the 16-bit model that it stands for, and its int8 tensors as they are.
+
+    `dtype` is that of restored weights; those of `transposed` modules are given (in, out), as Conv1D wants them.
+    """
+
+    def __init__(self, source: Source, converted: Converted) -> None:
+        super().__init__(source, (*converted.layouts, *converted.sidecars))
+        self._scales = converted.scales
+        self._known = {stored.spec.name for layout in converted.sidecars for stored in layout.tensors}
+        self.dtype = torch.float32
+        self.transposed: frozenset[str] = frozenset()
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._scales:
+            return super().read(name)
+        module = name.removesuffix(_WEIGHT)
+        stored = self.int8(module)
+        weight = restored_weight(stored.data, stored.row_absmax, self.dtype)
+        return weight.t().contiguous() if module in self.transposed else weight
+
+    def map(self, name: str) -> Tensor:
+        return self.read(name) if name in self._scales else super().map(name)
+
+    def names_of(self, modules: Iterable[str]) -> list[str]:
+        """The tensors that are read for these linear layers, one of each file they lie in."""
+        found = []
+        for module in modules:
+            found.append(f"{module}{_WEIGHT}")
+            if outlier_cols_name(module) in self._known:
+                found.append(outlier_cols_name(module))
+        return found
+
+    def int8(self, module: str) -> Int8Data:
+        """The int8 data and row_absmax of a linear layer."""
+        name = f"{module}{_WEIGHT}"
+        scale = self._scales[name]
+        values = super().read(scale.name).float().reshape(-1)
+        return Int8Data(super().read(name), values * INT8_MAX if scale.is_step else values)
+
+    def kept(self, module: str) -> KeptColumns | None:
+        """The outlier columns stored for a linear layer, if there are any."""
+        columns = outlier_cols_name(module)
+        if columns not in self._known:
+            return None
+        return KeptColumns(super().read(columns).long(), super().read(outlier_weight_name(module)))
