@@ -9,7 +9,7 @@ from int8cli.estimate.kv_cache import DTYPE_BYTES
 from int8cli.estimate.weights import Weights
 from int8cli.report.memory import MemoryReport, total_bytes
 
-MEMORY_SCHEMA = "int8cli.estimate.estimate/1"
+MEMORY_SCHEMA = "int8cli.memory/1"
 
 
 def memory_to_json(report: MemoryReport) -> dict[str, Any]:

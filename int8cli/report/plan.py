@@ -16,7 +16,7 @@ from int8cli.report.stored import columns_word, percent_more, told_by
 from int8cli.report.text import printable
 from int8cli.report.units import counted, human_bytes, human_count
 
-PLAN_SCHEMA = "int8cli.planning.plan/1"
+PLAN_SCHEMA = "int8cli.plan/1"
 
 
 @dataclass(frozen=True, slots=True)
