@@ -3,8 +3,8 @@
     python scripts/make_pictures.py                         all of them
     python scripts/make_pictures.py recording benchmark     these
 
-`recording` records a conversion of the demo model as it happens, `evaluation` and `outliers` are pictures that the
-commands themselves write of it (`make demo` makes the model), and `benchmark` draws the figures of docs/benchmarks.json.
+`recording` records a conversion of the demo model as it happens. `evaluation` and `outliers` are pictures that the
+commands themselves write of that model, which `make demo` makes. `benchmark` draws the figures of docs/benchmarks.json.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recording import record, to_svg
+from slim_svg import slimmed
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
@@ -36,20 +37,23 @@ def draw_recording(path: Path) -> None:
 
 
 def draw_evaluation(path: Path) -> None:
-    """Perplexity by method and output error by layer, on the text and number of tokens that evaluate takes by default."""
+    """Perplexity by method and output error by layer, on the text and tokens that evaluate takes by default."""
     _run("evaluate", MODEL, "--quiet", "--output", path)
+    path.write_text(slimmed(path.read_text()))
 
 
 def draw_outliers(path: Path) -> None:
     """Outlier features by layer, as a heatmap."""
     _run("inspect-outliers", MODEL, "--quiet", "--output", path)
+    path.write_text(slimmed(path.read_text()))
 
 
 def draw_benchmark(path: Path) -> None:
     """Time and peak memory of each converter, as bars."""
-    from int8cli.report.vega import finished, require_altair, save_chart
+    import altair as alt
 
-    alt = require_altair()
+    from int8cli.report.vega import finished, save_chart
+
     figures = json.loads(FIGURES.read_text())
     peers = figures["peers"]
     panels = [
@@ -64,7 +68,8 @@ def draw_benchmark(path: Path) -> None:
 
 def _bars(runs: list[Mapping[str, Any]], figure: str, title: str, form: str) -> Any:
     """A panel: one bar for each converter, in the order of the file, with its figure written at its end."""
-    alt = require_altair_chart()
+    import altair as alt
+
     rows = [
         {"name": f"{run['name']}, {run['options']}", "value": run[figure], "ours": run["ours"], "place": place}
         for place, run in enumerate(runs)
@@ -78,12 +83,6 @@ def _bars(runs: list[Mapping[str, Any]], figure: str, title: str, form: str) -> 
     bars = base.mark_bar(height=15).encode(color=color)
     figures = base.mark_text(align="left", dx=4).encode(text=alt.Text("value:Q", format=form))
     return (bars + figures).properties(width=430, height=alt.Step(22))
-
-
-def require_altair_chart() -> Any:
-    from int8cli.report.vega import require_altair
-
-    return require_altair()
 
 
 def _run(*arguments: str | Path) -> None:
@@ -100,9 +99,14 @@ PICTURES: Mapping[str, Callable[[Path], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", nargs="*", choices=[*PICTURES, []], help="all if none is named")
+    parser.add_argument(
+        "pictures", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)}; all if none is named"
+    )
+    wanted = parser.parse_args().pictures or list(PICTURES)
+    if unknown := sorted(set(wanted) - set(PICTURES)):
+        parser.error(f"there is no picture {', '.join(unknown)}")
     IMAGES.mkdir(parents=True, exist_ok=True)
-    for name in parser.parse_args().pictures or PICTURES:
+    for name in wanted:
         path = IMAGES / f"{name}.svg"
         PICTURES[name](path)
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size:,} bytes", flush=True)

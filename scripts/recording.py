@@ -1,5 +1,6 @@
 """A command recorded line by line as it runs, and the recording as an SVG that plays once and then stands still."""
 
+import io
 import os
 import re
 import subprocess
@@ -23,8 +24,26 @@ PROGRESS = re.compile(r"^block \d+/\d+ ")
 THEME = TerminalTheme(
     (22, 27, 34),
     (230, 237, 243),
-    [(72, 79, 88), (255, 123, 114), (63, 185, 80), (210, 153, 34), (88, 166, 255), (188, 140, 255), (57, 197, 207), (177, 186, 196)],
-    [(110, 118, 129), (255, 161, 152), (86, 211, 100), (227, 179, 65), (121, 192, 255), (210, 168, 255), (86, 212, 221), (240, 246, 252)],
+    [
+        (72, 79, 88),
+        (255, 123, 114),
+        (63, 185, 80),
+        (210, 153, 34),
+        (88, 166, 255),
+        (188, 140, 255),
+        (57, 197, 207),
+        (177, 186, 196),
+    ],
+    [
+        (110, 118, 129),
+        (255, 161, 152),
+        (86, 211, 100),
+        (227, 179, 65),
+        (121, 192, 255),
+        (210, 168, 255),
+        (86, 212, 221),
+        (240, 246, 252),
+    ],
 )
 
 
@@ -59,7 +78,7 @@ def to_svg(command: str, lines: Sequence[Line]) -> str:
     What does not animate SVG shows the last state. It fetches no font.
     """
     shown = list(_shortened([Line(f"\x1b[1m$ {command}\x1b[0m", 0.0), *lines]))
-    console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), color_system="truecolor", legacy_windows=False)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", legacy_windows=False)
     rows = []
     for line in shown:
         wrapped = Text.from_ansi(line.text).wrap(console, WIDTH)

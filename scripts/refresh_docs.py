@@ -11,7 +11,8 @@ A block of output stands between two comments; the first says what to run:
 
 `lines` picks lines of the output by number, 1 being the first ("last" is the last); what is left out shows as `…`.
 `stderr: yes` shows progress as well. `without` names a directory below demo/ that is deleted before the command runs,
-so that a conversion is shown from its start. Commands run from the root of the repository, in the order in which they
+so that a conversion is shown from its start. `run` is a command to run instead, where the one that is shown would need
+the Hub. Commands run from the root of the repository, in the order in which they
 stand; one that stands several times runs once. They need the model that `make demo` makes.
 
     python scripts/refresh_docs.py            all pages
@@ -28,7 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BLOCK = re.compile(r"(?P<head><!-- output: (?P<fields>.*?) -->\n)(?P<body>.*?)(?P<end><!-- end of output -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<head><!-- output: (?P<fields>.*?) -->\n)(?P<body>.*?)(?P<end><!-- end of output -->)", re.DOTALL
+)
 OMITTED = "…"
 LIMIT_S = 1800
 
@@ -41,18 +44,19 @@ class Shown:
     lines: str
     stderr: bool
     without: str
+    run: str
 
     @classmethod
     def of(cls, fields: str) -> "Shown":
         """Read the fields of a comment. Raises ValueError for one that is not known."""
         command, *others = (line.strip() for line in fields.splitlines())
-        values = {"lines": "1-last", "stderr": "no", "without": ""}
+        values = {"lines": "1-last", "stderr": "no", "without": "", "run": command}
         for line in others:
             name, _, value = line.partition(": ")
             if name not in values:
                 raise ValueError(f"output of {command!r}: there is no field {name!r}")
             values[name] = value.strip()
-        return cls(command, values["lines"], values["stderr"] == "yes", values["without"])
+        return cls(command, values["lines"], values["stderr"] == "yes", values["without"], values["run"])
 
 
 def pages() -> list[Path]:
@@ -83,7 +87,7 @@ def run(shown: Shown) -> list[str]:
         shutil.rmtree(ROOT / "demo" / Path(shown.without).name, ignore_errors=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     result = subprocess.run(
-        shown.command,
+        shown.run,
         shell=True,
         cwd=ROOT,
         env={**os.environ, "PATH": path, "COLUMNS": "80", "NO_COLOR": "1"},
@@ -104,9 +108,9 @@ class Outputs:
         self._outputs: dict[tuple[str, bool], list[str]] = {}
 
     def of(self, shown: Shown) -> list[str]:
-        key = (shown.command, shown.stderr)
+        key = (shown.run, shown.stderr)
         if key not in self._outputs:
-            print(f"$ {shown.command}", file=sys.stderr, flush=True)
+            print(f"$ {shown.run}", file=sys.stderr, flush=True)
             self._outputs[key] = run(shown)
         return self._outputs[key]
 

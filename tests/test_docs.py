@@ -17,6 +17,7 @@ from int8cli.cli import app
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from recording import Line, record, to_svg  # noqa: E402
 from refresh_docs import blocks_of, picked  # noqa: E402
 
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
@@ -132,6 +133,24 @@ def test_lines_are_picked_and_the_rest_is_marked() -> None:
         picked(output, "5-9")
 
 
+def test_a_recording_has_every_line_when_it_came_and_fetches_nothing() -> None:
+    program = "import time; print('first', flush=True); time.sleep(0.2); print('\\x1b[1msecond\\x1b[0m')"
+    first, second = record([sys.executable, "-c", program], ROOT, 60)
+    assert (first.text, second.text) == ("first", "\x1b[1msecond\x1b[0m")
+    assert first.seconds < second.seconds
+    svg = to_svg("program", [first, second])
+    assert re.findall(r">(\$&#160;program|first|second)<", svg) == ["$&#160;program", "first", "second"]
+    assert svg.count("animation: appear") == 2
+    assert "url(http" not in svg
+
+
+def test_a_recording_shortens_progress_and_says_so() -> None:
+    blocks = [Line(f"block {number}/9 h.{number} in 1.0 s", float(number)) for number in range(1, 10)]
+    svg = to_svg("program", [*blocks, Line("done", 10.0)])
+    assert [f"{number}/9" in svg for number in range(1, 10)] == [True, *[False] * 7, True]
+    assert ">…<" in svg
+
+
 def test_every_schema_is_on_the_page_of_formats() -> None:
     page = (ROOT / "docs" / "output-format.md").read_text()
     sources = [path.read_text() for path in (ROOT / "int8cli").rglob("*.py")]
@@ -164,3 +183,13 @@ def test_python_examples_run(page: Path, tmp_path: Path) -> None:
     environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_page_on_architecture_names_every_folder_and_only_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    package = ROOT / "int8cli"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {folder for folder in folders if f"| `{folder}` |" not in page} == set()
+    files = set(re.findall(r"(?<![\w/])((?:[a-z0-9_]+/)+[a-z0-9_]+\.py)", page)) - {"tests/test_house.py"}
+    assert len(files) > 15
+    assert {file for file in files if not (package / file).is_file()} == set()
