@@ -116,6 +116,11 @@ def _animated(svg: str, rows: Sequence[float]) -> str:
         if seconds
     ]
     style = "\n".join(
-        ["@keyframes appear { from { visibility: hidden } }", "@media not (prefers-reduced-motion) {", *rules, "}"]
+        [
+            "@keyframes appear { from { visibility: hidden } }",
+            "@media (prefers-reduced-motion: no-preference) {",
+            *rules,
+            "}",
+        ]
     )
     return svg.replace("</style>", f"{style}\n</style>", 1)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from recording import Line, record, to_svg  # noqa: E402
 from refresh_docs import blocks_of, picked  # noqa: E402
+from slim_svg import slimmed  # noqa: E402
 
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")))
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -149,6 +150,17 @@ def test_a_recording_shortens_progress_and_says_so() -> None:
     svg = to_svg("program", [*blocks, Line("done", 10.0)])
     assert [f"{number}/9" in svg for number in range(1, 10)] == [True, *[False] * 7, True]
     assert ">…<" in svg
+
+
+def test_a_slim_picture_rounds_coordinates_only_and_describes_a_repeated_mark_once() -> None:
+    marks = "".join(f'<path transform="translate({x}.128,1)" d="M4.1833,0Z" fill="red"/>' for x in range(6))
+    svg = slimmed(
+        f'<svg width="9"><g aria-label="point">{marks}<text opacity="0.123">0.003 and 1.2345</text></g></svg>'
+    )
+    assert svg.startswith('<svg width="9"><defs><path id="m0" d="M4.2,0Z" fill="red"/></defs><g><use href="#m0" ')
+    assert svg.count("<use ") == 6
+    assert 'transform="translate(5.1,1)"' in svg
+    assert '<text opacity="0.123">0.003 and 1.2345</text>' in svg
 
 
 def test_every_schema_is_on_the_page_of_formats() -> None:
