@@ -120,7 +120,10 @@ def refreshed(text: str, outputs: Outputs) -> str:
 
     def replaced(match: re.Match[str]) -> str:
         shown = Shown.of(match["fields"])
-        lines = [f"$ {shown.command}", *picked(outputs.of(shown), shown.lines)]
+        try:
+            lines = [f"$ {shown.command}", *picked(outputs.of(shown), shown.lines)]
+        except ValueError as error:
+            raise SystemExit(f"$ {shown.command}\n{error}: the fields of its comment need new numbers") from error
         return "\n".join([f"{match['head']}```console", *lines, "```", match["end"]])
 
     return BLOCK.sub(replaced, text)
