@@ -22,6 +22,20 @@ def hold(descriptor: int, in_use: str, hint: str) -> None:
         raise OutputInUseError(in_use, hint=hint) from error
 
 
+def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
+    """Raise OutputInUseError, saying `in_use`, if a process holds the lock on a file or directory; take none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputInUseError(in_use, hint=hint) from error
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def locked(output: Path, own: Path) -> Iterator[int]:
     """Hold an output directory for one run, by a lock on `own`, a directory in it, which leaves no file.
