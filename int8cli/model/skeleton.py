@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, UnsupportedModelError
 from int8cli.model.extra import require_transformers
 
 FROM_WEIGHTS_HINT = "--from weights works without running the model."
 _RESIDENT_TABLE_BYTES = 16 << 20
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +271,7 @@ def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
     for spec in specs.values():
         if spec.dtype in totals:
             totals[spec.dtype] += spec.numel
-    return _TORCH_DTYPES[max(sorted(totals), key=lambda dtype: totals[dtype])]
+    return TORCH_DTYPES[max(sorted(totals), key=lambda dtype: totals[dtype])]
 
 
 def _find_units(model: nn.Module) -> Iterator[tuple[str, str | None, int | None]]:

@@ -151,7 +151,12 @@ def _check_against(
     yield check_source(source, survey, conversion)
     sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
     observer.pass_started("compared", {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
-    yield from check_weights(directory, source, survey, conversion, records, options, observer.pass_progressed)
+    outputs = {shard.file: shard.output for shard in conversion.shards}
+
+    def compared(shard: str, tensor: str, count: int) -> None:
+        observer.pass_progressed(outputs[shard], count)
+
+    yield from check_weights(directory, source, survey, conversion, records, options, compared)
     yield check_copies(directory, source, survey)
 
 
