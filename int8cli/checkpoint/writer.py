@@ -1,18 +1,17 @@
 """Writing output files so that a final name only ever stands for a whole, durable file.
 
-Owns the order of write, fsync and rename, and what a full or read-only disk looks like to the user.
+Owns the order of write, fsync and rename.
 """
 
 import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
+from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.reader import FileReader
-from int8cli.errors import DiskSpaceError, OutputError
 
 _COPY_BYTES = 1 << 20
 # How much is written before the disk is told to begin. Measured: an fsync then finds next to nothing left to do, and
@@ -29,11 +28,11 @@ class ShardWriter:
 
     def __init__(self, partial: Path, total_bytes: int) -> None:
         self.partial = partial
-        with _disk_errors(partial, total_bytes):
+        with disk_errors(partial, total_bytes):
             partial.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with _disk_errors(partial, total_bytes):
+            with disk_errors(partial, total_bytes):
                 _reserve(self._descriptor, total_bytes)
             self._written_bytes = 0
         except BaseException:
@@ -42,7 +41,7 @@ class ShardWriter:
 
     def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
         view = memoryview(data)
-        with _disk_errors(self.partial, len(view)):
+        with disk_errors(self.partial, len(view)):
             while view:
                 count = os.pwrite(self._descriptor, view, offset_bytes)
                 offset_bytes, view = offset_bytes + count, view[count:]
@@ -53,7 +52,7 @@ class ShardWriter:
 
     def commit(self, final: Path) -> None:
         """Make the file durable, then give it its name. Replaces what stands there."""
-        with _disk_errors(final, 0):
+        with disk_errors(final, 0):
             final.parent.mkdir(parents=True, exist_ok=True)
             os.fsync(self._descriptor)
             _write_out(self._descriptor)
@@ -74,7 +73,7 @@ class ShardWriter:
 def write_file(final: Path, data: bytes) -> None:
     """Write a small file whole or not at all: aside, fsync, rename, fsync of the directory."""
     partial = final.with_name(f".{final.name}.partial")
-    with _disk_errors(final, len(data)):
+    with disk_errors(final, len(data)):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
@@ -94,7 +93,7 @@ def copy_file(source: Path, final: Path) -> str:
     sha256 = hashlib.sha256()
     original = FileReader(source)
     size_bytes = source.stat().st_size
-    with closing(original), _disk_errors(final, size_bytes):
+    with closing(original), disk_errors(final, size_bytes):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as copy:
@@ -152,20 +151,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(path: Path, wanted_bytes: int) -> Iterator[None]:
-    """Turn the errors of a disk into errors of this tool."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskSpaceError(
-                f"{path}: no room on the disk for {wanted_bytes:,} bytes more ({error.strerror})",
-                hint="Finished shards are kept: make room and run the same command again to go on.",
-            ) from error
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror})",
-            hint="Choose a directory you may write to with --output.",
-        ) from error
