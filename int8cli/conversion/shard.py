@@ -18,7 +18,8 @@ from int8cli.planning.layouts import Layout
 from int8cli.planning.output_files import OutputShard, output_specs
 from int8cli.planning.plan import Decision
 from int8cli.records.store import FileRecord, ShardRecord, TensorRecord
-from int8cli.results.conversion import NOTHING_STORED, LayerReport, StoredColumns
+from int8cli.results.conversion import LayerReport
+from int8cli.results.stored_columns import NOTHING_STORED, StoredColumns
 from int8cli.workers.processes import OnBytes
 
 

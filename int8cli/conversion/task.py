@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from int8cli.checkpoint.index import WeightFormat
+from int8cli.checkpoint.file_kinds import WeightFormat
 from int8cli.planning.output_files import OutputShard
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.records.store import ShardSource
-from int8cli.results.conversion import StoredColumns
+from int8cli.results.stored_columns import StoredColumns
 
 
 @dataclass(frozen=True, slots=True)

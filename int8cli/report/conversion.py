@@ -13,14 +13,12 @@ from int8cli.report.text import broken_at_dots, printable
 from int8cli.report.units import counted, decibels, human_bytes, human_count
 from int8cli.results.conversion import (
     ConversionReport,
-    ErrorBasis,
     LayerReport,
-    StoredColumn,
-    StoredSummary,
     TensorGroup,
     summarize_kinds,
     worst_by_output_error,
 )
+from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSummary
 
 WORST_LAYERS = 10
 # What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
