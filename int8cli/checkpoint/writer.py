@@ -7,8 +7,10 @@ import errno
 import hashlib
 import os
 import shutil
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.reader import FileReader
@@ -71,13 +73,37 @@ class ShardWriter:
 
 
 def write_file(final: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: aside, fsync, rename, fsync of the directory."""
+    """Write a small file whole or not at all."""
+    with _new_file(final, len(data)) as file:
+        file.write(data)
+
+
+def copy_file(source: Path, final: Path) -> str:
+    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
+    sha256 = hashlib.sha256()
+    with closing(FileReader(source)) as original:
+        size_bytes = source.stat().st_size
+        with _new_file(final, size_bytes) as copy:
+            for start in range(0, size_bytes, _COPY_BYTES):
+                piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
+                original.read_into(start, piece)
+                sha256.update(piece)
+                copy.write(piece)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def _new_file(final: Path, size_bytes: int) -> Iterator[BinaryIO]:
+    """A file to be written in this context, and given its name after it: aside, fsync, rename, fsync of the directory.
+
+    Left by an error, it leaves nothing. Raises DiskSpaceError, OutputError.
+    """
     partial = final.with_name(f".{final.name}.partial")
-    with disk_errors(final, len(data)):
+    with disk_errors(final, size_bytes):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, final)
@@ -85,31 +111,6 @@ def write_file(final: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         _sync_directory(final.parent)
-
-
-def copy_file(source: Path, final: Path) -> str:
-    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
-    partial = final.with_name(f".{final.name}.partial")
-    sha256 = hashlib.sha256()
-    original = FileReader(source)
-    size_bytes = source.stat().st_size
-    with closing(original), disk_errors(final, size_bytes):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as copy:
-                for start in range(0, size_bytes, _COPY_BYTES):
-                    piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
-                    original.read_into(start, piece)
-                    sha256.update(piece)
-                    copy.write(piece)
-                copy.flush()
-                os.fsync(copy.fileno())
-            os.replace(partial, final)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_directory(final.parent)
-    return sha256.hexdigest()
 
 
 def existing_parent(directory: Path) -> Path:
