@@ -21,7 +21,8 @@ from int8cli.planning.plan import Decision, PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.records.store import FROM_ACTIVATIONS, Settings
 from int8cli.report.card import render_card
-from int8cli.results.conversion import ConversionReport, StoredColumn, StoredColumns
+from int8cli.results.conversion import ConversionReport
+from int8cli.results.stored_columns import StoredColumn, StoredColumns
 
 
 @dataclass(frozen=True)

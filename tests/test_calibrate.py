@@ -19,7 +19,7 @@ from int8cli.errors import (
     TextError,
     UnsupportedModelError,
 )
-from int8cli.llm_int8.outliers import InputStatistics
+from int8cli.llm_int8.inputs import InputStatistics
 from int8cli.model.observer import CalibrationObserver
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.strands import Strand
@@ -193,8 +193,8 @@ def test_statistics_are_those_of_the_whole_models_inputs(tmp_path: Path) -> None
 
 
 def calibrate_inputs(directory: Path) -> list[dict[str, torch.Tensor]]:
+    from int8cli.model.config import read_config
     from int8cli.model.sampling import Sampling
-    from int8cli.model.skeleton import read_config
     from int8cli.model.text import sequences_of
 
     return sequences_of(some_text(), directory, read_config(directory), Sampling(32, 16, 0))

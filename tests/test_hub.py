@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 from hub_stand_in import Fault, HubStandIn, commit_of
 
-from int8cli.checkpoint.hub import HubOptions, HubSource
+from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.locate import open_source
-from int8cli.checkpoint.transfer import RetryPolicy
 from int8cli.errors import (
     AccessDeniedError,
     CorruptShardError,
@@ -357,7 +356,7 @@ def test_a_full_disk_is_told(hub, tmp_path):
     part = source._aside(SHARD).with_name(f"{SHARD}.incomplete")
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
-    with pytest.raises(DiskSpaceError, match=r"disk is full.*safetensors"):
+    with pytest.raises(DiskSpaceError, match=r"safetensors.*: no room on the disk"):
         fetched(source, SHARD)
 
 

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from int8cli.checkpoint.locate import open_source
-from int8cli.verify import Verification, VerifyObserver, VerifyOptions, verify
+from int8cli.results.verification import Verification
+from int8cli.verify import VerifyObserver, VerifyOptions, verify
 
 
 def verified(directory: Path, source: Path | None = None) -> Verification:

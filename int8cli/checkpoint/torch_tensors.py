@@ -13,25 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from int8cli.checkpoint.digest import sha256_of
+from int8cli.checkpoint.digest import require_published, sha256_of
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
-from int8cli.errors import CheckpointError, DigestMismatchError
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+from int8cli.errors import CheckpointError
 
 
 class ShardTensors:
@@ -131,19 +119,16 @@ def _fetched_as_published(source: Source, layout: ShardContents) -> Iterator[Loc
     """A shard, transferred once more if it is not what the Hub published. Raises DigestMismatchError if it never is."""
     with ExitStack() as stack:
         local = stack.enter_context(source.fetch(layout.file_name))
-        if not _is_as_published(local):
+        if _sha256_of(local) != local.sha256:
             source.discard(layout.file_name)
             local = stack.enter_context(source.fetch(layout.file_name))
-            if not _is_as_published(local):
-                raise DigestMismatchError(
-                    f"{layout.file_name}: its sha256 is not the one that the Hub published ({local.sha256})",
-                    hint="Run the same command again; if it comes back, the network or this disk alters data.",
-                )
+            require_published(layout.file_name, local, _sha256_of(local))
         yield local
 
 
-def _is_as_published(local: LocalFile) -> bool:
-    return local.sha256 is None or sha256_of(local.path) == local.sha256
+def _sha256_of(local: LocalFile) -> str | None:
+    """The file's own, where there is a published one to compare it with."""
+    return sha256_of(local.path) if local.sha256 is not None else None
 
 
 class CheckpointTensors:
@@ -251,6 +236,6 @@ def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
 
 
 def _dtype_of(stored: StoredTensor) -> torch.dtype:
-    if stored.spec.dtype not in _DTYPES:
+    if stored.spec.dtype not in TORCH_DTYPES:
         raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a type that no model is run in")
-    return _DTYPES[stored.spec.dtype]
+    return TORCH_DTYPES[stored.spec.dtype]

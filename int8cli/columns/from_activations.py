@@ -26,7 +26,7 @@ from int8cli.outliers.cost import arithmetic_s
 from int8cli.outliers.statistics import SiteStatistics
 from int8cli.planning.survey import CONFIG_FILE, Survey
 from int8cli.records.store import FROM_ACTIVATIONS, Settings
-from int8cli.results.conversion import StoredColumns
+from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 
 

@@ -14,13 +14,13 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import RunTask, TakeShard
 from int8cli.errors import StatisticsMismatchError
-from int8cli.llm_int8.outliers import choose_columns, predicted_output_error
+from int8cli.llm_int8.columns import choose_columns, predicted_output_error
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
-from int8cli.results.conversion import RelativeOutputError, StoredColumn, StoredColumns
+from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 
 def strategy_from_statistics(

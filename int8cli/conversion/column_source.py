@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from int8cli.checkpoint.source import LocalFile
-from int8cli.results.conversion import StoredColumns
+from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
 TakeShard = Callable[[str, LocalFile], None]

@@ -15,6 +15,7 @@ from heapq import nlargest
 from pathlib import Path
 from typing import Literal
 
+from int8cli.checkpoint.digest import require_published
 from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.writer import copy_file
@@ -24,7 +25,6 @@ from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import (
     CANNOT_CALIBRATE,
-    CorruptShardError,
     DigestMismatchError,
     DiskSpaceError,
     UnsupportedModelError,
@@ -203,7 +203,7 @@ class _ShardLoop:
         self._waiting.remove(task)
         self._observer.shard_started(shard)
         stored = self._columns.columns_of(shard, local, self._run_task)
-        task = self._with_threads(replace(task, stored=stored), 1.0)
+        task = self._with_threads(task.storing(stored), 1.0)
         record = _convert_shard(task, local, self._observer.progressed)
         self._store.add(record)
         self._records[shard] = record
@@ -215,7 +215,7 @@ class _ShardLoop:
         if self._waiting:
             self._source.prefetch(self._waiting[0].source.file)
         self._observer.shard_started(task.source.file)
-        task = replace(task, stored=self._columns.columns_of(task.source.file, local, self._run_task))
+        task = task.storing(self._columns.columns_of(task.source.file, local, self._run_task))
         task = self._with_threads(task, task.tensor_bytes / max(1, self._bytes_beside() + task.tensor_bytes))
         self._under_way[self._executor.submit(partial(_convert_shard, task, local))] = (task, held)
 
@@ -266,21 +266,15 @@ def _convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shar
 def _task(
     shard: ShardSource, survey: Survey, settings: Settings, options: ConvertOptions, store: RecordStore
 ) -> ShardTask:
-    layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
-    own = tuple(survey.decisions[stored.spec.name] for stored in layout.tensors)
     via_half = settings.float32 == VIA_FLOAT16
+    keep_non_finite = options.on_nonfinite == "keep"
     return ShardTask(
         source=shard,
         weight_format=survey.weights.format,
-        layout=layout,
-        plan=replace(survey.plan, decisions=own),
-        output=options.output / shard.output,
+        planned=survey.planned(shard.file),
+        directory=options.output,
         partial=store.partial_directory / shard.output,
-        options=PassOptions(
-            options.threads, options.device, via_half, options.on_nonfinite == "keep", settings.figures
-        ),
-        target=settings.layout,
-        sidecar=options.output / sidecar.file_name if (sidecar := survey.sidecars.get(shard.file)) else None,
+        options=PassOptions(options.threads, options.device, via_half, keep_non_finite, settings.figures),
     )
 
 
@@ -308,12 +302,11 @@ def _require_room(
 def _copy_file(source: Source, file_name: str, output: Path) -> None:
     with source.fetch(file_name) as local:
         sha256 = copy_file(local.path, output / file_name)
-    if local.sha256 is not None and sha256 != local.sha256:
+    try:
+        require_published(file_name, local, sha256)
+    except DigestMismatchError:
         (output / file_name).unlink(missing_ok=True)
-        raise CorruptShardError(
-            f"{file_name}: its sha256 is not the one that the Hub published ({local.sha256})",
-            hint="Run the same command again.",
-        )
+        raise
 
 
 def _keep_what_leads_to_the_weights(source: Source, survey: Survey) -> None:

@@ -12,7 +12,7 @@ from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import SourceError, UnsupportedModelError
-from int8cli.llm_int8.outliers import THRESHOLD
+from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import CONFIG_FILE, Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import hold
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import OutputError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
 
 _RECORD = "record.json"
@@ -125,13 +125,9 @@ class KeptStates:
 
 def _lock(directory: Path) -> int:
     """Hold the directory for this process. Raises OutputInUseError where another holds it."""
-    try:
+    with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OutputError(
-            f"{directory} cannot be written ({error.strerror})", hint="Choose another directory with --work-dir."
-        ) from error
     hold(
         descriptor,
         f"another int8cli is running this model, and keeps its state in {directory}",

@@ -1,50 +1,25 @@
-"""A transformers model without its weights: built from config.json on the meta device, and cut into units.
+"""A transformers model without its weights: built from config.json on the meta device, and filled unit by unit.
 
 Owns everything that depends on how transformers builds a model and names its weights; the only module that reaches into
-`transformers.core_model_loading`. No code but transformers' own is ever run: a config that asks for remote code is
-refused.
+`transformers.core_model_loading`.
 """
 
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, UnsupportedModelError
-from int8cli.model.extra import require_transformers
+from int8cli.model.config import FROM_WEIGHTS_HINT, dtype_of, model_class_of, read_config
+from int8cli.model.units import Unit, find_units, resident_weights
 
-FROM_WEIGHTS_HINT = "--from weights works without running the model."
 _RESIDENT_TABLE_BYTES = 16 << 20
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A part of the model whose weights are in memory together: a block, or one module outside of the blocks.
-
-    `stack` and `index` place a block in its list (`model.layers`, 11); a module outside has None. `sources` are the
-    checkpoint's tensors that its weights are made of, `targets` the parameters they become. `mapped` units are not
-    read: their file is mapped, since only rows of an embedding are ever looked up.
-    """
-
-    name: str
-    stack: str | None
-    index: int | None
-    targets: tuple[str, ...]
-    sources: tuple[str, ...]
-    weight_bytes: int
-    mapped: bool
-
-    @property
-    def is_block(self) -> bool:
-        return self.stack is not None
 
 
 class Skeleton:
@@ -62,13 +37,13 @@ class Skeleton:
         for source, target in self._target_of.items():
             self._sources_of.setdefault(target, []).append(source)
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        units = [self._unit(*found, specs) for found in _find_units(model)]
+        units = [self._unit(*found, specs) for found in find_units(model)]
         # Small tables stay: some models (DeBERTa) take the weight of one without calling the module.
         head = self.output_head()
         tables = [unit for unit in units if unit.mapped and self.module(unit) is not head]
         small = [unit for unit in tables if unit.weight_bytes <= _RESIDENT_TABLE_BYTES]
         self.units = tuple(unit for unit in units if unit not in small)
-        resident = [*_resident_weights(model), *(target for unit in small for target in unit.targets)]
+        resident = [*resident_weights(model), *(target for unit in small for target in unit.targets)]
         resident = [name for name in resident if self._parameter(name).is_meta]
         self.resident = Unit("", None, None, tuple(resident), self._sources(resident), 0, False)
 
@@ -217,107 +192,6 @@ def _computed_weights(model: Any) -> set[str]:
     patterns = model._keys_to_ignore_on_load_missing or ()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name for name in model.state_dict() if name not in tied and any(re.search(p, name) for p in patterns)}
-
-
-def read_config(directory: Path) -> Any:
-    """The directory's config.json as transformers reads it, never with code of the model's own."""
-    require_transformers()
-    from transformers import AutoConfig, PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if not (directory / "config.json").is_file():
-        raise UnsupportedModelError(
-            "there is no config.json, so the model cannot be built", hint=f"Add it, or: {FROM_WEIGHTS_HINT}"
-        )
-    raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
-    model_type = raw.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        asks = "asks for code of its own (trust_remote_code), which is never run" if "auto_map" in raw else ""
-        raise UnsupportedModelError(
-            f"the installed transformers does not know the model type {model_type!r}"
-            + (f"; its config.json {asks}" if asks else ""),
-            hint=f"A newer transformers may know it. {FROM_WEIGHTS_HINT}",
-        )
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"transformers does not accept this config.json: {error!s:.300}", hint=FROM_WEIGHTS_HINT
-        ) from error
-
-
-def model_class_of(config: Any) -> Any:
-    """The class that a config names, or the bare model of its type. Raises UnsupportedModelError."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    for architecture in config.architectures or ():
-        found = getattr(transformers, architecture, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    if type(config) in MODEL_MAPPING:
-        found = MODEL_MAPPING[type(config)]
-        return found[0] if isinstance(found, (list, tuple)) else found
-    raise UnsupportedModelError(
-        f"transformers has no model for {config.architectures or config.model_type}", hint=FROM_WEIGHTS_HINT
-    )
-
-
-def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
-    """The dtype of the weights: what the config says, as transformers' `dtype="auto"` has it, or what most are."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    totals = dict.fromkeys(QUANTIZABLE_DTYPES, 0)
-    for spec in specs.values():
-        if spec.dtype in totals:
-            totals[spec.dtype] += spec.numel
-    return _TORCH_DTYPES[max(sorted(totals), key=lambda dtype: totals[dtype])]
-
-
-def _find_units(model: nn.Module) -> Iterator[tuple[str, str | None, int | None]]:
-    """Name, stack and index of each unit: the members of the outermost lists of layers, then what lies outside.
-
-    Outside, a unit is the outermost module with weights of its own; one with blocks inside it keeps its own weights
-    resident instead.
-    """
-    blocks: dict[str, tuple[str, int]] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{block}.") for block in blocks)
-        if isinstance(module, nn.ModuleList) and not inside and _holds_layers(module):
-            for index, child in enumerate(module):
-                if any(True for _ in child.parameters()):
-                    blocks[f"{name}.{index}"] = (name, index)
-    outside: list[str] = []
-    for name, module in model.named_modules():
-        if name in blocks:
-            yield name, *blocks[name]
-        elif not any(name.startswith(f"{taken}.") for taken in (*blocks, *outside)):
-            owns = any(True for _ in module.parameters(False)) or _persistent_buffers(module)
-            if owns and not _has_below(name, blocks):
-                outside.append(name)
-                yield name, None, None
-
-
-def _holds_layers(modules: nn.ModuleList) -> bool:
-    """A list of layers, not one of embeddings or norms."""
-    return any(len(list(child.modules())) > 1 for child in modules)
-
-
-def _has_below(name: str, blocks: Mapping[str, object]) -> bool:
-    return not name or any(block.startswith(f"{name}.") for block in blocks)
-
-
-def _persistent_buffers(module: nn.Module) -> bool:
-    return any(name not in module._non_persistent_buffers_set for name in module._buffers)
-
-
-def _resident_weights(model: nn.Module) -> Iterator[str]:
-    """Weights that belong to modules with blocks inside."""
-    blocks = {name: None for name, stack, _ in _find_units(model) if stack}
-    for name, module in model.named_modules():
-        if _has_below(name, blocks):
-            prefix = f"{name}." if name else ""
-            yield from (prefix + key for key in module.state_dict() if "." not in key)
 
 
 class _Lazy:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import Int8cliError, NotEnoughMemoryError, UnsupportedModelError
+from int8cli.model.config import FROM_WEIGHTS_HINT
 from int8cli.model.saved_states import KeptStates
 from int8cli.model.sites import (
     Kind,
@@ -33,8 +34,9 @@ from int8cli.model.sites import (
     mark,
     tensors_in,
 )
-from int8cli.model.skeleton import FROM_WEIGHTS_HINT, Skeleton, Unit
+from int8cli.model.skeleton import Skeleton
 from int8cli.model.strands import Strand
+from int8cli.model.units import Unit
 
 Inputs = dict[str, Any]
 Forward = Callable[..., Any]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from int8cli.errors import TextError, UnsupportedModelError
+from int8cli.model.config import FROM_WEIGHTS_HINT
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
-from int8cli.model.skeleton import FROM_WEIGHTS_HINT
 
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; of a longer text only this much is read
 _LEAST_BYTES = 1 << 20

@@ -18,26 +18,22 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import NonFiniteError, NotEnoughMemoryError, UnsupportedModelError
+from int8cli.llm_int8.columns import choose_columns, column_errors
+from int8cli.llm_int8.inputs import THRESHOLD, InputStatistics, InputSummary, NonFiniteInputError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
-from int8cli.llm_int8.outliers import (
-    THRESHOLD,
-    InputStatistics,
-    InputSummary,
-    NonFiniteInputError,
-    choose_columns,
-    column_errors,
-)
 from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.model.config import FROM_WEIGHTS_HINT
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
 from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import KeptStates
 from int8cli.model.sites import Site, first_hidden, weight_of
-from int8cli.model.skeleton import FROM_WEIGHTS_HINT, Skeleton, Unit, build_skeleton
+from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
+from int8cli.model.units import Unit
 from int8cli.outliers.statistics import (
     RESIDUAL,
     LinearStatistics,

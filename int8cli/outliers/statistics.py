@@ -17,14 +17,9 @@ from torch import Tensor
 
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError
-from int8cli.llm_int8.outliers import (
-    InputSummary,
-    MassiveActivation,
-    OutlierFeature,
-    massive_activations,
-    predicted_output_error,
-    systematic_features,
-)
+from int8cli.llm_int8.columns import predicted_output_error
+from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.outliers import MassiveActivation, OutlierFeature, massive_activations, systematic_features
 
 STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
 NORM_FED = "norm-fed"

@@ -84,19 +84,30 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeBlock:
+class _MatrixBlock:
+    matrix: Matrix
+    part: Rectangle
+
+    @property
+    def tensor(self) -> str:
+        return self.matrix.stored.spec.name
+
+    @property
+    def source_bytes(self) -> int:
+        """How many bytes of the source it covers."""
+        return self.matrix.run(self.part)[1]
+
+
+class QuantizeBlock(_MatrixBlock):
     """Read a rectangle of a linear weight, write it in int8."""
 
-    matrix: Matrix
-    part: Rectangle
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RewriteBlock:
+class RewriteBlock(_MatrixBlock):
     """Read a rectangle of a tensor that lies crosswise or changes its dtype, write it as the output has it."""
 
-    matrix: Matrix
-    part: Rectangle
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +117,15 @@ class CopyBlock:
     stored: StoredTensor
     start_bytes: int
     size_bytes: int
+
+    @property
+    def tensor(self) -> str:
+        return self.stored.spec.name
+
+    @property
+    def source_bytes(self) -> int:
+        """How many bytes of the source it covers."""
+        return self.size_bytes
 
 
 Block = QuantizeBlock | RewriteBlock | CopyBlock

@@ -22,12 +22,11 @@ SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for wh
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One file to be written: its encoded header, the place of each tensor in it, and the layout it is in."""
+    """One file to be written: its encoded header, and the place of each tensor in it."""
 
     file_name: str
     header: bytes
     tensors: dict[str, StoredTensor]
-    target: Layout = bitsandbytes
 
     @property
     def file_bytes(self) -> int:
@@ -51,7 +50,7 @@ def plan_output_shard(
     """Lay out the file that one source shard becomes in `target`. `decisions` are the plan's, by tensor name."""
     specs = [spec for stored in layout.tensors for spec in output_specs(decisions[stored.spec.name], target)]
     header, places = encode_header(specs, _metadata(layout))
-    return OutputShard(file_name, header, {place.spec.name: place for place in places}, target)
+    return OutputShard(file_name, header, {place.spec.name: place for place in places})
 
 
 def output_specs(decision: Decision, target: Layout = bitsandbytes) -> Iterator[TensorSpec]:

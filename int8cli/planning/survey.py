@@ -24,6 +24,7 @@ from int8cli.errors import CheckpointError
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import Decision, Plan, PlanOptions, make_plan
+from int8cli.planning.planned_shard import PlannedShard
 from int8cli.results.conversion import TensorGroup
 
 CONFIG_FILE = "config.json"
@@ -77,6 +78,13 @@ class Survey:
             for layout in self.layouts
         }
         return {name: sidecar for name, sidecar in planned.items() if sidecar is not None}
+
+    def planned(self, file_name: str) -> PlannedShard:
+        """What becomes of one source shard. Its sidecar has room for the most columns that there may be."""
+        contents = next(each for each in self.layouts if each.file_name == file_name)
+        decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
+        plan = replace(self.plan, decisions=decisions)
+        return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
 
     @property
     def plan_digest(self) -> str:

@@ -11,15 +11,8 @@ from int8cli.planning.survey import Survey
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import printable
 from int8cli.report.units import decibels, human_bytes, human_count
-from int8cli.results.conversion import (
-    ConversionReport,
-    ErrorBasis,
-    RelativeOutputError,
-    StoredKind,
-    StoredSummary,
-    summarize_kinds,
-    worst_by_output_error,
-)
+from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
+from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
 
 WORST_LAYERS = 10
 COLUMNS_SHOWN = 8  # of one layer

@@ -11,8 +11,9 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.planning.survey import Room, Survey, group_by_kind, room_needed
 from int8cli.records.store import NO_OUTLIERS, Settings
-from int8cli.report.conversion import groups_table, stdout_console
+from int8cli.report.conversion import groups_table
 from int8cli.report.stored import columns_word, percent_more, told_by
+from int8cli.report.terminal import stdout_console
 from int8cli.report.text import printable
 from int8cli.report.units import counted, human_bytes, human_count
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
 from int8cli.report.units import counted
-from int8cli.results.conversion import ConversionReport, StoredSummary
+from int8cli.results.conversion import ConversionReport
+from int8cli.results.stored_columns import StoredSummary
 
 SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"
 
