@@ -6,9 +6,10 @@ Owns which shards are on this machine at a time and how a stored tensor becomes 
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from int8cli.checkpoint.digest import require_published, sha256_of
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader
-from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError
@@ -88,30 +89,28 @@ class ShardTensors:
             self._reader = None
 
 
-class _HeldShard:
-    """A shard that is kept on this machine for as long as tensors are read from it.
+class _OpenShard:
+    """A shard that is on this machine and open for as long as tensors are read from it.
 
-    Its sha256 is looked at before anything is read, where the Hub gives one: what a model was run with cannot be taken
+    Its sha256 is checked before anything is read, where the Hub gives one: what a model was run with cannot be taken
     back when a conversion finds out later.
     """
 
     def __init__(self, source: Source, layout: ShardContents) -> None:
-        self._stack = ExitStack()
-        self.local = self._stack.enter_context(_fetched_as_published(source, layout))
-        try:
+        with ExitStack() as stack:
+            self.local = stack.enter_context(_fetched_as_published(source, layout))
             self.tensors = ShardTensors(self.local.path, layout)
-        except BaseException as error:
-            self._stack.__exit__(type(error), error, error.__traceback__)
-            raise
+            stack.callback(self.tensors.close)
+            self._stack = stack.pop_all()
 
-    def close(self) -> None:
-        self.tensors.close()
-        self._stack.close()
+    def __enter__(self) -> "_OpenShard":
+        return self
 
-    def abandon(self, error: BaseException) -> None:
-        """Let go because of an error: what was brought here stays for the next run."""
-        self.tensors.close()
-        self._stack.__exit__(type(error), error, error.__traceback__)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it; a fetched copy is removed, but stays for the next run where this ends by an error."""
+        self._stack.__exit__(kind, error, traceback)
 
 
 @contextmanager
@@ -134,21 +133,15 @@ def _sha256_of(local: LocalFile) -> str | None:
 class CheckpointTensors:
     """Reads tensors of a source. Close it, or use it as a context manager.
 
-    `expect` says which tensors are still wanted; a shard is let go (and one from the Hub removed) once none of its are.
+    `expect` says which tensors are still wanted. A shard is closed, and the fetched copy of one from the Hub removed,
+    once nothing more is wanted of it; what is open when the context ends by an error stays for the next run.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        layouts: Sequence[ShardContents],
-        on_leaving: Callable[[str, LocalFile], None] = lambda shard, local: None,
-    ) -> None:
-        """`on_leaving(shard, file)` is called when nothing more is wanted of a shard, before it is let go."""
+    def __init__(self, source: Source, layouts: Sequence[ShardContents]) -> None:
         self._source = source
-        self._on_leaving = on_leaving
         self._layouts = {layout.file_name: layout for layout in layouts}
         self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
-        self._open: dict[str, _HeldShard] = {}
+        self._open: dict[str, _OpenShard] = {}
         self._opening = threading.Lock()
         self._wanted: Counter[str] = Counter()
 
@@ -179,18 +172,21 @@ class CheckpointTensors:
         return self._shard(name).row_blocks(name, elements)
 
     def release(self, names: Iterable[str]) -> None:
-        """Done with these tensors, as often as they are named: let go of shards that nothing else is expected from."""
+        """Done with these tensors, as often as they are named: close the shards of which nothing more is wanted."""
+        for _ in self.finished(names):
+            pass
+
+    def finished(self, names: Iterable[str]) -> Iterator[ShardFile]:
+        """As `release`, but yields each shard before it is closed; its file is there until this is resumed.
+
+        Ended in the middle (`close`, `throw`), this leaves the fetched copy of that shard for the next run.
+        """
         shards = Counter(self._places[name][0] for name in names)
         self._wanted.subtract(shards)
-        for shard in shards:
-            if self._wanted[shard] <= 0 and shard in self._open:
-                held = self._open.pop(shard)
-                try:
-                    self._on_leaving(shard, held.local)
-                except BaseException as error:
-                    held.abandon(error)
-                    raise
-                held.close()
+        for name in shards:
+            if self._wanted[name] <= 0 and name in self._open:
+                with self._open.pop(name) as shard:
+                    yield ShardFile(name, shard.local)
 
     def held_bytes(self, steps: Sequence[Sequence[str]]) -> int:
         """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
@@ -207,20 +203,24 @@ class CheckpointTensors:
         return most
 
     def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> "CheckpointTensors":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shards = ExitStack()
+        while self._open:
+            shards.push(self._open.popitem()[1])
+        shards.__exit__(kind, error, traceback)
 
     def _shard(self, name: str) -> ShardTensors:
         shard = self._places[name][0]
         with self._opening:  # transformers reads a unit's tensors from several threads
             if shard not in self._open:
-                self._open[shard] = _HeldShard(self._source, self._layouts[shard])
+                self._open[shard] = _OpenShard(self._source, self._layouts[shard])
             return self._open[shard].tensors
 
 

@@ -3,7 +3,7 @@
 Owns what is made of statistics that are there, and whether they are of this model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import xxhash
 
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.column_source import RunTask, TakeShard
+from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, predicted_output_error
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
@@ -42,7 +42,7 @@ def strategy_from_statistics(
     )
 
 
-class StatisticsColumns:
+class StatisticsColumns(ColumnSource):
     """Columns by the sites of a calibration, as many of each linear as `limit`. `learn` adds sites."""
 
     def __init__(self, survey: Survey, limit: int) -> None:
@@ -53,9 +53,6 @@ class StatisticsColumns:
 
     def learn(self, sites: tuple[SiteStatistics, ...]) -> None:
         self._linears.update({linear.name: (site, linear) for site in sites for linear in site.linears})
-
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        pass
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Of a linear that the calibration never came to, nothing is stored."""

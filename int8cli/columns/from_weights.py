@@ -5,7 +5,7 @@ is converted, and the state on disk by which a later run knows what was in shard
 task for where torch is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.column_source import RunTask, TakeShard
+from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import UnsupportedModelError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
@@ -46,7 +46,7 @@ def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
     return {each.spec.name: min(limit, stream.width) for each in survey.plan.quantized if stream.feeds(each)}
 
 
-class SuspectColumns:
+class SuspectColumns(ColumnSource):
     """The most suspect dimensions of the residual stream, by all shards up to the one asked for.
 
     `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
@@ -59,9 +59,6 @@ class SuspectColumns:
         self._counts = counts_from_weights(survey, limit)
         self._layouts = {layout.file_name: layout for layout in survey.layouts}
         self._kept: dict[str, Path] = {}
-
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        pass
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Only what the shards before it hold counts, whatever else has been seen: a run that goes on chooses alike."""
