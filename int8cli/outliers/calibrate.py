@@ -94,7 +94,7 @@ def calibrate(
     weight holds NaN, NotEnoughMemoryError where a block does not fit.
     """
     with model_files(source, survey.weights) as directory:
-        calibration = _Calibration(source, survey.layouts, directory, text, options, observer, companion or Companion())
+        calibration = _Calibration(source, survey.shards, directory, text, options, observer, companion or Companion())
         with closing(calibration):
             try:
                 return calibration.run()
@@ -113,16 +113,16 @@ class _Calibration:
     def __init__(
         self,
         source: Source,
-        layouts: Sequence[ShardContents],
+        shards: Sequence[ShardContents],
         directory: Path,
         text: Text,
         options: CalibrateOptions,
         observer: CalibrationObserver,
         companion: Companion,
     ) -> None:
-        self._source, self._layouts, self._directory = source, layouts, directory
+        self._source, self._shards, self._directory = source, shards, directory
         self._options, self._observer, self._companion = options, observer, companion
-        self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
+        self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
             raise UnsupportedModelError(
@@ -143,7 +143,7 @@ class _Calibration:
         self._require_memory(skeleton, largest)
         self._observer.started(len(blocks), finished, largest, self._provenance.tokens)
         found: dict[str, tuple[SiteStatistics, ...]] = dict(self._recalled())
-        with CheckpointTensors(self._source, self._layouts, self._companion.leaving) as tensors:
+        with CheckpointTensors(self._source, self._shards, self._companion.leaving) as tensors:
             self._companion.starting(tensors.held_bytes([unit.sources for unit in self._read_in_order(skeleton)]))
             for recalled in found.values():
                 self._companion.learnt(recalled)
@@ -198,7 +198,7 @@ class _Calibration:
         return Provenance(
             model=self._source.identity.name,
             revision=self._source.identity.revision,
-            model_fingerprint=model_fingerprint(self._source, self._layouts),
+            model_fingerprint=model_fingerprint(self._source, self._shards),
             text=text.name,
             text_sha256=text.sha256,
             tokens=sum(inputs["input_ids"].numel() for inputs in self._sequences),
@@ -214,7 +214,7 @@ class _Calibration:
         widest = max((max(spec.shape) for spec in self._block_specs(skeleton)), default=0)
         heads = getattr(skeleton.model.config, "num_attention_heads", None) or 0
         activations = length * widest * 16 + (heads * length * length * 8 if isinstance(heads, int) else 0)
-        whole_files = max((layout.file_bytes for layout in self._layouts if not layout.mappable), default=0)
+        whole_files = max((contents.file_bytes for contents in self._shards if not contents.mappable), default=0)
         needed = block_bytes + activations + whole_files
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
