@@ -406,7 +406,7 @@ class GivenColumns(NoColumns):
     """Columns that are known beforehand, by tensor."""
 
     def __init__(self, found: Survey, stored: Mapping[str, StoredColumns]) -> None:
-        self._tensors = {layout.file_name: [each.spec.name for each in layout.tensors] for layout in found.layouts}
+        self._tensors = {contents.file_name: [each.spec.name for each in contents.tensors] for contents in found.shards}
         self._stored = stored
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:

@@ -8,7 +8,7 @@ import torch
 from calibration_models import calibrated, make_model, save_tokenizer, some_text
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.checkpoint.index import find_weights, read_layouts
+from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import (
@@ -49,7 +49,7 @@ class Streamed:
 
     def __init__(self, directory: Path) -> None:
         self.source = open_source(str(directory), revision=None, download_dir=directory / "incoming")
-        self.tensors = CheckpointTensors(self.source, read_layouts(self.source, find_weights(self.source)))
+        self.tensors = CheckpointTensors(self.source, read_headers(self.source, find_weights(self.source)))
         self.skeleton = build_skeleton(directory, self.tensors.specs)
         self.reads: Counter[str] = Counter()
         for name in ("read", "map"):

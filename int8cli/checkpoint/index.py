@@ -90,26 +90,26 @@ def find_weights(source: Source) -> WeightFiles:
     return WeightFiles(weight_format, shards, weight_map, index_file, metadata, tuple(copied), tuple(passed_over))
 
 
-def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardContents, ...]:
+def read_headers(source: Source, weights: WeightFiles) -> tuple[ShardContents, ...]:
     """Read the header of every shard, in the order of `weights.shards`, and hold them to the index.
 
     Tensors that the index does not list are kept. Raises IndexFileError for a tensor that is not where the index says,
     or is in two shards, and what the formats' readers raise.
     """
 
-    def layout(shard: str) -> ShardContents:
+    def read(shard: str) -> ShardContents:
         with source.open(shard) as file:
             return read_contents(file, weights.format, shard, source.size_bytes(shard))
 
     # Over HTTP a header is three round trips; BLOOM has 72 of them: 4.6 s at 100 ms each with 8 at once, 2.8 s with 32.
     with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
-        layouts = tuple(pool.map(layout, weights.shards))
-    homes = _homes(layouts)
+        shards = tuple(pool.map(read, weights.shards))
+    homes = _homes(shards)
     for name, shard in (weights.weight_map or {}).items():
         if homes.get(name) != shard:
             elsewhere = f"it is in {homes[name]}" if name in homes else "no shard has it"
             raise IndexFileError(f"{weights.index_file}: {shard} does not hold the tensor {name!r}; {elsewhere}")
-    return layouts
+    return shards
 
 
 def read_contents(file: BinaryIO, weight_format: WeightFormat, file_name: str, file_bytes: int) -> ShardContents:
@@ -233,13 +233,13 @@ def _too_large(source: Source, file: str) -> str | None:
     return f"too large to be what its name says, {size_bytes:,} bytes" if size_bytes > _COPY_LIMIT_BYTES else None
 
 
-def _homes(layouts: Iterable[ShardContents]) -> dict[str, str]:
+def _homes(shards: Iterable[ShardContents]) -> dict[str, str]:
     """Tensor name → shard."""
     homes: dict[str, str] = {}
-    for layout in layouts:
-        for tensor in layout.tensors:
+    for contents in shards:
+        for tensor in contents.tensors:
             name = tensor.spec.name
             if name in homes:
-                raise IndexFileError(f"the tensor {name!r} is in two shards, {homes[name]} and {layout.file_name}")
-            homes[name] = layout.file_name
+                raise IndexFileError(f"the tensor {name!r} is in two shards, {homes[name]} and {contents.file_name}")
+            homes[name] = contents.file_name
     return homes

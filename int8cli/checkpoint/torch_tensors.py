@@ -26,11 +26,11 @@ from int8cli.errors import CheckpointError
 class ShardTensors:
     """The tensors of one shard file on this machine, read or mapped by name. Close it."""
 
-    def __init__(self, path: Path, layout: ShardContents) -> None:
+    def __init__(self, path: Path, contents: ShardContents) -> None:
         self._path = path
-        self._places = {stored.spec.name: stored for stored in layout.tensors}
-        self._legacy = None if layout.mappable else load_legacy(path)
-        self._reader = FileReader(path) if layout.mappable else None
+        self._places = {stored.spec.name: stored for stored in contents.tensors}
+        self._legacy = None if contents.mappable else load_legacy(path)
+        self._reader = FileReader(path) if contents.mappable else None
 
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own, contiguous."""
@@ -96,10 +96,10 @@ class _OpenShard:
     back when a conversion finds out later.
     """
 
-    def __init__(self, source: Source, layout: ShardContents) -> None:
+    def __init__(self, source: Source, contents: ShardContents) -> None:
         with ExitStack() as stack:
-            self.local = stack.enter_context(_fetched_as_published(source, layout))
-            self.tensors = ShardTensors(self.local.path, layout)
+            self.local = stack.enter_context(_fetched_as_published(source, contents))
+            self.tensors = ShardTensors(self.local.path, contents)
             stack.callback(self.tensors.close)
             self._stack = stack.pop_all()
 
@@ -114,14 +114,14 @@ class _OpenShard:
 
 
 @contextmanager
-def _fetched_as_published(source: Source, layout: ShardContents) -> Iterator[LocalFile]:
+def _fetched_as_published(source: Source, contents: ShardContents) -> Iterator[LocalFile]:
     """A shard, transferred once more if it is not what the Hub published. Raises DigestMismatchError if it never is."""
     with ExitStack() as stack:
-        local = stack.enter_context(source.fetch(layout.file_name))
+        local = stack.enter_context(source.fetch(contents.file_name))
         if _sha256_of(local) != local.sha256:
-            source.discard(layout.file_name)
-            local = stack.enter_context(source.fetch(layout.file_name))
-            require_published(layout.file_name, local, _sha256_of(local))
+            source.discard(contents.file_name)
+            local = stack.enter_context(source.fetch(contents.file_name))
+            require_published(contents.file_name, local, _sha256_of(local))
         yield local
 
 
@@ -137,10 +137,12 @@ class CheckpointTensors:
     once nothing more is wanted of it; what is open when the context ends by an error stays for the next run.
     """
 
-    def __init__(self, source: Source, layouts: Sequence[ShardContents]) -> None:
+    def __init__(self, source: Source, shards: Sequence[ShardContents]) -> None:
         self._source = source
-        self._layouts = {layout.file_name: layout for layout in layouts}
-        self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
+        self._shards = {contents.file_name: contents for contents in shards}
+        self._places = {
+            stored.spec.name: (contents.file_name, stored) for contents in shards for stored in contents.tensors
+        }
         self._open: dict[str, _OpenShard] = {}
         self._opening = threading.Lock()
         self._wanted: Counter[str] = Counter()
@@ -198,7 +200,7 @@ class CheckpointTensors:
         most, held = 0, set[str]()
         for place, shards in enumerate(reads):
             held |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
-            most = max(most, sum(self._layouts[each].file_bytes for each in held if self._source.transfers(each)))
+            most = max(most, sum(self._shards[each].file_bytes for each in held if self._source.transfers(each)))
             held = {shard for shard in held if last[shard] > place}
         return most
 
@@ -220,7 +222,7 @@ class CheckpointTensors:
         shard = self._places[name][0]
         with self._opening:  # transformers reads a unit's tensors from several threads
             if shard not in self._open:
-                self._open[shard] = _OpenShard(self._source, self._layouts[shard])
+                self._open[shard] = _OpenShard(self._source, self._shards[shard])
             return self._open[shard].tensors
 
 

@@ -315,7 +315,7 @@ def _workers(survey: "Survey", device: Device) -> int:
     """
     if device is Device.cuda or survey.identity.on_hub:
         return 1
-    return _workers_over(len(survey.layouts), survey.source_bytes)
+    return _workers_over(len(survey.shards), survey.source_bytes)
 
 
 def _workers_over(shards: int, source_bytes: int) -> int:

@@ -74,7 +74,7 @@ class LineObserver(ProgressObserver):
         self._started_s: dict[str, float] = {}
 
     def started(self, survey: Survey, finished: frozenset[str]) -> None:
-        self._shards, self._finished = len(survey.layouts), len(finished)
+        self._shards, self._finished = len(survey.shards), len(finished)
         for line in preliminaries(survey, finished):
             self.noted(line)
 
@@ -119,8 +119,8 @@ class BarObserver(ProgressObserver):
     def started(self, survey: Survey, finished: frozenset[str]) -> None:
         for line in preliminaries(survey, finished):
             self.noted(line)
-        self._positions = {layout.file_name: index for index, layout in enumerate(survey.layouts, start=1)}
-        sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
+        self._positions = {contents.file_name: index for index, contents in enumerate(survey.shards, start=1)}
+        sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
         done = sum(sizes[shard] for shard in finished)
         self._task = self._progress.add_task("", total=sum(sizes.values()), completed=done)
         self._progress.start()
@@ -162,7 +162,7 @@ class BarObserver(ProgressObserver):
 def preliminaries(survey: Survey, finished: frozenset[str]) -> Iterator[str]:
     """What to say before the work begins."""
     if finished:
-        yield f"going on: {len(finished)} of {len(survey.layouts)} shards are done"
+        yield f"going on: {len(finished)} of {len(survey.shards)} shards are done"
     yield from warnings(survey)
 
 
@@ -174,9 +174,9 @@ def warnings(survey: Survey) -> Iterator[str]:
         yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
     for caveat in survey.target.caveats(survey.plan):
         yield f"warning: {caveat}"
-    for layout in survey.layouts:
-        if not layout.mappable:
-            yield f"{layout.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
+    for contents in survey.shards:
+        if not contents.mappable:
+            yield f"{contents.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
 
 
 def _outcome(record: ShardRecord) -> str:

@@ -109,7 +109,7 @@ def _dtype_to_run_in(survey: Survey) -> torch.dtype:
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
-        specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+        specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
         skeleton = build_skeleton(Path(name), specs)
     model = skeleton.model
     if model.main_input_name != "input_ids":

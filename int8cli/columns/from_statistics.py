@@ -46,7 +46,7 @@ class StatisticsColumns(ColumnSource):
     """Columns by the sites of a calibration, as many of each linear as `limit`. `learn` adds sites."""
 
     def __init__(self, survey: Survey, limit: int) -> None:
-        self._layouts = {layout.file_name: layout for layout in survey.layouts}
+        self._shards = {contents.file_name: contents for contents in survey.shards}
         self._decisions = survey.decisions
         self._limit = limit
         self._linears: dict[str, tuple[SiteStatistics, LinearStatistics]] = {}
@@ -56,7 +56,7 @@ class StatisticsColumns(ColumnSource):
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Of a linear that the calibration never came to, nothing is stored."""
-        decisions = (self._decisions[stored.spec.name] for stored in self._layouts[shard].tensors)
+        decisions = (self._decisions[stored.spec.name] for stored in self._shards[shard].tensors)
         known = [each for each in decisions if each.quantize and each.module in self._linears]
         return {each.spec.name: stored_columns(*self._linears[each.module], each, self._limit) for each in known}
 
@@ -70,7 +70,7 @@ def require_same_model(statistics: OutlierStatistics, source: Source, survey: Su
     if identity.on_hub and (was.model, was.revision) != (identity.name, identity.revision):
         wanted = f"{identity.name} at {identity.revision}"
         raise StatisticsMismatchError(f"the statistics are of {of}, and this is {wanted}", hint=hint)
-    if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.layouts):
+    if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.shards):
         raise StatisticsMismatchError(f"the statistics are of {of}, whose shards are not those here", hint=hint)
     shapes = {decision.module: sorted(decision.spec.shape) for decision in survey.plan.quantized}
     for site in statistics.sites:

@@ -57,16 +57,16 @@ class SuspectColumns(ColumnSource):
         self._source, self._survey, self._limit, self._kept_in = source, survey, limit, kept_in
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
-        self._layouts = {layout.file_name: layout for layout in survey.layouts}
+        self._shards = {contents.file_name: contents for contents in survey.shards}
         self._kept: dict[str, Path] = {}
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Only what the shards before it hold counts, whatever else has been seen: a run that goes on chooses alike."""
-        order = list(self._layouts)
+        order = list(self._shards)
         kept = [
             self._looked_at(name, local if name == shard else None, run) for name in order[: order.index(shard) + 1]
         ]
-        decisions = [self._survey.decisions[each.spec.name] for each in self._layouts[shard].tensors]
+        decisions = [self._survey.decisions[each.spec.name] for each in self._shards[shard].tensors]
         wanted = [each for each in decisions if each.spec.name in self._counts]
         if not wanted:
             return {}
@@ -83,11 +83,11 @@ class SuspectColumns(ColumnSource):
         """
         if local is None and shard in self._kept:
             return self._kept[shard]
-        path = self._kept_in / f"{list(self._layouts).index(shard)}.safetensors"
+        path = self._kept_in / f"{list(self._shards).index(shard)}.safetensors"
         if local is not None or not (path.exists() and run(partial(_can_be_read, path))):
-            layout = self._layouts[shard]
+            contents = self._shards[shard]
             with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
-                run(partial(_look_at, self._stream.within(layout), layout, here, path))
+                run(partial(_look_at, self._stream.within(contents), contents, here, path))
         self._kept[shard] = path
         return path
 
@@ -95,11 +95,11 @@ class SuspectColumns(ColumnSource):
 # Tasks: what they import lies where torch is, and comes with it.
 
 
-def _look_at(stream: ResidualStream, layout: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
     from int8cli.outliers.suspects import SuspectScan, keep_figures
 
-    scan = SuspectScan(stream, lambda: on_bytes(layout.file_name, "", 0))
-    keep_figures(scan.look_at(layout, local), path)
+    scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
+    keep_figures(scan.look_at(contents, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

@@ -125,12 +125,12 @@ def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
     """The conversion as the records hold it: what decides its bytes, and every file that it will write."""
     shards = tuple(
         ShardSource(
-            layout.file_name,
-            layout.file_bytes,
-            fingerprint(source, layout.file_name),
-            survey.outputs[layout.file_name].file_name,
+            contents.file_name,
+            contents.file_bytes,
+            fingerprint(source, contents.file_name),
+            survey.outputs[contents.file_name].file_name,
         )
-        for layout in survey.layouts
+        for contents in survey.shards
     )
     files = [shard.output for shard in shards]
     files += [sidecar.file_name for sidecar in survey.sidecars.values()]

@@ -206,7 +206,7 @@ class _Run:
             "evaluation": [method.key for method in self._trajectories.methods],
             "compared": [method.key for method in self._wanted.methods],
             "model": [subject.runs.identity.name, subject.runs.identity.revision],
-            "fingerprint": model_fingerprint(subject.runs, subject.layouts),
+            "fingerprint": model_fingerprint(subject.runs, subject.shards),
             "converted": self._converted_identity(),
             "text": self._text.sha256,
             "sampling": dataclasses.asdict(sampling),
@@ -220,7 +220,7 @@ class _Run:
         subject, converted = self._subject, self._subject.converted
         if converted is None:
             return []
-        mark = model_fingerprint(subject.source, (*converted.layouts, *converted.sidecars))
+        mark = model_fingerprint(subject.source, (*converted.shards, *converted.sidecars))
         return [subject.source.identity.name, subject.source.identity.revision, mark]
 
     def _evaluation(self) -> Evaluation:

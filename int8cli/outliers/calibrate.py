@@ -85,16 +85,16 @@ class Calibration:
     def __init__(
         self,
         source: Source,
-        layouts: Sequence[ShardContents],
+        shards: Sequence[ShardContents],
         directory: Path,
         text: Text,
         options: CalibrateOptions,
         observer: CalibrationObserver,
     ) -> None:
         """`directory` holds config.json and the tokenizer. Raises NotEnoughMemoryError where a block does not fit."""
-        self._source, self._layouts, self._directory = source, layouts, directory
+        self._source, self._shards, self._directory = source, shards, directory
         self._options, self._observer = options, observer
-        self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
+        self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
             raise UnsupportedModelError(
@@ -106,7 +106,7 @@ class Calibration:
         self._order = [unit.name for unit in skeleton.units]
         self._blocks = [unit for unit in skeleton.units if unit.is_block]
         self._require_memory(skeleton)
-        self.held_bytes = CheckpointTensors(source, layouts).held_bytes(_read_in_order(skeleton))
+        self.held_bytes = CheckpointTensors(source, shards).held_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
         self._saved = KeptStates(options.kept_in, identity) if options.kept_in else None
@@ -118,7 +118,7 @@ class Calibration:
     ) -> "Iterator[Calibration]":
         """A calibration of what `survey` found; the directory for its state is locked while the context lasts."""
         with model_files(source, survey.weights) as directory:
-            calibration = cls(source, survey.layouts, directory, text, options, observer)
+            calibration = cls(source, survey.shards, directory, text, options, observer)
             try:
                 yield calibration
             finally:
@@ -149,7 +149,7 @@ class Calibration:
         self._found = dict(self._recalled())
         yield from (UnitStatistics(unit, sites) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
-        with CheckpointTensors(self._source, self._layouts) as tensors:
+        with CheckpointTensors(self._source, self._shards) as tensors:
             stream = StreamedModel(skeleton, tensors, device=self._options.device, kept=self._saved)
             with closing(stream.steps(self._sequences)) as steps:
                 for step in steps:
@@ -193,7 +193,7 @@ class Calibration:
         return Provenance(
             model=self._source.identity.name,
             revision=self._source.identity.revision,
-            model_fingerprint=model_fingerprint(self._source, self._layouts),
+            model_fingerprint=model_fingerprint(self._source, self._shards),
             text=text.name,
             text_sha256=text.sha256,
             tokens=sum(inputs["input_ids"].numel() for inputs in self._sequences),
@@ -210,7 +210,7 @@ class Calibration:
         widest = max((max(shape) for shape in shapes if shape), default=0)
         heads = getattr(skeleton.model.config, "num_attention_heads", None) or 0
         activations = length * widest * 16 + (heads * length * length * 8 if isinstance(heads, int) else 0)
-        whole_files = max((layout.file_bytes for layout in self._layouts if not layout.mappable), default=0)
+        whole_files = max((contents.file_bytes for contents in self._shards if not contents.mappable), default=0)
         needed = block_bytes + activations + whole_files
         available = available_bytes(self._options.device)
         if available is not None and needed > available:

@@ -131,9 +131,9 @@ class CopyBlock:
 Block = QuantizeBlock | RewriteBlock | CopyBlock
 
 
-def blocks_of(layout: ShardContents, decisions: Mapping[str, Decision]) -> Iterator[Block]:
+def blocks_of(contents: ShardContents, decisions: Mapping[str, Decision]) -> Iterator[Block]:
     """Every block of a shard, in the order of the source file."""
-    for stored in layout.tensors:
+    for stored in contents.tensors:
         decision = decisions[stored.spec.name]
         if not stored.spec.numel:
             continue

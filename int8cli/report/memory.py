@@ -40,7 +40,7 @@ def show_memory(report: MemoryReport) -> None:
     """Print weights by precision and part, what use adds, what a conversion takes, and which cards hold it."""
     console = stdout_console()
     estimate = report.estimate
-    files = len(estimate.survey.layouts)
+    files = len(estimate.survey.shards)
     console.print(
         f"[bold]{escape(estimate.survey.identity.name)}[/bold]: {human_count(estimate.weights.parameters)} parameters "
         f"in {files} file{'s' if files > 1 else ''}, {' and '.join(estimate.stored_dtypes)}",

@@ -22,7 +22,7 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
         "revision": survey.identity.revision,
         "parameters": estimate.weights.parameters,
         "percent_quantized": survey.plan.percent_quantized,
-        "files": len(survey.layouts),
+        "files": len(survey.shards),
         "stored": {"bytes": survey.source_bytes, "tensor_bytes_by_dtype": estimate.stored_dtypes},
         "weights": {**_weights(estimate.weights), "buffer_bytes": estimate.buffer_bytes},
         "output_bytes": survey.output_bytes,

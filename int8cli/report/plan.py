@@ -30,8 +30,8 @@ class Needs:
 
     @classmethod
     def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
-        names = [layout.file_name for layout in survey.layouts]
-        download = sum(layout.file_bytes for layout in survey.layouts if source.transfers(layout.file_name))
+        names = [contents.file_name for contents in survey.shards]
+        download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
         return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)
 
 
@@ -51,7 +51,7 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
         "total_bytes": survey.output_bytes + survey.sidecar_bytes,
         "stored_columns": _stored_to_json(survey, settings),
         "figures": settings.figures if settings is not None else None,
-        "shards": [_shard_to_json(survey, layout) for layout in survey.layouts],
+        "shards": [_shard_to_json(survey, contents) for contents in survey.shards],
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
         "percent_quantized": plan.percent_quantized,
@@ -81,11 +81,11 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
     }
 
 
-def _shard_to_json(survey: Survey, layout: ShardContents) -> dict[str, Any]:
-    output, sidecar = survey.outputs[layout.file_name], survey.sidecars.get(layout.file_name)
+def _shard_to_json(survey: Survey, contents: ShardContents) -> dict[str, Any]:
+    output, sidecar = survey.outputs[contents.file_name], survey.sidecars.get(contents.file_name)
     return {
-        "source": layout.file_name,
-        "source_bytes": layout.file_bytes,
+        "source": contents.file_name,
+        "source_bytes": contents.file_bytes,
         "output": output.file_name,
         "output_bytes": output.file_bytes,
         "sidecar": sidecar.file_name if sidecar is not None else None,
@@ -113,7 +113,7 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
     console = stdout_console()
     plan = survey.plan
     ratio = survey.source_bytes / survey.output_bytes if survey.output_bytes else 0.0
-    shards = f"{len(survey.layouts)} shard" + ("s" if len(survey.layouts) > 1 else "")
+    shards = f"{len(survey.shards)} shard" + ("s" if len(survey.shards) > 1 else "")
     for line in (
         f"[bold]{escape(survey.identity.name)}[/bold] → [bold]{escape(str(output))}[/bold], {shards} (dry run)",
         f"source    {survey.source_bytes:>19,} bytes  {human_bytes(survey.source_bytes):>10}",

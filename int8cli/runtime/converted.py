@@ -52,7 +52,7 @@ class Converted:
     `scales` are by the int8 weight's name; `sidecars` the files of stored outlier columns, empty without.
     """
 
-    layouts: tuple[ShardContents, ...]
+    shards: tuple[ShardContents, ...]
     sidecars: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
     scales: Mapping[str, _Scale]
@@ -60,7 +60,7 @@ class Converted:
     @property
     def kept_columns(self) -> tuple[int, ...]:
         """How many columns each layer keeps that has any stored."""
-        stored = [tensor.spec for layout in self.sidecars for tensor in layout.tensors]
+        stored = [tensor.spec for contents in self.sidecars for tensor in contents.tensors]
         return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
 
     @property
@@ -69,9 +69,9 @@ class Converted:
         return frozenset(name.removesuffix(_WEIGHT) for name in self.scales)
 
 
-def find_converted(source: Source, layouts: Sequence[ShardContents]) -> Converted | None:
+def find_converted(source: Source, shards: Sequence[ShardContents]) -> Converted | None:
     """The int8 weights of a checkpoint in one of our layouts; None where there are none."""
-    specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
+    specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
     scales: dict[str, _Scale] = {}
     beside: set[str] = set()
     for layout in LAYOUTS.values():
@@ -82,7 +82,7 @@ def find_converted(source: Source, layouts: Sequence[ShardContents]) -> Converte
     if not scales:
         return None
     left = {name: spec for name, spec in specs.items() if name not in beside}
-    return Converted(tuple(layouts), tuple(_sidecars(source)), left, scales)
+    return Converted(tuple(shards), tuple(_sidecars(source)), left, scales)
 
 
 def _sidecars(source: Source) -> Iterable[ShardContents]:
@@ -99,9 +99,9 @@ class ConvertedTensors(CheckpointTensors):
     """
 
     def __init__(self, source: Source, converted: Converted) -> None:
-        super().__init__(source, (*converted.layouts, *converted.sidecars))
+        super().__init__(source, (*converted.shards, *converted.sidecars))
         self._scales = converted.scales
-        self._known = {stored.spec.name for layout in converted.sidecars for stored in layout.tensors}
+        self._known = {stored.spec.name for contents in converted.sidecars for stored in contents.tensors}
         self.dtype = torch.float32
         self.transposed: frozenset[str] = frozenset()
 

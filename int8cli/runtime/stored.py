@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import find_weights, read_layouts
+from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
@@ -60,15 +60,15 @@ class StoredModel:
         if not directory.is_dir():
             raise ModelNotFoundError(f"{directory} is no directory", hint="load_model takes what convert wrote.")
         source = DirectorySource(directory)
-        layouts = read_layouts(source, find_weights(source))
-        converted = find_converted(source, layouts)
+        shards = read_headers(source, find_weights(source))
+        converted = find_converted(source, shards)
         if converted is None:
             raise UnsupportedModelError(
                 f"{directory} holds no int8 weights in a layout of int8cli",
                 hint="Convert the model first, and load what that writes: int8cli convert MODEL.",
             )
         self._converted = converted
-        self._tensors = CheckpointTensors(source, (*layouts, *converted.sidecars))
+        self._tensors = CheckpointTensors(source, (*shards, *converted.sidecars))
         try:
             self.linears = tuple(_linears(converted, self._tensors))
         except BaseException:

@@ -96,7 +96,9 @@ def survey_for(source: Source, conversion: Conversion) -> Survey:
 
 def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:
     """Whether this is the source that was converted, by names, sizes and, in a directory, its shards' edges."""
-    found = {layout.file_name: (layout.file_bytes, fingerprint(source, layout.file_name)) for layout in survey.layouts}
+    found = {
+        contents.file_name: (contents.file_bytes, fingerprint(source, contents.file_name)) for contents in survey.shards
+    }
     failures = []
     if source.identity.on_hub and conversion.source.on_hub and source.identity != conversion.source:
         was, now = (f"{each.name} at {each.revision}" for each in (conversion.source, source.identity))
@@ -126,8 +128,8 @@ def check_weights(
     weights: list[Failure] = []
     figures: list[Failure] = []
     layers = copied = columns = 0
-    layouts = {layout.file_name: layout for layout in survey.layouts}
-    shards = [shard for shard in conversion.shards if shard.file in layouts and shard.file in records]
+    present = {contents.file_name for contents in survey.shards}
+    shards = [shard for shard in conversion.shards if shard.file in present and shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = _task(directory, shard, survey, conversion, record, options)
@@ -176,7 +178,7 @@ def _task(
     options: VerifyOptions,
 ) -> ShardTask:
     """The task by which the shard was converted, as its record has it."""
-    contents = next(each for each in survey.layouts if each.file_name == shard.file)
+    contents = next(each for each in survey.shards if each.file_name == shard.file)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
     stored = None
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
@@ -194,17 +196,17 @@ def _task(
     )
 
 
-def _is_comparable(record: ShardRecord, sidecar: str, layout: ShardContents, conversion: Conversion) -> bool:
+def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
     """Whether there is a sidecar whose record makes sense; where it makes none, a check of its own says so."""
-    known = {stored.spec.name for stored in layout.tensors}
+    known = {stored.spec.name for stored in contents.tensors}
     most = conversion.settings.outlier_columns
     sound = (f"{layer.name}.weight" in known and column_problem(layer, most) is None for layer in record.layers)
     return sidecar in (file.file for file in record.files[1:]) and all(sound)
 
 
-def _plan_as_recorded(survey: Survey, layout: ShardContents, record: ShardRecord) -> Plan:
+def _plan_as_recorded(survey: Survey, contents: ShardContents, record: ShardRecord) -> Plan:
     layers = {f"{layer.name}.weight": layer for layer in record.layers}
-    own = (survey.decisions[stored.spec.name] for stored in layout.tensors)
+    own = (survey.decisions[stored.spec.name] for stored in contents.tensors)
     return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
 
 

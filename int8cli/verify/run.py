@@ -149,7 +149,7 @@ def _check_against(
 
     survey = survey_for(source, conversion)
     yield check_source(source, survey, conversion)
-    sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
+    sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
     observer.pass_started("compared", {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
     outputs = {shard.file: shard.output for shard in conversion.shards}
 
