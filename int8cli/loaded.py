@@ -63,11 +63,12 @@ def weights_of(decision: Decision, *, held: bool) -> Weights:
     if spec.dtype not in _FLOATS:
         return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
     float32_bytes = 4 * spec.numel
-    always_float32 = decision.reason == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
-    float16_bytes = float32_bytes if always_float32 or decision.reason == names.FLOAT32 else 2 * spec.numel
+    always_float32 = decision.float32 == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
+    float16_bytes = float32_bytes if always_float32 or decision.float32 is not None else 2 * spec.numel
+    held_float32 = always_float32 or (decision.float32 is not None and spec.dtype == "F16")
     written = {made.dtype: made.nbytes for made in output_specs(decision)}
     if not decision.quantize:
-        rest_bytes = float32_bytes if always_float32 else sum(written.values())
+        rest_bytes = float32_bytes if held_float32 else sum(written.values())
         return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
     # The third tensor, weight_format, is read on loading and not held.
     return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])

@@ -20,6 +20,7 @@ FLOORS = {
     "int8cli.threads": 2,
     "int8cli.torch_start": 0,
     "int8cli.architectures": 3,
+    "int8cli.transformers_versions": 3,
     "int8cli.plan": 3,
     "int8cli.layouts": 3,
     "int8cli.output": 3,
