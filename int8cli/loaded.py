@@ -1,8 +1,8 @@
 """What a checkpoint's tensors take in memory once a loader has them, at each precision.
 
 Owns what loading changes: weights that two names share are held once, leftovers of older versions are not held, some
-weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Held against
-transformers, with and without bitsandbytes, for the architectures that the tests name.
+weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Weights are those of
+every version of transformers; tables are an upper bound, since versions make more or fewer of them.
 """
 
 import re
@@ -108,7 +108,10 @@ def _is_second_bias(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Tables that a loader makes beside the weights, in bytes: once for the model, and in each block."""
+    """Tables that a loader makes beside the weights, in bytes: once for the model, and in each block.
+
+    The most that any of transformers 5.0 to 5.24 makes. A later version may make others, which are not counted.
+    """
 
     model_bytes: int = 0
     block_bytes: int = 0
@@ -124,7 +127,8 @@ _ROTARY_FAMILIES = re.compile(
 )
 # One set of frequencies for each kind of layer.
 _ROTARY_BY_KIND = frozenset({"gemma3", "gemma3_text", "modernbert"})
-_SINUSOIDAL_BLOCKS = frozenset({"gptj", "codegen"})
+_SINUSOIDAL_BLOCKS = frozenset({"gptj", "codegen"})  # since 5.24.0 all blocks share one table
+_MASKED_BLOCKS = frozenset({"gpt2", "gpt_neo"})  # gpt2's until 5.0.0, seen to be absent in 5.23.0
 _TWO_POSITION_TABLES = frozenset(
     {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "albert", "roberta-prelayernorm"}
 )
@@ -133,7 +137,7 @@ _SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 
 
 def buffers_of(config: Mapping[str, Any]) -> Buffers:
-    """What transformers 5 makes for this model type: nothing for a type or a config that does not tell."""
+    """The tables of this model type: nothing for a type or a config that does not tell."""
     fields = language_model(config).fields
     try:
         return _buffers(fields)
@@ -149,7 +153,7 @@ def _buffers(fields: Fields) -> Buffers:
         return Buffers(8 * fields.number(*LENGTH))
     if family in _SINUSOIDAL_BLOCKS:
         return Buffers(0, 4 * fields.number(*LENGTH) * fields.number("rotary_dim", default=_head_width(fields)))
-    if family == "gpt_neo":
+    if family in _MASKED_BLOCKS:
         return Buffers(0, fields.number(*LENGTH) ** 2)  # a causal mask of bool in each layer
     if family == "gpt_bigcode":
         return Buffers(fields.number(*LENGTH) ** 2)
