@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8cli.calibration.loading import name_targets
 from int8cli.calibration.skeleton import (
     dtype_of,
     model_class_of,
-    name_targets,
     read_config,
 )
 from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
