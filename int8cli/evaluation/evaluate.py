@@ -32,7 +32,13 @@ from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.planning.survey import model_fingerprint
-from int8cli.results.evaluation import EvaluatedText, Evaluation, LayerError, MethodResult, StoredColumnsSummary
+from int8cli.results.evaluation import (
+    EvaluatedText,
+    Evaluation,
+    LayerError,
+    MethodResult,
+    StoredColumnsSummary,
+)
 from int8cli.runtime.converted import ConvertedTensors
 
 # Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.

@@ -1,12 +1,12 @@
 """A transformers model without its weights: built from config.json on the meta device, and filled unit by unit.
 
-Owns everything that depends on how transformers builds a model and names its weights; the only module that reaches into
-`transformers.core_model_loading`.
+Owns everything that depends on how transformers builds a model and names its weights. No code but transformers' own is
+ever run: a config that asks for remote code is refused.
 """
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, UnsupportedModelError
 from int8cli.model.config import FROM_WEIGHTS_HINT, dtype_of, model_class_of, read_config
+from int8cli.model.loading import conversions_of, initialize, laid_out, load_weights, name_targets
 from int8cli.model.units import Unit, find_units, resident_weights
 
 _RESIDENT_TABLE_BYTES = 16 << 20
@@ -26,12 +27,10 @@ class Skeleton:
     """The model, on the meta device but for what units have been given, and the way from tensor names to weights."""
 
     def __init__(self, model: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
         self.model = model
         self.dtype = dtype
         self._device = torch.device("cpu")
-        self._conversions: Any = get_model_conversion_mapping(model)
+        self._conversions = conversions_of(model)
         self._target_of = name_targets(model, specs)
         self._sources_of: dict[str, list[str]] = {}
         for source, target in self._target_of.items():
@@ -71,20 +70,12 @@ class Skeleton:
 
     def load(self, unit: Unit, tensors: CheckpointTensors) -> None:
         """Give a unit its weights. Raises CheckpointError for those that the checkpoint does not have."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-        from transformers.modeling_utils import LoadStateDictConfig
-
         read = tensors.map if unit.mapped else tensors.read
         lazy = {name: _Lazy(read, name) for name in unit.sources}
-        config = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=self._conversions,
-            device_map={"": "cpu" if unit.mapped else self._device},
-        )
+        device = "cpu" if unit.mapped else self._device
         with _quiet():
-            info, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
-        for name, found, expected in info.mismatched_keys:
+            misfits = load_weights(self.model, lazy, self._conversions, self.dtype, device)
+        for name, found, expected in misfits:
             raise CheckpointError(
                 f"{name} has the shape {tuple(found)}, the model's config.json wants {tuple(expected)}"
             )
@@ -152,39 +143,15 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     model_class = model_class_of(config)
     dtype = dtype_of(config, specs)
     try:
-        with contextlib.ExitStack() as stack:
-            for context in model_class.get_init_context(dtype, False, False, None):
-                stack.enter_context(context)
+        with laid_out(model_class, dtype):
             model = model_class(config)
-        computed = _computed_weights(model)
-        model._move_missing_keys_from_meta_to_device(computed, {"": "cpu"}, None, None)
-        model._initialize_missing_keys(False)
+        initialize(model, _computed_weights(model))
     except Exception as error:  # what a model class makes of a config is not for us to list
         raise UnsupportedModelError(
             f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}",
             hint=FROM_WEIGHTS_HINT,
         ) from error
     return Skeleton(model.eval(), dtype, specs)
-
-
-def name_targets(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """The parameter that each tensor becomes (the first, where it is split); tensors of no use are not in it."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    conversions: Any = get_model_conversion_mapping(model)
-    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-    wanted = model.state_dict()
-    prefix = model.base_model_prefix
-    found = {}
-    for name in names:
-        target, _ = rename_source_key(name, renamings, converters, prefix, wanted)
-        if target not in wanted and name in wanted:
-            target, _ = rename_source_key(name, [], [], base_model_prefix=prefix, meta_state_dict=wanted)
-        if target in wanted:
-            found[name] = target
-    return found
 
 
 def _computed_weights(model: Any) -> set[str]:

@@ -18,7 +18,7 @@ from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
-from int8cli.model.skeleton import name_targets
+from int8cli.model.loading import name_targets
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.stored import StoredLinear, StoredModel
 
