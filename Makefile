@@ -10,12 +10,17 @@ VENV := .venv$(if $(filter-out locked,$(END)),-$(END))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PINS := $(VENV)/pins.txt
+BARE := .venv-bare$(if $(filter-out locked,$(END)),-$(END))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# A torch release in place of the locked one, in any environment: `make test TORCH=2.14.0`.
+# A torch release in place of the locked one: `make test TORCH=2.14.0`. Its ends are not those of the rest, since not
+# everywhere a CPU build of every release is to be had: `make test-oldest TORCH_OLDEST=oldest` takes the lower bound.
 TORCH ?=
 TORCH_OLDEST ?= $(TORCH)
 TORCH_NEWEST ?= $(TORCH)
-TORCH_OF_END := $(or $($(if $(filter oldest,$(END)),TORCH_OLDEST,$(if $(filter newest,$(END)),TORCH_NEWEST,TORCH))),)
+TORCH_OPTION = $(addprefix --torch ,$(TORCH_$(END)))
+TORCH_locked = $(TORCH)
+TORCH_oldest = $(TORCH_OLDEST)
+TORCH_newest = $(TORCH_NEWEST)
 # pip's torch for Linux comes with gigabytes of CUDA unless pip is configured to find a CPU build;
 # `make test TORCH_BACKEND=cpu` takes the CPU build with uv.
 TORCH_BACKEND ?=
@@ -26,7 +31,7 @@ BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
 DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 
-.PHONY: demo test test-oldest test-newest lock benchmark lint types pytest always clean
+.PHONY: demo test test-oldest test-newest test-bare lock benchmark lint types pytest always clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -55,6 +60,13 @@ test-oldest:
 test-newest:
 	$(MAKE) pytest END=newest
 
+# The package as users install it, without what only the tests need.
+test-bare: $(READY)
+	$(PYTHON) -m venv --clear $(BARE)
+	$(BARE)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements.lock pip
+	$(call install_torch,$(BARE))
+	$(BIN)/python scripts/check_bare_install.py $(BARE) $(END) $(TORCH_OPTION)
+
 lock: .venv-lock/.ready
 	.venv-lock/bin/python scripts/lock.py $(PACKAGE) $(if $(TORCH),--torch $(TORCH))
 
@@ -62,18 +74,18 @@ lock: .venv-lock/.ready
 $(READY): pyproject.toml requirements.lock requirements-oldest.lock $(if $(filter newest,$(END)),always)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -qq --constraint requirements.lock hatchling packaging pip
-	$(BIN)/python scripts/pins.py print $(END) $(if $(TORCH_OF_END),--torch $(TORCH_OF_END)) > $(PINS)
-	$(INSTALL_TORCH)
+	$(BIN)/python scripts/pins.py print $(END) $(TORCH_OPTION) > $(PINS)
+	$(call install_torch,$(VENV))
 	PIP_CONSTRAINT=$(PINS) $(PIP) install -qq --no-build-isolation --group dev --editable ".[calibrate,plots]"
 	$(PIP) check
-	$(BIN)/python scripts/pins.py check $(END) $(if $(TORCH_OF_END),--torch $(TORCH_OF_END))
+	$(BIN)/python scripts/pins.py check $(END) $(TORCH_OPTION)
 	touch $@
 
-ifdef TORCH_BACKEND
-INSTALL_TORCH = $(PIP) install -qq --constraint $(PINS) uv && \
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH_BACKEND) --constraint $(PINS) torch
+ifneq ($(TORCH_BACKEND),)
+install_torch = $(1)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) uv && \
+	$(1)/bin/uv pip install --quiet --python $(1)/bin/python --torch-backend $(TORCH_BACKEND) --constraint $(PINS) torch
 else
-INSTALL_TORCH = $(PIP) install -qq --constraint $(PINS) torch
+install_torch = $(1)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) torch
 endif
 
 # Apart from the others, so that a lock which cannot be installed can be made anew.

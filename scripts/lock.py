@@ -26,6 +26,7 @@ HEADER_LOCKED = f"# The versions of `make demo`, `make test` and `make benchmark
 HEADER_OLDEST = (
     f"# The versions of `make test-oldest`: the lower bounds of pyproject.toml, and the newest else.\n{MADE}"
 )
+DOWNLOADED = "# Downloaded for the demo, not installed.\n"
 ALL = ("--all-extras", "--group", "dev", "--group", "lock")
 
 
@@ -38,12 +39,13 @@ def main() -> None:
 
     locked = _resolve(["pyproject.toml", *ALL, *upgrade], constraints, before[LOCKED])
     model = _resolve(["--group", "demo", "--no-deps", *upgrade], [], before[LOCKED])
-    LOCKED.write_text(f"{HEADER_LOCKED}{locked}# Downloaded for the demo, not installed.\n{model}")
+    LOCKED.write_text(f"{HEADER_LOCKED}{locked}{DOWNLOADED}{model}")
 
     names = held(read_project())
     constraints = [f"{pin.name}=={pin.version}" for pin in read_pins(locked) if pin.name in names]
     lowest = ["pyproject.toml", *ALL, "--resolution", "lowest-direct", *upgrade]
-    OLDEST.write_text(HEADER_OLDEST + _resolve(lowest, constraints, before[OLDEST]))
+    oldest = _resolve(lowest, constraints, before[OLDEST])
+    OLDEST.write_text(f"{HEADER_OLDEST}{oldest}{DOWNLOADED}{model}")
     for path, text in before.items():
         print(f"{path.name}:")
         print("\n".join(moved(read_pins(text), read_pins(path.read_text()))) or "  nothing moved")

@@ -30,8 +30,6 @@ OLDEST = ROOT / "requirements-oldest.lock"
 
 # At their locked version in every environment: a new linter is no reason for a red test of an old torch.
 HELD_GROUPS = ("tools", "install", "lock")
-# Never installed, so only in the lock that the demo reads.
-DOWNLOADED_GROUP = "demo"
 # The package itself, as uv names what pyproject.toml asks for.
 ASKED_FOR = "int8cli (pyproject.toml"
 
@@ -89,25 +87,70 @@ def held(project: dict[str, Any]) -> set[str]:
     return {canonicalize_name(item.name) for name in HELD_GROUPS for item in group(project, name)}
 
 
-def downloaded(project: dict[str, Any]) -> set[str]:
-    """Names of what is downloaded and never installed."""
-    return {canonicalize_name(item.name) for item in group(project, DOWNLOADED_GROUP)}
-
-
 def constraints(end: str, torch: str | None) -> list[str]:
-    """The lines of the constraints file of an end; `torch` stands for the version in the lock file."""
+    """The lines of the constraints file of an end; for `torch` see `torch_line`."""
     lines = {"locked": LOCKED, "oldest": OLDEST, "newest": LOCKED}[end].read_text().splitlines()
     if end == "newest":
         names = held(read_project())
         lines = [line for line in lines if _name(line) in names]
     lines = [line.partition("# via ")[0].strip() for line in lines if _name(line) not in (None, "torch")]
-    torch = torch or next(str(pin.version) for pin in read_pins(LOCKED.read_text()) if pin.name == "torch")
-    return [*lines, f"torch=={torch}"]
+    return [*lines, *torch_line(torch)]
+
+
+def torch_line(torch: str | None) -> list[str]:
+    """The constraint on torch: its version, `oldest`, `newest`, or None for the locked one, in whichever end.
+
+    Its CPU builds are not everywhere to be had in every version, so the end does not decide it.
+    """
+    if torch == "newest":
+        return []
+    path = OLDEST if torch == "oldest" else LOCKED
+    found = next(str(pin.version) for pin in read_pins(path.read_text()) if pin.name == "torch")
+    return [f"torch=={found if torch in (None, 'oldest') else torch}"]
 
 
 def _name(line: str) -> str | None:
     match = re.match(r"[A-Za-z0-9][\w.-]*", line)
     return canonicalize_name(match[0]) if match else None
+
+
+def disagreements(project: dict[str, Any], text: str) -> Iterator[str]:
+    """What in a lock file's text is not what pyproject.toml asks for: missing, out of range, or asked for by nobody.
+
+    Whatever only another package asks for is taken at its word: uv has written who it was.
+    """
+    pins = read_pins(text)
+    names = {pin.name for pin in pins}
+    asked = {canonicalize_name(requirement.name) for requirement in requirements(project)}
+    yield from (f"{name} is not locked" for name in sorted(asked - names))
+    for requirement in requirements(project):
+        found = [pin for pin in pins if pin.name == canonicalize_name(requirement.name)]
+        yield from (f"{pin.name} {pin.version} is not {requirement}" for pin in found if not _admits(requirement, pin))
+    for environment in environments(project):
+        here = {pin.name for pin in pins if pin.marker is None or pin.marker.evaluate(environment)}
+        yield from (f"{name} is not locked where {environment}" for name in sorted(names - here))
+    for pin in pins:
+        if pin.asked_for != (pin.name in asked):
+            yield f"{pin.name} {pin.version} is locked as {'' if pin.asked_for else 'not '}named in pyproject.toml"
+        if not pin.asked_for and not any(canonicalize_name(who) in names for who in pin.via):
+            yield f"{pin.name} {pin.version} is locked, and nothing locked needs it"
+
+
+def environments(project: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """What markers may ask about: each Python that the package is declared for, on Linux and on macOS."""
+    for python in pythons(project):
+        for platform in ("linux", "darwin"):
+            yield {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": platform}
+
+
+def pythons(project: dict[str, Any]) -> list[str]:
+    """The Python versions, as in 3.11, that the package is declared for."""
+    classifiers = project["project"]["classifiers"]
+    return [match[1] for line in classifiers if (match := re.fullmatch(r".* :: Python :: (3\.\d+)", line))]
+
+
+def _admits(requirement: Requirement, pin: Pin) -> bool:
+    return requirement.specifier.contains(pin.version, prereleases=True)
 
 
 def not_as_pinned(pins: Iterable[Pin], complete: bool) -> Iterator[str]:
@@ -128,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["print", "check"])
     parser.add_argument("end", choices=["locked", "oldest", "newest"])
-    parser.add_argument("--torch", help="this version of torch in place of the locked one")
+    parser.add_argument("--torch", help="a version of torch, oldest or newest in place of the locked one")
     arguments = parser.parse_args()
     lines = constraints(arguments.end, arguments.torch)
     if arguments.action == "print":
