@@ -1,9 +1,13 @@
 """int8cli: LLM.int8() checkpoints, by streaming."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from int8cli.runtime.load import load_model as load_model
+
+# The package uses torch without numpy; torch warns of that in each process that imports it.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]

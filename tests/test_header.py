@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 
 from int8cli.checkpoint.header import encode_header, read_header
+from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError
 
@@ -83,6 +84,20 @@ def test_an_encoded_header_is_byte_for_byte_that_of_safetensors(metadata: dict[s
     assert ours == theirs[: len(ours)]
     assert stored == read(theirs).tensors
     assert all(tensor.offset_bytes * 8 % DTYPE_BITS[tensor.spec.dtype] == 0 for tensor in stored)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt", "é": "“quoted”"}])
+def test_serialized_tensors_are_byte_for_byte_those_of_safetensors(metadata: dict[str, str] | None) -> None:
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    whole = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    tensors = {f"{dtype}": torch.arange(6).reshape(2, 3).to(dtype) for dtype in (*floats, *whole)}
+    tensors |= {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4), "odd": torch.ones(3, dtype=torch.int8)}
+    assert serialize(tensors, metadata) == save(tensors, metadata)
+
+
+def test_a_transposed_tensor_is_serialized_by_its_values() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3).t()
+    assert serialize({"x": tensor}) == save({"x": tensor.contiguous()})
 
 
 def test_an_encoded_header_opens_in_safetensors_with_every_dtype(tmp_path: Path) -> None:

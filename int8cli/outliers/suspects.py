@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
+from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
@@ -133,7 +134,7 @@ class SuspectScan:
 
 def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
     """Write a scan's figures down, whole or not at all. Raises OutputError."""
-    write_file(path, save(dict(figures)))
+    write_file(path, serialize(figures))
 
 
 def recall_figures(path: Path) -> dict[str, Tensor] | None:
