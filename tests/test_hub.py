@@ -353,7 +353,7 @@ def test_what_is_no_hub_is_told(tmp_path):
 
 def test_a_full_disk_is_told(hub, tmp_path):
     source = source_of(hub, tmp_path)
-    part = source._aside(SHARD).with_name(f"{SHARD}.incomplete")
+    part = tmp_path / "out" / "incoming" / str(source.identity.revision) / f"{SHARD}.incomplete"
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
     with pytest.raises(DiskSpaceError, match=r"safetensors.*: no room on the disk"):
