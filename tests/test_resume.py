@@ -112,6 +112,8 @@ def test_kills_at_random_instants_leave_no_trace(
         assert outcome.code == -signal.SIGKILL, outcome.err
         kills += 1
         assert_only_whole_files(output, reference)
+    else:  # on a busy machine no run may live long enough
+        assert nursery.start("convert", large, "-o", output, cwd=tmp_path).wait().code == 0
     assert kills > 0
     assert tree(output) == reference
 
