@@ -1,7 +1,7 @@
 """Converting a checkpoint: all of its shards, and what speaks of the whole.
 
 Owns the order of the work and what makes it resumable: a shard that stands under its name is recorded, and only then is
-its source let go. Prints nothing; an ConversionObserver is told.
+its source let go. Prints nothing; a Progress is told.
 """
 
 import shutil
@@ -19,6 +19,7 @@ from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.conversion import WORKER_PRELOAD
+from int8cli.conversion.announce import TASK, begin_conversion, shard_outcome
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.task import PassOptions, ShardTask
@@ -33,31 +34,15 @@ from int8cli.errors import (
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.survey import CONFIG_FILE, Survey, fingerprint, room_needed
+from int8cli.progress import Progress
 from int8cli.records.manifest import MANIFEST_FILE
 from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardRecord, ShardSource
 from int8cli.results.conversion import ConversionReport
 from int8cli.workers.processes import Executor, InlineExecutor, OnBytes, ProcessExecutor, Result
 
 
-class ConversionObserver:
-    """Is told how a conversion goes. Every method may be overridden; calls may come from another thread."""
-
-    def started(self, survey: Survey, finished: frozenset[str]) -> None:
-        """The work begins; `finished` names the source shards that an earlier run has done."""
-
-    def shard_started(self, shard: str) -> None: ...
-
-    def progressed(self, shard: str, tensor: str, source_bytes: int) -> None:
-        """`source_bytes` more of a shard's tensors are converted; less, where it must be begun again."""
-
-    def shard_finished(self, shard: str, record: ShardRecord) -> None: ...
-
-    def noted(self, message: str) -> None:
-        """Something the user should know that is not an error."""
-
-
 @dataclass(frozen=True, slots=True)
-class ConvertOptions:
+class ConversionRun:
     """How to convert, besides the settings that decide the result.
 
     `workers` processes convert side by side, each with `threads` threads. `overwrite` starts anew in a directory that
@@ -76,9 +61,9 @@ def convert(
     source: Source,
     survey: Survey,
     settings: Settings,
-    options: ConvertOptions,
+    options: ConversionRun,
     render_card: RenderCard,
-    observer: ConversionObserver,
+    progress: Progress,
     columns: ColumnSource | None = None,
 ) -> ConversionReport:
     """Convert what `survey` found in `source` into `options.output`, going on where an earlier run stopped.
@@ -102,15 +87,15 @@ def convert(
         _require_room(source, survey, options.output, remaining)
         store.claim(conversion)
         shutil.rmtree(store.partial_directory, ignore_errors=True)
-        observer.started(survey, frozenset(records))
+        begin_conversion(progress, survey, records)
         for file_name in survey.weights.copied:
             _copy_file(source, file_name, options.output)
         if source.keeps_in is not None:
             _keep_what_leads_to_the_weights(source, survey)
-        executor = _executor(options, len(remaining), lock, observer)
+        executor = _executor(options, len(remaining), lock, progress)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
-            loop = _ShardLoop(source, tasks, executor, store, observer, columns or NoColumns())
+            loop = _ShardLoop(source, tasks, executor, store, progress, columns or NoColumns())
             records.update(loop.run(partial(_require_room, source, survey, options.output)))
         except CANNOT_CALIBRATE:
             if not any(map(store.finished, conversion.shards)):  # the directory is free for another way to do it
@@ -119,6 +104,7 @@ def convert(
         finally:
             executor.close()
             shutil.rmtree(store.partial_directory, ignore_errors=True)  # an interrupt may have come before any clean-up
+        progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
@@ -159,10 +145,10 @@ class _ShardLoop:
         tasks: list[ShardTask],
         executor: Executor,
         store: RecordStore,
-        observer: ConversionObserver,
+        progress: Progress,
         columns: ColumnSource,
     ) -> None:
-        self._source, self._executor, self._store, self._observer = source, executor, store, observer
+        self._source, self._executor, self._store, self._progress = source, executor, store, progress
         self._columns = columns
         self._waiting = deque(tasks)
         self._under_way: dict[Future[ShardRecord], tuple[ShardTask, ExitStack]] = {}
@@ -201,20 +187,20 @@ class _ShardLoop:
         if task is None:
             return
         self._waiting.remove(task)
-        self._observer.shard_started(shard)
+        self._progress.advance(TASK, shard, 0)
         stored = self._columns.columns_of(shard, local, self._run_task)
         task = self._with_threads(replace(task, stored=stored), 1.0)
-        record = _convert_shard(task, local, self._observer.progressed)
+        record = _convert_shard(task, local, partial(_advance, self._progress))
         self._store.add(record)
         self._records[shard] = record
-        self._observer.shard_finished(shard, record)
+        self._progress.done(TASK, shard, shard_outcome(record))
 
     def _start(self, task: ShardTask) -> None:
         held = ExitStack()
         local = held.enter_context(self._source.fetch(task.source.file))
         if self._waiting:
             self._source.prefetch(self._waiting[0].source.file)
-        self._observer.shard_started(task.source.file)
+        self._progress.advance(TASK, task.source.file, 0)
         task = replace(task, stored=self._columns.columns_of(task.source.file, local, self._run_task))
         task = self._with_threads(task, task.tensor_bytes / max(1, self._bytes_beside() + task.tensor_bytes))
         self._under_way[self._executor.submit(partial(_convert_shard, task, local))] = (task, held)
@@ -246,13 +232,13 @@ class _ShardLoop:
             self._fetch_again(task)
             return
         self._records[task.source.file] = record
-        self._observer.shard_finished(task.source.file, record)
+        self._progress.done(TASK, task.source.file, shard_outcome(record))
 
     def _fetch_again(self, task: ShardTask) -> None:
         self._fetched_again.add(task.source.file)
         self._source.discard(task.source.file)
-        self._observer.noted(f"{task.source.file}: not what the Hub published; fetching it once more")
-        self._observer.progressed(task.source.file, "", -task.tensor_bytes)
+        self._progress.note(f"{task.source.file}: not what the Hub published; fetching it once more")
+        self._progress.advance(TASK, task.source.file, -task.tensor_bytes)
         self._waiting.appendleft(task)  # what it tells of the columns to store is for the shards after it
 
 
@@ -264,7 +250,7 @@ def _convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shar
 
 
 def _task(
-    shard: ShardSource, survey: Survey, settings: Settings, options: ConvertOptions, store: RecordStore
+    shard: ShardSource, survey: Survey, settings: Settings, options: ConversionRun, store: RecordStore
 ) -> ShardTask:
     layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
     own = tuple(survey.decisions[stored.spec.name] for stored in layout.tensors)
@@ -284,10 +270,15 @@ def _task(
     )
 
 
-def _executor(options: ConvertOptions, shards: int, lock: int, observer: ConversionObserver) -> Executor:
+def _executor(options: ConversionRun, shards: int, lock: int, progress: Progress) -> Executor:
+    on_bytes = partial(_advance, progress)
     if options.workers > 1 and shards:
-        return ProcessExecutor(min(options.workers, shards), lock, observer.progressed, WORKER_PRELOAD)
-    return InlineExecutor(observer.progressed)
+        return ProcessExecutor(min(options.workers, shards), lock, on_bytes, WORKER_PRELOAD)
+    return InlineExecutor(on_bytes)
+
+
+def _advance(progress: Progress, shard: str, tensor: str, source_bytes: int) -> None:
+    progress.advance(TASK, shard, source_bytes, tensor)
 
 
 def _require_room(

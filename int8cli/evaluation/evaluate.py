@@ -1,7 +1,7 @@
 """Evaluation of a model: all methods in one pass over its weights, with one block of it in memory.
 
-Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: an
-observer is told.
+Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: a
+Progress is told.
 """
 
 import dataclasses
@@ -18,23 +18,25 @@ from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns
-from int8cli.evaluation.options import EvaluateOptions, applicable
+from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
 from int8cli.evaluation.subject import Subject
 from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation
 from int8cli.evaluation.weights import LayerWeights
+from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.saved_states import KeptStates
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.planning.survey import model_fingerprint
+from int8cli.progress import Progress
 from int8cli.results.evaluation import EvaluatedText, Evaluation, LayerError, MethodResult, StoredColumnsSummary
 from int8cli.runtime.converted import ConvertedTensors
 
+TASK = "evaluate"
 # Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
 _FORMS = 1.5
 
@@ -43,8 +45,8 @@ def evaluate(
     subject: Subject,
     text: Text,
     columns: ChosenColumns | None,
-    options: EvaluateOptions,
-    observer: CalibrationObserver,
+    options: EvaluationRun,
+    progress: Progress,
 ) -> Evaluation:
     """Run a subject over a text by each method, and compare.
 
@@ -54,13 +56,13 @@ def evaluate(
     is given the same directory for its state.
     """
     with model_files(subject.runs, subject.weights) as directory:
-        run = _Run(subject, directory, text, columns, options, observer)
+        run = _Run(subject, directory, text, columns, options, progress)
         try:
             return run.run()
         except UnsupportedModelError:
             if not run.resumed:
                 raise
-            observer.noted("this model cannot go on from the middle: starting over")
+            progress.note("this model cannot go on from the middle: starting over")
             run.forget()
             return run.run()
         finally:
@@ -76,12 +78,12 @@ class _Run:
         directory: Path,
         text: Text,
         columns: ChosenColumns | None,
-        options: EvaluateOptions,
-        observer: CalibrationObserver,
+        options: EvaluationRun,
+        progress: Progress,
     ) -> None:
         self._begun_s = time.monotonic()
         self._subject, self._directory, self._text = subject, directory, text
-        self._columns, self._options, self._observer = columns, options, observer
+        self._columns, self._options, self._progress = columns, options, progress
         self._wanted = applicable(subject, options.methods)
         model = self._build().model
         if model.main_input_name != "input_ids":
@@ -121,6 +123,7 @@ class _Run:
                 sums[loaded.unit.name] = _added(sums.get(loaded.unit.name, ()), found)
         order = [unit.name for unit in skeleton.units]
         layers = [layer for name in sorted(sums, key=order.index) for layer in sums[name]]
+        self._progress.done(TASK)
         self.forget()
         return self._evaluation(str(skeleton.dtype), scorer, layers)
 
@@ -151,11 +154,17 @@ class _Run:
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
         if self._predicts:
             keys = ", ".join(method.key for method in self._trajectories.methods)
-            self._observer.noted(f"evaluating in one pass over the weights: {keys}")
+            self._progress.note(f"evaluating in one pass over the weights: {keys}")
         else:
-            self._observer.noted("this model predicts no next token: measuring output errors only")
-        finished = len(self._kept.finished) if self._kept else 0
-        self._observer.started(len(blocks), finished, largest, tokens * methods)
+            self._progress.note("this model predicts no next token: measuring output errors only")
+        begin_blocks(
+            self._progress,
+            TASK,
+            {unit.name: unit.weight_bytes for unit in blocks},
+            steps=self._trajectories.count,
+            tokens=tokens * methods,
+            finished={key.rpartition("@")[0] for key in self._kept.finished} if self._kept else (),
+        )
 
     def _stream(self, skeleton: Skeleton, tensors: CheckpointTensors, scorer: Scorer) -> StreamedModel:
         def take(sequence: int, output: Any) -> None:
@@ -171,22 +180,21 @@ class _Run:
         )
 
     def _run_unit(self, loaded: LoadedUnit, weights: LayerWeights, has_head: bool) -> tuple[LayerSums, ...]:
-        unit, observer, done = loaded.unit, self._observer, 0
+        unit, progress = loaded.unit, self._progress
 
         def take_output(_: Any) -> None:
-            nonlocal done
-            done += 1
-            observer.sequence_done(unit.name, done, self._trajectories.count)
+            if unit.is_block:
+                progress.advance(TASK, unit.name, 1)
 
         if unit.is_block:
-            observer.block_started(unit.name, unit.weight_bytes)
+            progress.advance(TASK, unit.name, 0)
         compared = [method for method in self._wanted.methods if method.product] if self._subject.has_reference else []
         evaluation = UnitEvaluation(loaded, weights.layers(loaded), self._trajectories, compared)
         found = evaluation.run(has_head=has_head, on_output=take_output)
         weights.release(loaded)
         if unit.is_block:
             self._put_down(unit.name, found)
-            observer.block_finished(unit.name)
+            progress.done(TASK, unit.name)
         return found
 
     def _put_down(self, unit: str, found: Sequence[LayerSums]) -> None:

@@ -1,7 +1,7 @@
 """Outlier statistics of a model: its blocks run over text, and every linear layer's input looked at.
 
-Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: an
-observer is told.
+Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: a
+Progress is told.
 """
 
 import dataclasses
@@ -29,9 +29,9 @@ from int8cli.llm_int8.outliers import (
     column_errors,
 )
 from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import KeptStates
 from int8cli.model.sites import Site, first_hidden, weight_of
@@ -48,7 +48,9 @@ from int8cli.outliers.statistics import (
     save_statistics,
 )
 from int8cli.planning.survey import Survey, model_fingerprint
+from int8cli.progress import Progress
 
+TASK = "calibrate"
 _STEP_ELEMENTS = 1 << 22
 # Positions of the last sequence on which a linear is run in int8 to measure its error, spread over it.
 _EXAMPLES = 128
@@ -88,7 +90,7 @@ def calibrate(
     survey: Survey,
     text: Text,
     options: CalibrateOptions,
-    observer: CalibrationObserver,
+    progress: Progress,
     companion: Companion | None = None,
 ) -> OutlierStatistics:
     """Run a source's model over a text, with one block of it in memory, and take down its outliers.
@@ -98,7 +100,7 @@ def calibrate(
     weight holds NaN, NotEnoughMemoryError where a block does not fit.
     """
     with model_files(source, survey.weights) as directory:
-        calibration = _Calibration(source, survey.layouts, directory, text, options, observer, companion or Companion())
+        calibration = _Calibration(source, survey.layouts, directory, text, options, progress, companion or Companion())
         with closing(calibration):
             try:
                 return calibration.run()
@@ -106,7 +108,7 @@ def calibrate(
                 if not calibration.resumed:
                     raise
                 # A model that hands more from block to block than their outputs cannot go on in the middle.
-                observer.noted("this model cannot go on from the middle: starting over")
+                progress.note("this model cannot go on from the middle: starting over")
                 calibration.forget()
                 return calibration.run()
 
@@ -121,11 +123,11 @@ class _Calibration:
         directory: Path,
         text: Text,
         options: CalibrateOptions,
-        observer: CalibrationObserver,
+        progress: Progress,
         companion: Companion,
     ) -> None:
         self._source, self._layouts, self._directory = source, layouts, directory
-        self._options, self._observer, self._companion = options, observer, companion
+        self._options, self._progress, self._companion = options, progress, companion
         self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
@@ -142,10 +144,17 @@ class _Calibration:
     def run(self) -> OutlierStatistics:
         skeleton = build_skeleton(self._directory, self._specs)
         blocks = [unit for unit in skeleton.units if unit.is_block]
-        finished = len(self._kept.finished) if self._kept else 0
+        finished = {_unit_of(key) for key in self._kept.finished} if self._kept else set()
         largest = max((unit.weight_bytes for unit in blocks), default=0)
         self._require_memory(skeleton, largest)
-        self._observer.started(len(blocks), finished, largest, self._provenance.tokens)
+        begin_blocks(
+            self._progress,
+            TASK,
+            {unit.name: unit.weight_bytes for unit in blocks},
+            steps=len(self._sequences),
+            tokens=self._provenance.tokens,
+            finished=finished,
+        )
         found: dict[str, tuple[SiteStatistics, ...]] = dict(self._recalled())
         with CheckpointTensors(self._source, self._layouts, self._companion.leaving) as tensors:
             self._companion.starting(tensors.held_bytes([unit.sources for unit in self._read_in_order(skeleton)]))
@@ -156,15 +165,14 @@ class _Calibration:
             for loaded in stream.units(self._sequences):
                 unit = loaded.unit
                 if unit.is_block:
-                    self._observer.block_started(unit.name, unit.weight_bytes)
-                watch = accumulators.setdefault(
-                    unit.name, _UnitStatistics(loaded, self._options, self._observer, len(self._sequences))
-                )
+                    self._progress.advance(TASK, unit.name, 0)
+                watch = accumulators.setdefault(unit.name, _UnitStatistics(loaded, self._options, self._progress))
                 found[unit.name] = watch.run(loaded)
                 self._companion.learnt(found[unit.name])
                 if unit.is_block:
                     self._put_down(unit.name, found[unit.name])
-                    self._observer.block_finished(unit.name)
+                    self._progress.done(TASK, unit.name)
+        self._progress.done(TASK)
         order = [unit.name for unit in skeleton.units]
         sites = [site for name in sorted(found, key=order.index) for site in found[name]]
         if not self._options.leave_state:
@@ -194,7 +202,7 @@ class _Calibration:
     def _recalled(self) -> Iterator[tuple[str, tuple[SiteStatistics, ...]]]:
         if self._kept is not None:
             for key in self._kept.finished:
-                unit = key.rpartition("@")[0]
+                unit = _unit_of(key)
                 yield unit, load_statistics(self._kept.directory / f"{unit}.safetensors").sites
 
     def _make_provenance(self, text: Text, skeleton: Skeleton) -> Provenance:
@@ -234,13 +242,16 @@ class _Calibration:
                 yield from (self._specs[name] for name in unit.sources if self._specs[name].shape)
 
 
+def _unit_of(key: str) -> str:
+    """The unit whose visit a key of the saved states names."""
+    return key.rpartition("@")[0]
+
+
 class _UnitStatistics:
     """What is taken down of one unit; of one that is called several times in a forward, over all calls."""
 
-    def __init__(
-        self, loaded: LoadedUnit, options: CalibrateOptions, observer: CalibrationObserver, sequences: int
-    ) -> None:
-        self._options, self._observer, self._sequences = options, observer, sequences
+    def __init__(self, loaded: LoadedUnit, options: CalibrateOptions, progress: Progress) -> None:
+        self._options, self._progress = options, progress
         self._unit = loaded.unit
         self._inputs: dict[str, InputStatistics] = {}
         self._residual: InputStatistics | None = None
@@ -252,13 +263,11 @@ class _UnitStatistics:
     def run(self, loaded: LoadedUnit) -> tuple[SiteStatistics, ...]:
         """Bring all sequences through and return the unit's sites, a residual one for the output of a block."""
         self._biases = {name: getattr(linear, "bias", None) for name, linear in loaded.linears.items()}
-        done = 0
 
         def take_output(output: Any) -> None:
-            nonlocal done
-            done += 1
             self._take_residual(output)
-            self._observer.sequence_done(self._unit.name, done, self._sequences)
+            if self._unit.is_block:
+                self._progress.advance(TASK, self._unit.name, 1)
 
         sites = loaded.run(on_input=self._take_input, on_linear_output=self._take_linear_output, on_output=take_output)
         found = [self._site(site, loaded.linears) for site in sites]

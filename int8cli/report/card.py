@@ -10,7 +10,6 @@ from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import printable
-from int8cli.report.units import decibels, human_bytes, human_count
 from int8cli.results.conversion import (
     ConversionReport,
     ErrorBasis,
@@ -20,6 +19,7 @@ from int8cli.results.conversion import (
     summarize_kinds,
     worst_by_output_error,
 )
+from int8cli.results.units import decibels, human_bytes, human_count
 
 WORST_LAYERS = 10
 COLUMNS_SHOWN = 8  # of one layer

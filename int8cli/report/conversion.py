@@ -10,7 +10,6 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import broken_at_dots, printable
-from int8cli.report.units import counted, decibels, human_bytes, human_count
 from int8cli.results.conversion import (
     ConversionReport,
     ErrorBasis,
@@ -21,6 +20,7 @@ from int8cli.results.conversion import (
     summarize_kinds,
     worst_by_output_error,
 )
+from int8cli.results.units import counted, decibels, human_bytes, human_count
 
 WIDTH = 80
 WORST_LAYERS = 10

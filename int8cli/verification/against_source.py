@@ -7,7 +7,7 @@ version with other rules still tells whether these bytes are right.
 import math
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -26,17 +26,18 @@ from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, plan_output_shard, sidecar_file_name
 from int8cli.planning.plan import Decision, Plan, PlanOptions
 from int8cli.planning.survey import Survey, decisions_by_name, fingerprint, survey_source
+from int8cli.progress import Progress
 from int8cli.records.manifest import SideFile
 from int8cli.records.store import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
-from int8cli.verify.options import VerifyOptions
-from int8cli.verify.sidecars import column_problem
+from int8cli.verification.options import VerificationRun
+from int8cli.verification.sidecars import column_problem
 
 # Two machines may add up the same float64 sums in another order.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
 
-OnBytes = Callable[[str, int], None]
+COMPARE = "compare"
 
 
 class Comparison:
@@ -119,8 +120,8 @@ def check_weights(
     survey: Survey,
     conversion: Conversion,
     records: Mapping[str, ShardRecord],
-    options: VerifyOptions,
-    on_bytes: OnBytes,
+    options: VerificationRun,
+    progress: Progress,
 ) -> tuple[Check, Check]:
     """Convert every shard once more and compare bytes and figures. One shard of a Hub source is here at a time."""
     weights: list[Failure] = []
@@ -137,10 +138,11 @@ def check_weights(
             with source.fetch(shard.file) as local:
                 if following is not None:
                     source.prefetch(following.file)
-                result, found = _compare(task, local, on_bytes)
+                result, found = _compare(task, local, progress)
         except Int8cliError as error:
             weights.append(Failure(shard.output, str(error)))
             continue
+        progress.done(COMPARE, shard.output)
         weights += found
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
@@ -173,7 +175,7 @@ def _task(
     survey: Survey,
     conversion: Conversion,
     record: ShardRecord,
-    options: VerifyOptions,
+    options: VerificationRun,
 ) -> ShardTask:
     layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
     via_half = conversion.settings.float32 == VIA_FLOAT16
@@ -217,7 +219,7 @@ def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
     return replace(decision, quantize=True, transpose=transpose)
 
 
-def _compare(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> tuple[PassResult, list[Failure]]:
+def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[PassResult, list[Failure]]:
     decisions = decisions_by_name(task.plan)
     output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
     sidecar, failures = _comparable_sidecar(task, decisions)
@@ -231,7 +233,7 @@ def _compare(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> tuple[Pass
         digest = SourceDigest(FileReader(local.path), task.source.size_bytes) if local.sha256 else None
         in_pass = digest if task.layout.mappable else None
         shard_pass = ShardPass(task.layout, decisions, reader, output, task.options, sidecar)
-        result = shard_pass.run(comparison, partial(_count, on_bytes, shard), in_pass, beside)
+        result = shard_pass.run(comparison, partial(_advance, progress, shard), in_pass, beside)
         if digest is not None and digest.hexdigest() != local.sha256:
             failures.append(Failure(task.source.file, "its sha256 is not the one that the Hub published"))
         failures += comparison.differences()
@@ -255,8 +257,8 @@ def _comparable_sidecar(task: ShardTask, decisions: Mapping[str, Decision]) -> t
     return sidecar, []
 
 
-def _count(on_bytes: OnBytes, file: str, tensor: str, count: int) -> None:
-    on_bytes(file, count)
+def _advance(progress: Progress, file: str, tensor: str, count: int) -> None:
+    progress.advance(COMPARE, file, count, tensor)
 
 
 def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -> Iterator[Failure]:
