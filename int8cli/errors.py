@@ -13,6 +13,14 @@ class Int8cliError(Exception):
         self.hint = hint
 
 
+class OptionError(Int8cliError):
+    """An option has a value that cannot be used. `option` is its name, as a field of the command's options."""
+
+    def __init__(self, message: str, *, option: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.option = option
+
+
 class SourceError(Int8cliError):
     """The model cannot be read from where the user pointed."""
 

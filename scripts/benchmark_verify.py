@@ -12,8 +12,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from int8cli.progress import SILENT
 from int8cli.records.store import RecordStore
-from int8cli.verify.files import DigestPass
+from int8cli.verification.files import DigestPass
 
 RUNS = 9
 
@@ -37,7 +38,7 @@ def main() -> None:
             subprocess.run(["cat", *paths], check=True, stdout=null)
         cat_s.append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        failures = DigestPass(options.directory, files, options.threads, lambda *_: None).run()
+        failures = DigestPass(options.directory, files, options.threads, SILENT).run()
         verify_s.append(time.perf_counter() - begin)
         if failures:
             parser.error(f"{failures[0].file} {failures[0].problem}")

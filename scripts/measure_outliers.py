@@ -26,7 +26,6 @@ from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.llm_int8.quantize import quantize_rowwise
 from int8cli.model.files import model_files
 from int8cli.model.memory import return_memory_promptly
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sampling import Sampling
 from int8cli.model.sites import weight_of
 from int8cli.model.skeleton import build_skeleton
@@ -37,6 +36,7 @@ from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.suspects import find_suspects
 from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import survey_source
+from int8cli.progress import SILENT
 from int8cli.report.outliers import grouped_massive, ranges
 
 PLANTED = (5, 100, 200, 333, 444, 570)
@@ -64,7 +64,7 @@ def calibrated(model: Path, tokens: int) -> OutlierStatistics:
     source = open_source(str(model), revision=None, download_dir=model / "incoming")
     options = CalibrateOptions(Sampling(tokens, 512, 0))
     text = Text.decode(SAMPLE_NAME, sample_text())
-    return calibrate(source, survey_source(source, PlanOptions()), text, options, CalibrationObserver())
+    return calibrate(source, survey_source(source, PlanOptions()), text, options, SILENT)
 
 
 def show_found(found: OutlierStatistics) -> None:

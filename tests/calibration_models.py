@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.checkpoint.locate import open_source
-from int8cli.model.observer import CalibrationObserver
+from int8cli.checkpoint.locate import opened_source
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import survey_source
+from int8cli.progress import SILENT, Progress
 
 WORDS = [f"w{index}" for index in range(90)]
 
@@ -60,13 +60,9 @@ def calibrated(
     sequence_length: int = 16,
     seed: int = 0,
     kept_in: Path | None = None,
-    observer: CalibrationObserver | None = None,
+    progress: Progress = SILENT,
 ) -> OutlierStatistics:
-    """Calibrate a checkpoint on some words, through the library as the command does."""
-    source = open_source(str(directory), revision=None, download_dir=directory / "incoming")
-    try:
+    """Calibrate a checkpoint on some words."""
+    with opened_source(str(directory), revision=None, download_dir=directory / "incoming") as source:
         options = CalibrateOptions(Sampling(tokens, sequence_length, seed), kept_in=kept_in)
-        survey = survey_source(source, PlanOptions())
-        return calibrate(source, survey, text or some_text(), options, observer or CalibrationObserver())
-    finally:
-        source.close()
+        return calibrate(source, survey_source(source, PlanOptions()), text or some_text(), options, progress)

@@ -1,28 +1,34 @@
-"""Tiny checkpoints on disk, by transformers or by hand, and their conversion as the command does it."""
+"""Tiny checkpoints on disk, by transformers or by hand, and their conversion."""
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from int8cli.checkpoint.locate import open_source
+from int8cli import ConversionResult, ConvertOptions, convert
+from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.source import LocalFile
+from int8cli.commands.convert import settings_of
 from int8cli.conversion.column_source import NoColumns, RunTask
-from int8cli.conversion.convert import ConversionObserver, ConvertOptions, convert
+from int8cli.conversion.convert import ConversionRun
+from int8cli.conversion.convert import convert as convert_shards
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import sidecar_specs
 from int8cli.planning.plan import Decision, PlanOptions
 from int8cli.planning.survey import Survey, survey_source
-from int8cli.records.store import FROM_ACTIVATIONS, Settings
+from int8cli.progress import SILENT
+from int8cli.records.store import FROM_ACTIVATIONS
 from int8cli.report.card import render_card
-from int8cli.results.conversion import ConversionReport
 from int8cli.results.stored_columns import StoredColumn, StoredColumns
+
+# What most tests convert with: stored columns have test_sidecars.py and test_outlier_conversion.py.
+WITHOUT_COLUMNS = ConvertOptions(outliers="none")
 
 
 @dataclass(frozen=True)
@@ -379,11 +385,8 @@ def save_by_hand(directory: Path, tensors: Mapping[str, Tensor], config: Mapping
 
 
 def survey(model: Path, *, skip: tuple[str, ...] = (), only: tuple[str, ...] = ()) -> Survey:
-    source = open_source(str(model), revision=None, download_dir=model / "incoming", keep_source=False)
-    try:
+    with opened_source(str(model), revision=None, download_dir=model / "incoming") as source:
         return survey_source(source, PlanOptions(skip, only))
-    finally:
-        source.close()
 
 
 def some_columns(decision: Decision) -> StoredColumns:
@@ -413,44 +416,28 @@ class GivenColumns(NoColumns):
         return {name: self._stored[name] for name in self._tensors[shard] if name in self._stored}
 
 
-def convert_local(
+def convert_storing(
     model: Path,
     output: Path,
+    stored: Callable[[Decision], StoredColumns | None] | None,
+    options: ConvertOptions = WITHOUT_COLUMNS,
     *,
-    skip: tuple[str, ...] = (),
-    only: tuple[str, ...] = (),
-    float32: Literal["direct", "float16"] = "direct",
-    threshold: float = 6.0,
-    on_nonfinite: Literal["error", "keep"] = "error",
-    overwrite: bool = False,
-    workers: int = 1,
-    threads: int = 2,
-    layout: str = "bitsandbytes",
-    observer: ConversionObserver | None = None,
-    stored: Callable[[Decision], StoredColumns | None] | None = None,
     chosen_from: str = FROM_ACTIVATIONS,
     calibration: str = "",
-    figures: bool = True,
-) -> ConversionReport:
-    """Convert a directory or file into `output`, through the library as the command does.
-
-    `stored` says which columns of a quantized tensor to store exactly, if any; without it there are no sidecars.
-    """
-    source = open_source(str(model), revision=None, download_dir=output / "int8" / "incoming", keep_source=False)
-    try:
-        found = survey_source(source, PlanOptions(skip, only), LAYOUTS[layout])
-        settings = Settings(layout, threshold, skip, only, float32, figures=figures)
-        options = ConvertOptions(output, on_nonfinite, overwrite, workers, threads)
-        columns = NoColumns()
-        if stored is not None:
-            chosen = {each.spec.name: own for each in found.plan.quantized if (own := stored(each)) is not None}
-            counts = {name: len(own.columns) for name, own in chosen.items()}
-            found, columns = replace(found, stored_counts=counts), GivenColumns(found, chosen)
-            most = max(counts.values(), default=0)
-            settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
-        return convert(source, found, settings, options, render_card, observer or ConversionObserver(), columns)
-    finally:
-        source.close()
+) -> ConversionResult:
+    """Convert with columns that are known beforehand: `stored` says which of a quantized tensor, if any."""
+    if stored is None:
+        return convert(model, output, options)
+    settings = settings_of(options)
+    with opened_source(str(model), revision=None, download_dir=output / "int8" / "incoming") as source:
+        found = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
+        chosen = {each.spec.name: own for each in found.plan.quantized if (own := stored(each)) is not None}
+        counts = {name: len(own.columns) for name, own in chosen.items()}
+        found, columns = replace(found, stored_counts=counts), GivenColumns(found, chosen)
+        most = max(counts.values(), default=0)
+        settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
+        run = ConversionRun(output, options.on_nonfinite, threads=options.threads or 2)
+        return ConversionResult(output, convert_shards(source, found, settings, run, render_card, SILENT, columns))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

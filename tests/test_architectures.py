@@ -12,9 +12,9 @@ from checkpoints import (
     HEADS,
     LISTED,
     OTHERS,
+    WITHOUT_COLUMNS,
     Tiny,
     build_tiny,
-    convert_local,
     quantize_with_bitsandbytes,
     read_all,
     read_json,
@@ -24,6 +24,7 @@ from checkpoints import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from int8cli import ConvertOptions, convert
 from int8cli.planning.plan import model_types
 from int8cli.planning.transformers_versions import SURVEYED, float32_of, release, skip_rule
 
@@ -93,7 +94,7 @@ def converted(tiny: Tiny, directory: Path, dtype: torch.dtype = torch.bfloat16) 
     """Source and output directories of a tiny model."""
     source, output = directory / "source", directory / "output"
     build_tiny(tiny, dtype).save_pretrained(source)
-    convert_local(source, output)
+    convert(source, output, WITHOUT_COLUMNS)
     return source, output
 
 
@@ -139,7 +140,7 @@ def test_names_without_the_base_model_prefix_open_too(name: str, prefix: str, tm
     source = save_tiny(name, tmp_path / "source")
     renamed = rewrite(source, lambda tensor: tensor.removeprefix(prefix))
     assert not any(tensor.startswith(prefix) for tensor in renamed)
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
 
 
@@ -154,14 +155,14 @@ def test_the_checkpoint_of_a_language_model_opens_as_its_base_model(name: str, t
 def test_a_config_that_names_no_dtype_keeps_that_of_the_weights(name: str, tmp_path: Path) -> None:
     source = save_tiny(name, tmp_path / "source")
     edit_config(source, "dtype", "torch_dtype")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
 def test_float32_through_float16_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
     source = save_tiny(name, tmp_path / "source", torch.float32)
-    convert_local(source, tmp_path / "output", float32="float16")
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", float32="float16"))
     assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
 
 
@@ -169,7 +170,7 @@ def test_float32_through_float16_opens_as_if_quantized_on_load(name: str, tmp_pa
 def test_shards_open_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
     source = save_tiny(name, tmp_path / "source", max_shard_size="15KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert_opens_as_quantized_on_load(source, tmp_path / "output", LISTED[name].model)
 
 
@@ -180,7 +181,7 @@ def test_what_transformers_writes_itself_is_what_we_write(tmp_path: Path) -> Non
     quantization = BitsAndBytesConfig(load_in_8bit=True)
     model = LlamaForCausalLM.from_pretrained(source, quantization_config=quantization, device_map="cpu")
     model.save_pretrained(tmp_path / "theirs")
-    convert_local(source, tmp_path / "ours")
+    convert(source, tmp_path / "ours", WITHOUT_COLUMNS)
     assert_same(
         read_tensors(tmp_path / "ours" / "model.safetensors"), read_tensors(tmp_path / "theirs" / "model.safetensors")
     )
@@ -197,7 +198,7 @@ def test_a_converted_model_computes(tmp_path: Path) -> None:
 
 def test_of_experts_and_routers_nothing_is_int8_and_the_report_says_so(tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
-    report = convert_local(source, tmp_path / "output")
+    report = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report
     written = read_all(tmp_path / "output")
     reasons = {group.kind: group.reason for group in report.left_alone}
     assert not [n for n, t in written.items() if t.dtype == torch.int8 and (".experts." in n or ".gate." in n)]
@@ -206,7 +207,7 @@ def test_of_experts_and_routers_nothing_is_int8_and_the_report_says_so(tmp_path:
 
 
 def test_falcon_is_left_alone_and_says_so(tmp_path: Path) -> None:
-    report = convert_local(save_tiny("falcon", tmp_path / "source"), tmp_path / "output")
+    report = convert(save_tiny("falcon", tmp_path / "source"), tmp_path / "output", WITHOUT_COLUMNS).report
     assert report.percent_quantized == 0.0
     assert any("linear class of the model's own" in group.reason for group in report.left_alone)
 
@@ -215,7 +216,7 @@ def test_falcon_is_left_alone_and_says_so(tmp_path: Path) -> None:
 def test_a_base_model_with_a_pooler_loads_from_a_masked_language_model_without(
     architecture: str, tmp_path: Path
 ) -> None:
-    convert_local(save_tiny(architecture, tmp_path / "source", torch.bfloat16), tmp_path / "output")
+    convert(save_tiny(architecture, tmp_path / "source", torch.bfloat16), tmp_path / "output", WITHOUT_COLUMNS)
     model = transformers.AutoModel.from_pretrained(tmp_path / "output", device_map="cpu")
     assert type(model.pooler.dense) is torch.nn.Linear
     assert model.encoder.layer[0].output.dense.weight.dtype == torch.int8

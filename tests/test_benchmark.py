@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import convert_local, read_all
+from checkpoints import WITHOUT_COLUMNS, read_all
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
@@ -15,13 +15,15 @@ from benchmarking.peers import InstallError, Peer, installed
 from benchmarking.tables import against_copy, growth, peers
 from benchmarking.turns import Case, Run, measure, size_of, take_turns
 
+from int8cli import convert
+
 MEGABYTE = 1_000_000
 
 
 @pytest.mark.parametrize(("model", "layers"), [(bloom, 4), (llama, 7)])
 def test_a_checkpoint_is_a_model_that_converts(model, layers: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", model(0.004))
-    convert_local(tmp_path / "source", tmp_path / "int8")
+    convert(tmp_path / "source", tmp_path / "int8", WITHOUT_COLUMNS)
     assert sum(name.endswith(".SCB") for name in read_all(tmp_path / "int8")) == layers
     weights = next(w for name, w in read_all(tmp_path / "source").items() if w.dim() == 2 and "embed" not in name)
     assert weights.float().std().item() == pytest.approx(0.02, rel=0.02)

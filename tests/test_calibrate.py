@@ -20,13 +20,13 @@ from int8cli.errors import (
     UnsupportedModelError,
 )
 from int8cli.llm_int8.inputs import InputStatistics
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.strands import Strand
 from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text
 from int8cli.outliers import calibrate as calibrate_module
 from int8cli.outliers.statistics import RESIDUAL, OutlierStatistics, load_statistics, save_statistics
+from int8cli.progress import SilentProgress
 
 ALL = LISTED | HEADS | OTHERS
 FAMILIES = [
@@ -231,16 +231,17 @@ class Killed(BaseException):
     """Ends a calibration as a signal would, with nothing cleaned up but what is cleaned up on every way out."""
 
 
-class KilledAfter(CalibrationObserver):
+class KilledAfter(SilentProgress):
     def __init__(self, blocks: int) -> None:
         self.left = blocks
         self.run: list[str] = []
 
-    def block_started(self, name: str, weight_bytes: int) -> None:
-        if self.left == 0:
-            raise Killed
-        self.left -= 1
-        self.run.append(name)
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        if amount == 0:  # a block begins
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            self.run.append(part)
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart", "gpt2", "deberta-v2"])
@@ -250,14 +251,14 @@ def test_a_killed_run_goes_on_to_the_same_statistics(tmp_path: Path, family: str
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     blocks = []
     for count in (1, 2) if family in ("t5", "bart") else (1,):
-        observer = KilledAfter(count)
+        progress = KilledAfter(count)
         with pytest.raises(Killed):
-            calibrated(tmp_path / "model", kept_in=kept, observer=observer)
-        blocks += observer.run
+            calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+        blocks += progress.run
         assert kept.is_dir()
-    observer = KilledAfter(100)
-    resumed = saved(calibrated(tmp_path / "model", kept_in=kept, observer=observer), tmp_path / "resumed.safetensors")
-    blocks += observer.run
+    progress = KilledAfter(100)
+    resumed = saved(calibrated(tmp_path / "model", kept_in=kept, progress=progress), tmp_path / "resumed.safetensors")
+    blocks += progress.run
     assert len(set(blocks)) >= 2
     assert blocks[0] != blocks[1]  # the finished block is not run again
     assert resumed == whole
@@ -268,10 +269,10 @@ def test_other_text_starts_anew(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, observer=KilledAfter(1))
-    observer = KilledAfter(100)
-    calibrated(tmp_path / "model", text=some_text(seed=5), kept_in=kept, observer=observer)
-    assert observer.run == ["model.layers.0", "model.layers.1"]
+        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+    progress = KilledAfter(100)
+    calibrated(tmp_path / "model", text=some_text(seed=5), kept_in=kept, progress=progress)
+    assert progress.run == ["model.layers.0", "model.layers.1"]
 
 
 def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, observer=KilledAfter(1))
+        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
     assert saved(calibrated(tmp_path / "model", kept_in=kept), tmp_path / "again.safetensors") == whole
 
 
@@ -287,12 +288,12 @@ def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
 
-    class Second(CalibrationObserver):
-        def block_started(self, name: str, weight_bytes: int) -> None:
+    class Second(SilentProgress):
+        def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
             with pytest.raises(OutputInUseError, match="another int8cli"):
                 calibrated(tmp_path / "model", kept_in=kept)
 
-    calibrated(tmp_path / "model", kept_in=kept, observer=Second())
+    calibrated(tmp_path / "model", kept_in=kept, progress=Second())
 
 
 def saved(statistics: OutlierStatistics, path: Path) -> bytes:

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 from int8cli import __version__
 from int8cli.cli import app
 from int8cli.cli.convert import EXAMPLES
-from int8cli.cli.options import complete_path, default_output
+from int8cli.cli.options import complete_path
+from int8cli.commands.places import default_output
 
 SHARDS = 3
 
@@ -331,7 +332,7 @@ def test_a_terminal_gets_a_live_bar(large: Path, tmp_path: Path) -> None:
     assert frames, lines[:20]
     assert not [line for line in lines if re.match(r"^\s+MB\s", line)], "a column was broken over two lines"
     assert max(map(len, lines)) <= 80 + len(str(large))
-    assert len([line for line in lines if re.match(r"^\d/6 model-0000\d-of-00006.safetensors: ", line)]) == 6
+    assert len([line for line in lines if re.match(r"^\[\d/6\] model-0000\d-of-00006.safetensors: ", line)]) == 6
 
 
 def test_no_color_is_honoured(model: Path) -> None:
@@ -362,7 +363,7 @@ def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
     outcome = outcome_of(process)
     assert (outcome.code, outcome.out) == (130, "")
     assert "Traceback" not in outcome.err
-    assert "interrupted: run the same command again to go on" in outcome.err
+    assert "interrupted: run the same command again to resume" in outcome.err
     wait_until(lambda: not group_exists(process.pid), "the end of the last child")
     assert not any((output / "int8/partial").glob("*"))
     assert not (output / "config.json").exists()

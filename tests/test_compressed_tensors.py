@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, build_tiny, convert_local, read_all, read_json, read_tensors, save_by_hand, save_tiny
+from checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
 from program import llama, run, tree
 from torch import Tensor, nn
 from verifying import verified
 
+from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS, compressed_tensors
@@ -29,7 +30,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> T
 
 def converted(directory: Path, tensors: dict[str, Tensor], layout: str = LAYOUT) -> dict[str, Tensor]:
     source = save_by_hand(directory / "source", tensors)
-    convert_local(source, directory / layout, layout=layout)
+    convert(source, directory / layout, ConvertOptions(outliers="none", layout=layout))
     return read_tensors(directory / layout / "model.safetensors")
 
 
@@ -69,8 +70,8 @@ def test_wide_rows_and_transposes_have_one_scale_a_row(tmp_path: Path) -> None:
 
 def test_processes_and_threads_change_no_byte(tmp_path: Path) -> None:
     source = llama(tmp_path / "source")
-    convert_local(source, tmp_path / "one", layout=LAYOUT, threads=1)
-    convert_local(source, tmp_path / "many", layout=LAYOUT, workers=2, threads=3)
+    convert(source, tmp_path / "one", ConvertOptions(outliers="none", layout=LAYOUT, threads=1))
+    convert(source, tmp_path / "many", ConvertOptions(outliers="none", layout=LAYOUT, workers=2, threads=3))
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
 
 
@@ -78,7 +79,7 @@ def test_sizes_are_known_beforehand(tmp_path: Path) -> None:
     source = llama(tmp_path / "source")
     opened = open_source(str(source), revision=None, download_dir=tmp_path)
     survey = survey_source(opened, PlanOptions(), LAYOUTS[LAYOUT])
-    convert_local(source, tmp_path / "out", layout=LAYOUT)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     report = read_json(tmp_path / "out" / "int8" / "report.json")
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert survey.output_bytes == written == report["totals"]["output_bytes"]
@@ -89,7 +90,7 @@ def test_sizes_are_known_beforehand(tmp_path: Path) -> None:
 
 def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "source")
-    report = convert_local(tmp_path / "source", tmp_path / "out", layout=LAYOUT)
+    report = convert(tmp_path / "source", tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT)).report
     outcome = run("estimate-memory", "source", "--layout", LAYOUT, "--json", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     estimate = json.loads(outcome.out)
@@ -103,7 +104,7 @@ def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
 def test_the_config_is_what_compressed_tensors_writes_for_dynamic_int8(tmp_path: Path) -> None:
     from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
 
-    convert_local(llama(tmp_path / "source"), tmp_path / "out", layout=LAYOUT)
+    convert(llama(tmp_path / "source"), tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     told = read_json(tmp_path / "out" / "config.json")["quantization_config"]
     parsed = QuantizationConfig.model_validate({k: v for k, v in told.items() if k != "quant_method"})
     preset = preset_name_to_scheme("W8A8", ["Linear"])
@@ -122,7 +123,9 @@ def ignored(entries: list[str], module: str) -> bool:
 
 def test_the_ignore_list_covers_what_was_left_alone_and_nothing_else(tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "source")
-    convert_local(source, tmp_path / "out", layout=LAYOUT, skip=("*layers.1.self_attn.o_proj",))
+    convert(
+        source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, skip=("*layers.1.self_attn.o_proj",))
+    )
     entries = read_json(tmp_path / "out" / "config.json")["quantization_config"]["ignore"]
     int8 = {name.removesuffix(".weight") for name, t in read_all(tmp_path / "out").items() if t.dtype == torch.int8}
     assert int8
@@ -199,7 +202,7 @@ def test_it_is_told_when_vllm_could_not_merge_layers() -> None:
 
 def test_it_is_told_that_transformers_does_not_read_mixtures(tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
-    convert_local(source, tmp_path / "out", layout=LAYOUT)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "does not read mixtures of experts" in card
     assert "vllm serve" in card
@@ -250,7 +253,11 @@ class ExactLinear(nn.Module):
 
 @pytest.mark.parametrize("architecture", LOADED)
 def test_transformers_holds_exactly_what_was_written(architecture: str, tmp_path: Path) -> None:
-    convert_local(save_tiny(architecture, tmp_path / "s", torch.float32), tmp_path / "out", layout=LAYOUT)
+    convert(
+        save_tiny(architecture, tmp_path / "s", torch.float32),
+        tmp_path / "out",
+        ConvertOptions(outliers="none", layout=LAYOUT),
+    )
     written = read_all(tmp_path / "out")
     model = load(tmp_path / "out", architecture)
     int8 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.int8}
@@ -283,7 +290,7 @@ def test_logits_agree_with_an_exact_computation(architecture: str, tmp_path: Pat
     four of these models agree to 2e-7, the others have such inputs.
     """
     source = save_tiny(architecture, tmp_path / "s", torch.float32)
-    convert_local(source, tmp_path / "out", layout=LAYOUT)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     written = read_all(tmp_path / "out")
     with torch.no_grad():
         logits = load(tmp_path / "out", architecture)(**inputs_for(architecture)).logits.double()
@@ -297,7 +304,11 @@ def test_logits_agree_with_an_exact_computation(architecture: str, tmp_path: Pat
 @pytest.mark.parametrize("architecture", LOADED)
 def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path) -> None:
     """Given its very inputs, a layer's output is the exact product but for float32's rounding of the sum."""
-    convert_local(save_tiny(architecture, tmp_path / "s", torch.float32), tmp_path / "out", layout=LAYOUT)
+    convert(
+        save_tiny(architecture, tmp_path / "s", torch.float32),
+        tmp_path / "out",
+        ConvertOptions(outliers="none", layout=LAYOUT),
+    )
     written = read_all(tmp_path / "out")
     model = load(tmp_path / "out", architecture)
     seen: set[str] = set()
@@ -326,14 +337,14 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "gpt2", "falcon"])
 def test_verify_knows_the_layout(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source")
-    convert_local(source, tmp_path / "out", layout=LAYOUT)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     verification = verified(tmp_path / "out", source)
     assert [(c.name, c.status, c.failures) for c in verification.checks if c.status != "passed"] == []
 
 
 def test_verify_names_a_changed_scale(tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1)
-    convert_local(source, tmp_path / "out", layout=LAYOUT)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     file = tmp_path / "out" / "model.safetensors"
     data = bytearray(file.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
@@ -351,7 +362,7 @@ def test_verify_names_a_changed_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skip", [(), ("*.experts.*",)], ids=["experts", "no experts"])
 def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, ...], tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
-    convert_local(source, tmp_path / "out", layout=LAYOUT, skip=skip)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, skip=skip))
     verification = verified(tmp_path / "out", source)
     assert verification.holds
     unchecked = {each.name: each.detail for each in verification.checks if each.status == "not checked"}

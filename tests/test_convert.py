@@ -11,8 +11,8 @@ import transformers
 import xxhash
 from checkpoints import (
     LISTED,
+    WITHOUT_COLUMNS,
     build_tiny,
-    convert_local,
     quantize_with_bitsandbytes,
     read_all,
     read_json,
@@ -24,6 +24,7 @@ from checkpoints import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from int8cli import ConvertOptions, convert
 from int8cli.errors import NonFiniteError, UnsupportedModelError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 
@@ -38,7 +39,9 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 0.02, 
 
 def convert_tensors(directory: Path, tensors: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
     """Convert a checkpoint of these tensors; returns those of the output."""
-    convert_local(save_by_hand(directory / "source", tensors), directory / "output", **options)
+    convert(
+        save_by_hand(directory / "source", tensors), directory / "output", ConvertOptions(outliers="none", **options)
+    )
     return read_tensors(directory / "output" / "model.safetensors")
 
 
@@ -163,16 +166,16 @@ def test_the_number_of_threads_changes_no_byte(threads: int, tmp_path: Path) -> 
             "wte.weight": normal(9, 4),
         },
     )
-    convert_local(source, tmp_path / "one", threads=1)
-    convert_local(source, tmp_path / "several", threads=threads)
+    convert(source, tmp_path / "one", ConvertOptions(outliers="none", threads=1))
+    convert(source, tmp_path / "several", ConvertOptions(outliers="none", threads=threads))
     assert files_of(tmp_path / "several") == files_of(tmp_path / "one")
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source", max_shard_size="20KB")
     assert len(list(source.glob("*.safetensors"))) > 2
-    convert_local(source, tmp_path / "one", workers=1)
-    convert_local(source, tmp_path / "two", workers=2)
+    convert(source, tmp_path / "one", ConvertOptions(outliers="none", workers=1))
+    convert(source, tmp_path / "two", ConvertOptions(outliers="none", workers=2))
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
@@ -216,7 +219,7 @@ def test_other_files_go_along_and_what_does_not_is_named(tmp_path: Path) -> None
         (source / name).write_text(f"{name} of the source")
     for name in ("optimizer.pt", "tf_model.h5", "flax_model.msgpack", "model.gguf"):
         (source / name).write_bytes(b"not weights to take")
-    report = convert_local(source, tmp_path / "output")
+    report = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report
     for name in ("tokenizer.json", "generation_config.json", "LICENSE", "chat_template.jinja"):
         assert (tmp_path / "output" / name).read_bytes() == (source / name).read_bytes()
     named = dict(report.passed_over)
@@ -230,7 +233,7 @@ def test_other_files_go_along_and_what_does_not_is_named(tmp_path: Path) -> None
 def test_sizes_are_known_beforehand_to_the_byte(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source", max_shard_size="20KB")
     foreseen = survey(source)
-    report = convert_local(source, tmp_path / "output")
+    report = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report
     sizes = {p.name: p.stat().st_size for p in (tmp_path / "output").glob("*.safetensors")}
     assert sizes == {shard.file_name: shard.file_bytes for shard in foreseen.outputs.values()}
     assert sum(sizes.values()) == foreseen.output_bytes == report.output_bytes
@@ -253,7 +256,7 @@ def test_the_header_is_aligned_and_without_gaps(tmp_path: Path) -> None:
 
 def test_the_index_says_what_is_where_and_how_large(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source", max_shard_size="20KB")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     index = read_json(tmp_path / "output" / "model.safetensors.index.json")
     shards = {p.name: read_tensors(p) for p in (tmp_path / "output").glob("*.safetensors")}
     assert index["weight_map"] == {name: file for file, tensors in shards.items() for name in tensors}
@@ -264,7 +267,7 @@ def test_the_index_says_what_is_where_and_how_large(tmp_path: Path) -> None:
 
 def test_records_hold_the_digest_of_every_tensor(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source", max_shard_size="20KB")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     records = [read_json(path) for path in sorted((tmp_path / "output" / "int8" / "records").glob("*.json"))]
     assert len(records) == len(list(source.glob("*.safetensors")))
     for file in (file for record in records for file in record["files"]):
@@ -286,7 +289,7 @@ def test_records_hold_the_digest_of_every_tensor(tmp_path: Path) -> None:
 def test_nothing_is_left_aside(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source", max_shard_size="20KB")
     (source / "README.md").unlink(missing_ok=True)
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     shards = sorted(p.name for p in source.glob("*.safetensors"))
     records = [f"int8/records/{name.removesuffix('.safetensors')}.json" for name in shards]
     others = ["README.md", "config.json", "generation_config.json", "model.safetensors.index.json"]
@@ -309,7 +312,7 @@ def test_figures_are_those_of_the_written_files(dtype: torch.dtype, tmp_path: Pa
     }
     tensors[WEIGHT][3] = 0
     source = save_by_hand(tmp_path / "source", tensors)
-    returned = convert_local(source, tmp_path / "output").to_json()
+    returned = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report.to_json()
     report = read_json(tmp_path / "output" / "int8" / "report.json")
     assert json.loads(json.dumps(returned)) == report
     written = read_tensors(tmp_path / "output" / "model.safetensors")
@@ -346,13 +349,13 @@ def test_the_worst_layer_comes_first(tmp_path: Path) -> None:
     source = save_by_hand(
         tmp_path / "source", {"layers.0.q_proj.weight": normal(64, 64), "layers.1.q_proj.weight": spiky}
     )
-    report = convert_local(source, tmp_path / "output")
+    report = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report
     assert [layer.name for layer in report.layers] == ["layers.1.q_proj", "layers.0.q_proj"]
 
 
 def test_a_weight_of_zeros_has_no_error_and_no_sqnr(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {WEIGHT: torch.zeros(4, 4, dtype=torch.bfloat16)})
-    layer = convert_local(source, tmp_path / "output").to_json()["layers"][0]
+    layer = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report.to_json()["layers"][0]
     assert (layer["relative_frobenius_error"], layer["max_abs_error"], layer["sqnr_db"]) == (0.0, 0.0, None)
 
 
@@ -403,7 +406,9 @@ def test_a_kept_non_finite_weight_is_left_alone_by_the_loader_too(tmp_path: Path
         for name in damaged:
             model.get_submodule(name).weight[2, 3] = float("nan")
     model.save_pretrained(tmp_path / "source")
-    report = convert_local(tmp_path / "source", tmp_path / "output", on_nonfinite="keep")
+    report = convert(
+        tmp_path / "source", tmp_path / "output", ConvertOptions(outliers="none", on_nonfinite="keep")
+    ).report
 
     source, written = read_all(tmp_path / "source"), read_all(tmp_path / "output")
     kept = {name for name in source if ".layers." in name and "norm" not in name and written[name].dtype != torch.int8}
@@ -421,8 +426,8 @@ def test_a_kept_non_finite_weight_is_left_alone_by_the_loader_too(tmp_path: Path
 
 def test_keeping_changes_nothing_where_all_is_finite(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
-    convert_local(source, tmp_path / "plain")
-    convert_local(source, tmp_path / "kept", on_nonfinite="keep")
+    convert(source, tmp_path / "plain", WITHOUT_COLUMNS)
+    convert(source, tmp_path / "kept", ConvertOptions(outliers="none", on_nonfinite="keep"))
     assert files_of(tmp_path / "kept") == files_of(tmp_path / "plain")
 
 
@@ -443,7 +448,7 @@ def test_patterns_choose_and_the_loader_follows(patterns: dict[str, Any], int8: 
     from transformers import LlamaForCausalLM
 
     source = save_tiny("llama", tmp_path / "source")
-    convert_local(source, tmp_path / "output", **patterns)
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", **patterns))
     written = read_all(tmp_path / "output")
     assert {n for n, t in written.items() if t.dtype == torch.int8} == {n for n in written if re.search(int8, n)}
     loaded, info = LlamaForCausalLM.from_pretrained(tmp_path / "output", output_loading_info=True, device_map="cpu")
@@ -457,7 +462,7 @@ def test_the_threshold_stands_in_the_config(tmp_path: Path) -> None:
     source = save_by_hand(
         tmp_path / "source", {WEIGHT: normal(8, 8)}, {"model_type": "llama", "torch_dtype": "bfloat16"}
     )
-    convert_local(source, tmp_path / "output", threshold=4.5)
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", threshold=4.5))
     config = read_json(tmp_path / "output" / "config.json")
     assert (config["model_type"], config["torch_dtype"]) == ("llama", "bfloat16")
     assert config["quantization_config"] == {
@@ -476,16 +481,16 @@ def test_a_quantization_config_over_plain_weights_is_replaced_and_named(tmp_path
     source = save_by_hand(
         tmp_path / "source", {WEIGHT: normal(8, 8)}, {"model_type": "llama", "quantization_config": stale}
     )
-    report = convert_local(source, tmp_path / "output")
+    report = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report
     assert read_json(tmp_path / "output" / "config.json")["quantization_config"]["load_in_8bit"] is True
     assert "config.json: quantization_config" in dict(report.passed_over)
 
 
 def test_an_output_of_ours_is_not_converted_again(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     with pytest.raises(UnsupportedModelError, match="quantized already"):
-        convert_local(tmp_path / "output", tmp_path / "again")
+        convert(tmp_path / "output", tmp_path / "again", WITHOUT_COLUMNS)
     assert not (tmp_path / "again").exists() or no_weights_in(tmp_path / "again")
 
 
@@ -496,7 +501,7 @@ def test_an_output_of_ours_is_not_converted_again(tmp_path: Path) -> None:
 def test_the_card_is_one_and_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import ModelCard
 
-    convert_local(save_tiny("llama", tmp_path / "source"), tmp_path / "output")
+    convert(save_tiny("llama", tmp_path / "source"), tmp_path / "output", WITHOUT_COLUMNS)
     card = ModelCard.load(tmp_path / "output" / "README.md")
     assert card.data.library_name == "transformers"
     assert {"int8", "bitsandbytes"} <= set(card.data.tags or [])
@@ -520,7 +525,7 @@ def test_weights_in_another_dtype_than_the_config_names_load_and_run(
     state = read_all(source)
     widened = {name: t.float() if held.startswith("all") or "norm" in name.lower() else t for name, t in state.items()}
     save_file(widened, source / "model.safetensors", metadata={"format": "pt"})
-    convert_local(source, tmp_path / "output", threads=2)
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", threads=2))
     written = read_all(tmp_path / "output")
     assert {t.dtype for name, t in written.items() if name.endswith(".weight")} == {torch.bfloat16, torch.int8}
     model_class = getattr(transformers, read_json(source / "config.json")["architectures"][0])
@@ -534,5 +539,5 @@ def test_weights_in_another_dtype_than_the_config_names_load_and_run(
 def test_only_that_names_nothing_is_an_error_and_writes_nothing(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {WEIGHT: normal(8, 8)})
     with pytest.raises(UnsupportedModelError, match="--only"):
-        convert_local(source, tmp_path / "output", only=("nothing.*",))
+        convert(source, tmp_path / "output", ConvertOptions(outliers="none", only=("nothing.*",)))
     assert not (tmp_path / "output").exists()

@@ -3,32 +3,34 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from calibration_models import make_model, some_text
-from checkpoints import convert_local
+from checkpoints import WITHOUT_COLUMNS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
 
-from int8cli.checkpoint.locate import open_source
+from int8cli import ConvertOptions, convert
+from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
 from int8cli.errors import NonFiniteError, SourceError, TextError, UnknownMethodError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns, calibrated_columns
 from int8cli.evaluation.evaluate import evaluate
 from int8cli.evaluation.methods import METHODS, chosen_methods
-from int8cli.evaluation.options import EvaluateOptions, applicable
+from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.subject import find_subject
 from int8cli.llm_int8.quantize import quantize_rowwise
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.calibrate import CalibrateOptions
+from int8cli.progress import SILENT, Progress, SilentProgress
 from int8cli.results.evaluation import REFERENCE, Evaluation, StoredColumnsSummary, evaluation_to_json
 
 SAMPLING = Sampling(48, 16)
@@ -42,24 +44,21 @@ def evaluated(
     columns: ChosenColumns | None = None,
     text: Text = TEXT,
     sampling: Sampling = SAMPLING,
-    observer: CalibrationObserver | None = None,
+    progress: Progress = SILENT,
     kept_in: Path | None = None,
 ) -> Evaluation:
     """Evaluate through the library as the command does."""
-    opened = [
-        open_source(str(path), revision=None, download_dir=path / "incoming") for path in (model, reference or model)
-    ]
-    try:
+    with ExitStack() as stack:
+        opened = [
+            stack.enter_context(opened_source(str(path), revision=None, download_dir=path / "incoming"))
+            for path in (model, reference or model)
+        ]
         subject = find_subject(opened[0], opened[1] if reference else None)
-        watch = observer or CalibrationObserver()
         chosen = chosen_methods(methods)
         if columns is None and subject.converted is None and applicable(subject, chosen).needs_columns:
             other = some_text(200, seed=1)
-            columns = calibrated_columns(subject, other, text, 8, CalibrateOptions(SAMPLING), watch)
-        return evaluate(subject, text, columns, EvaluateOptions(chosen, sampling, kept_in=kept_in), watch)
-    finally:
-        for source in opened:
-            source.close()
+            columns = calibrated_columns(subject, other, text, 8, CalibrateOptions(SAMPLING), progress)
+        return evaluate(subject, text, columns, EvaluationRun(chosen, sampling, kept_in=kept_in), progress)
 
 
 def whole_model(directory: Path, **kwargs: Any) -> Any:
@@ -252,7 +251,7 @@ def test_encoder_decoders_predict_the_second_half_from_the_first(tmp_path: Path,
 def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, family: str, layout: str) -> None:
     model = make_model(family, tmp_path / "model")
     output = tmp_path / "int8"
-    convert_local(model, output, layout=layout)
+    convert(model, output, ConvertOptions(outliers="none", layout=layout))
     plain = evaluated(model, "bitsandbytes", "vector-wise", "int8-weights")
     alone = evaluated(output)
     assert [method.key for method in alone.methods] == ["bitsandbytes", "int8-weights"]
@@ -275,7 +274,7 @@ def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, famil
 def test_a_changed_int8_tensor_shows(tmp_path: Path) -> None:
     """What is evaluated is what is in the files, not what they were made from."""
     model = make_model("llama", tmp_path / "model")
-    convert_local(model, tmp_path / "int8")
+    convert(model, tmp_path / "int8", WITHOUT_COLUMNS)
     file = tmp_path / "int8" / "model.safetensors"
     tensors = load_file(file)
     before = evaluated(tmp_path / "int8", "bitsandbytes", reference=model)
@@ -292,7 +291,7 @@ def test_a_changed_int8_tensor_shows(tmp_path: Path) -> None:
 
 
 def test_stored_columns_of_a_conversion_are_used(tmp_path: Path, llama: Path) -> None:
-    convert_local(llama, tmp_path / "int8")
+    convert(llama, tmp_path / "int8", WITHOUT_COLUMNS)
     weights = load_file(llama / "model.safetensors")
     sidecar, chosen = {}, {}
     for name, weight in weights.items():
@@ -314,28 +313,29 @@ def test_stored_columns_of_a_conversion_are_used(tmp_path: Path, llama: Path) ->
     assert alone.columns.mean_columns == 2.0
 
 
-class StopsAfter(CalibrationObserver):
+class StopsAfter(SilentProgress):
     """Interrupts an evaluation when so many blocks are done; counts what a later one runs."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks, self.begun, self.finished = blocks, 0, -1
 
-    def started(self, blocks: int, finished: int, block_bytes: int, tokens: int) -> None:
-        self.finished = finished
+    def begin(self, task: str, parts: Mapping[str, int], *, unit: str = "", finished: Collection[str] = ()) -> None:
+        self.finished = len(finished)
 
-    def block_started(self, name: str, weight_bytes: int) -> None:
-        if self.begun == self.blocks:
-            raise KeyboardInterrupt
-        self.begun += 1
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        if amount == 0:  # a block begins
+            if self.begun == self.blocks:
+                raise KeyboardInterrupt
+            self.begun += 1
 
 
 def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: Path) -> None:
     methods = ("absmax-tensor", "bitsandbytes")
     kept = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, *methods, observer=StopsAfter(1), kept_in=kept)
+        evaluated(llama, *methods, progress=StopsAfter(1), kept_in=kept)
     again = StopsAfter(9)
-    found = evaluated(llama, *methods, observer=again, kept_in=kept)
+    found = evaluated(llama, *methods, progress=again, kept_in=kept)
     assert (again.finished, again.begun) == (1, 1)
     unbroken = evaluated(llama, *methods)
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
@@ -344,9 +344,9 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
 
 def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, "absmax-tensor", observer=StopsAfter(1), kept_in=tmp_path / "state")
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=tmp_path / "state")
     again = StopsAfter(9)
-    evaluated(llama, "bitsandbytes", observer=again, kept_in=tmp_path / "state")
+    evaluated(llama, "bitsandbytes", progress=again, kept_in=tmp_path / "state")
     assert (again.finished, again.begun) == (0, 2)
 
 
@@ -364,7 +364,7 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, llama: Path) -> Non
         evaluated(llama, "llm-int8-stored", text=some_text(200, seed=1))
     with pytest.raises(SourceError, match="no converted model"):
         evaluated(llama, "vector-wise", reference=llama)
-    convert_local(llama, tmp_path / "int8")
+    convert(llama, tmp_path / "int8", WITHOUT_COLUMNS)
     other = make_model("gpt2", tmp_path / "other")
     with pytest.raises(UnsupportedModelError, match="is not what int8 was made from"):
         evaluated(tmp_path / "int8", reference=other)

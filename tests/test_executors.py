@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from calibration_models import make_model
-from checkpoints import convert_local
 from program import environment, llama
 from safetensors.torch import save_file
 
+from int8cli import ConvertOptions, convert
 from int8cli.conversion import WORKER_PRELOAD
 from int8cli.workers.processes import Executor, InlineExecutor, OnBytes, ProcessExecutor, StoppedError
 
@@ -97,7 +97,7 @@ def test_shards_have_threads_by_their_part_of_the_work(
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     executor = TwoSlots()
     monkeypatch.setattr("int8cli.conversion.convert._executor", lambda *_: executor)
-    convert_local(source, tmp_path / "out", workers=2, threads=2)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", workers=2, threads=2))
     assert executor.threads == threads
 
 

@@ -2,16 +2,18 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny, some_columns
+from checkpoints import WITHOUT_COLUMNS, convert_storing, read_all, read_json, save_by_hand, save_tiny, some_columns
 from program import Nursery, llama, tree
 from verifying import verified
 
+from int8cli import ConvertOptions, convert
 from int8cli.errors import NonFiniteError, SettingsMismatchError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.plan import Decision
@@ -47,11 +49,11 @@ def weights_of(output: Path) -> dict[str, bytes]:
     return files
 
 
-def both(source: Path, **options: Any) -> tuple[Path, Path]:
+def both(source: Path, stored: Callable[[Decision], StoredColumns] | None = None, **options: Any) -> tuple[Path, Path]:
     """The output with figures, and that without."""
     outputs = source.parent / "with", source.parent / "without"
     for output, figures in zip(outputs, (True, False), strict=True):
-        convert_local(source, output, figures=figures, **options)
+        convert_storing(source, output, stored, ConvertOptions(outliers="none", figures=figures, **options))
     return outputs
 
 
@@ -112,7 +114,7 @@ def test_a_non_finite_weight_is_refused_at_its_place_or_kept(tmp_path: Path) -> 
     sound = {"layers.0.mlp.down_proj.weight": torch.ones(4, 4, dtype=torch.bfloat16)}
     source = save_by_hand(tmp_path / "source", {WEIGHT: weight, **sound})
     with pytest.raises(NonFiniteError, match=rf"{WEIGHT} holds nan at row 1,100, column 450$"):
-        convert_local(source, tmp_path / "refused", figures=False)
+        convert(source, tmp_path / "refused", ConvertOptions(outliers="none", figures=False))
     told, bare = map(weights_of, both(source, on_nonfinite="keep"))
     assert bare == told
     report = read_json(tmp_path / "without/int8/report.json")
@@ -140,7 +142,7 @@ def test_the_report_has_null_for_every_figure_and_all_else(tmp_path: Path, model
 
 
 def test_a_record_without_figures_is_read_as_it_was_written(model: Path, tmp_path: Path) -> None:
-    layer = convert_local(model, tmp_path / "out", figures=False).layers[0]
+    layer = convert(model, tmp_path / "out", ConvertOptions(outliers="none", figures=False)).report.layers[0]
     assert layer.sums is None
     assert LayerReport.from_json(json.loads(json.dumps(layer.to_json()))) == layer
 
@@ -157,7 +159,12 @@ def test_terminal_and_card_say_in_a_line_that_nothing_was_measured(
     stored: Any, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chosen_from = {"chosen_from": FROM_WEIGHTS} if stored is suspected else {}
-    text = shown(convert_local(model, tmp_path / "out", figures=False, stored=stored, **chosen_from), capsys)
+    text = shown(
+        convert_storing(
+            model, tmp_path / "out", stored, ConvertOptions(outliers="none", figures=False), **chosen_from
+        ).report,
+        capsys,
+    )
     card = (tmp_path / "out/README.md").read_text()
     assert f"14 layers; {NOT_MEASURED}" in text
     assert "The error of the weights was not measured (`int8cli convert --no-figures`)." in card
@@ -204,7 +211,7 @@ def test_going_on_otherwise_is_refused_by_field_and_option(figures: bool, model:
 def test_an_output_of_an_earlier_version_has_figures(model: Path, tmp_path: Path) -> None:
     """Its settings do not speak of them."""
     output = tmp_path / "out"
-    convert_local(model, output)
+    convert(model, output, WITHOUT_COLUMNS)
     expected = tree(output)
     for name in ("conversion.json", "report.json"):
         document = read_json(output / "int8" / name)
@@ -212,8 +219,8 @@ def test_an_output_of_an_earlier_version_has_figures(model: Path, tmp_path: Path
         (output / "int8" / name).write_text(json.dumps(document))
     assert failures(output, report_as_written=False) == []
     with pytest.raises(SettingsMismatchError, match="figures True"):
-        convert_local(model, output, figures=False)
-    convert_local(model, output)
+        convert(model, output, ConvertOptions(outliers="none", figures=False))
+    convert(model, output, WITHOUT_COLUMNS)
     assert {**tree(output), "int8/conversion.json": b""} == {**expected, "int8/conversion.json": b""}
 
 
@@ -228,7 +235,7 @@ def failures(output: Path, source: Path | None = None, *, report_as_written: boo
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
 def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: str, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
-    convert_local(source, tmp_path / "out", figures=False, layout=layout, stored=suspected)
+    convert_storing(source, tmp_path / "out", suspected, ConvertOptions(outliers="none", figures=False, layout=layout))
     checks = {check.name: check for check in verified(tmp_path / "out", source).checks}
     assert {check.status for check in checks.values()} == {"passed"}
     assert checks["figures"].detail == "none: errors were not measured; shapes and sizes of 14 layers"
@@ -237,7 +244,7 @@ def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: str, tmp_path:
 
 def test_verify_still_compares_weights_and_sizes(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    convert_local(model, output, figures=False)
+    convert(model, output, ConvertOptions(outliers="none", figures=False))
     shard = next(path for path in sorted(output.glob("*.safetensors")) if b'"I8"' in path.read_bytes())
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -255,8 +262,8 @@ def test_verify_still_compares_weights_and_sizes(model: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("figures", [True, False])
 def test_verify_names_a_layer_whose_figures_go_against_the_settings(figures: bool, model: Path, tmp_path: Path) -> None:
-    convert_local(model, tmp_path / "out", figures=figures)
-    convert_local(model, tmp_path / "other", figures=not figures)
+    convert(model, tmp_path / "out", ConvertOptions(outliers="none", figures=figures))
+    convert(model, tmp_path / "other", ConvertOptions(outliers="none", figures=not figures))
     path = sorted((tmp_path / "out/int8/records").glob("*.json"))[0]
     path.write_bytes((tmp_path / "other/int8/records" / path.name).read_bytes())
     layers = ShardRecord.from_json(read_json(path)).layers

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import convert_local, read_all, read_json, read_tensors, save_tiny, survey
+from checkpoints import WITHOUT_COLUMNS, read_all, read_json, read_tensors, save_tiny, survey
 from safetensors.torch import save_file
 from torch import Tensor
+
+from int8cli import ConvertOptions, convert
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama as safetensors, and in `int8` beside it what it is converted to."""
     directory = tmp_path_factory.mktemp("tiny")
-    convert_local(save_tiny("llama", directory / "source"), directory / "int8")
+    convert(save_tiny("llama", directory / "source"), directory / "int8", WITHOUT_COLUMNS)
     return directory
 
 
@@ -65,7 +67,7 @@ def test_a_single_bin_becomes_model_safetensors(
     legacy: bool, source: Path, state: dict[str, Tensor], tiny: Path, tmp_path: Path
 ) -> None:
     torch.save(state, source / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert [p.name for p in (tmp_path / "output").glob("*.safetensors")] == ["model.safetensors"]
     assert same_tensors(tmp_path / "output", tiny)
     assert opens_in_transformers(tmp_path / "output", tiny)
@@ -79,7 +81,7 @@ def test_bin_shards_become_safetensors_shards(
     for name, tensors in shards.items():
         torch.save(tensors, source / name)
     write_index(source, "pytorch_model.bin.index.json", shards)
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     index = read_json(tmp_path / "output" / "model.safetensors.index.json")
     assert set(index["weight_map"].values()) == {name.replace(".bin", ".safetensors") for name in shards}
     assert not list((tmp_path / "output").glob("pytorch_model.bin*"))
@@ -92,7 +94,7 @@ def test_a_pytorch_file_is_a_model_by_itself(
     name: str, source: Path, state: dict[str, Tensor], tiny: Path, tmp_path: Path
 ) -> None:
     torch.save(state, source / name)
-    convert_local(source / name, tmp_path / "output")
+    convert(source / name, tmp_path / "output", WITHOUT_COLUMNS)
     assert same_tensors(tmp_path / "output", tiny)
     assert (tmp_path / "output" / "config.json").exists()
 
@@ -100,12 +102,12 @@ def test_a_pytorch_file_is_a_model_by_itself(
 @pytest.mark.filterwarnings("ignore")
 def test_tied_tensors_of_a_bin_are_written_under_each_name(tmp_path: Path) -> None:
     source = save_tiny("llama-tied", tmp_path / "source")
-    convert_local(source, tmp_path / "expected")
+    convert(source, tmp_path / "expected", WITHOUT_COLUMNS)
     state = read_all(source)
     embedding = state["model.embed_tokens.weight"]
     (source / "model.safetensors").unlink()
     torch.save({**state, "lm_head.weight": embedding}, source / "pytorch_model.bin")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     written, expected = read_all(tmp_path / "output"), read_all(tmp_path / "expected")
     assert torch.equal(written.pop("lm_head.weight"), embedding)
     assert set(written) == set(expected)
@@ -117,11 +119,11 @@ def test_slices_of_one_storage_are_told_apart(tmp_path: Path) -> None:
     fused = torch.randn(30, 16, generator=torch.Generator().manual_seed(0)).half()
     parts = {f"h.0.attn.{n}_proj.weight": fused[10 * i : 10 * i + 10] for i, n in enumerate("qkv")}
     torch.save({**parts, "norm.weight": fused[4, 3:9]}, source / "pytorch_model.bin")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     (plain := tmp_path / "plain").mkdir()
     tensors = {name: t.clone() for name, t in parts.items()} | {"norm.weight": fused[4, 3:9].clone()}
     save_file(tensors, plain / "model.safetensors")
-    convert_local(plain, tmp_path / "expected")
+    convert(plain, tmp_path / "expected", WITHOUT_COLUMNS)
     written, expected = read_all(tmp_path / "output"), read_all(tmp_path / "expected")
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
@@ -134,7 +136,7 @@ def test_a_bin_that_stores_transposes_is_read_the_right_way_round(
     turned = {name: tensor.t().contiguous().t() if tensor.dim() == 2 else tensor for name, tensor in state.items()}
     assert not turned["model.layers.0.mlp.up_proj.weight"].is_contiguous()
     torch.save(turned, source / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert same_tensors(tmp_path / "output", tiny)
 
 
@@ -151,7 +153,7 @@ def test_transposes_larger_than_a_block_are_read_the_right_way_round(tmp_path: P
     torch.save(turned, tmp_path / "bin" / "pytorch_model.bin")
     save_file(tensors, tmp_path / "plain" / "model.safetensors")
     for name in ("bin", "plain"):
-        convert_local(tmp_path / name, tmp_path / f"{name}-int8", threads=3)
+        convert(tmp_path / name, tmp_path / f"{name}-int8", ConvertOptions(outliers="none", threads=3))
     written, expected = read_all(tmp_path / "bin-int8"), read_all(tmp_path / "plain-int8")
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
@@ -159,11 +161,11 @@ def test_transposes_larger_than_a_block_are_read_the_right_way_round(tmp_path: P
 
 def test_a_conv1d_that_a_bin_stores_transposed_is_turned_twice(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source")
-    convert_local(source, tmp_path / "expected")
+    convert(source, tmp_path / "expected", WITHOUT_COLUMNS)
     state = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in read_all(source).items()}
     (source / "model.safetensors").unlink()
     torch.save(state, source / "pytorch_model.bin")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     written, expected = read_all(tmp_path / "output"), read_all(tmp_path / "expected")
     assert set(written) == set(expected)
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
@@ -177,7 +179,7 @@ def test_what_float16_models_keep_in_float32_is_widened_and_keeps_its_values(for
         (source / "model.safetensors").unlink()
         turned = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in state.items()}
         torch.save(turned, source / "pytorch_model.bin")
-    convert_local(source, tmp_path / "output", threads=3)
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", threads=3))
     written = read_all(tmp_path / "output")
     widened = {name for name in state if written[name].dtype == torch.float32}
     assert widened == {name for name in state if name.endswith(".wo.weight")}
@@ -188,7 +190,7 @@ def test_what_float16_models_keep_in_float32_is_widened_and_keeps_its_values(for
 
 
 def test_a_safetensors_file_is_a_model_with_the_config_beside_it(tiny: Path, tmp_path: Path) -> None:
-    convert_local(tiny / "source" / "model.safetensors", tmp_path / "output")
+    convert(tiny / "source" / "model.safetensors", tmp_path / "output", WITHOUT_COLUMNS)
     assert same_tensors(tmp_path / "output", tiny)
     config = read_json(tmp_path / "output" / "config.json")
     assert config["quantization_config"]["load_in_8bit"] is True
@@ -198,7 +200,7 @@ def test_a_safetensors_file_is_a_model_with_the_config_beside_it(tiny: Path, tmp
 def test_a_safetensors_file_alone_is_a_model_without_a_config(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "lone").mkdir()
     shutil.copy(tiny / "source" / "model.safetensors", tmp_path / "lone" / "llama.safetensors")
-    convert_local(tmp_path / "lone" / "llama.safetensors", tmp_path / "output")
+    convert(tmp_path / "lone" / "llama.safetensors", tmp_path / "output", WITHOUT_COLUMNS)
     assert same_tensors(tmp_path / "output", tiny)
     assert not (tmp_path / "output" / "config.json").exists()
 
@@ -206,7 +208,7 @@ def test_a_safetensors_file_alone_is_a_model_without_a_config(tiny: Path, tmp_pa
 @pytest.mark.filterwarnings("ignore")
 def test_one_file_of_any_name_gets_the_name_that_loaders_expect(tiny: Path, source: Path, tmp_path: Path) -> None:
     shutil.copy(tiny / "source" / "model.safetensors", source / "my_llama_v2.safetensors")
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert [p.name for p in (tmp_path / "output").glob("*.safetensors")] == ["model.safetensors"]
     assert opens_in_transformers(tmp_path / "output", tiny)
 
@@ -225,7 +227,7 @@ def test_shards_keep_their_names_and_directories(
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, source / name, metadata={"format": "pt"})
     write_index(source, "model.safetensors.index.json", shards)
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     index = read_json(tmp_path / "output" / "model.safetensors.index.json")
     for name, tensors in shards.items():
         assert set(tensors) <= set(read_tensors(tmp_path / "output" / name))
@@ -239,7 +241,7 @@ def test_an_index_of_one_shard_becomes_a_single_file(
 ) -> None:
     save_file(state, source / "model-00001-of-00001.safetensors")
     write_index(source, "model.safetensors.index.json", {"model-00001-of-00001.safetensors": state})
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert [p.name for p in (tmp_path / "output").glob("model*")] == ["model.safetensors"]
     assert same_tensors(tmp_path / "output", tiny)
 
@@ -247,7 +249,7 @@ def test_an_index_of_one_shard_becomes_a_single_file(
 def test_of_both_formats_only_the_safetensors_are_opened(tiny: Path, source: Path, tmp_path: Path) -> None:
     shutil.copy(tiny / "source" / "model.safetensors", source / "model.safetensors")
     (source / "pytorch_model.bin").write_bytes(b"opening this would fail")
-    report = convert_local(source, tmp_path / "output")
+    report = convert(source, tmp_path / "output", WITHOUT_COLUMNS).report
     assert same_tensors(tmp_path / "output", tiny)
     assert "pytorch_model.bin" in dict(report.passed_over)
     assert not (tmp_path / "output" / "pytorch_model.bin").exists()
@@ -257,7 +259,7 @@ def test_metadata_of_the_source_is_kept(tiny: Path, source: Path, state: dict[st
     from safetensors import safe_open
 
     save_file(state, source / "model.safetensors", metadata={"trained_by": "someone"})
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     with safe_open(tmp_path / "output" / "model.safetensors", framework="pt") as opened:
         assert opened.metadata() == {"format": "pt", "trained_by": "someone"}
 
@@ -265,5 +267,5 @@ def test_metadata_of_the_source_is_kept(tiny: Path, source: Path, state: dict[st
 def test_a_survey_of_a_bin_foresees_its_size(source: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(state, source / "pytorch_model.bin")
     foreseen = survey(source).output_bytes
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     assert (tmp_path / "output" / "model.safetensors").stat().st_size == foreseen

@@ -15,12 +15,13 @@ PACKAGE = Path(__file__).parents[1] / "int8cli"
 # own; those of one floor do not know each other.
 FLOORS = (
     {"errors"},
-    {"llm_int8", "workers", "data"},
+    {"llm_int8", "workers", "data", "progress"},
     {"checkpoint", "results"},
     {"model", "planning", "records"},
     {"runtime", "outliers", "estimate"},
     {"conversion", "evaluation", "report"},
-    {"columns", "verify"},
+    {"columns", "verification"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 )

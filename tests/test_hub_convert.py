@@ -156,7 +156,7 @@ def test_a_branch_a_tag_and_a_commit_can_be_named(user: User, hub: HubStandIn, t
     assert outcome.code == 0, outcome.err
     commit = json.loads(outcome.out)["revision"]
     again = user.convert(REPO, "--revision", commit, "--json")
-    assert "1 of 1 shards are done" in again.err
+    assert "1 of 1 shards already converted" in again.err
 
 
 # The disk
@@ -379,7 +379,7 @@ def test_a_push_between_two_runs_is_noticed(
     assert tree(user.output) == before
     outcome = user.convert(REPO, "--revision", old)
     assert outcome.code == 0, outcome.err
-    assert "shards are done" in outcome.err
+    assert "shards already converted" in outcome.err
     assert_converted(user, reference)
 
 

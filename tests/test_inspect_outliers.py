@@ -124,7 +124,7 @@ def test_where_the_model_cannot_run_the_weights_are_asked_and_it_is_said(model: 
     (copied / "tokenizer_config.json").unlink()
     result = inspect(copied, tmp_path=tmp_path)
     assert result.exit_code == 0
-    assert "telling suspects from the weights instead" in result.stderr
+    assert "falling back to suspects from the weights" in result.stderr
     assert "suspects" in result.stdout
     refused = inspect(copied, "--from", "activations", tmp_path=tmp_path)
     assert refused.exit_code == 1
@@ -184,7 +184,7 @@ def test_a_process_killed_between_blocks_goes_on(model: Path, tmp_path: Path) ->
     assert result.exit_code == 0
     if killed.returncode == -signal.SIGKILL:
         assert "[1/2] model.layers.0" not in result.stderr
-        assert "going on: " in result.stderr
+        assert "resuming: " in result.stderr
     whole = inspect(model, "-o", tmp_path / "whole.safetensors", tmp_path=tmp_path)
     assert whole.exit_code == 0
     assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

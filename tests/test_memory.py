@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import LISTED, OTHERS, build_tiny, convert_local, read_json, save_by_hand, survey
+from checkpoints import LISTED, OTHERS, WITHOUT_COLUMNS, build_tiny, read_json, save_by_hand, survey
 from program import llama
 
+from int8cli import convert
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.estimate.cards import card_named
 from int8cli.estimate.estimate import FLOAT16, INT8, Estimate, Use, estimate_memory, int8_workspace
@@ -104,7 +105,7 @@ def weight_bytes(model: Any) -> int:
 def test_the_estimate_is_what_transformers_and_bitsandbytes_hold(name: str, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
     build_tiny(LOADED[name], torch.float16).save_pretrained(source)
-    convert_local(source, output)
+    convert(source, output, WITHOUT_COLUMNS)
     found = estimate(source)
     model_class = getattr(transformers, LOADED[name].model)
     in_float16 = model_class.from_pretrained(source, dtype=torch.float16)
@@ -120,7 +121,7 @@ def test_the_estimate_is_what_transformers_and_bitsandbytes_hold(name: str, tmp_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_left_alone_is_held_in_the_dtype_it_is_written_in(dtype: torch.dtype, tmp_path: Path) -> None:
     source, output = llama(tmp_path / "source", dtype=dtype), tmp_path / "output"
-    convert_local(source, output)
+    convert(source, output, WITHOUT_COLUMNS)
     loaded = transformers.LlamaForCausalLM.from_pretrained(output, dtype=torch.float16)
     found = estimate(source)
     assert found.weights.int8_bytes == weight_bytes(loaded)
@@ -129,7 +130,7 @@ def test_what_is_left_alone_is_held_in_the_dtype_it_is_written_in(dtype: torch.d
 def test_the_output_is_known_to_the_byte(tmp_path: Path) -> None:
     source, output = llama(tmp_path / "source"), tmp_path / "output"
     found = estimate(source)
-    convert_local(source, output)
+    convert(source, output, WITHOUT_COLUMNS)
     files = sorted(output.glob("*.safetensors"))
     assert found.conversion.output_bytes == sum(file.stat().st_size for file in files)
     headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)

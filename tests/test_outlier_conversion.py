@@ -2,73 +2,61 @@
 
 import json
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from calibration_models import calibrated, make_model, save_tokenizer, some_text
-from checkpoints import LISTED, build_tiny, read_all, read_tensors
+from checkpoints import LISTED, build_tiny, read_all, read_tensors, save_by_hand
 from hub_stand_in import Fault, HubStandIn
 from program import Nursery, llama, tree, wait_until
 
-from int8cli.checkpoint.hub import HubOptions, HubSource
-from int8cli.checkpoint.locate import open_source
-from int8cli.checkpoint.source import Source
-from int8cli.columns.choose import column_strategies
-from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.convert import ConversionObserver, ConvertOptions, convert
+from int8cli import ConvertOptions, convert, plan_conversion
+from int8cli.checkpoint import locate
+from int8cli.checkpoint.hub import HubOptions
 from int8cli.errors import NotEnoughMemoryError, StatisticsMismatchError, TextError, UnsupportedModelError
-from int8cli.model.observer import CalibrationObserver
-from int8cli.model.sampling import Sampling
 from int8cli.outliers.statistics import save_statistics
-from int8cli.planning.layouts import LAYOUTS
-from int8cli.planning.plan import PlanOptions
-from int8cli.planning.survey import survey_source
-from int8cli.records.store import RecordStore, Settings
-from int8cli.report.card import render_card
-from int8cli.results.conversion import ConversionReport
+from int8cli.progress import SilentProgress
 
 REPO = "org/model"
-SAMPLING = Sampling(tokens=48, sequence_length=16)
 SMALL = {"max_shard_size": "30KB"}
 
 
-@dataclass
-class Asked:
-    """A conversion as the command makes it, and what it said."""
+class Notes(SilentProgress):
+    """Takes down what is said."""
 
-    source: Source
-    output: Path
-    mode: str = "auto"
-    limit: int = 3
-    text: Path | None = None
-    layout: str = "bitsandbytes"
-    sampling: Sampling = SAMPLING
-    workers: int = 1
-    said: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.said: list[str] = []
 
-    def ways(self) -> list[ColumnStrategy]:
-        settings = Settings(self.layout, 6.0, (), (), "direct")
-        wanted = ColumnsWanted(self.mode, self.limit, self.text, self.sampling)
-        survey = survey_source(self.source, PlanOptions(), LAYOUTS[self.layout])
-        kept_in = RecordStore(self.output).calibration_directory
-        return list(column_strategies(wanted, self.source, survey, settings, kept_in, self.said.append))
-
-    def convert(
-        self, observer: CalibrationObserver | None = None, on_shard: ConversionObserver | None = None
-    ) -> ConversionReport:
-        way = self.ways()[0]
-        columns = way.columns(observer or CalibrationObserver())
-        options = ConvertOptions(self.output, workers=self.workers)
-        return convert(
-            self.source, way.survey, way.settings, options, render_card, on_shard or ConversionObserver(), columns
-        )
+    def note(self, message: str) -> None:
+        self.said.append(message)
 
 
-def local(model: Path, output: Path, **options) -> Asked:
-    return Asked(open_source(str(model), revision=None, download_dir=output / "int8/incoming"), output, **options)
+class StopError(Exception):
+    """Ends a run in the middle."""
+
+
+class StopsAfter(SilentProgress):
+    """Ends a run when so many parts of a task are done."""
+
+    def __init__(self, task: str, parts: int) -> None:
+        self._task, self._left = task, parts
+
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        if task == self._task and part is not None:
+            self._left -= 1
+            if self._left == 0:
+                raise StopError
+
+
+def options(outliers: str | Path = "auto", text: Path | None = None, **changes: Any) -> ConvertOptions:
+    """Three columns of each linear, by a short run of the model where one is made."""
+    chosen = {"outlier_columns": 3, "tokens": 48, "sequence_length": 16, **changes}
+    return ConvertOptions(outliers=outliers, text=text, **chosen)
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +73,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unbroken(model: Path, words: Path) -> dict[str, bytes]:
-    asked = local(model, model.parent / "unbroken", text=words)
-    asked.convert()
-    return tree(asked.output)
+    return tree(convert(model, model.parent / "unbroken", options(text=words)).output)
 
 
 def sidecars(output: Path) -> dict[str, torch.Tensor]:
@@ -101,11 +87,11 @@ def sidecars(output: Path) -> dict[str, torch.Tensor]:
 def test_auto_runs_the_model_and_every_linear_gets_its_columns(
     model: Path, words: Path, unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
-    asked = local(model, tmp_path / "out", text=words)
-    report = asked.convert()
+    output = tmp_path / "out"
+    report = convert(model, output, options(text=words)).report
     assert report.settings["outliers"] == "activations"
     assert report.settings["calibration"].startswith("words.txt: 48 tokens in sequences of 16, seed 0, sha256 ")
-    stored, source = sidecars(asked.output), read_all(model)
+    stored, source = sidecars(output), read_all(model)
     for layer in report.layers:
         columns = stored[f"{layer.name}.outlier_cols"].tolist()
         assert columns == sorted(set(columns)) == list(layer.stored.indices)
@@ -114,14 +100,13 @@ def test_auto_runs_the_model_and_every_linear_gets_its_columns(
         assert torch.equal(stored[f"{layer.name}.outlier_weight"], weight)
         assert layer.stored.measured.with_stored < layer.stored.measured.all_int8
         assert layer.stored.predicted.with_stored < layer.stored.predicted.all_int8
-    assert tree(asked.output) == unbroken
+    assert tree(output) == unbroken
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom", "opt", "bert", "t5", "mixtral"])
 def test_other_architectures_convert_with_their_activations(architecture: str, words: Path, tmp_path: Path) -> None:
     made = make_model(architecture, tmp_path / "model")
-    asked = local(made, tmp_path / "out", text=words, mode="activations")
-    report = asked.convert()
+    report = convert(made, tmp_path / "out", options("activations", words)).report
     reached = [layer for layer in report.layers if layer.stored.columns]
     assert {layer.stored.chosen_from for layer in reached} == {"activations"}
     assert len(reached) >= 0.8 * len(report.layers)
@@ -130,9 +115,7 @@ def test_other_architectures_convert_with_their_activations(architecture: str, w
 def test_the_files_that_loaders_see_do_not_depend_on_it(
     model: Path, unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
-    asked = local(model, tmp_path / "out", mode="none")
-    asked.convert()
-    without = tree(asked.output)
+    without = tree(convert(model, tmp_path / "out", options("none")).output)
     assert not any(name.startswith("int8/outliers") for name in without)
     beside = ("int8/", "README.md")
     assert {n: d for n, d in without.items() if not n.startswith(beside)} == {
@@ -142,10 +125,11 @@ def test_the_files_that_loaders_see_do_not_depend_on_it(
 
 def test_sizes_are_known_before(model: Path, words: Path, tmp_path: Path) -> None:
     for mode in ("activations", "weights"):
-        asked = local(model, tmp_path / mode, text=words if mode == "activations" else None, mode=mode)
-        expected = asked.ways()[0].survey.sidecar_bytes
-        asked.convert()
-        written = sum(file.stat().st_size for file in (asked.output / "int8/outliers").rglob("*.safetensors"))
+        asked = model, tmp_path / mode, options(mode, words if mode == "activations" else None)
+        expected = plan_conversion(*asked).survey.sidecar_bytes
+        assert not (tmp_path / mode).exists()
+        convert(*asked)
+        written = sum(file.stat().st_size for file in (tmp_path / mode / "int8/outliers").rglob("*.safetensors"))
         assert written == expected > 0
 
 
@@ -153,32 +137,35 @@ def test_statistics_of_a_file_give_what_running_the_model_gives(
     model: Path, words: Path, unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
     save_statistics(calibrated(model, text=some_text()), tmp_path / "statistics.safetensors")
-    asked = local(model, tmp_path / "out", mode=str(tmp_path / "statistics.safetensors"))
-    report = asked.convert()
+    output = tmp_path / "out"
+    report = convert(model, output, options(tmp_path / "statistics.safetensors")).report
     assert report.settings["outliers"] == "statistics"
-    stored = {name: data for name, data in tree(asked.output).items() if name.startswith("int8/outliers/")}
+    stored = {name: data for name, data in tree(output).items() if name.startswith("int8/outliers/")}
     assert stored == {name: data for name, data in unbroken.items() if name.startswith("int8/outliers/")}
     assert all(layer.stored.measured is None and layer.stored.predicted for layer in report.layers)
 
 
-def test_statistics_of_another_model_are_refused(model: Path, tmp_path: Path) -> None:
+def test_statistics_of_another_model_are_refused(
+    model: Path, at_hub: Callable[[HubStandIn], Path], tmp_path: Path
+) -> None:
     other = make_model("llama", tmp_path / "other", change=lambda m: m.model.norm.weight.mul_(2))
     file = tmp_path / "statistics.safetensors"
     save_statistics(calibrated(other), file)
     with pytest.raises(StatisticsMismatchError, match="whose shards are not those here"):
-        local(model, tmp_path / "out", mode=str(file)).ways()
+        plan_conversion(model, tmp_path / "out", options(file))
     with HubStandIn() as hub:
         hub.add_repo(REPO, model)
+        at_hub(hub)
         statistics = calibrated(model)
         was = statistics.provenance
         for provenance in (replace(was, model=REPO, revision="a" * 40), replace(was, model="org/other")):
             save_statistics(replace(statistics, provenance=provenance), file)
             with pytest.raises(StatisticsMismatchError, match="the statistics are of"):
-                Asked(hub_source(hub, tmp_path), tmp_path / "out", mode=str(file)).ways()
+                plan_conversion(REPO, tmp_path / "out", options(file))
 
 
 def test_weights_alone_give_suspects_of_linears_that_a_norm_feeds(model: Path, tmp_path: Path) -> None:
-    report = local(model, tmp_path / "out", mode="weights").convert()
+    report = convert(model, tmp_path / "out", options("weights")).report
     for layer in report.layers:
         fed = layer.name.rpartition(".")[2] not in ("o_proj", "down_proj")
         assert len(layer.stored.columns) == (3 if fed else 0)
@@ -193,17 +180,17 @@ def test_weights_find_a_dimension_that_norms_amplify(tmp_path: Path) -> None:
             block.post_attention_layernorm.weight[7] *= 64
 
     made = make_model("llama", tmp_path / "model", change=amplify)
-    report = local(made, tmp_path / "out", mode="weights", limit=1).convert()
+    report = convert(made, tmp_path / "out", options("weights", outlier_columns=1)).report
     assert {layer.stored.indices for layer in report.layers} == {(7,), ()}
 
 
 def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path) -> None:
     bare = llama(tmp_path / "bare")  # without a tokenizer
-    asked = local(bare, tmp_path / "out")
-    assert [way.settings.outliers for way in asked.ways()] == ["weights", "none"]
-    assert asked.said == ["the activations cannot be looked at: there is no tokenizer beside the weights"]
+    notes = Notes()
+    assert plan_conversion(bare, tmp_path / "out", options(), progress=notes).settings.outliers == "weights"
+    assert notes.said == ["cannot calibrate (there is no tokenizer beside the weights); falling back"]
     with pytest.raises(UnsupportedModelError, match="no tokenizer"):
-        local(bare, tmp_path / "out", mode="activations").ways()
+        plan_conversion(bare, tmp_path / "out", options("activations"))
 
 
 def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
@@ -212,30 +199,44 @@ def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
     monkeypatch.setattr("int8cli.outliers.calibrate.available_bytes", lambda device: 1)
     output = tmp_path / "out"
     with pytest.raises(NotEnoughMemoryError):
-        local(model, output, text=words).convert()
-    report = local(model, output, mode="weights").convert()
+        convert(model, output, options("activations", words))
+    assert not (output / "config.json").exists()
+    notes = Notes()
+    report = convert(model, output, options(text=words), progress=notes).report
     assert report.settings["outliers"] == "weights"
+    assert any(line.startswith("cannot calibrate (one block takes ") for line in notes.said)
 
 
 def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
+    made = save_by_hand(tmp_path / "model", {"model.layers.0.mlp.up_proj.weight": torch.ones(8, 4)})
+    assert convert(made, tmp_path / "out", options()).report.settings["outliers"] == "none"
+
+
+def test_a_model_of_pictures_is_not_run_over_text(tmp_path: Path) -> None:
     made = make_model("vit", tmp_path / "model")
-    assert [way.settings.outliers for way in local(made, tmp_path / "out").ways()][-1] == "none"
     with pytest.raises(UnsupportedModelError, match="takes pixel_values, and there is only text"):
-        local(made, tmp_path / "out", mode="activations").ways()
+        plan_conversion(made, tmp_path / "out", options("activations"))
 
 
 def test_a_text_that_cannot_be_used_is_an_error_in_auto_too(model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" ")
     with pytest.raises(TextError, match="is empty"):
-        local(model, tmp_path / "out", text=tmp_path / "empty.txt").ways()
+        plan_conversion(model, tmp_path / "out", options(text=tmp_path / "empty.txt"))
 
 
 # One download
 
 
-def hub_source(hub: HubStandIn, home: Path) -> HubSource:
-    options = HubOptions(download_dir=home / "out/int8/incoming", cache_dir=home / "cache", endpoint=hub.endpoint)
-    return HubSource(REPO, None, options)
+@pytest.fixture
+def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[HubStandIn], Path]:
+    """Have the library ask this Hub, with a cache of the test's own."""
+
+    def use(hub: HubStandIn) -> Path:
+        cache = tmp_path / "cache"
+        monkeypatch.setattr(locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=cache))
+        return cache
+
+    return use
 
 
 @pytest.fixture(scope="module")
@@ -252,9 +253,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(published: Path, words: Path) -> dict[str, bytes]:
     """The shards and sidecars that a conversion of the local directory writes."""
-    asked = local(published, published.parent / "out", text=words)
-    asked.convert()
-    return files_of_shards(asked.output)
+    return files_of_shards(convert(published, published.parent / "out", options(text=words)).output)
 
 
 def files_of_shards(output: Path) -> dict[str, bytes]:
@@ -262,30 +261,31 @@ def files_of_shards(output: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def hub(published: Path) -> Iterator[HubStandIn]:
+def hub(published: Path, at_hub: Callable[[HubStandIn], Path]) -> Iterator[HubStandIn]:
     with HubStandIn() as hub:
         hub.add_repo(REPO, published)
+        at_hub(hub)
         yield hub
 
 
-class AtOnce(ConversionObserver):
+class AtOnce(SilentProgress):
     """Looks at how many shards are here whenever one is done."""
 
     def __init__(self, incoming: Path) -> None:
         self._incoming = incoming
         self.most = 0
 
-    def shard_finished(self, *_: object) -> None:
-        self.most = max(self.most, len(list(self._incoming.rglob("*.safetensors"))))
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        if task == "convert":
+            self.most = max(self.most, len(list(self._incoming.rglob("*.safetensors"))))
 
 
 def test_calibration_and_conversion_share_one_download(
     hub: HubStandIn, published: Path, words: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    asked = Asked(hub_source(hub, tmp_path), output, text=words)
     watch = AtOnce(output / "int8/incoming")
-    asked.convert(on_shard=watch)
+    convert(REPO, output, options(text=words), progress=watch)
     shards = sorted(published.glob("*.safetensors"))
     for shard in shards:
         whole = [r for r in hub.requests if r.file == shard.name and r.bytes_sent == shard.stat().st_size]
@@ -302,15 +302,14 @@ def test_a_corrupt_shard_is_noticed_before_the_model_runs_on_it(
 ) -> None:
     shard = sorted(published.glob("*.safetensors"))[1]
     hub.fail(shard.name, Fault(corrupt_at=shard.stat().st_size - 5))
-    asked = Asked(hub_source(hub, tmp_path), tmp_path / "out", text=words)
-    asked.convert()
-    assert files_of_shards(asked.output) == expected
+    assert files_of_shards(convert(REPO, tmp_path / "out", options(text=words)).output) == expected
 
 
-def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(tmp_path: Path) -> None:
+def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(
+    at_hub: Callable[[HubStandIn], Path], tmp_path: Path
+) -> None:
     made = llama(tmp_path / "model", layers=4, shards=4)
-    whole = local(made, tmp_path / "whole", mode="weights")
-    whole.convert()
+    whole = convert(made, tmp_path / "whole", options("weights")).output
     shard = sorted(made.glob("*.safetensors"))[0]
     header_bytes = int.from_bytes(shard.read_bytes()[:8], "little")
     tensors = json.loads(shard.read_bytes()[8 : 8 + header_bytes])
@@ -319,26 +318,12 @@ def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(tmp_path: Path) -
     with HubStandIn() as hub:
         hub.add_repo(REPO, made)
         hub.fail(shard.name, Fault(corrupt_at=exponent_of_first))
-        asked = Asked(hub_source(hub, tmp_path), tmp_path / "out", mode="weights")
-        asked.convert()
-    assert files_of_shards(asked.output) == files_of_shards(whole.output)
+        at_hub(hub)
+        output = convert(REPO, tmp_path / "out", options("weights")).output
+    assert files_of_shards(output) == files_of_shards(whole)
 
 
 # Going on
-
-
-class StopError(Exception):
-    """Ends a run in the middle."""
-
-
-class StoppingAt(CalibrationObserver):
-    def __init__(self, block: int) -> None:
-        self._left = block
-
-    def block_finished(self, name: str) -> None:
-        self._left -= 1
-        if self._left == 0:
-            raise StopError
 
 
 @pytest.mark.parametrize("block", [1, 2])
@@ -347,9 +332,9 @@ def test_a_run_that_ended_in_a_block_goes_on_there(
 ) -> None:
     output = tmp_path / "out"
     with pytest.raises(StopError):
-        local(model, output, text=words).convert(StoppingAt(block))
+        convert(model, output, options(text=words), progress=StopsAfter("calibrate", block))
     assert not (output / "config.json").exists()
-    local(model, output, text=words).convert()
+    convert(model, output, options(text=words))
     assert tree(output) == unbroken
 
 
@@ -376,51 +361,36 @@ def test_a_killed_process_goes_on_and_gives_the_same(
     assert child.wait().code == -signal.SIGKILL
     again = nursery.run(*command, "-o", output, cwd=tmp_path)
     assert again.code == 0, again.err
-    local(model, tmp_path / "unbroken", text=words, sampling=Sampling(1024)).convert()
+    convert(model, tmp_path / "unbroken", options(text=words, tokens=1024, sequence_length=512))
     assert tree(output) == tree(tmp_path / "unbroken")
 
 
 def test_weights_of_shards_that_have_gone_are_remembered(tmp_path: Path) -> None:
     made = llama(tmp_path / "model", layers=4, shards=4)
-    whole = local(made, tmp_path / "whole", mode="weights")
-    whole.convert()
-
-    class Stopping(ConversionObserver):
-        def shard_finished(self, *_: object) -> None:
-            raise StopError
+    whole = convert(made, tmp_path / "whole", options("weights")).output
 
     output = tmp_path / "out"
     for _ in range(3):
         with pytest.raises(StopError):
-            local(made, output, mode="weights").convert(on_shard=Stopping())
-    local(made, output, mode="weights").convert()
-    assert tree(output) == tree(tmp_path / "whole")
+            convert(made, output, options("weights"), progress=StopsAfter("convert", 1))
+    convert(made, output, options("weights"))
+    assert tree(output) == tree(whole)
 
 
 @pytest.mark.parametrize("stopped_after", [None, 1, 2])
 def test_the_number_of_workers_changes_nothing_that_the_weights_tell(stopped_after: int | None, tmp_path: Path) -> None:
     made = llama(tmp_path / "model", layers=4, shards=4)
-    local(made, tmp_path / "one", mode="weights").convert()
-
-    class Stopping(ConversionObserver):
-        left = stopped_after
-
-        def shard_finished(self, *_: object) -> None:
-            self.left = self.left and self.left - 1
-            if self.left == 0:
-                raise StopError
-
-    several = local(made, tmp_path / "several", mode="weights", workers=3)
+    one = convert(made, tmp_path / "one", options("weights")).output
+    several = made, tmp_path / "several", options("weights", workers=3)
     if stopped_after:
         with pytest.raises(StopError):
-            several.convert(on_shard=Stopping())
-    several.convert()
-    assert tree(several.output) == tree(tmp_path / "one")
+            convert(*several, progress=StopsAfter("convert", stopped_after))
+    assert tree(convert(*several).output) == tree(one)
 
 
 def test_auto_goes_on_with_what_an_earlier_run_chose(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     first = nursery.run("convert", model, "-o", "out", "--outliers", "weights", cwd=tmp_path)
-    assert (first.code, "suspects only, told by the weights alone" in first.err) == (0, True)
+    assert (first.code, "suspects only, by the weights alone" in first.err) == (0, True)
     next((tmp_path / "out").glob("model-*2-of*")).unlink()
     again = nursery.run("convert", model, "-o", "out", "--outliers", "auto", "--json", cwd=tmp_path)
     assert again.code == 0, again.err
@@ -449,7 +419,7 @@ def test_a_statistics_file_that_is_none_is_an_error(model: Path, nursery: Nurser
 def test_a_text_without_a_model_to_run_is_refused(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     outcome = nursery.run("convert", model, "--outliers", "weights", "--text", "any.txt", cwd=tmp_path)
     assert outcome.code == 2
-    assert "--outliers weights reads no text" in outcome.err
+    assert "no text is read where outlier columns come from 'weights'" in outcome.err
 
 
 def test_a_dry_run_counts_the_columns(model: Path, nursery: Nursery, tmp_path: Path) -> None:

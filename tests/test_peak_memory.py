@@ -20,9 +20,8 @@ ROOT = Path(__file__).parents[1]
 LIMIT_BYTES = 100 * 10**6
 CONVERT = """
 import sys
-from pathlib import Path
-from checkpoints import convert_local
-convert_local(Path(sys.argv[1]), Path(sys.argv[2]), threads=4)
+from int8cli import ConvertOptions, convert
+convert(sys.argv[1], sys.argv[2], ConvertOptions(outliers="none", threads=4))
 """
 # Not ru_maxrss: that begins with the peak of the process that started this one.
 MEASURE = """

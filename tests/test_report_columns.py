@@ -7,15 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import convert_local, in_features_of, read_json, save_by_hand, some_columns, stored_at, survey
+from checkpoints import (
+    WITHOUT_COLUMNS,
+    convert_storing,
+    in_features_of,
+    read_json,
+    save_by_hand,
+    some_columns,
+    stored_at,
+    survey,
+)
 from program import llama
 
+from int8cli import convert
 from int8cli.checkpoint.locate import open_source
+from int8cli.planning.needs import Needs
 from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, Settings
 from int8cli.report.conversion import show_report
-from int8cli.report.plan import Needs, plan_to_json, show_plan
+from int8cli.report.plan import plan_to_json, show_plan
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
@@ -62,7 +73,7 @@ def converted(
 ) -> tuple[ConversionReport, Path]:
     calibration = TEXT if chosen_from == FROM_ACTIVATIONS else ""
     output = model.parent / "out"
-    return convert_local(model, output, stored=stored, chosen_from=chosen_from, calibration=calibration), output
+    return convert_storing(model, output, stored, chosen_from=chosen_from, calibration=calibration).report, output
 
 
 def shown(report: ConversionReport, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -140,14 +151,14 @@ def test_suspects_are_called_suspects_wherever_they_are_shown(model: Path, capsy
 
 
 def test_statistics_are_named_by_their_digest(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = convert_local(
-        model, model.parent / "out", stored=calibrated, chosen_from=FROM_STATISTICS, calibration="statistics 01ab"
-    )
+    report = convert_storing(
+        model, model.parent / "out", calibrated, chosen_from=FROM_STATISTICS, calibration="statistics 01ab"
+    ).report
     assert "chosen by the statistics of a calibration (file 01ab)" in in_one(shown(report, capsys))
 
 
 def test_without_stored_columns_nothing_is_said_of_them(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = convert_local(model, model.parent / "out")
+    report = convert(model, model.parent / "out", WITHOUT_COLUMNS).report
     assert "columns" not in in_one(shown(report, capsys))
     assert "tored columns" not in (model.parent / "out/README.md").read_text()
     document = report.to_json()
@@ -163,7 +174,7 @@ def test_long_names_and_many_columns_stay_in_80_columns(tmp_path: Path, capsys: 
         columns = stored_at(decision, *range(0, in_features_of(decision), 7))
         return replace(columns, measured=RelativeOutputError(0.5, 0.25))
 
-    report = convert_local(save_by_hand(tmp_path / "source", tensors), tmp_path / "out", stored=many)
+    report = convert_storing(save_by_hand(tmp_path / "source", tensors), tmp_path / "out", many).report
     lines = shown(report, capsys)
     assert sum(line.endswith(" …") for line in lines) == 10
     assert not any(line.endswith((" 9 …", "\u2026\u2026")) for line in lines)

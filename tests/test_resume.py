@@ -319,7 +319,7 @@ def test_a_finished_conversion_is_not_done_twice(model: Path, done: Path, nurser
     before, shards = tree(done), identities(sorted(done.glob("*.safetensors")))
     outcome = nursery.run("convert", model, "-o", done, "--json", cwd=model.parent)
     assert outcome.code == 0
-    assert "3 of 3 shards are done" in outcome.err
+    assert "3 of 3 shards already converted" in outcome.err
     assert json.loads(outcome.out) == json.loads((done / "int8/report.json").read_text())
     assert tree(done) == before
     assert identities(sorted(done.glob("*.safetensors"))) == shards

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, build_tiny, convert_local, read_all, save_tiny
+from checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, save_tiny
 from safetensors.torch import save_file
 from torch import Tensor
 
 import int8cli
+from int8cli import ConvertOptions, convert
 from int8cli.errors import CheckpointError, MissingExtraError, ModelNotFoundError, UnsupportedModelError
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.runtime.linear import Int8Linear
@@ -57,7 +58,7 @@ def converted(
     architecture: str, directory: Path, dtype: torch.dtype = torch.float32, layout: str = "bitsandbytes"
 ) -> Path:
     source = save_tiny(architecture, directory / "source", dtype)
-    convert_local(source, directory / "out", layout=layout)
+    convert(source, directory / "out", ConvertOptions(outliers="none", layout=layout))
     return directory / "out"
 
 
@@ -137,7 +138,7 @@ def test_names_without_the_base_models_prefix_find_their_layers(tmp_path: Path) 
     source = save_tiny("bloom-base", tmp_path / "source", torch.float32)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "architectures": ["BloomForCausalLM"]}))
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     assert "h.0.mlp.dense_h_to_4h.weight" in read_all(tmp_path / "out")
     stored = store_columns(source, tmp_path / "out")
     model = int8cli.load_model(tmp_path / "out", device="cpu")
@@ -198,7 +199,7 @@ def test_generation_starts_as_the_forward_pass_says_and_with_the_saved_settings(
     source = save_tiny("llama-tied", tmp_path / "source")
     settings = {"eos_token_id": 98, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     (source / "generation_config.json").write_text(json.dumps(settings))
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     store_columns(source, tmp_path / "out")
     model = int8cli.load_model(tmp_path / "out", device="cpu")
     ids = model.generate(IDS, attention_mask=torch.ones_like(IDS))
@@ -215,7 +216,7 @@ def test_stored_columns_bring_back_what_outliers_cost(tmp_path: Path) -> None:
             for linear in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj):
                 linear.weight[:, columns] /= scale
     model.save_pretrained(tmp_path / "source")
-    convert_local(tmp_path / "source", tmp_path / "out")
+    convert(tmp_path / "source", tmp_path / "out", WITHOUT_COLUMNS)
     exact = run(model).logits
     before = run(int8cli.load_model(tmp_path / "out", device="cpu")).logits
     weights = read_all(tmp_path / "source")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoints import (
     LISTED,
-    convert_local,
+    WITHOUT_COLUMNS,
+    convert_storing,
     in_features_of,
     read_all,
     read_json,
@@ -21,6 +22,7 @@ from checkpoints import (
 )
 from program import Nursery, llama, tree, wait_until
 
+from int8cli import ConvertOptions, convert
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.plan import Decision
 from int8cli.results.stored_columns import StoredColumns
@@ -63,8 +65,8 @@ def assert_holds_the_sources_columns(source: Path, output: Path) -> None:
 @pytest.mark.parametrize("architecture", [name for name in LISTED if name != "falcon"])  # has nothing to quantize
 def test_columns_are_the_sources_and_loaders_see_no_difference(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source")
-    convert_local(source, tmp_path / "none")
-    report = convert_local(source, tmp_path / "out", stored=some_columns)
+    convert(source, tmp_path / "none", WITHOUT_COLUMNS)
+    report = convert_storing(source, tmp_path / "out", some_columns).report
     assert_holds_the_sources_columns(source, tmp_path / "out")
     assert loaders_files(tmp_path / "out") == loaders_files(tmp_path / "none")
     found = survey(source)
@@ -80,7 +82,7 @@ def test_transformers_loads_it_with_nothing_unexpected(architecture: str, tmp_pa
     import transformers
 
     source = save_tiny(architecture, tmp_path / "source")
-    convert_local(source, tmp_path / "out", stored=some_columns)
+    convert_storing(source, tmp_path / "out", some_columns)
     model_class = getattr(transformers, LISTED[architecture].model)
     _, info = model_class.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["unexpected_keys"]
@@ -91,7 +93,7 @@ def test_transformers_loads_it_with_nothing_unexpected(architecture: str, tmp_pa
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_shards_of_any_dtype_and_layout(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = llama(tmp_path / "source", dtype=dtype)
-    convert_local(source, tmp_path / "out", layout=layout, stored=some_columns)
+    convert_storing(source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", layout=layout))
     assert_holds_the_sources_columns(source, tmp_path / "out")
     names = sorted(path.name for path in source.glob("*.safetensors"))
     assert [path.name for path in sorted((tmp_path / "out/int8/outliers").iterdir())] == names
@@ -108,7 +110,7 @@ def test_a_bin_whose_weights_lie_crosswise(tmp_path: Path) -> None:
     tensors = read_tensors(source / "model.safetensors")
     crosswise = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in tensors.items()}
     torch.save(crosswise, source / "pytorch_model.bin")
-    convert_local(source, tmp_path / "out", stored=some_columns)
+    convert_storing(source, tmp_path / "out", some_columns)
     (source / "pytorch_model.bin").unlink()
     assert_holds_the_sources_columns(source, tmp_path / "out")
 
@@ -117,7 +119,12 @@ def test_columns_at_the_seams_of_a_row_that_is_cut(tmp_path: Path) -> None:
     indices = (0, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, 2 * BLOCK_ELEMENTS + 8)
     weight = torch.randn(3, 2 * BLOCK_ELEMENTS + 9).bfloat16()
     source = save_by_hand(tmp_path / "source", {UP: weight})
-    convert_local(source, tmp_path / "out", threads=3, stored=lambda decision: stored_at(decision, *indices))
+    convert_storing(
+        source,
+        tmp_path / "out",
+        lambda decision: stored_at(decision, *indices),
+        ConvertOptions(outliers="none", threads=3),
+    )
     assert torch.equal(sidecars(tmp_path / "out")[UP.replace("weight", "outlier_weight")], weight[:, list(indices)])
 
 
@@ -127,7 +134,7 @@ def test_a_layer_of_which_nothing_is_stored_has_an_empty_entry(tmp_path: Path) -
     def chosen(decision: Decision) -> StoredColumns | None:
         return some_columns(decision) if decision.spec.name == UP else None
 
-    convert_local(source, tmp_path / "out", stored=chosen)
+    convert_storing(source, tmp_path / "out", chosen)
     stored = {name: (str(t.dtype), tuple(t.shape)) for name, t in sidecars(tmp_path / "out").items()}
     assert stored == {
         "layers.0.mlp.up_proj.outlier_cols": ("torch.int32", (3,)),
@@ -140,13 +147,13 @@ def test_a_layer_of_which_nothing_is_stored_has_an_empty_entry(tmp_path: Path) -
 def test_every_column_may_be_stored(tmp_path: Path) -> None:
     weight = torch.randn(8, 16).bfloat16()
     source = save_by_hand(tmp_path / "source", {UP: weight})
-    convert_local(source, tmp_path / "out", stored=lambda e: stored_at(e, *range(in_features_of(e))))
+    convert_storing(source, tmp_path / "out", lambda e: stored_at(e, *range(in_features_of(e))))
     assert torch.equal(sidecars(tmp_path / "out")[UP.replace("weight", "outlier_weight")], weight)
 
 
 def test_a_shard_without_linears_has_no_sidecar(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {"embed_tokens.weight": torch.randn(8, 16).half()})
-    report = convert_local(source, tmp_path / "out", stored=some_columns)
+    report = convert_storing(source, tmp_path / "out", some_columns).report
     assert report.sidecar_bytes == 0
     assert not (tmp_path / "out/int8/outliers").exists()
 
@@ -165,7 +172,7 @@ def test_threads_and_processes_change_no_byte(tmp_path: Path) -> None:
         },
     )
     for threads in (1, 3):
-        convert_local(source, tmp_path / str(threads), threads=threads, stored=some_columns)
+        convert_storing(source, tmp_path / str(threads), some_columns, ConvertOptions(outliers="none", threads=threads))
     assert_holds_the_sources_columns(source, tmp_path / "1")
     assert tree(tmp_path / "1") == tree(tmp_path / "3")
 
@@ -217,10 +224,10 @@ def damage_sidecar(output: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_a_sidecar_that_is_not_whole_is_made_again(damage: str, tmp_path: Path) -> None:
     source, output = llama(tmp_path / "source"), tmp_path / "out"
-    convert_local(source, output, stored=some_columns)
+    convert_storing(source, output, some_columns)
     before, others = tree(output), (output / "model-00001-of-00003.safetensors").stat()
     damage_sidecar(output, damage)
-    convert_local(source, output, stored=some_columns)
+    convert_storing(source, output, some_columns)
     assert tree(output) == before
     assert (output / "model-00001-of-00003.safetensors").stat() == others  # with its shard, and no other
 

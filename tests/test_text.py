@@ -3,7 +3,7 @@
 import pytest
 
 from int8cli.report.text import broken_at_dots, printable
-from int8cli.report.units import counted, human_bytes
+from int8cli.results.units import counted, human_bytes
 
 
 def test_control_characters_are_written_out() -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from checkpoints import (
     LISTED,
+    WITHOUT_COLUMNS,
     build_tiny,
-    convert_local,
+    convert_storing,
     read_json,
     read_tensors,
     save_by_hand,
@@ -28,6 +29,7 @@ from program import llama, run, tree, write_json
 from safetensors.torch import save_file
 from verifying import verified
 
+from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.digest import new_digest
 from int8cli.errors import IndexFileError, OutputError, OutputInUseError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
@@ -61,7 +63,7 @@ def check_of(verification: Verification, name: str) -> Check:
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small LLaMA in three shards, with a zero row, and its conversion beside it."""
     root = tmp_path_factory.mktemp("verify")
-    convert_local(llama(root / "source"), root / "out")
+    convert(llama(root / "source"), root / "out", WITHOUT_COLUMNS)
     return root
 
 
@@ -150,7 +152,7 @@ def test_it_says_with_which_transformers(out: Path) -> None:
 )
 def test_architectures_hold_with_their_source(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source")
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out", source)
     assert failures(verification) == {}
     assert check_of(verification, "loads").status == "passed"
@@ -163,7 +165,7 @@ def test_names_without_the_base_models_prefix_load(tmp_path: Path) -> None:
     source = save_by_hand(
         tmp_path / "source", tensors, {**model.config.to_dict(), "architectures": ["BloomForCausalLM"]}
     )
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
@@ -171,7 +173,7 @@ def test_a_legacy_bin_in_float32_holds_with_its_source(tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1, dtype=torch.float32)
     torch.save(read_tensors(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
-    convert_local(source, tmp_path / "out", float32="float16")
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", float32="float16"))
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
@@ -180,7 +182,7 @@ def test_weights_kept_for_non_finite_values_hold_with_their_source(tmp_path: Pat
     tensors = read_tensors(source / "model.safetensors")
     tensors[f"{QUANTIZED}.weight"][3, 5] = float("nan")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    convert_local(source, tmp_path / "out", on_nonfinite="keep")
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", on_nonfinite="keep"))
     verification = verified(tmp_path / "out", source)
     assert failures(verification) == {}
     assert "13 layers" in check_of(verification, "figures").detail
@@ -193,7 +195,7 @@ def test_a_model_card_may_be_edited(out: Path) -> None:
 
 def test_a_checkpoint_without_config_is_not_laid_out(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(8, 8)})
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out", source)
     assert verification.holds
     assert check_of(verification, "loads").status == "not checked"
@@ -204,7 +206,7 @@ def test_floats_that_convert_casts_hold(tmp_path: Path) -> None:
     tensors = read_tensors(source / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
@@ -276,7 +278,7 @@ def test_swapped_shards_are_recognised(tmp_path: Path) -> None:
     weight_map = {name: file for file, part in zip(files, parts, strict=True) for name in part}
     write_json(source / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     out = tmp_path / "out"
-    convert_local(source, out)
+    convert(source, out, WITHOUT_COLUMNS)
     first, second = out / files[1], out / files[2]
     first.rename(out / "aside")
     second.rename(first)
@@ -479,7 +481,7 @@ def test_tensors_that_the_model_does_not_take_from_the_source_either_are_no_fail
     tensors = read_tensors(source / "model.safetensors")
     extra = {"old.head.bias": torch.zeros(4), "old.q_proj.weight": torch.randn(8, 8).bfloat16()}
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
@@ -487,7 +489,7 @@ def test_a_model_whose_code_is_not_in_transformers_is_not_laid_out(tmp_path: Pat
     source = llama(tmp_path / "source", shards=1)
     edit(source / "config.json", lambda c: c.update(model_type="strange", auto_map={"AutoConfig": "evil.Config"}))
     (source / "evil.py").write_text("raise SystemExit('foreign code ran')\n")
-    convert_local(source, tmp_path / "out")
+    convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out")
     assert verification.holds
     assert "does not know the model type 'strange'" in check_of(verification, "loads").detail
@@ -563,7 +565,7 @@ SIDECAR = f"int8/outliers/{SHARD}"
 
 @pytest.fixture(scope="module")
 def original_with_sidecars(original: Path) -> Path:
-    convert_local(original / "source", original / "beside", stored=some_columns)
+    convert_storing(original / "source", original / "beside", some_columns)
     return original / "beside"
 
 
@@ -620,7 +622,7 @@ def test_without_stored_columns_it_says_so(out: Path) -> None:
 
 def test_stored_columns_of_a_conv1d_hold(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source")
-    convert_local(source, tmp_path / "out", stored=some_columns)
+    convert_storing(source, tmp_path / "out", some_columns)
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
@@ -629,19 +631,21 @@ def test_stored_columns_of_a_float32_bin_hold(float32: Any, tmp_path: Path) -> N
     source = llama(tmp_path / "source", shards=1, dtype=torch.float32)
     torch.save(read_tensors(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
-    convert_local(source, tmp_path / "out", float32=float32, stored=some_columns)
+    convert_storing(source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", float32=float32))
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
 def test_stored_columns_of_rows_that_are_cut_hold(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(2, BLOCK_ELEMENTS + 9).bfloat16()})
     columns = (0, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 8)
-    convert_local(source, tmp_path / "out", stored=lambda decision: stored_at(decision, *columns))
+    convert_storing(source, tmp_path / "out", lambda decision: stored_at(decision, *columns))
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
 def test_stored_columns_of_the_other_layout_hold(source: Path, tmp_path: Path) -> None:
-    convert_local(source, tmp_path / "out", layout="compressed-tensors", stored=some_columns)
+    convert_storing(
+        source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", layout="compressed-tensors")
+    )
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
@@ -653,7 +657,7 @@ def test_a_weight_that_is_kept_for_non_finite_values_has_no_stored_columns(damag
     for name in quantized[:damaged]:
         tensors[name][3, 5] = float("nan")
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    convert_local(source, tmp_path / "out", on_nonfinite="keep", stored=some_columns)
+    convert_storing(source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", on_nonfinite="keep"))
     verification = verified(tmp_path / "out", source)
     assert failures(verification) == {}
     left = 14 - damaged
@@ -662,10 +666,8 @@ def test_a_weight_that_is_kept_for_non_finite_values_has_no_stored_columns(damag
 
 
 def test_a_layer_without_stored_columns_has_an_empty_entry(source: Path, tmp_path: Path) -> None:
-    convert_local(
-        source,
-        tmp_path / "out",
-        stored=lambda decision: some_columns(decision) if decision.module == QUANTIZED else None,
+    convert_storing(
+        source, tmp_path / "out", lambda decision: some_columns(decision) if decision.module == QUANTIZED else None
     )
     verification = verified(tmp_path / "out", source)
     assert failures(verification) == {}

@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkpoints import convert_local
+from checkpoints import WITHOUT_COLUMNS
 from program import ROOT, environment, llama, outcome_of, run, start, wait_until
 from verifying import verified
+
+from int8cli import convert
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("verify-beside")
-    convert_local(llama(directory / "source"), directory / "out")
+    convert(llama(directory / "source"), directory / "out", WITHOUT_COLUMNS)
     return directory / "out"
 
 
@@ -119,7 +121,7 @@ def test_an_interrupt_amid_an_import_ends_both_at_once(send: Callable[[int, int]
         assert not is_running(loader)
     assert (outcome.code, outcome.out) == (130, "")
     assert "Traceback" not in outcome.err
-    assert "interrupted: run the same command again to go on" in outcome.err
+    assert "interrupted: run the same command again to resume" in outcome.err
 
 
 def test_a_killed_program_takes_its_loader_along(out: Path) -> None:

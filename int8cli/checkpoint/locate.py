@@ -1,17 +1,23 @@
 """From what the user calls a model to the source that holds it.
 
-Owns the question whether an argument means something on this machine or a repository on the Hub.
+Owns the question whether an argument means something on this machine or a repository on the Hub, and the end of what
+it opens.
 """
 
 import difflib
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from int8cli.checkpoint.directory import DirectorySource, is_weight_name
 from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.source import Source
 from int8cli.errors import ModelNotFoundError, SourceError
+from int8cli.progress import SILENT, Progress
+
+DOWNLOAD = "download"
 
 
 def open_source(
@@ -47,6 +53,62 @@ def open_source(
     except ModelNotFoundError as error:
         raise ModelNotFoundError(str(error), hint=f"{error.hint} {_hint_for(model, path)}".strip()) from error
     return source
+
+
+@contextmanager
+def opened_source(
+    model: str,
+    *,
+    revision: str | None,
+    download_dir: Path,
+    output: Path | None = None,
+    keep_source: bool = False,
+    progress: Progress = SILENT,
+) -> Iterator[Source]:
+    """The source that `model` names, closed in the end; `progress` is told of transfers. Raises as `open_source`."""
+    transfers = _Transfers(progress)
+    source = open_source(
+        model,
+        revision=revision,
+        download_dir=download_dir,
+        output=output,
+        keep_source=keep_source,
+        on_bytes=transfers.received,
+        on_wait=transfers.waiting,
+    )
+    try:
+        yield source
+    finally:
+        source.close()
+        transfers.close()
+
+
+class _Transfers:
+    """Tells a progress of transfers, as a task without known parts that begins with the first byte."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._open = True
+        self._begun = False
+
+    def received(self, file: str, count: int) -> None:
+        with self._lock:
+            if not self._open:  # a stalled transfer in the background outlasts its source
+                return
+            if not self._begun:
+                self._progress.begin(DOWNLOAD, {})
+                self._begun = True
+            self._progress.advance(DOWNLOAD, file, count)
+
+    def waiting(self, what: str, why: str, pause_s: float) -> None:
+        self._progress.note(f"{what}: {why}; trying again in {pause_s:.0f} s")
+
+    def close(self) -> None:
+        with self._lock:
+            self._open = False
+            if self._begun:
+                self._progress.done(DOWNLOAD)
 
 
 def _looks_like_a_path(model: str) -> bool:

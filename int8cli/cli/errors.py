@@ -3,39 +3,47 @@
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import typer
 
-from int8cli.errors import Int8cliError, OutputError
+from int8cli.errors import Int8cliError, OptionError, OutputError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+# What a command's own options can do about an error, by its class.
+Hints = Mapping[type[Int8cliError], str]
 
 
-def shows_errors(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Give a command its exit codes: what a user can act on is shown as error and hint; bugs keep their traceback."""
 
-    @functools.wraps(command)
-    def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return command(*args, **kwargs)
-        except Int8cliError as error:
-            show_error(error)
-            raise typer.Exit(EXIT_ERROR) from None
-        except KeyboardInterrupt:
-            print("\ninterrupted: run the same command again to go on", file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
-        except BrokenPipeError:  # the reader of stdout went away (`| head`)
-            _forget_stdout()
-            raise typer.Exit(EXIT_ERROR) from None
+    def decorate(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(command)
+        def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            try:
+                return command(*args, **kwargs)
+            except OptionError as error:
+                message = f"{error}. {error.hint}" if error.hint else str(error)
+                raise typer.BadParameter(message, param_hint=f"'{flag_of(error.option)}'") from None
+            except Int8cliError as error:
+                show_error(error, hint_for(error, hints))
+                raise typer.Exit(EXIT_ERROR) from None
+            except KeyboardInterrupt:
+                print("\ninterrupted: run the same command again to resume", file=sys.stderr)
+                raise typer.Exit(EXIT_INTERRUPTED) from None
+            except BrokenPipeError:  # the reader of stdout went away (`| head`)
+                _forget_stdout()
+                raise typer.Exit(EXIT_ERROR) from None
 
-    return run
+        return run
+
+    return decorate
 
 
 @contextmanager
@@ -51,14 +59,25 @@ def writing_result() -> Iterator[None]:
         raise OutputError(f"the result cannot be written to standard output: {error.strerror}") from error
 
 
+def hint_for(error: Int8cliError, hints: Hints) -> str:
+    """The error's own next step, and what the command's options can do: that of the nearest class that has a hint."""
+    own = next((hints[kind] for kind in type(error).__mro__ if kind in hints), "")
+    return f"{error.hint} {own}".strip()
+
+
+def flag_of(option: str) -> str:
+    """How the command line writes an option of the library."""
+    return f"--{option.replace('_', '-')}"
+
+
 def _forget_stdout() -> None:
     """Keep what is left in the buffer from being written, and failing, once more at exit."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
 
 
-def show_error(error: Int8cliError) -> None:
+def show_error(error: Int8cliError, hint: str) -> None:
     from int8cli.report.text import printable
 
     print(f"error: {printable(str(error))}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {printable(error.hint)}", file=sys.stderr)
+    if hint:
+        print(f"hint: {printable(hint)}", file=sys.stderr)

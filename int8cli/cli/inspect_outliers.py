@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
     Device,
@@ -19,16 +20,12 @@ from int8cli.cli.options import (
     TextFile,
     WorkDir,
     check_outputs,
-    require_device,
 )
-from int8cli.cli.work_directory import work_directory
+from int8cli.commands.options import InspectOptions
 
 if TYPE_CHECKING:
-    from int8cli.checkpoint.source import Source
-    from int8cli.cli.inspect_progress import InspectObserver
     from int8cli.outliers.statistics import OutlierStatistics
     from int8cli.outliers.suspects import WeightSuspects
-    from int8cli.planning.survey import Survey
 
 EXAMPLES = """\
 int8cli inspect-outliers bigscience/bloom-560m
@@ -39,35 +36,38 @@ _DRAWN = (".html", ".png", ".svg")
 _SUFFIXES = (*_DRAWN, ".safetensors")
 
 
-class From(enum.StrEnum):
+class Evidence(enum.StrEnum):
     """Where the answer comes from."""
 
     activations = "activations"
     weights = "weights"
 
 
-@shows_errors
+From = Annotated[
+    Evidence | None,
+    typer.Option("--from", help="Run the model, or guess from its weights.", show_default="activations if it can run"),
+]
+Tokens = Annotated[int, typer.Option(help="Tokens to run, in all.", min=1)]
+Threshold = Annotated[float, typer.Option(help="Magnitude from which a value is an outlier.", min=0.0)]
+Where = Annotated[Device, typer.Option(help="Where the model runs.")]
+Outputs = Annotated[
+    list[Path] | None,
+    typer.Option("--output", "-o", help=".html, .png, .svg, or .safetensors for convert. Repeatable.", metavar="FILE"),
+]
+
+
+@shows_errors(hints.INSPECT_OUTLIERS)
 def inspect_outliers(
     model: Model,
-    source_of: Annotated[
-        From | None,
-        typer.Option(
-            "--from", help="Run the model, or guess from its weights.", show_default="activations if it can run"
-        ),
-    ] = None,
+    evidence: From = None,
     revision: Revision = None,
     text: TextFile = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to run, in all.", min=1)] = 4096,
+    tokens: Tokens = 4096,
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
-    threshold: Annotated[float, typer.Option(help="Magnitude from which a value is an outlier.", min=0.0)] = 6.0,
-    device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.cpu,
-    output: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--output", "-o", help=".html, .png, .svg, or .safetensors for convert. Repeatable.", metavar="FILE"
-        ),
-    ] = None,
+    threshold: Threshold = 6.0,
+    device: Where = Device.cpu,
+    output: Outputs = None,
     work_dir: WorkDir = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -77,86 +77,34 @@ def inspect_outliers(
     Weights are read straight from the checkpoint and each of them once. A run that was interrupted goes on after its
     last finished block. From the weights alone only suspects can be told.
     """
-    from int8cli.checkpoint.locate import open_source
-    from int8cli.cli.inspect_progress import observe_inspection
-    from int8cli.planning.plan import PlanOptions
-    from int8cli.planning.survey import survey_source
-
     outputs = tuple(output or ())
     check_outputs(outputs, _SUFFIXES, drawn=_DRAWN)
-    if source_of is From.weights and any(path.suffix not in _DRAWN for path in outputs):
+    if evidence is Evidence.weights and any(path.suffix not in _DRAWN for path in outputs):
         raise typer.BadParameter("statistics come from activations only", param_hint="'--output'")
-    require_device(device)
-    work = work_directory(work_dir, model, revision)
-    with observe_inspection(quiet=quiet) as observer:
-        source = open_source(
-            model,
-            revision=revision,
-            download_dir=work / "incoming",
-            on_bytes=observer.received,
-            on_wait=observer.waiting,
-        )
-        try:
-            survey = survey_source(source, PlanOptions())
-            sampling = (tokens, sequence_length, seed)
-            found = _inspect(source, survey, source_of, text, sampling, threshold, device, work / "blocks", observer)
-        finally:
-            source.close()
+    from int8cli.cli.progress import shown_progress
+    from int8cli.commands import inspect_outliers as command
+
+    options = InspectOptions(
+        evidence=evidence.value if evidence is not None else None,
+        revision=revision,
+        text=text,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        seed=seed,
+        threshold=threshold,
+        device=device.value,
+        work_dir=work_dir,
+    )
+    with shown_progress(quiet=quiet) as progress:
+        found = command.inspect_outliers(model, options, progress=progress)
     for path in outputs:
-        _write(found, path)
+        write(found, path)
     with writing_result():
-        _show(found, as_json=as_json, quiet=quiet)
+        show(found, as_json=as_json, quiet=quiet)
 
 
-def _inspect(
-    source: "Source",
-    survey: "Survey",
-    source_of: From | None,
-    text: Path | None,
-    sampling: tuple[int, int, int],
-    threshold: float,
-    device: Device,
-    kept_in: Path,
-    observer: "InspectObserver",
-) -> "OutlierStatistics | WeightSuspects":
-    """From activations if that is asked for or can be done, else from weights."""
-    from int8cli.errors import MissingExtraError, UnsupportedModelError
-    from int8cli.outliers.suspects import find_suspects
-
-    if source_of is not From.weights:
-        try:
-            return _calibrate(source, survey, text, sampling, threshold, device, kept_in, observer)
-        except (MissingExtraError, UnsupportedModelError) as error:
-            if source_of is From.activations:
-                raise
-            observer.noted(f"note: {error}; telling suspects from the weights instead")
-    return find_suspects(source, survey)
-
-
-def _calibrate(
-    source: "Source",
-    survey: "Survey",
-    text: Path | None,
-    sampling: tuple[int, int, int],
-    threshold: float,
-    device: Device,
-    kept_in: Path,
-    observer: "InspectObserver",
-) -> "OutlierStatistics":
-    from int8cli.data import SAMPLE_NAME, sample_text
-    from int8cli.model.memory import return_memory_promptly
-    from int8cli.model.sampling import Sampling
-    from int8cli.model.text import Text
-    from int8cli.outliers.calibrate import CalibrateOptions, calibrate
-
-    return_memory_promptly()
-    chosen = Sampling(*sampling)
-    read = Text.read(text, chosen.tokens) if text is not None else Text.decode(SAMPLE_NAME, sample_text())
-    options = CalibrateOptions(chosen, threshold, device.value, kept_in)
-    return calibrate(source, survey, read, options, observer)
-
-
-def _write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
+def write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
+    """Write a page, a picture or a statistics file, by the suffix. Raises OutputError."""
     from int8cli.errors import OutputError
     from int8cli.outliers.statistics import OutlierStatistics, save_statistics
     from int8cli.report.outlier_charts import write_picture
@@ -175,7 +123,7 @@ def _write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
         )
 
 
-def _show(found: "OutlierStatistics | WeightSuspects", *, as_json: bool, quiet: bool) -> None:
+def show(found: "OutlierStatistics | WeightSuspects", *, as_json: bool, quiet: bool) -> None:
     from int8cli.outliers.statistics import OutlierStatistics
     from int8cli.report.outliers import show_statistics, show_suspects
     from int8cli.report.outliers_json import statistics_to_json, suspects_to_json

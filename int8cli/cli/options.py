@@ -1,14 +1,11 @@
-"""Options and arguments that commands share."""
+"""Options and arguments of the command line that commands share, and the words they may have as values."""
 
 import enum
-import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from int8cli.workers.torch_start import start_torch
 
 
 class LayoutName(enum.StrEnum):
@@ -77,28 +74,3 @@ def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Coll
         from int8cli.report.vega import require_altair
 
         require_altair()
-
-
-def default_output(model: str) -> Path:
-    """`<name>-int8` in the current directory, for a Hub id, a directory or a file."""
-    path = Path(model).expanduser()
-    if path.is_file():
-        return Path(f"{path.stem}-int8")
-    name = path.resolve().name if path.exists() else model.rstrip("/").rpartition("/")[2]
-    return Path(f"{name}-int8")
-
-
-def require_device(device: Device) -> None:
-    """Refuse a device that is not there."""
-    if device is Device.cpu:
-        return
-    start_torch()
-    import torch
-
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("this machine has no CUDA device that torch can use", param_hint="'--device'")
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,190 +1,153 @@
-"""Progress on stderr: a live bar on a terminal, a plain line a shard elsewhere, nothing with --quiet."""
+"""Progress on stderr: bars on a terminal, a line for each finished part elsewhere, nothing with --quiet."""
 
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Column
+from rich.text import Text
 
-from int8cli.conversion.convert import ConversionObserver
-from int8cli.planning.survey import Survey
-from int8cli.records.store import ShardRecord
+from int8cli.progress import BYTES, SILENT, Progress
 from int8cli.report.text import printable
-from int8cli.report.units import counted, human_bytes
-from int8cli.results.conversion import worst_first
+from int8cli.results.units import human_bytes
 
-NAME_WIDTH = 26  # with bytes, rate, time and shard before it, 80 columns
+NAME_WIDTH = 26  # with bytes, rate, time and position before it, 80 columns
 
 
 @contextmanager
-def observe(*, quiet: bool) -> Iterator["ProgressObserver"]:
-    """The observer that fits where stderr goes; what it shows is gone when the context ends."""
-    observer: ProgressObserver
+def shown_progress(*, quiet: bool) -> Iterator[Progress]:
+    """The form that fits where stderr goes; bars disappear when the context ends."""
     if quiet:
-        observer = ProgressObserver()
-    elif sys.stderr.isatty():
-        observer = BarObserver()
+        yield SILENT
+    elif not sys.stderr.isatty():
+        yield ProgressLines()
     else:
-        observer = LineObserver()
-    try:
-        yield observer
-    finally:
-        observer.close()
+        shown = ProgressBars()
+        try:
+            yield shown
+        finally:
+            shown.close()
 
 
-class ProgressObserver(ConversionObserver):
-    """Says nothing; the base of those that do. Also hears of transfers from the Hub."""
+@dataclass(slots=True)
+class _Begun:
+    """What is known of a task that was begun."""
 
-    def received(self, file: str, count: int) -> None:
-        """`count` bytes more of a file came from the Hub."""
-
-    def waiting(self, what: str, why: str, pause_s: float) -> None:
-        """A transfer failed and is tried again after a pause."""
-
-    def calibration_started(self, total_bytes: int, done_bytes: int) -> None:
-        """The model begins to be run, with weights of so many bytes."""
-
-    def calibrated(self, where: str, done_bytes: int) -> None:
-        """It has come so far."""
-
-    def block_calibrated(self, line: str) -> None:
-        """A block is done; a line about it."""
-
-    def close(self) -> None: ...
+    parts: dict[str, int]
+    unit: str
+    finished: set[str]
+    started_s: dict[str, float] = field(default_factory=dict)
 
 
-class LineObserver(ProgressObserver):
-    """One line for each shard, for logs."""
+class ProgressLines:
+    """One line for each part that is done, for logs."""
 
     def __init__(self) -> None:
-        self._shards = 0
-        self._finished = 0
-        self._started_s: dict[str, float] = {}
+        self._lock = threading.Lock()
+        self._tasks: dict[str, _Begun] = {}
 
-    def started(self, survey: Survey, finished: frozenset[str]) -> None:
-        self._shards, self._finished = len(survey.shards), len(finished)
-        for line in preliminaries(survey, finished):
-            self.noted(line)
+    def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:
+        self._tasks[task] = _Begun(dict(parts), unit, set(finished))
 
-    def shard_started(self, shard: str) -> None:
-        self._started_s[shard] = time.monotonic()
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        if amount == 0:
+            self._tasks[task].started_s[part] = time.monotonic()
 
-    def shard_finished(self, shard: str, record: ShardRecord) -> None:
-        self._finished += 1
-        elapsed = time.monotonic() - self._started_s[shard]
-        self.noted(f"[{self._finished}/{self._shards}] {shard}: {_outcome(record)} in {elapsed:.1f} s")
-
-    def waiting(self, what: str, why: str, pause_s: float) -> None:
-        self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
-
-    def block_calibrated(self, line: str) -> None:
-        self.noted(line)
-
-    def noted(self, message: str) -> None:
+    def note(self, message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
 
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        if part is None:
+            return
+        known = self._tasks[task]
+        with self._lock:
+            known.finished.add(part)
+            line = f"[{len(known.finished)}/{len(known.parts)}] {part}"
+        if outcome:
+            line += f": {outcome}"
+        else:  # the line itself has to say which task it was
+            line = f"{task} {line}" + (f": {human_bytes(known.parts[part])}" if known.unit == BYTES else "")
+        started_s = known.started_s.get(part)
+        self.note(line if started_s is None else f"{line} in {time.monotonic() - started_s:.1f} s")
 
-class BarObserver(ProgressObserver):
-    """A bar over all bytes, with the shard and tensor at work, and one for what comes from the Hub."""
+
+class _Amount(bars.ProgressColumn):
+    """Bytes done of all, or the share of the steps."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._bytes = bars.DownloadColumn()
+
+    def render(self, task: bars.Task) -> Text:
+        return self._bytes.render(task) if task.fields["unit"] == BYTES else Text(f"{task.percentage:.0f} %")
+
+
+class _Rate(bars.ProgressColumn):
+    """Bytes a second; a step takes too long for a rate."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._bytes = bars.TransferSpeedColumn()
+
+    def render(self, task: bars.Task) -> Text:
+        return self._bytes.render(task) if task.fields["unit"] == BYTES else Text()
+
+
+class ProgressBars:
+    """A bar for each task under way, with the part at work, and a line for each outcome."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            BarColumn(bar_width=12),
-            DownloadColumn(table_column=Column(no_wrap=True)),
-            TransferSpeedColumn(table_column=Column(no_wrap=True)),
-            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
-            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+        self._bars = bars.Progress(
+            bars.BarColumn(bar_width=12),
+            _Amount(),
+            _Rate(),
+            bars.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            bars.TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             transient=True,
         )
-        self._lock = threading.Lock()
-        self._task: TaskID | None = None
-        self._transfer: TaskID | None = None
-        self._calibration: TaskID | None = None
-        self._positions: dict[str, int] = {}
+        self._shown: dict[str, bars.TaskID] = {}
+        self._positions: dict[str, dict[str, int]] = {}
 
-    def started(self, survey: Survey, finished: frozenset[str]) -> None:
-        for line in preliminaries(survey, finished):
-            self.noted(line)
-        self._positions = {contents.file_name: index for index, contents in enumerate(survey.shards, start=1)}
-        sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
-        done = sum(sizes[shard] for shard in finished)
-        self._task = self._progress.add_task("", total=sum(sizes.values()), completed=done)
-        self._progress.start()
+    def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:
+        self._remove(task)
+        self._positions[task] = {part: place for place, part in enumerate(parts, start=1)}
+        total = sum(parts.values()) if parts else None
+        completed = sum(parts[part] for part in finished)
+        self._shown[task] = self._bars.add_task("", total=total, completed=completed, unit=unit)
+        self._bars.start()
 
-    def progressed(self, shard: str, tensor: str, source_bytes: int) -> None:
-        if self._task is None:
-            return
-        tensor = printable(tensor)
-        name = tensor if len(tensor) <= NAME_WIDTH else f"…{tensor[1 - NAME_WIDTH :]}"
-        where = f"{self._positions.get(shard, 0)}/{len(self._positions)} {name}"
-        self._progress.update(self._task, advance=source_bytes, description=where)
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        name = printable(detail or part)
+        if self._positions[task]:
+            name = name if len(name) <= NAME_WIDTH else f"…{name[1 - NAME_WIDTH :]}"
+            where = f"{self._place(task, part)} {name}"
+        else:
+            where = f"{task}: {name}"
+        self._bars.update(self._shown[task], advance=amount, description=where)
 
-    def shard_finished(self, shard: str, record: ShardRecord) -> None:
-        self.noted(f"{self._positions[shard]}/{len(self._positions)} {shard}: {_outcome(record)}")
-
-    def calibration_started(self, total_bytes: int, done_bytes: int) -> None:
-        self._calibration = self._progress.add_task("", total=total_bytes, completed=done_bytes)
-
-    def calibrated(self, where: str, done_bytes: int) -> None:
-        if self._calibration is not None:
-            self._progress.update(self._calibration, completed=done_bytes, description=printable(where))
-
-    def received(self, file: str, count: int) -> None:
-        with self._lock:
-            if self._transfer is None:
-                self._transfer = self._progress.add_task("", total=None)
-            self._progress.update(self._transfer, advance=count, description=f"from the Hub: {file}")
-
-    def waiting(self, what: str, why: str, pause_s: float) -> None:
-        self.noted(f"{what}: {why}; trying again in {pause_s:.0f} s")
-
-    def noted(self, message: str) -> None:
+    def note(self, message: str) -> None:
         self._console.print(printable(message), soft_wrap=True, markup=False)
 
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        if part is None:
+            self._remove(task)
+        elif outcome:
+            self.note(f"[{self._place(task, part)}] {part}: {outcome}")
+
     def close(self) -> None:
-        self._progress.stop()
+        self._bars.stop()
 
+    def _place(self, task: str, part: str) -> str:
+        positions = self._positions[task]
+        return f"{positions.get(part, 0)}/{len(positions)}"
 
-def preliminaries(survey: Survey, finished: frozenset[str]) -> Iterator[str]:
-    """What to say before the work begins."""
-    if finished:
-        yield f"going on: {len(finished)} of {len(survey.shards)} shards are done"
-    yield from warnings(survey)
-
-
-def warnings(survey: Survey) -> Iterator[str]:
-    """What the user may not have meant, or may want to know beforehand."""
-    for pattern in survey.plan.unmatched_patterns:
-        yield f"warning: no module matches {pattern!r}"
-    if not survey.has_config:
-        yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
-    for caveat in survey.target.caveats(survey.plan):
-        yield f"warning: {caveat}"
-    for contents in survey.shards:
-        if not contents.mappable:
-            yield f"{contents.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
-
-
-def _outcome(record: ShardRecord) -> str:
-    outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(record.files[0].size_bytes)}"
-    if record.layers:
-        outcome += f", {counted(len(record.layers), 'layer')}"
-        worst = worst_first(record.layers)[0].sums
-        outcome += f", worst error {worst.relative_frobenius_error:.4f}" if worst is not None else ""
-    if record.kept:
-        outcome += f", {len(record.kept)} kept for non-finite values"
-    return outcome
+    def _remove(self, task: str) -> None:
+        if task in self._shown:
+            self._bars.remove_task(self._shown.pop(task))

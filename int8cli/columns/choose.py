@@ -48,7 +48,7 @@ def column_strategies(
         except CANNOT_CALIBRATE as error:
             if mode == FROM_ACTIVATIONS:
                 raise
-            noted(f"the activations cannot be looked at: {error}")
+            noted(f"cannot calibrate ({error}); falling back")
         else:
             yield way
     if mode in (AUTO, FROM_WEIGHTS):

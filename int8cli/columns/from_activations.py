@@ -19,12 +19,12 @@ from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import UnsupportedModelError
 from int8cli.model.memory import return_memory_promptly
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatistics
 from int8cli.outliers.cost import arithmetic_s
 from int8cli.planning.survey import CONFIG_FILE, Survey
+from int8cli.progress import Progress
 from int8cli.records.store import FROM_ACTIVATIONS, Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
@@ -49,10 +49,10 @@ def strategy_from_activations(
         stored_columns=wanted.limit,
     )
 
-    def columns(observer: CalibrationObserver) -> ColumnSource:
+    def columns(progress: Progress) -> ColumnSource:
         return_memory_promptly()
         run = CalibrationRun(text, options, wanted.model_threads)
-        return CalibratedColumns(source, survey, run, observer)
+        return CalibratedColumns(source, survey, run, progress)
 
     def seconds() -> float:
         parameters = survey.plan.quantized_parameters
@@ -80,8 +80,8 @@ class CalibrationRun:
 class CalibratedColumns(ColumnSource):
     """Columns told by running the model; see StatisticsColumns for the choice."""
 
-    def __init__(self, source: Source, survey: Survey, run: CalibrationRun, observer: CalibrationObserver) -> None:
-        self._source, self._survey, self._run, self._observer = source, survey, run, observer
+    def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
+        self._source, self._survey, self._run, self._progress = source, survey, run, progress
         self._columns = StatisticsColumns(survey, run.options.stored_columns)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
@@ -89,7 +89,7 @@ class CalibratedColumns(ColumnSource):
         run = self._run
         with (
             torch_threads(run.model_threads),
-            Calibration.of(self._source, self._survey, run.text, run.options, self._observer) as calibration,
+            Calibration.of(self._source, self._survey, run.text, run.options, self._progress) as calibration,
             closing(calibration.run()) as steps,
         ):
             require_room(calibration.held_bytes)

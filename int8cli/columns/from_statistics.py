@@ -38,7 +38,7 @@ def strategy_from_statistics(
     return ColumnStrategy(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, calibration=f"statistics {of}"),
-        lambda observer: columns,
+        lambda progress: columns,
     )
 
 

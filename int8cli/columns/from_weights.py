@@ -36,7 +36,7 @@ def strategy_from_weights(
     return ColumnStrategy(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit),
-        lambda observer: SuspectColumns(source, survey, wanted.limit, kept_in / "suspects"),
+        lambda progress: SuspectColumns(source, survey, wanted.limit, kept_in / "suspects"),
     )
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from int8cli.conversion.column_source import ColumnSource, NoColumns
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sampling import Sampling
 from int8cli.planning.survey import Survey
+from int8cli.progress import Progress
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
 
 AUTO = "auto"
@@ -54,10 +54,10 @@ class ColumnStrategy:
 
     survey: Survey
     settings: Settings
-    columns: Callable[[CalibrationObserver], ColumnSource]
+    columns: Callable[[Progress], ColumnSource]
     arithmetic_s: Callable[[], float] = lambda: 0.0  # what knowing them takes, told by a product timed here
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """Nothing is stored: there is nothing to know."""
-    return ColumnStrategy(survey, settings, lambda observer: NoColumns())
+    return ColumnStrategy(survey, settings, lambda progress: NoColumns())

@@ -1,7 +1,7 @@
 """Converting a checkpoint: all of its shards, and what speaks of the whole.
 
 Owns the order of the work and what makes it resumable: a shard that stands under its name is recorded, and only then is
-its source let go. Prints nothing; an ConversionObserver is told.
+its source let go. Prints nothing; a Progress is told.
 """
 
 import shutil
@@ -15,6 +15,7 @@ from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.conversion import WORKER_PRELOAD
+from int8cli.conversion.announce import TASK, advance, begin_conversion
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.shard_loop import ShardLoop
@@ -27,31 +28,15 @@ from int8cli.errors import (
 )
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.survey import CONFIG_FILE, Survey, fingerprint, room_needed
+from int8cli.progress import Progress
 from int8cli.records.manifest import MANIFEST_FILE
-from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardRecord, ShardSource
+from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardSource
 from int8cli.results.conversion import ConversionReport
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
 
-class ConversionObserver:
-    """Is told how a conversion goes. Every method may be overridden; calls may come from another thread."""
-
-    def started(self, survey: Survey, finished: frozenset[str]) -> None:
-        """The work begins; `finished` names the source shards that an earlier run has done."""
-
-    def shard_started(self, shard: str) -> None: ...
-
-    def progressed(self, shard: str, tensor: str, source_bytes: int) -> None:
-        """`source_bytes` more of a shard's tensors are converted; less, where it must be begun again."""
-
-    def shard_finished(self, shard: str, record: ShardRecord) -> None: ...
-
-    def noted(self, message: str) -> None:
-        """Something the user should know that is not an error."""
-
-
 @dataclass(frozen=True, slots=True)
-class ConvertOptions:
+class ConversionRun:
     """How to convert, besides the settings that decide the result.
 
     `workers` processes convert side by side, each with `threads` threads. `overwrite` starts anew in a directory that
@@ -70,9 +55,9 @@ def convert(
     source: Source,
     survey: Survey,
     settings: Settings,
-    options: ConvertOptions,
+    options: ConversionRun,
     render_card: RenderCard,
-    observer: ConversionObserver,
+    progress: Progress,
     columns: ColumnSource | None = None,
 ) -> ConversionReport:
     """Convert what `survey` found in `source` into `options.output`, going on where an earlier run stopped.
@@ -96,15 +81,15 @@ def convert(
         _require_room(source, survey, options.output, remaining)
         store.claim(conversion)
         shutil.rmtree(store.partial_directory, ignore_errors=True)
-        observer.started(survey, frozenset(records))
+        begin_conversion(progress, survey, records)
         for file_name in survey.weights.copied:
             _copy_file(source, file_name, options.output)
         if source.keeps_in is not None:
             _keep_what_leads_to_the_weights(source, survey)
-        executor = _executor(options, len(remaining), lock, observer)
+        executor = _executor(options, len(remaining), lock, progress)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
-            loop = ShardLoop(source, tasks, executor, store, observer, columns or NoColumns())
+            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns())
             records.update(loop.run(partial(_require_room, source, survey, options.output, remaining)))
         except CANNOT_CALIBRATE:
             if not any(map(store.finished, conversion.shards)):  # the directory is free for another way to do it
@@ -113,6 +98,7 @@ def convert(
         finally:
             executor.close()
             shutil.rmtree(store.partial_directory, ignore_errors=True)  # an interrupt may have come before any clean-up
+        progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
@@ -142,7 +128,7 @@ def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
 
 
 def _task(
-    shard: ShardSource, survey: Survey, settings: Settings, options: ConvertOptions, store: RecordStore
+    shard: ShardSource, survey: Survey, settings: Settings, options: ConversionRun, store: RecordStore
 ) -> ShardTask:
     via_half = settings.float32 == VIA_FLOAT16
     keep_non_finite = options.on_nonfinite == "keep"
@@ -156,10 +142,11 @@ def _task(
     )
 
 
-def _executor(options: ConvertOptions, shards: int, lock: int, observer: ConversionObserver) -> Executor:
+def _executor(options: ConversionRun, shards: int, lock: int, progress: Progress) -> Executor:
+    on_bytes = partial(advance, progress)
     if options.workers > 1 and shards:
-        return ProcessExecutor(min(options.workers, shards), lock, observer.progressed, WORKER_PRELOAD)
-    return InlineExecutor(observer.progressed)
+        return ProcessExecutor(min(options.workers, shards), lock, on_bytes, WORKER_PRELOAD)
+    return InlineExecutor(on_bytes)
 
 
 def _require_room(

@@ -10,18 +10,16 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
 from heapq import nlargest
-from typing import TYPE_CHECKING
 
 from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.conversion.announce import TASK, advance, shard_outcome
 from int8cli.conversion.column_source import ColumnSource, RequireRoom
 from int8cli.conversion.task import ShardTask
 from int8cli.errors import DigestMismatchError, WorkerLostError
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.progress import Progress
 from int8cli.records.store import RecordStore, ShardRecord
 from int8cli.workers.processes import Executor, OnBytes, Result
-
-if TYPE_CHECKING:
-    from int8cli.conversion.convert import ConversionObserver
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +43,10 @@ class ShardLoop:
         tasks: Sequence[ShardTask],
         executor: Executor,
         store: RecordStore,
-        observer: "ConversionObserver",
+        progress: Progress,
         columns: ColumnSource,
     ) -> None:
-        self._source, self._executor, self._store, self._observer = source, executor, store, observer
+        self._source, self._executor, self._store, self._progress = source, executor, store, progress
         self._columns = columns
         self._waiting = {task.source.file: task for task in tasks}
         self._under_way: dict[Future[ShardRecord], _UnderWay] = {}
@@ -82,8 +80,7 @@ class ShardLoop:
                 task = self._waiting.pop(shard.name, None)
                 if task is not None:
                     task = self._prepared(task, shard.local, share=1.0)
-                    self._record(_convert_shard(task, shard.local, self._observer.progressed))
-                    self._observer.shard_finished(shard.name, self._records[shard.name])
+                    self._record(_convert_shard(task, shard.local, partial(advance, self._progress)))
 
     def _convert_fetched(self) -> None:
         """Convert what is left, a shard in each slot of the executor."""
@@ -112,15 +109,13 @@ class ShardLoop:
             if not self._source.identity.on_hub or file in self._fetched_again:
                 raise
             self._fetch_again(shard.task)
-        else:
-            self._observer.shard_finished(file, self._records[file])
 
     def _fetch_again(self, task: ShardTask) -> None:
         """Start at once: what this shard tells of the columns to store is for the shards after it."""
         self._fetched_again.add(task.source.file)
         self._source.discard(task.source.file)
-        self._observer.noted(f"{task.source.file}: not what the Hub published; fetching it once more")
-        self._observer.progressed(task.source.file, "", -task.tensor_bytes)
+        self._progress.note(f"{task.source.file}: not what the Hub published; fetching it once more")
+        self._progress.advance(TASK, task.source.file, -task.tensor_bytes)
         self._start(task)
 
     def _prepared(self, task: ShardTask, local: LocalFile, share: float) -> ShardTask:
@@ -128,7 +123,7 @@ class ShardLoop:
 
         A large shard among small ones gets more than one process's threads.
         """
-        self._observer.shard_started(task.source.file)
+        self._progress.advance(TASK, task.source.file, 0)
         stored = self._columns.columns_of(task.source.file, local, self._run_task)
         threads = round(task.options.threads * self._executor.slots * share)
         threads = min(max(1, threads), max(THREADS_FOR_A_SHARD, task.options.threads))
@@ -146,6 +141,7 @@ class ShardLoop:
     def _record(self, record: ShardRecord) -> None:
         self._store.add(record)
         self._records[record.source.file] = record
+        self._progress.done(TASK, record.source.file, shard_outcome(record))
 
     def _stop(self, error: BaseException) -> None:
         self._executor.close()

@@ -1,7 +1,7 @@
 """Graphics cards: what they are called, what of their memory a model can use, and which of its blocks go on which.
 
-Owns the table of cards, the reading of `--gpu`, the question to this machine, and the placing of whole units in order.
-Knows no model. 1 GiB is 2^30 bytes and 1 GB is 10^9: a card that is sold with 24 GB has 24 GiB.
+Owns the table of cards, the reading of their names, the question to this machine, and the placing of whole units in
+order. Knows no model. 1 GiB is 2^30 bytes and 1 GB is 10^9: a card that is sold with 24 GB has 24 GiB.
 """
 
 import difflib
@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8cli.errors import Int8cliError
+from int8cli.errors import OptionError
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -23,8 +23,11 @@ MOST_CARDS = 4096
 _QUERY_TIMEOUT_S = 5.0
 
 
-class UnknownCardError(Int8cliError):
-    """A `--gpu` that names no card that is known here."""
+class UnknownCardError(OptionError):
+    """What was given as a card names none that is known here."""
+
+    def __init__(self, message: str, *, hint: str) -> None:
+        super().__init__(message, option="gpu", hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +134,11 @@ def card_named(name: str) -> Card:
 
 
 def parse_cards(text: str) -> tuple[Card, ...]:
-    """The cards that a `--gpu` means: `RTX 3090`, `24GiB`, `8x24GiB`, `2x A100 80GB`. Raises UnknownCardError."""
+    """The cards that a text means: `RTX 3090`, `24GiB`, `8x24GiB`, `2x A100 80GB`. Raises UnknownCardError."""
     match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text)
     count = int(match[1] or 1) if match else 0
     if match is None or not 1 <= count <= MOST_CARDS:
-        raise UnknownCardError(f"{text!r} names no cards", hint="For example: --gpu 'RTX 3090', --gpu 8x24GiB.")
+        raise UnknownCardError(f"{text!r} names no cards", hint="For example: 'RTX 3090', 8x24GiB.")
     return (_parse_card(match[2]),) * count
 
 
@@ -203,7 +206,7 @@ def _parse_card(text: str) -> Card:
     close = difflib.get_close_matches(_key(text), {_key(card.name): card for card in CARDS}, n=1, cutoff=0.7)
     near = next((card.name for card in CARDS if close and _key(card.name) == close[0]), "")
     hint = f"Is it {near}? " if near else ""
-    raise UnknownCardError(f"no card called {text!r} is known here", hint=f"{hint}Its memory will do: --gpu 24GiB.")
+    raise UnknownCardError(f"no card called {text!r} is known here", hint=f"{hint}Its memory will do: 24GiB.")
 
 
 def _key(name: str) -> str:

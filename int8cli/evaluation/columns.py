@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from int8cli.errors import TextError
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.columns import choose_columns
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.progress import Progress
 from int8cli.results.evaluation import StoredColumnsSummary
 
 
@@ -37,7 +37,7 @@ def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
 
 
 def calibrated_columns(
-    subject: Subject, text: Text, evaluated: Text, limit: int, options: CalibrateOptions, observer: CalibrationObserver
+    subject: Subject, text: Text, evaluated: Text, limit: int, options: CalibrateOptions, progress: Progress
 ) -> ChosenColumns:
     """Calibrate a 16-bit subject and choose: a pass over its weights of its own.
 
@@ -49,5 +49,5 @@ def calibrated_columns(
             hint="Choose another text, or give the statistics of another one with --outliers.",
         )
     assert subject.survey is not None
-    observer.noted("calibrating for stored columns: a pass over the weights of its own")
-    return columns_from(calibrate(subject.runs, subject.survey, text, options, observer), limit)
+    progress.note("calibrating for stored columns: a pass over the weights of its own")
+    return columns_from(calibrate(subject.runs, subject.survey, text, options, progress), limit)

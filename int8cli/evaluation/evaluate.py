@@ -1,7 +1,7 @@
 """Evaluation of a model: all methods in one pass over its weights, with one block of it in memory.
 
-Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: an
-observer is told.
+Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: a
+Progress is told.
 """
 
 import dataclasses
@@ -18,20 +18,21 @@ from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns
-from int8cli.evaluation.options import EvaluateOptions, applicable
+from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
 from int8cli.evaluation.subject import Subject
 from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation
 from int8cli.evaluation.weights import LayerWeights
+from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.planning.survey import model_fingerprint
+from int8cli.progress import Progress
 from int8cli.results.evaluation import (
     EvaluatedText,
     Evaluation,
@@ -41,6 +42,7 @@ from int8cli.results.evaluation import (
 )
 from int8cli.runtime.converted import ConvertedTensors
 
+TASK = "evaluate"
 # Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
 _FORMS = 1.5
 
@@ -49,8 +51,8 @@ def evaluate(
     subject: Subject,
     text: Text,
     columns: ChosenColumns | None,
-    options: EvaluateOptions,
-    observer: CalibrationObserver,
+    options: EvaluationRun,
+    progress: Progress,
 ) -> Evaluation:
     """Run a subject over a text by each method, and compare.
 
@@ -61,7 +63,7 @@ def evaluate(
     """
     with (
         model_files(subject.runs, subject.weights) as directory,
-        closing(_Run(subject, directory, text, columns, options, observer)) as run,
+        closing(_Run(subject, directory, text, columns, options, progress)) as run,
     ):
         return run.run()
 
@@ -75,12 +77,12 @@ class _Run:
         directory: Path,
         text: Text,
         columns: ChosenColumns | None,
-        options: EvaluateOptions,
-        observer: CalibrationObserver,
+        options: EvaluationRun,
+        progress: Progress,
     ) -> None:
         self._begun_s = time.monotonic()
         self._subject, self._directory, self._text = subject, directory, text
-        self._columns, self._options, self._observer = columns, options, observer
+        self._columns, self._options, self._progress = columns, options, progress
         self._wanted = applicable(subject, options.methods)
         skeleton = self._build()
         self._order, self._dtype = [unit.name for unit in skeleton.units], str(skeleton.dtype)
@@ -103,7 +105,7 @@ class _Run:
         self._saved = KeptStates(options.kept_in, self._identity()) if options.kept_in else None
 
     def run(self) -> Evaluation:
-        for _ in resumed_or_started_over(self._units, self._saved, self._observer):
+        for _ in resumed_or_started_over(self._units, self._saved, self._progress):
             pass
         if self._saved is not None:
             self._saved.clear()
@@ -134,6 +136,7 @@ class _Run:
                 found = self._run_unit(loaded, weights, _has_head(loaded, skeleton))
                 self._sums[unit] = _added(self._sums.get(unit, ()), found)
                 yield unit
+        self._progress.done(TASK)
 
     def _build(self) -> Skeleton:
         return build_skeleton(self._directory, self._subject.specs)
@@ -152,11 +155,17 @@ class _Run:
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
         if self._predicts:
             keys = ", ".join(method.key for method in self._trajectories.methods)
-            self._observer.noted(f"evaluating in one pass over the weights: {keys}")
+            self._progress.note(f"evaluating in one pass over the weights: {keys}")
         else:
-            self._observer.noted("this model predicts no next token: measuring output errors only")
-        finished = len(self._saved.finished) if self._saved else 0
-        self._observer.started(len(blocks), finished, largest, tokens * methods)
+            self._progress.note("this model predicts no next token: measuring output errors only")
+        begin_blocks(
+            self._progress,
+            TASK,
+            {unit.name: unit.weight_bytes for unit in blocks},
+            steps=self._trajectories.count,
+            tokens=tokens * methods,
+            finished=self._saved.finished if self._saved else (),
+        )
 
     def _stream(self, skeleton: Skeleton, tensors: CheckpointTensors) -> StreamedModel:
         def take(sequence: int, output: Any) -> None:
@@ -172,22 +181,21 @@ class _Run:
         )
 
     def _run_unit(self, loaded: LoadedUnit, weights: LayerWeights, has_head: bool) -> tuple[LayerSums, ...]:
-        unit, observer, done = loaded.unit, self._observer, 0
+        unit, progress = loaded.unit, self._progress
 
         def take_output(_: Any) -> None:
-            nonlocal done
-            done += 1
-            observer.sequence_done(unit.name, done, self._trajectories.count)
+            if unit.is_block:
+                progress.advance(TASK, unit.name, 1)
 
         if unit.is_block:
-            observer.block_started(unit.name, unit.weight_bytes)
+            progress.advance(TASK, unit.name, 0)
         compared = [method for method in self._wanted.methods if method.product] if self._subject.has_reference else []
         evaluation = UnitEvaluation(loaded, weights.layers(loaded), self._trajectories, compared)
         found = evaluation.run(has_head=has_head, on_output=take_output)
         weights.release(loaded)
         if unit.is_block:
             self._put_down(unit.name, found)
-            observer.block_finished(unit.name)
+            progress.done(TASK, unit.name)
         return found
 
     def _put_down(self, unit: str, found: Sequence[LayerSums]) -> None:

@@ -15,7 +15,7 @@ ERROR_TOKENS = 1024  # the layers' errors settle long before: they are means ove
 
 
 @dataclass(frozen=True, slots=True)
-class EvaluateOptions:
+class EvaluationRun:
     """`methods` are those to compare; what cannot be computed for the subject is left out, with a note.
 
     `error_tokens`: on how many tokens the layers' errors are measured, in whole sequences and at least one. `kept_in`:

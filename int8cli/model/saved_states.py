@@ -22,8 +22,8 @@ from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import hold
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
+from int8cli.progress import Progress
 
 _RECORD = "record.json"
 # What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
@@ -134,7 +134,7 @@ class KeptStates:
 
 
 def resumed_or_started_over(
-    run: Callable[[], Iterator[Step]], saved: KeptStates | None, observer: CalibrationObserver
+    run: Callable[[], Iterator[Step]], saved: KeptStates | None, progress: Progress
 ) -> Iterator[Step]:
     """What `run` yields; where it cannot resume from what an earlier run saved, what it yields from the start on.
 
@@ -147,7 +147,7 @@ def resumed_or_started_over(
         if saved is None or not saved.resumed:
             raise
         why = error if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
-        observer.noted(f"{why}: starting over")
+        progress.note(f"{why}: starting over")
         saved.clear()
         yield from run()
 

@@ -1,7 +1,7 @@
 """Outlier statistics of a model: its blocks run over text, and every linear layer's input looked at.
 
-Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: an
-observer is told.
+Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: a
+Progress is told.
 """
 
 import dataclasses
@@ -15,10 +15,10 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
 from int8cli.llm_int8.inputs import THRESHOLD
+from int8cli.model.block_progress import begin_blocks
 from int8cli.model.config import FROM_WEIGHTS_HINT
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.observer import CalibrationObserver
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
 from int8cli.model.skeleton import Skeleton, build_skeleton
@@ -33,6 +33,9 @@ from int8cli.outliers.statistics import (
 )
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
+from int8cli.progress import Progress
+
+TASK = "calibrate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class UnitStatistics:
 
 
 def calibrate(
-    source: Source, survey: Survey, text: Text, options: CalibrateOptions, observer: CalibrationObserver
+    source: Source, survey: Survey, text: Text, options: CalibrateOptions, progress: Progress
 ) -> OutlierStatistics:
     """Run a source's model over a text, with one block of it in memory, and return the statistics of its outliers.
 
@@ -68,7 +71,7 @@ def calibrate(
     directory for its state. Raises the errors of a bad checkpoint, text or config, NonFiniteError where the model or a
     weight holds NaN, NotEnoughMemoryError where a block does not fit.
     """
-    with Calibration.of(source, survey, text, options, observer) as calibration:
+    with Calibration.of(source, survey, text, options, progress) as calibration:
         for _ in calibration.run():
             pass
         return calibration.statistics
@@ -89,11 +92,11 @@ class Calibration:
         directory: Path,
         text: Text,
         options: CalibrateOptions,
-        observer: CalibrationObserver,
+        progress: Progress,
     ) -> None:
         """`directory` holds config.json and the tokenizer. Raises NotEnoughMemoryError where a block does not fit."""
         self._source, self._shards, self._directory = source, shards, directory
-        self._options, self._observer = options, observer
+        self._options, self._progress = options, progress
         self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
@@ -114,11 +117,11 @@ class Calibration:
     @classmethod
     @contextmanager
     def of(
-        cls, source: Source, survey: Survey, text: Text, options: CalibrateOptions, observer: CalibrationObserver
+        cls, source: Source, survey: Survey, text: Text, options: CalibrateOptions, progress: Progress
     ) -> "Iterator[Calibration]":
         """A calibration of what `survey` found; the directory for its state is locked while the context lasts."""
         with model_files(source, survey.weights) as directory:
-            calibration = cls(source, survey.shards, directory, text, options, observer)
+            calibration = cls(source, survey.shards, directory, text, options, progress)
             try:
                 yield calibration
             finally:
@@ -138,14 +141,20 @@ class Calibration:
         for, and a fetched copy is removed then. Whoever stops in the middle closes this: the fetched copies of the
         shards that are open stay for the next run. A run that starts over yields both again.
         """
-        yield from resumed_or_started_over(self._pass, self._saved, self._observer)
+        yield from resumed_or_started_over(self._pass, self._saved, self._progress)
         if self._saved is not None and not self._options.leave_state:
             self._saved.clear()
 
     def _pass(self) -> Generator[UnitStatistics | ShardFile]:
         skeleton = build_skeleton(self._directory, self._specs)
-        finished = len(self._saved.finished) if self._saved else 0
-        self._observer.started(len(self._blocks), finished, self._largest_bytes, self._provenance.tokens)
+        begin_blocks(
+            self._progress,
+            TASK,
+            {unit.name: unit.weight_bytes for unit in self._blocks},
+            steps=len(self._sequences),
+            tokens=self._provenance.tokens,
+            finished=self._saved.finished if self._saved else (),
+        )
         self._found = dict(self._recalled())
         yield from (UnitStatistics(unit, sites) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
@@ -154,22 +163,24 @@ class Calibration:
             with closing(stream.steps(self._sequences)) as steps:
                 for step in steps:
                     yield self._run_unit(step, watches) if isinstance(step, LoadedUnit) else step
+        self._progress.done(TASK)
 
     def _run_unit(self, loaded: LoadedUnit, watches: "dict[str, UnitWatch]") -> UnitStatistics:
         """`watches` are those of the units met so far: one that is called several times is watched over all calls."""
         unit = loaded.unit
         if unit.is_block:
-            self._observer.block_started(unit.name, unit.weight_bytes)
+            self._progress.advance(TASK, unit.name, 0)
         if unit.name not in watches:
             watches[unit.name] = UnitWatch(loaded, self._options.threshold, self._options.stored_columns)
 
-        def on_sequence(done: int) -> None:
-            self._observer.sequence_done(unit.name, done, len(self._sequences))
+        def on_sequence() -> None:
+            if unit.is_block:
+                self._progress.advance(TASK, unit.name, 1)
 
         sites = self._found[unit.name] = watches[unit.name].run(loaded, on_sequence)
         if unit.is_block:
             self._save(unit.name, sites)
-            self._observer.block_finished(unit.name)
+            self._progress.done(TASK, unit.name)
         return UnitStatistics(unit.name, sites)
 
     @property

@@ -44,19 +44,16 @@ class UnitWatch:
         self._weights = {name: _weight_figures(name, linear) for name, linear in loaded.linears.items()}
         self._biases: dict[str, Tensor | None] = {}
 
-    def run(self, loaded: LoadedUnit, on_sequence: Callable[[int], None]) -> tuple[SiteStatistics, ...]:
+    def run(self, loaded: LoadedUnit, on_sequence: Callable[[], None]) -> tuple[SiteStatistics, ...]:
         """Run all sequences through and return the unit's sites, a residual one for the output of a block.
 
-        `on_sequence(how many are through)` is called after each.
+        `on_sequence` is called after each.
         """
         self._biases = {name: getattr(linear, "bias", None) for name, linear in loaded.linears.items()}
-        done = 0
 
         def take_output(output: Any) -> None:
-            nonlocal done
-            done += 1
             self._take_residual(output)
-            on_sequence(done)
+            on_sequence()
 
         sites = loaded.run(on_input=self._take_input, on_linear_output=self._take_linear_output, on_output=take_output)
         found = [self._site(site, loaded.linears) for site in sites]

@@ -10,7 +10,6 @@ from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import broken_at_dots, printable
-from int8cli.report.units import counted, decibels, human_bytes, human_count
 from int8cli.results.conversion import (
     ConversionReport,
     LayerReport,
@@ -19,6 +18,7 @@ from int8cli.results.conversion import (
     worst_by_output_error,
 )
 from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSummary
+from int8cli.results.units import counted, decibels, human_bytes, human_count
 
 WORST_LAYERS = 10
 # What the columns of figures leave for names; in tables of groups the reasons take what names do not need.

@@ -7,8 +7,8 @@ from rich.table import Table
 
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import broken_at_dots
-from int8cli.report.units import counted, perplexity_text
 from int8cli.results.evaluation import Evaluation, MethodResult
+from int8cli.results.units import counted, perplexity_text
 
 _WORST_WIDTH = 33
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from int8cli.report.method_marks import color, compared, dots, reference_label, row_of, rows_axis, written
-from int8cli.report.units import perplexity_text
 from int8cli.report.vega import Row, chart_of, logarithmic, require_altair, short
 from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
+from int8cli.results.units import perplexity_text
 
 _WIDTH = 700
 _HALF_WIDTH = 310

@@ -15,9 +15,9 @@ from int8cli.report.evaluation import summary_lines
 from int8cli.report.evaluation_charts import agreement_by_method, has_agreement, perplexity_by_method
 from int8cli.report.layer_charts import errors_by_layer, has_errors
 from int8cli.report.method_marks import compared, reference_label
-from int8cli.report.units import perplexity_text
 from int8cli.report.vega import finished, require_altair, save_chart, stacked
 from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
+from int8cli.results.units import perplexity_text
 
 MOST_LAYERS = 1500
 _WEIGHTS_ONLY = "int8-weights"  # its inputs stay in 16 bit, so nothing is multiplied in int8

@@ -4,36 +4,22 @@ Owns how the estimate is shown. GB is 10^9 bytes, as disks and downloads are cou
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from rich.markup import escape
 from rich.table import Table
 
+from int8cli.estimate.answers import MemoryReport
 from int8cli.estimate.cards import GIB, USABLE_RULE, Placed
 from int8cli.estimate.estimate import FLOAT16, INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate, Part, Use
 from int8cli.estimate.fit import Answer, Count, FitRow
 from int8cli.estimate.units import HEAD
 from int8cli.estimate.weights import Weights
 from int8cli.report.terminal import stdout_console, titled_table
-from int8cli.report.units import human_bytes, human_count
+from int8cli.results.units import human_bytes, human_count
 
 _BAR_WIDTH = 30
 _NOT_KNOWN = "?"
 _LABELS = {FLOAT16: "float16", INT8: "int8"}
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryReport:
-    """An estimate, the use that was asked about, and what the cards say to it.
-
-    `machine` and `table` are kinds of cards with counts; `answers` are for the cards of `--gpu`, one a precision.
-    """
-
-    estimate: Estimate
-    use: Use
-    table: tuple[FitRow, ...]
-    machine: tuple[Answer, ...] = ()
-    answers: tuple[Answer, ...] = ()
 
 
 def show_memory(report: MemoryReport) -> None:
@@ -271,4 +257,4 @@ def _element_bytes(use: Use) -> int:
     return DTYPE_BYTES[use.kv_dtype]
 
 
-__all__: Sequence[str] = ("MemoryReport", "gib", "show_memory", "total_bytes", "units_in_words")
+__all__: Sequence[str] = ("gib", "show_memory", "total_bytes", "units_in_words")

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+from int8cli.estimate.answers import MemoryReport
 from int8cli.estimate.cards import USABLE_RULE, Card, Placed
 from int8cli.estimate.estimate import INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate
 from int8cli.estimate.fit import Answer, FitRow
 from int8cli.estimate.kv_cache import DTYPE_BYTES
 from int8cli.estimate.weights import Weights
-from int8cli.report.memory import MemoryReport, total_bytes
+from int8cli.report.memory import total_bytes
 
 MEMORY_SCHEMA = "int8cli.memory/1"
 

@@ -1,38 +1,22 @@
 """What `--dry-run` shows: the plan by kind of tensor, the output's size, and what the conversion will need."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
-from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
-from int8cli.planning.survey import Room, Survey, group_by_kind, room_needed
+from int8cli.planning.needs import Needs
+from int8cli.planning.survey import Room, Survey, group_by_kind
 from int8cli.records.store import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
 from int8cli.report.stored import columns_word, percent_more, told_by
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import printable
-from int8cli.report.units import counted, human_bytes, human_count
+from int8cli.results.units import counted, human_bytes, human_count
 
 PLAN_SCHEMA = "int8cli.plan/1"
-
-
-@dataclass(frozen=True, slots=True)
-class Needs:
-    """What a conversion takes, in bytes. Memory is what its buffers hold besides Python with torch imported."""
-
-    download_bytes: int
-    disks: tuple[Room, ...]
-    buffer_bytes: int
-
-    @classmethod
-    def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
-        names = [contents.file_name for contents in survey.shards]
-        download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
-        return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)
 
 
 def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:

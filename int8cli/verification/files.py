@@ -4,7 +4,7 @@ Owns the reading. Goes by the records alone, so that a header that lies cannot h
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ from int8cli.checkpoint.header import read_header
 from int8cli.checkpoint.reader import FileReader, unreadable
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
+from int8cli.progress import Progress
 from int8cli.records.store import FileRecord
 from int8cli.results.verification import Failure
 from int8cli.workers.threads import run_in_threads
 
+READ = "read"
 PIECE_BYTES = 1 << 20
 _TOLD_AT_ONCE_BYTES = 1 << 24  # whoever draws a bar takes longer over it than a piece takes to read
 NOT_AS_WRITTEN = "its bytes are not those that were written"
@@ -35,18 +37,17 @@ class _Span:
 
 
 class DigestPass:
-    """One pass over files, compared with their records. Make it, `run` it once.
+    """One pass over files, compared with their records: the task READ of a progress, begun by the caller.
 
-    `on_bytes(file, bytes done)` is called from one thread at a time.
+    Make it, `run` it once.
     """
 
-    def __init__(
-        self, directory: Path, records: Sequence[FileRecord], threads: int, on_bytes: Callable[[str, int], None]
-    ) -> None:
+    def __init__(self, directory: Path, records: Sequence[FileRecord], threads: int, progress: Progress) -> None:
         self._directory = directory
         self._records = records
         self._threads = threads
-        self._on_bytes = on_bytes
+        self._progress = progress
+        self._left_bytes = {record.file: record.size_bytes - header_bytes(record) for record in records}
         self._failures: list[Failure] = []
         self._lock = threading.Lock()
         self._spans: Iterator[_Span] = iter(())
@@ -122,8 +123,7 @@ class DigestPass:
                 reader.read_into(span.offset_bytes + start, piece)
                 digest.update(piece)
                 if end - told >= _TOLD_AT_ONCE_BYTES or end == span.size_bytes:
-                    with self._lock:
-                        self._on_bytes(span.file, end - told)
+                    self._advance(span.file, end - told)
                     told = end
             if digest.hexdigest() != span.xxh3_128:
                 problem = NOT_AS_WRITTEN
@@ -132,6 +132,14 @@ class DigestPass:
         if problem is not None:
             with self._lock:
                 self._failures.append(Failure(span.file, problem, span.tensor))
+
+    def _advance(self, file: str, count: int) -> None:
+        self._progress.advance(READ, file, count)
+        with self._lock:
+            self._left_bytes[file] -= count
+            finished = self._left_bytes[file] == 0
+        if finished:
+            self._progress.done(READ, file)
 
 
 def header_bytes(record: FileRecord) -> int:

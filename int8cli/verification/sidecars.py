@@ -16,7 +16,7 @@ from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, 
 from int8cli.records.store import NO_OUTLIERS, Conversion, FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
-from int8cli.verify.files import header_bytes
+from int8cli.verification.files import header_bytes
 
 NAME = "sidecars"
 

@@ -27,16 +27,18 @@ from int8cli.planning.output_files import OutputShard, sidecar_file_name
 from int8cli.planning.plan import Decision, Plan, PlanOptions
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
 from int8cli.planning.survey import Survey, fingerprint, survey_source
+from int8cli.progress import Progress
 from int8cli.records.manifest import SideFile
 from int8cli.records.store import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
-from int8cli.verify.options import VerifyOptions
-from int8cli.verify.sidecars import column_problem
-from int8cli.workers.processes import OnBytes
+from int8cli.verification.options import VerificationRun
+from int8cli.verification.sidecars import column_problem
 
 # Two machines may add up the same float64 sums in another order.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
+
+COMPARE = "compare"
 
 
 class Comparison:
@@ -121,8 +123,8 @@ def check_weights(
     survey: Survey,
     conversion: Conversion,
     records: Mapping[str, ShardRecord],
-    options: VerifyOptions,
-    on_bytes: OnBytes,
+    options: VerificationRun,
+    progress: Progress,
 ) -> tuple[Check, Check]:
     """Convert every shard once more and compare bytes and figures. One shard of a Hub source is here at a time."""
     weights: list[Failure] = []
@@ -139,10 +141,11 @@ def check_weights(
             with source.fetch(shard.file) as local:
                 if following is not None:
                     source.prefetch(following.file)
-                result, found = _compare(task, local, on_bytes)
+                result, found = _compare(task, local, progress)
         except Int8cliError as error:
             weights.append(Failure(shard.output, str(error)))
             continue
+        progress.done(COMPARE, shard.output)
         weights += found
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
@@ -175,7 +178,7 @@ def _task(
     survey: Survey,
     conversion: Conversion,
     record: ShardRecord,
-    options: VerifyOptions,
+    options: VerificationRun,
 ) -> ShardTask:
     """The task by which the shard was converted, as its record has it."""
     contents = next(each for each in survey.shards if each.file_name == shard.file)
@@ -217,14 +220,18 @@ def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
     return replace(decision, quantize=True, transpose=transpose)
 
 
-def _compare(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> tuple[PassResult, list[Failure]]:
+def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[PassResult, list[Failure]]:
     planned, failures = _comparable(task)
+
+    def advance(shard: str, tensor: str, count: int) -> None:
+        progress.advance(COMPARE, task.source.output, count, tensor)
+
     with ExitStack() as opened:
         shard = opened.enter_context(open_shard(task, local))
         comparisons = [
             opened.enter_context(closing(Comparison(task.directory / file.file_name, file))) for file in planned.files
         ]
-        result = shard.run_pass(planned, task.options, comparisons, on_bytes)
+        result = shard.run_pass(planned, task.options, comparisons, advance)
         if result.source_sha256 != local.sha256:
             failures.append(Failure(task.source.file, NOT_AS_PUBLISHED))
         for comparison in comparisons:

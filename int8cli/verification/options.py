@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class VerifyOptions:
+class VerificationRun:
     """With how many threads to read, and with what to convert once more; nothing here changes a result."""
 
     threads: int

@@ -1,7 +1,7 @@
 """All checks of an output, in order: is it complete, does it load, and is it what its source becomes.
 
-Owns that order. Reads only; prints nothing: a VerifyObserver is told. Imports torch only to compare with a
-source; what loads the model is imported in a process of its own, beside the reading.
+Owns that order. Reads only; prints nothing: a Progress is told. Imports torch only to compare with a source;
+what loads the model is imported in a process of its own, beside the reading.
 """
 
 import sys
@@ -13,11 +13,12 @@ from int8cli.checkpoint.lock import refuse_while_locked
 from int8cli.checkpoint.source import Source, checked_file_name
 from int8cli.errors import Int8cliError, OutputError
 from int8cli.planning.survey import CONFIG_FILE
+from int8cli.progress import Progress
 from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
 from int8cli.records.store import OWN_DIRECTORY, Conversion, RecordStore, ShardRecord
 from int8cli.results.verification import Check, Failure, Verification
-from int8cli.verify.beside import check_loads_beside
-from int8cli.verify.consistency import (
+from int8cli.verification.beside import check_loads_beside
+from int8cli.verification.consistency import (
     config_failures,
     index_failures,
     record_failures,
@@ -25,22 +26,12 @@ from int8cli.verify.consistency import (
     side_file_failures,
     tensor_failures,
 )
-from int8cli.verify.files import DigestPass, header_bytes
-from int8cli.verify.loads import NAME
-from int8cli.verify.options import VerifyOptions
-from int8cli.verify.sidecars import check_sidecars
-from int8cli.verify.wellformed import record_problem
+from int8cli.verification.files import READ, DigestPass, header_bytes
+from int8cli.verification.loads import NAME
+from int8cli.verification.options import VerificationRun
+from int8cli.verification.sidecars import check_sidecars
+from int8cli.verification.wellformed import record_problem
 from int8cli.workers.torch_start import start_torch
-
-
-class VerifyObserver:
-    """Is told how a verification goes. Every method may be overridden; calls may come from another thread."""
-
-    def pass_started(self, task: str, sizes: Mapping[str, int]) -> None:
-        """A pass over files of these sizes in bytes begins."""
-
-    def pass_progressed(self, file: str, count: int) -> None:
-        """`count` bytes more of a file of the pass are done."""
 
 
 def conversion_in(directory: Path) -> Conversion:
@@ -64,7 +55,7 @@ def conversion_in(directory: Path) -> Conversion:
     return conversion
 
 
-def verify(directory: Path, source: Source | None, options: VerifyOptions, observer: VerifyObserver) -> Verification:
+def verify(directory: Path, source: Source | None, options: VerificationRun, progress: Progress) -> Verification:
     """Make every check that can be made. Raises OutputError for a directory that holds no finished conversion.
 
     With a source, its shards are fetched one at a time, converted once more and compared.
@@ -73,10 +64,10 @@ def verify(directory: Path, source: Source | None, options: VerifyOptions, obser
     records, unreadable = _read_records(RecordStore(directory), conversion)
     manifest = read_manifest(directory) or ()
     with _loads_beside(directory, conversion, records) as loads:
-        whole = list(_check_whole(directory, conversion, records, unreadable, manifest, options, observer))
+        whole = list(_check_whole(directory, conversion, records, unreadable, manifest, options, progress))
         against: list[Check] = []
         if source is not None:
-            against += _check_against(source, directory, conversion, records, options, observer)
+            against += _check_against(source, directory, conversion, records, options, progress)
         checks = (*whole, loads(), *against)
     name = source.identity.name if source is not None else None
     return Verification(str(directory), conversion.source.name, conversion.settings.layout, name, checks)
@@ -100,8 +91,8 @@ def _check_whole(
     records: Mapping[str, ShardRecord],
     unreadable: list[Failure],
     manifest: tuple[SideFile, ...],
-    options: VerifyOptions,
-    observer: VerifyObserver,
+    options: VerificationRun,
+    progress: Progress,
 ) -> Iterator[Check]:
     found = list(records.values())
     shards = len(conversion.shards)
@@ -110,8 +101,9 @@ def _check_whole(
     yield Check.of("records", f"{len(found)} of {shards}", failures)
     files = [file for record in found for file in record.files]
     size_bytes, tensors = sum(file.size_bytes for file in files), sum(len(file.tensors) for file in files)
-    observer.pass_started("read", {file.file: file.size_bytes - header_bytes(file) for file in files})
-    failures = DigestPass(directory, files, options.threads, observer.pass_progressed).run()
+    progress.begin(READ, {file.file: file.size_bytes - header_bytes(file) for file in files})
+    failures = DigestPass(directory, files, options.threads, progress).run()
+    progress.done(READ)
     detail = f"{_files(len(found), len(files) - len(found))}, {size_bytes:,} bytes, {tensors:,} tensors by digest"
     yield Check.of("shards", detail, failures)
     yield check_sidecars(directory, conversion, found)
@@ -140,23 +132,19 @@ def _check_against(
     directory: Path,
     conversion: Conversion,
     records: Mapping[str, ShardRecord],
-    options: VerifyOptions,
-    observer: VerifyObserver,
+    options: VerificationRun,
+    progress: Progress,
 ) -> Iterator[Check]:
     if "torch" not in sys.modules:  # whoever has imported it has decided on its threads
         start_torch()
-    from int8cli.verify.against_source import check_copies, check_source, check_weights, survey_for
+    from int8cli.verification.against_source import COMPARE, check_copies, check_source, check_weights, survey_for
 
     survey = survey_for(source, conversion)
     yield check_source(source, survey, conversion)
     sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
-    observer.pass_started("compared", {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
-    outputs = {shard.file: shard.output for shard in conversion.shards}
-
-    def compared(shard: str, tensor: str, count: int) -> None:
-        observer.pass_progressed(outputs[shard], count)
-
-    yield from check_weights(directory, source, survey, conversion, records, options, compared)
+    progress.begin(COMPARE, {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
+    yield from check_weights(directory, source, survey, conversion, records, options, progress)
+    progress.done(COMPARE)
     yield check_copies(directory, source, survey)
 
 

@@ -26,10 +26,12 @@ from typing import NoReturn
 from int8cli.planning.survey import CONFIG_FILE
 from int8cli.records.store import ShardRecord
 from int8cli.results.verification import Check, Failure
-from int8cli.verify.loads import NAME, absent_packages, check_loads, is_imported
+from int8cli.verification.loads import NAME, absent_packages, check_loads, is_imported
 
 # The path is set first: with -c alone, a file in the working directory could stand in for a module.
-_PROGRAM = "import sys; sys.path[:] = sys.argv[2:]; from int8cli.verify.beside import answer; answer(int(sys.argv[1]))"
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[2:]; from int8cli.verification.beside import answer; answer(int(sys.argv[1]))"
+)
 
 
 @contextmanager

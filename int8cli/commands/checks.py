@@ -1,0 +1,106 @@
+"""Whether options make sense, before anything is read: each fault is an OptionError that names the option."""
+
+import math
+from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
+from typing import get_args
+
+from int8cli.columns.wanted import AUTO, MODES
+from int8cli.commands.options import (
+    ConvertOptions,
+    DeviceName,
+    EstimateOptions,
+    EvaluateOptions,
+    InspectOptions,
+    VerifyOptions,
+)
+from int8cli.errors import OptionError
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.workers.torch_start import start_torch
+
+# The least that a count may be, by option; of what is None, nothing is asked.
+_LEAST = {
+    "batch": 1,
+    "context": 1,
+    "outlier_columns": 0,
+    "sequence_length": 2,
+    "threads": 1,
+    "tokens": 1,
+    "workers": 1,
+}
+
+
+def check_convert(options: ConvertOptions) -> None:
+    _check_counts(options)
+    _check_choice("layout", options.layout, LAYOUTS)
+    _check_choice("float32", options.float32, ("direct", "float16"))
+    _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
+    _check_threshold(options.threshold)
+    _check_outliers(str(options.outliers), options.text)
+
+
+def check_estimate(options: EstimateOptions) -> None:
+    _check_counts(options)
+    _check_choice("layout", options.layout, LAYOUTS)
+    _check_choice("kv_dtype", options.kv_dtype, ("float32", "float16", "bfloat16", "float8"))
+
+
+def check_inspect(options: InspectOptions) -> None:
+    _check_counts(options)
+    _check_choice("evidence", options.evidence or "activations", ("activations", "weights"))
+    _check_threshold(options.threshold)
+
+
+def check_verify(options: VerifyOptions) -> None:
+    _check_counts(options)
+    if options.revision is not None and options.source is None:
+        raise OptionError("it is the revision of a source, and none is given", option="revision")
+
+
+def check_evaluate(options: EvaluateOptions) -> None:
+    _check_counts(options)
+
+
+def check_device(device: DeviceName) -> None:
+    """Raises OptionError for a device that is not there. Imports torch to look for a GPU."""
+    _check_choice("device", device, get_args(DeviceName))
+    if device == "cpu":
+        return
+    start_torch()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise OptionError("this machine has no CUDA device that torch can use", option="device")
+
+
+def _check_counts(options: object) -> None:
+    for name, least in _LEAST.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise OptionError(f"{value} is less than {least}", option=name)
+
+
+def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise OptionError(f"{value!r} is none of {', '.join(choices)}{_meant(value, choices)}", option=option)
+
+
+def _check_threshold(threshold: float) -> None:
+    if not (math.isfinite(threshold) and threshold >= 0.0):
+        raise OptionError("a threshold is a finite number, 0 or more", option="threshold")
+
+
+def _check_outliers(value: str, text: Path | None) -> None:
+    looks_like_a_file = Path(value).is_file() or Path(value).suffix or len(Path(value).parts) > 1
+    if value not in MODES and not looks_like_a_file:
+        message = f"{value!r} is none of {', '.join(MODES)}, and no file{_meant(value, MODES)}"
+        raise OptionError(message, option="outliers")
+    if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
+        raise OptionError(f"no text is read where outlier columns come from {value!r}", option="text")
+
+
+def _meant(value: str, choices: Collection[str]) -> str:
+    near = get_close_matches(value, choices, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,193 @@
+"""Convert a checkpoint, or plan that.
+
+Owns how a conversion is put together, and which way to know its outlier columns is taken when the first cannot be.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from int8cli.checkpoint.locate import opened_source
+from int8cli.checkpoint.source import Source
+from int8cli.columns.choose import column_strategies
+from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
+from int8cli.commands.checks import check_convert, check_device
+from int8cli.commands.options import ConvertOptions
+from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early, usable_cores
+from int8cli.commands.places import default_output
+from int8cli.conversion.convert import ConversionRun
+from int8cli.conversion.convert import convert as convert_shards
+from int8cli.errors import CANNOT_CALIBRATE
+from int8cli.model.sampling import Sampling
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.needs import Needs
+from int8cli.planning.plan import PlanOptions
+from int8cli.planning.survey import Survey, survey_source
+from int8cli.planning.warnings import warnings_of
+from int8cli.progress import SILENT, Progress
+from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, RecordStore, Settings
+from int8cli.report.card import render_card
+from int8cli.results.conversion import ConversionReport
+from int8cli.results.units import human_bytes, human_seconds
+from int8cli.workers.torch_start import start_torch, torch_threads_restored
+
+_DEFAULTS = ConvertOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionResult:
+    """A finished conversion: the directory that was written, and the report that lies in it."""
+
+    output: Path
+    report: ConversionReport
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """What a conversion would do: `survey` has the plan by tensor and all sizes, `settings` what decides the bytes."""
+
+    output: Path
+    survey: Survey
+    settings: Settings
+    needs: Needs
+
+
+def convert(
+    model: str | Path,
+    output: str | Path | None = None,
+    options: ConvertOptions = _DEFAULTS,
+    *,
+    progress: Progress = SILENT,
+) -> ConversionResult:
+    """Convert a checkpoint to LLM.int8(), shard by shard.
+
+    `model` is a Hub id, a directory, or one checkpoint file; `output` the directory to write, by default `<name>-int8`
+    in the current one. The same call after an interruption resumes: finished shards are not converted again.
+
+    Raises OptionError for options that make no sense, and other children of Int8cliError for what the model, the
+    network or the disk does not allow. Whatever is raised, no file stands half-written under a final name.
+    """
+    check_convert(options)
+    output = Path(output) if output is not None else default_output(str(model))
+    start_workers_early(str(model), output, options)
+    with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
+        return ConversionResult(output, job.convert())
+
+
+def plan_conversion(
+    model: str | Path,
+    output: str | Path | None = None,
+    options: ConvertOptions = _DEFAULTS,
+    *,
+    progress: Progress = SILENT,
+) -> ConversionPlan:
+    """What `convert` would do with the same arguments: the plan by tensor, sizes to the byte, and what it needs.
+
+    Fetches headers only and writes nothing. Raises as `convert` does before its first byte.
+    """
+    check_convert(options)
+    output = Path(output) if output is not None else default_output(str(model))
+    with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
+        return job.plan()
+
+
+def settings_of(options: ConvertOptions) -> Settings:
+    """What of the options decides the bytes of the output; the strategy for the outlier columns adds its part."""
+    patterns = tuple(options.skip), tuple(options.only)
+    return Settings(options.layout, options.threshold, *patterns, options.float32, figures=options.figures)
+
+
+@contextmanager
+def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progress) -> Iterator["_Job"]:
+    check_device(options.device)
+    settings = settings_of(options)
+    store = RecordStore(output)
+    known = store.conversion() if not options.overwrite else None
+    wanted = _columns_wanted(options, known.settings if known is not None else None)
+    with opened_source(
+        model,
+        revision=options.revision,
+        download_dir=store.incoming_directory,
+        output=output,
+        keep_source=options.keep_source,
+        progress=progress,
+    ) as source:
+        survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
+        workers = options.workers or choose_workers(survey, options.device)
+        threads = options.threads or choose_threads(workers, options.device)
+        run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
+        yield _Job(source, survey, settings, wanted, run, store.calibration_directory, progress)
+
+
+def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
+    mode, limit = str(options.outliers), options.outlier_columns
+    if limit is None:
+        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS else 0
+    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
+    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A conversion that is ready to be planned or run. `state` is where what has to outlast a killed run is saved."""
+
+    source: Source
+    survey: Survey
+    settings: Settings
+    wanted: ColumnsWanted
+    run: ConversionRun
+    state: Path
+    progress: Progress
+
+    def plan(self) -> ConversionPlan:
+        strategy = next(self._strategies())
+        for warning in warnings_of(strategy.survey):
+            self.progress.note(warning)
+        threads = self.run.threads * self.run.workers
+        needs = Needs.of(self.source, strategy.survey, self.run.output, threads=threads)
+        return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs)
+
+    def convert(self) -> ConversionReport:
+        """By the best strategy that turns out to work for this model."""
+        if self.run.workers == 1:
+            start_torch()
+        strategies = self._strategies()
+        strategy = next(strategies)
+        while True:
+            if self.wanted.mode != NO_OUTLIERS:
+                self.progress.note(_described(strategy))
+            try:
+                return self._convert_by(strategy)
+            except CANNOT_CALIBRATE as error:
+                following = next(strategies, None)
+                if following is None:
+                    raise
+                self.progress.note(f"cannot calibrate ({error}); falling back")
+                strategy = following
+
+    def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
+        columns = strategy.columns(self.progress)
+        return convert_shards(
+            self.source, strategy.survey, strategy.settings, self.run, render_card, self.progress, columns
+        )
+
+    def _strategies(self) -> Iterator[ColumnStrategy]:
+        """The ways to know the columns, the best first."""
+        return column_strategies(self.wanted, self.source, self.survey, self.settings, self.state, self.progress.note)
+
+
+def _described(strategy: ColumnStrategy) -> str:
+    """Where the outlier columns come from and what that costs, in a line."""
+    settings, survey = strategy.settings, strategy.survey
+    if settings.outliers == NO_OUTLIERS:
+        return "outlier columns: none are stored"
+    if settings.outliers == FROM_ACTIVATIONS:
+        takes = human_seconds(strategy.arithmetic_s())
+        chosen = f"from the activations, {settings.calibration}; about {takes} of arithmetic"
+    elif settings.outliers == FROM_STATISTICS:
+        chosen = "by the statistics given"
+    else:
+        chosen = "suspects only, by the weights alone"
+    size = f"{human_bytes(survey.sidecar_bytes)} beside {human_bytes(survey.output_bytes)}"
+    return f"outlier columns: {chosen}; up to {settings.outlier_columns} of each linear, {size}"

@@ -1,0 +1,37 @@
+"""Estimate what a model needs, and which cards hold it, before anything of it is downloaded."""
+
+from pathlib import Path
+
+from int8cli.checkpoint.locate import opened_source
+from int8cli.commands.checks import check_estimate
+from int8cli.commands.options import EstimateOptions
+from int8cli.commands.places import default_output
+from int8cli.estimate.answers import MemoryReport, memory_report
+from int8cli.estimate.cards import parse_cards
+from int8cli.estimate.estimate import Use
+from int8cli.estimate.estimate import estimate_memory as estimate_of
+from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.plan import PlanOptions
+from int8cli.planning.survey import survey_source
+from int8cli.progress import SILENT, Progress
+
+_DEFAULTS = EstimateOptions()
+
+
+def estimate_memory(
+    model: str | Path, options: EstimateOptions = _DEFAULTS, *, progress: Progress = SILENT
+) -> MemoryReport:
+    """Estimate a model's weights by precision, KV cache and workspace, what a conversion takes, and the cards needed.
+
+    Reads config.json and the headers of the files alone. `model` is a Hub id, a directory, or one checkpoint file.
+    Raises UnknownCardError for cards that are not known, and the errors of a bad checkpoint.
+    """
+    check_estimate(options)
+    cards = tuple(card for text in options.gpu for card in parse_cards(text))
+    output = default_output(str(model))
+    with opened_source(str(model), revision=options.revision, download_dir=output, progress=progress) as source:
+        survey = survey_source(source, PlanOptions(), LAYOUTS[options.layout])
+        estimate = estimate_of(source, survey, output, threads=THREADS_FOR_A_SHARD)
+    use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
+    return memory_report(estimate, use, cards)

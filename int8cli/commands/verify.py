@@ -1,0 +1,59 @@
+"""Verify a conversion: complete, loadable and, with a source, what its source becomes."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from int8cli.checkpoint.locate import opened_source
+from int8cli.checkpoint.source import Source
+from int8cli.commands.checks import check_device, check_verify
+from int8cli.commands.options import VerifyOptions
+from int8cli.commands.parallelism import usable_cores
+from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.progress import SILENT, Progress
+from int8cli.records.store import Conversion, RecordStore
+from int8cli.results.verification import Verification
+from int8cli.verification import VerificationRun, conversion_in
+from int8cli.verification import verify as make_checks
+from int8cli.workers.torch_start import torch_threads_restored
+
+_DEFAULTS = VerifyOptions()
+
+
+def verify(directory: str | Path, options: VerifyOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Verification:
+    """Check that a directory which `convert` wrote is complete and loads; `holds` of the result is the verdict.
+
+    Every byte of every file is compared with the digests taken when it was written. With a `source`, its shards are
+    fetched one at a time, converted once more and compared. Raises OutputError for a directory without a finished
+    conversion, and what opening the source raises; a check that fails is part of the result.
+    """
+    check_verify(options)
+    check_device(options.device)
+    directory = Path(directory)
+    conversion = conversion_in(directory)
+    run = VerificationRun(options.threads or min(THREADS_FOR_A_SHARD, usable_cores()), options.device)
+    with torch_threads_restored(), _source(directory, conversion, options, progress) as source:
+        return make_checks(directory, source, run, progress)
+
+
+@contextmanager
+def _source(
+    directory: Path, conversion: Conversion, options: VerifyOptions, progress: Progress
+) -> Iterator[Source | None]:
+    """The source to compare with, if one is asked for: on the Hub at the revision that was converted.
+
+    Its shards land where those of convert do, one at a time, and are removed afterwards.
+    """
+    if options.source is None:
+        yield None
+        return
+    model, revision, converted = str(options.source), options.revision, conversion.source
+    if revision is None and converted.on_hub and converted.name == model:
+        revision = converted.revision
+    incoming = RecordStore(directory).incoming_directory
+    try:
+        with opened_source(model, revision=revision, download_dir=incoming, progress=progress) as source:
+            yield source
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)

@@ -1,0 +1,39 @@
+"""What is said of a conversion while it runs. Needs no torch."""
+
+from collections.abc import Collection
+
+from int8cli.planning.survey import Survey
+from int8cli.planning.warnings import warnings_of
+from int8cli.progress import Progress
+from int8cli.records.store import ShardRecord
+from int8cli.results.conversion import worst_first
+from int8cli.results.units import counted, human_bytes
+
+TASK = "convert"
+
+
+def begin_conversion(progress: Progress, survey: Survey, finished: Collection[str]) -> None:
+    """Begin the task, its parts the source shards in bytes of their tensors; `finished` an earlier run has done."""
+    if finished:
+        progress.note(f"resuming: {len(finished)} of {len(survey.shards)} shards already converted")
+    for warning in warnings_of(survey):
+        progress.note(warning)
+    sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
+    progress.begin(TASK, sizes, finished=finished)
+
+
+def advance(progress: Progress, shard: str, tensor: str, source_bytes: int) -> None:
+    """`source_bytes` more of a shard's tensor are converted."""
+    progress.advance(TASK, shard, source_bytes, tensor)
+
+
+def shard_outcome(record: ShardRecord) -> str:
+    """Sizes, layers and the worst error of a finished shard, in a few words."""
+    outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(record.files[0].size_bytes)}"
+    if record.layers:
+        outcome += f", {counted(len(record.layers), 'layer')}"
+        worst = worst_first(record.layers)[0].sums
+        outcome += f", worst error {worst.relative_frobenius_error:.4f}" if worst is not None else ""
+    if record.kept:
+        outcome += f", {len(record.kept)} kept for non-finite values"
+    return outcome

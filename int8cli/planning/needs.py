@@ -1,0 +1,23 @@
+"""What a conversion takes, and the whole of what is known of it beforehand. No torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from int8cli.checkpoint.source import Source
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.survey import Room, Survey, room_needed
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a conversion takes, in bytes. Memory is what its buffers hold besides Python with torch imported."""
+
+    download_bytes: int
+    disks: tuple[Room, ...]
+    buffer_bytes: int
+
+    @classmethod
+    def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
+        names = [contents.file_name for contents in survey.shards]
+        download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
+        return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)

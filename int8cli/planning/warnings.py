@@ -1,0 +1,18 @@
+"""What of a plan the user may not have meant, or may want to know beforehand."""
+
+from collections.abc import Iterator
+
+from int8cli.planning.survey import Survey
+
+
+def warnings_of(survey: Survey) -> Iterator[str]:
+    """A line each."""
+    for pattern in survey.plan.unmatched_patterns:
+        yield f"warning: no module matches {pattern!r}"
+    if not survey.has_config:
+        yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
+    for caveat in survey.target.caveats(survey.plan):
+        yield f"warning: {caveat}"
+    for contents in survey.shards:
+        if not contents.mappable:
+            yield f"{contents.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
