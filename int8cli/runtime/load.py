@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8cli.calibration.extra import require_version
 from int8cli.calibration.loading import name_targets
 from int8cli.calibration.skeleton import (
     dtype_of,
@@ -64,6 +65,7 @@ def _require_extra() -> None:
             raise MissingExtraError(
                 f"running a model needs {package}, which is not installed", hint="pip install 'int8cli[calibrate]'"
             )
+    require_version()
 
 
 def _config(directory: Path) -> Any:
