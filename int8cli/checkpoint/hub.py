@@ -388,7 +388,7 @@ class HubSource:
         if not _PLAIN_NAME.fullmatch(published.etag):
             raise TransferError(
                 f"{self._label(file_name)}: the server gives no usable ETag to cache the file under",
-                hint="Leave --keep-source out.",
+                hint="Do not keep the source.",
             )
         blob = self._blob(published.etag)
         repo_folder = blob.parent.parent

@@ -46,9 +46,9 @@ def _lock(output: Path, own: Path) -> int:
         except OSError as error:
             raise OutputError(
                 f"{output}: cannot be written ({error.strerror})",
-                hint="Choose a directory you may write to with --output.",
+                hint="Choose a directory you may write to.",
             ) from error
-        hint = "Wait for it to end, or choose another directory with --output."
+        hint = "Wait for it to end, or choose another directory."
         hold(descriptor, f"{output} is in use by another int8cli convert", hint)
         if _is_still(own, descriptor):
             return descriptor

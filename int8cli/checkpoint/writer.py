@@ -167,5 +167,5 @@ def _disk_errors(path: Path, wanted_bytes: int) -> Iterator[None]:
             ) from error
         raise OutputError(
             f"{path}: cannot be written ({error.strerror})",
-            hint="Choose a directory you may write to with --output.",
+            hint="Choose a directory you may write to.",
         ) from error

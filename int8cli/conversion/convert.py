@@ -28,7 +28,7 @@ from int8cli.errors import (
     CorruptShardError,
     DigestMismatchError,
     DiskSpaceError,
-    UnsupportedModelError,
+    NothingToQuantizeError,
     WorkerLostError,
 )
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
@@ -73,8 +73,8 @@ def convert(
     same call goes on from there.
     """
     if settings.only and not survey.plan.quantized:
-        raise UnsupportedModelError(
-            "--only leaves nothing to quantize", hint="--dry-run lists the modules, and why each is left alone."
+        raise NothingToQuantizeError(
+            "the patterns leave nothing to quantize", hint="The plan lists the modules, and why each is left alone."
         )
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
@@ -176,7 +176,7 @@ class _ShardLoop:
             if isinstance(error, BrokenExecutor):
                 raise WorkerLostError(
                     "a worker process ended before its shard was done",
-                    hint="It may have been killed for want of memory: run the same command again with fewer --workers.",
+                    hint="It probably ran out of memory: run the same command again with fewer processes.",
                 ) from error
             raise
         return self._records
@@ -292,7 +292,7 @@ def _require_room(
         if room.needed_bytes > room.free_bytes:
             raise DiskSpaceError(
                 f"{room.directory}: {room.needed_bytes:,} bytes are needed, {room.free_bytes:,} are free",
-                hint="Make room, or choose a directory on another disk with --output.",
+                hint="Make room, or choose a directory on another disk.",
             )
 
 

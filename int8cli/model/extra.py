@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from int8cli.errors import MissingExtraError
+from int8cli.errors import MissingTransformersError
 
 
 def has_transformers() -> bool:
@@ -14,7 +14,7 @@ def require_transformers() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
+        raise MissingTransformersError(
             f"running a model needs {error.name}, which is not installed",
-            hint="pip install 'int8cli[calibrate]', or use --from weights.",
+            hint="pip install 'int8cli[calibrate]'.",
         ) from error

@@ -130,12 +130,12 @@ def _lock(directory: Path) -> int:
         descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise OutputError(
-            f"{directory} cannot be written ({error.strerror})", hint="Choose another directory with --work-dir."
+            f"{directory} cannot be written ({error.strerror})", hint="Choose a directory you may write to."
         ) from error
     hold(
         descriptor,
         f"another int8cli is running this model, and keeps its state in {directory}",
-        "Wait for it to end, or choose another directory with --work-dir.",
+        "Wait for it to end, or choose another directory.",
     )
     return descriptor
 

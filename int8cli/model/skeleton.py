@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CheckpointError, UnsupportedModelError
+from int8cli.errors import CannotRunError, CheckpointError
 from int8cli.model.extra import require_transformers
 
-FROM_WEIGHTS_HINT = "--from weights works without running the model."
 _RESIDENT_TABLE_BYTES = 16 << 20
 _TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -117,7 +116,7 @@ class Skeleton:
             self._tie(target)
             if self._parameter(target).is_meta:
                 raise CheckpointError(
-                    f"the checkpoint has no tensor for {target}, which the model needs", hint=FROM_WEIGHTS_HINT
+                    f"the checkpoint has no tensor for {target}, which the model needs", hint="Files may be missing."
                 )
 
     def unload(self, unit: Unit) -> None:
@@ -171,7 +170,7 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     """The model that a directory's config.json describes, for a checkpoint with these tensors.
 
     The class is the one that config.json names, so that heads are as they were saved, or the bare model of its type.
-    Raises UnsupportedModelError for a model that only remote code can build, MissingExtraError without transformers.
+    Raises CannotRunError for a model that only remote code can build, MissingExtraError without transformers.
     """
     config = read_config(directory)
     model_class = model_class_of(config)
@@ -185,9 +184,8 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
         model._move_missing_keys_from_meta_to_device(computed, {"": "cpu"}, None, None)
         model._initialize_missing_keys(False)
     except Exception as error:  # what a model class makes of a config is not for us to list
-        raise UnsupportedModelError(
-            f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}",
-            hint=FROM_WEIGHTS_HINT,
+        raise CannotRunError(
+            f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}"
         ) from error
     return Skeleton(model.eval(), dtype, specs)
 
@@ -226,28 +224,24 @@ def read_config(directory: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not (directory / "config.json").is_file():
-        raise UnsupportedModelError(
-            "there is no config.json, so the model cannot be built", hint=f"Add it, or: {FROM_WEIGHTS_HINT}"
-        )
+        raise CannotRunError("there is no config.json, so the model cannot be built", hint="Put it beside the weights.")
     raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         asks = "asks for code of its own (trust_remote_code), which is never run" if "auto_map" in raw else ""
-        raise UnsupportedModelError(
+        raise CannotRunError(
             f"the installed transformers does not know the model type {model_type!r}"
             + (f"; its config.json {asks}" if asks else ""),
-            hint=f"A newer transformers may know it. {FROM_WEIGHTS_HINT}",
+            hint="A newer transformers may know it.",
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise UnsupportedModelError(
-            f"transformers does not accept this config.json: {error!s:.300}", hint=FROM_WEIGHTS_HINT
-        ) from error
+        raise CannotRunError(f"transformers does not accept this config.json: {error!s:.300}") from error
 
 
 def model_class_of(config: Any) -> Any:
-    """The class that a config names, or the bare model of its type. Raises UnsupportedModelError."""
+    """The class that a config names, or the bare model of its type. Raises CannotRunError."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -258,9 +252,7 @@ def model_class_of(config: Any) -> Any:
     if type(config) in MODEL_MAPPING:
         found = MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, (list, tuple)) else found
-    raise UnsupportedModelError(
-        f"transformers has no model for {config.architectures or config.model_type}", hint=FROM_WEIGHTS_HINT
-    )
+    raise CannotRunError(f"transformers has no model for {config.architectures or config.model_type}")
 
 
 def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import NonFiniteError, NotEnoughMemoryError, UnsupportedModelError
+from int8cli.errors import CannotRunError, NonFiniteRunError, NotEnoughMemoryError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
 from int8cli.llm_int8.outliers import (
@@ -35,7 +35,7 @@ from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import KeptStates
 from int8cli.model.sites import Site, first_hidden, weight_of
-from int8cli.model.skeleton import FROM_WEIGHTS_HINT, Skeleton, Unit, build_skeleton
+from int8cli.model.skeleton import Skeleton, Unit, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.statistics import (
@@ -131,9 +131,8 @@ class _Calibration:
         self._specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
-            raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text",
-                hint=FROM_WEIGHTS_HINT,
+            raise CannotRunError(
+                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text"
             )
         self._sequences = sequences_of(text, directory, skeleton.model.config, options.sampling)
         self._provenance = self._make_provenance(text, skeleton)
@@ -233,7 +232,7 @@ class _Calibration:
             raise NotEnoughMemoryError(
                 f"one block takes {needed:,} bytes ({block_bytes:,} of weights, {needed - block_bytes:,} to work in), "
                 f"and {available:,} are free",
-                hint=f"Free some memory, or use a smaller --sequence-length. {FROM_WEIGHTS_HINT}",
+                hint="Free some memory, or use shorter sequences.",
             )
 
     def _block_specs(self, skeleton: Skeleton) -> Iterator[Any]:
@@ -349,9 +348,9 @@ def _naming(what: str) -> Iterator[None]:
     try:
         yield
     except NonFiniteInputError as error:
-        raise NonFiniteError(
+        raise NonFiniteRunError(
             f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
-            hint="The model overflows there, or a weight before it is damaged. --from weights works all the same.",
+            hint="The model overflows there, or a weight before it is damaged.",
         ) from error
 
 
@@ -360,7 +359,7 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
     try:
         errors, sum_squares = column_errors(weight)
     except NonFiniteWeightError as error:
-        raise NonFiniteError(
+        raise NonFiniteRunError(
             f"{name}: its weight holds {error.value} in input column {error.column:,}",
             hint="The checkpoint is damaged there: get the file again.",
         ) from error

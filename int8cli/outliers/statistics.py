@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import CheckpointError
+from int8cli.errors import StatisticsFileError
 from int8cli.llm_int8.outliers import (
     InputSummary,
     MassiveActivation,
@@ -181,21 +181,21 @@ def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> OutlierStatistics:
-    """Read a statistics file. Raises CheckpointError for anything else."""
+    """Read a statistics file. Raises StatisticsFileError for anything else."""
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {})[_KEY])
             if document["schema"] != STATISTICS_SCHEMA:
-                raise CheckpointError(
+                raise StatisticsFileError(
                     f"{path.name}: its schema is {document['schema']!r}, and this version reads {STATISTICS_SCHEMA!r}",
-                    hint="Make it again: int8cli inspect-outliers MODEL --output FILE.safetensors",
+                    hint="Make the file again with this version.",
                 )
             provenance = Provenance(**document["provenance"])
             sites = tuple(_site_from_json(site, file.get_tensor, provenance.threshold) for site in document["sites"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
+        raise StatisticsFileError(
             f"{path.name} does not hold outlier statistics ({type(error).__name__}: {error!s:.200})",
-            hint="Such a file comes from: int8cli inspect-outliers MODEL --output FILE.safetensors",
+            hint="Such a file comes from running the model.",
         ) from error
     return OutlierStatistics(provenance, sites)
 
