@@ -37,6 +37,10 @@ class TransferError(SourceError):
     """The Hub could not be reached, or kept failing after every retry."""
 
 
+class ReferenceModelError(SourceError):
+    """The 16-bit model beside a converted one is missing, of no use, or not the one that was converted."""
+
+
 class CheckpointError(Int8cliError):
     """The checkpoint itself is wrong."""
 
@@ -61,8 +65,28 @@ class NonFiniteError(CheckpointError):
     """A weight holds NaN or an infinity and cannot be quantized."""
 
 
+class NonFiniteRunError(NonFiniteError):
+    """Running the model over text meets NaN or an infinity."""
+
+
+class StatisticsFileError(CheckpointError):
+    """A file does not hold outlier statistics."""
+
+
 class UnsupportedModelError(CheckpointError):
     """The checkpoint is whole, but there is nothing to do with it: already quantized, an adapter, no weights."""
+
+
+class CannotRunError(UnsupportedModelError):
+    """The model cannot be run over text: its class, its config.json or its tokenizer does not allow it."""
+
+
+class NothingToQuantizeError(UnsupportedModelError):
+    """No linear layer is left that becomes int8."""
+
+
+class WeightsTellNothingError(UnsupportedModelError):
+    """Nothing that suspects could be told from is recognised by its name."""
 
 
 class WorkerLostError(Int8cliError):
@@ -95,6 +119,10 @@ class DiskSpaceError(OutputError):
 
 class MissingExtraError(Int8cliError):
     """What was asked for needs packages of an extra that is not installed."""
+
+
+class MissingTransformersError(MissingExtraError):
+    """Running a model needs packages that are not installed."""
 
 
 class TextError(Int8cliError):

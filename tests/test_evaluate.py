@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
-from int8cli.errors import NonFiniteError, SourceError, TextError, UnknownMethodError, UnsupportedModelError
+from int8cli.errors import NonFiniteError, ReferenceModelError, TextError, UnknownMethodError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns, calibrated_columns
 from int8cli.evaluation.evaluate import evaluate
 from int8cli.evaluation.methods import METHODS, chosen_methods
@@ -256,7 +256,7 @@ def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, famil
     alone = evaluated(output)
     assert [method.key for method in alone.methods] == ["bitsandbytes", "int8-weights"]
     assert (alone.converted, alone.reference) == (True, None)
-    assert any("--source" in note for note in alone.notes)
+    assert any("without the 16-bit model" in note for note in alone.notes)
     assert any("vector-wise" in note for note in alone.notes)
     for key in ("bitsandbytes", "int8-weights"):
         scores = scores_of(alone, key)
@@ -362,11 +362,11 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, llama: Path) -> Non
         evaluated(llama, "vector-wise", text=some_text(7))
     with pytest.raises(TextError, match="calibrated on"):
         evaluated(llama, "llm-int8-stored", text=some_text(200, seed=1))
-    with pytest.raises(SourceError, match="no converted model"):
+    with pytest.raises(ReferenceModelError, match="no converted model"):
         evaluated(llama, "vector-wise", reference=llama)
     convert(llama, tmp_path / "int8", WITHOUT_COLUMNS)
     other = make_model("gpt2", tmp_path / "other")
-    with pytest.raises(UnsupportedModelError, match="is not what int8 was made from"):
+    with pytest.raises(ReferenceModelError, match="is not what int8 was made from"):
         evaluated(tmp_path / "int8", reference=other)
     with pytest.raises(UnsupportedModelError, match="none of these methods"):
         evaluated(tmp_path / "int8", "vector-wise")

@@ -87,6 +87,37 @@ def test_no_two_classes_have_one_name() -> None:
     assert [name for name, count in classes.items() if count > 1] == []
 
 
+# Reasons that stand in reports on disk, and the options of another program.
+FLAGS_IN_THE_LIBRARY = {"left alone by --skip", "not named by --only", "--query-gpu=name,memory.total"}
+NAMES_A_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?!=)\b")
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
+def test_the_library_names_no_flag(module: str, path: Path) -> None:
+    """What an option of the command line can do about an error, that command says: see cli/hints.py."""
+    if room_of(module) in ("cli", "report"):
+        return
+    tree = ast.parse(path.read_text())
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, holders)}
+    found = [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMES_A_FLAG.search(node.value)
+    ]
+    assert [text for text in found if text not in docstrings | FLAGS_IN_THE_LIBRARY] == []
+
+
+def test_no_command_imports_another() -> None:
+    """Neither on the command line nor in the library below it."""
+    commands = ("convert", "estimate_memory", "evaluate", "inspect_outliers", "verify")
+    for room in ("cli", "commands"):
+        for command in commands:
+            names = imports(PACKAGE / room / f"{command}.py")
+            others = {f"int8cli.{room}.{other}" for other in commands if other != command}
+            assert not [name for name in names if any(name == o or name.startswith(f"{o}.") for o in others)]
+
+
 def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
     allowed = {"torch", "int8cli", "dataclasses", "math", "collections", "typing"}
     for module, path in modules():

@@ -53,7 +53,7 @@ class DirectorySource:
         if self._output == os.path.realpath(self._root):
             raise OutputError(
                 f"{output} is where the source is",
-                hint="Choose another directory with --output: a source stays as it is.",
+                hint="Choose another directory: a source stays as it is.",
             )
         # A name is all that the outputs may carry of this path; only the root directory has none.
         self._identity = SourceIdentity(name=path.name or "model", revision=None, on_hub=False)

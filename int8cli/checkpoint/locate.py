@@ -41,7 +41,7 @@ def open_source(
         if revision is not None:
             raise SourceError(
                 f"{model} is on this machine and has no revision {revision!r}",
-                hint="Leave --revision out, or give the Hub id of the model.",
+                hint="Leave the revision out, or give the Hub id of the model.",
             )
         return DirectorySource(path, output=output)
     if _looks_like_a_path(model):

@@ -58,7 +58,7 @@ def _lock(output: Path, own: Path) -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(own, os.O_RDONLY)
-        hint = "Wait for it to end, or choose another directory with --output."
+        hint = "Wait for it to end, or choose another directory."
         hold(descriptor, f"{output} is in use by another int8cli convert", hint)
         if _is_still(own, descriptor):
             return descriptor

@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from int8cli.errors import Int8cliError, OptionError, OutputError
+from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
 EXIT_INTERRUPTED = 130
@@ -18,6 +18,10 @@ Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 # What a command's own options can do about an error, by its class.
 Hints = Mapping[type[Int8cliError], str]
+
+
+class ResultNotShownError(Int8cliError):
+    """Standard output does not take the result."""
 
 
 def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
@@ -56,7 +60,7 @@ def writing_result() -> Iterator[None]:
         raise
     except OSError as error:
         _forget_stdout()
-        raise OutputError(f"the result cannot be written to standard output: {error.strerror}") from error
+        raise ResultNotShownError(f"the result cannot be written to standard output: {error.strerror}") from error
 
 
 def hint_for(error: Int8cliError, hints: Hints) -> str:

@@ -1,4 +1,4 @@
-"""What `--outliers` means for a model: the ways to know its columns that can be gone, the best first.
+"""The strategies to choose outlier columns that work for a model, the best first.
 
 Owns the rules of `auto`. Torch is imported once it is clear that a way needs it here: of what the weights tell, a
 process that only hands tasks out needs none.
@@ -10,7 +10,7 @@ from pathlib import Path
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
-from int8cli.errors import CANNOT_CALIBRATE, UnsupportedModelError
+from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
 from int8cli.model.extra import require_transformers
 from int8cli.planning.survey import Survey
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
@@ -71,7 +71,7 @@ def _from_activations(
 ) -> ColumnStrategy:
     """Raises what a calibration would, as far as config.json and file names tell."""
     if not _TOKENIZER_FILES & set(source.list_files()):
-        raise UnsupportedModelError("there is no tokenizer beside the weights")
+        raise CannotRunError("there is no tokenizer beside the weights")
     require_transformers()
     start_torch()
     from int8cli.columns.from_activations import strategy_from_activations

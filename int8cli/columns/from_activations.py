@@ -18,7 +18,7 @@ from int8cli.columns.from_statistics import StatisticsColumns, at_most
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
 from int8cli.data import SAMPLE_NAME, sample_text
-from int8cli.errors import UnsupportedModelError
+from int8cli.errors import CannotRunError
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
@@ -106,7 +106,7 @@ class CalibratedColumns(ColumnSource):
 
 
 def _dtype_to_run_in(survey: Survey) -> torch.dtype:
-    """Raises UnsupportedModelError for a model that cannot be built, or that takes something else than text."""
+    """Raises CannotRunError for a model that cannot be built, or that takes something else than text."""
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
@@ -114,5 +114,5 @@ def _dtype_to_run_in(survey: Survey) -> torch.dtype:
         skeleton = build_skeleton(Path(name), specs)
     model = skeleton.model
     if model.main_input_name != "input_ids":
-        raise UnsupportedModelError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
+        raise CannotRunError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
     return skeleton.dtype

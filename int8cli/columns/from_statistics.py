@@ -66,7 +66,7 @@ def require_same_model(statistics: OutlierStatistics, source: Source, survey: Su
     was = statistics.provenance
     identity = source.identity
     of = f"{was.model}{f' at {was.revision}' if was.revision else ''}"
-    hint = "Make them of this model: int8cli inspect-outliers MODEL --output FILE.safetensors"
+    hint = "Make them of this model."
     if identity.on_hub and (was.model, was.revision) != (identity.name, identity.revision):
         wanted = f"{identity.name} at {identity.revision}"
         raise StatisticsMismatchError(f"the statistics are of {of}, and this is {wanted}", hint=hint)

@@ -15,7 +15,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RunTask
-from int8cli.errors import UnsupportedModelError
+from int8cli.errors import WeightsTellNothingError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
@@ -27,11 +27,11 @@ from int8cli.workers.processes import OnBytes
 def strategy_from_weights(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, counts: dict[str, int], kept_in: Path
 ) -> ColumnStrategy:
-    """`counts` as `counts_from_weights` has them. Raises UnsupportedModelError where there are none."""
+    """`counts` as `counts_from_weights` has them. Raises WeightsTellNothingError where there are none."""
     if not counts:
-        raise UnsupportedModelError(
+        raise WeightsTellNothingError(
             "no linear layers that a norm feeds are recognised by their names, so the weights tell nothing",
-            hint="--outliers activations tells by running the model, --outliers none stores no columns.",
+            hint="Running the model may tell.",
         )
     return ColumnStrategy(
         replace(survey, stored_counts=counts),

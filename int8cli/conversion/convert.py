@@ -25,7 +25,7 @@ from int8cli.errors import (
     CANNOT_CALIBRATE,
     DigestMismatchError,
     DiskSpaceError,
-    UnsupportedModelError,
+    NothingToQuantizeError,
 )
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.survey import Survey, fingerprint, room_needed
@@ -68,8 +68,8 @@ def convert(
     same call goes on from there.
     """
     if settings.only and not survey.plan.quantized:
-        raise UnsupportedModelError(
-            "--only leaves nothing to quantize", hint="--dry-run lists the modules, and why each is left alone."
+        raise NothingToQuantizeError(
+            "the patterns leave nothing to quantize", hint="The plan lists the modules, and why each is left alone."
         )
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
@@ -161,7 +161,7 @@ def _require_room(
         if room.needed_bytes > room.free_bytes:
             raise DiskSpaceError(
                 f"{room.directory}: {room.needed_bytes:,} bytes are needed, {room.free_bytes:,} are free",
-                hint="Make room, or choose a directory on another disk with --output.",
+                hint="Make room, or choose a directory on another disk.",
             )
 
 

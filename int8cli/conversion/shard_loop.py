@@ -66,7 +66,7 @@ class ShardLoop:
             if isinstance(error, BrokenExecutor):
                 raise WorkerLostError(
                     "a worker process ended before its shard was done",
-                    hint="It may have been killed for want of memory: run the same command again with fewer --workers.",
+                    hint="It probably ran out of memory: run the same command again with fewer processes.",
                 ) from error
             raise
         return self._records

@@ -46,7 +46,7 @@ def calibrated_columns(
     if text.sha256 == evaluated.sha256:
         raise TextError(
             f"{text.name} is what stored columns are calibrated on, and cannot be evaluated on",
-            hint="Choose another text, or give the statistics of another one with --outliers.",
+            hint="Choose another text, or give statistics that were made on another one.",
         )
     assert subject.survey is not None
     progress.note("calibrating for stored columns: a pass over the weights of its own")

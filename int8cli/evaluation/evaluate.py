@@ -16,7 +16,7 @@ from typing import Any
 
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
+from int8cli.errors import CannotRunError, NotEnoughMemoryError, ReferenceModelError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
@@ -88,15 +88,15 @@ class _Run:
         self._order, self._dtype = [unit.name for unit in skeleton.units], str(skeleton.dtype)
         model = skeleton.model
         if model.main_input_name != "input_ids":
-            raise UnsupportedModelError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
+            raise CannotRunError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
         sequences = sequences_of(text, directory, model.config, options.sampling)
         self._length = sequences[0]["input_ids"].numel()
         self._passages = passages_of(model, sequences)
         self._predicts = self._passages[0].targets is not None
         if not self._predicts and not subject.has_reference:
-            raise UnsupportedModelError(
+            raise ReferenceModelError(
                 f"{type(model).__name__} predicts no text, and without 16-bit weights there is no other measure",
-                hint="Give the model it was made from with --source: output errors are then measured.",
+                hint="Give the model it was made from too: output errors are then measured.",
             )
         # Without predictions nothing that a method does to a layer has to be followed to the next one.
         run_by = self._wanted.methods if self._predicts else self._wanted.methods[:1]

@@ -49,12 +49,12 @@ def applicable(subject: Subject, methods: Sequence[Method]) -> Applicable:
     if not subject.has_reference:
         without = [method.label for method in left if method.needs_weight]
         left = [method for method in left if not method.needs_weight]
-        notes.append("without the 16-bit model (--source) perplexities stand alone and output errors are not known")
+        notes.append("without the 16-bit model perplexities stand alone and output errors are not known")
         if without:
             notes.append(f"not computed, since they need 16-bit weights: {'; '.join(without)}")
     if subject.converted is not None and not subject.has_columns and any(method.needs_columns for method in left):
         left = [method for method in left if not method.needs_columns]
-        notes.append("no stored columns: this conversion was made without --outliers")
+        notes.append("no stored columns: this conversion was made without them")
     if not left and not (subject.has_reference and methods):
         raise UnsupportedModelError(
             f"none of these methods can be computed for {subject.source.identity.name}", hint=". ".join(notes)

@@ -11,7 +11,7 @@ from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CheckpointError, SourceError, UnsupportedModelError
+from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
@@ -65,17 +65,17 @@ class Subject:
 def find_subject(source: Source, reference: Source | None) -> Subject:
     """Read the headers of what is to be evaluated. `reference` is the 16-bit model beside a converted one.
 
-    Raises the errors of a bad checkpoint, SourceError where a reference is given for a model that needs none,
-    UnsupportedModelError where it is not what the converted model was made from, or nothing becomes int8.
+    Raises the errors of a bad checkpoint, ReferenceModelError where a reference is given for a model that needs none or
+    is not what the converted model was made from, NothingToQuantizeError where nothing becomes int8.
     """
     weights = find_weights(source)
     shards = read_headers(source, weights)
     converted = find_converted(source, shards)
     if converted is None:
         if reference is not None:
-            raise SourceError(
-                f"{source.identity.name} is no converted model, so there is nothing to hold against --source",
-                hint="Leave --source out: the model is evaluated against itself in 16 bit.",
+            raise ReferenceModelError(
+                f"{source.identity.name} is no converted model, so there is nothing to compare with another one",
+                hint="Leave the other one out: the model is evaluated against itself in 16 bit.",
             )
         survey = survey_source(source, PlanOptions())
         return _with_floats(source, source, survey, _planned(survey), None)
@@ -112,8 +112,8 @@ def _planned(survey: Survey) -> frozenset[str]:
     names = [decision.spec.name for decision in survey.plan.quantized]
     found = frozenset(name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT))
     if not found:
-        raise UnsupportedModelError(
-            f"{survey.identity.name} has no linear layer that becomes int8", hint="int8cli convert --dry-run says why."
+        raise NothingToQuantizeError(
+            f"{survey.identity.name} has no linear layer that becomes int8", hint="The plan of a conversion says why."
         )
     return found
 
@@ -124,8 +124,8 @@ def _require_same(source: Source, survey: Survey, converted: Converted) -> None:
     for name in converted.scales:
         shape = converted.specs[name].shape
         if name not in specs or specs[name].shape not in (shape, shape[::-1]):
-            raise UnsupportedModelError(
+            raise ReferenceModelError(
                 f"{survey.identity.name} is not what {source.identity.name} was made from: "
                 f"{name} {'is not in it' if name not in specs else 'has another shape'}",
-                hint="--source takes the 16- or 32-bit model that was converted.",
+                hint="Give the 16- or 32-bit model that was converted.",
             )

@@ -13,44 +13,38 @@ from int8cli.checkpoint.config_file import read_config as read_config_file
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import UnsupportedModelError
+from int8cli.errors import CannotRunError
 from int8cli.model.extra import require_transformers
-
-FROM_WEIGHTS_HINT = "--from weights works without running the model."
 
 
 def read_config(directory: Path) -> Any:
     """The directory's config.json as transformers reads it, never with code of the model's own.
 
-    Raises CheckpointError for one that is damaged, UnsupportedModelError for one that transformers does not accept.
+    Raises CheckpointError for one that is damaged, CannotRunError for one that transformers does not accept.
     """
     require_transformers()
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not (directory / "config.json").is_file():
-        raise UnsupportedModelError(
-            "there is no config.json, so the model cannot be built", hint=f"Add it, or: {FROM_WEIGHTS_HINT}"
-        )
+        raise CannotRunError("there is no config.json, so the model cannot be built", hint="Put it beside the weights.")
     raw = read_config_file(DirectorySource(directory))
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         asks = "asks for code of its own (trust_remote_code), which is never run" if "auto_map" in raw else ""
-        raise UnsupportedModelError(
+        raise CannotRunError(
             f"the installed transformers does not know the model type {model_type!r}"
             + (f"; its config.json {asks}" if asks else ""),
-            hint=f"A newer transformers may know it. {FROM_WEIGHTS_HINT}",
+            hint="A newer transformers may know it.",
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise UnsupportedModelError(
-            f"transformers does not accept this config.json: {error!s:.300}", hint=FROM_WEIGHTS_HINT
-        ) from error
+        raise CannotRunError(f"transformers does not accept this config.json: {error!s:.300}") from error
 
 
 def model_class_of(config: Any) -> Any:
-    """The class that a config names, or the bare model of its type. Raises UnsupportedModelError."""
+    """The class that a config names, or the bare model of its type. Raises CannotRunError."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -61,9 +55,7 @@ def model_class_of(config: Any) -> Any:
     if type(config) in MODEL_MAPPING:
         found = MODEL_MAPPING[type(config)]
         return found[0] if isinstance(found, (list, tuple)) else found
-    raise UnsupportedModelError(
-        f"transformers has no model for {config.architectures or config.model_type}", hint=FROM_WEIGHTS_HINT
-    )
+    raise CannotRunError(f"transformers has no model for {config.architectures or config.model_type}")
 
 
 def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:

@@ -3,7 +3,7 @@
 import importlib.metadata
 import importlib.util
 
-from int8cli.errors import MissingExtraError
+from int8cli.errors import MissingTransformersError
 from int8cli.loaders.transformers_versions import OLDEST_THAT_RUNS, release
 
 
@@ -18,9 +18,9 @@ def require_transformers() -> None:
         require_version()
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
+        raise MissingTransformersError(
             f"running a model needs {error.name}, which is not installed",
-            hint="pip install 'int8cli[calibrate]', or use --from weights.",
+            hint="pip install 'int8cli[calibrate]'.",
         ) from error
 
 
@@ -31,7 +31,7 @@ def require_version() -> None:
     except importlib.metadata.PackageNotFoundError:
         return  # if it is there all the same, it is on its own
     if release(installed) < release(OLDEST_THAT_RUNS):
-        raise MissingExtraError(
+        raise MissingTransformersError(
             f"running a model needs transformers {OLDEST_THAT_RUNS} or newer; {installed} is installed",
             hint="pip install --upgrade 'int8cli[calibrate]'",
         )

@@ -172,7 +172,7 @@ def _lock(directory: Path) -> int:
     hold(
         descriptor,
         f"another int8cli is running this model, and keeps its state in {directory}",
-        "Wait for it to end, or choose another directory with --work-dir.",
+        "Wait for it to end, or choose another directory.",
     )
     return descriptor
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CheckpointError, UnsupportedModelError
-from int8cli.model.config import FROM_WEIGHTS_HINT, dtype_of, model_class_of, read_config
+from int8cli.errors import CannotRunError, CheckpointError
+from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.loading import conversions_of, initialize, laid_out, load_weights, name_targets
 from int8cli.model.units import Unit, find_units, resident_weights
 
@@ -83,7 +83,7 @@ class Skeleton:
             self._tie(target)
             if self._parameter(target).is_meta:
                 raise CheckpointError(
-                    f"the checkpoint has no tensor for {target}, which the model needs", hint=FROM_WEIGHTS_HINT
+                    f"the checkpoint has no tensor for {target}, which the model needs", hint="Files may be missing."
                 )
 
     def unload(self, unit: Unit) -> None:
@@ -137,7 +137,7 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     """The model that a directory's config.json describes, for a checkpoint with these tensors.
 
     The class is the one that config.json names, so that heads are as they were saved, or the bare model of its type.
-    Raises UnsupportedModelError for a model that only remote code can build, MissingExtraError without transformers.
+    Raises CannotRunError for a model that only remote code can build, MissingExtraError without transformers.
     """
     config = read_config(directory)
     model_class = model_class_of(config)
@@ -147,9 +147,8 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
             model = model_class(config)
         initialize(model, _computed_weights(model))
     except Exception as error:  # what a model class makes of a config is not for us to list
-        raise UnsupportedModelError(
-            f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}",
-            hint=FROM_WEIGHTS_HINT,
+        raise CannotRunError(
+            f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}"
         ) from error
     return Skeleton(model.eval(), dtype, specs)
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from int8cli.checkpoint.source import ShardFile
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import Int8cliError, NotEnoughMemoryError, UnsupportedModelError
-from int8cli.model.config import FROM_WEIGHTS_HINT
+from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, UnsupportedModelError
 from int8cli.model.saved_states import KeptStates
 from int8cli.model.sites import (
     Kind,
@@ -312,7 +311,7 @@ class StreamedModel:
             raise NotEnoughMemoryError(
                 f"{call.unit.name}: {self._device} has no room for {call.unit.weight_bytes:,} bytes of weights and "
                 "what a sequence takes",
-                hint="Use a smaller --sequence-length, or --device cpu.",
+                hint="Use shorter sequences, or the CPU.",
             ) from error
         except _HeadReachedError as reached:  # the head is part of the unit
             return reached
@@ -342,12 +341,11 @@ class StreamedModel:
         place = units.index(unit) + 1
         return units[place].sources if place < len(units) else ()
 
-    def _not_streamable(self, error: Exception, unit: str = "") -> UnsupportedModelError:
+    def _not_streamable(self, error: Exception, unit: str = "") -> CannotRunError:
         where = f" in {unit}" if unit else ""
         name = type(self.skeleton.model).__name__
-        return UnsupportedModelError(
+        return CannotRunError(
             f"{name} cannot be run block by block: {type(error).__name__}{where}: {error!s:.300}",
-            hint=FROM_WEIGHTS_HINT,
         )
 
 

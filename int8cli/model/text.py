@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from int8cli.errors import TextError, UnsupportedModelError
-from int8cli.model.config import FROM_WEIGHTS_HINT
+from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
 
@@ -52,7 +51,7 @@ class Text:
             with path.open("rb") as file:
                 data = file.read(limit + 1)
         except OSError as error:
-            raise TextError(f"{path} cannot be read: {error.strerror}", hint="--text takes a file of text.") from error
+            raise TextError(f"{path} cannot be read: {error.strerror}", hint="Give a file of plain text.") from error
         if len(data) > limit:  # end at a whole character
             data = data[:limit].rsplit(b"\n", 1)[0]
         return cls.decode(path.name, data)
@@ -63,7 +62,7 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
 
     The text is cut into pieces; as many as wanted are chosen by seed and kept in their order, or all if there are not
     as many. Each gets the special tokens that the tokenizer puts around a text. Raises TextError where the text does
-    not give one sequence, UnsupportedModelError where there is no tokenizer.
+    not give one sequence, CannotRunError where there is no tokenizer.
     """
     tokenizer = load_tokenizer(directory)
     before, after = _special_tokens(tokenizer)
@@ -76,7 +75,7 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
     if not pieces:
         raise TextError(
             f"{text.name} has {len(ids)} tokens, and a sequence takes {body}",
-            hint=f"Give a longer text, or --sequence-length {max(1, len(ids) + length - body)}.",
+            hint=f"Give a longer text, or sequences of {max(1, len(ids) + length - body)} tokens.",
         )
     wanted = max(1, sampling.tokens // length)
     if len(pieces) > wanted:
@@ -86,7 +85,7 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
 
 
 def load_tokenizer(directory: Path) -> Any:
-    """The directory's tokenizer, never with code of its own. Raises UnsupportedModelError where there is none."""
+    """The directory's tokenizer, never with code of its own. Raises CannotRunError where there is none."""
     require_transformers()
     from transformers import AutoTokenizer
 
@@ -94,12 +93,12 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         usable = bool(tokenizer(_PROBE)["input_ids"]) and _knows_words(tokenizer)
     except Exception as error:  # whatever a tokenizer's files, or their absence, make of this
-        raise UnsupportedModelError(
+        raise CannotRunError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
-            hint=f"Put the tokenizer's files (tokenizer.json) beside the weights. {FROM_WEIGHTS_HINT}",
+            hint="Put the tokenizer's files (tokenizer.json) beside the weights.",
         ) from error
     if not usable:
-        raise UnsupportedModelError("the tokenizer makes no tokens of text", hint=FROM_WEIGHTS_HINT)
+        raise CannotRunError("the tokenizer makes no tokens of text")
     return tokenizer
 
 

@@ -13,10 +13,9 @@ from pathlib import Path
 from int8cli.checkpoint.source import ShardFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import NotEnoughMemoryError, UnsupportedModelError
+from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.model.block_progress import begin_blocks
-from int8cli.model.config import FROM_WEIGHTS_HINT
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
@@ -100,9 +99,8 @@ class Calibration:
         self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
-            raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text",
-                hint=FROM_WEIGHTS_HINT,
+            raise CannotRunError(
+                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text"
             )
         self._sequences = sequences_of(text, directory, skeleton.model.config, options.sampling)
         self._provenance = self._make_provenance(text, skeleton)
@@ -228,7 +226,7 @@ class Calibration:
             raise NotEnoughMemoryError(
                 f"one block takes {needed:,} bytes ({block_bytes:,} of weights, {needed - block_bytes:,} to work in), "
                 f"and {available:,} are free",
-                hint=f"Free some memory, or use a smaller --sequence-length. {FROM_WEIGHTS_HINT}",
+                hint="Free some memory, or use shorter sequences.",
             )
 
 

@@ -193,7 +193,7 @@ def load_statistics(path: Path) -> OutlierStatistics:
     except (SafetensorError, OSError, InvalidJsonError) as error:
         raise CheckpointError(
             f"{path.name} does not hold outlier statistics: {error!s:.200}",
-            hint="Such a file comes from: int8cli inspect-outliers MODEL --output FILE.safetensors",
+            hint="Such a file comes from running the model.",
         ) from error
     return OutlierStatistics(found.provenance, sites)
 
@@ -238,7 +238,7 @@ def _read_document(document: Any, path: Path) -> _Document:
     if isinstance(schema, str) and schema != STATISTICS_SCHEMA:
         raise CheckpointError(
             f"{path.name}: its schema is {shown(schema)}, and this version reads {STATISTICS_SCHEMA!r}",
-            hint="Make it again: int8cli inspect-outliers MODEL --output FILE.safetensors",
+            hint="Make the file again with this version.",
         )
     return read_as(_Document, document)
 

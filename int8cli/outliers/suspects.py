@@ -23,7 +23,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import UnsupportedModelError
+from int8cli.errors import WeightsTellNothingError
 from int8cli.outliers.residual_stream import ResidualStream, in_block
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.survey import Survey
@@ -155,7 +155,7 @@ def find_suspects(
     """Rank the dimensions of a checkpoint's residual stream; at most `most` suspects.
 
     Reads each tensor of interest once, in pieces of a few megabytes. `on_tensor(name, bytes)` is called after each.
-    Raises UnsupportedModelError where no norms or no layers that write to the residual stream are recognised.
+    Raises WeightsTellNothingError where no norms or no layers that write to the residual stream are recognised.
     """
     stream = ResidualStream.of(survey)
     scan = SuspectScan(stream)
@@ -167,9 +167,9 @@ def find_suspects(
             on_tensor(name, decision.spec.nbytes)
     sites = scan.sites()
     if not sites:
-        raise UnsupportedModelError(
+        raise WeightsTellNothingError(
             "no norms, or no layers that write into the residual stream, are recognised by their names",
-            hint="--from activations tells by running the model (pip install 'int8cli[calibrate]').",
+            hint="Running the model may tell (pip install 'int8cli[calibrate]').",
         )
     return WeightSuspects(survey.identity.name, survey.identity.revision, sites, _rank(sites, most))
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8cli.errors import NonFiniteError
+from int8cli.errors import NonFiniteRunError
 from int8cli.llm_int8.columns import choose_columns, column_errors
 from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInputError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
@@ -135,9 +135,9 @@ def _naming(what: str) -> Iterator[None]:
     try:
         yield
     except NonFiniteInputError as error:
-        raise NonFiniteError(
+        raise NonFiniteRunError(
             f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
-            hint="The model overflows there, or a weight before it is damaged. --from weights works all the same.",
+            hint="The model overflows there, or a weight before it is damaged.",
         ) from error
 
 
@@ -146,7 +146,7 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
     try:
         errors, sum_squares = column_errors(weight)
     except NonFiniteWeightError as error:
-        raise NonFiniteError(
+        raise NonFiniteRunError(
             f"{name}: its weight holds {error.value} in input column {error.column:,}",
             hint="The checkpoint is damaged there: get the file again.",
         ) from error

@@ -213,7 +213,7 @@ class RecordStore:
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to, if any."""
-        hint = "Without it nothing here is known to be int8cli's: choose another --output, or delete the directory."
+        hint = "Without it nothing here is known to be int8cli's: choose another directory, or delete this one."
         return read_document(self._conversion_path, Conversion.from_json, hint)
 
     def check(self, conversion: Conversion) -> None:
@@ -277,7 +277,7 @@ class RecordStore:
             if os.path.lexists(path):
                 raise OutputError(
                     f"{path} exists and was not written by int8cli",
-                    hint="Choose another directory with --output; nothing that int8cli did not write is replaced.",
+                    hint="Choose another directory: nothing that int8cli did not write is replaced.",
                 )
 
 
@@ -285,15 +285,12 @@ def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> Non
     before, now = _fields(known), _fields(wanted)
     field = next(name for name in now if before.get(name) != now[name])
     raise SettingsMismatchError(
-        f"{output} holds a conversion with {field} {_told(field, before.get(field))}; "
-        f"this one has {_told(field, now[field])}",
-        hint="Use the same settings to go on, --overwrite to start anew, or another --output.",
+        f"{output} holds a conversion with {field} {_told(before.get(field))}; this one has {_told(now[field])}",
+        hint="Use the same settings to resume, start anew, or choose another directory.",
     )
 
 
-def _told(field: str, value: object) -> str:
-    if field == "figures":  # a flag: the value alone does not say what to type
-        return f"{value!r} ({'--figures' if value else '--no-figures'})"
+def _told(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(map(repr, value)) or "none"
     return repr(value)

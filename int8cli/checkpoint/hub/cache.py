@@ -44,7 +44,7 @@ class HubCache:
         if not PLAIN_NAME.fullmatch(etag):
             raise TransferError(
                 f"{self._repository.label(file_name)}: the server gives no usable ETag to cache the file under",
-                hint="Leave --keep-source out.",
+                hint="Do not keep the source.",
             )
         blob, lock = self._blob(etag), self._lock(etag)
         with disk_errors(lock.parent):
