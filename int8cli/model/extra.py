@@ -33,5 +33,5 @@ def require_version() -> None:
     if release(installed) < release(OLDEST_THAT_RUNS):
         raise MissingTransformersError(
             f"running a model needs transformers {OLDEST_THAT_RUNS} or newer; {installed} is installed",
-            hint="pip install --upgrade 'int8cli[calibrate]'",
+            hint="pip install -U 'int8cli[calibrate]'",
         )
