@@ -1,5 +1,6 @@
 """int8cli: LLM.int8() checkpoints, by streaming. One function for each command, and `load_model`."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from int8cli.errors import Int8cliError as Int8cliError
     from int8cli.progress import Progress as Progress
     from int8cli.runtime.load import load_model as load_model
+
+# The package uses torch without numpy; torch warns of that in each process that imports it.
+warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
 __version__ = "0.1.0"
 

@@ -105,6 +105,10 @@ class SettingsMismatchError(OutputError):
     """The output directory holds the records of a conversion of something else, or with other settings."""
 
 
+class SavedStateError(Int8cliError):
+    """What an interrupted run saved to be resumed from cannot be read back."""
+
+
 class StatisticsMismatchError(Int8cliError):
     """Outlier statistics are of another model, or of another revision of it."""
 

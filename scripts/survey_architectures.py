@@ -1,13 +1,16 @@
-"""Hold the plan against every model that transformers can build.
+"""Compare the plan with every model that the installed transformers can build: 4.57, 5.0, or later.
 
 For each model class in transformers' auto mappings a model with few layers is built on the meta device, its tensors
 are named as `save_pretrained` would name them, and `int8cli.planning.plan` decides on those names, shapes
-and the config alone. The measure is what transformers' bitsandbytes path would hold in int8. A difference is one of
-three:
+and the config alone. The measure is what transformers' bitsandbytes path would hold in int8, and in float32. A
+difference is one of these:
 
     FATAL    we quantize what the loader cannot hold in int8, or the skip list disagrees: the output would not load
+    narrow   a float is written with fewer bits than the loader would hold of the source
     refused  we quantize a linear that the loader leaves alone (output head, tied, last module): loads, but differs
     missed   we leave alone a linear that the loader quantizes: loads, but is larger than it need be
+    wide     a float is written in float32, since another version holds it so
+    loaded   a float that the loader quantizes as it loads it, as transformers 4 does
 
     python scripts/survey_architectures.py                    everything: ten minutes, no weights, no network
     python scripts/survey_architectures.py --only llama,bert  some model types
@@ -18,6 +21,7 @@ Needs the development extras (transformers, bitsandbytes).
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import multiprocessing
 import resource
@@ -31,13 +35,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surveying.loader import (
+    INT8_PARTS,
+    default_skips,
+    held_in_float32,
+    naming_of,
+    replaced_modules,
+    without_initialization,
+)
+
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts.skip_modules import skip_modules
 from int8cli.planning.plan import Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning.transformers_versions import SkipRule, covers_by_name, skip_rule
 
 BUILD_LIMIT_S = 60
 TIE_FLIPPED = " (tie_word_embeddings flipped)"
-INT8_PARTS = ("weight", "SCB", "weight_format")
 MEMORY_LIMIT_BYTES = 6 << 30
 
 # What makes a default config large without adding new kinds of names to the checkpoint.
@@ -88,6 +101,9 @@ class BuiltModel:
     linears: tuple[str, ...]
     left_alone: tuple[str, ...]
     conv1d: tuple[str, ...]
+    skips: tuple[str, ...]
+    float32: tuple[str, ...]
+    float32_in_float16: tuple[str, ...]
 
     @property
     def label(self) -> str:
@@ -133,37 +149,35 @@ def configure(model_class: Any, config_class: Any, variant: str) -> Any:
     return config
 
 
+@contextlib.contextmanager
+def laid_out_in_bfloat16() -> Iterator[None]:
+    """As the loader builds a model of that dtype: what a class makes in float32 shows."""
+    import torch
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), without_initialization():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(class_name: str, config_class: Any, variant: str) -> Any:
     """The model on the meta device, small if its config allows it, at its default size otherwise."""
-    import torch
     import transformers
-    from transformers.initialization import no_init_weights
 
     model_class = getattr(transformers, class_name)
     for small in (True, False):
         try:
             config = configure(model_class, config_class, variant)
             adapt(config, small)
-            with torch.device("meta"), no_init_weights():
+            with laid_out_in_bfloat16():
                 return model_class(config)
         except Exception:
             if not small:
                 raise
     raise AssertionError("unreachable")
-
-
-def loader_skips(model: Any) -> list[str]:
-    from transformers.quantizers.base import HfQuantizer
-
-    return list(HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules))
-
-
-def linear_modules(model: Any) -> list[str]:
-    """Names of the modules whose type the bitsandbytes path would replace."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    return [name for name, m in model.named_modules() if type(m) is nn.Linear or isinstance(m, Conv1D)]
 
 
 def conv1d_modules(model: Any) -> list[str]:
@@ -172,67 +186,18 @@ def conv1d_modules(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
 
 
-def saved_tensors(model: Any) -> dict[str, Any]:
-    """The state dict as `save_pretrained` writes it: tied weights once, names and fusions of the Hub's checkpoints."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    state = dict(model.state_dict())
-    for tied in model.all_tied_weights_keys:
-        state.pop(tied, None)
-    return dict(revert_weight_conversion(model, state))
-
-
-@dataclass(frozen=True, slots=True)
-class Renaming:
-    """How the loader finds a module for a tensor of an int8 checkpoint of this model."""
-
-    renamings: list[Any]
-    converters: list[Any]
-    base_model_prefix: str
-    state: dict[str, Any]
-
-    def target(self, name: str) -> tuple[str, bool]:
-        """The parameter that a saved tensor becomes (or becomes part of), and whether the model's ops change it."""
-        from transformers.core_model_loading import rename_source_key
-
-        target, pattern = rename_source_key(name, self.renamings, self.converters, self.base_model_prefix, self.state)
-        if target not in self.state and name in self.state:
-            return name, False
-        return target, pattern is not None and pattern not in INT8_PARTS
-
-
-def renaming_of(model: Any) -> Renaming:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-    from transformers.integrations.bitsandbytes import Bnb8bitDeserialize
-
-    mapping = get_model_conversion_mapping(model, add_legacy=True)
-    # what Bnb8BitHfQuantizer.get_weight_conversions appends for an int8 checkpoint
-    mapping.append(WeightConverter(list(INT8_PARTS), "weight", [Bnb8bitDeserialize(None)]))
-    return Renaming(
-        [m for m in mapping if isinstance(m, WeightRenaming)],
-        [m for m in mapping if isinstance(m, WeightConverter)],
-        model.base_model_prefix,
-        model.state_dict(),
-    )
-
-
-def fates(model: Any, saved: dict[str, Any]) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """What becomes of each saved tensor when the loader quantizes, where it goes, and the linears left alone."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    skips = loader_skips(model)
-    linears = linear_modules(model)
-    int8 = {f"{name}.weight" for name in linears if should_convert_module(name, skips)}
+def fates(model: Any, naming: Any, int8_modules: set[str], linears: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """What becomes of each saved tensor when the loader quantizes, and where it goes."""
+    int8 = {f"{name}.weight" for name in int8_modules}
     modules = dict(model.named_modules())
-    renaming = renaming_of(model)
     fate, targets = {}, {}
-    for name in saved:
-        target, changed = renaming.target(name)
+    for name in naming.saved:
+        target, changed = naming.target(name)
         targets[name] = target
         module_name, _, leaf = target.rpartition(".")
-        companions = [renaming.target(f"{name.rpartition('.')[0]}.{part}") for part in INT8_PARTS]
-        if changed or (target in int8 and any(companion != (target, False) for companion in companions)):
+        companions = [naming.target(f"{name.rpartition('.')[0]}.{part}") for part in INT8_PARTS]
+        as_weight = (target, False) if hasattr(naming, "converters") else None
+        if changed or (target in int8 and as_weight and any(companion != as_weight for companion in companions)):
             fate[name] = "converted"
         elif target in int8:
             fate[name] = "int8"
@@ -241,26 +206,32 @@ def fates(model: Any, saved: dict[str, Any]) -> tuple[dict[str, str], dict[str, 
         else:
             owner = modules.get(module_name)
             fate[name] = f"other:{type(owner).__name__ if owner is not None else '?'}"
-    return fate, targets, [name for name in linears if f"{name}.weight" not in int8]
+    return fate, targets
 
 
 def describe(model_type: str, class_name: str, model: Any) -> dict[str, Any]:
     """A BuiltModel as JSON."""
-    saved = saved_tensors(model)
-    fate, targets, left_alone = fates(model, saved)
+    naming = naming_of(model)
+    skips = default_skips(model)
+    linears = sorted(replaced_modules(model, []))
+    int8_modules = replaced_modules(model, skips)
+    fate, targets = fates(model, naming, int8_modules, linears)
     model.config.architectures = [class_name]
     return {
         "model_type": model_type,
         "class_name": class_name,
         "variant": "",
         "config": json.loads(model.config.to_json_string(use_diff=False)),
-        "shapes": {name: list(tensor.shape) for name, tensor in saved.items()},
-        "dtypes": {n: "BF16" if t.is_floating_point() else "I64" for n, t in saved.items()},
+        "shapes": {name: list(tensor.shape) for name, tensor in naming.saved.items()},
+        "dtypes": {n: "BF16" if t.is_floating_point() else "I64" for n, t in naming.saved.items()},
         "fate": fate,
         "targets": targets,
-        "linears": linear_modules(model),
-        "left_alone": left_alone,
+        "linears": linears,
+        "left_alone": [name for name in linears if name not in int8_modules],
         "conv1d": conv1d_modules(model),
+        "skips": skips,
+        "float32": held_in_float32(model, "bfloat16"),
+        "float32_in_float16": held_in_float32(model, "float16"),
     }
 
 
@@ -312,7 +283,9 @@ def collect(only: set[str], path: Path, processes: int) -> None:
 
 def as_built_model(record: dict[str, Any]) -> BuiltModel:
     shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    tuples = {key: tuple(record[key]) for key in ("linears", "left_alone", "conv1d")}
+    tuples = {
+        key: tuple(record[key]) for key in ("linears", "left_alone", "conv1d", "skips", "float32", "float32_in_float16")
+    }
     return BuiltModel(**record | tuples | {"shapes": shapes})
 
 
@@ -347,27 +320,47 @@ def differences(model: BuiltModel, plan: Plan) -> Iterator[tuple[str, str, str, 
             yield "missed", decision.kind, fate, decision.reason
 
 
-def skip_differences(model: BuiltModel, plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+def skip_differences(model: BuiltModel, plan: Plan, rule: SkipRule) -> Iterator[tuple[str, str, str, str]]:
     """The same for `llm_int8_skip_modules`: would the loader then make int8 layers exactly where the file has int8?"""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     skips = skip_modules(plan)
     planned = {model.targets[d.spec.name].removesuffix(".weight") for d in plan.quantized}
+    floats = {model.targets[d.spec.name].removesuffix(".weight") for d in plan.copied}
     for name in model.linears:
-        converts = should_convert_module(name, skips)
+        converts = not any(rule(entry, name) for entry in skips)
         if converts and name not in planned:
-            yield "FATAL", kind_of(name), "skip list", "llm_int8_skip_modules does not cover a linear left alone"
+            quantizes = rule is covers_by_name and name in floats
+            severity = "loaded" if quantizes else "FATAL"
+            yield severity, kind_of(name), "skip list", "llm_int8_skip_modules does not cover a linear left alone"
         elif not converts and name in planned:
             yield "FATAL", kind_of(name), "skip list", "llm_int8_skip_modules covers a linear that was quantized"
 
 
-def report(built: list[BuiltModel], unbuilt: list[dict[str, str]], quiet: bool) -> int:
-    severities = ("FATAL", "refused", "missed")
+def dtype_differences(model: BuiltModel) -> Iterator[tuple[str, str, str, str]]:
+    """The same for the floats: is what stays one written in the dtype in which the loader holds it?
+
+    "narrow": the file has fewer bits than a load of the source would hold. "wide": more, and the same values.
+    """
+    for dtype, float32 in (("BF16", model.float32), ("F16", model.float32_in_float16)):
+        named = {"BF16": "bfloat16", "F16": "float16"}[dtype]
+        dtypes = {name: dtype if known == "BF16" else known for name, known in model.dtypes.items()}
+        specs = [TensorSpec(name, dtypes[name], shape) for name, shape in model.shapes.items()]
+        for decision in make_plan(specs, {**model.config, "dtype": named}, PlanOptions()).copied:
+            if not decision.spec.name.endswith(".weight") or decision.spec.dtype != dtype:
+                continue
+            wanted = "F32" if model.targets[decision.spec.name] in float32 else dtype
+            if decision.written_dtype != wanted:
+                severity = "narrow" if wanted == "F32" else "wide"
+                yield severity, decision.kind, f"{wanted} of {named}", f"written in {decision.written_dtype}"
+
+
+def report(built: list[BuiltModel], unbuilt: list[dict[str, str]], version: str, quiet: bool) -> int:
+    severities = ("FATAL", "narrow", "refused", "missed", "wide", "loaded")
+    rule = skip_rule(version)
     by_class: dict[str, str] = {}
     rows: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     for model in built:
         plan = plan_for(model)
-        found = [*differences(model, plan), *skip_differences(model, plan)]
+        found = [*differences(model, plan), *skip_differences(model, plan, rule), *dtype_differences(model)]
         by_class[model.label] = next((s for s in severities if any(f[0] == s for f in found)), "agree")
         for row in sorted(set(found)):
             rows[row].append(model.label)
@@ -381,7 +374,7 @@ def report(built: list[BuiltModel], unbuilt: list[dict[str, str]], quiet: bool) 
         for record in unbuilt:
             print(f"unbuilt  {record['model_type']}/{record['class_name']}: {record['unbuilt']}")
     counts = Counter(by_class.values())
-    print(f"\n{len(built)} classes built, {len(unbuilt)} could not be built: {dict(counts)}")
+    print(f"\n{len(built)} classes built, {len(unbuilt)} could not be built by transformers {version}: {dict(counts)}")
     return counts["FATAL"]
 
 
@@ -393,6 +386,7 @@ def main() -> int:
     parser.add_argument("--quiet", action="store_true", help="do not list what could not be built")
     options = parser.parse_args()
     only = set(filter(None, options.only.split(",")))
+    version = importlib.metadata.version("transformers")
     with tempfile.TemporaryDirectory() as scratch:
         facts = options.facts or Path(scratch) / "facts.jsonl"
         if not facts.exists():
@@ -400,7 +394,7 @@ def main() -> int:
         built, unbuilt = read_facts(facts)
     if only:
         built = [model for model in built if model.model_type in only]
-    return 1 if report(built, unbuilt, options.quiet) else 0
+    return 1 if report(built, unbuilt, version, options.quiet) else 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT
 from int8cli.records.store import FROM_ACTIVATIONS
 from int8cli.report.card import render_card
-from int8cli.results.conversion import StoredColumn, StoredColumns
+from int8cli.results.stored_columns import StoredColumn, StoredColumns
 
 # What most tests convert with: stored columns have test_sidecars.py and test_outlier_conversion.py.
 WITHOUT_COLUMNS = ConvertOptions(outliers="none")
@@ -409,7 +409,7 @@ class GivenColumns(NoColumns):
     """Columns that are known beforehand, by tensor."""
 
     def __init__(self, found: Survey, stored: Mapping[str, StoredColumns]) -> None:
-        self._tensors = {layout.file_name: [each.spec.name for each in layout.tensors] for layout in found.layouts}
+        self._tensors = {contents.file_name: [each.spec.name for each in contents.tensors] for contents in found.shards}
         self._stored = stored
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:

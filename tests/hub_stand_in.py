@@ -221,15 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault := self._hub.take_fault("api", self.command, lambda fault: True):
             self._fail_before_answer(fault)
             return
-        repo = self._hub.repo(repo_id)
-        if repo is None or (repo.token is not None and not repo.gated and not self._may_read(repo)):
-            self._refuse(401, "RepoNotFound", "Repository not found")
+        if (asked := self._asked(repo_id, revision)) is None:
             return
-        found = repo.at(revision)
-        if found is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return
-        commit, directory = found
+        repo, commit, directory = asked
         info = {
             "_id": "0",
             "id": repo_id,
@@ -244,20 +238,26 @@ class _Handler(BaseHTTPRequestHandler):
             info = {key: info[key] for key in ("sha", "siblings")}
         self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json", "X-Repo-Commit": commit})
 
-    def _serve_file(self, repo_id: str, revision: str, file: str) -> None:
-        self.request_log.file = file
+    def _asked(self, repo_id: str, revision: str, *, for_files: bool = False) -> tuple[Repo, str, Path] | None:
+        """The repository, the commit and where its files lie; None after saying why there are none for this client."""
         repo = self._hub.repo(repo_id)
         if repo is None or (repo.token is not None and not repo.gated and not self._may_read(repo)):
             self._refuse(401, "RepoNotFound", "Repository not found")
-            return
-        if repo.gated and not self._may_read(repo):
+            return None
+        if for_files and repo.gated and not self._may_read(repo):
             self._refuse(401, "GatedRepo", "Access to this model is restricted.")
-            return
+            return None
         found = repo.at(revision)
         if found is None:
             self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return None
+        return repo, *found
+
+    def _serve_file(self, repo_id: str, revision: str, file: str) -> None:
+        self.request_log.file = file
+        if (asked := self._asked(repo_id, revision, for_files=True)) is None:
             return
-        commit, directory = found
+        _, commit, directory = asked
         path = directory / file
         if file not in files_of(directory):
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})

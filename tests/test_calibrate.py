@@ -8,7 +8,7 @@ import torch
 from calibration_models import calibrated, make_model, save_tokenizer, some_text
 from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.checkpoint.index import find_weights, read_layouts
+from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import (
@@ -19,7 +19,7 @@ from int8cli.errors import (
     TextError,
     UnsupportedModelError,
 )
-from int8cli.llm_int8.outliers import InputStatistics
+from int8cli.llm_int8.inputs import InputStatistics
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.strands import Strand
 from int8cli.model.stream import StreamedModel
@@ -49,7 +49,7 @@ class Streamed:
 
     def __init__(self, directory: Path) -> None:
         self.source = open_source(str(directory), revision=None, download_dir=directory / "incoming")
-        self.tensors = CheckpointTensors(self.source, read_layouts(self.source, find_weights(self.source)))
+        self.tensors = CheckpointTensors(self.source, read_headers(self.source, find_weights(self.source)))
         self.skeleton = build_skeleton(directory, self.tensors.specs)
         self.reads: Counter[str] = Counter()
         for name in ("read", "map"):
@@ -193,8 +193,8 @@ def test_statistics_are_those_of_the_whole_models_inputs(tmp_path: Path) -> None
 
 
 def calibrate_inputs(directory: Path) -> list[dict[str, torch.Tensor]]:
+    from int8cli.model.config import read_config
     from int8cli.model.sampling import Sampling
-    from int8cli.model.skeleton import read_config
     from int8cli.model.text import sequences_of
 
     return sequences_of(some_text(), directory, read_config(directory), Sampling(32, 16, 0))

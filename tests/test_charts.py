@@ -8,7 +8,7 @@ import torch
 from browser import needs_browser, seen_by
 
 from int8cli.errors import OutputError
-from int8cli.llm_int8.outliers import InputStatistics
+from int8cli.llm_int8.inputs import InputStatistics
 from int8cli.outliers.statistics import (
     NORM_FED,
     RESIDUAL,

@@ -93,7 +93,7 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: 
     written = sum(path.stat().st_size for path in (model.parent / "model-int8").glob("*.safetensors"))
     if options:
         plan = json.loads(outcome.out)
-        assert plan["schema"] == "int8cli.planning.plan/1"
+        assert plan["schema"] == "int8cli.plan/1"
         assert plan["output_bytes"] == written
         for shard in plan["shards"]:
             assert (model.parent / "model-int8" / shard["output"]).stat().st_size == shard["output_bytes"]

@@ -35,7 +35,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
 
 def test_json_is_one_document_in_bytes(nursery: Nursery, published: Path) -> None:
     found = document(estimate(nursery, published, "--json", "--context", "100", "--batch", "2", cwd=published))
-    assert found["schema"] == "int8cli.estimate.estimate/1"
+    assert found["schema"] == "int8cli.memory/1"
     assert found["stored"]["bytes"] == sum(file.stat().st_size for file in published.glob("*.safetensors"))
     assert found["kv_cache"]["bytes_a_token"] == 4 * 2 * 256 * 2
     assert found["kv_cache"]["bytes"] == 2 * 100 * found["kv_cache"]["bytes_a_token"]

@@ -19,7 +19,8 @@ from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.plan import Decision
 from int8cli.records.store import FROM_WEIGHTS, ShardRecord
 from int8cli.report.conversion import show_report
-from int8cli.results.conversion import ConversionReport, LayerReport, RelativeOutputError, StoredColumns
+from int8cli.results.conversion import ConversionReport, LayerReport
+from int8cli.results.stored_columns import RelativeOutputError, StoredColumns
 
 FIGURES_TOGETHER = ("relative_frobenius_error", "sqnr_db", "max_abs_error", "mean_range_use")
 OF_A_LAYER = (

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.errors import (
     CorruptShardError,
@@ -163,7 +163,7 @@ def test_a_huge_file_under_a_tokenizers_name_is_left_behind(tmp_path: Path) -> N
 def test_where_both_formats_are_no_bin_is_opened(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     source = make(tmp_path, "pytorch_model.bin")
-    assert [layout.file_name for layout in read_layouts(source, find_weights(source))] == ["model.safetensors"]
+    assert [contents.file_name for contents in read_headers(source, find_weights(source))] == ["model.safetensors"]
 
 
 def test_an_adapter_alone_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_an_index_without_metadata_is_an_index(tmp_path: Path) -> None:
 def test_layouts_come_in_the_order_of_the_shards(tmp_path: Path) -> None:
     source = sharded(tmp_path)
     weights = find_weights(source)
-    layouts = read_layouts(source, weights)
-    assert tuple(layout.file_name for layout in layouts) == weights.shards
-    assert [layout.tensors[0].spec.name for layout in layouts] == ["h.0.weight", "h.1.weight"]
+    shards = read_headers(source, weights)
+    assert tuple(contents.file_name for contents in shards) == weights.shards
+    assert [contents.tensors[0].spec.name for contents in shards] == ["h.0.weight", "h.1.weight"]
 
 
 def test_pickled_shards_are_read_through_their_index(tmp_path: Path) -> None:
@@ -249,8 +249,8 @@ def test_pickled_shards_are_read_through_their_index(tmp_path: Path) -> None:
         tmp_path, {f"h.{i}.weight": f"pytorch_model-{i:05}.bin" for i in range(12)}, "pytorch_model.bin.index.json"
     )
     source = DirectorySource(tmp_path)
-    layouts = read_layouts(source, find_weights(source))
-    assert [layout.tensors[0].spec.name for layout in layouts] == [f"h.{i}.weight" for i in range(12)]
+    shards = read_headers(source, find_weights(source))
+    assert [contents.tensors[0].spec.name for contents in shards] == [f"h.{i}.weight" for i in range(12)]
 
 
 def test_a_tensor_that_the_index_does_not_list_is_kept(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_a_tensor_that_the_index_does_not_list_is_kept(tmp_path: Path) -> None:
     extra = {"h.0.weight": torch.ones(2, 2), "h.0.bias": torch.ones(2)}
     save_file(extra, tmp_path / "model_00001-of-00002.safetensors")
     source = DirectorySource(tmp_path)
-    layout = read_layouts(source, find_weights(source))[0]
-    assert {tensor.spec.name for tensor in layout.tensors} == set(extra)
+    contents = read_headers(source, find_weights(source))[0]
+    assert {tensor.spec.name for tensor in contents.tensors} == set(extra)
 
 
 @pytest.mark.parametrize(
@@ -274,14 +274,14 @@ def test_shards_are_held_to_the_index(held: dict[str, torch.Tensor], words: str,
     save_file(held, tmp_path / "model_00001-of-00002.safetensors")
     source = DirectorySource(tmp_path)
     with pytest.raises(IndexFileError, match=words):
-        read_layouts(source, find_weights(source))
+        read_headers(source, find_weights(source))
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_refused(tmp_path: Path) -> None:
     source = sharded(tmp_path)
     write_index(tmp_path, {"h.0.weight": "model_00002-of-00002.safetensors", "x": "model_00001-of-00002.safetensors"})
     with pytest.raises(IndexFileError, match=r"'h\.0\.weight'; it is in model_00001"):
-        read_layouts(source, find_weights(source))
+        read_headers(source, find_weights(source))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_broken_shard_is_named(content: bytes, error: type[Int8cliError], tmp_
     (tmp_path / "pytorch_model.bin").write_bytes(content)
     source = DirectorySource(tmp_path)
     with pytest.raises(error, match=r"pytorch_model\.bin"):
-        read_layouts(source, find_weights(source))
+        read_headers(source, find_weights(source))
 
 
 WEIGHT8, PACKED = torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 4, dtype=torch.uint8)
@@ -304,7 +304,7 @@ DECLARED = {"quantization_config": {"quant_method": "some_method"}}
 def refuse(tensors: dict[str, torch.Tensor], config: dict[str, Any], root: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, root / "model.safetensors")
     source = DirectorySource(root)
-    refuse_quantized(config, read_layouts(source, find_weights(source)))
+    refuse_quantized(config, read_headers(source, find_weights(source)))
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,10 @@ import math
 import pytest
 import torch
 
-from int8cli.llm_int8 import outliers
-from int8cli.llm_int8.outliers import (
-    InputStatistics,
-    InputSummary,
-    NonFiniteInputError,
-    choose_columns,
-    column_errors,
-    massive_activations,
-    predicted_output_error,
-    systematic_features,
-)
+from int8cli.llm_int8 import columns, inputs
+from int8cli.llm_int8.columns import choose_columns, column_errors, predicted_output_error
+from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInputError
+from int8cli.llm_int8.outliers import massive_activations, systematic_features
 from int8cli.llm_int8.quantize import quantize_rowwise
 
 
@@ -32,7 +25,8 @@ def summary_of(*batches: torch.Tensor, threshold: float = 6.0) -> InputSummary:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outliers, "_CHUNK_ELEMENTS", 5 * 24)  # five rows, of sequences of seven
+    for module in (inputs, columns):
+        monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 5 * 24)  # five rows, of sequences of seven
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -117,7 +111,7 @@ def test_column_errors_do_not_depend_on_the_blocks() -> None:
     weight = noise(37, 24)
     blockwise, sum_squares = column_errors(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outliers, "_CHUNK_ELEMENTS", 1 << 20)
+        patch.setattr(columns, "_CHUNK_ELEMENTS", 1 << 20)
         whole, whole_sum = column_errors(weight)
     assert torch.allclose(blockwise, whole, rtol=1e-6)
     assert sum_squares == pytest.approx(whole_sum)

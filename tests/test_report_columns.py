@@ -27,7 +27,8 @@ from int8cli.planning.survey import Survey
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, Settings
 from int8cli.report.conversion import show_report
 from int8cli.report.plan import plan_to_json, show_plan
-from int8cli.results.conversion import ConversionReport, RelativeOutputError, StoredColumn, StoredColumns
+from int8cli.results.conversion import ConversionReport
+from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 TEXT = "a sample (Ruth): 4,096 tokens in sequences of 512, seed 0"
 CHOSEN = f"chosen by the activations over {TEXT}"

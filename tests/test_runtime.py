@@ -256,6 +256,27 @@ def test_stored_columns_that_do_not_fit_are_an_error(llama: Path, stored: Tensor
     assert raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [
+        ("weight", torch.zeros(32, dtype=torch.int8)),
+        ("weight", torch.zeros(4, 4, 4, dtype=torch.int8)),
+        ("weight", torch.tensor(1, dtype=torch.int8)),
+        ("SCB", torch.zeros(3)),
+        ("SCB", torch.zeros(32, dtype=torch.int32)),
+    ],
+)
+def test_an_int8_weight_that_is_no_matrix_with_a_scale_a_row_is_an_error(
+    part: str, wrong: Tensor, tmp_path: Path
+) -> None:
+    output = converted("llama", tmp_path)
+    tensors = read_all(output)
+    name = "model.layers.0.self_attn.q_proj"
+    save_file({**tensors, f"{name}.{part}": wrong}, output / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight is I8"):
+        int8cli.load_model(output, device="cpu")
+
+
 def test_what_convert_did_not_write_is_refused(tmp_path: Path) -> None:
     plain = save_tiny("llama", tmp_path / "plain")
     with pytest.raises(UnsupportedModelError, match="no int8 weights") as raised:

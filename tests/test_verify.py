@@ -33,7 +33,7 @@ from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.digest import new_digest
 from int8cli.errors import IndexFileError, OutputError, OutputInUseError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
-from int8cli.verification import Check, Verification
+from int8cli.results.verification import Check, Verification
 
 WHOLE = ("records", "shards", "sidecars", "tensors", "index", "config", "report", "files", "loads")
 SKIPS = "llm_int8_skip_modules"

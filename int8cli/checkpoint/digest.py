@@ -9,7 +9,10 @@ from pathlib import Path
 import xxhash
 
 from int8cli.checkpoint.reader import ShardReader
+from int8cli.checkpoint.source import LocalFile
+from int8cli.errors import DigestMismatchError
 
+NOT_AS_PUBLISHED = "its sha256 is not the one that the Hub published"
 _GAP_BYTES = 1 << 20
 
 
@@ -53,6 +56,15 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(piece):
             sha256.update(piece[:count])
     return sha256.hexdigest()
+
+
+def require_published(file_name: str, local: LocalFile, sha256: str | None) -> None:
+    """Raise DigestMismatchError if the Hub published another sha256 for a file than the one, in hex, that was found."""
+    if local.sha256 is not None and sha256 != local.sha256:
+        raise DigestMismatchError(
+            f"{file_name}: {NOT_AS_PUBLISHED} ({local.sha256})",
+            hint="Run the same command again; if it comes back, the network or this disk alters data.",
+        )
 
 
 def new_digest() -> "xxhash.xxh3_128":

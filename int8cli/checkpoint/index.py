@@ -1,34 +1,39 @@
-"""Which files of a source hold the weights, which go along, and which are left behind.
+"""Which files of a source hold the weights, and their headers.
 
-Owns the file names of the ecosystem: what transformers would open, in its order, and what everything else is. Decides
-from names and headers.
+Owns what transformers would open, in its order, and the index. What the other files are is told by `file_kinds`.
 """
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
+from int8cli.checkpoint.file_kinds import (
+    ADAPTER,
+    DUPLICATE,
+    FORMATS,
+    INDEX_NAME,
+    OTHER_WEIGHTS,
+    SUFFIXES,
+    TRAINING,
+    VARIANT,
+    VARIANT_NAME,
+    WeightFormat,
+    left_behind,
+    looks_like_weights,
+    reason_to_pass_over,
+)
 from int8cli.checkpoint.header import read_header
 from int8cli.checkpoint.pickled import read_pickled
 from int8cli.checkpoint.source import Source, checked_file_name
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import IndexFileError, ModelNotFoundError, UnsupportedModelError
 
-WeightFormat = Literal["safetensors", "pickle"]
-
 _INDEX_LIMIT_BYTES = 100_000_000
 _COPY_LIMIT_BYTES = 256 * 2**20  # the largest tokenizer.json known is 33 MB
 _HEADERS_AT_ONCE = 32
 
-_SUFFIXES: dict[WeightFormat, tuple[str, ...]] = {
-    "safetensors": (".safetensors",),
-    "pickle": (".bin", ".pt", ".pth"),
-}
 # transformers' order: modeling_utils.py, `_get_resolved_checkpoint_files`.
 _STANDARD_NAMES: tuple[tuple[WeightFormat, str], ...] = (
     ("safetensors", "model.safetensors"),
@@ -36,77 +41,6 @@ _STANDARD_NAMES: tuple[tuple[WeightFormat, str], ...] = (
     ("pickle", "pytorch_model.bin"),
     ("pickle", "pytorch_model.bin.index.json"),
 )
-
-_ADAPTER = "an adapter"
-_TRAINING = "a training state"
-_DUPLICATE = "a duplicate of the weights"
-_VARIANT = "a variant of the weights"
-_OTHER_WEIGHTS = "other weights"
-_UNKNOWN = "unknown file"
-_FORMATS = {
-    ".msgpack": "Flax weights",
-    ".h5": "TensorFlow weights",
-    ".ckpt": "TensorFlow or Lightning weights",
-    ".gguf": "GGUF weights",
-    ".ggml": "GGML weights",
-    ".ot": "Rust weights",
-    ".onnx": "an ONNX model",
-    ".onnx_data": "an ONNX model",
-    ".tflite": "a TensorFlow Lite model",
-    ".mlmodel": "a Core ML model",
-    ".mlpackage": "a Core ML model",
-    ".nemo": "a NeMo archive",
-    ".engine": "a TensorRT engine",
-    ".npz": "NumPy weights",
-    ".npy": "NumPy weights",
-}
-# Patterns on the whole name, first match wins. `*` crosses directories.
-_LEFT_BEHIND: tuple[tuple[str, str], ...] = (
-    (".*", "hidden"),
-    ("*/.*", "hidden"),
-    ("README.md", "replaced by a model card"),
-    ("adapter_model.*", _ADAPTER),
-    ("adapter_config.json", _ADAPTER),
-    ("adapter/*", _ADAPTER),
-    ("*/adapter_model.*", _ADAPTER),
-    ("*/adapter_config.json", _ADAPTER),
-    ("global_step*/*", _TRAINING),
-    ("checkpoint-*/*", _TRAINING),
-    ("optimizer*", _TRAINING),
-    ("scheduler.*", _TRAINING),
-    ("rng_state*", _TRAINING),
-    ("random_states*", _TRAINING),
-    ("training_args.*", _TRAINING),
-    ("trainer_state.json", _TRAINING),
-    ("scaler.*", _TRAINING),
-    ("zero_pp_rank_*", _TRAINING),
-    ("mp_rank_*", _TRAINING),
-    ("events.out.tfevents.*", _TRAINING),
-    ("runs/*", _TRAINING),
-    ("original/*", _DUPLICATE),
-    ("consolidated*", _DUPLICATE),
-    ("onnx/*", _FORMATS[".onnx"]),
-    ("openvino/*", "an OpenVINO model"),
-    ("openvino_model*", "an OpenVINO model"),
-    ("coreml/*", _FORMATS[".mlmodel"]),
-    ("*.mlpackage/*", _FORMATS[".mlpackage"]),
-    ("quantize_config.json", "settings of another quantization"),
-    ("quant_config.json", "settings of another quantization"),
-    ("hf_quant_config.json", "settings of another quantization"),
-)
-# Where loaders look below the root: chat templates, and the numbered modules of sentence-transformers.
-_MODULE_DIRECTORY = re.compile(r"\d+_(?!Transformer\b)\w+/")
-_TEXT_SUFFIXES = frozenset(
-    {".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".jinja"}
-    | {".model", ".spm", ".bpe", ".codes", ".vocab", ".merges", ".tiktoken"}
-)
-_LEGAL_NAMES = re.compile(r"(licen[cs]e|notice|copying|use[-_]policy|acceptable[-_]use)", re.IGNORECASE)
-_DOCUMENT_SUFFIXES = frozenset(
-    {".md", ".rst", ".pdf", ".html", ".ipynb"} | {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4"}
-)
-_INDEX_NAME = re.compile(r"\.index(\.[^.]+)?\.json$")
-# model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, pytorch_model-00001-of-00002.fp16.bin
-_VARIANT_NAME = re.compile(r"^(model|pytorch_model)(-\d+-of-\d+)?\.[^.]+\.(safetensors|bin)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +73,7 @@ def find_weights(source: Source) -> WeightFiles:
     metadata: dict[str, Any] = {}
     shards: tuple[str, ...] = (entry,)
     index_file = None
-    if _INDEX_NAME.search(entry):
+    if INDEX_NAME.search(entry):
         index_file = entry
         weight_map, metadata = _read_index(source, entry, weight_format, frozenset(files))
         shards = tuple(sorted(set(weight_map.values())))
@@ -148,7 +82,7 @@ def find_weights(source: Source) -> WeightFiles:
     for file in files:
         if file in rewritten:
             continue
-        reason = _reason_to_pass_over(file, weight_format, files) or _too_large(source, file)
+        reason = reason_to_pass_over(file, weight_format, files) or _too_large(source, file)
         if reason:
             passed_over.append((file, reason))
         else:
@@ -156,26 +90,26 @@ def find_weights(source: Source) -> WeightFiles:
     return WeightFiles(weight_format, shards, weight_map, index_file, metadata, tuple(copied), tuple(passed_over))
 
 
-def read_layouts(source: Source, weights: WeightFiles) -> tuple[ShardContents, ...]:
+def read_headers(source: Source, weights: WeightFiles) -> tuple[ShardContents, ...]:
     """Read the header of every shard, in the order of `weights.shards`, and hold them to the index.
 
     Tensors that the index does not list are kept. Raises IndexFileError for a tensor that is not where the index says,
     or is in two shards, and what the formats' readers raise.
     """
 
-    def layout(shard: str) -> ShardContents:
+    def read(shard: str) -> ShardContents:
         with source.open(shard) as file:
             return read_contents(file, weights.format, shard, source.size_bytes(shard))
 
     # Over HTTP a header is three round trips; BLOOM has 72 of them: 4.6 s at 100 ms each with 8 at once, 2.8 s with 32.
     with ThreadPoolExecutor(max_workers=_HEADERS_AT_ONCE) as pool:
-        layouts = tuple(pool.map(layout, weights.shards))
-    homes = _homes(layouts)
+        shards = tuple(pool.map(read, weights.shards))
+    homes = _homes(shards)
     for name, shard in (weights.weight_map or {}).items():
         if homes.get(name) != shard:
             elsewhere = f"it is in {homes[name]}" if name in homes else "no shard has it"
             raise IndexFileError(f"{weights.index_file}: {shard} does not hold the tensor {name!r}; {elsewhere}")
-    return layouts
+    return shards
 
 
 def read_contents(file: BinaryIO, weight_format: WeightFormat, file_name: str, file_bytes: int) -> ShardContents:
@@ -192,7 +126,7 @@ def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, s
     for weight_format, name in _STANDARD_NAMES:
         if name in files:
             return weight_format, name
-    for weight_format, suffixes in _SUFFIXES.items():
+    for weight_format, suffixes in SUFFIXES.items():
         found = [file for file in files if "/" not in file and file.endswith(suffixes)]
         fitting = [file for file in found if _may_be_the_weights(file, pointed_at=file == source_name)]
         if len(fitting) == 1:
@@ -207,20 +141,20 @@ def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, s
 
 def _may_be_the_weights(file: str, *, pointed_at: bool) -> bool:
     if pointed_at:
-        return _left_behind(file) not in (_ADAPTER, _TRAINING)
-    return _left_behind(file) is None and _VARIANT_NAME.match(file) is None
+        return left_behind(file) not in (ADAPTER, TRAINING)
+    return left_behind(file) is None and VARIANT_NAME.match(file) is None
 
 
 def _nothing_to_convert(files: Sequence[str]) -> UnsupportedModelError | ModelNotFoundError:
     """Why there are no weights to take: what is there in their place."""
-    reasons = {file: _reason_to_pass_over(file, "safetensors", files) for file in files}
-    if _ADAPTER in reasons.values():
+    reasons = {file: reason_to_pass_over(file, "safetensors", files) for file in files}
+    if ADAPTER in reasons.values():
         return UnsupportedModelError(
             "an adapter is not a model: there are no base weights here",
             hint="Merge it into its base model first (peft: merge_and_unload) and convert the result.",
         )
-    weights = {_OTHER_WEIGHTS, _DUPLICATE, _VARIANT, "an OpenVINO model", *_FORMATS.values()}
-    found = [file for file, reason in reasons.items() if reason in weights and _looks_like_weights(file)]
+    weights = {OTHER_WEIGHTS, DUPLICATE, VARIANT, "an OpenVINO model", *FORMATS.values()}
+    found = [file for file, reason in reasons.items() if reason in weights and looks_like_weights(file)]
     looked_for = ", ".join(name for _, name in _STANDARD_NAMES)
     if found:
         return UnsupportedModelError(
@@ -232,10 +166,6 @@ def _nothing_to_convert(files: Sequence[str]) -> UnsupportedModelError | ModelNo
         f"no weights among {len(files)} files",
         hint=f"Looked for {looked_for}, or a single .safetensors, .bin, .pt or .pth.",
     )
-
-
-def _looks_like_weights(file: str) -> bool:
-    return PurePosixPath(file).suffix.lower() in {*_FORMATS, ".safetensors", *_SUFFIXES["pickle"], ".xml"}
 
 
 def _some(files: Sequence[str]) -> str:
@@ -265,8 +195,8 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
         checked_file_name(shard)
     except IndexFileError as error:
         raise IndexFileError(f"{index_file} names a file outside the checkpoint: {error}", hint=error.hint) from error
-    if not shard.endswith(_SUFFIXES[weight_format]):
-        raise IndexFileError(f"{index_file} names {shard!r}, which is no {_SUFFIXES[weight_format][0]} file")
+    if not shard.endswith(SUFFIXES[weight_format]):
+        raise IndexFileError(f"{index_file} names {shard!r}, which is no {SUFFIXES[weight_format][0]} file")
     if shard not in files:
         raise IndexFileError(
             f"{index_file} names {shard!r}, which is not there",
@@ -298,59 +228,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _left_behind(file: str) -> str | None:
-    return next((reason for pattern, reason in _LEFT_BEHIND if fnmatchcase(file, pattern)), None)
-
-
-def _reason_to_pass_over(file: str, weight_format: WeightFormat, files: Sequence[str]) -> str | None:
-    """Why a file that is no shard does not go along; None for one that does."""
-    path = PurePosixPath(file)
-    suffix = path.suffix.lower()
-    reason = _left_behind(file) or _FORMATS.get(suffix)
-    if reason:
-        return reason
-    if _INDEX_NAME.search(path.name):
-        return "an index of weights that are not converted"
-    if _MODULE_DIRECTORY.match(file):
-        return _module_reason(path, files)
-    if _looks_like_weights(file):
-        return _weight_reason(path, weight_format)
-    if len(path.parts) > 1 and path.parts[0] != "additional_chat_templates" and suffix != ".py":
-        return "in a directory that loaders do not read"
-    if suffix in _TEXT_SUFFIXES or _LEGAL_NAMES.match(path.name) or path.name.startswith("tokenizer."):
-        return None
-    return "documentation of the source" if suffix in _DOCUMENT_SUFFIXES else _UNKNOWN
-
-
-def _module_reason(path: PurePosixPath, files: Sequence[str]) -> str | None:
-    """For a file of a sentence-transformers module, whose own weights, a dense layer or so, go along with it."""
-    if path.name == "pytorch_model.bin" and str(path.with_name("model.safetensors")) not in files:
-        return None
-    if path.suffix in _TEXT_SUFFIXES or path.name == "model.safetensors":
-        return None
-    return _weight_reason(path, "safetensors")
-
-
-def _weight_reason(path: PurePosixPath, weight_format: WeightFormat) -> str:
-    if weight_format == "safetensors" and path.suffix in _SUFFIXES["pickle"] and path.name.startswith("pytorch_model"):
-        return "duplicate of the safetensors"
-    if _VARIANT_NAME.match(path.name):
-        return _VARIANT
-    return _OTHER_WEIGHTS if _looks_like_weights(path.name) else _UNKNOWN
-
-
 def _too_large(source: Source, file: str) -> str | None:
     size_bytes = source.size_bytes(file)
     return f"too large to be what its name says, {size_bytes:,} bytes" if size_bytes > _COPY_LIMIT_BYTES else None
 
 
-def _homes(layouts: Iterable[ShardContents]) -> dict[str, str]:
+def _homes(shards: Iterable[ShardContents]) -> dict[str, str]:
     """Tensor name → shard."""
     homes: dict[str, str] = {}
-    for layout in layouts:
-        for tensor in layout.tensors:
+    for contents in shards:
+        for tensor in contents.tensors:
             name = tensor.spec.name
             if name in homes:
-                raise IndexFileError(f"the tensor {name!r} is in two shards, {homes[name]} and {layout.file_name}")
-            homes[name] = layout.file_name
+                raise IndexFileError(f"the tensor {name!r} is in two shards, {homes[name]} and {contents.file_name}")
+            homes[name] = contents.file_name
     return homes

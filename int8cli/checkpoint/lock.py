@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from int8cli.errors import OutputError, OutputInUseError
+from int8cli.checkpoint.disk import disk_errors
+from int8cli.errors import OutputInUseError
 
 
 def hold(descriptor: int, in_use: str, hint: str) -> None:
@@ -20,6 +21,20 @@ def hold(descriptor: int, in_use: str, hint: str) -> None:
     except BlockingIOError as error:
         os.close(descriptor)
         raise OutputInUseError(in_use, hint=hint) from error
+
+
+def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
+    """Raise OutputInUseError, saying `in_use`, if a process holds the lock on a file or directory; take none."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputInUseError(in_use, hint=hint) from error
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -40,14 +55,9 @@ def locked(output: Path, own: Path) -> Iterator[int]:
 
 def _lock(output: Path, own: Path) -> int:
     while True:
-        try:
+        with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(own, os.O_RDONLY)
-        except OSError as error:
-            raise OutputError(
-                f"{output}: cannot be written ({error.strerror})",
-                hint="Choose a directory you may write to.",
-            ) from error
         hint = "Wait for it to end, or choose another directory."
         hold(descriptor, f"{output} is in use by another int8cli convert", hint)
         if _is_still(own, descriptor):

@@ -21,13 +21,13 @@ _SCALE_NAME = re.compile(r"(?P<weight>.*\.weight)_scale(_inv|_2)?")
 _PACKED_DTYPES = frozenset({"I8", "U8", "I32", "U32"})
 
 
-def refuse_quantized(config: Mapping[str, Any], layouts: Sequence[ShardContents]) -> None:
+def refuse_quantized(config: Mapping[str, Any], shards: Sequence[ShardContents]) -> None:
     """Raise UnsupportedModelError if the weights are quantized already, told by their companions or their dtypes.
 
     A `quantization_config` over weights that are all 16 or 32 bit is no such sign: it asks the loader to quantize.
     """
-    dtypes = {tensor.spec.name: tensor.spec.dtype for layout in layouts for tensor in layout.tensors}
-    shapes = {tensor.spec.name: tensor.spec.shape for layout in layouts for tensor in layout.tensors}
+    dtypes = {tensor.spec.name: tensor.spec.dtype for contents in shards for tensor in contents.tensors}
+    shapes = {tensor.spec.name: tensor.spec.shape for contents in shards for tensor in contents.tensors}
     declared = config.get("quantization_config")
     for name, dtype in dtypes.items():
         sign = _companion_sign(name, dtypes)

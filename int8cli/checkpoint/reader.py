@@ -63,7 +63,7 @@ def unreadable(path: Path, error: OSError) -> SourceError:
 class TensorsReader:
     """A shard that is in memory already, read as the concatenation of its tensors' bytes.
 
-    Serves legacy `.bin` files, whose format cannot be read at an offset. `tensors` are in the order of the layout.
+    Serves legacy `.bin` files, whose format cannot be read at an offset. `tensors` are in the order of its contents.
     """
 
     def __init__(self, tensors: "Sequence[Tensor]") -> None:

@@ -32,6 +32,14 @@ class LocalFile:
     sha256: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """A shard that is on this machine, for as long as whoever gave it says."""
+
+    name: str
+    local: LocalFile
+
+
 class Source(Protocol):
     """A place that holds a checkpoint's files.
 

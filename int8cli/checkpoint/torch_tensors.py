@@ -6,42 +6,31 @@ Owns which shards are on this machine at a time and how a stored tensor becomes 
 import mmap
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from int8cli.checkpoint.digest import sha256_of
+from int8cli.checkpoint.digest import require_published, sha256_of
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader
-from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
-from int8cli.errors import CheckpointError, DigestMismatchError
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+from int8cli.errors import CheckpointError
 
 
 class ShardTensors:
     """The tensors of one shard file on this machine, read or mapped by name. Close it."""
 
-    def __init__(self, path: Path, layout: ShardContents) -> None:
+    def __init__(self, path: Path, contents: ShardContents) -> None:
         self._path = path
-        self._places = {stored.spec.name: stored for stored in layout.tensors}
-        self._legacy = None if layout.mappable else load_legacy(path)
-        self._reader = FileReader(path) if layout.mappable else None
+        self._places = {stored.spec.name: stored for stored in contents.tensors}
+        self._legacy = None if contents.mappable else load_legacy(path)
+        self._reader = FileReader(path) if contents.mappable else None
 
     def read(self, name: str) -> Tensor:
         """The tensor in memory of its own, contiguous."""
@@ -100,70 +89,61 @@ class ShardTensors:
             self._reader = None
 
 
-class _HeldShard:
-    """A shard that is kept on this machine for as long as tensors are read from it.
+class _OpenShard:
+    """A shard that is on this machine and open for as long as tensors are read from it.
 
-    Its sha256 is looked at before anything is read, where the Hub gives one: what a model was run with cannot be taken
+    Its sha256 is checked before anything is read, where the Hub gives one: what a model was run with cannot be taken
     back when a conversion finds out later.
     """
 
-    def __init__(self, source: Source, layout: ShardContents) -> None:
-        self._stack = ExitStack()
-        self.local = self._stack.enter_context(_fetched_as_published(source, layout))
-        try:
-            self.tensors = ShardTensors(self.local.path, layout)
-        except BaseException as error:
-            self._stack.__exit__(type(error), error, error.__traceback__)
-            raise
+    def __init__(self, source: Source, contents: ShardContents) -> None:
+        with ExitStack() as stack:
+            self.local = stack.enter_context(_fetched_as_published(source, contents))
+            self.tensors = ShardTensors(self.local.path, contents)
+            stack.callback(self.tensors.close)
+            self._stack = stack.pop_all()
 
-    def close(self) -> None:
-        self.tensors.close()
-        self._stack.close()
+    def __enter__(self) -> "_OpenShard":
+        return self
 
-    def abandon(self, error: BaseException) -> None:
-        """Let go because of an error: what was brought here stays for the next run."""
-        self.tensors.close()
-        self._stack.__exit__(type(error), error, error.__traceback__)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it; a fetched copy is removed, but stays for the next run where this ends by an error."""
+        self._stack.__exit__(kind, error, traceback)
 
 
 @contextmanager
-def _fetched_as_published(source: Source, layout: ShardContents) -> Iterator[LocalFile]:
+def _fetched_as_published(source: Source, contents: ShardContents) -> Iterator[LocalFile]:
     """A shard, transferred once more if it is not what the Hub published. Raises DigestMismatchError if it never is."""
     with ExitStack() as stack:
-        local = stack.enter_context(source.fetch(layout.file_name))
-        if not _is_as_published(local):
-            source.discard(layout.file_name)
-            local = stack.enter_context(source.fetch(layout.file_name))
-            if not _is_as_published(local):
-                raise DigestMismatchError(
-                    f"{layout.file_name}: its sha256 is not the one that the Hub published ({local.sha256})",
-                    hint="Run the same command again; if it comes back, the network or this disk alters data.",
-                )
+        local = stack.enter_context(source.fetch(contents.file_name))
+        if _sha256_of(local) != local.sha256:
+            source.discard(contents.file_name)
+            local = stack.enter_context(source.fetch(contents.file_name))
+            require_published(contents.file_name, local, _sha256_of(local))
         yield local
 
 
-def _is_as_published(local: LocalFile) -> bool:
-    return local.sha256 is None or sha256_of(local.path) == local.sha256
+def _sha256_of(local: LocalFile) -> str | None:
+    """The file's own, where there is a published one to compare it with."""
+    return sha256_of(local.path) if local.sha256 is not None else None
 
 
 class CheckpointTensors:
     """Reads tensors of a source. Close it, or use it as a context manager.
 
-    `expect` says which tensors are still wanted; a shard is let go (and one from the Hub removed) once none of its are.
+    `expect` says which tensors are still wanted. A shard is closed, and the fetched copy of one from the Hub removed,
+    once nothing more is wanted of it; what is open when the context ends by an error stays for the next run.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        layouts: Sequence[ShardContents],
-        on_leaving: Callable[[str, LocalFile], None] = lambda shard, local: None,
-    ) -> None:
-        """`on_leaving(shard, file)` is called when nothing more is wanted of a shard, before it is let go."""
+    def __init__(self, source: Source, shards: Sequence[ShardContents]) -> None:
         self._source = source
-        self._on_leaving = on_leaving
-        self._layouts = {layout.file_name: layout for layout in layouts}
-        self._places = {stored.spec.name: (layout.file_name, stored) for layout in layouts for stored in layout.tensors}
-        self._open: dict[str, _HeldShard] = {}
+        self._shards = {contents.file_name: contents for contents in shards}
+        self._places = {
+            stored.spec.name: (contents.file_name, stored) for contents in shards for stored in contents.tensors
+        }
+        self._open: dict[str, _OpenShard] = {}
         self._opening = threading.Lock()
         self._wanted: Counter[str] = Counter()
 
@@ -194,18 +174,21 @@ class CheckpointTensors:
         return self._shard(name).row_blocks(name, elements)
 
     def release(self, names: Iterable[str]) -> None:
-        """Done with these tensors, as often as they are named: let go of shards that nothing else is expected from."""
+        """Done with these tensors, as often as they are named: close the shards of which nothing more is wanted."""
+        for _ in self.finished(names):
+            pass
+
+    def finished(self, names: Iterable[str]) -> Iterator[ShardFile]:
+        """As `release`, but yields each shard before it is closed; its file is there until this is resumed.
+
+        Ended in the middle (`close`, `throw`), this leaves the fetched copy of that shard for the next run.
+        """
         shards = Counter(self._places[name][0] for name in names)
         self._wanted.subtract(shards)
-        for shard in shards:
-            if self._wanted[shard] <= 0 and shard in self._open:
-                held = self._open.pop(shard)
-                try:
-                    self._on_leaving(shard, held.local)
-                except BaseException as error:
-                    held.abandon(error)
-                    raise
-                held.close()
+        for name in shards:
+            if self._wanted[name] <= 0 and name in self._open:
+                with self._open.pop(name) as shard:
+                    yield ShardFile(name, shard.local)
 
     def held_bytes(self, steps: Sequence[Sequence[str]]) -> int:
         """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
@@ -217,25 +200,29 @@ class CheckpointTensors:
         most, held = 0, set[str]()
         for place, shards in enumerate(reads):
             held |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
-            most = max(most, sum(self._layouts[each].file_bytes for each in held if self._source.transfers(each)))
+            most = max(most, sum(self._shards[each].file_bytes for each in held if self._source.transfers(each)))
             held = {shard for shard in held if last[shard] > place}
         return most
 
     def close(self) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
+        self.__exit__(None, None, None)
 
     def __enter__(self) -> "CheckpointTensors":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shards = ExitStack()
+        while self._open:
+            shards.push(self._open.popitem()[1])
+        shards.__exit__(kind, error, traceback)
 
     def _shard(self, name: str) -> ShardTensors:
         shard = self._places[name][0]
         with self._opening:  # transformers reads a unit's tensors from several threads
             if shard not in self._open:
-                self._open[shard] = _HeldShard(self._source, self._layouts[shard])
+                self._open[shard] = _OpenShard(self._source, self._shards[shard])
             return self._open[shard].tensors
 
 
@@ -251,6 +238,6 @@ def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
 
 
 def _dtype_of(stored: StoredTensor) -> torch.dtype:
-    if stored.spec.dtype not in _DTYPES:
+    if stored.spec.dtype not in TORCH_DTYPES:
         raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a type that no model is run in")
-    return _DTYPES[stored.spec.dtype]
+    return TORCH_DTYPES[stored.spec.dtype]

@@ -1,6 +1,6 @@
 """Writing output files so that a final name only ever stands for a whole, durable file.
 
-Owns the order of write, fsync and rename, and what a full or read-only disk looks like to the user.
+Owns the order of write, fsync and rename.
 """
 
 import errno
@@ -10,9 +10,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.reader import FileReader
-from int8cli.errors import DiskSpaceError, OutputError
 
 _COPY_BYTES = 1 << 20
 # How much is written before the disk is told to begin. Measured: an fsync then finds next to nothing left to do, and
@@ -29,11 +30,11 @@ class ShardWriter:
 
     def __init__(self, partial: Path, total_bytes: int) -> None:
         self.partial = partial
-        with _disk_errors(partial, total_bytes):
+        with disk_errors(partial, total_bytes):
             partial.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            with _disk_errors(partial, total_bytes):
+            with disk_errors(partial, total_bytes):
                 _reserve(self._descriptor, total_bytes)
             self._written_bytes = 0
         except BaseException:
@@ -42,7 +43,7 @@ class ShardWriter:
 
     def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
         view = memoryview(data)
-        with _disk_errors(self.partial, len(view)):
+        with disk_errors(self.partial, len(view)):
             while view:
                 count = os.pwrite(self._descriptor, view, offset_bytes)
                 offset_bytes, view = offset_bytes + count, view[count:]
@@ -53,7 +54,7 @@ class ShardWriter:
 
     def commit(self, final: Path) -> None:
         """Make the file durable, then give it its name. Replaces what stands there."""
-        with _disk_errors(final, 0):
+        with disk_errors(final, 0):
             final.parent.mkdir(parents=True, exist_ok=True)
             os.fsync(self._descriptor)
             _write_out(self._descriptor)
@@ -72,13 +73,37 @@ class ShardWriter:
 
 
 def write_file(final: Path, data: bytes) -> None:
-    """Write a small file whole or not at all: aside, fsync, rename, fsync of the directory."""
+    """Write a small file whole or not at all."""
+    with _new_file(final, len(data)) as file:
+        file.write(data)
+
+
+def copy_file(source: Path, final: Path) -> str:
+    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
+    sha256 = hashlib.sha256()
+    with closing(FileReader(source)) as original:
+        size_bytes = source.stat().st_size
+        with _new_file(final, size_bytes) as copy:
+            for start in range(0, size_bytes, _COPY_BYTES):
+                piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
+                original.read_into(start, piece)
+                sha256.update(piece)
+                copy.write(piece)
+    return sha256.hexdigest()
+
+
+@contextmanager
+def _new_file(final: Path, size_bytes: int) -> Iterator[BinaryIO]:
+    """A file to be written in this context, and given its name after it: aside, fsync, rename, fsync of the directory.
+
+    Left by an error, it leaves nothing. Raises DiskSpaceError, OutputError.
+    """
     partial = final.with_name(f".{final.name}.partial")
-    with _disk_errors(final, len(data)):
+    with disk_errors(final, size_bytes):
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(partial, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, final)
@@ -86,31 +111,6 @@ def write_file(final: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
         _sync_directory(final.parent)
-
-
-def copy_file(source: Path, final: Path) -> str:
-    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
-    partial = final.with_name(f".{final.name}.partial")
-    sha256 = hashlib.sha256()
-    original = FileReader(source)
-    size_bytes = source.stat().st_size
-    with closing(original), _disk_errors(final, size_bytes):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "wb") as copy:
-                for start in range(0, size_bytes, _COPY_BYTES):
-                    piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
-                    original.read_into(start, piece)
-                    sha256.update(piece)
-                    copy.write(piece)
-                copy.flush()
-                os.fsync(copy.fileno())
-            os.replace(partial, final)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        _sync_directory(final.parent)
-    return sha256.hexdigest()
 
 
 def existing_parent(directory: Path) -> Path:
@@ -152,20 +152,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _disk_errors(path: Path, wanted_bytes: int) -> Iterator[None]:
-    """Turn the errors of a disk into errors of this tool."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise DiskSpaceError(
-                f"{path}: no room on the disk for {wanted_bytes:,} bytes more ({error.strerror})",
-                hint="Finished shards are kept: make room and run the same command again to go on.",
-            ) from error
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror})",
-            hint="Choose a directory you may write to.",
-        ) from error

@@ -1,32 +1,32 @@
-"""Columns by the activations: the model is calibrated first, and its shards are converted as they pass.
+"""Columns by the activations: the model is run first, and each shard is converted as soon as it has been read.
 
 Owns how a calibration and a conversion share the shards of one source, so that each is brought here once.
 """
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from int8cli.checkpoint.source import LocalFile, Source
+from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.columns.from_statistics import StatisticsColumns, at_most
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.column_source import ColumnSource, RunTask, TakeShard
+from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import CannotRunError
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
-from int8cli.outliers.calibrate import CalibrateOptions, Companion, calibrate
+from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatistics
 from int8cli.outliers.cost import arithmetic_s
-from int8cli.outliers.statistics import SiteStatistics
 from int8cli.planning.survey import CONFIG_FILE, Survey
 from int8cli.progress import Progress
 from int8cli.records.store import FROM_ACTIVATIONS, Settings
-from int8cli.results.conversion import StoredColumns
+from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 
 
@@ -77,38 +77,31 @@ class CalibrationRun:
     model_threads: int = 1
 
 
-class CalibratedColumns:
+class CalibratedColumns(ColumnSource):
     """Columns told by running the model; see StatisticsColumns for the choice."""
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
         self._columns = StatisticsColumns(survey, run.options.stored_columns)
 
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        """Run the model; each shard is taken once all that is wanted of it has been read. Raises as `calibrate`."""
-        companion = _Passing(self._columns, take, require_room)
-        with torch_threads(self._run.model_threads):
-            calibrate(self._source, self._survey, self._run.text, self._run.options, self._progress, companion)
+    def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
+        """Run the model. Torch has one thread of its own while a shard is given out. Raises as `calibrate`."""
+        run = self._run
+        with (
+            torch_threads(run.model_threads),
+            Calibration.of(self._source, self._survey, run.text, run.options, self._progress) as calibration,
+            closing(calibration.run()) as steps,
+        ):
+            require_room(calibration.held_bytes)
+            for step in steps:
+                if isinstance(step, UnitStatistics):
+                    self._columns.learn(step.sites)
+                else:
+                    with torch_threads(1):
+                        yield step
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         return self._columns.columns_of(shard, local, run)
-
-
-class _Passing(Companion):
-    """What a conversion does while a calibration has shards here."""
-
-    def __init__(self, columns: StatisticsColumns, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        self._columns, self._take, self._require_room = columns, take, require_room
-
-    def starting(self, held_bytes: int) -> None:
-        self._require_room(held_bytes)
-
-    def learnt(self, sites: tuple[SiteStatistics, ...]) -> None:
-        self._columns.learn(sites)
-
-    def leaving(self, shard: str, local: LocalFile) -> None:
-        with torch_threads(1):
-            self._take(shard, local)
 
 
 def _dtype_to_run_in(survey: Survey) -> torch.dtype:
@@ -116,7 +109,7 @@ def _dtype_to_run_in(survey: Survey) -> torch.dtype:
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
-        specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+        specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
         skeleton = build_skeleton(Path(name), specs)
     model = skeleton.model
     if model.main_input_name != "input_ids":

@@ -3,7 +3,7 @@
 Owns what is made of statistics that are there, and whether they are of this model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +12,15 @@ import xxhash
 
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.column_source import RunTask, TakeShard
+from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import StatisticsMismatchError
-from int8cli.llm_int8.outliers import choose_columns, predicted_output_error
+from int8cli.llm_int8.columns import choose_columns, predicted_output_error
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
-from int8cli.results.conversion import RelativeOutputError, StoredColumn, StoredColumns
+from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 
 def strategy_from_statistics(
@@ -42,11 +42,11 @@ def strategy_from_statistics(
     )
 
 
-class StatisticsColumns:
+class StatisticsColumns(ColumnSource):
     """Columns by the sites of a calibration, as many of each linear as `limit`. `learn` adds sites."""
 
     def __init__(self, survey: Survey, limit: int) -> None:
-        self._layouts = {layout.file_name: layout for layout in survey.layouts}
+        self._shards = {contents.file_name: contents for contents in survey.shards}
         self._decisions = survey.decisions
         self._limit = limit
         self._linears: dict[str, tuple[SiteStatistics, LinearStatistics]] = {}
@@ -54,12 +54,9 @@ class StatisticsColumns:
     def learn(self, sites: tuple[SiteStatistics, ...]) -> None:
         self._linears.update({linear.name: (site, linear) for site in sites for linear in site.linears})
 
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        pass
-
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Of a linear that the calibration never came to, nothing is stored."""
-        decisions = (self._decisions[stored.spec.name] for stored in self._layouts[shard].tensors)
+        decisions = (self._decisions[stored.spec.name] for stored in self._shards[shard].tensors)
         known = [each for each in decisions if each.quantize and each.module in self._linears]
         return {each.spec.name: stored_columns(*self._linears[each.module], each, self._limit) for each in known}
 
@@ -73,7 +70,7 @@ def require_same_model(statistics: OutlierStatistics, source: Source, survey: Su
     if identity.on_hub and (was.model, was.revision) != (identity.name, identity.revision):
         wanted = f"{identity.name} at {identity.revision}"
         raise StatisticsMismatchError(f"the statistics are of {of}, and this is {wanted}", hint=hint)
-    if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.layouts):
+    if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.shards):
         raise StatisticsMismatchError(f"the statistics are of {of}, whose shards are not those here", hint=hint)
     shapes = {decision.module: sorted(decision.spec.shape) for decision in survey.plan.quantized}
     for site in statistics.sites:

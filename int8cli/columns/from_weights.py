@@ -5,7 +5,7 @@ is converted, and the state on disk by which a later run knows what was in shard
 task for where torch is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,13 +14,13 @@ from pathlib import Path
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.column_source import RunTask, TakeShard
+from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import WeightsTellNothingError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
 from int8cli.records.store import FROM_WEIGHTS, Settings
-from int8cli.results.conversion import StoredColumn, StoredColumns
+from int8cli.results.stored_columns import StoredColumn, StoredColumns
 from int8cli.workers.processes import OnBytes
 
 
@@ -46,7 +46,7 @@ def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
     return {each.spec.name: min(limit, stream.width) for each in survey.plan.quantized if stream.feeds(each)}
 
 
-class SuspectColumns:
+class SuspectColumns(ColumnSource):
     """The most suspect dimensions of the residual stream, by all shards up to the one asked for.
 
     `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
@@ -57,19 +57,16 @@ class SuspectColumns:
         self._source, self._survey, self._limit, self._kept_in = source, survey, limit, kept_in
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
-        self._layouts = {layout.file_name: layout for layout in survey.layouts}
+        self._shards = {contents.file_name: contents for contents in survey.shards}
         self._kept: dict[str, Path] = {}
-
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        pass
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Only what the shards before it hold counts, whatever else has been seen: a run that goes on chooses alike."""
-        order = list(self._layouts)
+        order = list(self._shards)
         kept = [
             self._looked_at(name, local if name == shard else None, run) for name in order[: order.index(shard) + 1]
         ]
-        decisions = [self._survey.decisions[each.spec.name] for each in self._layouts[shard].tensors]
+        decisions = [self._survey.decisions[each.spec.name] for each in self._shards[shard].tensors]
         wanted = [each for each in decisions if each.spec.name in self._counts]
         if not wanted:
             return {}
@@ -86,11 +83,11 @@ class SuspectColumns:
         """
         if local is None and shard in self._kept:
             return self._kept[shard]
-        path = self._kept_in / f"{list(self._layouts).index(shard)}.safetensors"
+        path = self._kept_in / f"{list(self._shards).index(shard)}.safetensors"
         if local is not None or not (path.exists() and run(partial(_can_be_read, path))):
-            layout = self._layouts[shard]
+            contents = self._shards[shard]
             with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
-                run(partial(_look_at, self._stream.within(layout), layout, here, path))
+                run(partial(_look_at, self._stream.within(contents), contents, here, path))
         self._kept[shard] = path
         return path
 
@@ -98,11 +95,11 @@ class SuspectColumns:
 # Tasks: what they import lies where torch is, and comes with it.
 
 
-def _look_at(stream: ResidualStream, layout: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
     from int8cli.outliers.suspects import SuspectScan, keep_figures
 
-    scan = SuspectScan(stream, lambda: on_bytes(layout.file_name, "", 0))
-    keep_figures(scan.look_at(layout, local), path)
+    scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
+    keep_figures(scan.look_at(contents, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

@@ -30,7 +30,7 @@ def choose_workers(survey: Survey, device: DeviceName) -> int:
     """
     if device == "cuda" or survey.identity.on_hub:
         return 1
-    return _workers_over(len(survey.layouts), survey.source_bytes)
+    return _workers_over(len(survey.shards), survey.source_bytes)
 
 
 def choose_threads(workers: int, device: DeviceName) -> int:

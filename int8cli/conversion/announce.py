@@ -15,11 +15,16 @@ TASK = "convert"
 def begin_conversion(progress: Progress, survey: Survey, finished: Collection[str]) -> None:
     """Begin the task, its parts the source shards in bytes of their tensors; `finished` an earlier run has done."""
     if finished:
-        progress.note(f"resuming: {len(finished)} of {len(survey.layouts)} shards already converted")
+        progress.note(f"resuming: {len(finished)} of {len(survey.shards)} shards already converted")
     for warning in warnings_of(survey):
         progress.note(warning)
-    sizes = {layout.file_name: sum(t.spec.nbytes for t in layout.tensors) for layout in survey.layouts}
+    sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
     progress.begin(TASK, sizes, finished=finished)
+
+
+def advance(progress: Progress, shard: str, tensor: str, source_bytes: int) -> None:
+    """`source_bytes` more of a shard's tensor are converted."""
+    progress.advance(TASK, shard, source_bytes, tensor)
 
 
 def shard_outcome(record: ShardRecord) -> str:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from int8cli.checkpoint.reader import ShardReader
 from int8cli.checkpoint.tensor import StoredTensor
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
 from int8cli.planning.blocks import BLOCK_ELEMENTS, TILE_BYTES, Matrix, Rectangle
 
-TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TILES_AT_ONCE = 2
 
 
@@ -211,7 +211,7 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _scan(bench: Workbench, matrix: Matrix, row: int) -> Tensor:
-    dtype = TORCH_DTYPE[matrix.stored.spec.dtype]
+    dtype = TORCH_DTYPES[matrix.stored.spec.dtype]
     pieces = []
     for piece in matrix.row_pieces(row):
         try:

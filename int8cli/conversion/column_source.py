@@ -3,14 +3,15 @@
 Owns the protocol, and the source that stores nothing. Who fills it is above: see `columns`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Protocol
 
-from int8cli.checkpoint.source import LocalFile
-from int8cli.results.conversion import StoredColumns
+from int8cli.checkpoint.source import LocalFile, ShardFile
+from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
-TakeShard = Callable[[str, LocalFile], None]
+# Asked with the most bytes of shards that are on this machine at once; raises DiskSpaceError.
+RequireRoom = Callable[[int], None]
 
 
 class RunTask(Protocol):
@@ -22,12 +23,14 @@ class RunTask(Protocol):
 class ColumnSource(Protocol):
     """Tells a conversion the columns to store, by tensor."""
 
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        """Bring shards here in an order of its own, where it needs that to know.
+    def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
+        """Shards that this reads to know the columns, in its own order, each once its columns are known; else none.
 
-        Each is given to `take(file, local)` once its columns are known, and goes when that returns; what is not given
-        is converted afterwards. `require_room(bytes)` is told first how many bytes of shards are here at once.
+        The conversion converts them from here, so that each is fetched once; the others it fetches itself. A file is
+        there until the next one is asked for; a fetched copy is removed then. Whoever stops in the middle closes this:
+        fetched copies stay for the next run. A shard may come twice. `require_room` is asked before the first is here.
         """
+        yield from ()
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """The columns for the quantized tensors of a source shard that is on this machine.
@@ -36,11 +39,8 @@ class ColumnSource(Protocol):
         """
 
 
-class NoColumns:
+class NoColumns(ColumnSource):
     """Nothing is stored."""
-
-    def bring(self, take: TakeShard, require_room: Callable[[int], None]) -> None:
-        pass
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         return {}

@@ -4,14 +4,14 @@ Owns nothing but the data: made here without torch, so that a process that only 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from int8cli.checkpoint.index import WeightFormat
-from int8cli.checkpoint.tensor import ShardContents
-from int8cli.planning.plan import Decision, Plan
+from int8cli.checkpoint.file_kinds import WeightFormat
+from int8cli.planning.output_files import OutputShard
+from int8cli.planning.planned_shard import PlannedShard
 from int8cli.records.store import ShardSource
-from int8cli.results.conversion import NOTHING_STORED, StoredColumns
+from int8cli.results.stored_columns import StoredColumns
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,25 +33,28 @@ class PassOptions:
 class ShardTask:
     """All that a process needs to convert one shard that is on this machine. Picklable.
 
-    `plan` holds the decisions on this shard's tensors, in their order in the file; `target` names the output's layout.
-    `sidecar`, where there is to be one, says where it goes; `stored` names its columns, by tensor.
+    Its files go into `directory`, and are made at `partial` until then. `stored` says why its columns are stored, by
+    tensor.
     """
 
     source: ShardSource
     weight_format: WeightFormat
-    layout: ShardContents
-    plan: Plan
-    output: Path
+    planned: PlannedShard
+    directory: Path
     partial: Path
     options: PassOptions
-    target: str
-    sidecar: Path | None = None
     stored: Mapping[str, StoredColumns] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
-        return sum(stored.spec.nbytes for stored in self.layout.tensors)
+        return self.planned.tensor_bytes
 
-    def stored_in(self, decision: Decision) -> StoredColumns | None:
-        """The columns stored of a linear, none of one that nothing was chosen for; None where there is no sidecar."""
-        return self.stored.get(decision.spec.name, NOTHING_STORED) if self.sidecar is not None else None
+    def partial_of(self, file: OutputShard) -> Path:
+        """Where one of the planned files is made."""
+        is_shard = file.file_name == self.planned.output.file_name
+        return self.partial if is_shard else self.partial.with_name(f"{self.partial.name}.outliers")
+
+    def storing(self, stored: Mapping[str, StoredColumns]) -> "ShardTask":
+        """The same task with these columns in the sidecar, where there is to be one."""
+        columns = {name: each.indices for name, each in stored.items()}
+        return replace(self, planned=self.planned.storing(columns), stored=stored)

@@ -175,9 +175,9 @@ def _float16_workspace(out_features: int, in_features: int, tokens: int) -> int:
 def _aliases(survey: Survey, not_held: frozenset[str]) -> frozenset[str]:
     """All held names but the first of tensors that lie on the same bytes of a `.bin`."""
     found: set[str] = set()
-    for layout in survey.layouts:
+    for contents in survey.shards:
         seen: set[tuple[int, int]] = set()
-        for stored in layout.tensors if layout.mappable else ():
+        for stored in contents.tensors if contents.mappable else ():
             place = (stored.offset_bytes, stored.spec.nbytes)
             if stored.spec.name in not_held or not stored.spec.nbytes:
                 continue
@@ -188,7 +188,7 @@ def _aliases(survey: Survey, not_held: frozenset[str]) -> frozenset[str]:
 
 
 def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> ConversionNeeds:
-    sizes: Mapping[str, int] = {layout.file_name: layout.file_bytes for layout in survey.layouts}
+    sizes: Mapping[str, int] = {contents.file_name: contents.file_bytes for contents in survey.shards}
     download_bytes = sum(size for name, size in sizes.items() if source.transfers(name))
     rooms = room_needed(source, survey, list(sizes), output)
     return ConversionNeeds(

@@ -7,6 +7,7 @@ that were written before `layer_types` was.
 
 import re
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 
 from int8cli.estimate.config_fields import DECODER_LAYERS, LAYERS, Fields, MissingFieldError
 
@@ -46,10 +47,6 @@ _UNTOLD = (
     *("index_topk", "index_head_dim", "attention_window_size", "kv_sharing_modes"),
 )
 
-STATE_FAMILIES = frozenset({"mamba", "falcon_mamba", "mamba2", "rwkv"})
-_ALTERNATING = frozenset({"gemma2", "gpt_oss", "vaultgemma"})
-_OPTIONAL_WINDOW = re.compile(r"qwen2|qwen3|ernie4_5")
-_EVERY_FOURTH_FULL = re.compile(r"cohere2|olmo3|exaone4|qwen3_next|qwen3_5|llama4")
 _PATTERN_FIELDS = (
     "sliding_window_pattern",
     "_sliding_window_pattern",
@@ -59,6 +56,7 @@ _PATTERN_FIELDS = (
 _MOST_LAYERS = 10_000
 
 Kinds = tuple[str, ...]
+KindOfLayer = Callable[[Fields, int], str]  # by the config and the layer's index
 
 
 def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
@@ -71,7 +69,8 @@ def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
         count = fields.number(*(DECODER_LAYERS if decoder else LAYERS))
         if count > _MOST_LAYERS:
             raise MissingFieldError(f"{count:,} layers are more than any model has")
-        kinds = tuple(_kind_by_family(fields)(layer) for layer in range(count))
+        kind = _kind_by_family(fields.model_type)
+        kinds = tuple(kind(fields, layer) for layer in range(count))
     return _without_shared(kinds, fields)
 
 
@@ -100,59 +99,112 @@ def _told(fields: Fields) -> Kinds | None:
     return tuple(_WORDS[word] for word in words)
 
 
-def _kind_by_family(fields: Fields) -> Callable[[int], str]:
-    """A function from a layer's index to its kind, where the config does not list them."""
-    family, config = fields.model_type, fields.config
-    window = fields.has("sliding_window")
-    if family in STATE_FAMILIES:
-        return lambda layer: STATE
-    if family == "falcon_h1":
-        return lambda layer: HYBRID
-    if family == "jamba":
-        period, offset = fields.number("attn_layer_period", default=8), int(config.get("attn_layer_offset", 4))
-        return lambda layer: FULL if layer % period == offset else STATE
-    if family == "zamba":
-        period, offset = fields.number("attn_layer_period", default=6), int(config.get("attn_layer_offset", 4))
-        return lambda layer: HYBRID if layer == 2 or (layer > 2 and (layer - 3) % period == offset) else STATE
-    if family == "bamba":
-        attending = tuple(config.get("attn_layer_indices") or ())
-        return lambda layer: FULL if layer in attending else STATE
-    if family in ("lfm2", "lfm2_moe"):
-        listed = config.get("full_attn_idxs")
-        return lambda layer: FULL if listed is None or layer in listed else STATE
-    if family in ("granitemoehybrid", "zamba2", "nemotron_h"):
-        raise MissingFieldError("config.json does not list its layer_types")
-    if family in _ALTERNATING:
-        return lambda layer: FULL if layer % 2 else SLIDING
-    if family.startswith("gemma3"):
-        every = 5 if family.startswith("gemma3n") else fields.number(*_PATTERN_FIELDS, default=6)
-        return lambda layer: SLIDING if (layer + 1) % every else FULL
-    if _EVERY_FOURTH_FULL.match(family):
-        return _every_nth_full(fields, window=window)
-    if family == "smollm3":
-        every, used = fields.number(*_PATTERN_FIELDS, default=4), fields.flag("use_sliding_window", default=False)
-        return lambda layer: SLIDING if window and used and (layer + 1) % every == 0 else FULL
-    if _OPTIONAL_WINDOW.match(family):
-        first = int(config.get("max_window_layers") or 0)
-        used = window and fields.flag("use_sliding_window", default=False)
-        return lambda layer: SLIDING if used and layer >= first else FULL
-    if window:
-        return lambda layer: SLIDING
-    return lambda layer: CHUNKED if fields.has("attention_chunk_size") else FULL
-
-
-def _every_nth_full(fields: Fields, *, window: bool) -> Callable[[int], str]:
-    """All layers but each fourth, or so, keep less than everything."""
-    every = fields.number(*_PATTERN_FIELDS, default=4)
-    others = STATE if fields.model_type.startswith("qwen3") else SLIDING
-    if fields.model_type.startswith("llama4"):
-        others = CHUNKED
-    if others == SLIDING and not window:
-        return lambda layer: FULL
-    return lambda layer: others if (layer + 1) % every else FULL
+def _kind_by_family(model_type: str) -> KindOfLayer:
+    return next(kind for pattern, kind in _FAMILIES if fnmatchcase(model_type, pattern))
 
 
 def _without_shared(kinds: Kinds, fields: Fields) -> Kinds:
     """Layers that read an earlier layer's cache keep none of their own: the last ones (gemma3n)."""
     shared = fields.number("num_kv_shared_layers", default=0)
     return kinds[: len(kinds) - shared] + (NOTHING,) * min(shared, len(kinds))
+
+
+# How a layer's kind follows from its index, where the config does not list them.
+
+
+def _always(kind: str) -> KindOfLayer:
+    return lambda fields, layer: kind
+
+
+def _not_said(fields: Fields, layer: int) -> str:
+    raise MissingFieldError("config.json does not list its layer_types")
+
+
+def _jamba(fields: Fields, layer: int) -> str:
+    period, offset = fields.number("attn_layer_period", default=8), int(fields.config.get("attn_layer_offset", 4))
+    return FULL if layer % period == offset else STATE
+
+
+def _zamba(fields: Fields, layer: int) -> str:
+    period, offset = fields.number("attn_layer_period", default=6), int(fields.config.get("attn_layer_offset", 4))
+    return HYBRID if layer == 2 or (layer > 2 and (layer - 3) % period == offset) else STATE
+
+
+def _bamba(fields: Fields, layer: int) -> str:
+    return FULL if layer in tuple(fields.config.get("attn_layer_indices") or ()) else STATE
+
+
+def _lfm2(fields: Fields, layer: int) -> str:
+    listed = fields.config.get("full_attn_idxs")
+    return FULL if listed is None or layer in listed else STATE
+
+
+def _alternating(fields: Fields, layer: int) -> str:
+    return FULL if layer % 2 else SLIDING
+
+
+def _one_full_of_five(fields: Fields, layer: int) -> str:
+    return SLIDING if (layer + 1) % 5 else FULL
+
+
+def _one_full_of(default: int, others: str) -> KindOfLayer:
+    """One layer of so many, `default` where the config does not say, keeps everything."""
+    return lambda fields, layer: others if (layer + 1) % fields.number(*_PATTERN_FIELDS, default=default) else FULL
+
+
+def _one_full_of_four_if_windowed(fields: Fields, layer: int) -> str:
+    return _one_full_of(4, SLIDING)(fields, layer) if fields.has("sliding_window") else FULL
+
+
+def _smollm3(fields: Fields, layer: int) -> str:
+    every = fields.number(*_PATTERN_FIELDS, default=4)
+    return SLIDING if _uses_window(fields) and (layer + 1) % every == 0 else FULL
+
+
+def _windowed_from_a_layer_on(fields: Fields, layer: int) -> str:
+    first = int(fields.config.get("max_window_layers") or 0)
+    return SLIDING if _uses_window(fields) and layer >= first else FULL
+
+
+def _all_alike(fields: Fields, layer: int) -> str:
+    if fields.has("sliding_window"):
+        return SLIDING
+    return CHUNKED if fields.has("attention_chunk_size") else FULL
+
+
+def _uses_window(fields: Fields) -> bool:
+    return fields.has("sliding_window") and fields.flag("use_sliding_window", default=False)
+
+
+# By model type; the first pattern that matches counts.
+_FAMILIES: tuple[tuple[str, KindOfLayer], ...] = (
+    ("mamba", _always(STATE)),
+    ("falcon_mamba", _always(STATE)),
+    ("mamba2", _always(STATE)),
+    ("rwkv", _always(STATE)),
+    ("falcon_h1", _always(HYBRID)),
+    ("jamba", _jamba),
+    ("zamba", _zamba),
+    ("bamba", _bamba),
+    ("lfm2", _lfm2),
+    ("lfm2_moe", _lfm2),
+    ("granitemoehybrid", _not_said),
+    ("zamba2", _not_said),
+    ("nemotron_h", _not_said),
+    ("gemma2", _alternating),
+    ("gpt_oss", _alternating),
+    ("vaultgemma", _alternating),
+    ("gemma3n*", _one_full_of_five),
+    ("gemma3*", _one_full_of(6, SLIDING)),
+    ("cohere2*", _one_full_of_four_if_windowed),
+    ("olmo3*", _one_full_of_four_if_windowed),
+    ("exaone4*", _one_full_of_four_if_windowed),
+    ("qwen3_next*", _one_full_of(4, STATE)),
+    ("qwen3_5*", _one_full_of(4, STATE)),
+    ("llama4*", _one_full_of(4, CHUNKED)),
+    ("smollm3", _smollm3),
+    ("qwen2*", _windowed_from_a_layer_on),
+    ("qwen3*", _windowed_from_a_layer_on),
+    ("ernie4_5*", _windowed_from_a_layer_on),
+    ("*", _all_alike),
+)

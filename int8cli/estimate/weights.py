@@ -1,8 +1,8 @@
 """What a checkpoint's tensors take in memory once a loader has them, at each precision.
 
 Owns what loading changes: weights that two names share are held once, leftovers of older versions are not held, some
-weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Held against
-transformers, with and without bitsandbytes, for the architectures that the tests name.
+weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Weights are those of
+every version of transformers; tables are an upper bound, since versions make more or fewer of them.
 """
 
 import re
@@ -72,11 +72,12 @@ def weights_of(decision: Decision, *, held: bool) -> Weights:
     if spec.dtype not in _FLOATS:
         return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
     float32_bytes = 4 * spec.numel
-    always_float32 = decision.reason == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
-    float16_bytes = float32_bytes if always_float32 or decision.reason == names.FLOAT32 else 2 * spec.numel
+    always_float32 = decision.float32 == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
+    float16_bytes = float32_bytes if always_float32 or decision.float32 is not None else 2 * spec.numel
+    held_float32 = always_float32 or (decision.float32 is not None and spec.dtype == "F16")
     written = {made.dtype: made.nbytes for made in output_specs(decision)}
     if not decision.quantize:
-        rest_bytes = float32_bytes if always_float32 else sum(written.values())
+        rest_bytes = float32_bytes if held_float32 else sum(written.values())
         return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
     # The third tensor, weight_format, is read on loading and not held.
     return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
@@ -116,7 +117,10 @@ def _is_second_bias(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Tables that a loader makes beside the weights, in bytes: once for the model, and in each block."""
+    """Tables that a loader makes beside the weights, in bytes: once for the model, and in each block.
+
+    The most that any of transformers 5.0 to 5.24 makes. A later version may make others, which are not counted.
+    """
 
     model_bytes: int = 0
     block_bytes: int = 0
@@ -132,7 +136,8 @@ _ROTARY_FAMILIES = re.compile(
 )
 # One set of frequencies for each kind of layer.
 _ROTARY_BY_KIND = frozenset({"gemma3", "gemma3_text", "modernbert"})
-_SINUSOIDAL_BLOCKS = frozenset({"gptj", "codegen"})
+_SINUSOIDAL_BLOCKS = frozenset({"gptj", "codegen"})  # since 5.24.0 all blocks share one table
+_MASKED_BLOCKS = frozenset({"gpt2", "gpt_neo"})  # gpt2's until 5.0.0, seen to be absent in 5.23.0
 _TWO_POSITION_TABLES = frozenset(
     {"bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "albert", "roberta-prelayernorm"}
 )
@@ -141,7 +146,7 @@ _SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 
 
 def buffers_of(config: Mapping[str, Any]) -> Buffers:
-    """What transformers 5 makes for this model type: nothing for a type or a config that does not tell."""
+    """The tables of this model type: nothing for a type or a config that does not tell."""
     fields = language_model(config).fields
     try:
         return _buffers(fields)
@@ -157,7 +162,7 @@ def _buffers(fields: Fields) -> Buffers:
         return Buffers(8 * fields.number(*LENGTH))
     if family in _SINUSOIDAL_BLOCKS:
         return Buffers(0, 4 * fields.number(*LENGTH) * fields.number("rotary_dim", default=_head_width(fields)))
-    if family == "gpt_neo":
+    if family in _MASKED_BLOCKS:
         return Buffers(0, fields.number(*LENGTH) ** 2)  # a causal mask of bool in each layer
     if family == "gpt_bigcode":
         return Buffers(fields.number(*LENGTH) ** 2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from int8cli.errors import TextError
 from int8cli.evaluation.subject import Subject
-from int8cli.llm_int8.outliers import choose_columns
+from int8cli.llm_int8.columns import choose_columns
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics

@@ -10,13 +10,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import CannotRunError, NotEnoughMemoryError, ReferenceModelError, UnsupportedModelError
+from int8cli.errors import CannotRunError, NotEnoughMemoryError, ReferenceModelError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
@@ -26,14 +26,20 @@ from int8cli.evaluation.weights import LayerWeights
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.saved_states import KeptStates
+from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.planning.survey import model_fingerprint
 from int8cli.progress import Progress
-from int8cli.results.evaluation import EvaluatedText, Evaluation, LayerError, MethodResult, StoredColumnsSummary
+from int8cli.results.evaluation import (
+    EvaluatedText,
+    Evaluation,
+    LayerError,
+    MethodResult,
+    StoredColumnsSummary,
+)
 from int8cli.runtime.converted import ConvertedTensors
 
 TASK = "evaluate"
@@ -52,21 +58,14 @@ def evaluate(
 
     `columns` are those of a model that is not converted, where a method stores some. Raises the errors of a bad
     checkpoint, text or config, NonFiniteError where a weight or the 16-bit model's predictions are not finite,
-    NotEnoughMemoryError where a block does not fit. A run that was killed goes on after its last finished block, if it
+    NotEnoughMemoryError where a block does not fit. A run that was killed resumes after its last finished block, if it
     is given the same directory for its state.
     """
-    with model_files(subject.runs, subject.weights) as directory:
-        run = _Run(subject, directory, text, columns, options, progress)
-        try:
-            return run.run()
-        except UnsupportedModelError:
-            if not run.resumed:
-                raise
-            progress.note("this model cannot go on from the middle: starting over")
-            run.forget()
-            return run.run()
-        finally:
-            run.close()
+    with (
+        model_files(subject.runs, subject.weights) as directory,
+        closing(_Run(subject, directory, text, columns, options, progress)) as run,
+    ):
+        return run.run()
 
 
 class _Run:
@@ -85,7 +84,9 @@ class _Run:
         self._subject, self._directory, self._text = subject, directory, text
         self._columns, self._options, self._progress = columns, options, progress
         self._wanted = applicable(subject, options.methods)
-        model = self._build().model
+        skeleton = self._build()
+        self._order, self._dtype = [unit.name for unit in skeleton.units], str(skeleton.dtype)
+        model = skeleton.model
         if model.main_input_name != "input_ids":
             raise CannotRunError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
         sequences = sequences_of(text, directory, model.config, options.sampling)
@@ -101,14 +102,27 @@ class _Run:
         run_by = self._wanted.methods if self._predicts else self._wanted.methods[:1]
         measured = min(len(sequences), max(1, options.error_tokens // self._length))
         self._trajectories = Trajectories(run_by, len(sequences), measured)
-        self._kept = KeptStates(options.kept_in, self._identity()) if options.kept_in else None
-        self.resumed = bool(self._kept and self._kept.finished)
+        self._saved = KeptStates(options.kept_in, self._identity()) if options.kept_in else None
 
     def run(self) -> Evaluation:
+        for _ in resumed_or_started_over(self._units, self._saved, self._progress):
+            pass
+        if self._saved is not None:
+            self._saved.clear()
+        return self._evaluation()
+
+    def close(self) -> None:
+        if self._saved is not None:
+            self._saved.close()
+
+    def _units(self) -> Iterator[str]:
+        """Run each unit of the model, take down what was measured in it, and yield its name."""
         skeleton = self._build()
         self._start(skeleton)
-        scorer = Scorer(self._passages, len(self._trajectories.methods), has_reference=self._subject.has_reference)
-        sums = dict(self._recalled())
+        self._scorer = Scorer(
+            self._passages, len(self._trajectories.methods), has_reference=self._subject.has_reference
+        )
+        self._sums = dict(self._recalled())
         with ExitStack() as stack:
             tensors = stack.enter_context(self._subject.open_tensors())
             _match(tensors, skeleton)
@@ -116,26 +130,13 @@ class _Run:
             if int8 is not None:
                 stack.enter_context(int8)
             weights = LayerWeights(self._subject, int8, self._columns, self._options.threshold)
-            stream = self._stream(skeleton, tensors, scorer)
             inputs = [dict(passage.inputs) for passage in self._passages for _ in self._trajectories.methods]
-            for loaded in stream.units(inputs):
+            for loaded in stack.enter_context(closing(self._stream(skeleton, tensors).units(inputs))):
+                unit = loaded.unit.name
                 found = self._run_unit(loaded, weights, _has_head(loaded, skeleton))
-                sums[loaded.unit.name] = _added(sums.get(loaded.unit.name, ()), found)
-        order = [unit.name for unit in skeleton.units]
-        layers = [layer for name in sorted(sums, key=order.index) for layer in sums[name]]
+                self._sums[unit] = _added(self._sums.get(unit, ()), found)
+                yield unit
         self._progress.done(TASK)
-        self.forget()
-        return self._evaluation(str(skeleton.dtype), scorer, layers)
-
-    def forget(self) -> None:
-        """Remove the state on disk."""
-        self.resumed = False
-        if self._kept is not None:
-            self._kept.clear()
-
-    def close(self) -> None:
-        if self._kept is not None:
-            self._kept.close()
 
     def _build(self) -> Skeleton:
         return build_skeleton(self._directory, self._subject.specs)
@@ -163,19 +164,19 @@ class _Run:
             {unit.name: unit.weight_bytes for unit in blocks},
             steps=self._trajectories.count,
             tokens=tokens * methods,
-            finished={key.rpartition("@")[0] for key in self._kept.finished} if self._kept else (),
+            finished=self._saved.finished if self._saved else (),
         )
 
-    def _stream(self, skeleton: Skeleton, tensors: CheckpointTensors, scorer: Scorer) -> StreamedModel:
+    def _stream(self, skeleton: Skeleton, tensors: CheckpointTensors) -> StreamedModel:
         def take(sequence: int, output: Any) -> None:
-            scorer.take(*self._trajectories.place(sequence), output)
+            self._scorer.take(*self._trajectories.place(sequence), output)
 
         return StreamedModel(
             skeleton,
             tensors,
             device=self._options.device,
             to_head=not self._predicts,
-            kept=self._kept,
+            kept=self._saved,
             on_result=take if self._predicts else _dropped,
         )
 
@@ -199,16 +200,17 @@ class _Run:
 
     def _put_down(self, unit: str, found: Sequence[LayerSums]) -> None:
         """Before the engine puts a block on record as finished, what was measured in it is there."""
-        if self._kept is not None:
+        if self._saved is not None:
             document = json.dumps([dataclasses.asdict(layer) for layer in found]).encode()
-            write_file(self._kept.directory / f"{unit}.json", document)
+            write_file(self._saved.directory / f"{unit}.json", document)
 
     def _recalled(self) -> Iterator[tuple[str, tuple[LayerSums, ...]]]:
-        for key in self._kept.finished if self._kept else ():
-            unit = key.rpartition("@")[0]
-            assert self._kept is not None
-            document = json.loads((self._kept.directory / f"{unit}.json").read_bytes())
-            yield unit, tuple(LayerSums(**{**layer, "squares": tuple(layer["squares"])}) for layer in document)
+        for unit in self._saved.finished if self._saved else ():
+            assert self._saved is not None
+            with read_back(self._saved.directory / f"{unit}.json") as path:
+                layers = json.loads(path.read_bytes())
+                found = tuple(LayerSums(**{**layer, "squares": tuple(layer["squares"])}) for layer in layers)
+            yield unit, found
 
     def _identity(self) -> dict[str, Any]:
         """What makes the state of another run unusable for this one."""
@@ -218,7 +220,7 @@ class _Run:
             "evaluation": [method.key for method in self._trajectories.methods],
             "compared": [method.key for method in self._wanted.methods],
             "model": [subject.runs.identity.name, subject.runs.identity.revision],
-            "fingerprint": model_fingerprint(subject.runs, subject.layouts),
+            "fingerprint": model_fingerprint(subject.runs, subject.shards),
             "converted": self._converted_identity(),
             "text": self._text.sha256,
             "sampling": dataclasses.asdict(sampling),
@@ -232,18 +234,19 @@ class _Run:
         subject, converted = self._subject, self._subject.converted
         if converted is None:
             return []
-        mark = model_fingerprint(subject.source, (*converted.layouts, *converted.sidecars))
+        mark = model_fingerprint(subject.source, (*converted.shards, *converted.sidecars))
         return [subject.source.identity.name, subject.source.identity.revision, mark]
 
-    def _evaluation(self, dtype: str, scorer: Scorer, layers: Sequence[LayerSums]) -> Evaluation:
+    def _evaluation(self) -> Evaluation:
         subject, identity = self._subject, self._subject.source.identity
+        layers = [layer for unit in sorted(self._sums, key=self._order.index) for layer in self._sums[unit]]
         compared = [method for method in self._wanted.methods if method.product]
         errors = {method.key: _errors(layers, place) for place, method in enumerate(compared)}
         results = tuple(
             MethodResult(
                 method.key,
-                "32 bit" if method.product is None and dtype == "torch.float32" else method.label,
-                scorer.scores(place) if self._predicts else None,
+                "32 bit" if method.product is None and self._dtype == "torch.float32" else method.label,
+                self._scorer.scores(place) if self._predicts else None,
                 errors.get(method.key, ()) if subject.has_reference else (),
             )
             for place, method in enumerate(self._wanted.methods)
@@ -253,7 +256,7 @@ class _Run:
             revision=identity.revision,
             converted=subject.converted is not None,
             reference=subject.runs.identity.name if subject.has_reference else None,
-            dtype=dtype.removeprefix("torch."),
+            dtype=self._dtype.removeprefix("torch."),
             text=self._evaluated_text(),
             threshold=self._options.threshold,
             columns=self._stored_columns(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from int8cli.errors import UnsupportedModelError
 from int8cli.evaluation.methods import METHODS, Method
 from int8cli.evaluation.subject import Subject
-from int8cli.llm_int8.outliers import THRESHOLD
+from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.model.sampling import Sampling
 from int8cli.results.evaluation import REFERENCE
 

@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import NothingToQuantizeError, ReferenceModelError
-from int8cli.llm_int8.outliers import THRESHOLD
+from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import CONFIG_FILE, Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
@@ -32,7 +32,7 @@ class Subject:
     source: Source
     runs: Source
     weights: WeightFiles
-    layouts: tuple[ShardContents, ...]
+    shards: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
     modules: frozenset[str]
     survey: Survey | None
@@ -53,7 +53,7 @@ class Subject:
         """The tensors that the model runs with."""
         if self.survey is None and self.converted is not None:
             return ConvertedTensors(self.runs, self.converted)
-        return CheckpointTensors(self.runs, self.layouts)
+        return CheckpointTensors(self.runs, self.shards)
 
     def open_int8(self) -> ConvertedTensors | None:
         """The int8 tensors of a converted model; None where the methods quantize for themselves."""
@@ -67,8 +67,8 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
     is not what the converted model was made from, NothingToQuantizeError where nothing becomes int8.
     """
     weights = find_weights(source)
-    layouts = read_layouts(source, weights)
-    converted = find_converted(source, layouts)
+    shards = read_headers(source, weights)
+    converted = find_converted(source, shards)
     if converted is None:
         if reference is not None:
             raise ReferenceModelError(
@@ -79,7 +79,7 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
         return _with_floats(source, source, survey, _planned(survey), None)
     if reference is None:
         threshold = _threshold(source)
-        return Subject(source, source, weights, layouts, converted.specs, converted.modules, None, converted, threshold)
+        return Subject(source, source, weights, shards, converted.specs, converted.modules, None, converted, threshold)
     survey = survey_source(reference, PlanOptions())
     _require_same(source, survey, converted)
     return _with_floats(source, reference, survey, converted.modules, converted)
@@ -88,9 +88,9 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
 def _with_floats(
     source: Source, runs: Source, survey: Survey, modules: frozenset[str], converted: Converted | None
 ) -> Subject:
-    specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+    specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
     threshold = _threshold(source) if converted else THRESHOLD
-    return Subject(source, runs, survey.weights, survey.layouts, specs, modules, survey, converted, threshold)
+    return Subject(source, runs, survey.weights, survey.shards, specs, modules, survey, converted, threshold)
 
 
 def _threshold(source: Source) -> float:
@@ -115,7 +115,7 @@ def _planned(survey: Survey) -> frozenset[str]:
 
 def _require_same(source: Source, survey: Survey, converted: Converted) -> None:
     """Every int8 weight must be one of the 16-bit model, of that shape, or of its transpose."""
-    specs = {stored.spec.name: stored.spec for layout in survey.layouts for stored in layout.tensors}
+    specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
     for name in converted.scales:
         shape = converted.specs[name].shape
         if name not in specs or specs[name].shape not in (shape, shape[::-1]):

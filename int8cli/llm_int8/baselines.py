@@ -12,12 +12,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from int8cli.llm_int8.matmul import InputScheme, int8_product
+from int8cli.llm_int8.matmul import InputScheme, int8_product, zero_point_step
 from int8cli.llm_int8.quantize import INT8_MAX, quantize_rowwise
 
 Span = Literal["tensor", "row"]
 
-_STEPS = 255.0  # of int8, from -128 to 127
 _LOWEST = -128.0
 # Largest in_features for which a sum of products of two numbers of up to 255 always fits into int32.
 _INT32_SAFE_FEATURES = (2**31 - 1) // (255 * 255)
@@ -54,7 +53,7 @@ def quantize_matrix(values: Tensor, scheme: InputScheme, span: Span) -> Int8Matr
         step, offset = torch.maximum(high, -low) / INT8_MAX, None
     else:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        step = (high - low) / _STEPS
+        step = zero_point_step(low, high)
         offset = torch.round(_LOWEST - low / step).masked_fill_(step == 0, 0.0)
     divisor = step.masked_fill(step == 0, 1.0)[:, None]
     data = torch.empty(values.shape, dtype=torch.int8, device=values.device)
@@ -94,7 +93,7 @@ def matrix_product(inputs: Int8Matrix, weight: Int8Matrix) -> Tensor:
     if inputs.zero_point is not None or weight.zero_point is not None:
         product = _shifted(product, inputs, weight)
     result = product.to(torch.float32)
-    return result.mul_(inputs.step[:, None]).mul_(weight.step[None])
+    return result.mul_(weight.step[None]).mul_(inputs.step[:, None])  # in the order of `vectorwise_linear`
 
 
 def _shifted(product: Tensor, inputs: Int8Matrix, weight: Int8Matrix) -> Tensor:
@@ -140,8 +139,8 @@ def exact_columns_linear(inputs: Tensor, data: Tensor, row_absmax: Tensor, weigh
     """
     quantized, absmax, columns = _without_outliers(inputs.float(), threshold)
     product = int8_product(quantized, data).to(torch.float32)  # (tokens, out)
-    product *= (absmax / INT8_MAX)[:, None]
     product *= (row_absmax / INT8_MAX)[None]
+    product *= (absmax / INT8_MAX)[:, None]
     if columns.numel():
         product += inputs[:, columns].float() @ weight[:, columns].float().t()
     return product
@@ -164,7 +163,7 @@ def _without_outliers(values: Tensor, threshold: float) -> tuple[Tensor, Tensor,
         magnitude[:, columns] = outlying.masked_fill_(outlying >= threshold, 0.0)
     absmax = magnitude.amax(dim=1)
     scale = INT8_MAX / absmax
-    scale.masked_fill_(absmax == 0, 0.0)
+    scale.masked_fill_(scale.isinf(), 0.0)  # a token of zeros, or of values so small that they count as zeros
     quantized = values * scale[:, None]
     quantized[:, columns] = 0.0
     return quantized.round_().to(torch.int8), absmax, columns

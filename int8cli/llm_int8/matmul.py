@@ -78,19 +78,31 @@ def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
         zero_point = torch.zeros_like(step)
     else:
         low, high = values.amin(dim=1).clamp(max=0.0), values.amax(dim=1).clamp(min=0.0)
-        step = (high - low) / 255.0
+        step = zero_point_step(low, high)
         zero_point = torch.round(-128.0 - low / step).masked_fill_(step == 0, 0.0)
     scaled = values / step.masked_fill(step == 0, 1.0)[:, None] + zero_point[:, None]
     return Int8Input(scaled.round_().clamp_(-128, 127).to(torch.int8), step, zero_point)
 
 
+def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
+    """(high - low) / 255, the step that maps [low, high] to [-128, 127], also where high - low overflows float32.
+
+    low <= 0 <= high, float32 of one shape. Halves are taken first: that is exact but for subnormals.
+    """
+    return (0.5 * high - 0.5 * low) / 127.5
+
+
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """left (tokens, in) times right (out, in) transposed, both int8: exact, int32 (tokens, out).
 
-    Beyond 131,071 in_features, where int32 may overflow, the result is float64, exact up to 2^53.
+    Beyond 131,071 in_features, where int32 may overflow, the result is float64, exact up to 2^53. Both may have any
+    strides.
     """
     if left.shape[1] > _INT32_SAFE_FEATURES:
         return left.double() @ right.double().t()
+    if left.shape[1] == 1:  # torch's product on CPU takes a transposed (out, 1) for something else: see _row_major
+        return left.int() * right.t()
+    left, right = _row_major(left), _row_major(right)
     if left.device.type != "cuda":
         return torch._int_mm(left, right.t())
     tokens, out_features = left.shape[0], right.shape[0]
@@ -110,8 +122,8 @@ def vectorwise_linear(inputs: Int8Input, weight: Int8Weight) -> Tensor:
     whole = torch.int32 if inputs.data.shape[1] <= _INT32_SAFE_OFFSET_FEATURES else torch.float64
     offsets = inputs.zero_point.to(whole)[:, None] * weight.row_sums.to(whole)[None]
     scaled = offsets.neg_().add_(product).float()
+    scaled *= (weight.row_absmax / INT8_MAX)[None]  # first: beside the largest inputs the product would overflow
     scaled *= inputs.step[:, None]
-    scaled *= (weight.row_absmax / INT8_MAX)[None]
     return scaled
 
 
@@ -129,10 +141,19 @@ def llm_int8_linear(inputs: Tensor, weight: Int8Weight, scheme: InputScheme) -> 
     return product + inputs[:, columns].float() @ weight.outlier_weight.float().t()
 
 
+def _row_major(matrix: Tensor) -> Tensor:
+    """The matrix with the strides (columns, 1), copied only where it has others.
+
+    From the strides, `torch._int_mm` on CPU tells what is transposed: of a left side that is, or of a single row with
+    the strides (1, 1), it returns memory that was never written, as it does of a right side of a single column.
+    """
+    return matrix if matrix.stride() == (matrix.shape[1], 1) else matrix.reshape(-1).view(matrix.shape)
+
+
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix with zeros below and to the right of it, which add nothing to a product."""
     if matrix.shape == (rows, columns):
-        return matrix.contiguous()
+        return matrix
     padded = matrix.new_zeros(rows, columns)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     return padded

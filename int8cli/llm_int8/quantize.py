@@ -29,6 +29,12 @@ _TINY_ABSMAX = 1e-36
 _BITS_DTYPE = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _MAGNITUDE_MASK = {torch.int16: 0x7FFF, torch.int32: 0x7FFFFFFF}
 
+# MKL's vector functions (sqrt, exp, log and all others) ask for the kind of processor at the first call of any of them.
+# On Intel's the answer is stored raw and corrected in a second step: a thread that calls one in between is given a
+# variant with relative errors of 1e-4, and keeps that result. A module is imported once, by one thread, before anything
+# in it can be called, so that this is the first call.
+torch.ones(1).sqrt_()
+
 
 class NonFiniteWeightError(ValueError):
     """A block holds NaN or an infinity, first at (`row`, `column`) of the block."""

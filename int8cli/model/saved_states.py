@@ -9,19 +9,27 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import hold
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import OutputError
+from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
+from int8cli.progress import Progress
 
 _RECORD = "record.json"
+# What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
+
+Step = TypeVar("Step")
 
 
 class KeptStates:
@@ -38,10 +46,9 @@ class KeptStates:
         self._latest: dict[str, str] = {}
         self._usable = True
         self._lock = _lock(directory)
-        record = self._read_record()
-        if record is not None and record.get("identity") == self._identity:
-            self._finished, self._latest = record["finished"], record["latest"]
-        else:
+        self._read_record()
+        self.resumed = bool(self._finished)
+        if not self.resumed:
             self.clear()
 
     @property
@@ -50,8 +57,8 @@ class KeptStates:
 
     @property
     def finished(self) -> tuple[str, ...]:
-        """The finished blocks, in order."""
-        return tuple(self._finished)
+        """The names of the finished blocks, in order."""
+        return tuple(key.rpartition("@")[0] for key in self._finished)
 
     def has(self, block: str, visit: int) -> bool:
         return _key(block, visit) in self._finished
@@ -73,7 +80,7 @@ class KeptStates:
         return output if any(tensor.device.type != "cpu" for tensor in tensors_in(output)) else self._load(path)
 
     def get(self, stack: str, sequence: int) -> Any:
-        """The output of the last finished block of a stack."""
+        """The output of the last finished block of a stack. Raises SavedStateError."""
         return self._load(self._path(self._latest[stack], sequence))
 
     def finish(self, stack: str, block: str, visit: int) -> None:
@@ -113,25 +120,55 @@ class KeptStates:
         return self._directory / key / f"{sequence}.pt"
 
     def _load(self, path: Path) -> Any:
-        saved = torch.load(path, mmap=True, weights_only=True)
-        marks = iter(saved["marks"])
-        return map_tensors(saved["output"], lambda tensor: mark(tensor) if next(marks) else tensor)
+        with read_back(path):
+            saved = torch.load(path, mmap=True, weights_only=True)
+            marks = iter(saved["marks"])
+            return map_tensors(saved["output"], lambda tensor: mark(tensor) if next(marks) else tensor)
 
-    def _read_record(self) -> Any:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self._directory / _RECORD).read_bytes())
-        return None
+    def _read_record(self) -> None:
+        """Take over what the record says; nothing where it is another run's, or cannot be read: all is run again."""
+        with contextlib.suppress(SavedStateError), read_back(self._directory / _RECORD) as path:
+            record = json.loads(path.read_bytes())
+            if record["identity"] == self._identity:
+                self._finished, self._latest = list(record["finished"]), dict(record["latest"])
+
+
+def resumed_or_started_over(
+    run: Callable[[], Iterator[Step]], saved: KeptStates | None, progress: Progress
+) -> Iterator[Step]:
+    """What `run` yields; where it cannot resume from what an earlier run saved, what it yields from the start on.
+
+    `run` reads the state itself, and is called again after that was removed.
+    """
+    try:
+        yield from run()
+    except (UnsupportedModelError, SavedStateError) as error:
+        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
+        if saved is None or not saved.resumed:
+            raise
+        why = error if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
+        progress.note(f"{why}: starting over")
+        saved.clear()
+        yield from run()
+
+
+@contextmanager
+def read_back(path: Path) -> Iterator[Path]:
+    """Around the reading of a file that int8cli saved to resume from. Raises SavedStateError if that fails."""
+    try:
+        yield path
+    except (CheckpointError, *_UNREADABLE) as error:
+        raise SavedStateError(
+            f"{path} cannot be read back ({type(error).__name__}: {error!s:.200})",
+            hint="Check the disk that it is on, and run the same command again.",
+        ) from error
 
 
 def _lock(directory: Path) -> int:
     """Hold the directory for this process. Raises OutputInUseError where another holds it."""
-    try:
+    with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise OutputError(
-            f"{directory} cannot be written ({error.strerror})", hint="Choose a directory you may write to."
-        ) from error
     hold(
         descriptor,
         f"another int8cli is running this model, and keeps its state in {directory}",

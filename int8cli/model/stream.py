@@ -11,14 +11,15 @@ layers compute for some of the sequences.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from int8cli.checkpoint.source import ShardFile
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, UnsupportedModelError
 from int8cli.model.saved_states import KeptStates
@@ -33,8 +34,9 @@ from int8cli.model.sites import (
     mark,
     tensors_in,
 )
-from int8cli.model.skeleton import Skeleton, Unit
+from int8cli.model.skeleton import Skeleton
 from int8cli.model.strands import Strand
+from int8cli.model.units import Unit
 
 Inputs = dict[str, Any]
 Forward = Callable[..., Any]
@@ -176,12 +178,21 @@ class StreamedModel:
         self._asking = threading.local()
         skeleton.to(self._device)
 
-    def units(self, sequences: Sequence[Inputs]) -> Iterator[LoadedUnit]:
+    def units(self, sequences: Sequence[Inputs]) -> Generator[LoadedUnit]:
         """Each unit in the order in which the model calls them, its weights in memory until the next one is asked for.
 
         `sequences` are keyword arguments of the model's forward. A unit that shares its weights with itself (ALBERT)
         comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence,
         where they were not stopped before the head and nobody was told of it.
+        """
+        with closing(self.steps(sequences)) as steps:
+            yield from (step for step in steps if isinstance(step, LoadedUnit))
+
+    def steps(self, sequences: Sequence[Inputs]) -> Generator[LoadedUnit | ShardFile]:
+        """As `units`, and each shard once all that is wanted of it has been read.
+
+        Its file is there until the next step is asked for. Ended in the middle (`close`, `throw`), this leaves what was
+        fetched of that shard for the next run.
         """
         for unit in (self.skeleton.resident, *self.skeleton.units):
             if unit.name == "" or self.skeleton.module(unit) is not self.head:
@@ -189,8 +200,8 @@ class StreamedModel:
         self._strands = [self._strand(index, inputs) for index, inputs in enumerate(sequences)]
         with self._intercepted(), torch.no_grad():
             self.skeleton.load(self.skeleton.resident, self._tensors)
-            self._tensors.release(self.skeleton.resident.sources)
             try:
+                yield from self._tensors.finished(self.skeleton.resident.sources)
                 for index in range(len(sequences)):
                     self._advance(index)
                 while self._calls:
@@ -201,8 +212,8 @@ class StreamedModel:
                     strand.close()
                 self.skeleton.unload(self.skeleton.resident)
 
-    def _one(self, unit: Unit) -> Iterator[LoadedUnit]:
-        """Load a unit, give it out so that the sequences which wait for it can pass, and unload it."""
+    def _one(self, unit: Unit) -> Iterator[LoadedUnit | ShardFile]:
+        """Load a unit, yield it so that the sequences which wait for it can pass, unload it; then the shards done."""
         waiting = {index: call for index, call in sorted(self._calls.items()) if call.unit == unit}
         for index in waiting:
             del self._calls[index]
@@ -225,7 +236,7 @@ class StreamedModel:
                 self.skeleton.unload(unit)
             if self._kept is not None and unit.stack is not None:
                 self._kept.finish(unit.stack, unit.name, visit)
-        self._tensors.release(unit.sources)
+        yield from self._tensors.finished(unit.sources)
 
     def _advance(self, sequence: int, output: Any = None) -> None:
         """Take a sequence on with the output of the unit that it stood before, to its next unit or its end."""
@@ -333,9 +344,7 @@ class StreamedModel:
     def _not_streamable(self, error: Exception, unit: str = "") -> CannotRunError:
         where = f" in {unit}" if unit else ""
         name = type(self.skeleton.model).__name__
-        return CannotRunError(
-            f"{name} cannot be run block by block: {type(error).__name__}{where}: {error!s:.300}",
-        )
+        return CannotRunError(f"{name} cannot be run block by block: {type(error).__name__}{where}: {error!s:.300}")
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -49,9 +49,9 @@ class ResidualStream:
         wanted = {each.spec.name: each for each in survey.plan.decisions if _tells(each, width)}
         return cls(width, survey.config.get("model_type") in _GAIN_PLUS_ONE, wanted)
 
-    def within(self, layout: ShardContents) -> "ResidualStream":
+    def within(self, contents: ShardContents) -> "ResidualStream":
         """What of it lies in one shard."""
-        names = (stored.spec.name for stored in layout.tensors)
+        names = (stored.spec.name for stored in contents.tensors)
         return replace(self, tensors={name: self.tensors[name] for name in names if name in self.tensors})
 
     def feeds(self, decision: Decision) -> bool:

@@ -12,19 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import StatisticsFileError
-from int8cli.llm_int8.outliers import (
-    InputSummary,
-    MassiveActivation,
-    OutlierFeature,
-    massive_activations,
-    predicted_output_error,
-    systematic_features,
-)
+from int8cli.llm_int8.columns import predicted_output_error
+from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.outliers import MassiveActivation, OutlierFeature, massive_activations, systematic_features
 
 STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
 NORM_FED = "norm-fed"
@@ -177,7 +172,7 @@ def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
         "sites": [_site_to_json(site) for site in statistics.sites],
     }
     tensors = dict(_tensors(statistics))
-    write_file(path, save(tensors, metadata={_KEY: json.dumps(document)}))
+    write_file(path, serialize(tensors, {_KEY: json.dumps(document)}))
 
 
 def load_statistics(path: Path) -> OutlierStatistics:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
+from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
@@ -93,12 +94,12 @@ class SuspectScan:
         # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
         return _column_squares(blocks, width) if decision.transpose else _row_squares(blocks)
 
-    def look_at(self, layout: ShardContents, local: LocalFile) -> dict[str, Tensor]:
+    def look_at(self, contents: ShardContents, local: LocalFile) -> dict[str, Tensor]:
         """The figures of a shard that is on this machine, in pieces of a few megabytes."""
-        names = [stored.spec.name for stored in layout.tensors if stored.spec.name in self._stream.tensors]
+        names = [stored.spec.name for stored in contents.tensors if stored.spec.name in self._stream.tensors]
         if not names:
             return {}
-        with closing(ShardTensors(local.path, layout)) as tensors, torch_threads(1):
+        with closing(ShardTensors(local.path, contents)) as tensors, torch_threads(1):
             return {name: self.figure(name, tensors) for name in names}
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
@@ -133,7 +134,7 @@ class SuspectScan:
 
 def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
     """Write a scan's figures down, whole or not at all. Raises OutputError."""
-    write_file(path, save(dict(figures)))
+    write_file(path, serialize(figures))
 
 
 def recall_figures(path: Path) -> dict[str, Tensor] | None:
@@ -158,7 +159,7 @@ def find_suspects(
     """
     stream = ResidualStream.of(survey)
     scan = SuspectScan(stream)
-    with CheckpointTensors(source, survey.layouts) as tensors, torch_threads(1):
+    with CheckpointTensors(source, survey.shards) as tensors, torch_threads(1):
         tensors.expect(stream.tensors)
         for name, decision in stream.tensors.items():
             scan.add({name: scan.figure(name, tensors)})

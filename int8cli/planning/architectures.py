@@ -1,8 +1,9 @@
 """What a tensor's name tells about the module that holds it, in general and family by family.
 
 Owns the reasons that a plan gives, the vocabulary of module names, and the exceptions of single model types and model
-classes. Holds tables only: `plan` applies them. The tables are held against transformers by
-scripts/survey_architectures.py; add to them what it reports.
+classes. Holds tables only: `plan` applies them. What holds for some versions of transformers only stands in
+`transformers_versions`. Both are compared with an installed transformers by scripts/survey_architectures.py; add to
+them what it reports.
 """
 
 import re
@@ -110,9 +111,6 @@ LINEAR_NAME = re.compile(
 # Matrices of transformers' Conv1D, stored (in, out); told from its other uses by the shape of a bias.
 CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_fc|c_proj)$")
 
-_KEPT_WO = (_leaf("wo", FLOAT32),)
-_KEPT_INDEXER = (_leaf(r"indexer\.weights_proj", FLOAT32),)
-_FLOAT32_GATES = (_leaf(r"mlp\.gate", FLOAT32_ALWAYS),)
 _LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate gate\.wg", LINEAR),)
 _LINEAR_PATCHES = (_leaf(r"patch_embedding", LINEAR),)
 _LINEAR_REL_POS = (_leaf(r"rel_pos_bias rel_pos_[xy]_bias", LINEAR),)
@@ -121,12 +119,9 @@ _FUSED_QKV = (_leaf(r"attn\.w?_?qkv attn\.Wqkv mixer\.Wqkv", FUSED),)
 
 # Exceptions by the model type of the config, or of any config inside it.
 MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
-    **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), _KEPT_WO),
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4_text"), _KEPT_INDEXER),
     **dict.fromkeys(
         ("afmoe", "hunyuan_v1_moe", "jetmoe", "longcat_flash", "nllb-moe", "switch_transformers"), _LINEAR_GATES
     ),
-    **dict.fromkeys(("beam", "ernie4_5_moe", "ernie4_5_vl_moe"), _FLOAT32_GATES),
     **dict.fromkeys(("d_fine", "deimv2"), (*_LINEAR_GATES, *_SHARED_BOXES)),
     **dict.fromkeys(("deformable_detr", "grounding-dino", "mm-grounding-dino", "rt_detr_v2"), _SHARED_BOXES),
     **dict.fromkeys(
@@ -148,27 +143,20 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
         (_leaf(r"self_attention\.(?:query_key_value|dense) mlp\.dense_(?:h_to_4h|4h_to_h)", SUBCLASS),),
     ),
     **dict.fromkeys(("zamba", "zamba2"), (_under("shared_transf shared_transformer", TIED),)),
-    "blip-2": (_under("qformer", FLOAT32),),
+    "apertus1p5": (_leaf(r"quantize\.embedding", LINEAR),),
     "cohere_asr": (_leaf(r"log_softmax\.mlp\.layer0", HEAD),),
     "ctrl": (_leaf("w", EMBEDDING),),
     "dab-detr": (_under("bbox_predictor", TIED),),
-    "deepseek_v4": (
-        _leaf("wo_a", SUBCLASS),
-        _leaf(r"compressor\.wgate compressor\.wkv indexer\.weights_proj", FLOAT32),
-    ),
+    "deepseek_v4": (_leaf("wo_a", SUBCLASS),),
     "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
-    "gpt_oss": (_leaf("norm input_layernorm post_attention_layernorm", FLOAT32),),
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
     "kimi_k25": (_leaf("wqkv", FUSED),),
+    "lara_mini": (_leaf(r"linear_attn\.in_proj", FUSED),),
     "maskformer": (_leaf(r"pixel_level_module\.\S*\.(?:query|key|value|dense)", FUSED),),
     "minimax_m3_vl": (_leaf(r"shared_experts\.(?:gate|up)_proj", FUSED),),
-    "mistral_large4": (
-        *_FLOAT32_GATES,
-        *_KEPT_INDEXER,
-        _leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED),
-    ),
+    "mistral_large4": (_leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED),),
     "pp_doclayout_v3": (_under("enc_bbox_head enc_score_head", TIED),),
     "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
     "sapiens2": (_leaf("w12", FUSED),),
@@ -233,6 +221,10 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
     "^output$": ("git",),
 }
 
+# Heads of other tasks, which a class of the same family makes anew where the checkpoint has none. The loader can do
+# that for a plain linear layer only.
+TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
+
 # Families whose base class has a pooler that a checkpoint of the masked language model does not hold. The loader makes
 # one up, which it can only do for a plain linear layer.
 POOLED = frozenset(TIED_HEADS["cls.predictions.decoder"] + TIED_HEADS["lm_head.decoder"])
@@ -260,6 +252,7 @@ ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     "hrm_text": (r".*\.self_attn\.(?:q|k|v|gate)_proj", r".*\.mlp\.(?:gate|up)_proj"),
     "jev": ("^proj$",),
     "kimi_k25": (r".*\.attn\.[qkv]_proj",),
+    "lara_mini": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
     "mistral_large4": (r".*vision_tower\.transformer\.layers\.\d+\.attention\.[qk]_proj",),
     "nemotron_h_omni": (r".*\.attention\.[qkv]_proj", "multi_modal_projector.linear_2"),
     "pp_doclayout_v3": (r"(?:.*\.)?decoder\.bbox_embed", r"(?:.*\.)?decoder\.class_embed"),

@@ -84,19 +84,30 @@ class Matrix:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeBlock:
+class _MatrixBlock:
+    matrix: Matrix
+    part: Rectangle
+
+    @property
+    def tensor(self) -> str:
+        return self.matrix.stored.spec.name
+
+    @property
+    def source_bytes(self) -> int:
+        """How many bytes of the source it covers."""
+        return self.matrix.run(self.part)[1]
+
+
+class QuantizeBlock(_MatrixBlock):
     """Read a rectangle of a linear weight, write it in int8."""
 
-    matrix: Matrix
-    part: Rectangle
+    __slots__ = ()
 
 
-@dataclass(frozen=True, slots=True)
-class RewriteBlock:
+class RewriteBlock(_MatrixBlock):
     """Read a rectangle of a tensor that lies crosswise or changes its dtype, write it as the output has it."""
 
-    matrix: Matrix
-    part: Rectangle
+    __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +118,22 @@ class CopyBlock:
     start_bytes: int
     size_bytes: int
 
+    @property
+    def tensor(self) -> str:
+        return self.stored.spec.name
+
+    @property
+    def source_bytes(self) -> int:
+        """How many bytes of the source it covers."""
+        return self.size_bytes
+
 
 Block = QuantizeBlock | RewriteBlock | CopyBlock
 
 
-def blocks_of(layout: ShardContents, decisions: Mapping[str, Decision]) -> Iterator[Block]:
+def blocks_of(contents: ShardContents, decisions: Mapping[str, Decision]) -> Iterator[Block]:
     """Every block of a shard, in the order of the source file."""
-    for stored in layout.tensors:
+    for stored in contents.tensors:
         decision = decisions[stored.spec.name]
         if not stored.spec.numel:
             continue

@@ -18,6 +18,6 @@ class Needs:
 
     @classmethod
     def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
-        names = [layout.file_name for layout in survey.layouts]
-        download = sum(layout.file_bytes for layout in survey.layouts if source.transfers(layout.file_name))
+        names = [contents.file_name for contents in survey.shards]
+        download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
         return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)

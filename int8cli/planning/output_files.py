@@ -22,12 +22,11 @@ SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for wh
 
 @dataclass(frozen=True, slots=True)
 class OutputShard:
-    """One file to be written: its encoded header, the place of each tensor in it, and the layout it is in."""
+    """One file to be written: its encoded header, and the place of each tensor in it."""
 
     file_name: str
     header: bytes
     tensors: dict[str, StoredTensor]
-    target: Layout = bitsandbytes
 
     @property
     def file_bytes(self) -> int:
@@ -46,12 +45,12 @@ def output_file_names(source_files: Sequence[str]) -> dict[str, str]:
 
 
 def plan_output_shard(
-    layout: ShardContents, decisions: Mapping[str, Decision], file_name: str, target: Layout = bitsandbytes
+    contents: ShardContents, decisions: Mapping[str, Decision], file_name: str, target: Layout = bitsandbytes
 ) -> OutputShard:
     """Lay out the file that one source shard becomes in `target`. `decisions` are the plan's, by tensor name."""
-    specs = [spec for stored in layout.tensors for spec in output_specs(decisions[stored.spec.name], target)]
-    header, places = encode_header(specs, _metadata(layout))
-    return OutputShard(file_name, header, {place.spec.name: place for place in places}, target)
+    specs = [spec for stored in contents.tensors for spec in output_specs(decisions[stored.spec.name], target)]
+    header, places = encode_header(specs, _metadata(contents))
+    return OutputShard(file_name, header, {place.spec.name: place for place in places})
 
 
 def output_specs(decision: Decision, target: Layout = bitsandbytes) -> Iterator[TensorSpec]:
@@ -68,14 +67,14 @@ def sidecar_file_name(output_file: str) -> str:
 
 
 def plan_sidecar(
-    layout: ShardContents, decisions: Mapping[str, Decision], file_name: str, counts: Mapping[str, int]
+    contents: ShardContents, decisions: Mapping[str, Decision], file_name: str, counts: Mapping[str, int]
 ) -> OutputShard | None:
     """Lay out the sidecar of an output shard; None where nothing in it is quantized.
 
     For each quantized X `X.outlier_cols` int32 (k,) and `X.outlier_weight` (out_features, k) in the source's dtype,
     with k = `counts` by tensor name, 0 where it has none.
     """
-    quantized = [decision for stored in layout.tensors if (decision := decisions[stored.spec.name]).quantize]
+    quantized = [decision for stored in contents.tensors if (decision := decisions[stored.spec.name]).quantize]
     if not quantized:
         return None
     specs = [spec for each in quantized for spec in sidecar_specs(each, counts.get(each.spec.name, 0))]
@@ -110,6 +109,6 @@ def outlier_weight_name(module: str) -> str:
     return f"{module}.outlier_weight"
 
 
-def _metadata(layout: ShardContents) -> dict[str, str]:
+def _metadata(contents: ShardContents) -> dict[str, str]:
     # transformers refuses a shard whose metadata does not name a framework.
-    return {**layout.metadata, "format": "pt"}
+    return {**contents.metadata, "format": "pt"}

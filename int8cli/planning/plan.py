@@ -17,6 +17,7 @@ from typing import Any
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
+from int8cli.planning.transformers_versions import float32_of
 
 _WEIGHT = ".weight"
 _FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
@@ -47,7 +48,8 @@ class Decision:
     """What becomes of one tensor, and why.
 
     `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
-    expert index replaced by `*`. `written_dtype` is what a tensor that does not become int8 is written in.
+    expert index replaced by `*`. `written_dtype` is what a tensor that does not become int8 is written in. `float32`
+    says when loaders hold it in float32 (`names.FLOAT32`, `names.FLOAT32_ALWAYS`), None if never.
     """
 
     spec: TensorSpec
@@ -56,6 +58,7 @@ class Decision:
     kind: str
     reason: str
     written_dtype: str
+    float32: str | None = None
 
     @property
     def module(self) -> str:
@@ -145,6 +148,7 @@ class _Checkpoint:
     def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
         self._specs = specs
         self.rules = tuple(_rules_for(config))
+        self._float32 = tuple(float32_of(model_types(config)))
         self.tied = bool(config.get("tie_word_embeddings", False))
         self.dtype = (_dtype_in(config) or _most_common_float(specs.values())) if config else None
         self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
@@ -160,6 +164,15 @@ class _Checkpoint:
     def is_conv1d(self, spec: TensorSpec) -> bool:
         """Whether a matrix is stored (in, out): a square one does not show it, but others of its block do."""
         return bool(names.CONV1D_NAME.search(_module(spec))) and _block(spec.name) in self._conv1d_blocks
+
+    def float32(self, module: str) -> str | None:
+        """When some loader holds the module in float32: always, in a float16 model, or never."""
+        always = {fact.always for fact in self._float32 if fact.covers(module)}
+        return (names.FLOAT32_ALWAYS if True in always else names.FLOAT32) if always else None
+
+    def stays_float(self, module: str) -> bool:
+        """Whether a linear layer is left alone for its float32: what is always float32 becomes int8 all the same."""
+        return self.float32(module) == names.FLOAT32
 
     def _shows_conv1d(self, spec: TensorSpec) -> bool:
         if len(spec.shape) != 2 or not names.CONV1D_NAME.search(_module(spec)):
@@ -178,23 +191,22 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
     quantize = reason == names.LINEAR
     transpose = quantize and checkpoint.is_conv1d(spec)
     written_dtype = spec.dtype if quantize else _written_dtype(spec, checkpoint)
-    return Decision(spec, quantize, transpose, kind_of(spec.name), reason, written_dtype)
+    float32 = None if quantize else checkpoint.float32(_module(spec))
+    return Decision(spec, quantize, transpose, kind_of(spec.name), reason, written_dtype, float32)
 
 
 def _written_dtype(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
     """The dtype in which a tensor that stays a float has to stand in the file.
 
     On load, transformers casts every float of a checkpoint to the model's dtype, or to float32 where a model wants it;
-    but of one that is int8 already it casts no `X.weight`. So those are written as a load of the source would hold
-    them: nearly always as they are. (transformers, quantizers/base.py, `get_new_dtype`)
+    but of one that is int8 already most versions cast no `X.weight`. So those are written as a load of the source would
+    hold them: nearly always as they are, and in float32 where any version wants that, which loses nothing.
+    (transformers, quantizers/base.py, `get_new_dtype`)
     """
     if spec.dtype not in QUANTIZABLE_DTYPES or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
         return spec.dtype
     widening = {"F16": {names.FLOAT32, names.FLOAT32_ALWAYS}, "BF16": {names.FLOAT32_ALWAYS}}.get(checkpoint.dtype, ())
-    module = _module(spec)
-    if any(rule.reason in widening and rule.pattern.search(module) for rule in checkpoint.rules):
-        return "F32"
-    return checkpoint.dtype
+    return "F32" if checkpoint.float32(_module(spec)) in widening else checkpoint.dtype
 
 
 def _dtype_in(config: Mapping[str, Any]) -> str | None:
@@ -230,7 +242,10 @@ def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
     bias_length = checkpoint.bias_length(module)
     for rule in checkpoint.rules:
         if rule.pattern.search(module) and not (rule.biasless and bias_length is not None):
-            return names.TIED_HEAD if rule.reason == names.HEAD and checkpoint.tied else rule.reason
+            reason = names.TIED_HEAD if rule.reason == names.HEAD and checkpoint.tied else rule.reason
+            return names.FLOAT32 if reason == names.LINEAR and checkpoint.stays_float(module) else reason
+    if checkpoint.stays_float(module):
+        return names.FLOAT32
     if module.endswith(".out_proj") and checkpoint.holds(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
         return names.SUBCLASS  # torch.nn.MultiheadAttention's NonDynamicallyQuantizableLinear
     if bias_length is None:
@@ -252,31 +267,31 @@ def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
     for pattern, rules in names.ARCHITECTURE_RULES:
         if any(re.fullmatch(pattern, architecture) for architecture in config.get("architectures") or ()):
             yield from rules
-    for model_type in dict.fromkeys(_model_types(config)):
+    for model_type in dict.fromkeys(model_types(config)):
         yield from names.MODEL_TYPE_RULES.get(model_type, ())
     yield from names.GENERAL_RULES
 
 
 def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
     """Entries for linear layers that are left alone without being in the file; all heads where the type is unknown."""
-    model_types = tuple(_model_types(config))
+    types = tuple(model_types(config))
     for head, owners in names.TIED_HEADS.items():
-        if not model_types or any(model_type in owners for model_type in model_types):
+        if not types or any(model_type in owners for model_type in types):
             yield head
-    for model_type in model_types:
+    for model_type in types:
         yield from names.ABSENT_LINEARS.get(model_type, ())
         if model_type in names.POOLED:
             yield names.POOLER
 
 
-def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+def model_types(config: Mapping[str, Any]) -> Iterator[str]:
     """The model type of a config and of each config inside it (text_config, vision_config, ...)."""
     model_type = config.get("model_type")
     if isinstance(model_type, str):
         yield model_type
     for value in config.values():
         if isinstance(value, Mapping):
-            yield from _model_types(value)
+            yield from model_types(value)
 
 
 def _module(spec: TensorSpec) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_layouts
+from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
@@ -24,6 +24,7 @@ from int8cli.errors import CheckpointError
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import Decision, Plan, PlanOptions, make_plan
+from int8cli.planning.planned_shard import PlannedShard
 from int8cli.results.conversion import TensorGroup
 
 CONFIG_FILE = "config.json"
@@ -47,7 +48,7 @@ class Survey:
     has_config: bool
     config: Mapping[str, Any]
     weights: WeightFiles
-    layouts: tuple[ShardContents, ...]
+    shards: tuple[ShardContents, ...]
     plan: Plan
     target: Layout = bitsandbytes
     stored_counts: Mapping[str, int] | None = None
@@ -59,10 +60,10 @@ class Survey:
     @cached_property
     def outputs(self) -> dict[str, OutputShard]:
         """The output shard for each source shard's file name."""
-        names = output_file_names([layout.file_name for layout in self.layouts])
+        names = output_file_names([contents.file_name for contents in self.shards])
         return {
-            layout.file_name: plan_output_shard(layout, self.decisions, names[layout.file_name], self.target)
-            for layout in self.layouts
+            contents.file_name: plan_output_shard(contents, self.decisions, names[contents.file_name], self.target)
+            for contents in self.shards
         }
 
     @cached_property
@@ -71,12 +72,19 @@ class Survey:
         if self.stored_counts is None:
             return {}
         planned = {
-            layout.file_name: plan_sidecar(
-                layout, self.decisions, self.outputs[layout.file_name].file_name, self.stored_counts
+            contents.file_name: plan_sidecar(
+                contents, self.decisions, self.outputs[contents.file_name].file_name, self.stored_counts
             )
-            for layout in self.layouts
+            for contents in self.shards
         }
         return {name: sidecar for name, sidecar in planned.items() if sidecar is not None}
+
+    def planned(self, file_name: str) -> PlannedShard:
+        """What becomes of one source shard. Its sidecar has room for the most columns that there may be."""
+        contents = next(each for each in self.shards if each.file_name == file_name)
+        decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
+        plan = replace(self.plan, decisions=decisions)
+        return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
 
     @property
     def plan_digest(self) -> str:
@@ -88,7 +96,7 @@ class Survey:
 
     @property
     def source_bytes(self) -> int:
-        return sum(layout.file_bytes for layout in self.layouts)
+        return sum(contents.file_bytes for contents in self.shards)
 
     @property
     def output_bytes(self) -> int:
@@ -131,11 +139,11 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     weights = find_weights(source)
     has_config = CONFIG_FILE in source.list_files()
     config = _read_config(source) if has_config else {}
-    layouts = read_layouts(source, weights)
-    refuse_quantized(config, layouts)
-    specs = [stored.spec for layout in layouts for stored in layout.tensors]
+    shards = read_headers(source, weights)
+    refuse_quantized(config, shards)
+    specs = [stored.spec for contents in shards for stored in contents.tensors]
     plan = make_plan(specs, config, replace(options, loader=target.ACCEPTS))
-    return Survey(source.identity, has_config, config, weights, layouts, plan, target)
+    return Survey(source.identity, has_config, config, weights, shards, plan, target)
 
 
 def decisions_by_name(plan: Plan) -> dict[str, Decision]:
@@ -168,7 +176,7 @@ def room_needed(
     That is their output and, of a Hub source, the shards that are here at once: `held_bytes`, or else the one being
     converted and the next, or all of them where the source keeps them. Shards in the cache already cost nothing.
     """
-    sizes = {layout.file_name: layout.file_bytes for layout in survey.layouts}
+    sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
     wanted = [
         (output, sum(survey.outputs[name].file_bytes for name in remaining)),
@@ -214,9 +222,9 @@ def fingerprint(source: Source, file_name: str) -> str:
     return xxhash.xxh3_128_hexdigest(edges)
 
 
-def model_fingerprint(source: Source, layouts: Sequence[ShardContents]) -> str:
+def model_fingerprint(source: Source, shards: Sequence[ShardContents]) -> str:
     """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
-    marks = [fingerprint(source, layout.file_name) for layout in layouts]
+    marks = [fingerprint(source, contents.file_name) for contents in shards]
     return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""
 
 

@@ -13,6 +13,6 @@ def warnings_of(survey: Survey) -> Iterator[str]:
         yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
     for caveat in survey.target.caveats(survey.plan):
         yield f"warning: {caveat}"
-    for layout in survey.layouts:
-        if not layout.mappable:
-            yield f"{layout.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
+    for contents in survey.shards:
+        if not contents.mappable:
+            yield f"{contents.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"

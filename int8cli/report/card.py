@@ -10,15 +10,8 @@ from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.text import printable
-from int8cli.results.conversion import (
-    ConversionReport,
-    ErrorBasis,
-    RelativeOutputError,
-    StoredKind,
-    StoredSummary,
-    summarize_kinds,
-    worst_by_output_error,
-)
+from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
+from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
 from int8cli.results.units import decibels, human_bytes, human_count
 
 WORST_LAYERS = 10

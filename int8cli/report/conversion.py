@@ -2,40 +2,30 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import broken_at_dots, printable
 from int8cli.results.conversion import (
     ConversionReport,
-    ErrorBasis,
     LayerReport,
-    StoredColumn,
-    StoredSummary,
     TensorGroup,
     summarize_kinds,
     worst_by_output_error,
 )
+from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSummary
 from int8cli.results.units import counted, decibels, human_bytes, human_count
 
-WIDTH = 80
 WORST_LAYERS = 10
 # What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
 NAME_WIDTH = 32
 GROUP_WIDTH = 39
 SIZED_NAME_WIDTH = 48  # beside sizes alone
 COLUMNS_WIDTH = 25
-
-
-def stdout_console() -> Console:
-    """A console on stdout that never uses more than 80 columns."""
-    console = Console(highlight=False)
-    console.width = min(console.width, WIDTH)
-    return console
 
 
 def show_report(report: ConversionReport, output: Path) -> None:
@@ -63,7 +53,7 @@ def show_report(report: ConversionReport, output: Path) -> None:
 
 def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:
     """Kinds of tensors with the reason for what becomes of them."""
-    table = _table(title)
+    table = titled_table(title)
     table.add_column("kind", no_wrap=True)
     table.add_column("tensors", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
@@ -115,7 +105,7 @@ def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
 
 
 def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
-    table = _table(f"Output error ({basis}), by kind of layer")
+    table = titled_table(f"Output error ({basis}), by kind of layer")
     table.add_column("kind", no_wrap=True)
     table.add_column("layers", justify="right", no_wrap=True)
     table.add_column("columns", justify="right", no_wrap=True)
@@ -139,7 +129,7 @@ def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
 
 def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> Table:
     worst = worst_by_output_error(layers, basis)[:WORST_LAYERS]
-    table = _table("Worst layers by output error" if len(worst) == WORST_LAYERS else "Layers, by output error")
+    table = titled_table("Worst layers by output error" if len(worst) == WORST_LAYERS else "Layers, by output error")
     table.add_column("layer", no_wrap=True)
     table.add_column("all int8", justify="right", no_wrap=True)
     table.add_column("stored", justify="right", no_wrap=True)
@@ -164,7 +154,7 @@ def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
 
 
 def _kinds_table(report: ConversionReport) -> Table:
-    table = _table("Quantized, by kind of layer")
+    table = titled_table("Quantized, by kind of layer")
     table.add_column("kind", no_wrap=True)
     measured = report.sums is not None
     name_width = NAME_WIDTH if measured else SIZED_NAME_WIDTH
@@ -188,7 +178,7 @@ def _error_cells(sums: ErrorSums) -> tuple[str, str, str]:
 
 
 def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
-    table = _table("Worst layers" if len(layers) == WORST_LAYERS else "Layers, worst first")
+    table = titled_table("Worst layers" if len(layers) == WORST_LAYERS else "Layers, worst first")
     table.add_column("layer", no_wrap=True)
     table.add_column("out x in", justify="right", no_wrap=True)
     table.add_column("error", justify="right", no_wrap=True)
@@ -205,10 +195,4 @@ def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
             f"{sums.row_absmax_min:.2g}-{sums.row_absmax_max:.2g}",
         )
     table.caption = "max err: max |w-ŵ| · absmax: smallest and largest row_absmax"
-    return table
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
-    table.padding = (0, 1)
     return table

@@ -5,7 +5,7 @@ import math
 from rich.markup import escape
 from rich.table import Table
 
-from int8cli.report.conversion import stdout_console
+from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import broken_at_dots
 from int8cli.results.evaluation import Evaluation, MethodResult
 from int8cli.results.units import counted, perplexity_text
@@ -44,7 +44,7 @@ def summary_lines(found: Evaluation) -> list[str]:
 
 
 def _predictions_table(found: Evaluation) -> Table:
-    table = _table("Predictions")
+    table = titled_table("Predictions")
     table.add_column("method", no_wrap=True)
     compared = ("Δ nats", "± s.e.", "KL", "same top") if found.reference is not None else ()
     for name in ("perplexity", *compared):
@@ -70,7 +70,7 @@ def _predictions_table(found: Evaluation) -> Table:
 
 
 def _errors_table(found: Evaluation) -> Table:
-    table = _table(f"Output error of linear layers, on {found.error_tokens:,} tokens")
+    table = titled_table(f"Output error of linear layers, on {found.error_tokens:,} tokens")
     table.add_column("method", no_wrap=True)
     for name in ("mean", "worst"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -94,9 +94,3 @@ def _signed(value: float | None) -> str:
 
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}" if math.isfinite(value) else "not finite"
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
-    table.padding = (0, 1)
-    return table

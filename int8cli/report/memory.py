@@ -14,7 +14,7 @@ from int8cli.estimate.estimate import FLOAT16, INT8, PRECISIONS, WORKSPACE_FORMU
 from int8cli.estimate.fit import Answer, Count, FitRow
 from int8cli.estimate.units import HEAD
 from int8cli.estimate.weights import Weights
-from int8cli.report.conversion import stdout_console
+from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.results.units import human_bytes, human_count
 
 _BAR_WIDTH = 30
@@ -26,7 +26,7 @@ def show_memory(report: MemoryReport) -> None:
     """Print weights by precision and part, what use adds, what a conversion takes, and which cards hold it."""
     console = stdout_console()
     estimate = report.estimate
-    files = len(estimate.survey.layouts)
+    files = len(estimate.survey.shards)
     console.print(
         f"[bold]{escape(estimate.survey.identity.name)}[/bold]: {human_count(estimate.weights.parameters)} parameters "
         f"in {files} file{'s' if files > 1 else ''}, {' and '.join(estimate.stored_dtypes)}",
@@ -69,7 +69,7 @@ def gib(count: float) -> str:
 
 
 def _precision_table(estimate: Estimate) -> Table:
-    table = _table("Weights")
+    table = titled_table("Weights")
     for name in ("", "decimal", "binary", "largest block"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     weights, buffers = estimate.weights, estimate.buffer_bytes
@@ -95,7 +95,7 @@ def _precision_table(estimate: Estimate) -> Table:
 
 
 def _parts_table(estimate: Estimate) -> Table:
-    table = _table("By part: █ in int8, ░ what 16 bit takes more")
+    table = titled_table("By part: █ in int8, ░ what 16 bit takes more")
     for name in ("", "", "16 bit", "int8"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     most = max((part.weights.float16_bytes for part in estimate.parts), default=0)
@@ -159,7 +159,7 @@ def _conversion_lines(estimate: Estimate) -> Iterator[str]:
 
 
 def _fit_table(report: MemoryReport) -> Table:
-    table = _table("Cards it takes, whole blocks in order")
+    table = titled_table("Cards it takes, whole blocks in order")
     table.add_column("", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     for precision in PRECISIONS:
@@ -216,7 +216,7 @@ def _decision(answer: Answer, report: MemoryReport) -> str:
 
 
 def _placement_table(answer: Answer) -> Table:
-    table = _table("")
+    table = titled_table("")
     table.add_column("card", no_wrap=True)
     table.add_column("holds", overflow="fold")
     for name in ("weights", "KV", "work", "left"):
@@ -255,12 +255,6 @@ def _element_bytes(use: Use) -> int:
     from int8cli.estimate.kv_cache import DTYPE_BYTES
 
     return DTYPE_BYTES[use.kv_dtype]
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title or None, title_justify="left", title_style="bold", caption_justify="left", box=None)
-    table.padding = (0, 1)
-    return table
 
 
 __all__: Sequence[str] = ("gib", "show_memory", "total_bytes", "units_in_words")

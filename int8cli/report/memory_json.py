@@ -10,7 +10,7 @@ from int8cli.estimate.kv_cache import DTYPE_BYTES
 from int8cli.estimate.weights import Weights
 from int8cli.report.memory import total_bytes
 
-MEMORY_SCHEMA = "int8cli.estimate.estimate/1"
+MEMORY_SCHEMA = "int8cli.memory/1"
 
 
 def memory_to_json(report: MemoryReport) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
         "revision": survey.identity.revision,
         "parameters": estimate.weights.parameters,
         "percent_quantized": survey.plan.percent_quantized,
-        "files": len(survey.layouts),
+        "files": len(survey.shards),
         "stored": {"bytes": survey.source_bytes, "tensor_bytes_by_dtype": estimate.stored_dtypes},
         "weights": {**_weights(estimate.weights), "buffer_bytes": estimate.buffer_bytes},
         "output_bytes": survey.output_bytes,

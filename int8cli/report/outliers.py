@@ -20,7 +20,7 @@ from int8cli.outliers.suspects import (
     MEASURED_PRECISION_OF_ALL,
     WeightSuspects,
 )
-from int8cli.report.conversion import stdout_console
+from int8cli.report.terminal import stdout_console, titled_table
 
 MOST_ROWS = 12
 
@@ -43,7 +43,7 @@ def show_suspects(found: WeightSuspects) -> None:
     console: Console = stdout_console()
     console.print(f"[bold]{escape(found.model)}[/bold]: suspects, from the weights alone", soft_wrap=True)
     console.print(suspects_caveat(), soft_wrap=True)
-    table = _table("Suspects, by predicted magnitude")
+    table = titled_table("Suspects, by predicted magnitude")
     for name in ("dimension", "score", "layers"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("which", overflow="fold")
@@ -149,7 +149,7 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def _features_table(features: Sequence[LocatedFeature]) -> Table:
-    table = _table("Outlier features, over norm-fed inputs")
+    table = titled_table("Outlier features, over norm-fed inputs")
     for name in ("dim", "layers", "positions", "at most", "largest", "sign"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("in layers", overflow="fold")
@@ -169,7 +169,7 @@ def _features_table(features: Sequence[LocatedFeature]) -> Table:
 
 
 def _massive_table(groups: Sequence[MassiveGroup]) -> Table:
-    table = _table("Massive activations (|x| > 100 and > 1000 times the median)")
+    table = titled_table("Massive activations (|x| > 100 and > 1000 times the median)")
     table.add_column("where", overflow="fold")
     for name in ("dim", "layers", "value", "position", "later"):
         table.add_column(name, justify="right", overflow="fold")
@@ -187,7 +187,7 @@ def _massive_table(groups: Sequence[MassiveGroup]) -> Table:
 
 
 def _kinds_table(sites: Sequence[SiteStatistics]) -> Table:
-    table = _table("Inputs of linear layers, by kind")
+    table = titled_table("Inputs of linear layers, by kind")
     table.add_column("kind", no_wrap=True)
     for name in ("inputs", "over", "largest", "int8 weights", "vector-wise"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -207,7 +207,7 @@ def _kinds_table(sites: Sequence[SiteStatistics]) -> Table:
 def _sites_table(sites: Sequence[SiteStatistics]) -> Table:
     prefix = common_prefix([site.name for site in sites])
     worst = sorted(sites, key=lambda site: -site.worst_predicted_error(int8_inputs=True))[:MOST_ROWS]
-    table = _table("Inputs with the largest predicted error")
+    table = titled_table("Inputs with the largest predicted error")
     table.add_column(f"input of {prefix}…" if prefix else "input of", overflow="fold")
     for name in ("dims over", "largest", "at dim", "int8 w.", "vector-wise"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -232,9 +232,3 @@ def _median_and_worst(sites: Sequence[SiteStatistics], *, int8_inputs: bool) -> 
 
 def _more(count: int) -> str:
     return f" · {count - MOST_ROWS} more in --json" if count > MOST_ROWS else ""
-
-
-def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=None)
-    table.padding = (0, 1)
-    return table

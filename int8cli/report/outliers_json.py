@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from int8cli.llm_int8.outliers import InputSummary
+from int8cli.llm_int8.inputs import InputSummary
 from int8cli.outliers.statistics import OutlierStatistics, SiteStatistics
 from int8cli.outliers.suspects import (
     MEASURED_AVERAGE_PRECISION,

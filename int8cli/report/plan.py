@@ -10,12 +10,13 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
 from int8cli.records.store import NO_OUTLIERS, Settings
-from int8cli.report.conversion import groups_table, stdout_console
+from int8cli.report.conversion import groups_table
 from int8cli.report.stored import columns_word, percent_more, told_by
+from int8cli.report.terminal import stdout_console
 from int8cli.report.text import printable
 from int8cli.results.units import counted, human_bytes, human_count
 
-PLAN_SCHEMA = "int8cli.planning.plan/1"
+PLAN_SCHEMA = "int8cli.plan/1"
 
 
 def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
         "total_bytes": survey.output_bytes + survey.sidecar_bytes,
         "stored_columns": _stored_to_json(survey, settings),
         "figures": settings.figures if settings is not None else None,
-        "shards": [_shard_to_json(survey, layout) for layout in survey.layouts],
+        "shards": [_shard_to_json(survey, contents) for contents in survey.shards],
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
         "percent_quantized": plan.percent_quantized,
@@ -64,11 +65,11 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
     }
 
 
-def _shard_to_json(survey: Survey, layout: ShardContents) -> dict[str, Any]:
-    output, sidecar = survey.outputs[layout.file_name], survey.sidecars.get(layout.file_name)
+def _shard_to_json(survey: Survey, contents: ShardContents) -> dict[str, Any]:
+    output, sidecar = survey.outputs[contents.file_name], survey.sidecars.get(contents.file_name)
     return {
-        "source": layout.file_name,
-        "source_bytes": layout.file_bytes,
+        "source": contents.file_name,
+        "source_bytes": contents.file_bytes,
         "output": output.file_name,
         "output_bytes": output.file_bytes,
         "sidecar": sidecar.file_name if sidecar is not None else None,
@@ -96,7 +97,7 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
     console = stdout_console()
     plan = survey.plan
     ratio = survey.source_bytes / survey.output_bytes if survey.output_bytes else 0.0
-    shards = f"{len(survey.layouts)} shard" + ("s" if len(survey.layouts) > 1 else "")
+    shards = f"{len(survey.shards)} shard" + ("s" if len(survey.shards) > 1 else "")
     for line in (
         f"[bold]{escape(survey.identity.name)}[/bold] → [bold]{escape(str(output))}[/bold], {shards} (dry run)",
         f"source    {survey.source_bytes:>19,} bytes  {human_bytes(survey.source_bytes):>10}",

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
-from int8cli.results.conversion import ConversionReport, StoredSummary
+from int8cli.results.conversion import ConversionReport
+from int8cli.results.stored_columns import StoredSummary
 from int8cli.results.units import counted
 
 SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"

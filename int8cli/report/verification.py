@@ -3,7 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
-from int8cli.report.conversion import stdout_console
+from int8cli.report.terminal import stdout_console
 from int8cli.results.verification import Check, Failure, Verification
 
 FAILURES_SHOWN = 20

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from int8cli.checkpoint.index import read_contents
 from int8cli.checkpoint.source import Source
-from int8cli.checkpoint.tensor import ShardContents, TensorSpec
+from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
+from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.quantize import INT8_MAX
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
 
 _WEIGHT = ".weight"
+_AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Converted:
     `scales` are by the int8 weight's name; `sidecars` the files of stored outlier columns, empty without.
     """
 
-    layouts: tuple[ShardContents, ...]
+    shards: tuple[ShardContents, ...]
     sidecars: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
     scales: Mapping[str, _Scale]
@@ -60,8 +62,13 @@ class Converted:
     @property
     def kept_columns(self) -> tuple[int, ...]:
         """How many columns each layer keeps that has any stored."""
-        stored = [tensor.spec for layout in self.sidecars for tensor in layout.tensors]
+        stored = [tensor.spec for contents in self.sidecars for tensor in contents.tensors]
         return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
+
+    @property
+    def stored(self) -> dict[str, TensorSpec]:
+        """What the sidecars hold, by name."""
+        return {tensor.spec.name: tensor.spec for contents in self.sidecars for tensor in contents.tensors}
 
     @property
     def modules(self) -> frozenset[str]:
@@ -69,20 +76,61 @@ class Converted:
         return frozenset(name.removesuffix(_WEIGHT) for name in self.scales)
 
 
-def find_converted(source: Source, layouts: Sequence[ShardContents]) -> Converted | None:
-    """The int8 weights of a checkpoint in one of our layouts; None where there are none."""
-    specs = {stored.spec.name: stored.spec for layout in layouts for stored in layout.tensors}
+def find_converted(source: Source, shards: Sequence[ShardContents]) -> Converted | None:
+    """The int8 weights of a checkpoint in one of our layouts; None where there are none.
+
+    Raises CheckpointError for one that is no matrix with a scale for each row, and for stored columns that do not fit.
+    """
+    specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
     scales: dict[str, _Scale] = {}
     beside: set[str] = set()
     for layout in LAYOUTS.values():
         for name, spec in specs.items():
             if name.endswith(_WEIGHT) and spec.dtype == "I8" and layout.scale_name(name) in specs:
+                _check_scale(spec, specs[layout.scale_name(name)])
                 scales[name] = _Scale(layout.scale_name(name), layout.SCALES == "step")
                 beside |= {layout.scale_name(name), *layout.marks(name)}
     if not scales:
         return None
     left = {name: spec for name, spec in specs.items() if name not in beside}
-    return Converted(tuple(layouts), tuple(_sidecars(source)), left, scales)
+    converted = Converted(tuple(shards), tuple(_sidecars(source)), left, scales)
+    _check_columns(converted)
+    return converted
+
+
+def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
+    if len(weight.shape) != 2 or scale.dtype not in QUANTIZABLE_DTYPES or scale.numel != weight.shape[0]:
+        raise CheckpointError(
+            f"{weight.name} is I8 {list(weight.shape)} and {scale.name} {scale.dtype} {list(scale.shape)}, "
+            "where a matrix and one float for each of its rows are expected",
+            hint="Convert the model again.",
+        )
+
+
+def _check_columns(converted: Converted) -> None:
+    """Stored columns belong to an int8 layer each, as I32 [k] and floats [out_features, k]."""
+    stored = converted.stored
+    for name in stored:
+        if name.rpartition(".")[0] not in converted.modules:
+            raise CheckpointError(f"columns are stored as {name}, and the model has no such int8 layer", hint=_AGAIN)
+    for module in sorted({name.rpartition(".")[0] for name in stored}):
+        out_features = converted.specs[f"{module}{_WEIGHT}"].shape[0]
+        columns, weights = stored.get(outlier_cols_name(module)), stored.get(outlier_weight_name(module))
+        if columns is None or weights is None or not _fits(columns, weights, out_features):
+            raise CheckpointError(
+                f"{module}: its stored columns are {_shown(columns)} and {_shown(weights)}, where the layer has "
+                f"{out_features} outputs and takes I32 [k] and floats [{out_features}, k]",
+                hint=_AGAIN,
+            )
+
+
+def _fits(columns: TensorSpec, weights: TensorSpec, out_features: int) -> bool:
+    whole = columns.dtype == "I32" and weights.dtype in QUANTIZABLE_DTYPES
+    return whole and len(columns.shape) == 1 and weights.shape == (out_features, columns.numel)
+
+
+def _shown(spec: TensorSpec | None) -> str:
+    return "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
 
 
 def _sidecars(source: Source) -> Iterable[ShardContents]:
@@ -92,6 +140,15 @@ def _sidecars(source: Source) -> Iterable[ShardContents]:
                 yield read_contents(file, "safetensors", name, source.size_bytes(name))
 
 
+def check_indices(module: str, indices: Sequence[int], in_features: int) -> None:
+    """Raise CheckpointError unless a layer's stored columns ascend and are among its inputs."""
+    if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
+        raise CheckpointError(
+            f"{module}: its stored columns {str(indices)[:80]} are no ascending indices below {in_features}",
+            hint=_AGAIN,
+        )
+
+
 class ConvertedTensors(CheckpointTensors):
     """Reads a converted model as the 16-bit model that it stands for, and its int8 tensors as they are.
 
@@ -99,9 +156,10 @@ class ConvertedTensors(CheckpointTensors):
     """
 
     def __init__(self, source: Source, converted: Converted) -> None:
-        super().__init__(source, (*converted.layouts, *converted.sidecars))
+        super().__init__(source, (*converted.shards, *converted.sidecars))
         self._scales = converted.scales
-        self._known = {stored.spec.name for layout in converted.sidecars for stored in layout.tensors}
+        self._known = converted.stored
+        self._in_features = {name: converted.specs[f"{name}{_WEIGHT}"].shape[1] for name in converted.modules}
         self.dtype = torch.float32
         self.transposed: frozenset[str] = frozenset()
 
@@ -133,8 +191,10 @@ class ConvertedTensors(CheckpointTensors):
         return Int8Data(super().read(name), values * INT8_MAX if scale.is_step else values)
 
     def kept(self, module: str) -> KeptColumns | None:
-        """The outlier columns stored for a linear layer, if there are any."""
+        """The outlier columns stored for a linear layer, if there are any. Raises CheckpointError."""
         columns = outlier_cols_name(module)
         if columns not in self._known:
             return None
-        return KeptColumns(super().read(columns).long(), super().read(outlier_weight_name(module)))
+        indices = super().read(columns)
+        check_indices(module, indices.tolist(), self._in_features[module])
+        return KeptColumns(indices.long(), super().read(outlier_weight_name(module)))

@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
-from int8cli.model.skeleton import (
-    dtype_of,
-    model_class_of,
-    name_targets,
-    read_config,
-)
+from int8cli.model.config import dtype_of, model_class_of, read_config
+from int8cli.model.loading import name_targets
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.stored import StoredLinear, StoredModel
 
 _METHOD = "int8cli"
 _GENERATION_CONFIG = "generation_config.json"
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _OTHER_LOADERS_HINT = "Where transformers opens the directory itself, AutoModel...from_pretrained(DIR) runs it too."
 
 
@@ -150,7 +146,7 @@ class _Replacing:
             module.bias,
             inputs=self.inputs,
             columns=linear.columns,
-            columns_dtype=_TORCH_DTYPES[linear.columns_dtype],
+            columns_dtype=TORCH_DTYPES[linear.columns_dtype],
             device=module.weight.device,
         )
 

@@ -1,7 +1,6 @@
 """A converted directory as a state dict whose tensors are read when a loader asks for them.
 
-Owns which linear layers are int8, how the layouts' scales become row_absmax, and whether the stored columns fit the
-layers they are for. Knows no model.
+Owns which linear layers are int8, and how the layouts' scales become row_absmax. Knows no model.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import find_weights, read_layouts
+from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
+from int8cli.errors import ModelNotFoundError, UnsupportedModelError
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.runtime.converted import Converted, find_converted
+from int8cli.runtime.converted import Converted, check_indices, find_converted
 
 COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
-_AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
 
 
 class LoadedTensor:
@@ -60,15 +58,15 @@ class StoredModel:
         if not directory.is_dir():
             raise ModelNotFoundError(f"{directory} is no directory", hint="load_model takes what convert wrote.")
         source = DirectorySource(directory)
-        layouts = read_layouts(source, find_weights(source))
-        converted = find_converted(source, layouts)
+        shards = read_headers(source, find_weights(source))
+        converted = find_converted(source, shards)
         if converted is None:
             raise UnsupportedModelError(
                 f"{directory} holds no int8 weights in a layout of int8cli",
                 hint="Convert the model first, and load what that writes: int8cli convert MODEL.",
             )
         self._converted = converted
-        self._tensors = CheckpointTensors(source, (*layouts, *converted.sidecars))
+        self._tensors = CheckpointTensors(source, (*shards, *converted.sidecars))
         try:
             self.linears = tuple(_linears(converted, self._tensors))
         except BaseException:
@@ -112,38 +110,12 @@ class StoredModel:
 
 
 def _linears(converted: Converted, tensors: CheckpointTensors) -> Iterator[StoredLinear]:
-    stored = {spec.name: spec for spec in (t.spec for sidecar in converted.sidecars for t in sidecar.tensors)}
-    for name in stored:
-        if name.rpartition(".")[0] not in converted.modules:
-            raise CheckpointError(f"columns are stored as {name}, and the model has no such int8 layer", hint=_AGAIN)
+    stored = converted.stored
     for name in sorted(converted.modules):
         out_features, in_features = converted.specs[f"{name}.weight"].shape
-        columns, weights = stored.get(f"{name}.{COLUMNS}"), stored.get(f"{name}.{COLUMN_WEIGHTS}")
-        if columns is None and weights is None:
+        columns = stored.get(f"{name}.{COLUMNS}")
+        if columns is None or not columns.numel:
             yield StoredLinear(name, in_features, out_features, 0, "F32")
             continue
-        if columns is None or weights is None or not _fits(columns, weights, out_features):
-            raise CheckpointError(
-                f"{name}: its stored columns are {_shown(columns)} and {_shown(weights)}, where the layer has "
-                f"{out_features} outputs and takes I32 [k] and floats [{out_features}, k]",
-                hint=_AGAIN,
-            )
-        _check_indices(name, tensors.read(columns.name).tolist(), in_features)
-        columns_dtype = weights.dtype if columns.numel else "F32"
-        yield StoredLinear(name, in_features, out_features, columns.numel, columns_dtype)
-
-
-def _fits(columns: TensorSpec, weights: TensorSpec, out_features: int) -> bool:
-    whole = columns.dtype == "I32" and weights.dtype in QUANTIZABLE_DTYPES
-    return whole and len(columns.shape) == 1 and weights.shape == (out_features, columns.numel)
-
-
-def _check_indices(name: str, indices: list[int], in_features: int) -> None:
-    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
-        raise CheckpointError(
-            f"{name}: its stored columns {str(indices)[:80]} are no ascending indices below {in_features}", hint=_AGAIN
-        )
-
-
-def _shown(spec: TensorSpec | None) -> str:
-    return "missing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+        check_indices(name, tensors.read(columns.name).tolist(), in_features)
+        yield StoredLinear(name, in_features, out_features, columns.numel, stored[f"{name}.{COLUMN_WEIGHTS}"].dtype)

@@ -10,22 +10,23 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from int8cli.checkpoint.digest import SourceDigest
+from int8cli.checkpoint.digest import NOT_AS_PUBLISHED
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor
-from int8cli.conversion.shard import layer_report, open_reader, plan_task_sidecar
-from int8cli.conversion.shard_pass import PassResult, ShardPass, Sidecar
+from int8cli.conversion.open_shard import open_shard
+from int8cli.conversion.pass_ledger import PassResult
+from int8cli.conversion.shard import layer_report
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.planning.output_files import OutputShard, plan_output_shard, sidecar_file_name
+from int8cli.planning.output_files import OutputShard, sidecar_file_name
 from int8cli.planning.plan import Decision, Plan, PlanOptions
-from int8cli.planning.survey import Survey, decisions_by_name, fingerprint, survey_source
+from int8cli.planning.planned_shard import PlannedShard, plan_shard
+from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
 from int8cli.records.manifest import SideFile
 from int8cli.records.store import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
@@ -97,7 +98,9 @@ def survey_for(source: Source, conversion: Conversion) -> Survey:
 
 def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:
     """Whether this is the source that was converted, by names, sizes and, in a directory, its shards' edges."""
-    found = {layout.file_name: (layout.file_bytes, fingerprint(source, layout.file_name)) for layout in survey.layouts}
+    found = {
+        contents.file_name: (contents.file_bytes, fingerprint(source, contents.file_name)) for contents in survey.shards
+    }
     failures = []
     if source.identity.on_hub and conversion.source.on_hub and source.identity != conversion.source:
         was, now = (f"{each.name} at {each.revision}" for each in (conversion.source, source.identity))
@@ -127,12 +130,12 @@ def check_weights(
     weights: list[Failure] = []
     figures: list[Failure] = []
     layers = copied = columns = 0
-    layouts = {layout.file_name: layout for layout in survey.layouts}
-    shards = [shard for shard in conversion.shards if shard.file in layouts and shard.file in records]
+    present = {contents.file_name for contents in survey.shards}
+    shards = [shard for shard in conversion.shards if shard.file in present and shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = _task(directory, shard, survey, conversion, record, options)
-        layers, copied = layers + len(record.layers), copied + len(task.plan.copied)
+        layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
         try:
             with source.fetch(shard.file) as local:
@@ -177,38 +180,36 @@ def _task(
     record: ShardRecord,
     options: VerificationRun,
 ) -> ShardTask:
-    layout = next(layout for layout in survey.layouts if layout.file_name == shard.file)
-    via_half = conversion.settings.float32 == VIA_FLOAT16
-    sidecar = sidecar_file_name(shard.output)
-    has_sidecar = _is_comparable(record, sidecar, layout, conversion)
-    stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
+    """The task by which the shard was converted, as its record has it."""
+    contents = next(each for each in survey.shards if each.file_name == shard.file)
+    via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
+    stored = None
+    if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
+        stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
+    columns = {name: each.indices for name, each in stored.items()} if stored is not None else None
+    plan = _plan_as_recorded(survey, contents, record)
     return ShardTask(
         source=shard,
         weight_format=survey.weights.format,
-        layout=layout,
-        plan=_plan_as_recorded(survey, layout, record),
-        output=directory / shard.output,
+        planned=plan_shard(contents, plan, shard.output, survey.target, columns),
+        directory=directory,
         partial=directory / shard.output,
-        options=PassOptions(
-            options.threads, options.device, via_half, keep_non_finite=True, figures=conversion.settings.figures
-        ),
-        target=conversion.settings.layout,
-        sidecar=directory / sidecar if has_sidecar else None,
-        stored=stored if has_sidecar else {},
+        options=PassOptions(options.threads, options.device, via_half, keep_non_finite=True, figures=figures),
+        stored=stored or {},
     )
 
 
-def _is_comparable(record: ShardRecord, sidecar: str, layout: ShardContents, conversion: Conversion) -> bool:
+def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
     """Whether there is a sidecar whose record makes sense; where it makes none, a check of its own says so."""
-    known = {stored.spec.name for stored in layout.tensors}
+    known = {stored.spec.name for stored in contents.tensors}
     most = conversion.settings.outlier_columns
     sound = (f"{layer.name}.weight" in known and column_problem(layer, most) is None for layer in record.layers)
     return sidecar in (file.file for file in record.files[1:]) and all(sound)
 
 
-def _plan_as_recorded(survey: Survey, layout: ShardContents, record: ShardRecord) -> Plan:
+def _plan_as_recorded(survey: Survey, contents: ShardContents, record: ShardRecord) -> Plan:
     layers = {f"{layer.name}.weight": layer for layer in record.layers}
-    own = (survey.decisions[stored.spec.name] for stored in layout.tensors)
+    own = (survey.decisions[stored.spec.name] for stored in contents.tensors)
     return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
 
 
@@ -220,54 +221,48 @@ def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
 
 
 def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[PassResult, list[Failure]]:
-    decisions = decisions_by_name(task.plan)
-    output = plan_output_shard(task.layout, decisions, task.source.output, LAYOUTS[task.target])
-    sidecar, failures = _comparable_sidecar(task, decisions)
-    shard = task.source.output
+    planned, failures = _comparable(task)
+
+    def advance(shard: str, tensor: str, count: int) -> None:
+        progress.advance(COMPARE, task.source.output, count, tensor)
+
     with ExitStack() as opened:
-        reader = opened.enter_context(closing(open_reader(task, local)))
-        comparison = opened.enter_context(closing(Comparison(task.output, output)))
-        beside = None
-        if sidecar is not None and task.sidecar is not None:
-            beside = opened.enter_context(closing(Comparison(task.sidecar, sidecar.output)))
-        digest = SourceDigest(FileReader(local.path), task.source.size_bytes) if local.sha256 else None
-        in_pass = digest if task.layout.mappable else None
-        shard_pass = ShardPass(task.layout, decisions, reader, output, task.options, sidecar)
-        result = shard_pass.run(comparison, partial(_advance, progress, shard), in_pass, beside)
-        if digest is not None and digest.hexdigest() != local.sha256:
-            failures.append(Failure(task.source.file, "its sha256 is not the one that the Hub published"))
-        failures += comparison.differences()
-        failures += beside.differences() if beside is not None else ()
+        shard = opened.enter_context(open_shard(task, local))
+        comparisons = [
+            opened.enter_context(closing(Comparison(task.directory / file.file_name, file))) for file in planned.files
+        ]
+        result = shard.run_pass(planned, task.options, comparisons, advance)
+        if result.source_sha256 != local.sha256:
+            failures.append(Failure(task.source.file, NOT_AS_PUBLISHED))
+        for comparison in comparisons:
+            failures += comparison.differences()
     for name, place in result.non_finite.items():
-        failures.append(Failure(shard, f"is in int8, but holds {place.value} in the source", name))
+        failures.append(Failure(task.source.output, f"is in int8, but holds {place.value} in the source", name))
     return result, failures
 
 
-def _comparable_sidecar(task: ShardTask, decisions: Mapping[str, Decision]) -> tuple[Sidecar | None, list[Failure]]:
-    """What the source gives for the sidecar; None, and why, if the file that stands cannot be that by its size."""
-    sidecar = plan_task_sidecar(task, decisions)
-    if sidecar is None or task.sidecar is None:
-        return None, []
-    name, wanted = sidecar.output.file_name, sidecar.output.file_bytes
-    if not task.sidecar.is_file():
-        return None, [Failure(name, "is missing")]
-    found = task.sidecar.stat().st_size
-    if found != wanted:
-        return None, [Failure(name, f"has {found:,} bytes, the source gives {wanted:,}")]
-    return sidecar, []
-
-
-def _advance(progress: Progress, file: str, tensor: str, count: int) -> None:
-    progress.advance(COMPARE, file, count, tensor)
+def _comparable(task: ShardTask) -> tuple[PlannedShard, list[Failure]]:
+    """What the source gives; without a sidecar, and why, if the file that stands cannot be that by its size."""
+    sidecar = task.planned.sidecar
+    if sidecar is None:
+        return task.planned, []
+    path = task.directory / sidecar.file_name
+    if not path.is_file():
+        problem = "is missing"
+    elif (found := path.stat().st_size) != sidecar.file_bytes:
+        problem = f"has {found:,} bytes, the source gives {sidecar.file_bytes:,}"
+    else:
+        return task.planned, []
+    return replace(task.planned, sidecar=None, columns={}), [Failure(sidecar.file_name, problem)]
 
 
 def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -> Iterator[Failure]:
     recorded = {layer.name: layer for layer in record.layers}
-    for decision in task.plan.quantized:
+    for decision in task.planned.plan.quantized:
         if decision.spec.name in result.non_finite:
             continue
         told = recorded[decision.module]
-        anew = layer_report(decision, LAYOUTS[task.target], result, told.stored)
+        anew = layer_report(decision, task.planned.target, result, told.stored)
         if replace(anew, sums=told.sums) != told:
             yield Failure(record.files[0].file, "its shape, kind or sizes are not those reported", decision.module)
         if anew.sums is None or told.sums is None:

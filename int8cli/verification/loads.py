@@ -28,20 +28,6 @@ _PACKAGES = {
     "bitsandbytes": ("transformers", "accelerate", "bitsandbytes"),
     "compressed-tensors": ("transformers", "accelerate", "compressed_tensors"),
 }
-_TORCH_DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "I16": "int16",
-    "I32": "int32",
-    "I64": "int64",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
 
 
 class _UnknownModelError(Exception):
@@ -123,8 +109,10 @@ def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _Lai
     """What `from_pretrained` makes of these tensors, all of them on the meta device."""
     import torch
 
+    from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+
     def empty(spec: TensorSpec) -> torch.Tensor:
-        return torch.empty(spec.shape, dtype=getattr(torch, _TORCH_DTYPES[spec.dtype]), device="meta")
+        return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
 
     model, info = model_class.from_pretrained(
         None,

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.planning import architectures as names
 from int8cli.planning.layouts.skip_modules import skip_modules
 from int8cli.planning.plan import Acceptance, Plan
+from int8cli.planning.transformers_versions import covers_by_component
 
 NAME = "compressed-tensors"
 # The loaders replace what is an `nn.Linear` or, in vLLM, made of them: experts that are stored one by one too.
@@ -72,18 +72,18 @@ def ignore(plan: Plan) -> list[str]:
     (compressed_tensors, utils/match.py, `match_name`; vLLM, compressed_tensors/utils.py). Subclasses of `nn.Linear`
     are replaced too.
     """
-    return [_as_pattern(entry) for entry in skip_modules(plan, also_replaced={names.SUBCLASS})]
+    return [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component,))]
 
 
 def transformers_reads(tensor_names: Iterable[str]) -> bool:
-    """False for mixtures of experts stored one by one: what transformers 5.23 merges of this format is packed int4."""
+    """False for mixtures of experts stored one by one: what transformers merges of this format is packed int4."""
     return not any(_EXPERT.search(name) for name in tensor_names)
 
 
 def caveats(plan: Plan) -> Iterator[str]:
     """That transformers does not read a mixture, and layers that vLLM merges into one but cannot in two precisions."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
-        yield "transformers (5.23) does not read mixtures of experts in this layout; vLLM does"
+        yield "transformers does not read mixtures of experts in this layout; vLLM does"
     fates: dict[str, set[bool]] = {}
     for decision in plan.decisions:
         block, _, leaf = decision.module.rpartition(".")

@@ -1,67 +1,83 @@
 """`llm_int8_skip_modules`: telling transformers which linear layers a plan left alone.
 
 Owns the one list in config.json that makes the loader build plain layers where the file holds plain weights. Given such
-a list, the loader drops its own default (output head, tied weights), so the head is always named here.
+a list, the loader drops its own default (output head, tied weights), so the heads are always named here: the model's
+own, and those that another class of the same family makes anew.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from int8cli.planning import architectures as names
 from int8cli.planning.plan import Decision, Plan
+from int8cli.planning.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 
 EXPERTS_PATTERN = r".*\.experts"
+ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first, whose entries hold most widely
 
 # Tensors with these reasons are no module that the loader would replace, whatever the list says.
 _NEVER_REPLACED = frozenset(
-    {names.NOT_FLOAT, names.NORM_OR_BIAS, names.NOT_A_MATRIX, names.NOT_A_WEIGHT, names.EMBEDDING, names.SUBCLASS}
+    {names.NOT_FLOAT, names.NORM_OR_BIAS, names.NOT_A_MATRIX, names.NOT_A_WEIGHT, names.EMBEDDING}
 )
-_BOUNDARY = r"(?:(?<=\.)|(?=\.|$))"
+# Where only whole names count, a router's would be one for each layer: that version quantizes them on load instead.
+_NOT_BY_NAME = frozenset({names.ROUTER, names.EXPERT})
 
 
-def skip_modules(plan: Plan, also_replaced: Collection[str] = ()) -> list[str]:
+def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]:
     """The entries that make transformers leave alone every linear layer that the plan leaves alone, and no other.
 
-    `also_replaced` are reasons of the plan for modules which this loader would replace though bitsandbytes' does not.
-
-    An entry covers a module when it is a suffix of its name, or matches it as a regular expression from its start up
-    to a dot or its end (transformers, quantizers_utils.py, `should_convert_module`). Entries are suffixes wherever a
-    suffix tells the module from all quantized ones: those hold with and without the base model's prefix. Sorted.
+    `rules` say which modules an entry covers: those of all versions, which differ. No entry covers a quantized module
+    by any of them; what the plan leaves alone is covered by each, as far as such entries exist. Entries are suffixes
+    wherever a suffix tells the module from all quantized ones: those hold with and without the base model's prefix.
+    Sorted.
 
     The loader matches its own names. Where transformers renames more than prefixes on load, an entry made from the
     file's name may miss; for what is left alone by default the tables of `architectures` give the loader's names.
     """
     quantized = _with_and_without_prefix(decision.module for decision in plan.quantized)
-    entries: list[str] = []
-    for wanted in _always_named(plan):
-        if not _covers_any(wanted, quantized):
-            entries.append(wanted)
+    entries = [safe for entry in _always_named(plan) for safe in _safe_form(entry, quantized, rules)]
     for decision in plan.copied:
-        if _may_be_replaced(decision, also_replaced) and not any(covers(entry, decision.module) for entry in entries):
-            entries.append(_entry_for(decision.module, quantized))
+        if decision.reason not in _NEVER_REPLACED:
+            entries += _missing_entries(decision, entries, quantized, rules)
     return sorted(set(entries))
 
 
 def covers(entry: str, module: str) -> bool:
-    """Whether transformers leaves `module` alone because of `entry`; the rule of its `should_convert_module`."""
-    return module.endswith(entry) or re.match(rf"(?:{entry}){_BOUNDARY}", module) is not None
+    """Whether today's transformers leaves `module` alone because of `entry`, as its `should_convert_module` has it."""
+    return covers_by_component(entry, module)
 
 
 def _always_named(plan: Plan) -> Iterator[str]:
-    """What the checkpoint may not hold under that name, tied heads above all, and experts, often many thousands."""
+    """What the checkpoint may not hold under that name: tied heads, heads of other tasks, experts by the thousand."""
     yield "lm_head"
-    yield from plan.absent
+    for entry in plan.absent:
+        yield entry
+        if re.fullmatch(r"\^\w+\$", entry):
+            yield entry[1:-1]  # for the version that takes no expressions
+    held = {part for decision in plan.decisions for part in decision.module.split(".")}
+    yield from (head for head in names.TASK_HEADS if head not in held)
     if any(decision.reason == names.EXPERT for decision in plan.copied):
         yield EXPERTS_PATTERN
 
 
-def _may_be_replaced(decision: Decision, also_replaced: Collection[str]) -> bool:
-    return decision.reason not in _NEVER_REPLACED or decision.reason in also_replaced
+def _safe_form(entry: str, quantized: Collection[str], rules: Sequence[SkipRule]) -> list[str]:
+    """The entry, or an expression that begins with the name if only that covers no quantized module; else nothing."""
+    forms = (entry, rf"^(?:{entry})(?:\.|$)")
+    return next(([form] for form in forms if not _covers_any(form, quantized, rules)), [])
 
 
-def _entry_for(module: str, quantized: Collection[str]) -> str:
-    """The shortest entry that covers a module and no quantized one."""
-    return next((entry for entry in _candidates(module) if not _covers_any(entry, quantized)), f"^{re.escape(module)}$")
+def _missing_entries(
+    decision: Decision, entries: Iterable[str], quantized: Collection[str], rules: Sequence[SkipRule]
+) -> list[str]:
+    """What to add to `entries` so that each rule covers a module: the shortest that cover no quantized one."""
+    module, added = decision.module, list[str]()
+    for rule in rules:
+        if rule is covers_by_name and decision.reason in _NOT_BY_NAME:
+            continue
+        if not any(rule(entry, module) for entry in (*entries, *added)):
+            fitting = (entry for entry in _candidates(module) if rule(entry, module))
+            added += next(([entry] for entry in fitting if not _covers_any(entry, quantized, rules)), [])
+    return added
 
 
 def _candidates(module: str) -> Iterator[str]:
@@ -72,10 +88,11 @@ def _candidates(module: str) -> Iterator[str]:
     if len(parts) > 1 and re.fullmatch(r"\w+", parts[0]):
         yield rf"^(?:\w+\.)?{re.escape('.'.join(parts[1:]))}$"
     yield rf"^(?:\w+\.)?{re.escape(module)}$"
+    yield rf"^{re.escape(module)}$"
 
 
-def _covers_any(entry: str, modules: Collection[str]) -> bool:
-    return any(covers(entry, module) for module in modules)
+def _covers_any(entry: str, modules: Collection[str], rules: Sequence[SkipRule]) -> bool:
+    return any(rule(entry, module) for rule in rules for module in modules)
 
 
 def _with_and_without_prefix(modules: Iterator[str]) -> frozenset[str]:

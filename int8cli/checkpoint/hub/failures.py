@@ -1,9 +1,8 @@
-"""What can go wrong on the way to the Hub and on to the disk: which failures pass, and what to say of the others.
+"""What can go wrong on the way to the Hub: which failures pass, and what to say of the others.
 
-Owns the translation of huggingface_hub's, httpx's and the file system's errors into our tree. Makes no request.
+Owns the translation of huggingface_hub's and httpx's errors into our tree. Makes no request.
 """
 
-import errno
 import re
 import sys
 from datetime import UTC, datetime
@@ -11,12 +10,11 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import ModuleType
 
+from int8cli.checkpoint.disk import disk_error
 from int8cli.errors import (
     AccessDeniedError,
-    DiskSpaceError,
     Int8cliError,
     ModelNotFoundError,
-    OutputError,
     SourceError,
     TransferError,
 )
@@ -31,18 +29,6 @@ class ShortBodyError(Exception):
 
 class WrongRangeError(Exception):
     """A server answered with other bytes than it was asked for."""
-
-
-def disk_error(path: Path, error: OSError) -> OutputError:
-    """What to say when `path` could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return DiskSpaceError(
-            f"The disk is full: {path.name} could not be written to {path.parent}",
-            hint=f"Free some space. {TRY_AGAIN}",
-        )
-    return OutputError(
-        f"{path} cannot be written: {error.strerror or error}", hint="Check the directory and its permissions."
-    )
 
 
 def is_foreign(error: Exception) -> bool:

@@ -1,0 +1,121 @@
+"""A repository's files in the Hub cache, which other programs share.
+
+Owns how a file gets there in huggingface_hub's own way, and which of them this program brought and may remove.
+"""
+
+import os
+from pathlib import Path
+
+from int8cli.checkpoint.disk import disk_errors
+from int8cli.checkpoint.hub.download_directory import part_of
+from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.remote_files import SHA256, RemoteFiles
+from int8cli.checkpoint.hub.repository import PLAIN_NAME, Repository
+from int8cli.errors import CorruptShardError, TransferError
+
+
+class HubCache:
+    """The files of one repository, at its commit, in the Hub cache."""
+
+    def __init__(self, repository: Repository, remote: RemoteFiles, options: HubOptions) -> None:
+        self._repository = repository
+        self._remote = remote
+        self._options = options
+        self._brought: set[str] = set()
+
+    def find(self, file_name: str) -> Path | None:
+        """The file, if it is there."""
+        from huggingface_hub import try_to_load_from_cache
+
+        repository = self._repository
+        found = try_to_load_from_cache(
+            repository.repo_id, file_name, cache_dir=self._options.cache_dir, revision=repository.commit
+        )
+        return Path(found) if isinstance(found, str) else None
+
+    def bring(self, file_name: str) -> Path:
+        """Fetch the blob to where huggingface_hub keeps it, and let huggingface_hub make the snapshot's link to it.
+
+        The lock is the one that huggingface_hub takes itself.
+        """
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, not marked so
+
+        etag = self._remote.published(file_name).etag
+        if not PLAIN_NAME.fullmatch(etag):
+            raise TransferError(
+                f"{self._repository.label(file_name)}: the server gives no usable ETag to cache the file under",
+                hint="Do not keep the source.",
+            )
+        blob, lock = self._blob(etag), self._lock(etag)
+        with disk_errors(lock.parent):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if not blob.exists():
+                self._remote.download(file_name, part_of(blob))
+                os.replace(part_of(blob), blob)
+                self._brought.add(file_name)
+        path = self._remote.retries(file_name).call(lambda: self._link_to_blob(file_name))
+        self._remember_revision()
+        return path
+
+    def discard(self, file_name: str, cached: Path) -> None:
+        """Remove a file that this object brought. Raises CorruptShardError for another, which others may use."""
+        if file_name not in self._brought:
+            raise CorruptShardError(
+                f"{self._repository.label(file_name)}: the copy in the Hub cache is not what was published",
+                hint=f"Delete {cached.resolve()} and run the same command again.",
+            )
+        cached.unlink()
+        self._blob(self._remote.published(file_name).etag).unlink(missing_ok=True)
+        self._brought.discard(file_name)
+
+    @property
+    def _folder(self) -> Path:
+        """The repository's: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
+        return self._options.hub_cache / f"models--{self._repository.repo_id.replace('/', '--')}"
+
+    def _blob(self, etag: str) -> Path:
+        return self._folder / "blobs" / etag
+
+    def _lock(self, etag: str) -> Path:
+        return self._folder.parent / ".locks" / self._folder.name / f"{etag}.lock"
+
+    def _link_to_blob(self, file_name: str) -> Path:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(
+                hf_hub_download(
+                    self._repository.repo_id,
+                    file_name,
+                    revision=self._repository.commit,
+                    cache_dir=self._options.cache_dir,
+                    endpoint=self._options.endpoint,
+                    token=self._options.token,
+                    library_name="int8cli",
+                )
+            )
+        except LocalEntryNotFoundError as error:  # wraps what went wrong on the network, which decides about a retry
+            raise error.__cause__ or error from None
+
+    def _remember_revision(self) -> None:
+        """Note which commit the revision names, as huggingface_hub does: offline runs look a model up by it."""
+        revision, commit = self._repository.revision or "main", self._repository.commit
+        if revision == commit or not all(map(PLAIN_NAME.fullmatch, revision.split("/"))):
+            return
+        ref = self._folder / "refs" / revision
+        with disk_errors(ref):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(commit)
+
+
+def blob_sha256(cached: Path) -> str | None:
+    """The sha256 that a cached LFS file was published with: the name of the blob which its link in a snapshot names.
+
+    The link alone is read: a blob may itself be a link into a store that goes by other hashes.
+    """
+    if not cached.is_symlink():
+        return None
+    blob = Path(os.readlink(cached))
+    return blob.name if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name) else None

@@ -1,0 +1,109 @@
+"""The files of a repository over the network: what the Hub says of each, ranges of it, and all of its bytes.
+
+Owns what is asked of the Hub for a file. Knows nothing of where files go on this machine.
+"""
+
+import re
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+from int8cli.checkpoint.hub.download import download
+from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.ranges import RangeReader, read_range
+from int8cli.checkpoint.hub.repository import Repository
+from int8cli.checkpoint.hub.requests import RemoteFile
+from int8cli.checkpoint.hub.retries import Retries
+from int8cli.errors import TransferError
+
+if TYPE_CHECKING:
+    from huggingface_hub.file_download import HfFileMetadata
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# A safetensors header is two reads, each of which knows its length: nothing is read ahead, so that no weight travels.
+# What else is read piecemeal, a `.bin`'s directory and pickle, would take a request for every few bytes.
+_EXACT_SUFFIX = ".safetensors"
+_READ_AHEAD_BYTES = 128 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What the Hub says of a file: its size, and its etag, which for a file in LFS is its sha256."""
+
+    size_bytes: int
+    etag: str
+
+    @property
+    def sha256(self) -> str | None:
+        return self.etag if SHA256.fullmatch(self.etag) else None
+
+
+class RemoteFiles:
+    """Access to a repository's files by name. Every method raises ModelNotFoundError where offline mode forbids it."""
+
+    def __init__(self, repository: Repository, options: HubOptions, stop: Event) -> None:
+        self._repository = repository
+        self._options = options
+        self._stop = stop
+        self._published: dict[str, Published] = {}
+
+    def published(self, file_name: str) -> Published:
+        """What the Hub says of the file; asked once."""
+        if file_name not in self._published:
+            self._repository.require_online(file_name)
+            self._published[file_name] = self._ask(file_name)
+        return self._published[file_name]
+
+    def open(self, file_name: str) -> BinaryIO:
+        """A seekable view of the file of which only the ranges that are read are transferred."""
+        self._repository.require_online(file_name)
+        reader = RangeReader(
+            self._remote(file_name), self.retries(file_name), lambda: self.published(file_name).size_bytes
+        )
+        if file_name.endswith(_EXACT_SUFFIX):
+            return cast(BinaryIO, reader)
+        return BufferedReader(reader, _READ_AHEAD_BYTES)
+
+    def download(self, file_name: str, part: Path) -> None:
+        """Bring `part` to the whole of the file, going on from what it holds."""
+        heard = self._options.on_bytes
+        on_bytes = None if heard is None else lambda n: heard(file_name, n)
+        size_bytes = self.published(file_name).size_bytes
+        download(self._remote(file_name), part, size_bytes, self.retries(file_name), on_bytes)
+
+    def retries(self, file_name: str) -> Retries:
+        """The failures of a transfer of the file that is about to begin."""
+        return Retries(self._options.retry, self._repository.label(file_name), self._stop, self._options.on_wait)
+
+    def _ask(self, file_name: str) -> Published:
+        retries = self.retries(file_name)
+        metadata = retries.call(lambda: self._head(file_name))
+        size_bytes = metadata.size
+        if size_bytes is None:
+            size_bytes = read_range(self._remote(file_name), 0, 1, retries).total_bytes
+        if size_bytes is None:
+            label = self._repository.label(file_name)
+            raise TransferError(f"{label}: the server does not say how large the file is")
+        return Published(size_bytes, metadata.etag or "")
+
+    def _head(self, file_name: str) -> "HfFileMetadata":
+        from huggingface_hub import get_hf_file_metadata
+
+        return get_hf_file_metadata(
+            self._url(file_name),
+            token=self._options.token,
+            timeout=self._options.request_timeout_s,
+            library_name="int8cli",
+            endpoint=self._options.endpoint,
+        )
+
+    def _remote(self, file_name: str) -> RemoteFile:
+        return RemoteFile(self._url(file_name), self._options.request_headers(), self._options.request_timeout_s)
+
+    def _url(self, file_name: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        repository = self._repository
+        return hf_hub_url(repository.repo_id, file_name, revision=repository.commit, endpoint=self._options.endpoint)

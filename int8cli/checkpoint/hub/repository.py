@@ -1,0 +1,142 @@
+"""What a repository is: the commit that is read, and its files.
+
+Owns the first contact with the Hub, and the snapshot in the Hub cache that stands in for it offline.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
+from int8cli.checkpoint.source import is_hidden
+from int8cli.errors import ModelNotFoundError, SourceError, TransferError
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A repository at one commit. `offline`: the Hub cache is all there is of it."""
+
+    commit: str
+    files: tuple[str, ...]
+    offline: bool
+
+
+class Repository:
+    """A repository at one commit: whatever the revision named when it was first asked, it stays that."""
+
+    def __init__(self, repo_id: str, revision: str | None, options: HubOptions, stop: Event) -> None:
+        """Asks the Hub for nothing yet. `stop` ends a wait for it."""
+        self.repo_id = repo_id
+        self.revision = revision
+        self._options = options
+        self._stop = stop
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """Found at first use. Raises ModelNotFoundError, AccessDeniedError or TransferError."""
+        from huggingface_hub import constants
+
+        _quiet_huggingface_hub()
+        return self._snapshot_in_cache() if constants.HF_HUB_OFFLINE else self._snapshot_on_hub()
+
+    @property
+    def commit(self) -> str:
+        return self.snapshot.commit
+
+    def label(self, file_name: str) -> str:
+        """What to call a file of it in messages."""
+        return f"{self.repo_id}: {file_name}"
+
+    def require_online(self, file_name: str) -> None:
+        """Raises ModelNotFoundError where the Hub, which would have the file, may not be asked."""
+        if self.snapshot.offline:
+            raise ModelNotFoundError(
+                f"{self.label(file_name)} is not in the Hub cache, and offline mode forbids fetching it",
+                hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand.",
+            )
+
+    def _snapshot_on_hub(self) -> Snapshot:
+        from huggingface_hub.errors import HFValidationError
+
+        policy = self._options.retry
+        attempts = min(policy.attempts, _FIRST_CONTACT_ATTEMPTS)
+        first_contact = RetryPolicy(attempts, policy.first_pause_s, policy.max_pause_s)
+        what = self.repo_id if self.revision is None else f"{self.repo_id} at revision {self.revision!r}"
+        try:
+            info = Retries(first_contact, what, self._stop, self._options.on_wait).call(self._model_info)
+        except HFValidationError as error:
+            raise ModelNotFoundError(f"{self.repo_id!r} is no name of a Hub repository") from error
+        except (ValueError, KeyError, TypeError) as error:  # a web page, say, where JSON was to be
+            raise self._no_hub() from error
+        if info.sha is None or info.siblings is None or not PLAIN_NAME.fullmatch(info.sha):
+            raise self._no_hub()
+        return Snapshot(info.sha, _visible(sibling.rfilename for sibling in info.siblings), offline=False)
+
+    def _model_info(self) -> "ModelInfo":
+        from huggingface_hub import HfApi
+
+        api = HfApi(endpoint=self._options.endpoint, token=self._options.token, library_name="int8cli")
+        try:
+            return api.model_info(self.repo_id, revision=self.revision, timeout=self._options.request_timeout_s)
+        except KeyError:  # a server that says less of a repository than the Hub does; we need commit and files
+            return self._terse_model_info()
+
+    def _terse_model_info(self) -> "ModelInfo":
+        from huggingface_hub import ModelInfo, constants, get_session, hf_raise_for_status
+
+        url = f"{self._options.endpoint or constants.ENDPOINT}/api/models/{self.repo_id}"
+        if self.revision is not None:
+            url += f"/revision/{quote(self.revision, safe='')}"
+        headers = self._options.request_headers()
+        response = get_session().get(url, headers=headers, timeout=self._options.request_timeout_s)
+        hf_raise_for_status(response)
+        return ModelInfo(**{"id": self.repo_id, **response.json()})  # type: ignore[no-untyped-call]
+
+    def _no_hub(self) -> SourceError:
+        return TransferError(f"{self.repo_id}: the server does not answer as a Hub does", hint="Check HF_ENDPOINT.")
+
+    def _snapshot_in_cache(self) -> Snapshot:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = snapshot_download(
+                self.repo_id,
+                revision=self.revision,
+                cache_dir=self._options.cache_dir,
+                local_files_only=True,
+                allow_patterns=["config.json"],  # whether the weights are there, whoever asks for them will see
+            )
+        except (LocalEntryNotFoundError, HFValidationError) as error:
+            at = f" at revision {self.revision!r}" if self.revision else ""
+            raise ModelNotFoundError(
+                f"{self.repo_id}{at} is not in the Hub cache, and offline mode forbids fetching it",
+                hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand.",
+            ) from error
+        root = Path(folder)
+        files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        return Snapshot(root.name, _visible(files), offline=True)
+
+
+def _visible(names: Iterator[str]) -> tuple[str, ...]:
+    return tuple(sorted(name for name in names if not is_hidden(name)))
+
+
+def _quiet_huggingface_hub() -> None:
+    """Its warnings would come between our own lines on stderr; a verbosity that somebody asked for stays."""
+    logger = logging.getLogger("huggingface_hub")
+    if logger.level == logging.WARNING:
+        logger.setLevel(logging.ERROR)

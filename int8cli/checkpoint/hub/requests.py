@@ -1,0 +1,59 @@
+"""One GET of a file on the Hub, of all of it or of a range.
+
+Owns what is asked and how the answer is read. huggingface_hub brings session, headers and error classes.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from int8cli.checkpoint.hub.failures import WrongRangeError
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """A file at a URL, and how to ask for it. `headers` carry the token; redirects to another host drop it."""
+
+    url: str
+    headers: Mapping[str, str] = field(repr=False)
+    timeout_s: float
+
+
+@contextmanager
+def get(remote: RemoteFile, byte_range: str | None) -> Iterator[Any]:
+    """The streamed answer (an httpx Response) to a GET. Raises huggingface_hub's errors, but lets 416 through."""
+    from huggingface_hub import get_session, hf_raise_for_status
+
+    # Compressed bytes would have other offsets than the file's.
+    headers = {**remote.headers, "Accept-Encoding": "identity"}
+    if byte_range is not None:
+        headers["Range"] = byte_range
+    # The URL is asked anew each time, not the place it redirects to: signed addresses run out within the hour. The
+    # session follows redirects and leaves the token behind when the host changes.
+    with get_session().stream(
+        "GET", remote.url, headers=headers, timeout=remote.timeout_s, follow_redirects=True
+    ) as response:
+        if response.status_code != 416 or byte_range is None:
+            hf_raise_for_status(response)
+        yield response
+
+
+def answers_range(response: Any, first: int) -> bool:
+    """Whether the answer starts at byte `first` (206) or is the whole file (200)."""
+    if response.status_code == 200:
+        return False
+    stated = response.headers.get("Content-Range", f"bytes {first}-")
+    match = re.match(r"bytes (\d+)-", stated)
+    if response.status_code != 206 or match is None or int(match[1]) != first:
+        raise WrongRangeError(f"asked for bytes from {first:,} on, got HTTP {response.status_code} with others")
+    return True
+
+
+def total_bytes(response: Any) -> int | None:
+    """The size of the whole file, if the answer says it."""
+    stated = response.headers.get("Content-Range", "").rpartition("/")[2]
+    if not stated and response.status_code == 200 and "Content-Encoding" not in response.headers:
+        stated = response.headers.get("Content-Length", "")
+    return int(stated) if stated.isdigit() else None

@@ -1,0 +1,100 @@
+"""A checkpoint on the Hugging Face Hub as a `Source`.
+
+Owns from where a file is taken (the Hub cache or a download), and when it goes again. Knows no file format.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import BinaryIO
+
+from int8cli.checkpoint.hub.ahead import FetchAhead
+from int8cli.checkpoint.hub.cache import HubCache, blob_sha256
+from int8cli.checkpoint.hub.download_directory import DownloadDirectory
+from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.remote_files import RemoteFiles
+from int8cli.checkpoint.hub.repository import Repository
+from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name
+
+
+class HubSource:
+    """A repository on the Hub at one commit: whatever the revision named when it was first asked, it stays that.
+
+    Files that are in the Hub cache at that commit are used from there and never removed. With HF_HUB_OFFLINE the
+    cached snapshot is the whole source.
+    """
+
+    def __init__(self, repo_id: str, revision: str | None, options: HubOptions) -> None:
+        """Asks the Hub for nothing yet."""
+        self._options = options
+        self._stop = Event()
+        self._repository = Repository(repo_id, revision, options, self._stop)
+        self._remote = RemoteFiles(self._repository, options, self._stop)
+        self._cache = HubCache(self._repository, self._remote, options)
+        self._downloads = DownloadDirectory(options.download_dir, self._repository, self._remote)
+        self._ahead = FetchAhead(self._bring, self._stop)
+
+    def resolve(self) -> None:
+        """Find the commit now rather than at first use.
+
+        Raises ModelNotFoundError, AccessDeniedError or TransferError.
+        """
+        _ = self._repository.snapshot
+
+    @property
+    def identity(self) -> SourceIdentity:
+        return SourceIdentity(name=self._repository.repo_id, revision=self._repository.commit, on_hub=True)
+
+    @property
+    def keeps_in(self) -> Path | None:
+        return self._options.hub_cache if self._options.keep_source else None
+
+    def list_files(self) -> tuple[str, ...]:
+        return self._repository.snapshot.files
+
+    def size_bytes(self, file_name: str) -> int:
+        cached = self._cache.find(checked_file_name(file_name))
+        return cached.stat().st_size if cached is not None else self._remote.published(file_name).size_bytes
+
+    def open(self, file_name: str) -> BinaryIO:
+        cached = self._cache.find(checked_file_name(file_name))
+        return cached.open("rb") if cached is not None else self._remote.open(file_name)
+
+    @contextmanager
+    def fetch(self, file_name: str) -> Iterator[LocalFile]:
+        self._ahead.wait_for(checked_file_name(file_name))
+        local = self._bring(file_name)
+        yield local
+        if local.path == self._downloads.path(file_name):
+            self._downloads.remove(file_name)
+
+    def transfers(self, file_name: str) -> bool:
+        return self._cache.find(file_name) is None
+
+    def prefetch(self, file_name: str) -> None:
+        """At most one file is on its way at a time: while one is, a call for another does nothing."""
+        self._ahead.start(checked_file_name(file_name))
+
+    def discard(self, file_name: str) -> None:
+        cached = self._cache.find(checked_file_name(file_name))
+        if cached is None:
+            self._downloads.remove(file_name)
+        else:
+            self._cache.discard(file_name, cached)
+
+    def close(self) -> None:
+        """Stop a transfer in the background, which keeps its part; without parts the download directory goes too."""
+        self._stop.set()
+        self._ahead.close()
+        self._downloads.remove_empty_directories()
+
+    def _bring(self, file_name: str) -> LocalFile:
+        cached = self._cache.find(file_name)
+        if cached is None:
+            bring = self._cache.bring if self._options.keep_source else self._downloads.bring
+            return LocalFile(bring(file_name), self._remote.published(file_name).sha256)
+        sha256 = blob_sha256(cached)
+        if sha256 is None and not self._repository.snapshot.offline:
+            sha256 = self._remote.published(file_name).sha256
+        return LocalFile(cached, sha256)

@@ -1,0 +1,66 @@
+"""A source shard that is on this machine, opened to be converted or compared: both pass over it in the same way.
+
+Owns the look that it is the file that was planned, and the digest of the whole of it.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from int8cli.checkpoint.digest import SourceDigest
+from int8cli.checkpoint.index import read_contents
+from int8cli.checkpoint.pickled import load_legacy
+from int8cli.checkpoint.reader import FileReader, ShardReader, TensorsReader
+from int8cli.checkpoint.source import LocalFile
+from int8cli.conversion.pass_ledger import PassResult
+from int8cli.conversion.shard_pass import ShardPass, Sink
+from int8cli.conversion.task import PassOptions, ShardTask
+from int8cli.errors import DigestMismatchError
+from int8cli.planning.planned_shard import PlannedShard
+from int8cli.workers.processes import OnBytes
+
+
+@dataclass(frozen=True, slots=True)
+class OpenShard:
+    """A shard's file and access to its bytes."""
+
+    file_name: str
+    local: LocalFile
+    reader: ShardReader
+
+    def run_pass(
+        self, planned: PlannedShard, options: PassOptions, sinks: Sequence[Sink], on_bytes: OnBytes
+    ) -> PassResult:
+        """Give the planned files' bytes to `sinks`, one for each.
+
+        Where the Hub published a digest of the source, the result has the one that was found; whoever calls compares
+        them. Raises NonFiniteError, CorruptShardError, OutputError.
+        """
+        with ExitStack() as stack:
+            digest = None
+            if self.local.sha256 is not None:
+                gaps = stack.enter_context(closing(FileReader(self.local.path)))
+                digest = SourceDigest(gaps, planned.contents.file_bytes)
+            return ShardPass(planned, self.reader, options, sinks, partial(on_bytes, self.file_name)).run(digest)
+
+
+@contextmanager
+def open_shard(task: ShardTask, local: LocalFile) -> Iterator[OpenShard]:
+    """Open the shard of a task. Raises DigestMismatchError if its header is not the one that the plan was made from."""
+    with closing(_open_reader(task, local)) as reader:
+        yield OpenShard(task.source.file, local, reader)
+
+
+def _open_reader(task: ShardTask, local: LocalFile) -> ShardReader:
+    contents = task.planned.contents
+    changed = f"{contents.file_name}: changed since its header was read"
+    if local.path.stat().st_size != contents.file_bytes:
+        raise DigestMismatchError(changed, hint="Run the same command again.")
+    if not contents.mappable:
+        tensors = load_legacy(local.path)
+        return TensorsReader([tensors[stored.spec.name] for stored in contents.tensors])
+    with open(local.path, "rb") as file:
+        if read_contents(file, task.weight_format, contents.file_name, contents.file_bytes) != contents:
+            raise DigestMismatchError(changed, hint="Run the same command again.")
+    return FileReader(local.path)

@@ -1,0 +1,85 @@
+"""The error that int8 makes in a linear's output, and which input columns are worth keeping exact.
+
+Owns the prediction of the one, given the second moments of the inputs, and the choice of the others. Knows no model, no
+layer name and no file.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.quantize import INT8_MAX, BlockQuantizer
+
+_CHUNK_ELEMENTS = 1 << 21
+# The error of rounding to steps of size 1 is spread evenly over [-1/2, 1/2]: its mean square is 1/12.
+_ROUNDING_VARIANCE = 1.0 / 12.0
+
+
+def column_errors(weight: Tensor) -> tuple[Tensor, float]:
+    """What rounding to int8 does to each column of a weight (out, in), and the weight's own size.
+
+    Returns ||dW_:j||² as float32 (in,), with dW = W - data * row_absmax / 127, and ||W||². Works on blocks of rows.
+    Raises NonFiniteWeightError, with the row counted in its block.
+    """
+    out_features, in_features = weight.shape
+    errors = torch.zeros(in_features, dtype=torch.float64, device=weight.device)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, in_features))
+    quantizer = BlockQuantizer(min(rows, max(1, out_features)) * in_features, device=str(weight.device))
+    data = torch.empty((min(rows, out_features), in_features), dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(min(rows, out_features), device=weight.device)
+    sum_squares = 0.0
+    for start in range(0, out_features, rows):
+        block = weight[start : start + rows].contiguous()
+        count = block.shape[0]
+        found = quantizer.row_absmax(block)
+        sums = quantizer.quantize_and_measure(block, found, data=data[:count], stored_absmax=absmax[:count])
+        restored = data[:count].float().mul_((absmax[:count] / INT8_MAX)[:, None])
+        errors += restored.sub_(block).square_().sum(dim=0).double()
+        sum_squares += sums.sum_squared_weight
+    return errors.float(), sum_squares
+
+
+def predicted_output_error(
+    mean_square: Tensor,
+    column_error: Tensor,
+    output_mean_square: float,
+    *,
+    mean_squared_rowmax: float = 0.0,
+    weight_sum_squares: float = 0.0,
+    kept: Sequence[int] = (),
+) -> float:
+    """Relative error of a linear's output, ||error|| / ||X Wᵀ||, expected when W is int8.
+
+    err² = ( Σ_j E[x_j²] ||dW_:j||² + E[rowmax²] / (127² · 12) · ||W||² ) / E||X Wᵀ||²
+
+    mean_square E[x_j²] and column_error ||dW_:j||² are (in,); `output_mean_square` is the mean over positions of the
+    squared length of the output without its bias. The second term is the rounding of the inputs, one scale a token:
+    leave the keyword arguments out for inputs in 16 bit. Columns in `kept` are exact and add nothing to the first.
+    0 where the output is 0.
+    """
+    if output_mean_square <= 0.0:
+        return 0.0
+    parts = mean_square.double() * column_error.double()  # (in,)
+    if len(kept):
+        parts[torch.as_tensor(list(kept), dtype=torch.long)] = 0.0
+    inputs = mean_squared_rowmax * _ROUNDING_VARIANCE / (INT8_MAX * INT8_MAX) * weight_sum_squares
+    return math.sqrt((float(parts.sum()) + inputs) / output_mean_square)
+
+
+def choose_columns(summary: InputSummary, column_error: Tensor, limit: int) -> tuple[int, ...]:
+    """The input columns most worth keeping exact, at most `limit`, sorted by index.
+
+    Ranked by E[x_j²] (||dW_:j||² + mean_k ||dW_:k||²): what the rounding of the column adds to the output's error, and
+    its part, by its share of the inputs' energy, in the steps that all of a token is rounded to. Ties go to the lower
+    index. Columns that were always 0 are never chosen.
+
+    Measured on SmolLM2-135M, 8 columns of each linear, text not used to calibrate, as the divergence from 16 bit in
+    nats: 0.0056; by |x| 0.0063, the same without first tokens 0.0075, by |x| and E[x_j²] ||dW_:j||² in turn 0.0060.
+    """
+    error = column_error.double()
+    score = summary.mean_square.double() * (error + error.mean())
+    order = torch.sort(score, descending=True, stable=True).indices[:limit].tolist()
+    return tuple(sorted(column for column in order if float(summary.absmax[column]) > 0.0))

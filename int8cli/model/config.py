@@ -1,0 +1,64 @@
+"""config.json as transformers reads it, and the model class and dtype that it means.
+
+No code but transformers' own is ever run: a config that asks for remote code is refused.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+from int8cli.errors import CannotRunError
+from int8cli.model.extra import require_transformers
+
+
+def read_config(directory: Path) -> Any:
+    """The directory's config.json as transformers reads it, never with code of the model's own."""
+    require_transformers()
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not (directory / "config.json").is_file():
+        raise CannotRunError("there is no config.json, so the model cannot be built", hint="Put it beside the weights.")
+    raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
+    model_type = raw.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        asks = "asks for code of its own (trust_remote_code), which is never run" if "auto_map" in raw else ""
+        raise CannotRunError(
+            f"the installed transformers does not know the model type {model_type!r}"
+            + (f"; its config.json {asks}" if asks else ""),
+            hint="A newer transformers may know it.",
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise CannotRunError(f"transformers does not accept this config.json: {error!s:.300}") from error
+
+
+def model_class_of(config: Any) -> Any:
+    """The class that a config names, or the bare model of its type. Raises CannotRunError."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    if type(config) in MODEL_MAPPING:
+        found = MODEL_MAPPING[type(config)]
+        return found[0] if isinstance(found, (list, tuple)) else found
+    raise CannotRunError(f"transformers has no model for {config.architectures or config.model_type}")
+
+
+def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
+    """The dtype of the weights: what the config says, as transformers' `dtype="auto"` has it, or what most are."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    totals = dict.fromkeys(QUANTIZABLE_DTYPES, 0)
+    for spec in specs.values():
+        if spec.dtype in totals:
+            totals[spec.dtype] += spec.numel
+    return TORCH_DTYPES[max(sorted(totals), key=lambda dtype: totals[dtype])]

@@ -1,0 +1,74 @@
+"""transformers' own loading, called part by part: the contexts it builds a model in, names, weights for a part of it.
+
+The only module that reaches into `transformers.core_model_loading`. These functions are not public and have changed
+since 5.0.0: what differs is told from their parameters, so that each release from 5.0.0 on is served. transformers 4
+has none of them.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+
+@contextlib.contextmanager
+def laid_out(model_class: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Build a model on the meta device in this dtype, as `from_pretrained` does."""
+    wanted = len(inspect.signature(model_class.get_init_context).parameters)
+    with contextlib.ExitStack() as stack:
+        for context in model_class.get_init_context(*(dtype, False, False, None)[:wanted]):
+            stack.enter_context(context)
+        yield
+
+
+def initialize(model: Any, names: set[str]) -> None:
+    """Make these weights, and every buffer that no checkpoint holds, on the CPU."""
+    model._move_missing_keys_from_meta_to_device(names, {"": "cpu"}, None, None)
+    model._initialize_missing_keys(False)
+
+
+def conversions_of(model: Any) -> Any:
+    """How names of a checkpoint become names of the model, and tensors its weights."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping: Any = get_model_conversion_mapping(model)
+    return mapping
+
+
+def name_targets(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """The parameter that each tensor becomes (the first, where it is split); tensors of no use are not in it."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    conversions = conversions_of(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    wanted = model.state_dict()
+    prefix = model.base_model_prefix
+    found = {}
+    for name in names:
+        target, _ = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, _ = rename_source_key(name, [], [], prefix, wanted)
+        if target in wanted:
+            found[name] = target
+    return found
+
+
+def load_weights(
+    model: Any, tensors: Mapping[str, Any], conversions: Any, dtype: torch.dtype, device: str | torch.device
+) -> list[tuple[str, Any, Any]]:
+    """Give a model these tensors, in the dtypes it wants; returns name, shape and wanted shape of those that misfit."""
+    from transformers import modeling_utils
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
+    options: dict[str, Any] = {"dtype": dtype, "weight_mapping": conversions, "device_map": {"": device}}
+    load: Any = convert_and_load_state_dict_in_model
+    config: Any = modeling_utils.LoadStateDictConfig
+    if "dtype_plan" in inspect.signature(load).parameters:
+        found = load(model, tensors, config(**options), tp_plan=None, dtype_plan=plan)
+        return list(found[2])
+    info, _ = load(model, tensors, config(**options, dtype_plan=plan))
+    return list(info.mismatched_keys)

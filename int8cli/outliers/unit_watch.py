@@ -1,0 +1,153 @@
+"""What is taken down of one unit of a model while sequences pass through it.
+
+Owns what is asked of the engine for a unit, and which figures its statistics are made of. Knows nothing of shards or of
+state on disk.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8cli.errors import NonFiniteRunError
+from int8cli.llm_int8.columns import choose_columns, column_errors
+from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInputError
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS
+from int8cli.llm_int8.measure import measured_output_errors
+from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.model.sites import Site, first_hidden, weight_of
+from int8cli.model.stream import LoadedUnit
+from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteStatistics
+
+_STEP_ELEMENTS = 1 << 22
+# Positions of the last sequence on which a linear is run in int8 to measure its error, spread over it.
+_EXAMPLES = 128
+
+
+class UnitWatch:
+    """What is taken down of one unit; of one that is called several times in a forward, over all calls."""
+
+    def __init__(self, loaded: LoadedUnit, threshold: float, stored_columns: int = 0) -> None:
+        """`threshold`: from which magnitude a value is an outlier.
+
+        `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
+        """
+        self._threshold, self._stored_columns = threshold, stored_columns
+        self._unit = loaded.unit
+        self._inputs: dict[str, InputStatistics] = {}
+        self._residual: InputStatistics | None = None
+        self._outputs: dict[str, _MeanSquare] = {}
+        self._examples: dict[str, Tensor] = {}
+        self._weights = {name: _weight_figures(name, linear) for name, linear in loaded.linears.items()}
+        self._biases: dict[str, Tensor | None] = {}
+
+    def run(self, loaded: LoadedUnit, on_sequence: Callable[[], None]) -> tuple[SiteStatistics, ...]:
+        """Run all sequences through and return the unit's sites, a residual one for the output of a block.
+
+        `on_sequence` is called after each.
+        """
+        self._biases = {name: getattr(linear, "bias", None) for name, linear in loaded.linears.items()}
+
+        def take_output(output: Any) -> None:
+            self._take_residual(output)
+            on_sequence()
+
+        sites = loaded.run(on_input=self._take_input, on_linear_output=self._take_linear_output, on_output=take_output)
+        found = [self._site(site, loaded.linears) for site in sites]
+        if self._residual is not None:
+            unit = self._unit
+            summary = self._residual.summary()
+            found.append(SiteStatistics(unit.name, RESIDUAL, unit.stack, unit.index, summary, ()))
+        return tuple(found)
+
+    def _take_input(self, name: str, x: Tensor) -> None:
+        with _naming(f"{name}: its input"):
+            self._statistics(name, x).update(x)
+        if self._stored_columns:
+            rows = x.detach().reshape(-1, x.shape[-1])
+            self._examples[name] = rows[:: max(1, rows.shape[0] // _EXAMPLES)][:_EXAMPLES].clone()
+
+    def _take_residual(self, output: Any) -> None:
+        hidden = first_hidden(output)
+        if self._unit.is_block and hidden is not None:
+            with _naming(f"{self._unit.name}: its output"):
+                if self._residual is None:
+                    self._residual = self._new(hidden)
+                self._residual.update(hidden)
+
+    def _take_linear_output(self, name: str, y: Tensor) -> None:
+        self._outputs.setdefault(name, _MeanSquare()).update(y, self._biases[name])
+
+    def _statistics(self, name: str, x: Tensor) -> InputStatistics:
+        if name not in self._inputs:
+            self._inputs[name] = self._new(x)
+        return self._inputs[name]
+
+    def _new(self, x: Tensor) -> InputStatistics:
+        return InputStatistics(x.shape[-1], threshold=self._threshold, device=x.device)
+
+    def _site(self, site: Site, modules: Mapping[str, nn.Module]) -> SiteStatistics:
+        summary = self._inputs[site.name].summary()
+        linears = []
+        for name in site.linears:
+            linear = dataclasses.replace(self._weights[name], output_mean_square=self._outputs[name].value)
+            if self._stored_columns:
+                linear = self._measured(linear, summary, self._examples[site.name], weight_of(modules[name]))
+            linears.append(linear)
+        return SiteStatistics(site.name, site.kind, site.stack, site.layer, summary, tuple(linears))
+
+    def _measured(
+        self, linear: LinearStatistics, summary: InputSummary, examples: Tensor, weight: Tensor
+    ) -> LinearStatistics:
+        """The linear run in int8 on some of its inputs, without and with the columns that its statistics choose."""
+        stored = choose_columns(summary, linear.weight_error, self._stored_columns)
+        without, with_stored = measured_output_errors(examples, weight, stored, DEFAULT_INPUTS)
+        return dataclasses.replace(linear, stored=stored, measured_error=without, measured_error_stored=with_stored)
+
+
+class _MeanSquare:
+    """The mean over positions of the squared length of a linear's output without its bias."""
+
+    def __init__(self) -> None:
+        self._sum, self._positions = 0.0, 0
+
+    def update(self, y: Tensor, bias: Tensor | None) -> None:
+        rows = y.reshape(-1, y.shape[-1])
+        step = max(1, _STEP_ELEMENTS // max(1, rows.shape[1]))
+        for start in range(0, rows.shape[0], step):
+            chunk = rows[start : start + step].float()
+            if bias is not None:
+                chunk -= bias.float()
+            self._sum += float(chunk.square_().sum(dtype=torch.float64))
+        self._positions += rows.shape[0]
+
+    @property
+    def value(self) -> float:
+        return self._sum / max(1, self._positions)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Say of what a non-finite value was part."""
+    try:
+        yield
+    except NonFiniteInputError as error:
+        raise NonFiniteRunError(
+            f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
+            hint="The model overflows there, or a weight before it is damaged.",
+        ) from error
+
+
+def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
+    weight = weight_of(linear)
+    try:
+        errors, sum_squares = column_errors(weight)
+    except NonFiniteWeightError as error:
+        raise NonFiniteRunError(
+            f"{name}: its weight holds {error.value} in input column {error.column:,}",
+            hint="The checkpoint is damaged there: get the file again.",
+        ) from error
+    return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)

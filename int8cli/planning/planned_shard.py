@@ -1,0 +1,81 @@
+"""What becomes of one source shard: the decision on each of its tensors, and the files that they are written to.
+
+Owns how the two go together, and how the files change with the columns to store and with weights that must be left
+alone. Picklable, and needs no torch: what hands a shard out need not be what converts it.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from int8cli.checkpoint.tensor import ShardContents
+from int8cli.planning.layouts import LAYOUTS, Layout
+from int8cli.planning.output_files import OutputShard, plan_output_shard, plan_sidecar
+from int8cli.planning.plan import Decision, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One source shard and its outputs, planned to the byte.
+
+    `plan` holds the decisions on this shard's tensors, in their order in the file. `layout` names the format of
+    `output`. `sidecar` is to hold the input columns `columns`, by tensor, each sorted; None where there is to be none.
+    """
+
+    contents: ShardContents
+    plan: Plan
+    layout: str
+    output: OutputShard
+    sidecar: OutputShard | None = None
+    columns: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Layout:
+        return LAYOUTS[self.layout]
+
+    @property
+    def decisions(self) -> dict[str, Decision]:
+        """The decisions by tensor; made anew at each call."""
+        return {decision.spec.name: decision for decision in self.plan.decisions}
+
+    @property
+    def files(self) -> tuple[OutputShard, ...]:
+        """The files to write, the shard itself first."""
+        return (self.output,) if self.sidecar is None else (self.output, self.sidecar)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """The size of the source's tensors."""
+        return sum(stored.spec.nbytes for stored in self.contents.tensors)
+
+    def storing(self, columns: Mapping[str, tuple[int, ...]]) -> "PlannedShard":
+        """The same shard with these columns in its sidecar; itself where it has none."""
+        if self.sidecar is None:
+            return self
+        return plan_shard(self.contents, self.plan, self.output.file_name, self.target, columns)
+
+    def keeping(self, tensor_names: Collection[str]) -> "PlannedShard":
+        """The shard with these tensors, found to hold NaN or infinity, copied as they are; it may lose its sidecar."""
+        columns = self.columns if self.sidecar is not None else None
+        plan = self.plan.keeping(tensor_names)
+        return plan_shard(self.contents, plan, self.output.file_name, self.target, columns)
+
+
+def plan_shard(
+    contents: ShardContents,
+    plan: Plan,
+    file_name: str,
+    target: Layout,
+    columns: Mapping[str, tuple[int, ...]] | None = None,
+) -> PlannedShard:
+    """Plan the files of a shard that becomes `file_name`. With `columns`, None for no sidecar, those to store exactly.
+
+    Of a tensor that is not quantized no column is stored. Where none is quantized there is no sidecar.
+    """
+    decisions = {decision.spec.name: decision for decision in plan.decisions}
+    output = plan_output_shard(contents, decisions, file_name, target)
+    if columns is None:
+        return PlannedShard(contents, plan, target.NAME, output)
+    stored = {name: indices for name, indices in columns.items() if decisions[name].quantize}
+    counts = {name: len(indices) for name, indices in stored.items()}
+    sidecar = plan_sidecar(contents, decisions, file_name, counts)
+    return PlannedShard(contents, plan, target.NAME, output, sidecar, stored)
