@@ -344,9 +344,7 @@ class StreamedModel:
     def _not_streamable(self, error: Exception, unit: str = "") -> CannotRunError:
         where = f" in {unit}" if unit else ""
         name = type(self.skeleton.model).__name__
-        return CannotRunError(
-            f"{name} cannot be run block by block: {type(error).__name__}{where}: {error!s:.300}",
-        )
+        return CannotRunError(f"{name} cannot be run block by block: {type(error).__name__}{where}: {error!s:.300}")
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
