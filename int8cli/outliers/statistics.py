@@ -179,7 +179,7 @@ def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> OutlierStatistics:
-    """Read a statistics file. Raises StatisticsFileError for anything else, naming what in it is not as it was written."""
+    """Read a statistics file. Raises StatisticsFileError for anything else, naming what in it is wrong."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(_KEY)
