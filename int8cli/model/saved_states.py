@@ -146,14 +146,15 @@ def resumed_or_started_over(
     """
     try:
         yield from run()
+        return
     except (UnsupportedModelError, SavedStateError) as error:
-        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
         if saved is None or not saved.resumed:
             raise
-        why = error if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
-        progress.note(f"{why}: starting over")
-        saved.clear()
-        yield from run()
+        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
+        why = str(error) if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
+    progress.note(f"{why}: starting over")
+    saved.clear()
+    yield from run()
 
 
 @contextmanager
