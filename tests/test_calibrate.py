@@ -314,7 +314,7 @@ def test_state_that_cannot_be_read_back_is_made_again(
     again = calibrated(tmp_path / "model", kept_in=kept, progress=progress)
     assert saved(again, tmp_path / "again.safetensors") == whole
     assert progress.run == ["model.layers.0", "model.layers.1"]
-    assert [note.endswith("starting over") for note in progress.notes] == [True] * told
+    assert any(note.endswith("starting over") for note in progress.notes) == told
 
 
 def test_state_that_cannot_be_read_back_in_the_run_that_made_it_is_an_error(

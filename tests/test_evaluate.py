@@ -356,7 +356,7 @@ def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Pat
     again = StopsAfter(9)
     found = evaluated(llama, "absmax-tensor", progress=again, kept_in=kept)
     assert (again.finished, again.begun) == (0, 2)
-    assert again.notes[-2].endswith("starting over")
+    assert any(note.endswith("starting over") for note in again.notes)
     unbroken = evaluated(llama, "absmax-tensor")
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
 
