@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert
+from int8cli.loaders.transformers_versions import SURVEYED, float32_of, release, skip_rule
 from int8cli.planning.plan import model_types
-from int8cli.planning.transformers_versions import SURVEYED, float32_of, release, skip_rule
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 
@@ -220,3 +220,15 @@ def test_a_base_model_with_a_pooler_loads_from_a_masked_language_model_without(
     model = transformers.AutoModel.from_pretrained(tmp_path / "output", device_map="cpu")
     assert type(model.pooler.dense) is torch.nn.Linear
     assert model.encoder.layer[0].output.dense.weight.dtype == torch.int8
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "opt", "bert", "roberta"])
+def test_a_language_model_opens_as_a_classifier_with_a_new_head(architecture: str, tmp_path: Path) -> None:
+    source = save_tiny(architecture, tmp_path / "source", torch.bfloat16)
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
+    classifier = transformers.AutoModelForSequenceClassification
+    model = classifier.from_pretrained(tmp_path / "output", device_map="cpu", num_labels=3)
+    model.config.pad_token_id = 1
+    with torch.no_grad():
+        assert model(torch.tensor([[5, 6, 7]])).logits.shape == (1, 3)
+    assert any(tensor.dtype == torch.int8 for tensor in model.state_dict().values())

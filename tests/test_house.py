@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "int8cli"
 # own; those of one floor do not know each other.
 FLOORS = (
     {"errors"},
-    {"llm_int8", "workers", "data", "progress"},
+    {"llm_int8", "loaders", "workers", "data", "progress", "typed_json"},
     {"checkpoint", "results"},
     {"model", "planning", "records"},
     {"runtime", "outliers", "estimate"},

@@ -16,8 +16,8 @@ from int8cli.estimate.estimate import FLOAT16, INT8, Estimate, Use, estimate_mem
 from int8cli.estimate.fit import answer, fit_table
 from int8cli.estimate.units import BLOCKS, DECODER, EMBEDDINGS, ENCODER, EXPERTS, HEAD, cached_units
 from int8cli.estimate.weights import Weights
+from int8cli.loaders.transformers_versions import SURVEYED, float32_of, release
 from int8cli.planning.plan import model_types
-from int8cli.planning.transformers_versions import SURVEYED, float32_of, release
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.loaders.transformers_versions import skip_rule
 from int8cli.planning import architectures as names
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
 from int8cli.planning.plan import Decision, Plan, PlanOptions, kind_of, make_plan
-from int8cli.planning.transformers_versions import skip_rule
 
 
 def spec(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:

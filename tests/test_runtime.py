@@ -315,3 +315,10 @@ def test_the_package_imports_no_torch_until_a_model_is_loaded() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError):
         int8cli.no_such_thing  # noqa: B018
+
+
+def test_a_transformers_that_is_too_old_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = converted("llama", tmp_path)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
+    with pytest.raises(MissingExtraError, match=r"needs transformers 5\.0\.0 or newer; 4\.57\.6 is installed"):
+        int8cli.load_model(out)

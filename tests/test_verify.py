@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -31,7 +32,7 @@ from verifying import verified
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.digest import new_digest
-from int8cli.errors import IndexFileError, OutputError, OutputInUseError
+from int8cli.errors import OutputError, OutputInUseError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.results.verification import Check, Verification
 
@@ -401,18 +402,27 @@ def test_a_damaged_record_is_named(out: Path) -> None:
         (lambda record: record["files"][0].update(file=None), "files[0].file is None, not str"),
         (lambda record: record["files"][0]["tensors"][0].update(shape=["8"]), "tensors[0].shape[0] is '8', not int"),
         (lambda record: record["files"][0]["tensors"][0].update(shape=[-8]), "tensors[0].shape[0] is -8"),
-        (lambda record: record["layers"][0].update(sum_squared_error="x"), "is 'x', not float"),
-        (lambda record: record["layers"][1].update(sum_squared_weight=-1.0), "sums.sum_squared_weight is -1.0"),
-        (lambda record: record["kept"].append({"tensor": 1, "place": ""}), "kept[0][0] is 1, not str"),
-        (lambda record: record.update(files=[]), "it names no file"),
+        (lambda record: record["files"][0]["tensors"][0].update(shape=[2**62, 2**62]), "more than a file can hold"),
+        (lambda record: record["source_tensors"][0].update(shape=[2**31] * 3), "more than a file can hold"),
+        (lambda record: record["files"][0].update(file="../" + SHARD), "files[0].file is '../"),
+        (lambda record: record["files"][0].update(file="int8/conversion.json"), "files[0].file is 'int8/conversion"),
+        (lambda record: record["layers"][0].update(sum_squared_error="x"), "sum_squared_error is 'x', not float"),
+        (lambda record: record["layers"][1].update(sum_squared_weight=-1.0), "layers[1].sum_squared_weight is -1.0"),
+        (lambda record: record["layers"][1].update(sum_squared_weight=None), "is null beside figures that are not"),
+        (lambda record: record["layers"][0].update(shape=[8]), "layers[0].shape holds 1 values, not 2"),
+        (lambda record: record["layers"].append(5), "is 5, not an object"),
+        (lambda record: record["kept"].append({"tensor": 1, "place": ""}), "kept[0].tensor is 1, not str"),
+        (lambda record: record.update(files=[]), "files names no file"),
+        (lambda record: record.update(more=1), "has the unknown field 'more'"),
+        (lambda record: record.pop("kept"), "has no field 'kept'"),
+        (lambda record: record.update(schema="int8cli.record/9"), "schema is 'int8cli.record/9', this version reads"),
     ],
-    ids=["dtype", "file", "extent", "negative", "figure", "square", "kept", "no files"],
 )
 def test_a_value_that_no_record_holds_is_named(change: Callable[[Any], object], problem: str, out: Path) -> None:
     edit(record_path(out), change)
     [(file, _, found)] = failures(verified(out))["records"]
     assert file == SHARD
-    assert found.startswith("its record is not as int8cli wrote it: ")
+    assert "is not as int8cli wrote it: " in found
     assert problem in found
 
 
@@ -450,10 +460,70 @@ def test_a_directory_that_is_being_written_is_refused(out: Path) -> None:
         os.close(descriptor)
 
 
-def test_records_lead_nowhere_outside(out: Path) -> None:
-    edit(out / "int8" / "conversion.json", lambda conversion: conversion["files"].append("../secret"))
-    with pytest.raises(IndexFileError):
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a//b", "a/./b", "a\\b", "a\0b", "int8/records/x.json", ""]
+)
+@pytest.mark.parametrize("file", ["conversion.json", "files.json"])
+def test_records_lead_nowhere_outside(file: str, name: str, out: Path) -> None:
+    entry = name if file == "conversion.json" else {"file": name, "size_bytes": 0, "xxh3_128": ""}
+    edit(out / "int8" / file, lambda document: document["files"].append(entry))
+    with pytest.raises(OutputError, match=rf"int8/{file} is not as int8cli wrote it: files\[\d+\]"):
         verified(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda conversion: conversion["files"].insert(0, 5), "files[0] is 5"),
+        (lambda conversion: conversion["shards"][0].update(output=1.5), "shards[0].output is 1.5"),
+        (lambda conversion: conversion["shards"][0].update(output="x.json"), "shards[0].output is 'x.json'"),
+        (lambda conversion: conversion["shards"][0].update(file=[]), "shards[0].file is []"),
+        (lambda conversion: conversion["shards"][0].update(size_bytes="x"), "shards[0].size_bytes is 'x'"),
+        (lambda conversion: conversion["shards"].append(conversion["shards"][0]), "shards has one output for two"),
+        (lambda conversion: conversion["settings"].update(layout=None), "settings.layout is None"),
+        (lambda conversion: conversion["settings"].update(layout="new"), "names the layout 'new'"),
+        (lambda conversion: conversion["settings"].update(skip=5), "settings.skip is 5"),
+        (lambda conversion: conversion["settings"].update(threshold=math.nan), "settings.threshold is nan"),
+        (lambda conversion: conversion["source"].update(name=5), "source.name is 5"),
+        (lambda conversion: conversion.update(schema=[1]), "schema is [1]"),
+        (lambda conversion: conversion.pop("plan"), "has no field 'plan'"),
+    ],
+)
+def test_a_conversion_that_was_changed_is_an_error_that_names_the_field(
+    change: Callable[[Any], object], field: str, out: Path
+) -> None:
+    edit(out / "int8" / "conversion.json", change)
+    with pytest.raises(OutputError) as raised:
+        verified(out)
+    assert field in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda report: report["layers"].insert(0, 5), "layers[0] is 5, not an object"),
+        (lambda report: report["layers"][0].update(name=[]), "layers[0].name is [], not str"),
+        (lambda report: report.update(totals=[]), "totals is [], not an object"),
+        (lambda report: report.update(settings=None), "settings is None, not an object"),
+        (lambda report: report.pop("layers"), "layers is None, not a list"),
+    ],
+)
+def test_a_report_with_values_of_another_type_is_named(
+    change: Callable[[Any], object], problem: str, out: Path
+) -> None:
+    edit(out / "int8" / "report.json", change)
+    assert ("int8/report.json", None, f"is not as int8cli wrote it: {problem}") in failures(verified(out))["report"]
+
+
+def test_a_source_tensor_that_cannot_have_been_quantized_is_named(out: Path) -> None:
+    layer = read_json(record_path(out))["layers"][0]["name"]
+
+    def change(record: Any) -> None:
+        next(each for each in record["source_tensors"] if each["name"] == f"{layer}.weight").update(shape=[1, 2, 3])
+
+    edit(record_path(out), change)
+    found = [problem for _, name, problem in failures(verified(out))["tensors"] if name == f"{layer}.weight"]
+    assert "is reported as quantized, but was [1, 2, 3] in the source" in found
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal
 
+from int8cli.checkpoint.output_names import is_own
+
 WeightFormat = Literal["safetensors", "pickle"]
 
 SUFFIXES: dict[WeightFormat, tuple[str, ...]] = {
@@ -98,6 +100,8 @@ def left_behind(file: str) -> str | None:
 
 def reason_to_pass_over(file: str, weight_format: WeightFormat, files: Sequence[str]) -> str | None:
     """Why a file that is no shard does not go along; None for one that does."""
+    if is_own(file):
+        return "in the directory of int8cli's own files"
     path = PurePosixPath(file)
     suffix = path.suffix.lower()
     reason = left_behind(file) or FORMATS.get(suffix)

@@ -3,7 +3,6 @@
 Owns what transformers would open, in its order, and the index. What the other files are is told by `file_kinds`.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from int8cli.checkpoint.pickled import read_pickled
 from int8cli.checkpoint.source import Source, checked_file_name
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import IndexFileError, ModelNotFoundError, UnsupportedModelError
+from int8cli.typed_json import InvalidJsonError, parse_json
 
 _INDEX_LIMIT_BYTES = 100_000_000
 _COPY_LIMIT_BYTES = 256 * 2**20  # the largest tokenizer.json known is 33 MB
@@ -209,23 +209,14 @@ def _parse_index(source: Source, index_file: str) -> dict[str, Any]:
     if size_bytes > _INDEX_LIMIT_BYTES:
         raise IndexFileError(f"{index_file} has {size_bytes:,} bytes, more than any index needs")
     with source.open(index_file) as file:
-        text = file.read()
+        text = file.read(size_bytes)
     try:
-        index = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise IndexFileError(f"{index_file} is not valid JSON: {error}") from error
+        index = parse_json(text)
+    except InvalidJsonError as error:
+        raise IndexFileError(f"{index_file} {error}") from error
     if not isinstance(index, dict):
         raise IndexFileError(f"{index_file} is not a JSON object")
     return index
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"{key!r} stands in it twice")
-        result[key] = value
-    return result
 
 
 def _too_large(source: Source, file: str) -> str | None:

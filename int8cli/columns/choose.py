@@ -1,4 +1,4 @@
-"""What `--outliers` means for a model: the ways to know its columns that can be gone, the best first.
+"""The strategies to choose outlier columns that work for a model, the best first.
 
 Owns the rules of `auto`. Torch is imported once it is clear that a way needs it here: of what the weights tell, a
 process that only hands tasks out needs none.

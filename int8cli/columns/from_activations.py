@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.columns.from_statistics import StatisticsColumns, at_most
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
@@ -23,7 +24,7 @@ from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatistics
 from int8cli.outliers.cost import arithmetic_s
-from int8cli.planning.survey import CONFIG_FILE, Survey
+from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.store import FROM_ACTIVATIONS, Settings
 from int8cli.results.stored_columns import StoredColumns

@@ -1,4 +1,4 @@
-"""What `--outliers` asks for, and what a way to know the columns is.
+"""What a user asks for of outlier columns, and what a strategy to choose them is.
 
 Owns the words, and the way that stores nothing. Needs no torch, which a conversion without stored columns, whose
 workers have it, can then do without.

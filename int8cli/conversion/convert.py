@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.digest import require_published
 from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.source import Source
@@ -20,9 +21,14 @@ from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.shard_loop import ShardLoop
 from int8cli.conversion.task import PassOptions, ShardTask
-from int8cli.errors import CANNOT_CALIBRATE, DigestMismatchError, DiskSpaceError, NothingToQuantizeError
+from int8cli.errors import (
+    CANNOT_CALIBRATE,
+    DigestMismatchError,
+    DiskSpaceError,
+    NothingToQuantizeError,
+)
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
-from int8cli.planning.survey import CONFIG_FILE, Survey, fingerprint, room_needed
+from int8cli.planning.survey import Survey, fingerprint, room_needed
 from int8cli.progress import Progress
 from int8cli.records.manifest import MANIFEST_FILE
 from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardSource

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
 from int8cli.planning.plan import Plan
-from int8cli.planning.survey import CONFIG_FILE, Survey, group_by_kind
+from int8cli.planning.survey import Survey, group_by_kind
 from int8cli.records.manifest import MANIFEST_FILE, write_manifest
 from int8cli.records.store import Conversion, Settings, ShardRecord
 from int8cli.results.conversion import ConversionReport, worst_first

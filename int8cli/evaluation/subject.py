@@ -3,21 +3,23 @@
 Owns which tensors the model that runs is made of, and which of its linear layers the methods compute in int8.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import NothingToQuantizeError, ReferenceModelError
+from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.plan import PlanOptions
-from int8cli.planning.survey import CONFIG_FILE, Survey, survey_source
+from int8cli.planning.survey import Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
+from int8cli.typed_json import InvalidJsonError, read_as
 
 _WEIGHT = ".weight"
+_THRESHOLD_FIELD = "llm_int8_threshold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +99,13 @@ def _threshold(source: Source) -> float:
     """What config.json says, or the default."""
     if CONFIG_FILE not in source.list_files():
         return THRESHOLD
-    with source.open(CONFIG_FILE) as file:
-        config = json.loads(file.read())
-    found = (config.get("quantization_config") or {}).get("llm_int8_threshold", THRESHOLD)
-    return float(found) if isinstance(found, (int, float)) else THRESHOLD
+    declared = read_config(source).get("quantization_config")
+    if not isinstance(declared, Mapping) or _THRESHOLD_FIELD not in declared:
+        return THRESHOLD
+    try:
+        return read_as(float, declared[_THRESHOLD_FIELD])
+    except InvalidJsonError as error:
+        raise CheckpointError(f"{CONFIG_FILE}: quantization_config.{_THRESHOLD_FIELD} {error}") from error
 
 
 def _planned(survey: Survey) -> frozenset[str]:

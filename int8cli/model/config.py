@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from int8cli.checkpoint.config_file import read_config as read_config_file
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CannotRunError
@@ -16,14 +18,17 @@ from int8cli.model.extra import require_transformers
 
 
 def read_config(directory: Path) -> Any:
-    """The directory's config.json as transformers reads it, never with code of the model's own."""
+    """The directory's config.json as transformers reads it, never with code of the model's own.
+
+    Raises CheckpointError for one that is damaged, CannotRunError for one that transformers does not accept.
+    """
     require_transformers()
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not (directory / "config.json").is_file():
         raise CannotRunError("there is no config.json, so the model cannot be built", hint="Put it beside the weights.")
-    raw, _ = PretrainedConfig.get_config_dict(directory, local_files_only=True)
+    raw = read_config_file(DirectorySource(directory))
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
         asks = "asks for code of its own (trust_remote_code), which is never run" if "auto_map" in raw else ""

@@ -1,8 +1,10 @@
 """What running a model needs besides int8cli's own dependencies: told without torch."""
 
+import importlib.metadata
 import importlib.util
 
 from int8cli.errors import MissingTransformersError
+from int8cli.loaders.transformers_versions import OLDEST_THAT_RUNS, release
 
 
 def has_transformers() -> bool:
@@ -11,10 +13,25 @@ def has_transformers() -> bool:
 
 
 def require_transformers() -> None:
+    """Raise MissingExtraError where transformers is not installed, or too old."""
     try:
+        require_version()
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingTransformersError(
             f"running a model needs {error.name}, which is not installed",
             hint="pip install 'int8cli[calibrate]'.",
         ) from error
+
+
+def require_version() -> None:
+    """Raise MissingExtraError for a transformers that opens int8 checkpoints but lacks what runs a model here."""
+    try:
+        installed = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return  # if it is there all the same, it is on its own
+    if release(installed) < release(OLDEST_THAT_RUNS):
+        raise MissingTransformersError(
+            f"running a model needs transformers {OLDEST_THAT_RUNS} or newer; {installed} is installed",
+            hint="pip install -U 'int8cli[calibrate]'",
+        )

@@ -91,7 +91,7 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        usable = bool(tokenizer(_PROBE)["input_ids"])
+        usable = bool(tokenizer(_PROBE)["input_ids"]) and _knows_words(tokenizer)
     except Exception as error:  # whatever a tokenizer's files, or their absence, make of this
         raise CannotRunError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
@@ -100,6 +100,11 @@ def load_tokenizer(directory: Path) -> Any:
     if not usable:
         raise CannotRunError("the tokenizer makes no tokens of text")
     return tokenizer
+
+
+def _knows_words(tokenizer: Any) -> bool:
+    """False for one that transformers made up without a vocabulary, as 5.0.0 does."""
+    return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁"}) > 0
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

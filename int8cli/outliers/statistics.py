@@ -6,20 +6,23 @@ text it is all of, as one JSON document in the metadata. Computes nothing that i
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import StatisticsFileError
+from int8cli.errors import CheckpointError
 from int8cli.llm_int8.columns import predicted_output_error
 from int8cli.llm_int8.inputs import InputSummary
 from int8cli.llm_int8.outliers import MassiveActivation, OutlierFeature, massive_activations, systematic_features
+from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
+
+Read = TypeVar("Read")
 
 STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
 NORM_FED = "norm-fed"
@@ -176,23 +179,107 @@ def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> OutlierStatistics:
-    """Read a statistics file. Raises StatisticsFileError for anything else."""
+    """Read a statistics file. Raises CheckpointError for anything else, naming what in it is not as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {})[_KEY])
-            if document["schema"] != STATISTICS_SCHEMA:
-                raise StatisticsFileError(
-                    f"{path.name}: its schema is {document['schema']!r}, and this version reads {STATISTICS_SCHEMA!r}",
-                    hint="Make the file again with this version.",
-                )
-            provenance = Provenance(**document["provenance"])
-            sites = tuple(_site_from_json(site, file.get_tensor, provenance.threshold) for site in document["sites"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise StatisticsFileError(
-            f"{path.name} does not hold outlier statistics ({type(error).__name__}: {error!s:.200})",
+            metadata = (file.metadata() or {}).get(_KEY)
+            if metadata is None:
+                raise InvalidJsonError(f"has no {_KEY} in its metadata")
+            found = _read_document(parse_json(metadata.encode()), path)
+            sites = tuple(
+                _inside(f"sites[{index}]", _site, site, file.get_tensor, found.provenance.threshold)
+                for index, site in enumerate(found.sites)
+            )
+    except (SafetensorError, OSError, InvalidJsonError) as error:
+        raise CheckpointError(
+            f"{path.name} does not hold outlier statistics: {error!s:.200}",
             hint="Such a file comes from running the model.",
         ) from error
-    return OutlierStatistics(provenance, sites)
+    return OutlierStatistics(found.provenance, sites)
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearFields:
+    """A linear layer in the document; its weight error is a tensor of the file."""
+
+    name: str
+    out_features: int
+    in_features: int
+    weight_sum_squares: float
+    output_mean_square: float
+    stored: tuple[int, ...] = ()
+    measured_error: float | None = None
+    measured_error_stored: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SiteFields:
+    """A site in the document; what it has by dimension are tensors of the file."""
+
+    name: str
+    kind: Literal["norm-fed", "attention output", "second feed-forward", "residual"]
+    stack: str | None
+    layer: int | None
+    positions: int
+    mean_squared_rowmax: float
+    median: float
+    linears: tuple[_LinearFields, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    schema: str
+    provenance: Provenance
+    sites: tuple[_SiteFields, ...]
+
+
+def _read_document(document: Any, path: Path) -> _Document:
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if isinstance(schema, str) and schema != STATISTICS_SCHEMA:
+        raise CheckpointError(
+            f"{path.name}: its schema is {shown(schema)}, and this version reads {STATISTICS_SCHEMA!r}",
+            hint="Make the file again with this version.",
+        )
+    return read_as(_Document, document)
+
+
+def _site(site: _SiteFields, tensor: Callable[[str], Tensor], threshold: float) -> SiteStatistics:
+    by_dimension = {name: _vector(tensor, f"{site.name}.{name}") for name in _BY_DIMENSION}
+    figures: dict[str, Any] = {**{name: getattr(site, name) for name in _BY_SITE}, **by_dimension}
+    inputs = InputSummary(threshold=threshold, **figures)
+    for name, found in by_dimension.items():
+        if len(found) != inputs.features:
+            raise InvalidJsonError(f"{site.name}.{name} has {len(found)} values, not {inputs.features}")
+    linears = tuple(
+        _inside(f"linears[{index}]", _linear, linear, tensor, inputs.features)
+        for index, linear in enumerate(site.linears)
+    )
+    return SiteStatistics(site.name, site.kind, site.stack, site.layer, inputs, linears)
+
+
+def _linear(linear: _LinearFields, tensor: Callable[[str], Tensor], features: int) -> LinearStatistics:
+    weight_error = _vector(tensor, f"{linear.name}.weight_error")
+    if not linear.in_features == features == len(weight_error):
+        raise InvalidJsonError(
+            f"{linear.name} has {linear.in_features} inputs, {len(weight_error)} errors and a site of {features}"
+        )
+    if any(column >= features for column in linear.stored):
+        raise InvalidJsonError(f"{shown(list(linear.stored))} are not all among {features} inputs", "stored")
+    return LinearStatistics(weight_error=weight_error, **_fields(linear))
+
+
+def _vector(tensor: Callable[[str], Tensor], name: str) -> Tensor:
+    found = tensor(name)
+    if found.dim() != 1:
+        raise InvalidJsonError(f"{name} has the shape {list(found.shape)}, not one dimension")
+    return found
+
+
+def _inside(place: str, read: Callable[..., Read], *arguments: Any) -> Read:
+    try:
+        return read(*arguments)
+    except InvalidJsonError as error:
+        raise error.inside(place) from None
 
 
 def _tensors(statistics: OutlierStatistics) -> Iterator[tuple[str, Tensor]]:
@@ -215,22 +302,6 @@ def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
             for linear in site.linears
         ],
     }
-
-
-def _site_from_json(site: Mapping[str, Any], tensor: Any, threshold: float) -> SiteStatistics:
-    inputs = InputSummary(
-        threshold=threshold,
-        **{name: site[name] for name in _BY_SITE},
-        **{name: tensor(f"{site['name']}.{name}") for name in _BY_DIMENSION},
-    )
-    linears = tuple(
-        LinearStatistics(
-            weight_error=tensor(f"{linear['name']}.weight_error"),
-            **{**linear, "stored": tuple(linear.get("stored", ()))},
-        )
-        for linear in site["linears"]
-    )
-    return SiteStatistics(site["name"], site["kind"], site["stack"], site["layer"], inputs, linears)
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -244,6 +244,7 @@ ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("radio", "tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (r".*\.attention\.[qkv]_proj",)),
     **dict.fromkeys(("zamba", "zamba2"), (r".*\.shared_transf(?:ormer)?",)),
     "bark": (r"fine_acoustics\.lm_heads", "lm_heads"),
+    "blip": ("text_decoder.cls.predictions.decoder",),
     "dab-detr": (r"(?:.*\.)?decoder\.bbox_embed",),
     "deepseek_v4": (r".*\.compressor\.(?:indexer\.)?(?:gate|kv)_proj",),
     "deformable_detr": (r"(?:.*\.)?bbox_embed", r"(?:.*\.)?class_embed"),

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from int8cli.checkpoint.header import encode_header
+from int8cli.checkpoint.output_names import OWN_DIRECTORY, refuse_shared_outputs
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.plan import Decision
 
 CARD_FILE = "README.md"
-REPORT_FILE = "int8/report.json"
-SIDECAR_DIRECTORY = "int8/outliers"
+REPORT_FILE = f"{OWN_DIRECTORY}/report.json"
+SIDECAR_DIRECTORY = f"{OWN_DIRECTORY}/outliers"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_SHARD_NAME = "model.safetensors"  # the one name that loaders look for where there is no index
 
@@ -37,11 +38,18 @@ class OutputShard:
         return sum(tensor.spec.nbytes for tensor in self.tensors.values())
 
 
-def output_file_names(source_files: Sequence[str]) -> dict[str, str]:
-    """The output's name for each source shard: its own, as .safetensors; a lone shard gets the name loaders expect."""
+def output_file_names(source_files: Sequence[str], copied: Sequence[str] = ()) -> dict[str, str]:
+    """The output's name for each source shard: its own, as .safetensors; a lone shard gets the name loaders expect.
+
+    Raises IndexFileError where two would have one name, that of a `copied` file included, or one would lie in our own
+    directory.
+    """
     if len(source_files) == 1:
-        return {source_files[0]: SINGLE_SHARD_NAME}
-    return {name: str(PurePosixPath(name).with_suffix(".safetensors")) for name in source_files}
+        names = {source_files[0]: SINGLE_SHARD_NAME}
+    else:
+        names = {name: str(PurePosixPath(name).with_suffix(".safetensors")) for name in source_files}
+    refuse_shared_outputs(names, copied)
+    return names
 
 
 def plan_output_shard(

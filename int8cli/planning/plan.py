@@ -15,9 +15,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.loaders.transformers_versions import float32_of
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
-from int8cli.planning.transformers_versions import float32_of
 
 _WEIGHT = ".weight"
 _FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}

@@ -5,7 +5,6 @@ for safetensors sources.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,25 +14,23 @@ from typing import Any
 
 import xxhash
 
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
-from int8cli.errors import CheckpointError
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import Decision, Plan, PlanOptions, make_plan
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.results.conversion import TensorGroup
 
-CONFIG_FILE = "config.json"
 _EDGE_BYTES = 1 << 16
 # Measured on SmolLM2: what is written beside the weights comes to 684 bytes for each of their tensors.
 _RECORD_BYTES_A_TENSOR = 1000
 # And 289 bytes for each stored column, in record and report, where it comes with reasons.
 _RECORD_BYTES_A_COLUMN = 500
-_CONFIG_LIMIT_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ class Survey:
     @cached_property
     def outputs(self) -> dict[str, OutputShard]:
         """The output shard for each source shard's file name."""
-        names = output_file_names([contents.file_name for contents in self.shards])
+        names = output_file_names([contents.file_name for contents in self.shards], self.weights.copied)
         return {
             contents.file_name: plan_output_shard(contents, self.decisions, names[contents.file_name], self.target)
             for contents in self.shards
@@ -138,7 +135,7 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     """
     weights = find_weights(source)
     has_config = CONFIG_FILE in source.list_files()
-    config = _read_config(source) if has_config else {}
+    config = read_config(source) if has_config else {}
     shards = read_headers(source, weights)
     refuse_quantized(config, shards)
     specs = [stored.spec for contents in shards for stored in contents.tensors]
@@ -226,15 +223,3 @@ def model_fingerprint(source: Source, shards: Sequence[ShardContents]) -> str:
     """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
     marks = [fingerprint(source, contents.file_name) for contents in shards]
     return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""
-
-
-def _read_config(source: Source) -> dict[str, Any]:
-    with source.open(CONFIG_FILE) as file:
-        text = file.read(_CONFIG_LIMIT_BYTES)
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{CONFIG_FILE}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{CONFIG_FILE}: holds {type(config).__name__}, not an object")
-    return config

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.digest import new_digest
+from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import OutputError
+from int8cli.records.documents import check_file_name, read_document, without_schema
+from int8cli.typed_json import read_as
 
-MANIFEST_FILE = "int8/files.json"
+MANIFEST_FILE = f"{OWN_DIRECTORY}/files.json"
 MANIFEST_SCHEMA = "int8cli.files/1"
 _PIECE_BYTES = 1 << 20
 
@@ -50,6 +52,11 @@ class SideFile:
         return cls(name, size_bytes, digest.hexdigest())
 
 
+@dataclass(frozen=True, slots=True)
+class _ManifestFields:
+    files: tuple[SideFile, ...]
+
+
 def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str, bytes]) -> None:
     """Put down the digests of files that stand in `output`, and of those that will be written last."""
     files = [SideFile.of_path(name, output / name) for name in on_disk]
@@ -60,12 +67,11 @@ def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str,
 
 def read_manifest(output: Path) -> tuple[SideFile, ...] | None:
     """What `write_manifest` put down; None where it did not come to that. Raises OutputError for anything else."""
-    try:
-        document: Any = json.loads((output / MANIFEST_FILE).read_bytes())
-        return tuple(SideFile(str(f["file"]), int(f["size_bytes"]), str(f["xxh3_128"])) for f in document["files"])
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise OutputError(f"{output / MANIFEST_FILE} cannot be read ({error.strerror})") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise OutputError(f"{output / MANIFEST_FILE} is not as int8cli wrote it ({type(error).__name__})") from error
+    return read_document(output / MANIFEST_FILE, _from_json, "Run the same convert command again: it is written anew.")
+
+
+def _from_json(document: Any) -> tuple[SideFile, ...]:
+    found = read_as(_ManifestFields, without_schema(document, MANIFEST_SCHEMA))
+    for index, file in enumerate(found.files):
+        check_file_name(file.file, f"files[{index}].file")
+    return found.files

@@ -7,29 +7,35 @@ after the shard stands under its final name, so that a record always speaks of a
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.source import SourceIdentity
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import OutputError, SettingsMismatchError
+from int8cli.records.documents import (
+    check_file_name,
+    check_shard_name,
+    check_tensor,
+    read_document,
+    without_schema,
+)
 from int8cli.results.conversion import LayerReport
+from int8cli.typed_json import InvalidJsonError, read_as
 
 CONVERSION_SCHEMA = "int8cli.conversion/1"
 RECORD_SCHEMA = "int8cli.record/2"  # 2: the figures of a layer are null where they were not measured
-OWN_DIRECTORY = "int8"
+_RECORD_SCHEMAS = ("int8cli.record/1", RECORD_SCHEMA)
 VIA_FLOAT16 = "float16"  # a value of Settings.float32
 # The values of Settings.outliers: what the stored columns were chosen by.
 NO_OUTLIERS = "none"
 FROM_ACTIVATIONS = "activations"
 FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
-
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +85,16 @@ class Conversion:
         return {"schema": CONVERSION_SCHEMA, **asdict(self)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Conversion":
-        settings = data["settings"]
-        patterns = {name: tuple(settings[name]) for name in ("skip", "only")}
-        return cls(
-            SourceIdentity(**data["source"]),
-            Settings(**{**settings, **patterns}),
-            data["plan"],
-            tuple(ShardSource(**shard) for shard in data["shards"]),
-            tuple(data["files"]),
-        )
+    def from_json(cls, document: Any) -> "Conversion":
+        """Raises InvalidJsonError for values, or names of files, that no conversion has."""
+        found = read_as(cls, without_schema(document, CONVERSION_SCHEMA))
+        for index, shard in enumerate(found.shards):
+            check_shard_name(shard.output, f"shards[{index}].output")
+        for index, name in enumerate(found.files):
+            check_file_name(name, f"files[{index}]")
+        if len({shard.output for shard in found.shards}) != len(found.shards):
+            raise InvalidJsonError("has one output for two of them", "shards")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +116,23 @@ class FileRecord:
     header_xxh3_128: str
     tensors: tuple[TensorRecord, ...]
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "FileRecord":
-        tensors = tuple(TensorRecord(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in data["tensors"])
-        return cls(data["file"], data["size_bytes"], data["header_xxh3_128"], tensors)
+
+@dataclass(frozen=True, slots=True)
+class _KeptTensor:
+    tensor: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordFields:
+    """A shard's record as it is written, but for its schema and its layers, which read themselves."""
+
+    source: ShardSource
+    source_sha256: str | None
+    source_tensors: tuple[TensorSpec, ...]
+    files: tuple[FileRecord, ...]
+    layers: tuple[Any, ...]
+    kept: tuple[_KeptTensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +163,28 @@ class ShardRecord:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ShardRecord":
-        return cls(
-            ShardSource(**data["source"]),
-            data["source_sha256"],
-            tuple(TensorSpec(spec["name"], spec["dtype"], tuple(spec["shape"])) for spec in data["source_tensors"]),
-            tuple(FileRecord.from_json(file) for file in data["files"]),
-            tuple(LayerReport.from_json(layer) for layer in data["layers"]),
-            tuple((kept["tensor"], kept["place"]) for kept in data["kept"]),
-        )
+    def from_json(cls, document: Any) -> "ShardRecord":
+        """Raises InvalidJsonError for values, or names of files, that no record has."""
+        found = read_as(_RecordFields, without_schema(document, *_RECORD_SCHEMAS))
+        if not found.files:
+            raise InvalidJsonError("names no file", "files")
+        check_shard_name(found.source.output, "source.output")
+        for index, tensor in enumerate(found.source_tensors):
+            check_tensor(tensor, f"source_tensors[{index}]")
+        for index, file in enumerate(found.files):
+            check_file_name(file.file, f"files[{index}].file")
+            for place, record in enumerate(file.tensors):
+                check_tensor(record, f"files[{index}].tensors[{place}]")
+        layers = tuple(_layer(layer, f"layers[{index}]") for index, layer in enumerate(found.layers))
+        kept = tuple((each.tensor, each.place) for each in found.kept)
+        return cls(found.source, found.source_sha256, found.source_tensors, found.files, layers, kept)
+
+
+def _layer(value: Any, place: str) -> LayerReport:
+    try:
+        return LayerReport.from_json(value)
+    except InvalidJsonError as error:
+        raise error.inside(place) from None
 
 
 class RecordStore:
@@ -182,7 +214,7 @@ class RecordStore:
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to, if any."""
         hint = "Without it nothing here is known to be int8cli's: choose another directory, or delete this one."
-        return _read_record(self._conversion_path, Conversion.from_json, hint)
+        return read_document(self._conversion_path, Conversion.from_json, hint)
 
     def check(self, conversion: Conversion) -> None:
         """Whether the directory is free for a conversion, or holds the same one. Writes nothing.
@@ -203,7 +235,7 @@ class RecordStore:
     def record(self, shard: ShardSource) -> ShardRecord | None:
         """What was put down when a shard was finished; None if it never was. Raises OutputError."""
         path = self._record_path(shard)
-        return _read_record(path, ShardRecord.from_json, "Delete it, and its shard is converted again.")
+        return read_document(path, ShardRecord.from_json, "Delete it, and its shard is converted again.")
 
     def finished(self, shard: ShardSource) -> ShardRecord | None:
         """The record of a shard whose files are all in place at their size; None if it must be (re)made."""
@@ -218,23 +250,22 @@ class RecordStore:
         write_file(self._record_path(record.source), _to_bytes(record.to_json()))
 
     def clear(self) -> None:
-        """Remove every file that an earlier conversion put down as its own, and the records; nothing else."""
+        """Remove every file that an earlier conversion put down as its own, and the records; nothing else.
+
+        Raises OutputError where what is put down leads elsewhere, or to what is no file.
+        """
         known = self.conversion()
         if known is None:
             return
-        for name in known.files:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise OutputError(f"{self._conversion_path} names a file outside its directory: {name}")
-            (self._output / name).unlink(missing_ok=True)
-        for shard in known.shards:
-            self._record_path(shard).unlink(missing_ok=True)
+        records = [self._record_path(shard).relative_to(self._output).as_posix() for shard in known.shards]
+        remove_files(self._output, [*known.files, *records])
         for directory in (self.partial_directory, self.calibration_directory):
             shutil.rmtree(directory, ignore_errors=True)
         for directory in (self._records, self.own / "outliers"):
             with suppress(OSError):  # there may be something else in it
                 directory.rmdir()
         # Last, so that a kill half-way leaves a directory that still says what is ours.
-        self._conversion_path.unlink(missing_ok=True)
+        remove_files(self._output, [self._conversion_path.relative_to(self._output).as_posix()])
 
     def _record_path(self, shard: ShardSource) -> Path:
         return self._records / f"{shard.output.removesuffix('.safetensors')}.json"
@@ -276,18 +307,6 @@ def _fields(conversion: Conversion) -> dict[str, object]:
     fields["shards"] = [shard.output for shard in conversion.shards]
     fields["files"] = list(conversion.files)
     return fields
-
-
-def _read_record(path: Path, parse: Callable[[Any], Read], hint: str) -> Read | None:
-    """What `parse` makes of a JSON file; None where there is none. Raises OutputError for what we did not write."""
-    try:
-        return parse(json.loads(path.read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise OutputError(f"{path} is not as int8cli wrote it ({type(error).__name__}: {error})", hint=hint) from error
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read ({error.strerror})", hint="Check its permissions.") from error
 
 
 def _to_bytes(data: Any) -> bytes:

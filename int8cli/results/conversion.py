@@ -16,6 +16,7 @@ from int8cli.results.stored_columns import (
     StoredSummary,
     summarize_columns,
 )
+from int8cli.typed_json import InvalidJsonError, read_as
 
 # 2: the figures are null where they were not measured.
 REPORT_SCHEMA = "int8cli.report/2"
@@ -71,14 +72,43 @@ class LayerReport:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "LayerReport":
-        shape = (int(data["shape"][0]), int(data["shape"][1]))
-        added_up = {name: data[name] for name in _ADDED_UP}
-        measured = any(value is not None for value in added_up.values())
-        sums = ErrorSums(math.prod(shape), **added_up) if measured else None
-        before, after = data["bytes_before"], data["bytes_after"]
-        stored = StoredColumns.from_json(data["stored_columns"]) if data.get("stored_columns") else None
-        return cls(data["name"], data["kind"], shape, data["source_dtype"], before, after, sums, stored)
+    def from_json(cls, value: Any) -> "LayerReport":
+        """Raises InvalidJsonError for anything that `to_json` does not make."""
+        found = read_as(_LayerFields, value)
+        sizes = found.bytes_before, found.bytes_after
+        sums = found.sums()
+        return cls(found.name, found.kind, found.shape, found.source_dtype, *sizes, sums, found.stored_columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerFields:
+    """A layer as `LayerReport.to_json` writes it. What follows from other figures is not read."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    source_dtype: str
+    bytes_before: int
+    bytes_after: int
+    row_absmax_min: float | None
+    row_absmax_max: float | None
+    max_abs_error: float | None
+    relative_frobenius_error: Any
+    sqnr_db: Any
+    mean_range_use: Any
+    sum_squared_error: float | None
+    sum_squared_weight: float | None
+    sum_abs_data: float | None
+    stored_columns: StoredColumns | None = None
+
+    def sums(self) -> ErrorSums | None:
+        figures = {name: getattr(self, name) for name in _ADDED_UP}
+        if all(value is None for value in figures.values()):
+            return None
+        for name, value in figures.items():
+            if value is None:
+                raise InvalidJsonError("is null beside figures that are not", name)
+        return ErrorSums(math.prod(self.shape), **figures)
 
 
 @dataclass(frozen=True, slots=True)

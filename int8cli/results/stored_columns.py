@@ -1,7 +1,7 @@
 """The input columns that a conversion stores exactly: of a linear, of a kind of layer, in all; and their JSON form."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -61,14 +61,6 @@ class StoredColumns:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "StoredColumns":
-        predicted, measured = (
-            RelativeOutputError(**data[name]) if data[name] else None for name in ("predicted", "measured")
-        )
-        columns = tuple(StoredColumn(**column) for column in data["columns"])
-        return cls(data["chosen_from"], columns, data["bytes"], predicted, measured)
 
 
 NOTHING_STORED = StoredColumns("", (), 0)

@@ -18,6 +18,7 @@ from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
+from int8cli.model.extra import require_version
 from int8cli.model.loading import name_targets
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.stored import StoredLinear, StoredModel
@@ -60,6 +61,7 @@ def _require_extra() -> None:
             raise MissingExtraError(
                 f"running a model needs {package}, which is not installed", hint="pip install 'int8cli[calibrate]'"
             )
+    require_version()
 
 
 def _config(directory: Path) -> Any:

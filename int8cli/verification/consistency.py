@@ -4,21 +4,23 @@ Owns the comparison of JSON with JSON; reads no weights.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
 from int8cli.planning.plan import Plan
-from int8cli.planning.survey import CONFIG_FILE
 from int8cli.records.manifest import MANIFEST_FILE, SideFile
 from int8cli.records.store import Conversion, ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
 from int8cli.results.verification import Failure
+from int8cli.typed_json import InvalidJsonError, parse_json, read_as
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
 
@@ -55,6 +57,11 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
         expected: dict[str, TensorSpec] = {}
         for spec in record.source_tensors:
             layer = layers.pop(spec.name, None)
+            if layer and len(spec.shape) != 2:
+                yield Failure(
+                    shard.file, f"is reported as quantized, but was {list(spec.shape)} in the source", spec.name
+                )
+                continue
             made = target.quantized_specs(spec, transpose=_is_transposed(spec, layer)) if layer else (spec,)
             expected.update((each.name, each) for each in made)
         for name in layers:
@@ -140,12 +147,11 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
 def report_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
     """Whether the report says what the records say: source, settings, every layer's figures, totals."""
     try:
-        report = _read_object(directory / REPORT_FILE)
+        report = _read_report(directory / REPORT_FILE)
     except Int8cliError as error:
         yield Failure(REPORT_FILE, str(error))
         return
-    if isinstance(report.get("settings"), dict):
-        report["settings"].setdefault("figures", True)  # earlier versions always measured them
+    report["settings"].setdefault("figures", True)  # earlier versions always measured them
     layers = worst_first(layer for record in records for layer in record.layers)
     settings = json.loads(json.dumps(asdict(conversion.settings)))
     stored = summarize_stored(layers)
@@ -163,8 +169,8 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
         "quantized_layers": len(layers),
     }
     yield from _differences(head, report)
-    yield from _differences(totals, report.get("totals") or {})
-    told = {layer.get("name"): layer for layer in report.get("layers") or []}
+    yield from _differences(totals, report["totals"])
+    told = {layer["name"]: layer for layer in report["layers"]}
     for layer in layers:
         if told.pop(layer.name, None) != json.loads(json.dumps(layer.to_json())):
             yield Failure(REPORT_FILE, "its figures are not those of its record", layer.name)
@@ -201,16 +207,41 @@ def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequen
             yield Failure(path.name, "is not of this conversion, and a loader may take it for a part of the model")
 
 
+def _read_report(path: Path) -> dict[str, Any]:
+    """The report with what is compared by field: settings and totals, objects, and layers, each with a name.
+
+    Raises Int8cliError.
+    """
+    report = _read_object(path)
+    try:
+        for name in ("settings", "totals"):
+            _part(report, name, dict[str, Any])
+        layers = _part(report, "layers", tuple[dict[str, Any], ...])
+        for index, layer in enumerate(layers):
+            _part(layer, "name", str, f"layers[{index}].")
+    except InvalidJsonError as error:
+        raise Int8cliError(f"is not as int8cli wrote it: {error}") from error
+    return report
+
+
+def _part(value: dict[str, Any], name: str, declared: Any, place: str = "") -> Any:
+    try:
+        return read_as(declared, value.get(name))
+    except InvalidJsonError as error:
+        raise error.inside(f"{place}{name}") from None
+
+
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises Int8cliError."""
     try:
-        data = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            data = parse_json(file.read(os.fstat(file.fileno()).st_size))
     except FileNotFoundError as error:
         raise Int8cliError("is missing") from error
     except OSError as error:
         raise Int8cliError(f"cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise Int8cliError(f"is not valid JSON ({error})") from error
+    except InvalidJsonError as error:
+        raise Int8cliError(str(error)) from error
     if not isinstance(data, dict):
         raise Int8cliError(f"holds {type(data).__name__}, not an object")
     return data

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.lock import refuse_while_locked
-from int8cli.checkpoint.source import Source, checked_file_name
+from int8cli.checkpoint.output_names import OWN_DIRECTORY
+from int8cli.checkpoint.source import Source
 from int8cli.errors import Int8cliError, OutputError
-from int8cli.planning.survey import CONFIG_FILE
+from int8cli.planning.layouts import LAYOUTS
 from int8cli.progress import Progress
 from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
-from int8cli.records.store import OWN_DIRECTORY, Conversion, RecordStore, ShardRecord
+from int8cli.records.store import Conversion, RecordStore, ShardRecord
 from int8cli.results.verification import Check, Failure, Verification
+from int8cli.typed_json import shown
 from int8cli.verification.beside import check_loads_beside
 from int8cli.verification.consistency import (
     config_failures,
@@ -30,7 +33,6 @@ from int8cli.verification.files import READ, DigestPass, header_bytes
 from int8cli.verification.loads import NAME
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import check_sidecars
-from int8cli.verification.wellformed import record_problem
 from int8cli.workers.torch_start import start_torch
 
 
@@ -45,8 +47,11 @@ def conversion_in(directory: Path) -> Conversion:
         )
     in_use = f"{directory} is being written by an int8cli convert"
     refuse_while_locked(directory / OWN_DIRECTORY, in_use, "Wait for it to end.")
-    for name in (*conversion.files, *(shard.output for shard in conversion.shards)):
-        checked_file_name(name)
+    if conversion.settings.layout not in LAYOUTS:
+        raise OutputError(
+            f"{directory}: {OWN_DIRECTORY}/conversion.json names the layout {shown(conversion.settings.layout)}, "
+            f"this version knows {' and '.join(LAYOUTS)}"
+        )
     if read_manifest(directory) is None:
         raise OutputError(
             f"{directory}: the conversion is not finished: {_what_is_missing(store, conversion)}",
@@ -158,13 +163,8 @@ def _read_records(store: RecordStore, conversion: Conversion) -> tuple[dict[str,
         except Int8cliError as error:
             failures.append(Failure(shard.output, str(error)))
             continue
-        if record is None:
-            continue
-        problem = record_problem(record) if record.files else "it names no file"
-        if problem is None:
+        if record is not None:
             records[shard.file] = record
-        else:
-            failures.append(Failure(shard.output, f"its record is not as int8cli wrote it: {problem}"))
     return records, failures
 
 

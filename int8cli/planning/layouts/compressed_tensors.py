@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.loaders.transformers_versions import covers_by_component
 from int8cli.planning.layouts.skip_modules import skip_modules
 from int8cli.planning.plan import Acceptance, Plan
-from int8cli.planning.transformers_versions import covers_by_component
 
 NAME = "compressed-tensors"
 # The loaders replace what is an `nn.Linear` or, in vLLM, made of them: experts that are stored one by one too.

@@ -8,9 +8,9 @@ own, and those that another class of the same family makes anew.
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from int8cli.loaders.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 from int8cli.planning import architectures as names
 from int8cli.planning.plan import Decision, Plan
-from int8cli.planning.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 
 EXPERTS_PATTERN = r".*\.experts"
 ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first, whose entries hold most widely

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 # The versions that were surveyed, oldest first. A fact that is "since" one of them was not in the one before.
 SURVEYED = ("4.57.6", "5.0.0", "5.23.0", "5.24.0")
 
+# Running a model block by block, and load_model, take the loader of transformers 5 apart (core_model_loading), which
+# transformers 4 does not have.
+OLDEST_THAT_RUNS = "5.0.0"
+
 # 4.57.6 and 5.0.0 replace subclasses of nn.Linear too (falcon's, torch's MultiheadAttention), later versions do not:
 # these layers stay floats in the file and are named in `llm_int8_skip_modules`.
 # 4.57.6 also quantizes a float that it finds for an int8 layer; later versions refuse it.

@@ -1,0 +1,83 @@
+"""The JSON files under `int8/`, read as input like any other.
+
+Owns what is the same for all of them: size, schema, names and sizes that can be. Knows none of them.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from int8cli.checkpoint.output_names import OWN_DIRECTORY, is_output_name, is_own
+from int8cli.checkpoint.tensor import DTYPE_BITS
+from int8cli.errors import OutputError
+from int8cli.typed_json import InvalidJsonError, parse_json, shown
+
+_LIMIT_BYTES = 1 << 30  # a record of 10,000 tensors has 7 MB
+_LARGEST_TENSOR_BITS = 2**63 - 1
+# What lies in our directory beside the files that a conversion consists of.
+_STATE = frozenset({"conversion.json", "records", "partial", "incoming", "calibration"})
+
+Read = TypeVar("Read")
+
+
+class TensorDescription(Protocol):
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def read_document(path: Path, parse: Callable[[Any], Read], hint: str = "") -> Read | None:
+    """What `parse` makes of a JSON file; None where there is none.
+
+    Raises OutputError for what cannot be read, and where `parse` raises InvalidJsonError, naming file and field.
+    """
+    try:
+        with path.open("rb") as file:
+            size_bytes = os.fstat(file.fileno()).st_size
+            if size_bytes > _LIMIT_BYTES:
+                raise OutputError(f"{path} has {size_bytes:,} bytes, more than int8cli writes", hint=hint)
+            text = file.read(size_bytes + 1)
+        return parse(parse_json(text))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except InvalidJsonError as error:
+        raise OutputError(f"{path} is not as int8cli wrote it: {error}", hint=hint) from error
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read ({error.strerror})", hint="Check its permissions.") from error
+
+
+def without_schema(document: Any, *known: str) -> dict[str, Any]:
+    """The document's other fields. Raises InvalidJsonError unless its schema is one of those known."""
+    if not isinstance(document, dict):
+        raise InvalidJsonError(f"is {shown(document)}, not an object")
+    if document.get("schema") not in known:
+        raise InvalidJsonError(
+            f"is {shown(document.get('schema'))}, this version reads {' and '.join(known)}", "schema"
+        )
+    return {name: value for name, value in document.items() if name != "schema"}
+
+
+def check_file_name(name: str, place: str) -> None:
+    """Raise InvalidJsonError unless this is the name of a file that a conversion may consist of."""
+    state = is_own(name) and (name.split("/")[0] != OWN_DIRECTORY or [*name.split("/"), ""][1] in {"", *_STATE})
+    if not is_output_name(name) or state:
+        raise InvalidJsonError(f"is {shown(name)}, which is no file of a conversion", place)
+
+
+def check_shard_name(name: str, place: str) -> None:
+    """The same for a shard, which lies outside of our own directory."""
+    if not is_output_name(name) or is_own(name) or not name.endswith(".safetensors"):
+        raise InvalidJsonError(f"is {shown(name)}, which is no shard of a conversion", place)
+
+
+def check_tensor(tensor: TensorDescription, place: str) -> None:
+    """Raise InvalidJsonError for an unknown dtype or a shape of more bits than a file can hold."""
+    bits = DTYPE_BITS.get(tensor.dtype)
+    if bits is None:
+        raise InvalidJsonError(f"has the unknown dtype {shown(tensor.dtype)}", place)
+    for extent in sorted(tensor.shape):  # zeros first
+        bits *= extent
+        if bits > _LARGEST_TENSOR_BITS:
+            raise InvalidJsonError(f"is {shown(list(tensor.shape))}, more than a file can hold", f"{place}.shape")

@@ -1,0 +1,47 @@
+"""The cases: tiny models of many architectures, saved by this transformers, and what int8cli makes of them.
+
+Runs in the environment with the newest transformers. Each case is a directory with `source`, `bitsandbytes` and, for
+some, `compressed-tensors`, and `case.json`, which names the class.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
+
+from calibration_models import make_model
+from checkpoints import HEADS, LISTED, OTHERS, build_tiny, convert_local
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# Those whose calibration and load_model are tried too, and compressed-tensors: one of each way to build a block.
+RUN = ("llama", "gpt2", "bloom", "bert", "t5", "gemma2", "mamba")
+
+
+def write_cases(directory: Path, names: set[str]) -> None:
+    """Write every case into a directory of its own; one that this transformers cannot build or save is left out."""
+    for name, tiny in (LISTED | HEADS | OTHERS).items():
+        for dtype_name, dtype in DTYPES.items():
+            if names and name not in names:
+                continue
+            case = directory / f"{name}-{dtype_name}"
+            runs = name in RUN and dtype_name == "bfloat16"
+            if runs:
+                make_model(name, case / "source", dtype=dtype)
+            else:
+                build_tiny(tiny, dtype).save_pretrained(case / "source")
+            convert_local(case / "source", case / "bitsandbytes")
+            if runs and name != "gpt2":
+                convert_local(case / "source", case / "compressed-tensors", layout="compressed-tensors")
+            facts = {
+                "class": tiny.model,
+                "runs": runs,
+                "model_type": json.loads((case / "source/config.json").read_text())["model_type"],
+            }
+            (case / "case.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    write_cases(Path(sys.argv[1]), set(sys.argv[2:]))

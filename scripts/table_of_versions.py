@@ -1,0 +1,137 @@
+"""Try what `convert` writes in several versions of transformers, and write docs/versions.md.
+
+Tiny models of many architectures, in float16 and bfloat16, are saved and converted by the environment that runs this
+script, and opened in each of the others, where the source is also quantized on load: the two must hold the same.
+
+    python scripts/table_of_versions.py .venv-457/bin/python .venv-500/bin/python .venv/bin/python
+    python scripts/table_of_versions.py --only llama,bert .venv/bin/python    a few architectures, printed only
+
+An environment needs torch, transformers, bitsandbytes and accelerate; for the last two columns also int8cli itself,
+compressed-tensors for the layout of that name. About five minutes for each environment on two cores.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(__file__).parent / "comparing_versions"
+PAGE = ROOT / "docs" / "versions.md"
+
+COLUMNS = (
+    *("transformers", "bitsandbytes", "opens", "equal, bit for bit", "other precision", "compressed-tensors opens"),
+    *("calibrate runs", "load_model runs"),
+)
+EXPLANATION = (
+    "Tiny models of many architectures, in float16 and bfloat16, saved by the newest transformers of the table and",
+    "converted by int8cli. *Equal*: every tensor has the bits that quantizing the source on load gives there.",
+    "*Other precision*: layers are floats with the source's values, as `llm_int8_skip_modules` in config.json says, or",
+    "int8 as bitsandbytes makes it, or floats in a wider dtype with the same values, where that version would choose",
+    "otherwise. Architectures whose source that version does not open either are not counted.",
+)
+
+Outcome = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pythons", nargs="+", help="the interpreter of each environment, oldest transformers first")
+    parser.add_argument("--only", default="", help="architectures, separated by commas; nothing is written then")
+    parser.add_argument("--cases", type=Path, help="where the cases are, or shall be, kept")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = options.cases or Path(scratch)
+        if not any(cases.glob("*/case.json")):
+            only = list(filter(None, options.only.split(",")))
+            subprocess.run([sys.executable, PROGRAMS / "cases.py", cases, *only], check=True, capture_output=True)
+        environments = [tried(python, cases) for python in options.pythons]
+    page = "\n".join(page_of(environments))
+    print(page)
+    if not options.only:
+        PAGE.parent.mkdir(exist_ok=True)
+        PAGE.write_text(page + "\n", encoding="utf-8")
+
+
+def tried(python: str, cases: Path) -> tuple[dict[str, str | None], list[Outcome]]:
+    """The packages of one environment, and what became of each case in it."""
+    runs = subprocess.run([python, "-c", "import int8cli.cli"], capture_output=True, check=False).returncode == 0
+    command = [python, str(PROGRAMS / "loading.py"), str(cases), *(["--run"] if runs else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{python}: {done.stderr.strip()[-2000:]}")
+    first, *rest = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    print(f"{python}: {len(rest)} cases", file=sys.stderr, flush=True)
+    return first["packages"], rest
+
+
+def page_of(environments: list[tuple[dict[str, str | None], list[Outcome]]]) -> Iterator[str]:
+    yield "# What opens where"
+    yield ""
+    yield f"Made by `scripts/table_of_versions.py` on {datetime.date.today().isoformat()}, on the CPU."
+    yield ""
+    yield from EXPLANATION
+    yield ""
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
+    for packages, outcomes in environments:
+        yield row_of(packages, outcomes)
+    yield ""
+    yield from remarks(environments)
+
+
+def row_of(packages: dict[str, str | None], outcomes: list[Outcome]) -> str:
+    known = [outcome for outcome in outcomes if outcome["opens"] != "unknown"]
+    opened = [outcome for outcome in known if outcome["opens"] == "yes"]
+    equal = Counter(outcome["equal"] for outcome in opened)
+    cells = [
+        packages["transformers"] or "",
+        packages["bitsandbytes"] or "",
+        f"{len(opened)} of {len(known)}",
+        str(equal["yes"]),
+        str(equal["other precision"]),
+        share(known, "compressed_tensors") + (f" ({packages['compressed-tensors']})"),
+        share(known, "calibrate"),
+        share(known, "load_model"),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def share(outcomes: list[Outcome], key: str) -> str:
+    tried = [outcome[key] for outcome in outcomes if key in outcome]
+    return f"{tried.count('yes')} of {len(tried)}" if tried else "not tried"
+
+
+def remarks(environments: list[tuple[dict[str, str | None], list[Outcome]]]) -> Iterator[str]:
+    """What did not go as it should, by version, and the layers in another precision."""
+    for packages, outcomes in environments:
+        yield f"## transformers {packages['transformers']}"
+        yield ""
+        lines = list(dict.fromkeys(line for outcome in outcomes for line in remarks_on(outcome)))
+        yield from lines or ["Nothing to remark."]
+        yield ""
+
+
+def remarks_on(outcome: Outcome) -> Iterator[str]:
+    name = outcome["case"].rpartition("-")[0]
+    if outcome["opens"] == "unknown":
+        yield f"- {name}: the source does not open either ({outcome['why']})"
+    elif outcome["opens"] == "no":
+        yield f"- **{name} does not open**: {outcome['why']}"
+    elif outcome["equal"] == "no":
+        yield f"- **{name} is not equal**: {', '.join(outcome['wrong'])}"
+    elif outcome["others"]:
+        yield f"- {name}, another precision: {', '.join(f'`{module}`' for module in outcome['others'])}"
+    for key in ("compressed_tensors", "calibrate", "load_model"):
+        if outcome.get(key, "yes") != "yes":
+            yield f"- **{name}, {key.replace('_', '-' if key == 'compressed_tensors' else '_')}**: {outcome[key]}"
+
+
+if __name__ == "__main__":
+    main()
