@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_models import calibrated, make_model, save_tokenizer, some_text
-from checkpoints import HEADS, LISTED, OTHERS, build_tiny
+from support.calibration_models import calibrated, make_model, save_tokenizer, some_text
+from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
 from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.locate import open_source

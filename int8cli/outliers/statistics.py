@@ -16,7 +16,7 @@ from torch import Tensor
 
 from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import CheckpointError
+from int8cli.errors import StatisticsFileError
 from int8cli.llm_int8.columns import predicted_output_error
 from int8cli.llm_int8.inputs import InputSummary
 from int8cli.llm_int8.outliers import MassiveActivation, OutlierFeature, massive_activations, systematic_features
@@ -179,7 +179,7 @@ def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> OutlierStatistics:
-    """Read a statistics file. Raises CheckpointError for anything else, naming what in it is not as it was written."""
+    """Read a statistics file. Raises StatisticsFileError for anything else, naming what in it is wrong."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(_KEY)
@@ -191,7 +191,7 @@ def load_statistics(path: Path) -> OutlierStatistics:
                 for index, site in enumerate(found.sites)
             )
     except (SafetensorError, OSError, InvalidJsonError) as error:
-        raise CheckpointError(
+        raise StatisticsFileError(
             f"{path.name} does not hold outlier statistics: {error!s:.200}",
             hint="Such a file comes from running the model.",
         ) from error
@@ -236,7 +236,7 @@ class _Document:
 def _read_document(document: Any, path: Path) -> _Document:
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, str) and schema != STATISTICS_SCHEMA:
-        raise CheckpointError(
+        raise StatisticsFileError(
             f"{path.name}: its schema is {shown(schema)}, and this version reads {STATISTICS_SCHEMA!r}",
             hint="Make the file again with this version.",
         )
