@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
-from program import llama, run, tree
+from support.checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
+from support.program import llama, run, tree
+from support.verifying import verified
 from torch import Tensor, nn
-from verifying import verified
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source

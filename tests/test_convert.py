@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 import xxhash
-from checkpoints import (
+from safetensors.torch import save_file
+from support.checkpoints import (
     LISTED,
     WITHOUT_COLUMNS,
     build_tiny,
@@ -21,7 +22,6 @@ from checkpoints import (
     save_tiny,
     survey,
 )
-from safetensors.torch import save_file
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert

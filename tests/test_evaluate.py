@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_models import make_model, some_text
-from checkpoints import WITHOUT_COLUMNS
 from safetensors.torch import load_file, save_file
+from support.calibration_models import make_model, some_text
+from support.checkpoints import WITHOUT_COLUMNS
 from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub_stand_in import Fault, HubStandIn, commit_of
+from support.hub_stand_in import Fault, HubStandIn, commit_of
 
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.locate import open_source

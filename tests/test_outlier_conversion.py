@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_models import calibrated, make_model, save_tokenizer, some_text
-from checkpoints import LISTED, build_tiny, read_all, read_tensors, save_by_hand, survey
-from hub_stand_in import Fault, HubStandIn
-from program import Nursery, llama, tree, wait_until
+from support.calibration_models import calibrated, make_model, save_tokenizer, some_text
+from support.checkpoints import LISTED, build_tiny, read_all, read_tensors, save_by_hand, survey
+from support.hub_stand_in import Fault, HubStandIn
+from support.program import Nursery, llama, tree, wait_until
 
 from int8cli import ConvertOptions, convert, plan_conversion
 from int8cli.checkpoint import locate

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from program import environment
+from support.program import environment
 
 from int8cli.checkpoint import pickle_bounds
 from int8cli.checkpoint.pickle_bounds import MOST_NESTED, BoundedReader, PickleBoundsError, check_pickle
