@@ -59,7 +59,7 @@ class ProgressLines:
             self._tasks[task].started_s[part] = time.monotonic()
 
     def note(self, message: str) -> None:
-        print(printable(message), file=sys.stderr, flush=True)
+        print(f"{printable(message)}\n", end="", file=sys.stderr, flush=True)  # at once: other threads print too
 
     def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
         if part is None:
