@@ -4,10 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny
-from test_plan import llama, plan_of, spec
-
-from int8cli import architectures as names
 from int8cli.layouts.skip_modules import skip_modules
 from int8cli.plan import Plan, PlanOptions, make_plan
 from int8cli.transformers_versions import (
@@ -19,6 +15,10 @@ from int8cli.transformers_versions import (
     release,
     skip_rule,
 )
+from support.checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny
+from test_plan import llama, plan_of, spec
+
+from int8cli import architectures as names
 
 RULES = pytest.mark.parametrize("rule", SKIP_RULES.values(), ids=SKIP_RULES)
 

@@ -184,8 +184,8 @@ class _Stack:
 
 
 def save_figures(figures: Mapping[str, Tensor], path: Path) -> None:
-    """Write a scan's figures down, whole or not at all. Raises OutputError."""
-    write_file(path, serialize(figures))
+    """Write a scan's figures down, whole or not at all, in a directory of ours. Raises OutputError."""
+    write_file(path, serialize(figures), below=path.parent.parent)
 
 
 def load_figures(path: Path) -> dict[str, Tensor]:
