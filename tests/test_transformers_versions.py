@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from int8cli.layouts.skip_modules import skip_modules
 from int8cli.plan import Plan, PlanOptions, make_plan
-from int8cli.transformers_versions import (
+from support.checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny
+from test_plan import llama, plan_of, spec
+
+from int8cli import architectures as names
+from int8cli.loaders.transformers_versions import (
     FLOAT32,
     SKIP_RULES,
     SURVEYED,
@@ -15,10 +18,7 @@ from int8cli.transformers_versions import (
     release,
     skip_rule,
 )
-from support.checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny
-from test_plan import llama, plan_of, spec
-
-from int8cli import architectures as names
+from int8cli.planning.layouts.skip_modules import skip_modules
 
 RULES = pytest.mark.parametrize("rule", SKIP_RULES.values(), ids=SKIP_RULES)
 
