@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.hub_stand_in import Fault, HubStandIn, commit_of
@@ -65,7 +66,7 @@ class Waits:
 
 
 def source_of(hub: HubStandIn, tmp_path: Path, revision: str | None = None, repo: str = REPO, **options) -> HubSource:
-    settings = {
+    settings: dict[str, Any] = {
         "download_dir": tmp_path / "out" / "incoming",
         "endpoint": hub.endpoint,
         "cache_dir": tmp_path / "cache",
