@@ -18,6 +18,7 @@ from int8cli.errors import (
     NonFiniteError,
     NotEnoughMemoryError,
     OutputInUseError,
+    SavedStateError,
     TextError,
 )
 from int8cli.llm_int8.inputs import InputStatistics
@@ -236,6 +237,10 @@ class KilledAfter(SilentProgress):
     def __init__(self, blocks: int) -> None:
         self.left = blocks
         self.run: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
         if amount == 0:  # a block begins
@@ -283,6 +288,49 @@ def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -
     with pytest.raises(Killed):
         calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
     assert saved(calibrated(tmp_path / "model", kept_in=kept), tmp_path / "again.safetensors") == whole
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("record.json", False),  # then nothing is known to be there
+        ("model.layers.0@1/0.pt", True),
+        ("model.layers.0.safetensors", True),
+    ],
+)
+@pytest.mark.parametrize("left_bytes", [0, 20, None])
+def test_state_that_cannot_be_read_back_is_made_again(
+    tmp_path: Path, file: str, told: bool, left_bytes: int | None
+) -> None:
+    make_model("llama", tmp_path / "model")
+    kept = tmp_path / "work" / "blocks"
+    whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
+    with pytest.raises(Killed):
+        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+    if left_bytes is None:
+        (kept / file).unlink()
+    else:
+        (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
+    progress = KilledAfter(100)
+    again = calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+    assert saved(again, tmp_path / "again.safetensors") == whole
+    assert progress.run == ["model.layers.0", "model.layers.1"]
+    assert any(note.endswith("starting over") for note in progress.notes) == told
+
+
+def test_state_that_cannot_be_read_back_in_the_run_that_made_it_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path / "model")
+    save = torch.save
+
+    def save_half(saved: object, path: Path) -> None:
+        save(saved, path)
+        path.write_bytes(path.read_bytes()[:100])
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(SavedStateError, match=r"0\.pt cannot be read back"):
+        calibrated(tmp_path / "model", kept_in=tmp_path / "work" / "blocks")
 
 
 def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
