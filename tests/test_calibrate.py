@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -368,7 +369,7 @@ def test_what_is_no_statistics_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_nan_in_a_weight_names_the_layer(tmp_path: Path) -> None:
-    def spoil(model: torch.nn.Module) -> None:
+    def spoil(model: Any) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
 
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj: its weight holds nan in input column 5"):
@@ -376,7 +377,7 @@ def test_a_nan_in_a_weight_names_the_layer(tmp_path: Path) -> None:
 
 
 def test_a_model_that_makes_nan_names_the_layer(tmp_path: Path) -> None:
-    def spoil(model: torch.nn.Module) -> None:
+    def spoil(model: Any) -> None:
         model.model.layers[1].post_attention_layernorm.weight[7] = torch.nan
 
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input holds nan at .*dimension 7"):

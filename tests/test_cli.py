@@ -237,7 +237,7 @@ def test_help_shows_every_option_and_examples_that_parse(
 def test_the_help_of_every_command_is_plain_text() -> None:
     assert app.registered_commands
     for command in app.registered_commands:
-        shown = CliRunner().invoke(app, [command.name, "--help"])
+        shown = CliRunner().invoke(app, [str(command.name), "--help"])
         assert shown.exit_code == 0
         assert "\n  Examples:\n\n  int8cli " in shown.stdout
         assert "[bold]" not in shown.stdout

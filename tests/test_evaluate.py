@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
+from int8cli.commands.options import LayoutName
 from int8cli.errors import NonFiniteError, ReferenceModelError, TextError, UnknownMethodError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns, calibrated_columns
 from int8cli.evaluation.evaluate import evaluate
@@ -248,7 +249,7 @@ def test_encoder_decoders_predict_the_second_half_from_the_first(tmp_path: Path,
 @pytest.mark.parametrize(
     ("family", "layout"), [("llama", "bitsandbytes"), ("llama", "compressed-tensors"), ("gpt2", "bitsandbytes")]
 )
-def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, family: str, layout: str) -> None:
+def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, family: str, layout: LayoutName) -> None:
     model = make_model(family, tmp_path / "model")
     output = tmp_path / "int8"
     convert(model, output, ConvertOptions(outliers="none", layout=layout))
@@ -305,8 +306,8 @@ def test_stored_columns_of_a_conversion_are_used(tmp_path: Path, llama: Path) ->
     place.mkdir(parents=True, exist_ok=True)
     save_file(sidecar, place / "model.safetensors")
     alone = evaluated(tmp_path / "int8", "llm-int8-stored")
-    columns = ChosenColumns(chosen, StoredColumnsSummary(2, "by hand", "", 0, 2.0))
-    plain = evaluated(llama, "llm-int8-stored", "vector-wise", columns=columns)
+    by_hand = ChosenColumns(chosen, StoredColumnsSummary(2, "by hand", "", 0, 2.0))
+    plain = evaluated(llama, "llm-int8-stored", "vector-wise", columns=by_hand)
     assert scores_of(alone, "llm-int8-stored").nats == scores_of(plain, "llm-int8-stored").nats
     assert scores_of(plain, "llm-int8-stored").nats != scores_of(plain, "vector-wise").nats
     assert alone.columns is not None
@@ -404,7 +405,7 @@ def test_nan_is_found_and_named(tmp_path: Path, place: str, told: str) -> None:
         evaluated(tmp_path, "int8-weights")
 
 
-def run_command(*arguments: str | Path) -> Result:
+def run_command(*arguments: str | Path | int) -> Result:
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 

@@ -56,7 +56,7 @@ def made_up(name: str = "some/model", *, predicts: bool = True) -> Evaluation:
     )
 
 
-def changed(found: Evaluation, of: str, **fields: object) -> Evaluation:
+def changed(found: Evaluation, of: str, **fields: Any) -> Evaluation:
     methods = tuple(dataclasses.replace(method, **fields) if method.label == of else method for method in found.methods)
     return dataclasses.replace(found, methods=methods)
 

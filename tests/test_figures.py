@@ -22,6 +22,7 @@ from support.program import CONVERT, Nursery, llama, tree
 from support.verifying import verified
 
 from int8cli import ConvertOptions, convert
+from int8cli.commands.options import LayoutName
 from int8cli.errors import NonFiniteError, SettingsMismatchError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.plan import Decision
@@ -86,7 +87,7 @@ def shown(report: ConversionReport, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_weights_and_sidecars_are_the_same(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_and_sidecars_are_the_same(layout: LayoutName, dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source", dtype, max_shard_size="30KB")
     told, bare = map(weights_of, both(tmp_path / "source", layout=layout, stored=suspected))
     assert sum(name.startswith("int8/outliers/") for name in bare) > 1
@@ -235,13 +236,15 @@ def test_an_output_of_an_earlier_version_has_figures(model: Path, tmp_path: Path
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
-def failures(output: Path, source: Path | None = None, *, report_as_written: bool = True) -> list[tuple[str, ...]]:
+def failures(
+    output: Path, source: Path | None = None, *, report_as_written: bool = True
+) -> list[tuple[str, str, str | None, str]]:
     found = [(c.name, f.file, f.tensor, f.problem) for c in verified(output, source).checks for f in c.failures]
     return [each for each in found if report_as_written or each[:2] != ("files", "int8/report.json")]
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
-def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: str, tmp_path: Path) -> None:
+def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: LayoutName, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     convert_storing(source, tmp_path / "out", suspected, ConvertOptions(outliers="none", figures=False, layout=layout))
     checks = {check.name: check for check in verified(tmp_path / "out", source).checks}

@@ -82,7 +82,7 @@ def test_defaults_are_those_of_the_command_line(command: str) -> None:
         return value.value if isinstance(value, enum.Enum) else None if value == () else value
 
     fields = {field.name: plain(field.default) for field in dataclasses.fields(COMMANDS[command])}
-    parameters = typer.main.get_command(app).commands[command].params
+    parameters = vars(typer.main.get_command(app))["commands"][command].params
     shown = {each.name: plain(each.default) for each in parameters if each.name not in OF_THE_COMMAND_LINE}
     assert {name: fields[name] for name in shown} == shown
     # The library leaves nothing out, and knows a little more: what only a small test model asks for, and threads.

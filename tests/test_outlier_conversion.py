@@ -35,7 +35,7 @@ from int8cli.planning.survey import Room
 from int8cli.progress import BYTES, SilentProgress
 
 REPO = "org/model"
-SMALL = {"max_shard_size": "30KB"}
+SMALL: dict[str, Any] = {"max_shard_size": "30KB"}
 
 
 class Notes(SilentProgress):
@@ -210,7 +210,7 @@ def test_weights_alone_give_suspects_of_linears_that_a_norm_feeds(model: Path, t
     for layer in report.layers:
         fed = layer.name.rpartition(".")[2] not in ("o_proj", "down_proj")
         assert len(layer.stored.columns) == (3 if fed else 0)
-        assert all(column.suspicion > 0 for column in layer.stored.columns)
+        assert all((column.suspicion or 0.0) > 0 for column in layer.stored.columns)
         assert layer.stored.predicted is None
 
 

@@ -103,6 +103,9 @@ class Nursery:
             env=environment(),
             cwd=scratch,
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def start(
         self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, user: int | None = None
@@ -125,16 +128,17 @@ class Nursery:
         return self._ask(("wait", pid))
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._requests.close()
         self._process.wait(LIMIT_S)
-        self._process.stdout.close()
+        self._answers.close()
 
-    def _ask(self, request: tuple) -> int:
-        pickle.dump(request, self._process.stdin)
-        self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT_S)
+    def _ask(self, request: tuple[object, ...]) -> int:
+        pickle.dump(request, self._requests)
+        self._requests.flush()
+        ready, _, _ = select.select([self._answers], [], [], LIMIT_S)
         assert ready, f"no answer to {request}"
-        return pickle.load(self._process.stdout)
+        answer: int = pickle.load(self._answers)
+        return answer
 
 
 @contextmanager
