@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from int8cli.plan import Plan, PlanOptions, make_plan
-from support.checkpoints import convert_local, read_all, read_json, save_by_hand, save_tiny
+from int8cli.planning.plan import Plan, PlanOptions, make_plan
+from int8cli import convert
+from support.checkpoints import WITHOUT_COLUMNS, read_all, read_json, save_by_hand, save_tiny
 from test_plan import llama, plan_of, spec
 
-from int8cli import architectures as names
+from int8cli.planning import architectures as names
 from int8cli.loaders.transformers_versions import (
     FLOAT32,
     SKIP_RULES,
@@ -114,7 +115,7 @@ def test_a_router_that_any_version_holds_in_float32_loses_nothing(stored: torch.
     gate = next(name for name in tensors if name.endswith("mlp.gate.weight"))
     tensors[gate] = (tensors[gate].float() / 3).to(stored)
     source = save_by_hand(tmp_path / "source", tensors, read_json(tmp_path / "made" / "config.json"))
-    convert_local(source, tmp_path / "output")
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
     written = read_all(tmp_path / "output")[gate]
     assert written.dtype == torch.float32
     assert torch.equal(written, tensors[gate].float())
