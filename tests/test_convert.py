@@ -24,6 +24,7 @@ from checkpoints import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+from int8cli.architectures import TASK_HEADS
 from int8cli.blocks import BLOCK_ELEMENTS
 from int8cli.errors import NonFiniteError, UnsupportedModelError
 
@@ -465,7 +466,7 @@ def test_the_threshold_stands_in_the_config(tmp_path: Path) -> None:
         "load_in_8bit": True,
         "load_in_4bit": False,
         "llm_int8_threshold": 4.5,
-        "llm_int8_skip_modules": ["lm_head"],
+        "llm_int8_skip_modules": sorted(("lm_head", *TASK_HEADS)),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
