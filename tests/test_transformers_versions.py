@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from int8cli.planning.plan import Plan, PlanOptions, make_plan
-from int8cli import convert
 from support.checkpoints import WITHOUT_COLUMNS, read_all, read_json, save_by_hand, save_tiny
 from test_plan import llama, plan_of, spec
 
-from int8cli.planning import architectures as names
+from int8cli import convert
 from int8cli.loaders.transformers_versions import (
     FLOAT32,
     SKIP_RULES,
@@ -19,7 +17,9 @@ from int8cli.loaders.transformers_versions import (
     release,
     skip_rule,
 )
+from int8cli.planning import architectures as names
 from int8cli.planning.layouts.skip_modules import skip_modules
+from int8cli.planning.plan import Plan, PlanOptions, make_plan
 
 RULES = pytest.mark.parametrize("rule", SKIP_RULES.values(), ids=SKIP_RULES)
 
