@@ -30,15 +30,17 @@ CONFIG = {
     "torch_dtype": "float32",
     "tie_word_embeddings": False,
 }
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
 
 
 def make_model(directory: Path, shards: int) -> None:
     """A Llama with as many blocks as shards, written without transformers, which would hold it in memory."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index in range(shards):
         block = f"model.layers.{index}"
         tensors = {f"{block}.{name}.weight": torch.randn(WIDTH, WIDTH, generator=generator) for name in LINEARS}
@@ -51,8 +53,8 @@ def make_model(directory: Path, shards: int) -> None:
         file = f"model-{index + 1:05}-of-{shards:05}.safetensors"
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    document = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(document))
     (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": shards}))
 
 

@@ -3,6 +3,7 @@
 import html
 import io
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
@@ -28,7 +29,7 @@ def test_a_name_without_dots_is_broken_where_it_must() -> None:
     assert broken_at_dots("x" * 70, 32).split("\n") == ["x" * 32, "x" * 32, "x" * 6]
 
 
-def shown(text: str, **options: object) -> str:
+def shown(text: str, **options: Any) -> str:
     """What a console of ours writes for rich markup."""
     file = io.StringIO()
     PrintingConsole(file=file, width=200, emoji=False, highlight=False, **options).print(text, soft_wrap=True)
@@ -76,8 +77,9 @@ def test_a_name_in_html_is_text() -> None:
     name = "</td><script>alert(1)</script>\"' onload=x <!-- & \x1b\u202e"
     pieces: list[str] = []
     parser = HTMLParser()
-    parser.handle_data = pieces.append  # type: ignore[method-assign]
-    parser.handle_starttag = parser.handle_comment = lambda *_: pytest.fail("markup")  # type: ignore[method-assign]
+    parser.handle_data = pieces.append  # type: ignore[assignment, method-assign]
+    for event in ("handle_starttag", "handle_comment"):
+        setattr(parser, event, lambda *_: pytest.fail("markup"))
     parser.feed(markup.escape(name))
     parser.close()
     assert "".join(pieces) == printable(name)
