@@ -366,7 +366,7 @@ def test_records_below_two_directories_are_refused() -> None:
     [
         ("version", None, "'version' holds b'', not a number"),
         ("version", b"x", "'version' holds b'x', not a number"),
-        ("version", b"11", "version 11 of torch.save's format"),
+        ("version", b"11", "version 11 of its format"),
         ("version", b"3" * 1000, "has 1,000 bytes, more than it ever needs"),
         ("byteorder", b"little" * 1000, "has 6,000 bytes, more than it ever needs"),
         (".format_version", b"one", "not a number"),
