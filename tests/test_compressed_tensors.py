@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
-from program import llama, run, tree
+from support.checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
+from support.program import llama, run, tree
+from support.verifying import verified
 from torch import Tensor, nn
-from verifying import verified
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
@@ -365,6 +365,9 @@ def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, .
     convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, skip=skip))
     verification = verified(tmp_path / "out", source)
     assert verification.holds
-    unchecked = {each.name: each.detail for each in verification.checks if each.status == "not checked"}
-    assert set(unchecked) == {"loads"}
-    assert "as vLLM does" in unchecked["loads"]
+    loads = next(each for each in verification.checks if each.name == "loads")
+    if skip and loads.status == "passed":  # a version that reads a mixture whose experts are floats
+        assert "8 of 8 int8 layers in place" in loads.detail
+    else:
+        assert loads.status == "not checked"
+        assert "as vLLM does" in loads.detail

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_models import make_model, some_text
-from checkpoints import WITHOUT_COLUMNS
 from safetensors.torch import load_file, save_file
+from support.calibration_models import make_model, some_text
+from support.checkpoints import WITHOUT_COLUMNS
 from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
@@ -318,6 +318,10 @@ class StopsAfter(SilentProgress):
 
     def __init__(self, blocks: int) -> None:
         self.blocks, self.begun, self.finished = blocks, 0, -1
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def begin(self, task: str, parts: Mapping[str, int], *, unit: str = "", finished: Collection[str] = ()) -> None:
         self.finished = len(finished)
@@ -340,6 +344,21 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
     unbroken = evaluated(llama, *methods)
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("left_bytes", [0, 20])
+@pytest.mark.parametrize("file", ["model.layers.0.json", "model.layers.0@1/0.pt"])
+def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Path, file: str, left_bytes: int) -> None:
+    kept = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=kept)
+    (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
+    again = StopsAfter(9)
+    found = evaluated(llama, "absmax-tensor", progress=again, kept_in=kept)
+    assert (again.finished, again.begun) == (0, 2)
+    assert any(note.endswith("starting over") for note in again.notes)
+    unbroken = evaluated(llama, "absmax-tensor")
+    assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
 
 
 def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, llama: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import needs_browser, seen_by
+from support.browser import needs_browser, seen_by
 from test_charts import markup
 
 from int8cli.errors import MissingExtraError, OutputError

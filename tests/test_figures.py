@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import WITHOUT_COLUMNS, convert_storing, read_all, read_json, save_by_hand, save_tiny, some_columns
-from program import Nursery, llama, tree
-from verifying import verified
+from support.checkpoints import (
+    WITHOUT_COLUMNS,
+    convert_storing,
+    read_all,
+    read_json,
+    save_by_hand,
+    save_tiny,
+    some_columns,
+)
+from support.program import CONVERT, Nursery, llama, tree
+from support.verifying import verified
 
 from int8cli import ConvertOptions, convert
 from int8cli.errors import NonFiniteError, SettingsMismatchError
@@ -179,7 +187,7 @@ def test_terminal_and_card_say_in_a_line_that_nothing_was_measured(
 
 
 def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> None:
-    asked = ("convert", model, "-o", "out", "--no-figures")
+    asked = (*CONVERT, model, "-o", "out", "--no-figures")
     planned = nursery.run(*asked, "--dry-run", cwd=model.parent)
     assert "the error of the weights will not be measured (--no-figures)" in planned.out
     assert json.loads(nursery.run(*asked, "--dry-run", "--json", cwd=model.parent).out)["figures"] is False
@@ -188,7 +196,7 @@ def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> No
     assert re.search(r"\[3/3\] \S+: .* → .* layers in", outcome.err)
     assert "error" not in outcome.err
     assert json.loads(outcome.out) == read_json(model.parent / "out/int8/report.json")
-    with_figures = nursery.run("convert", model, "-o", "other", "--dry-run", "--json", cwd=model.parent)
+    with_figures = nursery.run(*CONVERT, model, "-o", "other", "--dry-run", "--json", cwd=model.parent)
     assert json.loads(with_figures.out)["figures"] is True
 
 
@@ -198,13 +206,13 @@ def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> No
 @pytest.mark.parametrize("figures", [True, False])
 def test_going_on_otherwise_is_refused_by_field(figures: bool, model: Path, nursery: Nursery) -> None:
     was, now = ("--figures", "--no-figures")[:: 1 if figures else -1]
-    assert nursery.run("convert", model, "-o", "out", "-q", was, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "out", "-q", was, cwd=model.parent).code == 0
     before = tree(model.parent / "out")
-    outcome = nursery.run("convert", model, "-o", "out", now, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", "out", now, cwd=model.parent)
     assert outcome.code == 1
     assert f"with figures {figures}; this one has {not figures}" in outcome.err
     assert tree(model.parent / "out") == before
-    assert nursery.run("convert", model, "-o", "out", "-q", was, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "out", "-q", was, cwd=model.parent).code == 0
     assert tree(model.parent / "out") == before
 
 

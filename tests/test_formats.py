@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import WITHOUT_COLUMNS, read_all, read_json, read_tensors, save_tiny, survey
 from safetensors.torch import save_file
+from support.checkpoints import WITHOUT_COLUMNS, read_all, read_json, read_tensors, save_tiny, survey
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert

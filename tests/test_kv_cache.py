@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import LISTED, OTHERS, Tiny
+from support.checkpoints import LISTED, OTHERS, Tiny
 
 from int8cli.estimate.kv_cache import read_kv_cache
 

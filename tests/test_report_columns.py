@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from support.checkpoints import (
     WITHOUT_COLUMNS,
     convert_storing,
     in_features_of,
@@ -17,7 +17,7 @@ from checkpoints import (
     stored_at,
     survey,
 )
-from program import llama
+from support.program import llama
 
 from int8cli import convert
 from int8cli.checkpoint.locate import open_source

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, save_tiny
 from safetensors.torch import save_file
+from support.checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, save_tiny
 from torch import Tensor
 
 import int8cli

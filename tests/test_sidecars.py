@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from support.checkpoints import (
     LISTED,
     WITHOUT_COLUMNS,
     convert_storing,
@@ -20,7 +20,7 @@ from checkpoints import (
     stored_at,
     survey,
 )
-from program import Nursery, llama, tree, wait_until
+from support.program import Nursery, llama, tree, wait_until
 
 from int8cli import ConvertOptions, convert
 from int8cli.planning.blocks import BLOCK_ELEMENTS

@@ -1,4 +1,4 @@
-"""Names from a checkpoint on the terminal, in HTML, Markdown and Python: text, broken where a reader would."""
+"""Names from a checkpoint on the terminal, in HTML, Markdown and Python are nothing but text."""
 
 import html
 import io
@@ -91,8 +91,29 @@ def rendered(text: str) -> str:
     return MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
 
 
-NAMES = ["a`b", "``", "a|b", " x ", "", "*x*", "_x_ __y__", "[x](http://y)", "![x](y)", "<script>", "&lt;", "a\\",
-         "\\|", "~~x~~", "x\n\n# y", "<!-- x", "```", "$x$", "www.x.org", "https://x.org", "a\u202eb"]  # fmt: skip
+NAMES = [
+    "a`b",
+    "``",
+    "a|b",
+    " x ",
+    "",
+    "*x*",
+    "_x_ __y__",
+    "[x](http://y)",
+    "![x](y)",
+    "<script>",
+    "&lt;",
+    "a\\",
+    "\\|",
+    "~~x~~",
+    "x\n\n# y",
+    "<!-- x",
+    "```",
+    "$x$",
+    "www.x.org",
+    "https://x.org",
+    "a\u202eb",
+]
 
 
 def as_html(name: str) -> str:

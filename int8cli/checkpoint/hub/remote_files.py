@@ -66,12 +66,12 @@ class RemoteFiles:
             return cast(BinaryIO, reader)
         return BufferedReader(reader, _READ_AHEAD_BYTES)
 
-    def download(self, file_name: str, part: Path) -> None:
-        """Bring `part` to the whole of the file, going on from what it holds."""
+    def download(self, file_name: str, part: Path, below: Path) -> None:
+        """Bring `part`, below a directory, to the whole of the file, going on from what it holds."""
         heard = self._options.on_bytes
         on_bytes = None if heard is None else lambda n: heard(file_name, n)
         size_bytes = self.published(file_name).size_bytes
-        download(self._remote(file_name), part, size_bytes, self.retries(file_name), on_bytes)
+        download(self._remote(file_name), part, size_bytes, self.retries(file_name), on_bytes, below=below)
 
     def retries(self, file_name: str) -> Retries:
         """The failures of a transfer of the file that is about to begin."""
