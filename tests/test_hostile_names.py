@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from calibration_models import WORDS, make_model
-from hub_stand_in import Fault, HubStandIn
 from markdown_it import MarkdownIt
-from program import Nursery, Outcome, llama_config, llama_tensors, run, write_json
 from safetensors.torch import load_file, save_file
+from support.calibration_models import WORDS, make_model
+from support.hub_stand_in import Fault, HubStandIn
+from support.program import Nursery, Outcome, llama_config, llama_tensors, run, write_json
 from test_cli import on_terminal
 
 # A title for the terminal's window, colors, rich's tags with one that its own escape() lets through, and what ends or
