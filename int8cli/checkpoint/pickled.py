@@ -15,9 +15,10 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from int8cli.checkpoint.header import refuse_stand_in
+from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
-from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
+from int8cli.errors import CheckpointError, CorruptShardError, Int8cliError, UnsafePickleError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +83,7 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
 
     Raises what `read_pickled` raises.
     """
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         return _named_tensors(_load_weights(file, path.name, "cpu"), path.name)
 
 
@@ -280,6 +281,8 @@ def _load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
 
     try:
         return torch.load(file, weights_only=True, map_location=device, mmap=False)
+    except Int8cliError:
+        raise
     except NotImplementedError as error:
         raise CheckpointError(
             f"{file_name} holds tensors that cannot be described without their data, such as quantized ones",

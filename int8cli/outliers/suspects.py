@@ -138,7 +138,7 @@ def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
 
 
 def recall_figures(path: Path) -> dict[str, Tensor] | None:
-    """The figures that were written down; None where there are none."""
+    """The figures that were written down; None where there are none, or none that can be read."""
     try:
         return load_file(path)
     except (FileNotFoundError, SafetensorError):
