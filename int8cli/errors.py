@@ -129,6 +129,10 @@ class TextError(Int8cliError):
     """The text to run the model over cannot be used."""
 
 
+class SystemRefusalError(Int8cliError):
+    """The operating system refused what it was asked for, where nothing more is known of it."""
+
+
 class NotEnoughMemoryError(Int8cliError):
     """This machine, or its GPU, does not hold what has to be in memory at once."""
 

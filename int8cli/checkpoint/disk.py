@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from int8cli.errors import DiskSpaceError, OutputError, SourceError
+from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, SourceError, SystemRefusalError
 
 
 @contextmanager
@@ -29,10 +29,38 @@ def reading_errors(path: Path, name: str | None = None) -> Iterator[None]:
         raise reading_error(path, error, name) from error
 
 
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Raise children of Int8cliError for what the system refuses and nobody nearer to it has translated.
+
+    Around all that a caller of the library can call; a broken pipe is the caller's own.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise system_refusal(error) from error
+    except MemoryError as error:
+        raise NotEnoughMemoryError(
+            "this process is not given as much memory as it needs",
+            hint="Close other programs, or raise the limit that it runs under, and run the same command again.",
+        ) from error
+
+
+def system_refusal(error: OSError) -> SystemRefusalError:
+    """What to say of an error that came from anywhere."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    hint = "Check the file, the disk and the limits that this process runs under, and run the same command again."
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        hint = "Raise the limit of open files (ulimit -n), and run the same command again."
+    return SystemRefusalError(f"{where}{error.strerror or error}", hint=hint)
+
+
 def reading_error(path: Path, error: OSError, name: str | None = None) -> SourceError:
     """What to say when the system does not give a source file's bytes, or does not say what is in a directory."""
     return SourceError(
-        f"{name or path.name or path} cannot be read ({error.strerror or error})",
+        f"{name or path.name or path} cannot be read: {error.strerror or error}",
         hint=f"Check {path}: its permissions, and its disk.",
     )
 

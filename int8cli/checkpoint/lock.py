@@ -10,18 +10,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from int8cli.checkpoint.disk import disk_errors
+from int8cli.checkpoint.disk import disk_error, disk_errors
 from int8cli.checkpoint.own_files import open_real_directory
-from int8cli.errors import OutputInUseError
+from int8cli.errors import OutputError, OutputInUseError
 
 
 def hold(descriptor: int, in_use: str, hint: str) -> None:
-    """Lock an open file or directory; where another holds it, close it and raise OutputInUseError, saying `in_use`."""
+    """Lock an open file or directory. Closed where that fails.
+
+    Raises OutputInUseError, saying `in_use`, where another holds it; OutputError where its disk gives no locks.
+    """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        _flock(descriptor, fcntl.LOCK_EX, in_use, hint)
+    except BaseException:
         os.close(descriptor)
+        raise
+
+
+def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise OutputInUseError(in_use, hint=hint) from error
+    except OSError as error:
+        raise OutputError(
+            f"the disk does not lock the directory ({error.strerror}), so two runs on it could not be kept apart",
+            hint="Choose a directory on a disk of this machine.",
+        ) from error
 
 
 def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
@@ -30,10 +45,10 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise disk_error(path, error) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputInUseError(in_use, hint=hint) from error
+        _flock(descriptor, fcntl.LOCK_SH, in_use, hint)
     finally:
         os.close(descriptor)
 
@@ -61,8 +76,9 @@ def _lock(output: Path, own: Path) -> int:
             descriptor = open_real_directory(own)
         hint = "Wait for it to end, or choose another directory."
         hold(descriptor, f"{output} is in use by another int8cli convert", hint)
-        if _is_still(own, descriptor):
-            return descriptor
+        with disk_errors(own):
+            if _is_still(own, descriptor):
+                return descriptor
         os.close(descriptor)  # its last holder removed it in between
 
 

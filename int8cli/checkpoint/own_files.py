@@ -84,7 +84,7 @@ def remove_tree(directory: Path, below: Path) -> None:
 
 def refuse_link(path: Path) -> None:
     """Raise OutputError if a path, where there is a directory of ours or none, is a link."""
-    if path.is_symlink():
+    if os.path.islink(path):
         raise _is_a_link(path)
 
 

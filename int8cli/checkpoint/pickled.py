@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from int8cli.checkpoint.header import refuse_stand_in
 from int8cli.checkpoint.pickle_bounds import BoundedReader, PickleBoundsError, check_pickle
+from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
 from int8cli.checkpoint.weights_only import DTYPES, RESAVE_HINT, RETRY_HINT, load_weights, named_tensors, spec_of
@@ -62,7 +63,7 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
 
     Raises what `read_pickled` raises.
     """
-    with path.open("rb") as file:
+    with open_to_read(path) as file:
         _check_legacy_pickles(file, path.name)
         return named_tensors(load_weights(file, path.name, "cpu"), path.name)
 

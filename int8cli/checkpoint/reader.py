@@ -97,6 +97,12 @@ def open_to_read(path: Path, name: str | None = None) -> BinaryIO:
         return io.BufferedReader(_CheckedFile(path, called))
 
 
+def size_of(path: Path) -> int:
+    """A file's size. Raises SourceError."""
+    with reading_errors(path):
+        return path.stat().st_size
+
+
 class TensorsReader:
     """A shard that is in memory already, read as the concatenation of its tensors' bytes.
 

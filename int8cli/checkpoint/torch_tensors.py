@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.digest import require_published, sha256_of
+from int8cli.checkpoint.disk import reading_errors
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
@@ -68,7 +69,7 @@ class ShardTensors:
         if self._legacy is not None or not stored.spec.nbytes:
             return self.read(name)
         start = stored.offset_bytes - stored.offset_bytes % mmap.ALLOCATIONGRANULARITY
-        with self._path.open("rb") as file:
+        with reading_errors(self._path), self._path.open("rb") as file:
             # Private, so that torch may take it for writable; pages that are only read are shared with the page cache.
             mapped = mmap.mmap(
                 file.fileno(),

@@ -8,7 +8,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
-from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError
+from int8cli.errors import CheckpointError, CorruptShardError, Int8cliError, UnsafePickleError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,8 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
 
     try:
         return torch.load(file, weights_only=True, map_location=device, mmap=False)
+    except Int8cliError:  # of a file that cannot be read on
+        raise
     except NotImplementedError as error:
         raise CheckpointError(
             f"{file_name} holds tensors that cannot be described without their data, such as quantized ones",

@@ -125,14 +125,15 @@ def new_file(final: Path, size_bytes: int = 0, *, below: Path | None = None) -> 
 
 def existing_parent(directory: Path) -> Path:
     """The directory itself, or the nearest one above it that exists."""
-    while not directory.exists():
+    while not os.path.lexists(directory) and directory != directory.parent:
         directory = directory.parent
     return directory
 
 
 def free_bytes(directory: Path) -> int:
     """Room on the disk that holds, or would hold, a directory."""
-    return shutil.disk_usage(existing_parent(directory)).free
+    with disk_errors(directory):
+        return shutil.disk_usage(existing_parent(directory)).free
 
 
 def _reserve(descriptor: int, total_bytes: int) -> None:

@@ -14,6 +14,7 @@ import typer
 
 from int8cli import __version__
 from int8cli.cli import convert, estimate_memory, evaluate, inspect_outliers, verify
+from int8cli.cli.signals import end_on_signals
 from int8cli.report.text import PrintableStream
 
 app = typer.Typer(
@@ -67,6 +68,7 @@ _add("evaluate", evaluate.evaluate, evaluate.EXAMPLES)
 
 def main() -> None:
     """Entry point of the `int8cli` program."""
+    end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or a file name without a character
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.stderr is not None:  # it was not closed

@@ -4,11 +4,13 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 import typer
 
+from int8cli.checkpoint.disk import system_errors
+from int8cli.cli.signals import EndedBySignal, signal_that_came
 from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
@@ -38,12 +40,16 @@ def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Calla
             except Int8cliError as error:
                 show_error(error, hint_for(error, hints))
                 raise typer.Exit(EXIT_ERROR) from None
-            except KeyboardInterrupt:
-                print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-                raise typer.Exit(EXIT_INTERRUPTED) from None
+            except KeyboardInterrupt as interruption:
+                raise typer.Exit(_interrupted(interruption)) from None
             except BrokenPipeError:  # the reader of stdout went away (`| head`)
                 _forget_stdout()
-                raise typer.Exit(EXIT_ERROR) from None
+                raise typer.Exit(_ended_by(EXIT_ERROR)) from None
+            except (OSError, MemoryError) as error:  # outside of the library: of a module to be loaded, say
+                refusal = _refusal(error)
+                with suppress(OSError):
+                    show_error(refusal, hint_for(refusal, hints))
+                raise typer.Exit(_ended_by(EXIT_ERROR)) from None
 
         return run
 
@@ -61,6 +67,28 @@ def writing_result() -> Iterator[None]:
     except OSError as error:
         _forget_stdout()
         raise ResultNotShownError(f"the result cannot be written to standard output: {error.strerror}") from error
+
+
+def _interrupted(interruption: KeyboardInterrupt) -> int:
+    """Say so, where somebody is left to read it; the exit code."""
+    what = interruption.name if isinstance(interruption, EndedBySignal) else "interrupted"
+    with suppress(OSError):  # after a SIGHUP the terminal is gone
+        print(f"\n{what}: run the same command again to resume", file=sys.stderr, flush=True)
+    return _ended_by(EXIT_INTERRUPTED)
+
+
+def _ended_by(otherwise: int) -> int:
+    """The exit code: a signal's, also where the end that it asked for met with another error."""
+    number = signal_that_came()
+    return otherwise if number is None else 128 + number
+
+
+def _refusal(error: OSError | MemoryError) -> Int8cliError:
+    try:
+        with system_errors():
+            raise error
+    except Int8cliError as refusal:
+        return refusal
 
 
 def hint_for(error: Int8cliError, hints: Hints) -> str:

@@ -1,6 +1,7 @@
 """Whether options make sense, before anything is read: each fault is an OptionError that names the option."""
 
 import math
+import os
 from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
@@ -93,7 +94,7 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _check_outliers(value: str, text: Path | None) -> None:
-    looks_like_a_file = Path(value).is_file() or Path(value).suffix or len(Path(value).parts) > 1
+    looks_like_a_file = os.path.isfile(value) or Path(value).suffix or len(Path(value).parts) > 1
     if value not in MODES and not looks_like_a_file:
         message = f"{value!r} is none of {', '.join(MODES)}, and no file{_meant(value, MODES)}"
         raise OptionError(message, option="outliers")

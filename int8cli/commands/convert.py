@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.source import Source
 from int8cli.columns.choose import column_strategies
@@ -53,6 +54,7 @@ class ConversionPlan:
     needs: Needs
 
 
+@system_errors()
 def convert(
     model: str | Path,
     output: str | Path | None = None,
@@ -75,6 +77,7 @@ def convert(
         return ConversionResult(output, job.convert())
 
 
+@system_errors()
 def plan_conversion(
     model: str | Path,
     output: str | Path | None = None,

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.commands.checks import check_estimate
 from int8cli.commands.options import EstimateOptions
@@ -19,6 +20,7 @@ from int8cli.progress import SILENT, Progress
 _DEFAULTS = EstimateOptions()
 
 
+@system_errors()
 def estimate_memory(
     model: str | Path, options: EstimateOptions = _DEFAULTS, *, progress: Progress = SILENT
 ) -> MemoryReport:

@@ -1,10 +1,12 @@
 """Compare int8 methods on a model, by its predictions and by the error of its layers."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_statistics import require_same_model
@@ -31,6 +33,7 @@ _MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are used again: half the C
 _DEFAULTS = EvaluateOptions()
 
 
+@system_errors()
 def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Evaluation:
     """Run a model by each method, all in one pass over its weights with one block in memory, and compare.
 
@@ -65,7 +68,7 @@ def _sources(
 
     The revision is that of the Hub's model; beside a converted one in a directory, of the source.
     """
-    of_source = options.source is not None and Path(model).expanduser().exists()
+    of_source = options.source is not None and os.path.exists(os.path.expanduser(model))
     revision = None if of_source else options.revision
     with opened_source(model, revision=revision, download_dir=work / "incoming", progress=progress) as source:
         if options.source is None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.source import Source
 from int8cli.commands.checks import check_device, check_inspect
@@ -23,6 +24,7 @@ from int8cli.workers.torch_start import torch_threads_restored
 _DEFAULTS = InspectOptions()
 
 
+@system_errors()
 def inspect_outliers(
     model: str | Path, options: InspectOptions = _DEFAULTS, *, progress: Progress = SILENT
 ) -> OutlierStatistics | WeightSuspects:

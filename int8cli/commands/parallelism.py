@@ -52,7 +52,7 @@ def start_workers_early(model: str, output: Path, options: ConvertOptions) -> No
     directory = Path(model).expanduser()
     with suppress(OSError):  # whoever needs what cannot be read will say so
         files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
-        size_bytes = sum(file.stat().st_size for file in files if file.is_file())
+        size_bytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
         foreseen = options.workers or _workers_over(len(files), size_bytes)
         if files and foreseen > 1 and not (output / REPORT_FILE).exists():  # which a finished conversion has
             start_server(WORKER_PRELOAD)

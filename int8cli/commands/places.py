@@ -7,16 +7,16 @@ from pathlib import Path
 
 def default_output(model: str) -> Path:
     """`<name>-int8` in the current directory, for a Hub id, a directory or a file."""
-    path = Path(model).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(model))
+    if os.path.isfile(path):
         return Path(f"{path.stem}-int8")
-    name = path.resolve().name if path.exists() else model.rstrip("/").rpartition("/")[2]
+    name = Path(os.path.realpath(path)).name if os.path.exists(path) else model.rstrip("/").rpartition("/")[2]
     return Path(f"{name}-int8")
 
 
 def work_directory(chosen: Path | None, model: str, revision: str | None) -> Path:
     """Where the state of a run is saved, the same for the same model: below the one chosen, or the user's cache."""
-    path = Path(model).expanduser()
-    name = str(path.resolve()) if path.exists() else f"{model}@{revision}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "int8cli"
+    path = Path(os.path.expanduser(model))
+    name = os.path.realpath(path) if os.path.exists(path) else f"{model}@{revision}"
+    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "int8cli"
     return (chosen or cache) / hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.own_files import remove_tree
 from int8cli.checkpoint.source import Source
@@ -21,6 +22,7 @@ from int8cli.workers.torch_start import torch_threads_restored
 _DEFAULTS = VerifyOptions()
 
 
+@system_errors()
 def verify(directory: str | Path, options: VerifyOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Verification:
     """Check that a directory which `convert` wrote is complete and loads; `holds` of the result is the verdict.
 

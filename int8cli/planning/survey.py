@@ -15,6 +15,7 @@ from typing import Any
 import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
@@ -188,7 +189,9 @@ def room_needed(
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for directory, size_bytes in wanted:
         existing = existing_parent(directory)
-        by_disk.setdefault(existing.stat().st_dev, []).append((existing, size_bytes))
+        with disk_errors(existing):
+            disk = existing.stat().st_dev
+        by_disk.setdefault(disk, []).append((existing, size_bytes))
     return tuple(
         Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
         for shares in by_disk.values()

@@ -6,6 +6,7 @@ The model card is not in it: a card is there to be edited.
 
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,17 +39,15 @@ class SideFile:
 
     @classmethod
     def of_path(cls, name: str, path: Path) -> "SideFile":
-        """Read a file in pieces. Raises OSError, SourceError, CorruptShardError."""
-        digest, size_bytes = new_digest(), path.stat().st_size
+        """Read a file in pieces. Raises SourceError, CorruptShardError."""
         buffer = memoryview(bytearray(_PIECE_BYTES))
-        reader = FileReader(path)
-        try:
+        digest = new_digest()
+        with closing(FileReader(path)) as reader:
+            size_bytes = reader.size_bytes
             for start in range(0, size_bytes, _PIECE_BYTES):
                 piece = buffer[: min(_PIECE_BYTES, size_bytes - start)]
                 reader.read_into(start, piece)
                 digest.update(piece)
-        finally:
-            reader.close()
         return cls(name, size_bytes, digest.hexdigest())
 
 

@@ -330,4 +330,4 @@ def _to_bytes(data: Any) -> bytes:
 
 
 def _size_of(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+    return path.stat().st_size if os.path.isfile(path) else -1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
@@ -28,6 +29,7 @@ _GENERATION_CONFIG = "generation_config.json"
 _OTHER_LOADERS_HINT = "Where transformers opens the directory itself, AutoModel...from_pretrained(DIR) runs it too."
 
 
+@system_errors()
 def load_model(
     directory: str | Path,
     *,

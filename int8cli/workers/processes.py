@@ -126,7 +126,7 @@ def _starting_processes() -> Iterator[None]:
     `__main__` is hidden from it, which multiprocessing would run anew: no task is defined there.
     """
     main = sys.modules["__main__"]
-    with _own_modules_only():
+    with _own_modules_only(), _blocked(signal.SIGHUP):  # what is started inherits that, and outlives the terminal
         resource_tracker.ensure_running()  # ahead of the mask: to start it ends with SIGINT unblocked
         with _uninterrupted():
             try:
@@ -138,26 +138,37 @@ def _starting_processes() -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A Ctrl-C counts at the end.
+    """A Ctrl-C counts at the end, as do SIGTERM and SIGHUP where this process has handlers for them.
 
     A process that is started meanwhile inherits the mask, so that one, which a terminal sends to all of them, cannot
     hit it before it ignores the signal. In this process another thread may take the signal, and the main one would then
     stop with a process started that nobody knows of, and wait for it for good: hence the handler.
     """
     came: list[int] = []
-    handler = signal.getsignal(signal.SIGINT)
-    replaced = handler is not None and threading.current_thread() is threading.main_thread()
-    if replaced:
-        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    replaced = {number: handler for number, handler in handlers.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        replaced = {}
+    for number in replaced:
+        signal.signal(number, lambda number, frame: came.append(number))
+    # SIGTERM is not blocked: with it a pool ends its processes.
+    try:
+        with _blocked(signal.SIGINT):
+            yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        if replaced:
-            signal.signal(signal.SIGINT, handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -203,7 +214,8 @@ _report: OnBytes
 
 def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> None:
     global _report
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all: the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start_torch()
 

@@ -49,7 +49,7 @@ class HubCache:
         blob, lock = self._blob(etag), self._lock(etag)
         with disk_errors(lock.parent):
             lock.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock):
+        with disk_errors(blob), WeakFileLock(lock):
             if not blob.exists():
                 self._remote.download(file_name, part_of(blob), blob.parent)
                 os.replace(part_of(blob), blob)

@@ -12,6 +12,7 @@ from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
 from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
+from int8cli.checkpoint.reader import size_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -33,7 +34,7 @@ class DownloadDirectory:
     def bring(self, file_name: str) -> Path:
         """Download the file, unless it is here, whole, from a run that was killed."""
         path = self.path(file_name)
-        if not (path.is_file() and path.stat().st_size == self._remote.published(file_name).size_bytes):
+        if not (os.path.isfile(path) and size_of(path) == self._remote.published(file_name).size_bytes):
             part = part_of(path)
             self._remove_other_commits()
             self._remote.download(file_name, part, self._below)

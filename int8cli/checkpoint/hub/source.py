@@ -15,6 +15,7 @@ from int8cli.checkpoint.hub.download_directory import DownloadDirectory
 from int8cli.checkpoint.hub.options import HubOptions
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
+from int8cli.checkpoint.reader import open_to_read, size_of
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name
 
 
@@ -55,11 +56,11 @@ class HubSource:
 
     def size_bytes(self, file_name: str) -> int:
         cached = self._cache.find(checked_file_name(file_name))
-        return cached.stat().st_size if cached is not None else self._remote.published(file_name).size_bytes
+        return size_of(cached) if cached is not None else self._remote.published(file_name).size_bytes
 
     def open(self, file_name: str) -> BinaryIO:
         cached = self._cache.find(checked_file_name(file_name))
-        return cached.open("rb") if cached is not None else self._remote.open(file_name)
+        return open_to_read(cached, file_name) if cached is not None else self._remote.open(file_name)
 
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:

@@ -1,0 +1,96 @@
+"""SIGTERM and SIGHUP, sent to a run: it ends in order, says so, and the next goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.program import llama, outcome_of, run, start, tree, wait_until
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose shards take long enough for a signal to land inside one."""
+    directory = tmp_path_factory.mktemp("large") / "model"
+    return llama(directory, layers=6, hidden=768, intermediate=2048, vocabulary=2048, shards=6)
+
+
+@pytest.fixture(scope="module")
+def reference(large: Path) -> dict[str, bytes]:
+    """What an unbroken run writes."""
+    assert run("convert", large, "-o", "reference", "-q", cwd=large.parent).code == 0
+    return tree(large.parent / "reference")
+
+
+def is_at_work(output: Path) -> bool:
+    return any((output / "int8/partial").glob("*"))
+
+
+def group_exists(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "to all"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_a_run_ends_in_order_and_the_next_goes_on(
+    number: signal.Signals, workers: str, send, large: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    process = start("convert", large, "-o", output, "--workers", workers, cwd=tmp_path)
+    wait_until(lambda: is_at_work(output))
+    send(process.pid, number)
+    outcome = outcome_of(process)
+    assert (outcome.code, outcome.out) == (128 + number, ""), outcome.err
+    assert "Traceback" not in outcome.err
+    assert f"{number.name}: run the same command again to resume" in outcome.err
+    wait_until(lambda: not group_exists(process.pid), "the end of the last child")
+    assert not is_at_work(output)
+    assert not (output / "config.json").exists()
+    assert run("convert", large, "-o", output, "-q", cwd=tmp_path).code == 0
+    assert tree(output) == reference
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_a_signal_while_workers_start_is_no_traceback(number: signal.Signals, large: Path, tmp_path: Path) -> None:
+    process = start("convert", large, "-o", "out", "--workers", "2", cwd=tmp_path)
+    wait_until(lambda: (tmp_path / "out/LICENSE").exists())
+    os.killpg(process.pid, number)
+    outcome = outcome_of(process)
+    assert outcome.code == 128 + number, outcome.err
+    assert "Traceback" not in outcome.err
+    wait_until(lambda: not group_exists(process.pid), "the end of the last child")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_under_nohup_a_hang_up_is_nothing(
+    workers: str, large: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the program inherits it, as from nohup
+    try:
+        process = start("convert", large, "-o", output, "-q", "--workers", workers, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_until(lambda: is_at_work(output))
+    os.killpg(process.pid, signal.SIGHUP)
+    assert outcome_of(process).code == 0
+    assert tree(output) == reference
+
+
+def test_the_library_leaves_signals_as_they_are(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model")
+    program = (
+        "import signal, int8cli; from int8cli import ConvertOptions\n"
+        "before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]\n"
+        f"int8cli.convert({str(model)!r}, 'out', ConvertOptions(outliers='none', workers=2))\n"
+        "assert before == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=True, timeout=120)
