@@ -253,11 +253,13 @@ def test_a_killed_run_goes_on_to_the_same_statistics(tmp_path: Path, family: str
     for count in (1, 2) if family in ("t5", "bart") else (1,):
         progress = KilledAfter(count)
         with pytest.raises(Killed):
-            calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+            calibrated(tmp_path / "model", state_directory=kept, progress=progress)
         blocks += progress.run
         assert kept.is_dir()
     progress = KilledAfter(100)
-    resumed = saved(calibrated(tmp_path / "model", kept_in=kept, progress=progress), tmp_path / "resumed.safetensors")
+    resumed = saved(
+        calibrated(tmp_path / "model", state_directory=kept, progress=progress), tmp_path / "resumed.safetensors"
+    )
     blocks += progress.run
     assert len(set(blocks)) >= 2
     assert blocks[0] != blocks[1]  # the finished block is not run again
@@ -269,9 +271,9 @@ def test_other_text_starts_anew(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
     progress = KilledAfter(100)
-    calibrated(tmp_path / "model", text=some_text(seed=5), kept_in=kept, progress=progress)
+    calibrated(tmp_path / "model", text=some_text(seed=5), state_directory=kept, progress=progress)
     assert progress.run == ["model.layers.0", "model.layers.1"]
 
 
@@ -280,8 +282,8 @@ def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
-    assert saved(calibrated(tmp_path / "model", kept_in=kept), tmp_path / "again.safetensors") == whole
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
+    assert saved(calibrated(tmp_path / "model", state_directory=kept), tmp_path / "again.safetensors") == whole
 
 
 def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
@@ -291,9 +293,9 @@ def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
     class Second(SilentProgress):
         def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
             with pytest.raises(OutputInUseError, match="another int8cli"):
-                calibrated(tmp_path / "model", kept_in=kept)
+                calibrated(tmp_path / "model", state_directory=kept)
 
-    calibrated(tmp_path / "model", kept_in=kept, progress=Second())
+    calibrated(tmp_path / "model", state_directory=kept, progress=Second())
 
 
 def saved(statistics: OutlierStatistics, path: Path) -> bytes:

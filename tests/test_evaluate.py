@@ -45,7 +45,7 @@ def evaluated(
     text: Text = TEXT,
     sampling: Sampling = SAMPLING,
     progress: Progress = SILENT,
-    kept_in: Path | None = None,
+    state_directory: Path | None = None,
 ) -> Evaluation:
     """Evaluate through the library as the command does."""
     with ExitStack() as stack:
@@ -58,7 +58,9 @@ def evaluated(
         if columns is None and subject.converted is None and applicable(subject, chosen).needs_columns:
             other = some_text(200, seed=1)
             columns = calibrated_columns(subject, other, text, 8, CalibrateOptions(SAMPLING), progress)
-        return evaluate(subject, text, columns, EvaluationRun(chosen, sampling, kept_in=kept_in), progress)
+        return evaluate(
+            subject, text, columns, EvaluationRun(chosen, sampling, state_directory=state_directory), progress
+        )
 
 
 def whole_model(directory: Path, **kwargs: Any) -> Any:
@@ -333,9 +335,9 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
     methods = ("absmax-tensor", "bitsandbytes")
     kept = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, *methods, progress=StopsAfter(1), kept_in=kept)
+        evaluated(llama, *methods, progress=StopsAfter(1), state_directory=kept)
     again = StopsAfter(9)
-    found = evaluated(llama, *methods, progress=again, kept_in=kept)
+    found = evaluated(llama, *methods, progress=again, state_directory=kept)
     assert (again.finished, again.begun) == (1, 1)
     unbroken = evaluated(llama, *methods)
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
@@ -344,9 +346,9 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
 
 def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=tmp_path / "state")
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), state_directory=tmp_path / "state")
     again = StopsAfter(9)
-    evaluated(llama, "bitsandbytes", progress=again, kept_in=tmp_path / "state")
+    evaluated(llama, "bitsandbytes", progress=again, state_directory=tmp_path / "state")
     assert (again.finished, again.begun) == (0, 2)
 
 

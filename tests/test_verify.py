@@ -115,7 +115,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 
 def test_a_conversion_holds_and_every_check_is_made(out: Path, source: Path) -> None:
     verification = verified(out, source)
-    assert verification.holds
+    assert verification.passed
     expected = dict.fromkeys([*WHOLE, "source", "weights", "figures", "copies"], "passed")
     assert {check.name: check.status for check in verification.checks} == expected
 
@@ -191,14 +191,14 @@ def test_weights_kept_for_non_finite_values_hold_with_their_source(tmp_path: Pat
 
 def test_a_model_card_may_be_edited(out: Path) -> None:
     (out / "README.md").write_text("# Mine\n")
-    assert verified(out).holds
+    assert verified(out).passed
 
 
 def test_a_checkpoint_without_config_is_not_laid_out(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(8, 8)})
     convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out", source)
-    assert verification.holds
+    assert verification.passed
     assert check_of(verification, "loads").status == "not checked"
 
 
@@ -241,7 +241,7 @@ def test_flipped_bits_anywhere_are_found(out: Path) -> None:
         flip(file, offset, bit)
         assert (file.name, None) in named(verified(out)) or any(name == file.name for name, _ in named(verified(out)))
         flip(file, offset, bit)
-    assert verified(out).holds
+    assert verified(out).passed
 
 
 def test_padding_of_a_header_counts_too(out: Path) -> None:
@@ -561,7 +561,7 @@ def test_a_model_whose_code_is_not_in_transformers_is_not_laid_out(tmp_path: Pat
     (source / "evil.py").write_text("raise SystemExit('foreign code ran')\n")
     convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out")
-    assert verification.holds
+    assert verification.passed
     assert "does not know the model type 'strange'" in check_of(verification, "loads").detail
 
 
@@ -762,7 +762,7 @@ def test_only_the_source_tells_a_column_that_record_and_file_agree_on(beside: Pa
     tensor = next(name for name in places(beside / SIDECAR) if name.endswith("outlier_weight"))
     flip(beside / SIDECAR, places(beside / SIDECAR)[tensor][0] + 2 * (3 * 5 + 1))
     record_as_written(beside, tensor)
-    assert verified(beside).holds
+    assert verified(beside).passed
     assert failures(verified(beside, source)) == {
         "weights": [(SIDECAR, tensor, "differs from what the source gives, first at [5, 1]")]
     }

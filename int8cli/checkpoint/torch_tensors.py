@@ -190,7 +190,7 @@ class CheckpointTensors:
                 with self._open.pop(name) as shard:
                     yield ShardFile(name, shard.local)
 
-    def held_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+    def peak_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
         """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
 
         Only those count that have to be brought from elsewhere.

@@ -1,4 +1,4 @@
-"""Where a command puts what nobody named a place for."""
+"""Default directories for outputs and saved state."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ def default_output(model: str) -> Path:
 
 
 def work_directory(chosen: Path | None, model: str, revision: str | None) -> Path:
-    """Where the state of a run is saved, the same for the same model: below the one chosen, or the user's cache."""
+    """The directory for the state of a run, the same for the same model: below `chosen` or the user's cache."""
     path = Path(model).expanduser()
     name = str(path.resolve()) if path.exists() else f"{model}@{revision}"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "int8cli"

@@ -151,13 +151,13 @@ def _executor(options: ConversionRun, shards: int, lock: int, progress: Progress
 
 
 def _require_room(
-    source: Source, survey: Survey, output: Path, remaining: list[ShardSource], held_bytes: int | None = None
+    source: Source, survey: Survey, output: Path, remaining: list[ShardSource], peak_shard_bytes: int | None = None
 ) -> None:
     """Stop before the first byte if what is still to be written does not fit beside the shards in flight.
 
-    `held_bytes`: what those take, where it is not the usual two.
+    `peak_shard_bytes`: what those take, where it is not the usual two.
     """
-    for room in room_needed(source, survey, [shard.file for shard in remaining], output, held_bytes):
+    for room in room_needed(source, survey, [shard.file for shard in remaining], output, peak_shard_bytes):
         if room.needed_bytes > room.free_bytes:
             raise DiskSpaceError(
                 f"{room.directory}: {room.needed_bytes:,} bytes are needed, {room.free_bytes:,} are free",

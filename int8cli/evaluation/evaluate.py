@@ -26,7 +26,7 @@ from int8cli.evaluation.weights import LayerWeights
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
+from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
@@ -102,7 +102,7 @@ class _Run:
         run_by = self._wanted.methods if self._predicts else self._wanted.methods[:1]
         measured = min(len(sequences), max(1, options.error_tokens // self._length))
         self._trajectories = Trajectories(run_by, len(sequences), measured)
-        self._saved = KeptStates(options.kept_in, self._identity()) if options.kept_in else None
+        self._saved = SavedStates(options.state_directory, self._identity()) if options.state_directory else None
 
     def run(self) -> Evaluation:
         for _ in resumed_or_started_over(self._units, self._saved, self._progress):
@@ -176,7 +176,7 @@ class _Run:
             tensors,
             device=self._options.device,
             to_head=not self._predicts,
-            kept=self._saved,
+            saved=self._saved,
             on_result=take if self._predicts else _dropped,
         )
 
@@ -279,7 +279,9 @@ class _Run:
             return None
         if converted is None:
             return self._columns.provenance if self._columns else None
-        return StoredColumnsSummary(None, "", "", 0, sum(converted.kept_columns) / max(1, len(converted.modules)))
+        return StoredColumnsSummary(
+            None, "", "", 0, sum(converted.exact_column_counts) / max(1, len(converted.modules))
+        )
 
 
 def _match(tensors: CheckpointTensors, skeleton: Skeleton) -> None:

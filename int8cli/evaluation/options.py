@@ -16,10 +16,10 @@ ERROR_TOKENS = 1024  # the layers' errors settle long before: they are means ove
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRun:
-    """`methods` are those to compare; what cannot be computed for the subject is left out, with a note.
+    """`methods` are those to compare. Those that cannot be computed for the subject are left out, with a note.
 
-    `error_tokens`: on how many tokens the layers' errors are measured, in whole sequences and at least one. `kept_in`:
-    the directory for the state between blocks, removed at the end; None keeps it all in memory.
+    `error_tokens`: on how many tokens the layers' errors are measured, in whole sequences and at least one.
+    `state_directory`: for the state between blocks, removed at the end; None keeps all state in memory.
     """
 
     methods: tuple[Method, ...] = tuple(method for method in METHODS if method.by_default)
@@ -27,7 +27,7 @@ class EvaluationRun:
     threshold: float = THRESHOLD
     device: str = "cpu"
     error_tokens: int = ERROR_TOKENS
-    kept_in: Path | None = None
+    state_directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

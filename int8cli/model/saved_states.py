@@ -32,7 +32,7 @@ _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, Runt
 Step = TypeVar("Step")
 
 
-class KeptStates:
+class SavedStates:
     """Outputs of blocks, by stack, block, visit and sequence.
 
     A `visit` is the count of calls of a block in one forward, 1 but for models that run a block several times.
@@ -134,7 +134,7 @@ class KeptStates:
 
 
 def resumed_or_started_over(
-    run: Callable[[], Iterator[Step]], saved: KeptStates | None, progress: Progress
+    run: Callable[[], Iterator[Step]], saved: SavedStates | None, progress: Progress
 ) -> Iterator[Step]:
     """What `run` yields; where it cannot resume from what an earlier run saved, what it yields from the start on.
 

@@ -19,7 +19,7 @@ from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
-from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
+from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
@@ -39,7 +39,7 @@ TASK = "calibrate"
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """`kept_in`: the directory for the state between blocks, None keeps it all in memory.
+    """`state_directory`: the directory for the state between blocks, None keeps it all in memory.
 
     It is removed at the end but with `leave_state`, which lets the same call come to its end again at once.
     `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
@@ -48,7 +48,7 @@ class CalibrateOptions:
     sampling: Sampling = field(default_factory=Sampling)
     threshold: float = THRESHOLD
     device: str = "cpu"
-    kept_in: Path | None = None
+    state_directory: Path | None = None
     leave_state: bool = False
     stored_columns: int = 0
 
@@ -107,10 +107,10 @@ class Calibration:
         self._order = [unit.name for unit in skeleton.units]
         self._blocks = [unit for unit in skeleton.units if unit.is_block]
         self._require_memory(skeleton)
-        self.held_bytes = CheckpointTensors(source, shards).held_bytes(_read_in_order(skeleton))
+        self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        self._saved = KeptStates(options.kept_in, identity) if options.kept_in else None
+        self._saved = SavedStates(options.state_directory, identity) if options.state_directory else None
 
     @classmethod
     @contextmanager
@@ -157,7 +157,7 @@ class Calibration:
         yield from (UnitStatistics(unit, sites) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
         with CheckpointTensors(self._source, self._shards) as tensors:
-            stream = StreamedModel(skeleton, tensors, device=self._options.device, kept=self._saved)
+            stream = StreamedModel(skeleton, tensors, device=self._options.device, saved=self._saved)
             with closing(stream.steps(self._sequences)) as steps:
                 for step in steps:
                     yield self._run_unit(step, watches) if isinstance(step, LoadedUnit) else step

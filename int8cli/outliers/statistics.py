@@ -86,7 +86,7 @@ class SiteStatistics:
     inputs: InputSummary
     linears: tuple[LinearStatistics, ...]
 
-    def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, kept: tuple[int, ...] = ()) -> float:
+    def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, exact: tuple[int, ...] = ()) -> float:
         """Relative output error of one of the linears: with int8 weights alone, or vector-wise with int8 inputs too."""
         return predicted_output_error(
             self.inputs.mean_square,
@@ -94,7 +94,7 @@ class SiteStatistics:
             linear.output_mean_square,
             mean_squared_rowmax=self.inputs.mean_squared_rowmax if int8_inputs else 0.0,
             weight_sum_squares=linear.weight_sum_squares if int8_inputs else 0.0,
-            kept=kept,
+            exact=exact,
         )
 
     def worst_predicted_error(self, *, int8_inputs: bool) -> float:

@@ -23,7 +23,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import WeightsTellNothingError
+from int8cli.errors import NoSuspectsError
 from int8cli.outliers.residual_stream import ResidualStream, in_block
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.survey import Survey
@@ -94,7 +94,7 @@ class SuspectScan:
         # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
         return _column_squares(blocks, width) if decision.transpose else _row_squares(blocks)
 
-    def look_at(self, contents: ShardContents, local: LocalFile) -> dict[str, Tensor]:
+    def scan(self, contents: ShardContents, local: LocalFile) -> dict[str, Tensor]:
         """The figures of a shard that is on this machine, in pieces of a few megabytes."""
         names = [stored.spec.name for stored in contents.tensors if stored.spec.name in self._stream.tensors]
         if not names:
@@ -132,12 +132,12 @@ class SuspectScan:
             self._on_block()
 
 
-def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
+def save_figures(figures: Mapping[str, Tensor], path: Path) -> None:
     """Write a scan's figures down, whole or not at all. Raises OutputError."""
     write_file(path, serialize(figures))
 
 
-def recall_figures(path: Path) -> dict[str, Tensor] | None:
+def load_figures(path: Path) -> dict[str, Tensor] | None:
     """The figures that were written down; None where there are none."""
     try:
         return load_file(path)
@@ -155,7 +155,7 @@ def find_suspects(
     """Rank the dimensions of a checkpoint's residual stream; at most `most` suspects.
 
     Reads each tensor of interest once, in pieces of a few megabytes. `on_tensor(name, bytes)` is called after each.
-    Raises WeightsTellNothingError where no norms or no layers that write to the residual stream are recognised.
+    Raises NoSuspectsError where no norms or no layers that write to the residual stream are recognised.
     """
     stream = ResidualStream.of(survey)
     scan = SuspectScan(stream)
@@ -167,7 +167,7 @@ def find_suspects(
             on_tensor(name, decision.spec.nbytes)
     sites = scan.sites()
     if not sites:
-        raise WeightsTellNothingError(
+        raise NoSuspectsError(
             "no norms, or no layers that write into the residual stream, are recognised by their names",
             hint="Running the model may tell (pip install 'int8cli[calibrate]').",
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
-from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.report.text import printable
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
@@ -105,7 +105,7 @@ def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Sur
         f"{human_bytes(report.sidecar_bytes)} or {more} more. With them what these inputs "
         "contribute is computed from the original's own weights, without them from int8."
     )
-    yield f"They are {printable(told_by(report.settings))}.\n"
+    yield f"They are {printable(chosen_by(report.settings))}.\n"
     yield (
         "Beside each weight file lies one of the same name: for every int8 layer `X`, `X.outlier_cols` (int32, sorted "
         "indices of input columns) and `X.outlier_weight` (out_features x columns). Usual loaders do not look at them "

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
-from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import broken_at_dots, printable
 from int8cli.results.conversion import (
@@ -92,7 +92,7 @@ def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
     size, more = human_bytes(report.sidecar_bytes), percent_more(report.sidecar_bytes, report.output_bytes)
     lines = [
         f"{how_many(report, stored)} kept exact in {SIDECAR_DIRECTORY}: {size}, {more} more",
-        f"[dim]{escape(told_by(report.settings))}[/dim]",
+        f"[dim]{escape(chosen_by(report.settings))}[/dim]",
     ]
     error = stored.total.error
     if error is not None:

@@ -11,7 +11,7 @@ from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
 from int8cli.records.store import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
-from int8cli.report.stored import columns_word, percent_more, told_by
+from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import printable
 from int8cli.results.units import counted, human_bytes, human_count
@@ -131,7 +131,7 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
         return "no columns are stored exactly"
     told = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(printable(told_by(told)))
+    by = escape(printable(chosen_by(told)))
     return f"up to {columns} are kept exact, {settings.outlier_columns:,} of a layer at most; {by}"
 
 

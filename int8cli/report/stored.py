@@ -14,7 +14,7 @@ from int8cli.results.units import counted
 SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"
 
 
-def told_by(settings: Mapping[str, Any]) -> str:
+def chosen_by(settings: Mapping[str, Any]) -> str:
     """What the columns were chosen by, from the settings of a conversion."""
     chosen_from, calibration = settings["outliers"], settings["calibration"]
     if chosen_from == FROM_WEIGHTS:

@@ -51,7 +51,7 @@ class Verification:
     checks: tuple[Check, ...]
 
     @property
-    def holds(self) -> bool:
+    def passed(self) -> bool:
         """Whether nothing that was checked failed."""
         return all(check.status != "failed" for check in self.checks)
 
@@ -62,6 +62,6 @@ class Verification:
             "model": self.model,
             "layout": self.layout,
             "source": self.source,
-            "holds": self.holds,
+            "holds": self.passed,
             "checks": [asdict(check) for check in self.checks],
         }

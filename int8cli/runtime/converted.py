@@ -32,7 +32,7 @@ class Int8Data:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptColumns:
+class ExactColumns:
     """The input columns that a layer keeps exact: int64 (k,), sorted; and their weights (out, k)."""
 
     columns: Tensor
@@ -60,8 +60,8 @@ class Converted:
     scales: Mapping[str, _Scale]
 
     @property
-    def kept_columns(self) -> tuple[int, ...]:
-        """How many columns each layer keeps that has any stored."""
+    def exact_column_counts(self) -> tuple[int, ...]:
+        """How many columns each layer has stored, for the layers that have any."""
         stored = [tensor.spec for contents in self.sidecars for tensor in contents.tensors]
         return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
 
@@ -190,11 +190,11 @@ class ConvertedTensors(CheckpointTensors):
         values = super().read(scale.name).float().reshape(-1)
         return Int8Data(super().read(name), values * INT8_MAX if scale.is_step else values)
 
-    def kept(self, module: str) -> KeptColumns | None:
+    def exact_columns(self, module: str) -> ExactColumns | None:
         """The outlier columns stored for a linear layer, if there are any. Raises CheckpointError."""
         columns = outlier_cols_name(module)
         if columns not in self._known:
             return None
         indices = super().read(columns)
         check_indices(module, indices.tolist(), self._in_features[module])
-        return KeptColumns(indices.long(), super().read(outlier_weight_name(module)))
+        return ExactColumns(indices.long(), super().read(outlier_weight_name(module)))

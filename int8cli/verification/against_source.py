@@ -150,10 +150,10 @@ def check_weights(
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
     detail += f", {columns:,} stored columns too" if columns else ""
-    return Check.of("weights", detail, weights), Check.of("figures", _figures_told(layers, conversion), figures)
+    return Check.of("weights", detail, weights), Check.of("figures", _figures_detail(layers, conversion), figures)
 
 
-def _figures_told(layers: int, conversion: Conversion) -> str:
+def _figures_detail(layers: int, conversion: Conversion) -> str:
     if conversion.settings.figures:
         return f"of {layers:,} layers, computed anew"
     return f"none: errors were not measured; shapes and sizes of {layers:,} layers"
