@@ -77,6 +77,10 @@ class UnsupportedModelError(CheckpointError):
     """The checkpoint is complete but cannot be converted: it is already quantized, an adapter, or has no weights."""
 
 
+class AlreadyQuantizedError(UnsupportedModelError):
+    """The weights are already quantized."""
+
+
 class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
 

@@ -364,11 +364,11 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, llama: Path) -> Non
         evaluated(llama, "vector-wise", text=some_text(7))
     with pytest.raises(TextError, match="calibrated on"):
         evaluated(llama, "llm-int8-stored", text=some_text(200, seed=1))
-    with pytest.raises(ReferenceModelError, match="no converted model"):
+    with pytest.raises(ReferenceModelError, match="not a converted model"):
         evaluated(llama, "vector-wise", reference=llama)
     convert(llama, tmp_path / "int8", WITHOUT_COLUMNS)
     other = make_model("gpt2", tmp_path / "other")
-    with pytest.raises(ReferenceModelError, match="is not what int8 was made from"):
+    with pytest.raises(ReferenceModelError, match="is not the source of int8"):
         evaluated(tmp_path / "int8", reference=other)
     with pytest.raises(UnsupportedModelError, match="none of these methods"):
         evaluated(tmp_path / "int8", "vector-wise")

@@ -214,7 +214,7 @@ def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
 
 def test_a_model_of_pictures_is_not_run_over_text(tmp_path: Path) -> None:
     made = make_model("vit", tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="takes pixel_values, and there is only text"):
+    with pytest.raises(UnsupportedModelError, match="needs pixel_values, not text"):
         plan_conversion(made, tmp_path / "out", options("activations"))
 
 

@@ -52,8 +52,8 @@ class DirectorySource:
         self._output = None if output is None else os.path.realpath(output)
         if self._output == os.path.realpath(self._root):
             raise OutputError(
-                f"{output} is where the source is",
-                hint="Choose another directory: a source stays as it is.",
+                f"{output} is the directory of the source",
+                hint="Choose another directory: int8cli never changes a source.",
             )
         # A name is all that the outputs may carry of this path; only the root directory has none.
         self._identity = SourceIdentity(name=path.name or "model", revision=None, on_hub=False)
@@ -90,7 +90,7 @@ class DirectorySource:
 
     def discard(self, file_name: str) -> None:
         raise CorruptShardError(
-            f"{file_name} is not what was published", hint=f"Replace {self._path(file_name)} with a fresh copy."
+            f"{file_name} differs from what was published", hint=f"Replace {self._path(file_name)} with a fresh copy."
         )
 
     def close(self) -> None:
@@ -100,7 +100,7 @@ class DirectorySource:
         path = self._root / checked_file_name(file_name)
         if not path.is_file():
             raise ModelNotFoundError(
-                f"{self._identity.name}: no file {file_name!r}", hint="The checkpoint may be incomplete."
+                f"{self._identity.name}: {file_name!r} is missing", hint="The checkpoint may be incomplete."
             )
         return path
 

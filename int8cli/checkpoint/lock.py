@@ -59,7 +59,7 @@ def _lock(output: Path, own: Path) -> int:
             own.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(own, os.O_RDONLY)
         hint = "Wait for it to end, or choose another directory."
-        hold(descriptor, f"{output} is in use by another int8cli convert", hint)
+        hold(descriptor, f"{output} is in use by another int8cli process", hint)
         if _is_still(own, descriptor):
             return descriptor
         os.close(descriptor)  # its last holder removed it in between

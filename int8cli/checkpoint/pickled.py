@@ -31,7 +31,7 @@ _PICKLE_LIMIT_BYTES = 100_000_000
 _LOCAL_HEADER_BYTES = 30  # PKWARE APPNOTE, 4.3.7: then the name, whose length is at 26, and padding, its length at 28
 _UTF8_NAMES = 0x800  # APPNOTE, 4.4.4, bit 11
 _RETRY_HINT = "The download may be incomplete: run the same command again."
-_RESAVE_HINT = "Load it where it was made and save its state_dict() alone, best with save_pretrained()."
+_RESAVE_HINT = "Load it where it was made and save only its state_dict(), preferably with save_pretrained()."
 
 _DTYPES = {
     "bool": "BOOL",
@@ -74,7 +74,7 @@ def read_pickled(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
         raise UnsafePickleError(
             f"{file_name} is a bare Python pickle, not a file of torch.save; it is not unpickled", hint=_RESAVE_HINT
         )
-    raise CorruptShardError(f"{file_name}: its {file_bytes:,} bytes do not begin as a PyTorch file does")
+    raise CorruptShardError(f"{file_name}: its {file_bytes:,} bytes do not begin like a PyTorch file")
 
 
 def load_legacy(path: Path) -> dict[str, "Tensor"]:
@@ -157,7 +157,7 @@ def _zip_faults(file_name: str) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        raise CorruptShardError(f"{file_name}: not a whole zip archive: {error!s:.200}", hint=_RETRY_HINT) from error
+        raise CorruptShardError(f"{file_name}: not a complete zip archive: {error!s:.200}", hint=_RETRY_HINT) from error
 
 
 def _records(archive: zipfile.ZipFile, file_name: str) -> dict[str, zipfile.ZipInfo]:
@@ -171,11 +171,11 @@ def _records(archive: zipfile.ZipFile, file_name: str) -> dict[str, zipfile.ZipI
     for info in archive.infolist():
         name = info.filename.partition("/")[2]
         if name in records:
-            raise CorruptShardError(f"{file_name}: the record {name!r} is there twice")
+            raise CorruptShardError(f"{file_name}: the record {name!r} appears twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
             raise CorruptShardError(
                 f"{file_name}: the record {name!r} is compressed or encrypted, which torch.save never does",
-                hint="Unpack the archive and pack it again without compression, or save the model anew.",
+                hint="Unpack the archive and pack it again without compression, or save the model again.",
             )
         records[name] = info
         if info.header_offset < 0:
@@ -184,7 +184,7 @@ def _records(archive: zipfile.ZipFile, file_name: str) -> dict[str, zipfile.ZipI
         raise CorruptShardError(f"{file_name} is a zip archive, but not one of torch.save: it has no data.pkl")
     if records["data.pkl"].file_size > _PICKLE_LIMIT_BYTES:
         raise CorruptShardError(
-            f"{file_name}: data.pkl has {records['data.pkl'].file_size:,} bytes, more than any list of tensors needs"
+            f"{file_name}: data.pkl has {records['data.pkl'].file_size:,} bytes, too large for a list of tensors"
         )
     return records
 
@@ -203,7 +203,7 @@ def _skeleton(
     if byteorder != b"little":
         raise CheckpointError(
             f"{file_name} was saved on a machine whose byte order is {byteorder!r:.20}, not little-endian",
-            hint="Load it with torch.load there or here and save it again on a little-endian machine.",
+            hint="Load it with torch.load and save it again on a little-endian machine.",
         )
     skeleton = io.BytesIO()
     storages = {}
@@ -244,8 +244,8 @@ def _local_header_bytes(file: BinaryIO, info: zipfile.ZipInfo, file_name: str) -
     local = file.read(_LOCAL_HEADER_BYTES + len(name))
     if not local.startswith(_ZIP_MAGIC) or local[26:28] + local[30:] != len(name).to_bytes(2, "little") + name:
         raise CorruptShardError(
-            f"{file_name}: the record {info.filename!r} does not begin at byte {info.header_offset:,}, where the "
-            "archive's directory has it",
+            f"{file_name}: the record {info.filename!r} does not begin at byte {info.header_offset:,}, as the "
+            "archive's directory says",
             hint=_RETRY_HINT,
         )
     return len(local) + int.from_bytes(local[28:30], "little")
@@ -282,13 +282,13 @@ def _load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
         return torch.load(file, weights_only=True, map_location=device, mmap=False)
     except NotImplementedError as error:
         raise CheckpointError(
-            f"{file_name} holds tensors that cannot be described without their data, such as quantized ones",
+            f"{file_name} contains tensors that cannot be described without their data, such as quantized ones",
             hint="Save it again with dense tensors of an ordinary dtype.",
         ) from error
     except UnpicklingError as error:
         found = ", ".join(_forbidden_globals(file))
         raise UnsafePickleError(
-            f"{file_name} holds {found or 'what no list of tensors does, or is damaged'}; it is not unpickled",
+            f"{file_name} holds {found or 'something other than tensors, or is damaged'}; it is not unpickled",
             hint=_RESAVE_HINT,
         ) from error
     # What a damaged pickle makes the unpickler and the functions that it may call raise is not for us to list.
@@ -315,14 +315,14 @@ def _named_tensors(loaded: Any, file_name: str) -> dict[str, "Tensor"]:
 
     if not isinstance(loaded, dict):
         raise UnsafePickleError(
-            f"{file_name} holds one object of type {type(loaded).__name__}, not tensors by name", hint=_RESAVE_HINT
+            f"{file_name} contains one object of type {type(loaded).__name__}, not tensors by name", hint=_RESAVE_HINT
         )
     for name, value in loaded.items():
         if not isinstance(name, str):
-            raise UnsafePickleError(f"{file_name} names an entry {str(name)[:80]}, of type {type(name).__name__}")
+            raise UnsafePickleError(f"{file_name} has an entry named {str(name)[:80]}, of type {type(name).__name__}")
         if not isinstance(value, torch.Tensor):
             raise UnsafePickleError(
-                f"{file_name} holds more than tensors: {name!r} is of type {type(value).__name__}", hint=_RESAVE_HINT
+                f"{file_name} contains more than tensors: {name!r} is of type {type(value).__name__}", hint=_RESAVE_HINT
             )
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise CorruptShardError(f"{file_name}: the name {name!r} is not text")
@@ -336,9 +336,9 @@ def _spec(name: str, tensor: "Tensor", file_name: str) -> TensorSpec:
     layout = str(tensor.layout).removeprefix("torch.")
     dtype = str(tensor.dtype).removeprefix("torch.")
     if tensor.layout is not torch.strided or tensor.is_nested:
-        raise CheckpointError(f"{file_name}: tensor {name!r} is {layout}, and safetensors holds dense tensors only")
+        raise CheckpointError(f"{file_name}: tensor {name!r} is {layout}, and safetensors supports only dense tensors")
     if tensor.is_quantized or dtype not in _DTYPES:
-        raise CheckpointError(f"{file_name}: tensor {name!r} has the dtype {dtype}, which safetensors does not know")
+        raise CheckpointError(f"{file_name}: tensor {name!r} has the dtype {dtype}, which safetensors does not support")
     if tensor.is_conj() or tensor.is_neg():
         raise CheckpointError(f"{file_name}: tensor {name!r} is stored as the conjugate or negative of its values")
     return TensorSpec(name, _DTYPES[dtype], tuple(tensor.shape))

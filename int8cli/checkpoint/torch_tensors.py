@@ -239,5 +239,5 @@ def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
 
 def _dtype_of(stored: StoredTensor) -> torch.dtype:
     if stored.spec.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a type that no model is run in")
+        raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a dtype that no model runs in")
     return TORCH_DTYPES[stored.spec.dtype]

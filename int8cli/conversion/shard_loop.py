@@ -114,7 +114,7 @@ class ShardLoop:
         """Start at once: what this shard tells of the columns to store is for the shards after it."""
         self._fetched_again.add(task.source.file)
         self._source.discard(task.source.file)
-        self._progress.note(f"{task.source.file}: not what the Hub published; fetching it once more")
+        self._progress.note(f"{task.source.file}: differs from what the Hub published; downloading it again")
         self._progress.advance(TASK, task.source.file, -task.tensor_bytes)
         self._start(task)
 

@@ -44,7 +44,8 @@ class LayerWeights:
         low, high = weight.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
-                f"{name}: its weight holds NaN or infinity", hint="The checkpoint is damaged there: get the file again."
+                f"{name}: its weight contains NaN or infinity",
+                hint="The checkpoint is damaged there: download the file again.",
             )
         stored = exact_columns = None
         if self._int8 is not None:

@@ -160,7 +160,7 @@ def read_back(path: Path) -> Iterator[Path]:
     except (CheckpointError, *_UNREADABLE) as error:
         raise SavedStateError(
             f"{path} cannot be read back ({type(error).__name__}: {error!s:.200})",
-            hint="Check the disk that it is on, and run the same command again.",
+            hint="Check the disk, and run the same command again.",
         ) from error
 
 
@@ -171,7 +171,7 @@ def _lock(directory: Path) -> int:
         descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o666)
     hold(
         descriptor,
-        f"another int8cli is running this model, and keeps its state in {directory}",
+        f"another int8cli process is running this model and uses {directory}",
         "Wait for it to end, or choose another directory.",
     )
     return descriptor

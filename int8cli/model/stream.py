@@ -37,6 +37,7 @@ from int8cli.model.sites import (
 from int8cli.model.skeleton import Skeleton
 from int8cli.model.strands import Strand
 from int8cli.model.units import Unit
+from int8cli.results.units import human_bytes
 
 Inputs = dict[str, Any]
 Forward = Callable[..., Any]
@@ -251,7 +252,7 @@ class StreamedModel:
         assert self._saved is not None
         self._saved.abandon()
         if unit.name in self._recalled:
-            raise UnsupportedModelError(f"{unit.name} is called more than once, and a part of its calls was on disk")
+            raise UnsupportedModelError(f"{unit.name} is called more than once, and only some of its calls were saved")
 
     def _strand(self, index: int, inputs: Inputs) -> "Strand[_Call, Any]":
         def forward(ask: Callable[[_Call], Any]) -> None:
@@ -309,8 +310,8 @@ class StreamedModel:
                 output = forward(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(
-                f"{call.unit.name}: {self._device} has no room for {call.unit.weight_bytes:,} bytes of weights and "
-                "what a sequence takes",
+                f"{call.unit.name}: {self._device} has too little memory for {human_bytes(call.unit.weight_bytes)} of "
+                "weights and one sequence",
                 hint="Use shorter sequences, or the CPU.",
             ) from error
         except _HeadReachedError as reached:  # the head is part of the unit

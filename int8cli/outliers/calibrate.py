@@ -33,6 +33,7 @@ from int8cli.outliers.statistics import (
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.progress import Progress
+from int8cli.results.units import human_bytes
 
 TASK = "calibrate"
 
@@ -99,9 +100,7 @@ class Calibration:
         self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
-            raise CannotRunError(
-                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text"
-            )
+            raise CannotRunError(f"{type(skeleton.model).__name__} needs {skeleton.model.main_input_name}, not text")
         self._sequences = sequences_of(text, directory, skeleton.model.config, options.sampling)
         self._provenance = self._make_provenance(text, skeleton)
         self._order = [unit.name for unit in skeleton.units]
@@ -224,8 +223,8 @@ class Calibration:
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
             raise NotEnoughMemoryError(
-                f"one block takes {needed:,} bytes ({block_bytes:,} of weights, {needed - block_bytes:,} to work in), "
-                f"and {available:,} are free",
+                f"one block needs {human_bytes(needed)} ({human_bytes(block_bytes)} of weights, "
+                f"{human_bytes(needed - block_bytes)} of working memory), {human_bytes(available)} free",
                 hint="Free some memory, or use shorter sequences.",
             )
 

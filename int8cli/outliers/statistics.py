@@ -192,8 +192,8 @@ def load_statistics(path: Path) -> OutlierStatistics:
             )
     except (SafetensorError, OSError, InvalidJsonError) as error:
         raise StatisticsFileError(
-            f"{path.name} does not hold outlier statistics: {error!s:.200}",
-            hint="Such a file comes from running the model.",
+            f"{path.name} is not a file of outlier statistics: {error!s:.200}",
+            hint="Running the model makes such a file.",
         ) from error
     return OutlierStatistics(found.provenance, sites)
 
@@ -237,7 +237,7 @@ def _read_document(document: Any, path: Path) -> _Document:
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, str) and schema != STATISTICS_SCHEMA:
         raise StatisticsFileError(
-            f"{path.name}: its schema is {shown(schema)}, and this version reads {STATISTICS_SCHEMA!r}",
+            f"{path.name}: its schema is {shown(schema)}; this version reads {STATISTICS_SCHEMA!r}",
             hint="Make the file again with this version.",
         )
     return read_as(_Document, document)

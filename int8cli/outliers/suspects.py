@@ -88,7 +88,7 @@ class SuspectScan:
         decision, width = self._stream.tensors[name], self._stream.width
         if len(decision.spec.shape) == 1:
             return tensors.read(name).double() + (1.0 if self._stream.gain_plus_one else 0.0)
-        blocks, rows = self._told(tensors.row_blocks(name, BLOCK_ELEMENTS)), decision.spec.shape[0]
+        blocks, rows = self._announced(tensors.row_blocks(name, BLOCK_ELEMENTS)), decision.spec.shape[0]
         if in_block(decision.module) is None:
             return _column_squares(blocks, width) / max(1, rows)
         # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
@@ -126,7 +126,7 @@ class SuspectScan:
         found = _rank(sites, most) if sites else ()
         return tuple(sorted((suspect.dimension, suspect.score) for suspect in found))
 
-    def _told(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _announced(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         for block in blocks:
             yield block
             self._on_block()
@@ -168,8 +168,8 @@ def find_suspects(
     sites = scan.sites()
     if not sites:
         raise NoSuspectsError(
-            "no norms, or no layers that write into the residual stream, are recognised by their names",
-            hint="Running the model may tell (pip install 'int8cli[calibrate]').",
+            "no norms, or no layers that write to the residual stream, are recognised by name",
+            hint="Run the model instead (pip install 'int8cli[calibrate]').",
         )
     return WeightSuspects(survey.identity.name, survey.identity.revision, sites, _rank(sites, most))
 

@@ -108,7 +108,10 @@ class Survey:
     @property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
         """Everything of the source that is neither converted nor copied, with the reason."""
-        stale = (f"{CONFIG_FILE}: quantization_config", "of another quantization; these weights are not quantized")
+        stale = (
+            f"{CONFIG_FILE}: quantization_config",
+            "of another quantization; these weights are not quantized",
+        )
         return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
 
 

@@ -1,4 +1,4 @@
-"""A memory estimate as one JSON document. All sizes are bytes; null is what is not known."""
+"""A memory estimate as one JSON document. All sizes are bytes; null means unknown."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ MEMORY_SCHEMA = "int8cli.memory/1"
 
 
 def memory_to_json(report: MemoryReport) -> dict[str, Any]:
-    """The whole report; `cards.answers` holds what `--gpu` asked."""
+    """The whole report; `cards.answers` answers `--gpu`."""
     estimate, use = report.estimate, report.use
     survey = estimate.survey
     return {

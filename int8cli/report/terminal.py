@@ -1,4 +1,4 @@
-"""What all reports on the terminal have in common: a console of 80 columns, and the look of a table."""
+"""What all terminal reports share: a console of 80 columns, and the look of a table."""
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +14,7 @@ def stdout_console() -> Console:
 
 
 def titled_table(title: str) -> Table:
-    """A table without a frame; with an empty title it has none."""
+    """A table without a frame; an empty title means no title."""
     table = Table(title=title or None, title_justify="left", title_style="bold", caption_justify="left", box=None)
     table.padding = (0, 1)
     return table

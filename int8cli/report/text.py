@@ -1,6 +1,6 @@
-"""Names that come from a checkpoint, made fit for a terminal or a page.
+"""Makes names from a checkpoint safe to show on a terminal or a page.
 
-Owns what of them may be shown: a name is data, its control characters would be orders to the terminal.
+Owns what may be shown: a name is data, and its control characters would be commands to the terminal.
 """
 
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from rich.markup import escape
 
 
 def printable(name: str) -> str:
-    """The name with everything that is no printable character written out, as in `\\x1b`."""
+    """The name with every unprintable character written out, as in `\\x1b`."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
 
 
 def broken_at_dots(name: str, width: int) -> str:
-    """The name as rich markup, in lines of at most `width` characters that end at a dot wherever one is in reach."""
+    """The name as rich markup, in lines of at most `width` characters, broken after a dot if possible."""
     return "\n".join(escape(line) for line in _lines(printable(name), width))
 
 

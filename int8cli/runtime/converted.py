@@ -102,24 +102,24 @@ def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
     if len(weight.shape) != 2 or scale.dtype not in QUANTIZABLE_DTYPES or scale.numel != weight.shape[0]:
         raise CheckpointError(
             f"{weight.name} is I8 {list(weight.shape)} and {scale.name} {scale.dtype} {list(scale.shape)}, "
-            "where a matrix and one float for each of its rows are expected",
+            "not a matrix and one float per row",
             hint="Convert the model again.",
         )
 
 
 def _check_columns(converted: Converted) -> None:
-    """Stored columns belong to an int8 layer each, as I32 [k] and floats [out_features, k]."""
+    """Raises CheckpointError unless all stored columns belong to int8 layers, as I32 [k] and floats [out, k]."""
     stored = converted.stored
     for name in stored:
         if name.rpartition(".")[0] not in converted.modules:
-            raise CheckpointError(f"columns are stored as {name}, and the model has no such int8 layer", hint=_AGAIN)
+            raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=_AGAIN)
     for module in sorted({name.rpartition(".")[0] for name in stored}):
         out_features = converted.specs[f"{module}{_WEIGHT}"].shape[0]
         columns, weights = stored.get(outlier_cols_name(module)), stored.get(outlier_weight_name(module))
         if columns is None or weights is None or not _fits(columns, weights, out_features):
             raise CheckpointError(
-                f"{module}: its stored columns are {_shown(columns)} and {_shown(weights)}, where the layer has "
-                f"{out_features} outputs and takes I32 [k] and floats [{out_features}, k]",
+                f"{module}: its stored columns are {_shown(columns)} and {_shown(weights)}; a layer with "
+                f"{out_features} outputs needs I32 [k] and floats [{out_features}, k]",
                 hint=_AGAIN,
             )
 
@@ -144,7 +144,7 @@ def check_indices(module: str, indices: Sequence[int], in_features: int) -> None
     """Raise CheckpointError unless a layer's stored columns ascend and are among its inputs."""
     if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
         raise CheckpointError(
-            f"{module}: its stored columns {str(indices)[:80]} are no ascending indices below {in_features}",
+            f"{module}: its stored columns {str(indices)[:80]} are not ascending indices below {in_features}",
             hint=_AGAIN,
         )
 

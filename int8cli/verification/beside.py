@@ -43,14 +43,14 @@ def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardReco
     """
     absent = absent_packages(layout)
     if absent:
-        yield partial(Check.not_made, NAME, f"needs {' and '.join(absent)}, not installed here")
+        yield partial(Check.not_made, NAME, f"needs {' and '.join(absent)}, which is not installed")
     elif is_imported(layout):
         yield partial(check_loads, directory, layout, records)
     else:
-        with _started() as (process, told):
+        with _started() as (process, pipe):
             with suppress(OSError):  # it is gone already: whoever asks for its answer learns how
-                told.send((directory, layout, records))
-            yield partial(_answer_of, process, told)
+                pipe.send((directory, layout, records))
+            yield partial(_answer_of, process, pipe)
 
 
 @contextmanager
@@ -73,12 +73,12 @@ def _started() -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
             process.wait()
 
 
-def _answer_of(process: subprocess.Popen[bytes], told: Connection) -> Check:
+def _answer_of(process: subprocess.Popen[bytes], pipe: Connection) -> Check:
     try:
-        answer: Check | str = told.recv()
+        answer: Check | str = pipe.recv()
     except (EOFError, OSError):
         return Check.of(
-            NAME, "transformers", [Failure(CONFIG_FILE, f"the loader ends its process: {_end_of(process)}")]
+            NAME, "transformers", [Failure(CONFIG_FILE, f"the loader crashed its process: {_end_of(process)}")]
         )
     if isinstance(answer, str):
         raise RuntimeError(f"the check {NAME!r} failed in its process\n{answer}")
@@ -96,16 +96,16 @@ def answer(descriptor: int) -> NoReturn:
     What the loader holds is given back at once: there may be hours of reading to come.
     """
     gc.disable()  # it looks again and again at all that was imported: a fifth of the time, for 8 MB of 390
-    told = Connection(descriptor)
-    request = told.recv()
-    threading.Thread(target=_end_with_parent, args=(told,), daemon=True).start()
+    pipe = Connection(descriptor)
+    request = pipe.recv()
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
-        told.send(check_loads(*request))
+        pipe.send(check_loads(*request))
     except Exception:
-        told.send(traceback.format_exc())
+        pipe.send(traceback.format_exc())
     os._exit(0)
 
 
-def _end_with_parent(told: Connection) -> None:
-    connection.wait([told])  # nothing more is said: the other side is gone
+def _end_with_parent(pipe: Connection) -> None:
+    connection.wait([pipe])  # nothing more is said: the other side is gone
     os._exit(1)

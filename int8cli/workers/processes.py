@@ -82,11 +82,11 @@ class ProcessExecutor:
         context = multiprocessing.get_context(_START_METHOD)
         context.set_forkserver_preload([preload])
         # A pipe rather than a queue, a byte rather than an Event: no lock that we wait for may die with a worker.
-        self._heard, self._told = context.Pipe(duplex=False)
+        self._reports, self._reporter = context.Pipe(duplex=False)
         self._stop = context.RawValue("b", 0)
         with _starting_processes():  # a lock may start one that cleans up after it
             turn = context.Lock()
-        start = partial(_start_worker, _Lock(lock), self._told, turn, self._stop)
+        start = partial(_start_worker, _Lock(lock), self._reporter, turn, self._stop)
         self._pool = ProcessPoolExecutor(slots, mp_context=context, initializer=start)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -98,14 +98,14 @@ class ProcessExecutor:
     def close(self) -> None:
         self._stop.value = 1
         self._pool.shutdown(cancel_futures=True)
-        self._told.close()
+        self._reporter.close()
         self._listener.join()
 
     def _listen(self) -> None:
         """Pass progress on until no process is left that could send any."""
         with suppress(EOFError):
             while True:
-                self._on_bytes(*self._heard.recv())
+                self._on_bytes(*self._reports.recv())
 
 
 def start_server(preload: str) -> None:
@@ -201,7 +201,7 @@ def _detach(duplicate: Any) -> int:
 _report: OnBytes
 
 
-def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> None:
+def _start_worker(lock: "_Lock", reporter: Connection, turn: Lock, stop: Any) -> None:
     global _report
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -212,7 +212,7 @@ def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> Non
             raise StoppedError
         if count:
             with turn:
-                told.send((shard, tensor, count))
+                reporter.send((shard, tensor, count))
 
     _report = report
 

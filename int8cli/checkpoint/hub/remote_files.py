@@ -85,7 +85,7 @@ class RemoteFiles:
             size_bytes = read_range(self._remote(file_name), 0, 1, retries).total_bytes
         if size_bytes is None:
             label = self._repository.label(file_name)
-            raise TransferError(f"{label}: the server does not say how large the file is")
+            raise TransferError(f"{label}: the server does not send the size of the file")
         return Published(size_bytes, metadata.etag or "")
 
     def _head(self, file_name: str) -> "HfFileMetadata":

@@ -64,8 +64,8 @@ class Repository:
         """Raises ModelNotFoundError where the Hub, which would have the file, may not be asked."""
         if self.snapshot.offline:
             raise ModelNotFoundError(
-                f"{self.label(file_name)} is not in the Hub cache, and offline mode forbids fetching it",
-                hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand.",
+                f"{self.label(file_name)} is not in the Hub cache, and cannot be downloaded in offline mode",
+                hint="Unset HF_HUB_OFFLINE, or download the model first.",
             )
 
     def _snapshot_on_hub(self) -> Snapshot:
@@ -78,7 +78,7 @@ class Repository:
         try:
             info = Retries(first_contact, what, self._stop, self._options.on_wait).call(self._model_info)
         except HFValidationError as error:
-            raise ModelNotFoundError(f"{self.repo_id!r} is no name of a Hub repository") from error
+            raise ModelNotFoundError(f"{self.repo_id!r} is not a valid name of a Hub repository") from error
         except (ValueError, KeyError, TypeError) as error:  # a web page, say, where JSON was to be
             raise self._no_hub() from error
         if info.sha is None or info.siblings is None or not PLAIN_NAME.fullmatch(info.sha):
@@ -106,7 +106,7 @@ class Repository:
         return ModelInfo(**{"id": self.repo_id, **response.json()})  # type: ignore[no-untyped-call]
 
     def _no_hub(self) -> SourceError:
-        return TransferError(f"{self.repo_id}: the server does not answer as a Hub does", hint="Check HF_ENDPOINT.")
+        return TransferError(f"{self.repo_id}: the server does not answer like a Hub", hint="Check HF_ENDPOINT.")
 
     def _snapshot_in_cache(self) -> Snapshot:
         from huggingface_hub import snapshot_download
@@ -123,8 +123,8 @@ class Repository:
         except (LocalEntryNotFoundError, HFValidationError) as error:
             at = f" at revision {self.revision!r}" if self.revision else ""
             raise ModelNotFoundError(
-                f"{self.repo_id}{at} is not in the Hub cache, and offline mode forbids fetching it",
-                hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand.",
+                f"{self.repo_id}{at} is not in the Hub cache, and cannot be downloaded in offline mode",
+                hint="Unset HF_HUB_OFFLINE, or download the model first.",
             ) from error
         root = Path(folder)
         files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
