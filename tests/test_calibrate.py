@@ -348,7 +348,7 @@ def test_bad_text_is_refused(data: bytes, message: str) -> None:
 
 def test_a_text_too_short_for_one_sequence_is_refused_with_what_would_do(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
-    with pytest.raises(TextError, match="has 11 tokens, and a sequence takes 16") as caught:
+    with pytest.raises(TextError, match="has 11 tokens, but a sequence needs 16") as caught:
         calibrated(tmp_path, text=some_text(11))
     assert "--sequence-length 11" in caught.value.hint
     assert calibrated(tmp_path, text=some_text(11), sequence_length=11).provenance.tokens == 11

@@ -362,7 +362,7 @@ def test_unknown_methods_name_the_nearest() -> None:
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(TextError, match="7 tokens"):
         evaluated(llama, "vector-wise", text=some_text(7))
-    with pytest.raises(TextError, match="calibrated on"):
+    with pytest.raises(TextError, match="the text that chooses the stored columns"):
         evaluated(llama, "llm-int8-stored", text=some_text(200, seed=1))
     with pytest.raises(ReferenceModelError, match="not a converted model"):
         evaluated(llama, "vector-wise", reference=llama)

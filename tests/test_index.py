@@ -321,7 +321,7 @@ def refuse(tensors: dict[str, torch.Tensor], config: dict[str, Any], root: Path)
     ],
 )
 def test_companions_betray_a_quantized_checkpoint(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="quantized already"):
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
         refuse(tensors, {}, tmp_path)
 
 

@@ -160,7 +160,7 @@ def test_statistics_of_another_model_are_refused(
         was = statistics.provenance
         for provenance in (replace(was, model=REPO, revision="a" * 40), replace(was, model="org/other")):
             save_statistics(replace(statistics, provenance=provenance), file)
-            with pytest.raises(StatisticsMismatchError, match="the statistics are of"):
+            with pytest.raises(StatisticsMismatchError, match="the statistics were made from"):
                 plan_conversion(REPO, tmp_path / "out", options(file))
 
 
@@ -188,7 +188,7 @@ def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path
     bare = llama(tmp_path / "bare")  # without a tokenizer
     notes = Notes()
     assert plan_conversion(bare, tmp_path / "out", options(), progress=notes).settings.outliers == "weights"
-    assert notes.said == ["cannot calibrate (there is no tokenizer beside the weights); falling back"]
+    assert notes.said == ["cannot calibrate (the checkpoint has no tokenizer); falling back to the weights"]
     with pytest.raises(UnsupportedModelError, match="no tokenizer"):
         plan_conversion(bare, tmp_path / "out", options("activations"))
 
@@ -204,7 +204,7 @@ def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
     notes = Notes()
     report = convert(model, output, options(text=words), progress=notes).report
     assert report.settings["outliers"] == "weights"
-    assert any(line.startswith("cannot calibrate (one block takes ") for line in notes.said)
+    assert any(line.startswith("cannot calibrate (one block needs ") for line in notes.said)
 
 
 def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_a_statistics_file_that_is_none_is_an_error(model: Path, nursery: Nurser
 def test_a_text_without_a_model_to_run_is_refused(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     outcome = nursery.run("convert", model, "--outliers", "weights", "--text", "any.txt", cwd=tmp_path)
     assert outcome.code == 2
-    assert "no text is read where outlier columns come from 'weights'" in outcome.err
+    assert "a text has no effect if outlier columns come from 'weights'" in outcome.err
 
 
 def test_a_dry_run_counts_the_columns(model: Path, nursery: Nursery, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_the_output_error_leads_where_it_was_measured(model: Path, capsys: pytes
     assert lines[3] == f"42 columns of 14 layers stored exactly in int8/outliers: {size}"
     assert CHOSEN in in_one(lines)
     # (12 * 0.02 + 0.04 + 0.08) / 14
-    assert "Mean layer output error, measured: 2.6 % plain int8, 1.3 % with exact columns" in lines
+    assert "Mean layer output error: 2.6 % plain int8, 1.3 % with exact columns" in lines
     titles = ["Output error (measured), by kind of layer", "Worst layers by output error"]
     places = [lines.index(title) for title in (*titles, "Quantized, by kind of layer", "Not quantized")]
     assert places == sorted(places)
@@ -112,7 +112,7 @@ def test_the_output_error_leads_where_it_was_measured(model: Path, capsys: pytes
 
 def test_a_prediction_is_called_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(converted(model, predicted)[0], capsys)
-    assert "Mean layer output error, predicted: 3.9 % plain int8, at most 2.6 % with exact columns" in lines
+    assert "Predicted output error: 3.9 % plain int8, at most 2.6 % with exact columns" in lines
     assert "Output error (predicted), by kind of layer" in lines
     assert "exact: with exact columns, at most" in in_one(lines)
     assert "measured" not in in_one(lines)
@@ -209,11 +209,11 @@ def test_the_card_says_what_they_are_and_how_to_use_them(model: Path) -> None:
     _, output = converted(model, calibrated)
     card = (output / "README.md").read_text()
     section = card.partition("## Stored columns\n")[2].partition("\n## ")[0]
-    assert "`int8/outliers` holds 42 columns of 14 layers exactly as the original has them" in section
+    assert "`int8/outliers` has exact copies of 42 columns of 14 layers: " in section
     assert f"They are {CHOSEN}." in section
     assert "Other loaders ignore these files, and give the same results as without them." in section
     assert 'from int8cli import load_model\n\nmodel = load_model(".")' in section
-    assert "measured, the layers' mean" in section
+    assert "Mean output error of the layers, ‖error‖/‖X Wᵀ‖, measured:" in section
     assert any(
         line.startswith(f"| `model.layers.*.{V_PROJ}` | 2 | 6 |") and line.endswith("| 0.0600 | 0.0300 |")
         for line in section.splitlines()
@@ -259,9 +259,9 @@ def test_a_dry_run_knows_the_sidecars_to_the_byte(model: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("outliers", "told"), [(FROM_ACTIVATIONS, CHOSEN), (FROM_WEIGHTS, SUSPECTS)])
+@pytest.mark.parametrize(("outliers", "chosen"), [(FROM_ACTIVATIONS, CHOSEN), (FROM_WEIGHTS, SUSPECTS)])
 def test_a_dry_run_shows_what_they_will_take_and_be_chosen_by(
-    outliers: str, told: str, model: Path, capsys: pytest.CaptureFixture[str]
+    outliers: str, chosen: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, needs = planned(model)
     capsys.readouterr()
@@ -269,7 +269,7 @@ def test_a_dry_run_shows_what_they_will_take_and_be_chosen_by(
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:3] == ["sidecars", f"{found.sidecar_bytes:,}", "bytes"] for line in lines)
     what = "suspect columns" if outliers == FROM_WEIGHTS else "columns"
-    assert f"up to 42 {what} are kept exact, 3 of a layer at most; {told}" in " ".join(map(str.strip, lines))
+    assert f"up to 42 {what} stored exactly, at most 3 per layer; {chosen}" in " ".join(map(str.strip, lines))
 
 
 def test_a_dry_run_without_them_has_no_such_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What is said of a conversion while it runs. Needs no torch."""
+"""The messages about a running conversion. Needs no torch."""
 
 from collections.abc import Collection
 

@@ -1,7 +1,7 @@
-"""Converting a checkpoint: all of its shards, and what speaks of the whole.
+"""Converts a checkpoint: all of its shards, then the files that describe the whole.
 
 Owns the order of the work and what makes it resumable: a shard that stands under its name is recorded, and only then is
-its source let go. Prints nothing; a Progress is told.
+its source let go. Prints nothing; reports to a Progress.
 """
 
 import shutil
@@ -41,7 +41,7 @@ from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 class ConversionRun:
     """How to convert, besides the settings that decide the result.
 
-    `workers` processes convert side by side, each with `threads` threads. `overwrite` starts anew in a directory that
+    `workers` processes convert side by side, each with `threads` threads. `overwrite` starts over in a directory that
     holds an earlier conversion.
     """
 
@@ -66,7 +66,7 @@ def convert(
 
     `columns` tells what to store in sidecars, where the survey has any. `render_card` makes the output's README.md
     from the report. Raises Int8cliError; whatever is raised, no file stands half-written under a final name, and the
-    same call goes on from there.
+    same call resumes from there.
     """
     if settings.only and not survey.plan.quantized:
         raise NothingToQuantizeError(

@@ -44,7 +44,7 @@ class PassLedger:
         self._non_finite: dict[str, NonFiniteValue] = {}
 
     def add(self, block: BlockBytes) -> None:
-        """Take down what a block yielded. Raises NonFiniteError, unless such weights are kept."""
+        """Record the result of a block. Raises NonFiniteError unless non-finite weights stay in their dtype."""
         if block.non_finite is not None:
             if not self._keep_non_finite:
                 raise _non_finite_error(self._contents.file_name, block.name, block.non_finite)

@@ -60,7 +60,7 @@ KindOfLayer = Callable[[Fields, int], str]  # by the config and the layer's inde
 
 
 def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
-    """What each layer keeps, first to last. Raises MissingFieldError where the config is not understood."""
+    """The cache kind of each layer, first to last. Raises MissingFieldError if the config is not understood."""
     for name in _UNSUPPORTED:
         if fields.has(name):
             raise MissingFieldError(f"a cache with {name} is unknown to int8cli")

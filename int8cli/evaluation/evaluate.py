@@ -1,7 +1,7 @@
 """Evaluation of a model: all methods in one pass over its weights, with one block of it in memory.
 
 Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: a
-Progress is told.
+Progress is reported.
 """
 
 import dataclasses

@@ -149,7 +149,7 @@ class LoadedUnit:
 class StreamedModel:
     """A model whose units are given their weights one after the other. To be run once.
 
-    `to_head`: stop each sequence before the output head, whose logits nobody needs. `kept` holds the blocks' outputs on
+    `to_head`: stop each sequence before the output head, whose logits nobody needs. `saved` has the blocks' outputs on
     disk, so that a later run can go on after the last block that is whole there. `on_result(sequence's number, what its
     forward returned)` is called as soon as a forward ends, and nothing is held of it then: logits are large.
     """
@@ -184,7 +184,7 @@ class StreamedModel:
 
         `sequences` are keyword arguments of the model's forward. A unit that shares its weights with itself (ALBERT)
         comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence,
-        where they were not stopped before the head and nobody was told of it.
+        unless they stopped before the head or were handed over already.
         """
         with closing(self.steps(sequences)) as steps:
             yield from (step for step in steps if isinstance(step, LoadedUnit))

@@ -1,6 +1,6 @@
 """Text into sequences of tokens, as the model's own tokenizer makes them.
 
-Owns what is taken of a text and what cannot be used. Chosen by seed, never at random.
+Owns which part of a text is used and which texts cannot be used. Chosen by seed, never at random.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Outlier statistics of a model: its blocks run over text, and every linear layer's input looked at.
 
 Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: a
-Progress is told.
+Progress is reported.
 """
 
 import dataclasses

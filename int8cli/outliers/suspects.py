@@ -133,12 +133,12 @@ class SuspectScan:
 
 
 def save_figures(figures: Mapping[str, Tensor], path: Path) -> None:
-    """Write a scan's figures down, whole or not at all. Raises OutputError."""
+    """Save the figures of a scan, whole or not at all. Raises OutputError."""
     write_file(path, serialize(figures))
 
 
 def load_figures(path: Path) -> dict[str, Tensor] | None:
-    """The figures that were written down; None where there are none."""
+    """The saved figures; None if there are none."""
     try:
         return load_file(path)
     except (FileNotFoundError, SafetensorError):

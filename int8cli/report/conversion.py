@@ -96,9 +96,10 @@ def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
     ]
     error = stored.total.error
     if error is not None:
-        at_most = "" if stored.basis == "measured" else "at most "
+        measured = stored.basis == "measured"
+        at_most = "" if measured else "at most "
         lines.append(
-            f"Mean layer output error, {stored.basis}: {percent(error.all_int8)} plain int8, "
+            f"{'Mean layer' if measured else 'Predicted'} output error: {percent(error.all_int8)} plain int8, "
             f"{at_most}[bold]{percent(error.with_stored)}[/bold] with exact columns"
         )
     return lines

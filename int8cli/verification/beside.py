@@ -4,7 +4,7 @@ Owns that process: its start, its answer, its end. Knows nothing of what the che
 
 To import the loader takes seconds, the check itself hardly any time. A process rather than a thread: an import cannot
 be interrupted, it holds the interpreter's lock against the threads that read, and what silences the loader would
-silence this program's progress too. Nor does anyone wait here for torch to be taken down, which takes a second.
+silence this program's progress too. It also saves the second that torch takes to shut down.
 """
 
 import gc
@@ -48,14 +48,14 @@ def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardReco
         yield partial(check_loads, directory, layout, records)
     else:
         with _started() as (process, pipe):
-            with suppress(OSError):  # it is gone already: whoever asks for its answer learns how
+            with suppress(OSError):  # it has ended already: the call for its answer reports how
                 pipe.send((directory, layout, records))
             yield partial(_answer_of, process, pipe)
 
 
 @contextmanager
 def _started() -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
-    """The process, and a connection to it. It is killed in the end: what it does leaves nothing behind."""
+    """The process, and a connection to it. It is killed at the end; it leaves nothing behind."""
     ours, theirs = multiprocessing.Pipe()
     with ours:
         with theirs:
@@ -91,9 +91,9 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 def answer(descriptor: int) -> NoReturn:
-    """What the process does: take a request, send the check, or the traceback of what went wrong with it, and be gone.
+    """What the process does: take a request, send the check, or the traceback of an error, and end.
 
-    What the loader holds is given back at once: there may be hours of reading to come.
+    The memory of the loader is freed at once: hours of reading may follow.
     """
     gc.disable()  # it looks again and again at all that was imported: a fifth of the time, for 8 MB of 390
     pipe = Connection(descriptor)
@@ -107,5 +107,5 @@ def answer(descriptor: int) -> NoReturn:
 
 
 def _end_with_parent(pipe: Connection) -> None:
-    connection.wait([pipe])  # nothing more is said: the other side is gone
+    connection.wait([pipe])  # it returns when the other side has closed
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Whether what speaks of the shards agrees with them: records, index, config.json, report and the other files.
+"""Whether the files that describe the shards agree with them: records, index, config.json, report and others.
 
 Owns the comparison of JSON with JSON; reads no weights.
 """
@@ -189,7 +189,7 @@ def _differences(wanted: Mapping[str, Any], stated: Mapping[str, Any]) -> Iterat
 
 
 def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequence[SideFile]) -> Iterator[Failure]:
-    """Whether the files beside the shards are as they were written, and no other weights lie among them."""
+    """Whether the other files are unchanged since they were written, and there are no extra weights."""
     for recorded in manifest:
         try:
             found = SideFile.of_path(recorded.file, directory / recorded.file)

@@ -37,7 +37,7 @@ from int8cli.workers.torch_start import start_torch
 
 
 def conversion_in(directory: Path) -> Conversion:
-    """The finished conversion that a directory holds. Raises OutputError without one, naming what is missing."""
+    """The finished conversion in a directory. Raises OutputError without one, naming what is missing."""
     store = RecordStore(directory)
     conversion = store.conversion()
     if conversion is None:

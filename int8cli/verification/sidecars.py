@@ -1,6 +1,6 @@
-"""Whether the sidecars hold what the records say of stored columns, and nothing else lies among them.
+"""Whether the sidecars match what the records say about stored columns, and there are no extra sidecars.
 
-Owns what is particular to them; their bytes are held against digests with those of all other files. Reads only indices.
+Owns the checks for sidecars only; the digests of their bytes are checked with all others. Reads only indices.
 """
 
 import struct
@@ -35,7 +35,7 @@ def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[Sh
 
 
 def column_problem(layer: LayerReport, most: int) -> str | None:
-    """What is wrong with the columns that are reported of a layer, at most so many of them."""
+    """What is wrong with the reported columns of a layer, of which `most` are allowed."""
     if layer.stored is None:
         return "has no entry for stored columns in the report"
     indices = list(layer.stored.indices)

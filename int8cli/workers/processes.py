@@ -72,7 +72,7 @@ class ProcessExecutor:
     """Runs tasks in `slots` processes of their own; tasks and results are pickled.
 
     Each process holds a duplicate of the output directory's lock, so that a killed parent does not let a second run in
-    while one of them still writes, and ends as soon as its parent is gone. `preload` names the module that the server
+    while one of them still writes, and ends as soon as its parent has ended. `preload` names the module that the server
     of the processes imports, once for all of them.
     """
 
@@ -109,7 +109,7 @@ class ProcessExecutor:
 
 
 def start_server(preload: str) -> None:
-    """Start the server that processes are forked from, unless it runs: it imports `preload` while this process goes on.
+    """Start the server that processes are forked from, unless it runs: it imports `preload` in the background.
 
     It ends with this process.
     """
