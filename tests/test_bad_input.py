@@ -130,7 +130,7 @@ def test_a_truncated_shard_is_refused(size: int, model: Path, nursery: Nursery) 
 @pytest.mark.parametrize(
     ("name", "shard", "words"),
     [
-        ("model.norm.weight", "missing.safetensors", ["'missing.safetensors'", "not there"]),
+        ("model.norm.weight", "missing.safetensors", ["'missing.safetensors'", "missing"]),
         ("no.such.tensor", FIRST, ["'no.such.tensor'"]),
         ("model.norm.weight", "../outside.safetensors", ["outside the checkpoint", "../outside.safetensors"]),
         ("model.norm.weight", "/outside.safetensors", ["outside the checkpoint", "/outside.safetensors"]),
@@ -240,7 +240,7 @@ def test_a_truncated_archive_is_refused(nursery: Nursery, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({}, ["no weights"]),
+        ({}, ["the directory is empty"]),
         ({"config.json": "{}"}, ["no weights"]),
         ({"adapter_model.safetensors": "x", "adapter_config.json": "{}"}, ["adapter", "merge_and_unload"]),
         ({"model.Q4_K.gguf": "GGUF"}, ["model.Q4_K.gguf"]),
@@ -378,7 +378,7 @@ def test_a_disk_that_fills_up_half_way_is_said_and_the_next_run_goes_on(
     child.signal(signal.SIGSTOP)
     filler = fill(small_disk)
     child.signal(signal.SIGCONT)
-    assert_refused(child.wait(), "no room", "hint:", "run the same command again")
+    assert_refused(child.wait(), "not enough disk space", "hint:", "run the same command again")
     assert "config.json" not in weights_in(output)
     assert all(tree(output)[name] == reference[name] for name in weights_in(output))
     filler.unlink()

@@ -397,7 +397,7 @@ def test_too_little_memory_says_how_much_a_block_takes(tmp_path: Path, monkeypat
     make_model("llama", tmp_path)
     monkeypatch.setattr(calibrate_module, "available_bytes", lambda device: 1000)
     # q, o 32 x 32; k, v 16 x 32; gate, up, down 56 x 32; two norms: 8,512 weights of 2 bytes
-    with pytest.raises(NotEnoughMemoryError, match=r"17,024 of weights.* and 1,000 are free"):
+    with pytest.raises(NotEnoughMemoryError, match=r"17\.0 kB of weights.*, 1\.00 kB free"):
         calibrated(tmp_path)
 
 
