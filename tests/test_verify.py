@@ -828,7 +828,11 @@ def test_columns_that_are_reported_wrongly_are_named(
     [
         (lambda record: record["files"].pop(1), None, f"is missing in the record of {SHARD}"),
         (lambda record: record["files"][1]["tensors"].pop(0), "first", "is missing"),
-        (lambda record: record["files"][1]["tensors"][0].update(name="x.outlier_cols"), "x.outlier_cols", "not belong to"),
+        (
+            lambda record: record["files"][1]["tensors"][0].update(name="x.outlier_cols"),
+            "x.outlier_cols",
+            "not belong to",
+        ),
         (lambda record: record["files"][1]["tensors"][0].update(dtype="F32"), "first", "is F32 [3], not I32 [3]"),
         (lambda record: record["layers"][0].update(stored_columns=None), "layer", "has no entry for stored columns"),
         (lambda record: record["layers"][0]["stored_columns"].update(bytes=1), "layer", "are reported as 1 bytes"),
