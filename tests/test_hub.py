@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -9,10 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hub_stand_in import Fault, HubStandIn, commit_of
+from support.hub_stand_in import Fault, HubStandIn, commit_of
 
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.locate import open_source
@@ -22,6 +25,7 @@ from int8cli.errors import (
     DiskSpaceError,
     IndexFileError,
     ModelNotFoundError,
+    OutputError,
     SourceError,
     TransferError,
 )
@@ -65,7 +69,7 @@ class Waits:
 
 
 def source_of(hub: HubStandIn, tmp_path: Path, revision: str | None = None, repo: str = REPO, **options) -> HubSource:
-    settings = {
+    settings: dict[str, Any] = {
         "download_dir": tmp_path / "out" / "incoming",
         "endpoint": hub.endpoint,
         "cache_dir": tmp_path / "cache",
@@ -353,11 +357,45 @@ def test_what_is_no_hub_is_told(tmp_path):
 
 def test_a_full_disk_is_told(hub, tmp_path):
     source = source_of(hub, tmp_path)
+    with largest_file(1000), pytest.raises(DiskSpaceError, match=r"safetensors.*: no room on the disk"):
+        fetched(source, SHARD)
+
+
+@contextmanager
+def largest_file(size_bytes):
+    """Files of this process stay below a size, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("plant", ["symlink_to", "hardlink_to"])
+def test_a_part_that_is_a_link_is_not_written_through(hub, tmp_path, plant):
+    source = source_of(hub, tmp_path)
     part = tmp_path / "out" / "incoming" / str(source.identity.revision) / f"{SHARD}.incomplete"
     part.parent.mkdir(parents=True)
-    part.symlink_to("/dev/full")
-    with pytest.raises(DiskSpaceError, match=r"safetensors.*: not enough disk space"):
+    precious = tmp_path / "precious"
+    precious.write_bytes(b"mine")
+    getattr(part, plant)(precious)
+    assert fetched(source, SHARD) == noise(0, 300_000)
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("level", ["incoming", "incoming/commit"])
+def test_a_download_directory_that_is_a_link_is_refused(hub, tmp_path, level):
+    source = source_of(hub, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "empty").mkdir(parents=True)
+    planted = tmp_path / "out" / level.replace("commit", str(source.identity.revision))
+    planted.parent.mkdir(parents=True, exist_ok=True)
+    planted.symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="is a link"):
         fetched(source, SHARD)
+    source.close()
+    assert [path.name for path in elsewhere.iterdir()] == ["empty"]
 
 
 # Failures that stay

@@ -4,11 +4,12 @@ Owns which digests there are. Blocks come in file order; what lies between them 
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 import xxhash
 
-from int8cli.checkpoint.reader import ShardReader
+from int8cli.checkpoint.reader import ShardReader, open_to_read
 from int8cli.checkpoint.source import LocalFile
 from int8cli.errors import DigestMismatchError
 
@@ -52,10 +53,24 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file, in hex."""
     sha256 = hashlib.sha256()
     piece = memoryview(bytearray(_GAP_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(piece):
+    with open_to_read(path) as file:
+        while count := file.readinto(piece):  # type: ignore[attr-defined]  # a BufferedReader's
             sha256.update(piece[:count])
     return sha256.hexdigest()
+
+
+def git_sha1(data: bytes) -> str:
+    """What git calls a blob of these bytes, in hex. No guard against whoever can choose the bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def git_sha1_of(path: Path) -> str:
+    """What git calls a blob of a file's bytes, in hex."""
+    with open_to_read(path) as file:
+        sha1 = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
+        while piece := file.read(_GAP_BYTES):
+            sha1.update(piece)
+    return sha1.hexdigest()
 
 
 def require_published(file_name: str, local: LocalFile, sha256: str | None) -> None:

@@ -4,11 +4,15 @@ Owns which files of a directory belong to the source. Reads nothing but names an
 """
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from int8cli.checkpoint.disk import reading_error, reading_errors
+from int8cli.checkpoint.file_state import FileState
+from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
 from int8cli.errors import CorruptShardError, ModelNotFoundError, OutputError, SourceError
 
@@ -36,25 +40,24 @@ def is_weight_name(file_name: str) -> bool:
 class DirectorySource:
     """The files under a directory, or one checkpoint file and the files beside it that are no weights.
 
-    Symlinks to files are followed, as a Hub cache's snapshots consist of them; symlinks to directories are not.
+    Symlinks to files are followed, as a Hub cache's snapshots consist of them; symlinks to directories are not. Only
+    shards may lie elsewhere altogether. A file must stay as it was when it was first asked for.
     `output`, where the result will be, may lie below the source and is then no part of it; it cannot be the source.
     """
 
     def __init__(self, path: Path, *, output: Path | None = None) -> None:
         """Raises ModelNotFoundError if there is nothing at `path`, OutputError if `output` is the source itself."""
         path = Path(os.path.abspath(path))
-        if not os.path.exists(path):
-            raise ModelNotFoundError(f"{path}: no such file or directory")
-        if not (path.is_dir() or path.is_file()):
-            raise ModelNotFoundError(f"{path} is neither a directory nor a file")
-        self._root = path if path.is_dir() else path.parent
-        self._only = None if path.is_dir() else path.name
+        kind = _kind_of(path)
+        self._root = path if kind == stat.S_IFDIR else path.parent
+        self._only = None if kind == stat.S_IFDIR else path.name
         self._output = None if output is None else os.path.realpath(output)
         if self._output == os.path.realpath(self._root):
             raise OutputError(
                 f"{output} is the directory of the source",
                 hint="Choose another directory: int8cli never changes a source.",
             )
+        self._states: dict[str, FileState] = {}
         # A name is all that the outputs may carry of this path; only the root directory has none.
         self._identity = SourceIdentity(name=path.name or "model", revision=None, on_hub=False)
 
@@ -70,17 +73,20 @@ class DirectorySource:
         return tuple(sorted(self._walk() if self._only is None else self._file_and_companions(self._only)))
 
     def size_bytes(self, file_name: str) -> int:
-        return self._path(file_name).stat().st_size
+        return self._look_at(file_name)[1].size_bytes
 
     def open(self, file_name: str) -> BinaryIO:
-        try:
-            return self._path(file_name).open("rb")
-        except OSError as error:
-            raise _unreadable(file_name, error) from error
+        path, _ = self._look_at(file_name)
+        return open_to_read(path, file_name)
 
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:
-        yield LocalFile(self._path(file_name))
+        """Raises CorruptShardError, also when the context is left, if the file was written to since the first look."""
+        path, state = self._look_at(file_name)
+        local = LocalFile(path, state=state)
+        local.require_unchanged(file_name)
+        yield local
+        local.require_unchanged(file_name)
 
     def transfers(self, file_name: str) -> bool:
         return False
@@ -97,16 +103,46 @@ class DirectorySource:
         """Nothing to do: nothing was brought here."""
 
     def _path(self, file_name: str) -> Path:
-        path = self._root / checked_file_name(file_name)
-        if not path.is_file():
+        return self._root / checked_file_name(file_name)
+
+    def _look_at(self, file_name: str) -> tuple[Path, FileState]:
+        """Where a file is, and its state at the first look. Raises ModelNotFoundError, SourceError."""
+        path = self._path(file_name)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        except OSError as error:
+            raise reading_error(path, error, file_name) from error
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise ModelNotFoundError(
                 f"{self._identity.name}: {file_name!r} is missing", hint="The checkpoint may be incomplete."
             )
-        return path
+        if file_name not in self._states:
+            self._refuse_link_outside(path, file_name)
+        return path, self._states.setdefault(file_name, FileState.of(status))
+
+    def _refuse_link_outside(self, path: Path, file_name: str) -> None:
+        """A link may lead elsewhere in the source or, as in a snapshot of the Hub cache, to its blobs.
+
+        Weights may lie anywhere: a shard is nothing else's secret, and large ones are spread over disks.
+        """
+        if not path.is_symlink() or _is_shard_name(file_name):
+            return
+        root = os.path.realpath(self._root)
+        # Of a blob the link alone counts: it may itself be a link, into a store that is shared further.
+        named = os.path.normpath(os.path.join(os.path.realpath(path.parent), os.readlink(path)))
+        blobs = _blobs_of(Path(root))
+        within = os.path.realpath(path) if blobs is None or Path(named).parent != blobs else None
+        if within is not None and not Path(within).is_relative_to(root):
+            raise SourceError(
+                f"{file_name} is a link to {within}, outside {self._identity.name}",
+                hint="Put the file itself in the place of the link, if it is meant to go along.",
+            )
 
     def _walk(self) -> Iterator[str]:
         def stop(error: OSError) -> None:
-            raise _unreadable(self._identity.name, error) from error
+            raise reading_error(self._root, error, self._identity.name) from error
 
         for directory, subdirectories, names in os.walk(self._root, onerror=stop):
             subdirectories[:] = [
@@ -116,15 +152,38 @@ class DirectorySource:
             ]
             for name in names:
                 path = Path(directory, name)
-                if not is_hidden(name) and path.is_file():
+                if not is_hidden(name) and os.path.isfile(path):
                     yield path.relative_to(self._root).as_posix()
 
     def _file_and_companions(self, only: str) -> Iterator[str]:
         yield only
-        for path in self._root.iterdir():
-            if path.name != only and path.is_file() and not is_hidden(path.name) and not is_weight_name(path.name):
-                yield path.name
+        with reading_errors(self._root, self._identity.name):
+            names = os.listdir(self._root)
+        for name in names:
+            if name != only and os.path.isfile(self._root / name) and not is_hidden(name) and not is_weight_name(name):
+                yield name
 
 
-def _unreadable(name: str, error: OSError) -> SourceError:
-    return SourceError(f"{name} cannot be read: {error.strerror or error}", hint="Check its permissions.")
+def _kind_of(path: Path) -> int:
+    """What there is, a directory or a file, as the kind of a mode. Raises ModelNotFoundError, SourceError."""
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelNotFoundError(f"{path}: no such file or directory") from error
+    except OSError as error:
+        raise reading_error(path, error) from error
+    if kind not in (stat.S_IFDIR, stat.S_IFREG):
+        raise ModelNotFoundError(f"{path} is neither a directory nor a file")
+    return kind
+
+
+def _is_shard_name(file_name: str) -> bool:
+    return is_weight_name(file_name) and not file_name.endswith(".json")
+
+
+def _blobs_of(root: Path) -> Path | None:
+    """Where the Hub cache has the blobs of the snapshot that `root` is or lies in; None if it is none.
+
+    https://huggingface.co/docs/huggingface_hub/guides/manage-cache
+    """
+    return next((at.parent / "blobs" for at in root.parents if at.name == "snapshots"), None)

@@ -1,6 +1,6 @@
-"""What a disk that takes no more looks like to the user.
+"""What a disk that takes no more, or gives nothing back, looks like to the user.
 
-Owns the translation of the file system's errors on writing into ours.
+Owns the translation of the file system's errors into ours.
 """
 
 import errno
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from int8cli.errors import DiskSpaceError, OutputError
+from int8cli.errors import DiskSpaceError, OutputError, SourceError
 
 
 @contextmanager
@@ -18,6 +18,23 @@ def disk_errors(path: Path, wanted_bytes: int = 0) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(path, error, wanted_bytes) from error
+
+
+@contextmanager
+def reading_errors(path: Path, name: str | None = None) -> Iterator[None]:
+    """Raise SourceError for an OSError. Put it around what reads the source's `path`, called `name` in messages."""
+    try:
+        yield
+    except OSError as error:
+        raise reading_error(path, error, name) from error
+
+
+def reading_error(path: Path, error: OSError, name: str | None = None) -> SourceError:
+    """What to say when the system does not give a source file's bytes, or does not say what is in a directory."""
+    return SourceError(
+        f"{name or path.name or path} cannot be read ({error.strerror or error})",
+        hint=f"Check {path}: its permissions, and its disk.",
+    )
 
 
 def disk_error(path: Path, error: OSError, wanted_bytes: int = 0) -> OutputError:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from int8cli.checkpoint.disk import disk_errors
+from int8cli.checkpoint.own_files import open_real_directory
 from int8cli.errors import OutputInUseError
 
 
@@ -57,7 +58,7 @@ def _lock(output: Path, own: Path) -> int:
     while True:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(own, os.O_RDONLY)
+            descriptor = open_real_directory(own)
         hint = "Wait for it to end, or choose another directory."
         hold(descriptor, f"{output} is in use by another int8cli process", hint)
         if _is_still(own, descriptor):

@@ -7,9 +7,11 @@ nowhere outside, neither by itself nor through a link.
 import os
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from int8cli.checkpoint.disk import disk_errors
+from int8cli.checkpoint.own_files import opened_directory, refuse_link
 from int8cli.checkpoint.source import checked_file_name
 from int8cli.errors import IndexFileError, OutputError
 
@@ -81,27 +83,13 @@ def remove_files(directory: Path, names: Iterable[str]) -> None:
 
 def _refuse_links(directory: Path, name: str) -> None:
     for parent in list(Path(name).parents)[:-1]:
-        if (directory / parent).is_symlink():
-            raise OutputError(
-                f"{directory / parent} is a link to files that int8cli did not write; nothing was removed",
-                hint="Remove the link, or choose another output directory.",
-            )
+        refuse_link(directory / parent)
 
 
 def _remove(directory: Path, name: str) -> None:
-    """Unlink a file by descriptors of its directories, so that none is replaced by a link in between."""
-    *parents, last = name.split("/")
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        for parent in parents:
-            below = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=descriptor)
-            os.close(descriptor)
-            descriptor = below
-        os.unlink(last, dir_fd=descriptor)
-    except FileNotFoundError:
-        pass  # it is gone already
-    finally:
-        os.close(descriptor)
+    path = directory / name
+    with suppress(FileNotFoundError), opened_directory(path.parent, directory) as parent:
+        os.unlink(path.name, dir_fd=parent)
 
 
 def _as_disks_compare(name: str) -> str:

@@ -3,16 +3,20 @@
 Owns how bytes come off the disk. Knows nothing of tensors but their offsets.
 """
 
+import io
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from int8cli.errors import CorruptShardError, SourceError
+from int8cli.checkpoint.disk import reading_error, reading_errors
+from int8cli.checkpoint.file_state import FileState
+from int8cli.errors import CorruptShardError
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
     from torch import Tensor
 
 
@@ -32,8 +36,18 @@ class FileReader:
         self._path = path
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._state = FileState.of(os.fstat(self._descriptor))
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise reading_error(path, error) from error
+
+    @property
+    def size_bytes(self) -> int:
+        """The file's size when it was opened."""
+        return self._state.size_bytes
+
+    def require_unchanged(self) -> None:
+        """Raise CorruptShardError if the file was written to since it was opened."""
+        self._state.require_same(os.fstat(self._descriptor), self._path.name)
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         done = 0
@@ -41,7 +55,7 @@ class FileReader:
             try:
                 count = os.preadv(self._descriptor, [buffer[done:]], offset_bytes + done)
             except OSError as error:
-                raise unreadable(self._path, error) from error
+                raise reading_error(self._path, error) from error
             if count == 0:
                 raise CorruptShardError(
                     f"{self._path.name}: ends at byte {offset_bytes + done:,}, before the data its header names",
@@ -53,11 +67,34 @@ class FileReader:
         os.close(self._descriptor)
 
 
-def unreadable(path: Path, error: OSError) -> SourceError:
-    """What to say when the system does not give a source file's bytes."""
-    return SourceError(
-        f"{path.name} cannot be read: {error.strerror or error}", hint=f"Check {path}: its permissions, and its disk."
-    )
+class _CheckedFile(io.FileIO):
+    """A file whose errors on reading are ours."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._called = path, name
+        super().__init__(path, "rb")
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        with reading_errors(self._path, self._called):
+            return super().readinto(buffer)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        with reading_errors(self._path, self._called):
+            return super().read(-1 if size is None else size)
+
+    def readall(self) -> bytes:
+        with reading_errors(self._path, self._called):
+            return super().readall()
+
+
+def open_to_read(path: Path, name: str | None = None) -> BinaryIO:
+    """A file, called `name` in messages. This and every read of it raises SourceError where the system raises OSError.
+
+    A seek to before its start stays an OSError.
+    """
+    called = name or path.name
+    with reading_errors(path, called):
+        return io.BufferedReader(_CheckedFile(path, called))
 
 
 class TensorsReader:

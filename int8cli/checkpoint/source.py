@@ -4,11 +4,14 @@ Owns `Source`, what a source says of itself, and which file names may be asked o
 here is a name, a size and bytes.
 """
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
+from int8cli.checkpoint.disk import reading_errors
+from int8cli.checkpoint.file_state import FileState
 from int8cli.errors import IndexFileError
 
 
@@ -26,10 +29,21 @@ class SourceIdentity:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file of the source, now on this machine. `sha256` is what the Hub published for it, in hex, where it did."""
+    """A file of the source, now on this machine.
+
+    `sha256` is what the Hub published for it, in hex, where it did. `state` is that of a file which others may write
+    to, when the source first looked at it.
+    """
 
     path: Path
     sha256: str | None = None
+    state: FileState | None = None
+
+    def require_unchanged(self, file_name: str) -> None:
+        """Raise CorruptShardError, naming the file, if somebody wrote to it since the source first looked at it."""
+        if self.state is not None:
+            with reading_errors(self.path, file_name):
+                self.state.require_same(os.stat(self.path), file_name)
 
 
 @dataclass(frozen=True, slots=True)

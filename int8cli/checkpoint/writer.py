@@ -8,12 +8,14 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from int8cli.checkpoint.disk import disk_errors
+from int8cli.checkpoint.own_files import create_file, name_aside, opened_directory
 from int8cli.checkpoint.reader import FileReader
+from int8cli.errors import OutputError
 
 _COPY_BYTES = 1 << 20
 # How much is written before the disk is told to begin. Measured: an fsync then finds next to nothing left to do, and
@@ -24,15 +26,16 @@ _WRITE_BEHIND_BYTES = 1 << 24
 class ShardWriter:
     """One safetensors file under construction: every byte's place is known before the first is written.
 
-    Made aside at `partial` with all its room reserved, filled with `write_at` from any thread and in any order, and
-    given its final name by `commit`. Until then nothing stands under that name; `abandon` leaves nothing at all.
+    Made aside at `partial`, below the directory `below`, with all its room reserved, filled with `write_at` from any
+    thread and in any order, and given its final name by `commit`. Until then nothing stands under that name; `abandon`
+    leaves nothing at all.
     """
 
-    def __init__(self, partial: Path, total_bytes: int) -> None:
+    def __init__(self, partial: Path, total_bytes: int, below: Path) -> None:
         self.partial = partial
-        with disk_errors(partial, total_bytes):
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._below = below
+        with disk_errors(partial, total_bytes), opened_directory(partial.parent, below, make=True) as directory:
+            self._descriptor = create_file(partial.name, directory)
         try:
             with disk_errors(partial, total_bytes):
                 _reserve(self._descriptor, total_bytes)
@@ -53,18 +56,23 @@ class ShardWriter:
             _write_out(self._descriptor)
 
     def commit(self, final: Path) -> None:
-        """Make the file durable, then give it its name. Replaces what stands there."""
-        with disk_errors(final, 0):
-            final.parent.mkdir(parents=True, exist_ok=True)
+        """Make the file durable, then give it its name, which is below the same directory. Replaces what has it."""
+        with (
+            disk_errors(final),
+            opened_directory(self.partial.parent, self._below) as aside,
+            opened_directory(final.parent, self._below, make=True) as directory,
+        ):
             os.fsync(self._descriptor)
             _write_out(self._descriptor)
             self._close()
-            os.replace(self.partial, final)
-            _sync_directory(final.parent)
+            os.replace(self.partial.name, final.name, src_dir_fd=aside, dst_dir_fd=directory)
+            os.fsync(directory)
 
     def abandon(self) -> None:
-        self._close()
-        self.partial.unlink(missing_ok=True)
+        with suppress(OSError, OutputError):  # something else went wrong before, and is being told
+            self._close()
+            with opened_directory(self.partial.parent, self._below) as directory:
+                os.unlink(self.partial.name, dir_fd=directory)
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
@@ -72,45 +80,47 @@ class ShardWriter:
             os.close(descriptor)
 
 
-def write_file(final: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    with _new_file(final, len(data)) as file:
+def write_file(final: Path, data: bytes, *, below: Path | None = None) -> None:
+    """Write a small file whole or not at all. Links are followed up to the directory `below`: as a rule the file's."""
+    with new_file(final, len(data), below=below) as file:
         file.write(data)
 
 
-def copy_file(source: Path, final: Path) -> str:
-    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex."""
+def copy_file(source: Path, final: Path, *, below: Path | None = None) -> str:
+    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex. `below` as in `write_file`."""
     sha256 = hashlib.sha256()
     with closing(FileReader(source)) as original:
-        size_bytes = source.stat().st_size
-        with _new_file(final, size_bytes) as copy:
+        size_bytes = original.size_bytes
+        with new_file(final, size_bytes, below=below) as copy:
             for start in range(0, size_bytes, _COPY_BYTES):
                 piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
                 original.read_into(start, piece)
                 sha256.update(piece)
                 copy.write(piece)
+            original.require_unchanged()
     return sha256.hexdigest()
 
 
 @contextmanager
-def _new_file(final: Path, size_bytes: int) -> Iterator[BinaryIO]:
+def new_file(final: Path, size_bytes: int = 0, *, below: Path | None = None) -> Iterator[BinaryIO]:
     """A file to be written in this context, and given its name after it: aside, fsync, rename, fsync of the directory.
 
-    Left by an error, it leaves nothing. Raises DiskSpaceError, OutputError.
+    Left by an error, it leaves nothing. `below` as in `write_file`. Raises DiskSpaceError, OutputError.
     """
-    partial = final.with_name(f".{final.name}.partial")
-    with disk_errors(final, size_bytes):
-        final.parent.mkdir(parents=True, exist_ok=True)
+    aside = name_aside(final.name, prefix=".", suffix=".partial")
+    within = final.parent if below is None else below
+    with disk_errors(final, size_bytes), opened_directory(final.parent, within, make=True) as directory:
         try:
-            with open(partial, "wb") as file:
+            with os.fdopen(create_file(aside, directory), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, final)
+            os.replace(aside, final.name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                os.unlink(aside, dir_fd=directory)
             raise
-        _sync_directory(final.parent)
+        os.fsync(directory)
 
 
 def existing_parent(directory: Path) -> Path:
@@ -144,11 +154,3 @@ def _write_out(descriptor: int) -> None:
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,6 +14,7 @@ import typer
 
 from int8cli import __version__
 from int8cli.cli import convert, estimate_memory, evaluate, inspect_outliers, verify
+from int8cli.report.text import PrintableStream
 
 app = typer.Typer(
     name="int8cli",
@@ -68,4 +69,6 @@ def main() -> None:
     """Entry point of the `int8cli` program."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that cannot show ×, or an undecodable file name
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is not None:  # it was not closed
+        sys.stderr = PrintableStream(sys.stderr)
     app()

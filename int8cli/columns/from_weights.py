@@ -5,17 +5,18 @@ stream, and the state on disk from which a later run knows the shards that were 
 is a task for a process that has torch.
 """
 
+import pickle
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from uuid import uuid4
 
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RunTask
-from int8cli.errors import NoSuspectsError
+from int8cli.errors import SavedStateError, WeightsTellNothingError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
@@ -54,69 +55,111 @@ def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
 class SuspectColumns(ColumnSource):
     """The most suspect dimensions of the residual stream, from all shards up to the requested one.
 
-    `state_directory` has the figures of each scanned shard; the caller removes it after the conversion. An earlier
-    shard without saved figures is fetched and scanned again.
+    `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
+    the one asked for, of which nothing can be read there, is fetched to be looked at again.
     """
 
-    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: Path) -> None:
-        self._source, self._survey, self._limit, self._state_directory = source, survey, limit, state_directory
+    def __init__(self, source: Source, survey: Survey, limit: int, kept_in: Path) -> None:
+        self._source, self._survey, self._limit = source, survey, limit
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
-        self._shards = {contents.file_name: contents for contents in survey.shards}
-        self._saved: dict[str, Path] = {}
+        self._places = {contents.file_name: place for place, contents in enumerate(survey.shards)}
+        self._seen = 0  # shards, from the first on, whose figures are there
+        self._figures = _Figures(kept_in, pickle.dumps(self._stream), _new_key())
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
-        """Uses this shard and those before it only, so that a resumed run chooses the same columns."""
-        order = list(self._shards)
-        saved = [self._scanned(name, local if name == shard else None, run) for name in order[: order.index(shard) + 1]]
-        decisions = [self._survey.decisions[each.spec.name] for each in self._shards[shard].tensors]
+        """Only what the shards before it hold counts, whatever else has been seen: a run that resumes chooses alike."""
+        place = self._places[shard]
+        for earlier in range(self._seen, place):
+            self._look_again(earlier, run)
+        if place < self._seen:  # its first copy was not what the Hub published
+            self._figures = replace(self._figures, key=_new_key())
+        self._look(place, local, run)
+        self._seen = max(self._seen, place + 1)
+        decisions = [self._survey.decisions[each.spec.name] for each in self._survey.shards[place].tensors]
         wanted = [each for each in decisions if each.spec.name in self._counts]
         if not wanted:
             return {}
-        found = run(partial(_suspects, self._stream, saved, self._limit))
+        found = run(partial(_suspects, self._figures, place + 1, self._limit))
         columns = tuple(StoredColumn(index, suspicion=score) for index, score in found)
         return {
             each.spec.name: StoredColumns(FROM_WEIGHTS, columns, sidecar_bytes(each, len(columns))) for each in wanted
         }
 
-    def _scanned(self, shard: str, local: LocalFile | None, run: RunTask) -> Path:
-        """The file with a shard's figures, which is written now if it is missing or the shard is here.
+    def _look(self, place: int, local: LocalFile, run: RunTask) -> None:
+        """Whatever is saved of it: that may be of a copy whose digest proved to be wrong."""
+        contents = self._survey.shards[place]
+        run(partial(_look_at, self._stream.within(contents), contents, local, self._figures.path(place)))
 
-        A shard that is here is always scanned again: its saved figures may come from a copy with a wrong digest.
-        """
-        if local is None and shard in self._saved:
-            return self._saved[shard]
-        path = self._state_directory / f"{list(self._shards).index(shard)}.safetensors"
-        if local is not None or not (path.exists() and run(partial(_can_be_read, path))):
-            contents = self._shards[shard]
-            with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
-                run(partial(_scan_shard, self._stream.within(contents), contents, here, path))
-        self._saved[shard] = path
-        return path
+    def _look_again(self, place: int, run: RunTask) -> None:
+        """At a shard that an earlier run has converted, unless what that one saw can be read."""
+        if not run(partial(_can_be_read, self._figures.path(place))):
+            with self._source.fetch(self._survey.shards[place].file_name) as local:
+                self._look(place, local, run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """Where the figures of each shard are, for the process that needs them.
+
+    `stream` is a pickled ResidualStream: a process that has it already does not unpickle its many tensors again. `key`
+    is another one for each conversion, and after figures were replaced.
+    """
+
+    directory: Path
+    stream: bytes
+    key: str
+
+    def path(self, place: int) -> Path:
+        return self.directory / f"{place}.safetensors"
+
+
+class _Scan:
+    """What one process has made of the figures so far: it reads each file of them once."""
+
+    def __init__(self, figures: _Figures) -> None:
+        from int8cli.outliers.suspects import SuspectScan
+
+        self._figures, self._count = figures, 0
+        self._scan = SuspectScan(pickle.loads(figures.stream))
+
+    def suspects(self, count: int, most: int) -> tuple[tuple[int, float], ...]:
+        """By the first `count` shards, which are more each time."""
+        from int8cli.outliers.suspects import load_figures
+
+        for place in range(self._count, count):
+            self._scan.add(load_figures(self._figures.path(place)))
+            self._count = place + 1
+        return self._scan.suspects(most)
+
+
+# The scan of the conversion at work: without it, each shard would read the figures of all shards before it.
+_scan = lru_cache(maxsize=1)(_Scan)
+
+
+def _new_key() -> str:
+    return uuid4().hex
 
 
 # Tasks: they run in a process that has torch, and import it there.
 
 
-def _scan_shard(
-    stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes
-) -> None:
+def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
     from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    save_figures(scan.scan(contents, local), path)
+    save_figures(scan.look_at(contents, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:
     from int8cli.outliers.suspects import load_figures
 
-    return load_figures(path) is not None
+    try:
+        load_figures(path)
+    except SavedStateError:
+        return False
+    return True
 
 
-def _suspects(stream: ResidualStream, saved: list[Path], most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
-    from int8cli.outliers.suspects import SuspectScan, load_figures
-
-    scan = SuspectScan(stream)
-    for path in saved:
-        scan.add(load_figures(path) or {})
-    return scan.suspects(most)
+def _suspects(figures: _Figures, count: int, most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
+    return _scan(figures).suspects(count, most)

@@ -1,11 +1,11 @@
 """Verify a conversion: it is complete, it loads and, with a source, it matches the source."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from int8cli.checkpoint.locate import opened_source
+from int8cli.checkpoint.own_files import remove_tree
 from int8cli.checkpoint.source import Source
 from int8cli.commands.checks import check_device, check_verify
 from int8cli.commands.options import VerifyOptions
@@ -56,4 +56,4 @@ def _source(
         with opened_source(model, revision=revision, download_dir=incoming, progress=progress) as source:
             yield source
     finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+        remove_tree(incoming, directory)

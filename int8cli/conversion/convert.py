@@ -4,7 +4,6 @@ Owns the order of the work and what makes it resumable: a shard that stands unde
 its source let go. Prints nothing; reports to a Progress.
 """
 
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Literal
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.digest import require_published
 from int8cli.checkpoint.lock import locked
+from int8cli.checkpoint.output_names import remove_files
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.conversion import WORKER_PRELOAD
@@ -75,6 +75,7 @@ def convert(
         )
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
+        store.refuse_links()
         if options.overwrite:
             store.clear()
         conversion = describe(source, survey, settings)
@@ -83,7 +84,7 @@ def convert(
         remaining = [shard for shard in conversion.shards if shard.file not in records]
         _require_room(source, survey, options.output, remaining)
         store.claim(conversion)
-        shutil.rmtree(store.partial_directory, ignore_errors=True)
+        store.remove_partial_files()
         begin_conversion(progress, survey, records)
         for file_name in survey.weights.copied:
             _copy_file(source, file_name, options.output)
@@ -100,13 +101,12 @@ def convert(
             raise
         finally:
             executor.close()
-            shutil.rmtree(store.partial_directory, ignore_errors=True)  # an interrupt may have come before any clean-up
+            store.remove_partial_files()  # an interrupt may have come before any clean-up
         progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
-        for directory in (store.incoming_directory, store.calibration_directory):
-            shutil.rmtree(directory, ignore_errors=True)
+        store.remove_state()
         return report
 
 
@@ -169,11 +169,11 @@ def _require_room(
 
 def _copy_file(source: Source, file_name: str, output: Path) -> None:
     with source.fetch(file_name) as local:
-        sha256 = copy_file(local.path, output / file_name)
+        sha256 = copy_file(local.path, output / file_name, below=output)
     try:
         require_published(file_name, local, sha256)
     except DigestMismatchError:
-        (output / file_name).unlink(missing_ok=True)
+        remove_files(output, [file_name])
         raise
 
 

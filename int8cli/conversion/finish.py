@@ -30,10 +30,10 @@ def write_conclusion(
     kept = [tensor for record in records for tensor, _ in record.kept]
     plan = survey.plan.keeping(kept)
     report = _report(survey, conversion, records, plan)
-    write_file(output / REPORT_FILE, _json_bytes(report.to_json()))
-    write_file(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"))
+    write_file(output / REPORT_FILE, _json_bytes(report.to_json()), below=output)
+    write_file(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"), below=output)
     if len(records) > 1:
-        write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)))
+        write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)), below=output)
     config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
     apart = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE}
     for shard in conversion.shards:  # a sidecar may have turned out to be none: --on-nonfinite keep
@@ -41,7 +41,7 @@ def write_conclusion(
     on_disk = [name for name in conversion.files if name not in apart]
     write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {})
     if config is not None:
-        write_file(output / CONFIG_FILE, config)
+        write_file(output / CONFIG_FILE, config, below=output)
     return report
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from int8cli.checkpoint.digest import SourceDigest
+from int8cli.checkpoint.disk import reading_errors
 from int8cli.checkpoint.index import read_contents
 from int8cli.checkpoint.pickled import load_legacy
-from int8cli.checkpoint.reader import FileReader, ShardReader, TensorsReader
+from int8cli.checkpoint.reader import FileReader, ShardReader, TensorsReader, open_to_read
 from int8cli.checkpoint.source import LocalFile
 from int8cli.conversion.pass_ledger import PassResult
 from int8cli.conversion.shard_pass import ShardPass, Sink
@@ -42,7 +43,9 @@ class OpenShard:
             if self.local.sha256 is not None:
                 gaps = stack.enter_context(closing(FileReader(self.local.path)))
                 digest = SourceDigest(gaps, planned.contents.file_bytes)
-            return ShardPass(planned, self.reader, options, sinks, partial(on_bytes, self.file_name)).run(digest)
+            result = ShardPass(planned, self.reader, options, sinks, partial(on_bytes, self.file_name)).run(digest)
+            self.local.require_unchanged(self.file_name)
+            return result
 
 
 @contextmanager
@@ -55,12 +58,15 @@ def open_shard(task: ShardTask, local: LocalFile) -> Iterator[OpenShard]:
 def _open_reader(task: ShardTask, local: LocalFile) -> ShardReader:
     contents = task.planned.contents
     changed = f"{contents.file_name}: changed since its header was read"
-    if local.path.stat().st_size != contents.file_bytes:
+    local.require_unchanged(contents.file_name)
+    with reading_errors(local.path, contents.file_name):
+        size_bytes = local.path.stat().st_size
+    if size_bytes != contents.file_bytes:
         raise DigestMismatchError(changed, hint="Run the same command again.")
     if not contents.mappable:
         tensors = load_legacy(local.path)
         return TensorsReader([tensors[stored.spec.name] for stored in contents.tensors])
-    with open(local.path, "rb") as file:
+    with open_to_read(local.path, contents.file_name) as file:
         if read_contents(file, task.weight_format, contents.file_name, contents.file_bytes) != contents:
             raise DigestMismatchError(changed, hint="Run the same command again.")
     return FileReader(local.path)

@@ -52,7 +52,7 @@ def _attempt(task: ShardTask, shard: OpenShard, on_bytes: OnBytes) -> PassResult
     with ExitStack() as abandoned:
         writers = []
         for file in files:
-            writers.append(ShardWriter(task.partial_of(file), file.file_bytes))
+            writers.append(ShardWriter(task.partial_of(file), file.file_bytes, task.directory))
             abandoned.callback(writers[-1].abandon)
         result = shard.run_pass(task.planned, task.options, writers, on_bytes)
         require_published(task.source.file, shard.local, result.source_sha256)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from int8cli.checkpoint.file_kinds import WeightFormat
+from int8cli.checkpoint.own_files import name_aside
 from int8cli.planning.output_files import OutputShard
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.records.store import ShardSource
@@ -52,7 +53,7 @@ class ShardTask:
     def partial_of(self, file: OutputShard) -> Path:
         """Where one of the planned files is made."""
         is_shard = file.file_name == self.planned.output.file_name
-        return self.partial if is_shard else self.partial.with_name(f"{self.partial.name}.outliers")
+        return self.partial if is_shard else self.partial.with_name(name_aside(self.partial.name, suffix=".outliers"))
 
     def storing(self, stored: Mapping[str, StoredColumns]) -> "ShardTask":
         """The same task with these columns in the sidecar, where there is to be one."""

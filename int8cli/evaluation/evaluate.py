@@ -206,7 +206,8 @@ class _Run:
         """Before the engine puts a block on record as finished, what was measured in it is there."""
         if self._saved is not None:
             document = json.dumps([dataclasses.asdict(layer) for layer in found]).encode()
-            write_file(self._saved.directory / f"{unit}.json", document)
+            saved = self._saved.directory
+            write_file(saved / f"{unit}.json", document, below=saved.parent)
 
     def _recalled(self) -> Iterator[tuple[str, tuple[LayerSums, ...]]]:
         for unit in self._saved.finished if self._saved else ():

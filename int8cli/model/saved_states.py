@@ -8,18 +8,19 @@ and when a resumed forward passes them again, the last one's output stands in fo
 import contextlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import hold
+from int8cli.checkpoint.own_files import create_file, opened_directory, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
@@ -27,7 +28,10 @@ from int8cli.progress import Progress
 
 _RECORD = "record.json"
 # What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(UnpicklingError, SafetensorError, CheckpointError),
+)
 
 Step = TypeVar("Step")
 
@@ -72,10 +76,9 @@ class SavedStates:
             self._usable = False
             return output
         path = self._path(_key(block, visit), sequence)
-        path.parent.mkdir(parents=True, exist_ok=True)
         marks = [is_marked(tensor) for tensor in tensors_in(output)]
         owned = map_tensors(output, lambda tensor: tensor.detach().cpu().clone())
-        torch.save({"output": owned, "marks": marks}, path)
+        _save({"output": owned, "marks": marks}, path, self._directory.parent)
         del owned
         return output if any(tensor.device.type != "cpu" for tensor in tensors_in(output)) else self._load(path)
 
@@ -91,9 +94,9 @@ class SavedStates:
         self._finished.append(_key(block, visit))
         self._latest[stack] = _key(block, visit)
         record = {"identity": self._identity, "finished": self._finished, "latest": self._latest}
-        write_file(self._directory / _RECORD, json.dumps(record).encode())
+        write_file(self._directory / _RECORD, json.dumps(record).encode(), below=self._directory.parent)
         if before is not None:
-            shutil.rmtree(self._directory / before, ignore_errors=True)
+            remove_tree(self._directory / before, self._directory.parent)
 
     def abandon(self) -> None:
         """Delete everything, and save nothing from now on."""
@@ -114,7 +117,7 @@ class SavedStates:
     def clear(self) -> None:
         """Remove everything."""
         self._finished, self._latest = [], {}
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_tree(self._directory, self._directory.parent)
 
     def _path(self, key: str, sequence: int) -> Path:
         return self._directory / key / f"{sequence}.pt"
@@ -142,14 +145,15 @@ def resumed_or_started_over(
     """
     try:
         yield from run()
+        return
     except (UnsupportedModelError, SavedStateError) as error:
-        # A model that passes more than outputs from block to block cannot be resumed in the middle.
         if saved is None or not saved.resumed:
             raise
-        why = error if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
-        progress.note(f"{why}: starting over")
-        saved.clear()
-        yield from run()
+        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
+        why = str(error) if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
+    progress.note(f"{why}: starting over")
+    saved.clear()
+    yield from run()
 
 
 @contextmanager
@@ -157,18 +161,56 @@ def read_back(path: Path) -> Iterator[Path]:
     """Around the reading of a file that int8cli saved to resume from. Raises SavedStateError if that fails."""
     try:
         yield path
-    except (CheckpointError, *_UNREADABLE) as error:
+    except _UNREADABLE as error:
         raise SavedStateError(
             f"{path} cannot be read back ({type(error).__name__}: {error!s:.200})",
             hint="Check the disk, and run the same command again.",
         ) from error
 
 
+def _save(value: Any, path: Path, below: Path) -> None:
+    """torch.save to a file that is reached by no link after `below`. Raises DiskSpaceError, OutputError."""
+    with (
+        disk_errors(path),
+        opened_directory(path.parent, below, make=True) as directory,
+        os.fdopen(create_file(path.name, directory), "wb") as file,
+    ):
+        watched = _WatchedFile(file)
+        torch.save(value, watched)  # type: ignore[arg-type]  # it takes whatever has `write`
+        watched.raise_error()
+
+
+class _WatchedFile:
+    """A file for torch.save, which makes a RuntimeError of what goes wrong, or ends the process on the way out.
+
+    After an error nothing more is written; `raise_error` tells it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """All is flushed when the file is closed."""
+
+    def raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 def _lock(directory: Path) -> int:
     """Lock the directory for this process. Raises OutputInUseError if another process has it."""
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     hold(
         descriptor,
         f"another int8cli process is running this model and uses {directory}",

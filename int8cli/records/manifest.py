@@ -62,7 +62,7 @@ def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str,
     files = [SideFile.of_path(name, output / name) for name in on_disk]
     files += [SideFile.of_bytes(name, data) for name, data in in_memory.items()]
     document = {"schema": MANIFEST_SCHEMA, "files": [asdict(file) for file in sorted(files, key=lambda f: f.file)]}
-    write_file(output / MANIFEST_FILE, (json.dumps(document, indent=1) + "\n").encode())
+    write_file(output / MANIFEST_FILE, (json.dumps(document, indent=1) + "\n").encode(), below=output)
 
 
 def read_manifest(output: Path) -> tuple[SideFile, ...] | None:

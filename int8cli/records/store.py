@@ -6,13 +6,13 @@ after the shard stands under its final name, so that a record always speaks of a
 
 import json
 import os
-import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
+from int8cli.checkpoint.own_files import refuse_link, remove_tree
 from int8cli.checkpoint.source import SourceIdentity
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.writer import write_file
@@ -195,6 +195,7 @@ class RecordStore:
         self.own = output / OWN_DIRECTORY
         self._conversion_path = self.own / "conversion.json"
         self._records = self.own / "records"
+        self._sidecars = self.own / "outliers"
 
     @property
     def partial_directory(self) -> Path:
@@ -210,6 +211,21 @@ class RecordStore:
     def calibration_directory(self) -> Path:
         """Where what was learnt of the activations or weights is kept until the conversion is finished."""
         return self.own / "calibration"
+
+    def refuse_links(self) -> None:
+        """Raise OutputError if one of our own directories is a link: what it leads to is not ours to write in."""
+        state = (self.incoming_directory, self.calibration_directory, self.partial_directory)
+        for directory in (self.own, self._records, self._sidecars, *state):
+            refuse_link(directory)
+
+    def remove_partial_files(self) -> None:
+        """Remove what was being made; nobody makes any more."""
+        remove_tree(self.partial_directory, self._output)
+
+    def remove_state(self) -> None:
+        """Remove what a killed run would have been resumed from."""
+        for directory in (self.incoming_directory, self.calibration_directory):
+            remove_tree(directory, self._output)
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to, if any."""
@@ -230,7 +246,7 @@ class RecordStore:
     def claim(self, conversion: Conversion) -> None:
         """Put down that the directory, which `check` found free, belongs to this conversion."""
         if self.conversion() is None:
-            write_file(self._conversion_path, _to_bytes(conversion.to_json()))
+            write_file(self._conversion_path, _to_bytes(conversion.to_json()), below=self._output)
 
     def record(self, shard: ShardSource) -> ShardRecord | None:
         """What was put down when a shard was finished; None if it never was. Raises OutputError."""
@@ -247,7 +263,7 @@ class RecordStore:
 
     def add(self, record: ShardRecord) -> None:
         """Put down that a shard is finished. Its files are already durable under their final names."""
-        write_file(self._record_path(record.source), _to_bytes(record.to_json()))
+        write_file(self._record_path(record.source), _to_bytes(record.to_json()), below=self._output)
 
     def clear(self) -> None:
         """Remove every file that an earlier conversion put down as its own, and the records; nothing else.
@@ -260,8 +276,8 @@ class RecordStore:
         records = [self._record_path(shard).relative_to(self._output).as_posix() for shard in known.shards]
         remove_files(self._output, [*known.files, *records])
         for directory in (self.partial_directory, self.calibration_directory):
-            shutil.rmtree(directory, ignore_errors=True)
-        for directory in (self._records, self.own / "outliers"):
+            remove_tree(directory, self._output)
+        for directory in (self._records, self._sidecars):
             with suppress(OSError):  # there may be something else in it
                 directory.rmdir()
         # Last, so that a kill half-way leaves a directory that still says what is ours.

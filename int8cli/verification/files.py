@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.digest import new_digest
+from int8cli.checkpoint.disk import reading_error
 from int8cli.checkpoint.header import read_header
-from int8cli.checkpoint.reader import FileReader, unreadable
+from int8cli.checkpoint.reader import FileReader, open_to_read
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.progress import Progress
@@ -72,7 +73,7 @@ class DigestPass:
             self._failures.append(Failure(record.file, "is missing"))
             return False
         except OSError as error:
-            self._failures.append(Failure(record.file, str(unreadable(path, error))))
+            self._failures.append(Failure(record.file, str(reading_error(path, error))))
             return False
         if size_bytes != record.size_bytes:
             problem = f"has {size_bytes:,} bytes; {record.size_bytes:,} were written"
@@ -158,8 +159,8 @@ def _spans(record: FileRecord) -> Iterator[_Span]:
 def _header_problem(path: Path, record: FileRecord) -> str | None:
     """What is wrong with a file's header, from its digest and from what it says. Raises Int8cliError."""
     if _header_digest(path, record) != record.header_xxh3_128:
-        return "its header differs from the one that was written"
-    with open(path, "rb") as file:
+        return "its header is not the one that was written"
+    with open_to_read(path, record.file) as file:
         tensors = read_header(file, record.file, record.size_bytes).tensors
     # By name, not in order: empty tensors share an offset with others.
     held = {t.spec.name: (t.spec.dtype, t.spec.shape, t.offset_bytes) for t in tensors}

@@ -51,7 +51,7 @@ class HubCache:
             lock.parent.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
             if not blob.exists():
-                self._remote.download(file_name, part_of(blob))
+                self._remote.download(file_name, part_of(blob), blob.parent)
                 os.replace(part_of(blob), blob)
                 self._brought.add(file_name)
         path = self._remote.retries(file_name).call(lambda: self._link_to_blob(file_name))

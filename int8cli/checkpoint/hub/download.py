@@ -4,7 +4,6 @@ Owns the loop around a body. huggingface_hub's own download starts from zero aft
 attempt since 2.x), which is why that loop is here.
 """
 
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,69 +13,91 @@ from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.failures import ShortBodyError
 from int8cli.checkpoint.hub.requests import RemoteFile, answers_range, get
 from int8cli.checkpoint.hub.retries import Retries
+from int8cli.checkpoint.own_files import open_or_create, opened_directory
 
 
 def download(
-    remote: RemoteFile, part: Path, size_bytes: int, retries: Retries, on_bytes: Callable[[int], None] | None = None
+    remote: RemoteFile,
+    part: Path,
+    size_bytes: int,
+    retries: Retries,
+    on_bytes: Callable[[int], None] | None = None,
+    *,
+    below: Path,
 ) -> None:
     """Bring `part` to the file's `size_bytes`, going on from the bytes it already holds.
 
-    `on_bytes` hears of each piece as it arrives. Raises TransferError after too many failures in a row without
-    progress, and then leaves the part for the next run; DiskSpaceError or OutputError if it cannot be written.
+    `on_bytes` hears of each piece as it arrives. No link is followed after the directory `below`. Raises TransferError
+    after too many failures in a row without progress, and then leaves the part for the next run; DiskSpaceError or
+    OutputError if it cannot be written.
     """
-    with disk_errors(part):
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        if part.stat().st_size > size_bytes:
-            os.truncate(part, 0)
-    furthest = part.stat().st_size
-    while part.stat().st_size < size_bytes:
-        failure: Exception = ShortBodyError("the body ended early")
-        try:
-            _append(remote, part, size_bytes, retries, on_bytes)
-        except Exception as error:  # `failed` raises whatever is not transient
-            failure = error
-        held = part.stat().st_size
-        # A server without ranges starts from zero each time: only new ground counts as progress.
-        if held > furthest:
-            furthest = held
-            retries.progressed()
-        if held < size_bytes:
-            retries.failed(failure)
+    with _Part.opened(part, below) as out:
+        if out.size_bytes > size_bytes:
+            out.empty()
+        furthest = out.size_bytes
+        while out.size_bytes < size_bytes:
+            failure: Exception = ShortBodyError("the body ended early")
+            try:
+                _append(remote, out, size_bytes, retries, on_bytes)
+            except Exception as error:  # `failed` raises whatever is not transient
+                failure = error
+            held = out.size_bytes
+            # A server without ranges starts from zero each time: only new ground counts as progress.
+            if held > furthest:
+                furthest = held
+                retries.progressed()
+            if held < size_bytes:
+                retries.failed(failure)
 
 
 def _append(
-    remote: RemoteFile, part: Path, size_bytes: int, retries: Retries, on_bytes: Callable[[int], None] | None
+    remote: RemoteFile, out: "_Part", size_bytes: int, retries: Retries, on_bytes: Callable[[int], None] | None
 ) -> None:
-    held = part.stat().st_size
-    with get(remote, f"bytes={held}-" if held else None) as response, _appending(part) as out:
+    held = out.size_bytes
+    with get(remote, f"bytes={held}-" if held else None) as response:
         if held and not answers_range(response, held):
-            with disk_errors(part):
-                out.truncate(0)
+            out.empty()
             held = 0
         # Pieces as they come from the socket: what has arrived before a failure is then in the file.
         for piece in response.iter_bytes():
             retries.check_stopped()
             held += len(piece)
             if held > size_bytes:
-                with disk_errors(part):
-                    out.truncate(0)
+                out.empty()
                 raise ShortBodyError(f"the body is longer than the {size_bytes:,} bytes announced")
-            _write_all(out, piece, part)
+            out.append(piece)
             if on_bytes is not None:
                 on_bytes(len(piece))
 
 
-@contextmanager
-def _appending(part: Path) -> Iterator[io.FileIO]:
-    with disk_errors(part):
-        out = io.FileIO(part, "a")
-    with out:
-        yield out
+class _Part:
+    """A file that grows until it is whole. Every method raises DiskSpaceError or OutputError."""
 
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self._path = path
+        self._descriptor = descriptor
 
-def _write_all(out: io.FileIO, piece: bytes, part: Path) -> None:
-    view = memoryview(piece)
-    with disk_errors(part):
-        while view:
-            view = view[out.write(view) :]
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path, below: Path) -> Iterator["_Part"]:
+        with disk_errors(path), opened_directory(path.parent, below, make=True) as directory:
+            descriptor = open_or_create(path.name, directory)
+        try:
+            yield cls(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+    @property
+    def size_bytes(self) -> int:
+        with disk_errors(self._path):
+            return os.fstat(self._descriptor).st_size
+
+    def empty(self) -> None:
+        with disk_errors(self._path):
+            os.ftruncate(self._descriptor, 0)
+
+    def append(self, piece: bytes) -> None:
+        view = memoryview(piece)
+        with disk_errors(self._path):
+            while view:
+                view = view[os.write(self._descriptor, view) :]

@@ -5,12 +5,13 @@ Owns a directory of ours: parts until they are whole, files until nobody wants t
 
 import os
 import re
-import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
+from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -20,6 +21,7 @@ class DownloadDirectory:
 
     def __init__(self, root: Path, repository: Repository, remote: RemoteFiles) -> None:
         self._root = root
+        self._below = root.parent
         self._repository = repository
         self._remote = remote
 
@@ -34,14 +36,20 @@ class DownloadDirectory:
         if not (path.is_file() and path.stat().st_size == self._remote.published(file_name).size_bytes):
             part = part_of(path)
             self._remove_other_commits()
-            self._remote.download(file_name, part)
-            os.replace(part, path)
+            self._remote.download(file_name, part, self._below)
+            with disk_errors(path), opened_directory(path.parent, self._below) as directory:
+                os.replace(part.name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
         return path
 
     def remove(self, file_name: str) -> None:
         path = self.path(file_name)
-        path.unlink(missing_ok=True)
-        part_of(path).unlink(missing_ok=True)
+        for each in (path, part_of(path)):
+            with (
+                disk_errors(each),
+                suppress(FileNotFoundError),
+                opened_directory(each.parent, self._below) as directory,
+            ):
+                os.unlink(each.name, dir_fd=directory)
 
     def remove_empty_directories(self) -> None:
         """Only rmdir: whatever still holds a part, or anything we did not put there, stays.
@@ -49,6 +57,8 @@ class DownloadDirectory:
         Left to the end, since before that a download in the background may be about to write into one.
         """
         root = self._root
+        if root.is_symlink():
+            return
         below = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if root.is_dir() else []
         for directory in [*below, root]:
             with suppress(OSError):
@@ -58,9 +68,9 @@ class DownloadDirectory:
         """Parts of another revision can never be gone on from; they would only take up the disk."""
         for directory in self._root.iterdir() if self._root.is_dir() else ():
             if _COMMIT.fullmatch(directory.name) and directory.name != self._repository.commit:
-                shutil.rmtree(directory, ignore_errors=True)
+                remove_tree(directory, self._below)
 
 
 def part_of(path: Path) -> Path:
     """Where a file lies until it is whole."""
-    return path.with_name(f"{path.name}.incomplete")
+    return path.with_name(name_aside(path.name, suffix=".incomplete"))

@@ -31,10 +31,16 @@ class WrongRangeError(Exception):
     """A server answered with other bytes than it was asked for."""
 
 
+class OddAnswerError(Exception):
+    """An answer is not what a Hub, or any server, answers: a size that is none, a redirect to no address."""
+
+
 def is_foreign(error: Exception) -> bool:
     """Whether network, server or huggingface_hub caused the error; anything else is a bug and stays one."""
     httpx = _httpx()
-    return isinstance(error, (ShortBodyError, WrongRangeError, httpx.HTTPError, httpx.InvalidURL, OSError))
+    return isinstance(
+        error, (ShortBodyError, WrongRangeError, OddAnswerError, httpx.HTTPError, httpx.InvalidURL, OSError)
+    )
 
 
 def is_transient(error: Exception) -> bool:
@@ -46,7 +52,7 @@ def is_transient(error: Exception) -> bool:
         return status in (408, 429) or status >= 500
     httpx = _httpx()
     passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
-    return isinstance(error, (ShortBodyError, WrongRangeError, *passing))
+    return isinstance(error, (ShortBodyError, WrongRangeError, OddAnswerError, *passing))
 
 
 def asked_pause_s(error: Exception) -> float | None:
@@ -58,23 +64,23 @@ def asked_pause_s(error: Exception) -> float | None:
     headers = error.response.headers
     asked = headers.get("Retry-After", "").strip()
     limited = re.search(r";\s*t=(\d+)", headers.get("RateLimit", "")) if error.response.status_code == 429 else None
-    if asked.isdigit():
-        pause_s = float(asked)
+    if re.fullmatch("[0-9]+", asked):
+        pause_s: float | None = float(asked)
     elif asked:
         pause_s = _seconds_until(asked)
-    elif limited:
-        pause_s = float(limited[1])
     else:
-        return None
-    return min(max(pause_s, 0.0), _LONGEST_WAIT_S)
+        pause_s = float(limited[1]) if limited else None
+    return None if pause_s is None else min(max(pause_s, 0.0), _LONGEST_WAIT_S)
 
 
-def _seconds_until(http_date: str) -> float:
+def _seconds_until(http_date: str) -> float | None:
+    """None for what is no date."""
     try:
         moment = parsedate_to_datetime(http_date)
-    except ValueError:
-        return 1.0
-    return (moment - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError, IndexError, OverflowError):  # by what is wrong with it, and by Python's release
+        return None
+    aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    return (aware - datetime.now(UTC)).total_seconds()
 
 
 def described(error: Exception) -> str:

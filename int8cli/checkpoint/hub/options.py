@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from int8cli.checkpoint.hub.retries import RetryPolicy
+from int8cli.errors import AccessDeniedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,12 @@ class HubOptions:
         return self.timeout_s or constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     def request_headers(self) -> dict[str, str]:
-        """The headers of every request, with the token."""
+        """The headers of every request, with the token. Raises AccessDeniedError for one that no header can hold."""
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
 
         headers: dict[str, str] = build_hf_headers(token=self.token, library_name="int8cli")
+        if not headers.get("authorization", "").isascii():
+            raise AccessDeniedError(
+                "the token for the Hub has characters that no token has", hint="Check HF_TOKEN, or run `hf auth login`."
+            )
         return headers

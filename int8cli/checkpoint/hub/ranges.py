@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from int8cli.checkpoint.hub.failures import ShortBodyError
 from int8cli.checkpoint.hub.requests import RemoteFile, answers_range, get, total_bytes
 from int8cli.checkpoint.hub.retries import Retries
 from int8cli.errors import SourceError
@@ -42,8 +43,17 @@ def read_range(remote: RemoteFile, start: int, length: int, retries: Retries) ->
                 retries.progressed()
             retries.failed(error)
         else:
-            break
+            if _is_complete(received):
+                break
+            if len(received.data) > before:
+                retries.progressed()
+            retries.failed(ShortBodyError("the body ended early"))
     return received
+
+
+def _is_complete(received: ByteRange) -> bool:
+    """Whether the server has no more of what was asked for, where it has said how much there is."""
+    return received.total_bytes is None or received.start + len(received.data) >= received.total_bytes
 
 
 def _receive(remote: RemoteFile, received: ByteRange, length: int) -> None:

@@ -5,21 +5,19 @@ Owns the first contact with the Hub, and the snapshot in the Hub cache that stan
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.requests import odd_answers, raise_for_status
 from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
 from int8cli.checkpoint.source import is_hidden
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 _FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
@@ -70,40 +68,37 @@ class Repository:
 
     def _snapshot_on_hub(self) -> Snapshot:
         from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not marked so
 
+        try:
+            validate_repo_id(self.repo_id)
+        except HFValidationError as error:
+            raise ModelNotFoundError(f"{self.repo_id!r} is no name of a Hub repository") from error
         policy = self._options.retry
         attempts = min(policy.attempts, _FIRST_CONTACT_ATTEMPTS)
         first_contact = RetryPolicy(attempts, policy.first_pause_s, policy.max_pause_s)
         what = self.repo_id if self.revision is None else f"{self.repo_id} at revision {self.revision!r}"
+        headers = self._options.request_headers()
+        answer = Retries(first_contact, what, self._stop, self._options.on_wait).call(lambda: self._ask(headers))
         try:
-            info = Retries(first_contact, what, self._stop, self._options.on_wait).call(self._model_info)
-        except HFValidationError as error:
-            raise ModelNotFoundError(f"{self.repo_id!r} is not a valid name of a Hub repository") from error
-        except (ValueError, KeyError, TypeError) as error:  # a web page, say, where JSON was to be
+            return _snapshot_of(answer)
+        except InvalidJsonError as error:  # a web page, say, where JSON was to be
             raise self._no_hub() from error
-        if info.sha is None or info.siblings is None or not PLAIN_NAME.fullmatch(info.sha):
-            raise self._no_hub()
-        return Snapshot(info.sha, _visible(sibling.rfilename for sibling in info.siblings), offline=False)
 
-    def _model_info(self) -> "ModelInfo":
-        from huggingface_hub import HfApi
-
-        api = HfApi(endpoint=self._options.endpoint, token=self._options.token, library_name="int8cli")
-        try:
-            return api.model_info(self.repo_id, revision=self.revision, timeout=self._options.request_timeout_s)
-        except KeyError:  # a server that says less of a repository than the Hub does; we need commit and files
-            return self._terse_model_info()
-
-    def _terse_model_info(self) -> "ModelInfo":
-        from huggingface_hub import ModelInfo, constants, get_session, hf_raise_for_status
+    def _ask(self, headers: Mapping[str, str]) -> bytes:
+        """What the Hub says of the repository: https://huggingface.co/docs/hub/api."""
+        from huggingface_hub import constants, get_session
 
         url = f"{self._options.endpoint or constants.ENDPOINT}/api/models/{self.repo_id}"
         if self.revision is not None:
             url += f"/revision/{quote(self.revision, safe='')}"
-        headers = self._options.request_headers()
-        response = get_session().get(url, headers=headers, timeout=self._options.request_timeout_s)
-        hf_raise_for_status(response)
-        return ModelInfo(**{"id": self.repo_id, **response.json()})  # type: ignore[no-untyped-call]
+        with odd_answers():
+            response = get_session().get(
+                url, headers=headers, timeout=self._options.request_timeout_s, follow_redirects=True
+            )
+        raise_for_status(response)
+        content: bytes = response.content
+        return content
 
     def _no_hub(self) -> SourceError:
         return TransferError(f"{self.repo_id}: the server does not answer like a Hub", hint="Check HF_ENDPOINT.")
@@ -129,6 +124,20 @@ class Repository:
         root = Path(folder)
         files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
         return Snapshot(root.name, _visible(files), offline=True)
+
+
+def _snapshot_of(answer: bytes) -> Snapshot:
+    """The commit and the files in what the Hub says of a repository. Raises InvalidJsonError."""
+    document = parse_json(answer)
+    if not isinstance(document, dict):
+        raise InvalidJsonError(f"is {shown(document)}, not an object")
+    commit, siblings = document.get("sha"), document.get("siblings")
+    if not isinstance(commit, str) or not PLAIN_NAME.fullmatch(commit):
+        raise InvalidJsonError(f"is {shown(commit)}, no commit", "sha")
+    if not isinstance(siblings, list):
+        raise InvalidJsonError(f"is {shown(siblings)}, not a list", "siblings")
+    names = [each.get("rfilename") if isinstance(each, dict) else None for each in siblings]
+    return Snapshot(commit, _visible(iter(read_as(tuple[str, ...], names))), offline=False)
 
 
 def _visible(names: Iterator[str]) -> tuple[str, ...]:

@@ -5,11 +5,13 @@ Owns what is asked and how the answer is read. huggingface_hub brings session, h
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from int8cli.checkpoint.hub.failures import WrongRangeError
+from int8cli.checkpoint.hub.failures import OddAnswerError, WrongRangeError
+
+_A_SIZE = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class RemoteFile:
 @contextmanager
 def get(remote: RemoteFile, byte_range: str | None) -> Iterator[Any]:
     """The streamed answer (an httpx Response) to a GET. Raises huggingface_hub's errors, but lets 416 through."""
-    from huggingface_hub import get_session, hf_raise_for_status
+    from huggingface_hub import get_session
 
     # Compressed bytes would have other offsets than the file's.
     headers = {**remote.headers, "Accept-Encoding": "identity"}
@@ -32,12 +34,38 @@ def get(remote: RemoteFile, byte_range: str | None) -> Iterator[Any]:
         headers["Range"] = byte_range
     # The URL is asked anew each time, not the place it redirects to: signed addresses run out within the hour. The
     # session follows redirects and leaves the token behind when the host changes.
-    with get_session().stream(
-        "GET", remote.url, headers=headers, timeout=remote.timeout_s, follow_redirects=True
-    ) as response:
+    with ExitStack() as stack:
+        with odd_answers():
+            response = stack.enter_context(
+                get_session().stream(
+                    "GET", remote.url, headers=headers, timeout=remote.timeout_s, follow_redirects=True
+                )
+            )
         if response.status_code != 416 or byte_range is None:
-            hf_raise_for_status(response)
+            raise_for_status(response)
         yield response
+
+
+@contextmanager
+def odd_answers() -> Iterator[None]:
+    """Raise OddAnswerError for what httpx and huggingface_hub raise over an answer that they cannot make sense of."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise OddAnswerError(f"the server's answer makes no sense ({type(error).__name__}: {error!s:.100})") from error
+
+
+def raise_for_status(response: Any) -> None:
+    """Raise huggingface_hub's error for a refusal, whatever page comes with it."""
+    from huggingface_hub import hf_raise_for_status
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        hf_raise_for_status(response)
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # it reads and decodes the page: not UTF-8, JSON of another kind, cut off
+        raise HfHubHTTPError(f"HTTP {response.status_code}", response=response) from error
 
 
 def answers_range(response: Any, first: int) -> bool:
@@ -45,7 +73,7 @@ def answers_range(response: Any, first: int) -> bool:
     if response.status_code == 200:
         return False
     stated = response.headers.get("Content-Range", f"bytes {first}-")
-    match = re.match(r"bytes (\d+)-", stated)
+    match = re.match(r"bytes ([0-9]{1,19})-", stated)
     if response.status_code != 206 or match is None or int(match[1]) != first:
         raise WrongRangeError(f"asked for bytes from {first:,} on, got HTTP {response.status_code} with others")
     return True
@@ -56,4 +84,4 @@ def total_bytes(response: Any) -> int | None:
     stated = response.headers.get("Content-Range", "").rpartition("/")[2]
     if not stated and response.status_code == 200 and "Content-Encoding" not in response.headers:
         stated = response.headers.get("Content-Length", "")
-    return int(stated) if stated.isdigit() else None
+    return int(stated) if _A_SIZE.fullmatch(stated) else None

@@ -1,0 +1,34 @@
+"""What tells whether a file on this machine is still the one that was looked at before.
+
+Owns the marks that cost nothing to read. A digest of its bytes says more, where there is one to compare with.
+"""
+
+import os
+from dataclasses import dataclass
+
+from int8cli.errors import CorruptShardError
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file's size and the time of the last write to it."""
+
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileState":
+        return cls(status.st_size, status.st_mtime_ns)
+
+    def require_same(self, status: os.stat_result, file_name: str) -> None:
+        """Raise CorruptShardError, naming the file, if it was written to since."""
+        now = FileState.of(status)
+        if now == self:
+            return
+        grown = (
+            f" (it had {self.size_bytes:,} bytes, now {now.size_bytes:,})" if now.size_bytes != self.size_bytes else ""
+        )
+        raise CorruptShardError(
+            f"{file_name}: changed while it was read{grown}",
+            hint="Wait until nothing writes to it, then run the same command again.",
+        )

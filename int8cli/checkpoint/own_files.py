@@ -1,0 +1,113 @@
+"""Files that this program makes and removes below a directory which the user chose.
+
+Owns how they are reached: by descriptors of their directories, and without following a link, so that none that was
+planted there leads outside. Knows no file by name.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from int8cli.errors import OutputError
+
+_LONGEST_NAME_BYTES = 255
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def name_aside(name: str, *, prefix: str = "", suffix: str = "") -> str:
+    """What a file is called until it is whole; a digest stands for a name that leaves no room for more."""
+    aside = f"{prefix}{name}{suffix}"
+    if len(os.fsencode(aside)) <= _LONGEST_NAME_BYTES:
+        return aside
+    return f"{prefix}{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}{suffix}"
+
+
+@contextmanager
+def opened_directory(directory: Path, below: Path, *, make: bool = False) -> Iterator[int]:
+    """A descriptor of `directory`, which is `below` or lies below it. Links are followed up to `below`, not after it.
+
+    `make`: what is missing of it is made. Raises OSError, and OutputError for a link on the way.
+    """
+    if make:
+        below.mkdir(parents=True, exist_ok=True)
+    descriptor, reached = os.open(below, _DIRECTORY), below
+    try:
+        for name in directory.relative_to(below).parts:
+            reached /= name
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=descriptor)
+            descriptor = _exchanged(descriptor, _open_real(name, descriptor, reached))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def open_real_directory(path: Path) -> int:
+    """A descriptor of a directory. Raises OSError, and OutputError where it is a link."""
+    return _open_real(str(path), None, path)
+
+
+def create_file(name: str, directory: int) -> int:
+    """A descriptor of a new file in an open directory, for reading and writing. What had the name before is removed.
+
+    That may be what a killed run left, or a link. Raises OSError.
+    """
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=directory)
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666, dir_fd=directory)
+
+
+def open_or_create(name: str, directory: int) -> int:
+    """A descriptor that appends to a file of ours in an open directory. Raises OSError.
+
+    A link, or a file that has another name as well, is not ours: it is removed, and a new one made.
+    """
+    with suppress(FileNotFoundError):
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            os.unlink(name, dir_fd=directory)
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, 0o666, dir_fd=directory)
+
+
+def remove_tree(directory: Path, below: Path) -> None:
+    """Remove a directory of ours, as far as that can be done. A link is neither followed nor removed."""
+    with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
+        shutil.rmtree(directory.name, ignore_errors=True, dir_fd=parent)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OutputError if a path, where there is a directory of ours or none, is a link."""
+    if path.is_symlink():
+        raise _is_a_link(path)
+
+
+def _open_real(name: str, parent: int | None, path: Path) -> int:
+    try:
+        return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and _is_link(name, parent):
+            raise _is_a_link(path) from error
+        raise
+
+
+def _is_link(name: str, parent: int | None) -> bool:
+    return stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
+
+
+def _exchanged(before: int, after: int) -> int:
+    os.close(before)
+    return after
+
+
+def _is_a_link(path: Path) -> OutputError:
+    return OutputError(
+        f"{path} is a link, and what it leads to is not int8cli's",
+        hint="Remove the link, or choose another output directory.",
+    )
