@@ -314,7 +314,7 @@ def test_an_output_that_may_not_be_looked_at_is_an_error(nursery: Nursery) -> No
 @pytest.mark.parametrize("output", ["file", "file/below", "/proc/nowhere"])
 def test_an_output_that_cannot_be_written_is_an_error(output: str, model: Path, nursery: Nursery) -> None:
     (model.parent / "file").write_text("a regular file")
-    assert_refused(nursery.run(*CONVERT, model, "-o", output, cwd=model.parent), output, "may write to")
+    assert_refused(nursery.run(*CONVERT, model, "-o", output, cwd=model.parent), output, "can write to")
     assert (model.parent / "file").read_text() == "a regular file"
 
 
@@ -351,7 +351,7 @@ def test_too_little_room_is_said_with_both_figures_before_the_first_byte(
     (disk,) = json.loads(planned.out)["needs"]["disks"]
     assert disk["bytes"] > json.loads(planned.out)["output_bytes"]  # tokenizer, records and report take room too
     outcome = nursery.run(*CONVERT, model, "-o", small_disk / "out", cwd=model.parent)
-    assert_refused(outcome, f"{disk['bytes']:,} bytes are needed", f"{disk['free_bytes']:,} are free", "hint:")
+    assert_refused(outcome, f"needs {human_bytes(disk['bytes'])}, {human_bytes(disk['free_bytes'])} free", "hint:")
     assert not (small_disk / "out/int8").exists()
     dry = nursery.run(*CONVERT, model, "-o", small_disk / "out", "--dry-run", cwd=model.parent)
     assert dry.code == 0

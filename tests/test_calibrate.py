@@ -308,13 +308,13 @@ def test_state_that_cannot_be_read_back_is_made_again(
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
     if left_bytes is None:
         (kept / file).unlink()
     else:
         (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
     progress = KilledAfter(100)
-    again = calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+    again = calibrated(tmp_path / "model", state_directory=kept, progress=progress)
     assert saved(again, tmp_path / "again.safetensors") == whole
     assert progress.run == ["model.layers.0", "model.layers.1"]
     assert any(note.endswith("starting over") for note in progress.notes) == told
@@ -332,7 +332,7 @@ def test_state_that_cannot_be_read_back_in_the_run_that_made_it_is_an_error(
 
     monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(SavedStateError, match=r"0\.pt cannot be read back"):
-        calibrated(tmp_path / "model", kept_in=tmp_path / "work" / "blocks")
+        calibrated(tmp_path / "model", state_directory=tmp_path / "work" / "blocks")
 
 
 def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:

@@ -367,10 +367,10 @@ def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, .
     source = save_tiny("mixtral", tmp_path / "source")
     convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, skip=skip))
     verification = verified(tmp_path / "out", source)
-    assert verification.holds
+    assert verification.passed
     loads = next(each for each in verification.checks if each.name == "loads")
     if skip and loads.status == "passed":  # a version that reads a mixture whose experts are floats
         assert "8 of 8 int8 layers in place" in loads.detail
     else:
         assert loads.status == "not checked"
-        assert "as vLLM does" in loads.detail
+        assert "vLLM can" in loads.detail

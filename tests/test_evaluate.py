@@ -354,10 +354,10 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
 def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Path, file: str, left_bytes: int) -> None:
     kept = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=kept)
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), state_directory=kept)
     (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
     again = StopsAfter(9)
-    found = evaluated(llama, "absmax-tensor", progress=again, kept_in=kept)
+    found = evaluated(llama, "absmax-tensor", progress=again, state_directory=kept)
     assert (again.finished, again.begun) == (0, 2)
     assert any(note.endswith("starting over") for note in again.notes)
     unbroken = evaluated(llama, "absmax-tensor")

@@ -357,7 +357,7 @@ def test_what_is_no_hub_is_told(tmp_path):
 
 def test_a_full_disk_is_told(hub, tmp_path):
     source = source_of(hub, tmp_path)
-    with largest_file(1000), pytest.raises(DiskSpaceError, match=r"safetensors.*: no room on the disk"):
+    with largest_file(1000), pytest.raises(DiskSpaceError, match=r"safetensors.*: not enough disk space"):
         fetched(source, SHARD)
 
 

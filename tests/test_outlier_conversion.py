@@ -395,12 +395,14 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
 ) -> None:
     shards: list[bool] = []
 
-    def refuse(source: object, survey: object, remaining: object, output: Path, held_bytes: int | None = None) -> Any:
+    def refuse(
+        source: object, survey: object, remaining: object, output: Path, peak_shard_bytes: int | None = None
+    ) -> Any:
         """There is room for two shards, as each conversion needs, but not for what the model reads at once."""
-        if held_bytes is None:
+        if peak_shard_bytes is None:
             return ()
         shards.append(any((output / "int8/incoming").rglob("*.safetensors*")))
-        return (Room(output, held_bytes, 0),)
+        return (Room(output, peak_shard_bytes, 0),)
 
     monkeypatch.setattr("int8cli.conversion.convert.room_needed", refuse)
     with pytest.raises(DiskSpaceError):

@@ -73,16 +73,16 @@ class DirectorySource:
         return tuple(sorted(self._walk() if self._only is None else self._file_and_companions(self._only)))
 
     def size_bytes(self, file_name: str) -> int:
-        return self._look_at(file_name)[1].size_bytes
+        return self._scan_shard(file_name)[1].size_bytes
 
     def open(self, file_name: str) -> BinaryIO:
-        path, _ = self._look_at(file_name)
+        path, _ = self._scan_shard(file_name)
         return open_to_read(path, file_name)
 
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:
         """Raises CorruptShardError, also when the context is left, if the file was written to since the first look."""
-        path, state = self._look_at(file_name)
+        path, state = self._scan_shard(file_name)
         local = LocalFile(path, state=state)
         local.require_unchanged(file_name)
         yield local
@@ -105,7 +105,7 @@ class DirectorySource:
     def _path(self, file_name: str) -> Path:
         return self._root / checked_file_name(file_name)
 
-    def _look_at(self, file_name: str) -> tuple[Path, FileState]:
+    def _scan_shard(self, file_name: str) -> tuple[Path, FileState]:
         """Where a file is, and its state at the first look. Raises ModelNotFoundError, SourceError."""
         path = self._path(file_name)
         try:

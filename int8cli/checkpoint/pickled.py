@@ -103,7 +103,7 @@ def _checked_pickle(records: ZipRecords, file_name: str) -> bytes:
     if byteorder != b"little":
         raise CheckpointError(
             f"{file_name} was saved on a machine whose byte order is {byteorder!r:.20}, not little-endian",
-            hint="Load it with torch.load there or here and save it again on a little-endian machine.",
+            hint="Load it with torch.load and save it again on a little-endian machine.",
         )
     for name in ("version", *(name for name in _NUMBERS if name in names)):
         number = records.read(name, _WORD_BYTES) if name in names else b""

@@ -16,7 +16,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RunTask
-from int8cli.errors import SavedStateError, WeightsTellNothingError
+from int8cli.errors import NoSuspectsError, SavedStateError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
@@ -55,17 +55,17 @@ def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
 class SuspectColumns(ColumnSource):
     """The most suspect dimensions of the residual stream, from all shards up to the requested one.
 
-    `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
-    the one asked for, of which nothing can be read there, is fetched to be looked at again.
+    `state_directory` has the figures of each scanned shard; the caller removes it after the conversion. An earlier
+    shard without readable figures is fetched and scanned again.
     """
 
-    def __init__(self, source: Source, survey: Survey, limit: int, kept_in: Path) -> None:
+    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: Path) -> None:
         self._source, self._survey, self._limit = source, survey, limit
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
         self._places = {contents.file_name: place for place, contents in enumerate(survey.shards)}
         self._seen = 0  # shards, from the first on, whose figures are there
-        self._figures = _Figures(kept_in, pickle.dumps(self._stream), _new_key())
+        self._figures = _Figures(state_directory, pickle.dumps(self._stream), _new_key())
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Only what the shards before it hold counts, whatever else has been seen: a run that resumes chooses alike."""
@@ -89,7 +89,7 @@ class SuspectColumns(ColumnSource):
     def _look(self, place: int, local: LocalFile, run: RunTask) -> None:
         """Whatever is saved of it: that may be of a copy whose digest proved to be wrong."""
         contents = self._survey.shards[place]
-        run(partial(_look_at, self._stream.within(contents), contents, local, self._figures.path(place)))
+        run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures.path(place)))
 
     def _look_again(self, place: int, run: RunTask) -> None:
         """At a shard that an earlier run has converted, unless what that one saw can be read."""
@@ -144,11 +144,11 @@ def _new_key() -> str:
 # Tasks: they run in a process that has torch, and import it there.
 
 
-def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+def _scan_one(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
     from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    save_figures(scan.look_at(contents, local), path)
+    save_figures(scan.scan(contents, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

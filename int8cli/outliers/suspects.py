@@ -22,7 +22,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import WeightsTellNothingError
+from int8cli.errors import NoSuspectsError
 from int8cli.model.saved_states import read_back
 from int8cli.outliers.residual_stream import ResidualStream, in_block
 from int8cli.planning.blocks import BLOCK_ELEMENTS

@@ -110,7 +110,7 @@ class Survey:
         """Everything of the source that is neither converted nor copied, with the reason."""
         stale = (
             f"{CONFIG_FILE}: quantization_config",
-            "of another quantization; these weights are not quantized",
+            "of another quantization method; these weights are not quantized",
         )
         return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
 

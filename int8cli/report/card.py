@@ -9,7 +9,7 @@ from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report import markdown
-from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
 from int8cli.results.units import decibels, human_bytes, human_count
@@ -112,7 +112,7 @@ def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Sur
         f"which is {more} of the weight files. A loader that uses them computes these columns from the original "
         "weights instead of int8."
     )
-    yield f"They are {markdown.text(told_by(report.settings))}.\n"
+    yield f"They are {markdown.text(chosen_by(report.settings))}.\n"
     yield (
         "Each weight file has a file of the same name there. For every int8 layer `X` it contains `X.outlier_cols` "
         "(int32, sorted indices of input columns) and `X.outlier_weight` (out_features x columns). Other loaders "

@@ -129,8 +129,8 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
         return "no columns are stored exactly"
     told = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(told_by(told))
-    return f"up to {columns} are kept exact, {settings.outlier_columns:,} of a layer at most; {by}"
+    by = escape(chosen_by(told))
+    return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}"
 
 
 def _disk_line(room: Room) -> str:

@@ -159,7 +159,7 @@ def _spans(record: FileRecord) -> Iterator[_Span]:
 def _header_problem(path: Path, record: FileRecord) -> str | None:
     """What is wrong with a file's header, from its digest and from what it says. Raises Int8cliError."""
     if _header_digest(path, record) != record.header_xxh3_128:
-        return "its header is not the one that was written"
+        return "its header differs from the one that was written"
     with open_to_read(path, record.file) as file:
         tensors = read_header(file, record.file, record.size_bytes).tensors
     # By name, not in order: empty tensors share an offset with others.

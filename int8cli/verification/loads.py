@@ -23,7 +23,7 @@ from int8cli.records.store import ShardRecord
 from int8cli.results.verification import Check, Failure
 
 NAME = "loads"
-_READS_NO_MIXTURE = "does not read mixtures of experts in this layout, as vLLM does"
+_READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
 # What each layout's loader consists of, by the names that are imported.
 _PACKAGES = {
     "bitsandbytes": ("transformers", "accelerate", "bitsandbytes"),
@@ -79,7 +79,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except Exception as error:  # whatever the loader raises, it would raise at the user
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
-            return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader refuses it: {_first_line(error)}")])
+            return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
         source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
     landed, failures = _compare(laid_out, source)
     if failures and not reads:  # some versions pass over what they do not know

@@ -73,7 +73,7 @@ class Repository:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise ModelNotFoundError(f"{self.repo_id!r} is no name of a Hub repository") from error
+            raise ModelNotFoundError(f"{self.repo_id!r} is not a valid name of a Hub repository") from error
         policy = self._options.retry
         attempts = min(policy.attempts, _FIRST_CONTACT_ATTEMPTS)
         first_contact = RetryPolicy(attempts, policy.first_pause_s, policy.max_pause_s)
