@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from int8cli.progress import Progress as Progress
     from int8cli.runtime.load import load_model as load_model
 
-# The package uses torch without numpy; torch warns of that in each process that imports it.
+# The package uses torch without numpy; torch warns about that in every process that imports it.
 warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
 
 __version__ = "0.1.0"
 
-# Where each name comes from. It is imported when it is asked for: most need torch, which takes a second to import.
+# Where each name is defined. Each is imported on first use: most need torch, which takes a second to import.
 _HOME = {
     "ConversionPlan": "int8cli.commands.convert",
     "ConversionResult": "int8cli.commands.convert",

@@ -1,12 +1,12 @@
-"""The errors a user can cause or meet, in one tree. Each says what, where, and what to do next.
+"""The errors a user can cause or run into, in one tree. Each says what, where, and what to do next.
 
-Owns no behaviour: library code raises these, the command line shows them as `error: …` and `hint: …`. What is not
-in this tree is a bug and keeps its traceback.
+Owns no behaviour: library code raises these, the command line shows them as `error: …` and `hint: …`. Any other
+exception is a bug and keeps its traceback.
 """
 
 
 class Int8cliError(Exception):
-    """Base of everything a user can act on. `hint` is the next step, as one sentence."""
+    """Base of all errors a user can act on. `hint` is the next step, as one sentence."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -14,7 +14,7 @@ class Int8cliError(Exception):
 
 
 class OptionError(Int8cliError):
-    """An option has a value that cannot be used. `option` is its name, as a field of the command's options."""
+    """An option has an invalid value. `option` is its name, as a field of the command's options."""
 
     def __init__(self, message: str, *, option: str, hint: str = "") -> None:
         super().__init__(message, hint=hint)
@@ -22,7 +22,7 @@ class OptionError(Int8cliError):
 
 
 class SourceError(Int8cliError):
-    """The model cannot be read from where the user pointed."""
+    """The model cannot be read from the place the user named."""
 
 
 class ModelNotFoundError(SourceError):
@@ -30,7 +30,7 @@ class ModelNotFoundError(SourceError):
 
 
 class AccessDeniedError(SourceError):
-    """The repository is gated or private and the token, if any, does not open it."""
+    """The repository is gated or private, and the token, if any, gives no access."""
 
 
 class TransferError(SourceError):
@@ -38,7 +38,7 @@ class TransferError(SourceError):
 
 
 class ReferenceModelError(SourceError):
-    """The 16-bit model beside a converted one is missing, of no use, or not the one that was converted."""
+    """The 16-bit model of a conversion is missing, cannot be used, or is not the one that was converted."""
 
 
 class CheckpointError(Int8cliError):
@@ -46,79 +46,83 @@ class CheckpointError(Int8cliError):
 
 
 class CorruptShardError(CheckpointError):
-    """A shard is truncated, lies about itself, or is not what was published."""
+    """A shard is truncated, contradicts its own header, or differs from what was published."""
 
 
 class DigestMismatchError(CorruptShardError):
-    """A file is not what was published, or no longer what its header was read from; another copy may be."""
+    """A file differs from what was published, or changed since its header was read. Another copy may be right."""
 
 
 class IndexFileError(CheckpointError):
-    """A weight_map names what is not there, or what it must not name."""
+    """A weight_map names something that is missing or not allowed."""
 
 
 class UnsafePickleError(CheckpointError):
-    """A .bin file holds more than tensors; it is not unpickled."""
+    """A .bin file contains more than tensors, so it is not unpickled."""
 
 
 class NonFiniteError(CheckpointError):
-    """A weight holds NaN or an infinity and cannot be quantized."""
+    """A weight contains NaN or an infinity and cannot be quantized."""
 
 
 class NonFiniteRunError(NonFiniteError):
-    """Running the model over text meets NaN or an infinity."""
+    """Running the model on text produces NaN or an infinity."""
 
 
 class StatisticsFileError(CheckpointError):
-    """A file does not hold outlier statistics."""
+    """A file does not contain outlier statistics."""
 
 
 class UnsupportedModelError(CheckpointError):
-    """The checkpoint is whole, but there is nothing to do with it: already quantized, an adapter, no weights."""
+    """The checkpoint is complete but cannot be converted: it is already quantized, an adapter, or has no weights."""
+
+
+class AlreadyQuantizedError(UnsupportedModelError):
+    """The weights are already quantized."""
 
 
 class CannotRunError(UnsupportedModelError):
-    """The model cannot be run over text: its class, its config.json or its tokenizer does not allow it."""
+    """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
 
 
 class NothingToQuantizeError(UnsupportedModelError):
-    """No linear layer is left that becomes int8."""
+    """No linear layer is left to quantize."""
 
 
-class WeightsTellNothingError(UnsupportedModelError):
-    """Nothing that suspects could be told from is recognised by its name."""
+class NoSuspectsError(UnsupportedModelError):
+    """No layers are recognised by name from whose weights suspects could be found."""
 
 
 class WorkerLostError(Int8cliError):
-    """A process that converted a shard is gone without a word."""
+    """A worker process ended without a result."""
 
 
 class OutputError(Int8cliError):
-    """The output directory cannot be written as asked."""
+    """The output cannot be written as requested."""
 
 
 class OutputInUseError(OutputError):
-    """Another convert holds the output directory."""
+    """Another process is using the output directory."""
 
 
 class SettingsMismatchError(OutputError):
-    """The output directory holds the records of a conversion of something else, or with other settings."""
+    """The output directory has a conversion of another model, or one with other settings."""
 
 
 class SavedStateError(Int8cliError):
-    """What an interrupted run saved to be resumed from cannot be read back."""
+    """The state that an interrupted run saved cannot be read back."""
 
 
 class StatisticsMismatchError(Int8cliError):
-    """Outlier statistics are of another model, or of another revision of it."""
+    """Outlier statistics were made from another model, or from another revision of it."""
 
 
 class DiskSpaceError(OutputError):
-    """There is not enough room on the disk."""
+    """There is not enough free disk space."""
 
 
 class MissingExtraError(Int8cliError):
-    """What was asked for needs packages of an extra that is not installed."""
+    """A feature needs packages of an extra that is not installed."""
 
 
 class MissingTransformersError(MissingExtraError):
@@ -126,7 +130,7 @@ class MissingTransformersError(MissingExtraError):
 
 
 class TextError(Int8cliError):
-    """The text to run the model over cannot be used."""
+    """The text to run the model on cannot be used."""
 
 
 class SystemRefusalError(Int8cliError):
@@ -134,12 +138,12 @@ class SystemRefusalError(Int8cliError):
 
 
 class NotEnoughMemoryError(Int8cliError):
-    """This machine, or its GPU, does not hold what has to be in memory at once."""
+    """This machine, or its GPU, has too little memory for what must be loaded at once."""
 
 
 class UnknownMethodError(Int8cliError):
-    """There is no int8 method of that name."""
+    """There is no int8 method with that name."""
 
 
-# What stops a calibration without being a fault of the checkpoint: columns can still be chosen in another way.
+# Errors that stop a calibration although the checkpoint is fine: the columns can still be chosen by another strategy.
 CANNOT_CALIBRATE = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)

@@ -259,11 +259,13 @@ def test_a_killed_run_goes_on_to_the_same_statistics(tmp_path: Path, family: str
     for count in (1, 2) if family in ("t5", "bart") else (1,):
         progress = KilledAfter(count)
         with pytest.raises(Killed):
-            calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+            calibrated(tmp_path / "model", state_directory=kept, progress=progress)
         blocks += progress.run
         assert kept.is_dir()
     progress = KilledAfter(100)
-    resumed = saved(calibrated(tmp_path / "model", kept_in=kept, progress=progress), tmp_path / "resumed.safetensors")
+    resumed = saved(
+        calibrated(tmp_path / "model", state_directory=kept, progress=progress), tmp_path / "resumed.safetensors"
+    )
     blocks += progress.run
     assert len(set(blocks)) >= 2
     assert blocks[0] != blocks[1]  # the finished block is not run again
@@ -275,9 +277,9 @@ def test_other_text_starts_anew(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
     progress = KilledAfter(100)
-    calibrated(tmp_path / "model", text=some_text(seed=5), kept_in=kept, progress=progress)
+    calibrated(tmp_path / "model", text=some_text(seed=5), state_directory=kept, progress=progress)
     assert progress.run == ["model.layers.0", "model.layers.1"]
 
 
@@ -286,8 +288,8 @@ def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
-    assert saved(calibrated(tmp_path / "model", kept_in=kept), tmp_path / "again.safetensors") == whole
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
+    assert saved(calibrated(tmp_path / "model", state_directory=kept), tmp_path / "again.safetensors") == whole
 
 
 @pytest.mark.parametrize(
@@ -306,13 +308,13 @@ def test_state_that_cannot_be_read_back_is_made_again(
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
     if left_bytes is None:
         (kept / file).unlink()
     else:
         (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
     progress = KilledAfter(100)
-    again = calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+    again = calibrated(tmp_path / "model", state_directory=kept, progress=progress)
     assert saved(again, tmp_path / "again.safetensors") == whole
     assert progress.run == ["model.layers.0", "model.layers.1"]
     assert any(note.endswith("starting over") for note in progress.notes) == told
@@ -330,7 +332,7 @@ def test_state_that_cannot_be_read_back_in_the_run_that_made_it_is_an_error(
 
     monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(SavedStateError, match=r"0\.pt cannot be read back"):
-        calibrated(tmp_path / "model", kept_in=tmp_path / "work" / "blocks")
+        calibrated(tmp_path / "model", state_directory=tmp_path / "work" / "blocks")
 
 
 def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
@@ -340,9 +342,9 @@ def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
     class Second(SilentProgress):
         def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
             with pytest.raises(OutputInUseError, match="another int8cli"):
-                calibrated(tmp_path / "model", kept_in=kept)
+                calibrated(tmp_path / "model", state_directory=kept)
 
-    calibrated(tmp_path / "model", kept_in=kept, progress=Second())
+    calibrated(tmp_path / "model", state_directory=kept, progress=Second())
 
 
 def saved(statistics: OutlierStatistics, path: Path) -> bytes:
@@ -395,7 +397,7 @@ def test_bad_text_is_refused(data: bytes, message: str) -> None:
 
 def test_a_text_too_short_for_one_sequence_is_refused_with_what_would_do(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
-    with pytest.raises(TextError, match="has 11 tokens, and a sequence takes 16") as caught:
+    with pytest.raises(TextError, match="has 11 tokens, but a sequence needs 16") as caught:
         calibrated(tmp_path, text=some_text(11))
     assert "sequences of 11 tokens" in caught.value.hint
     assert calibrated(tmp_path, text=some_text(11), sequence_length=11).provenance.tokens == 11
@@ -443,7 +445,7 @@ def test_too_little_memory_says_how_much_a_block_takes(tmp_path: Path, monkeypat
     make_model("llama", tmp_path)
     monkeypatch.setattr(calibrate_module, "available_bytes", lambda device: 1000)
     # q, o 32 x 32; k, v 16 x 32; gate, up, down 56 x 32; two norms: 8,512 weights of 2 bytes
-    with pytest.raises(NotEnoughMemoryError, match=r"17,024 of weights.* and 1,000 are free"):
+    with pytest.raises(NotEnoughMemoryError, match=r"17\.0 kB of weights.*, 1\.00 kB free"):
         calibrated(tmp_path)
 
 

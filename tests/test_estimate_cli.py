@@ -63,7 +63,7 @@ def test_the_table_ends_where_one_card_is_enough(nursery: Nursery, published: Pa
     shown = estimate(nursery, published, cwd=published).out
     assert "RTX 4060" in shown
     assert "B200" not in shown
-    assert "One of any larger card is enough." in shown
+    assert "One larger card is enough." in shown
     more = estimate(nursery, published, "--context", "40000000", cwd=published).out
     assert "MI300X" in more
 
@@ -116,7 +116,7 @@ def test_a_cache_that_is_not_understood_is_said_to_be(nursery: Nursery, tmp_path
     config = {"model_type": "novel", "layer_types": ["lightning"]}
     save_by_hand(tmp_path, {"layers.0.fc.weight": torch.ones(8, 8), "layers.0.fc.bias": torch.ones(8)}, config)
     shown = estimate(nursery, tmp_path, cwd=tmp_path)
-    assert "not known: layers of the type 'lightning'" in shown.out
+    assert "unknown: layers of the type 'lightning'" in shown.out
     found = document(estimate(nursery, tmp_path, "--json", cwd=tmp_path))
     assert found["kv_cache"]["bytes"] is None
     assert "lightning" in found["kv_cache"]["reason"]

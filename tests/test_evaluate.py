@@ -46,7 +46,7 @@ def evaluated(
     text: Text = TEXT,
     sampling: Sampling = SAMPLING,
     progress: Progress = SILENT,
-    kept_in: Path | None = None,
+    state_directory: Path | None = None,
 ) -> Evaluation:
     """Evaluate through the library as the command does."""
     with ExitStack() as stack:
@@ -59,7 +59,9 @@ def evaluated(
         if columns is None and subject.converted is None and applicable(subject, chosen).needs_columns:
             other = some_text(200, seed=1)
             columns = calibrated_columns(subject, other, text, 8, CalibrateOptions(SAMPLING), progress)
-        return evaluate(subject, text, columns, EvaluationRun(chosen, sampling, kept_in=kept_in), progress)
+        return evaluate(
+            subject, text, columns, EvaluationRun(chosen, sampling, state_directory=state_directory), progress
+        )
 
 
 def whole_model(directory: Path, **kwargs: Any) -> Any:
@@ -338,9 +340,9 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
     methods = ("absmax-tensor", "bitsandbytes")
     kept = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, *methods, progress=StopsAfter(1), kept_in=kept)
+        evaluated(llama, *methods, progress=StopsAfter(1), state_directory=kept)
     again = StopsAfter(9)
-    found = evaluated(llama, *methods, progress=again, kept_in=kept)
+    found = evaluated(llama, *methods, progress=again, state_directory=kept)
     assert (again.finished, again.begun) == (1, 1)
     unbroken = evaluated(llama, *methods)
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
@@ -352,10 +354,10 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
 def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Path, file: str, left_bytes: int) -> None:
     kept = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=kept)
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), state_directory=kept)
     (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
     again = StopsAfter(9)
-    found = evaluated(llama, "absmax-tensor", progress=again, kept_in=kept)
+    found = evaluated(llama, "absmax-tensor", progress=again, state_directory=kept)
     assert (again.finished, again.begun) == (0, 2)
     assert any(note.endswith("starting over") for note in again.notes)
     unbroken = evaluated(llama, "absmax-tensor")
@@ -364,9 +366,9 @@ def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Pat
 
 def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=tmp_path / "state")
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), state_directory=tmp_path / "state")
     again = StopsAfter(9)
-    evaluated(llama, "bitsandbytes", progress=again, kept_in=tmp_path / "state")
+    evaluated(llama, "bitsandbytes", progress=again, state_directory=tmp_path / "state")
     assert (again.finished, again.begun) == (0, 2)
 
 
@@ -380,13 +382,13 @@ def test_unknown_methods_name_the_nearest() -> None:
 def test_what_cannot_be_evaluated_is_refused(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(TextError, match="7 tokens"):
         evaluated(llama, "vector-wise", text=some_text(7))
-    with pytest.raises(TextError, match="calibrated on"):
+    with pytest.raises(TextError, match="the text that chooses the stored columns"):
         evaluated(llama, "llm-int8-stored", text=some_text(200, seed=1))
-    with pytest.raises(ReferenceModelError, match="no converted model"):
+    with pytest.raises(ReferenceModelError, match="not a converted model"):
         evaluated(llama, "vector-wise", reference=llama)
     convert(llama, tmp_path / "int8", WITHOUT_COLUMNS)
     other = make_model("gpt2", tmp_path / "other")
-    with pytest.raises(ReferenceModelError, match="is not what int8 was made from"):
+    with pytest.raises(ReferenceModelError, match="is not the source of int8"):
         evaluated(tmp_path / "int8", reference=other)
     with pytest.raises(UnsupportedModelError, match="none of these methods"):
         evaluated(tmp_path / "int8", "vector-wise")

@@ -146,7 +146,7 @@ SERVER = "multiprocessing.forkserver._forkserver._forkserver_pid is not None"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is no server")
 @pytest.mark.parametrize(
-    ("options", "foreseen"),
+    ("options", "expected"),
     [
         (["--workers", "2", "--outliers", "weights"], True),
         (["--workers", "2", "--outliers", "activations"], False),
@@ -155,11 +155,11 @@ SERVER = "multiprocessing.forkserver._forkserver._forkserver_pid is not None"
     ],
 )
 def test_the_server_starts_before_anything_is_read_where_workers_are_foreseen(
-    options: list[str], foreseen: bool, tmp_path: Path
+    options: list[str], expected: bool, tmp_path: Path
 ) -> None:
     model = llama(tmp_path / "model")
     (model / "config.json").write_text("no JSON")  # the end comes before any task
-    assert at_the_end(SERVER, "convert", model, "-o", "out", *options, cwd=tmp_path) == [str(foreseen), "1"]
+    assert at_the_end(SERVER, "convert", model, "-o", "out", *options, cwd=tmp_path) == [str(expected), "1"]
 
 
 # What is never run

@@ -40,7 +40,7 @@ OF_A_LAYER = (
     "sum_squared_weight",
     "sum_abs_data",
 )
-NOT_MEASURED = "the error of their weights was not measured (--no-figures)"
+NOT_MEASURED = "weight error not measured (--no-figures)"
 SPEAK_OF_FIGURES = ("README.md", "int8/conversion.json", "int8/files.json", "int8/report.json")
 WEIGHT = "layers.0.mlp.up_proj.weight"
 
@@ -190,7 +190,7 @@ def test_terminal_and_card_say_in_a_line_that_nothing_was_measured(
 def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> None:
     asked = (*CONVERT, model, "-o", "out", "--no-figures")
     planned = nursery.run(*asked, "--dry-run", cwd=model.parent)
-    assert "the error of the weights will not be measured (--no-figures)" in planned.out
+    assert "weight error: not measured (--no-figures)" in planned.out
     assert json.loads(nursery.run(*asked, "--dry-run", "--json", cwd=model.parent).out)["figures"] is False
     outcome = nursery.run(*asked, "--json", cwd=model.parent)
     assert outcome.code == 0
@@ -249,7 +249,7 @@ def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: LayoutName, tm
     convert_storing(source, tmp_path / "out", suspected, ConvertOptions(outliers="none", figures=False, layout=layout))
     checks = {check.name: check for check in verified(tmp_path / "out", source).checks}
     assert {check.status for check in checks.values()} == {"passed"}
-    assert checks["figures"].detail == "none: errors were not measured; shapes and sizes of 14 layers"
+    assert checks["figures"].detail == "no errors were measured; shapes and sizes of 14 layers"
     assert checks["report"].detail == "source, settings, totals, sizes; no errors were measured"
 
 
@@ -267,7 +267,7 @@ def test_verify_still_compares_weights_and_sizes(model: Path, tmp_path: Path) ->
     found = failures(output, model)
     assert {name for name, *_ in found} == {"shards", "weights", "figures", "report"}
     assert [each[2:] for each in found if each[0] == "figures"] == [
-        (document["layers"][0]["name"], "its shape, kind or sizes are not those reported")
+        (document["layers"][0]["name"], "its shape, kind or sizes differ from the report")
     ]
 
 
@@ -279,7 +279,7 @@ def test_verify_names_a_layer_whose_figures_go_against_the_settings(figures: boo
     path.write_bytes((tmp_path / "other/int8/records" / path.name).read_bytes())
     layers = ShardRecord.from_json(read_json(path)).layers
     assert layers
-    problem = "has no figures in its record" if figures else "has figures, though none were measured"
+    problem = "has no error figures in its record" if figures else "has error figures, although none were measured"
     found = [each for each in failures(tmp_path / "out", model) if each[0] == "records"]
     shard = f"{path.stem}.safetensors"
     assert found == [("records", shard, layer.name, problem) for layer in layers]

@@ -72,9 +72,9 @@ def test_gib_and_gb_are_two_things() -> None:
         ("24", "no unit"),
         ("24G", "no unit"),
         ("RTX 9999", "RTX 9999"),
-        ("0x24GiB", "names no cards"),
-        ("99999x24GiB", "names no cards"),
-        ("", "names no cards"),
+        ("0x24GiB", "does not name a card"),
+        ("99999x24GiB", "does not name a card"),
+        ("", "does not name a card"),
         ("8x", "8x"),
     ],
 )

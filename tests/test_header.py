@@ -210,8 +210,8 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "offsets far outside": (packed({"a": entry(0, 4096, [1024])}, bytes(16)), "'a' ends outside"),
     "data without tensors": (packed("{}", b"abc"), "3 bytes follow"),
     "metadata that is a list": (packed({"__metadata__": []}), "not an object"),
-    "metadata with a number": (packed({"__metadata__": {"format": 1}}), "only a string"),
-    "metadata with an object": (packed({"__metadata__": {"a": {"b": "c"}}}), "only a string"),
+    "metadata with a number": (packed({"__metadata__": {"format": 1}}), "not a string"),
+    "metadata with an object": (packed({"__metadata__": {"a": {"b": "c"}}}), "not a string"),
 }
 # Departures from the format's letter that its reader lets pass, and we do not.
 STRICTER = {"an entry that is a list", "a tensor named twice"}

@@ -65,7 +65,7 @@ def test_an_option_that_does_not_exist_would_be_found() -> None:
 
 def test_the_hint_of_the_nearest_class_is_shown_after_the_own_one() -> None:
     own = hint_for(errors.DiskSpaceError("full", hint="Make room."), hints.CONVERT)
-    assert own == "Make room. --output DIR may be on another disk."
+    assert own == "Make room. --output DIR can be on another disk."
     assert hint_for(errors.OutputError("no"), hints.CONVERT) == "--output DIR names another directory."
     assert hint_for(errors.SourceError("no", hint="Look."), hints.CONVERT) == "Look."
 

@@ -86,7 +86,7 @@ def test_two_files_of_other_names_are_one_too_many(tmp_path: Path) -> None:
 
 def test_a_variant_is_taken_only_where_the_user_points_at_it(tmp_path: Path) -> None:
     make(tmp_path, "model.fp16.safetensors", "config.json")
-    with pytest.raises(UnsupportedModelError, match=r"there is only model\.fp16\.safetensors"):
+    with pytest.raises(UnsupportedModelError, match=r"found only model\.fp16\.safetensors"):
         find_weights(DirectorySource(tmp_path))
     assert find_weights(DirectorySource(tmp_path / "model.fp16.safetensors")).shards == ("model.fp16.safetensors",)
 
@@ -218,7 +218,7 @@ def test_an_index_must_not_name_a_file_outside_the_directory(shard: str, tmp_pat
         ('{"weight_map": {"w": null}}', "'w' has None"),
         ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "names 'w' twice"),
         ('{"metadata": 1, "weight_map": {"w": "a.safetensors"}}', "metadata is 1"),
-        ('{"weight_map": {"w": "gone.safetensors"}}', "'gone.safetensors', which is not there"),
+        ('{"weight_map": {"w": "gone.safetensors"}}', "'gone.safetensors', which is missing"),
         ('{"weight_map": {"w": "config.json"}}', r"'config.json', which is no .safetensors file"),
     ],
 )
@@ -267,7 +267,7 @@ def test_a_tensor_that_the_index_does_not_list_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "words"),
     [
-        ({"other": torch.ones(1)}, r"model_00001.* does not hold the tensor 'h\.0\.weight'; no shard has it"),
+        ({"other": torch.ones(1)}, r"model_00001.* does not contain the tensor 'h\.0\.weight'; no shard has it"),
         ({"h.0.weight": torch.ones(1), "h.1.weight": torch.ones(1)}, r"'h\.1\.weight' is in two shards, model_00001"),
     ],
 )
@@ -322,7 +322,7 @@ def refuse(tensors: dict[str, torch.Tensor], config: dict[str, Any], root: Path)
     ],
 )
 def test_companions_betray_a_quantized_checkpoint(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="quantized already"):
+    with pytest.raises(UnsupportedModelError, match="already quantized"):
         refuse(tensors, {}, tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_where_the_model_cannot_run_the_weights_are_asked_and_it_is_said(model: 
     (copied / "tokenizer_config.json").unlink()
     result = inspect(copied, tmp_path=tmp_path)
     assert result.exit_code == 0
-    assert "falling back to suspects from the weights" in result.stderr
+    assert "falling back to the weights" in result.stderr
     assert "suspects" in result.stdout
     refused = inspect(copied, "--from", "activations", tmp_path=tmp_path)
     assert refused.exit_code == 1
@@ -136,7 +136,7 @@ def test_where_the_model_cannot_run_the_weights_are_asked_and_it_is_said(model: 
     ("arguments", "message"),
     [
         (["-o", "report.pdf"], "report.pdf is not a"),
-        (["-o", "out.safetensors", "--from", "weights"], "statistics come from activations only"),
+        (["-o", "out.safetensors", "--from", "weights"], "statistics need activations"),
         (["--tokens", "0"], "--tokens"),
     ],
 )

@@ -295,11 +295,11 @@ def test_an_encoder_keeps_none_and_it_is_said(name: str) -> None:
         ),
         (
             {"model_type": "llama", "num_hidden_layers": 10**12, "num_attention_heads": 1, "hidden_size": 8},
-            "more than any",
+            "implausibly many",
         ),
         (
             {"model_type": "bamba", "attn_layer_indices": 3, "num_hidden_layers": 2, "num_attention_heads": 1},
-            "not what its model type's are",
+            "does not fit its model type",
         ),
         ({"model_type": "llama", "num_hidden_layers": "two", "num_attention_heads": True}, "num_hidden_layers"),
     ],

@@ -12,7 +12,7 @@ from int8cli.checkpoint.own_files import name_aside, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.commands.options import VerifyOptions
 from int8cli.errors import OutputError, SourceError
-from int8cli.model.saved_states import KeptStates
+from int8cli.model.saved_states import SavedStates
 
 PLAIN = ConvertOptions(outliers="none", workers=1)
 FIRST = "model-00001-of-00003"
@@ -127,7 +127,7 @@ def test_a_tree_is_removed_but_what_its_links_lead_to_is_not(elsewhere: Path, tm
 
 
 def test_the_state_between_blocks_is_not_written_through_a_link(elsewhere: Path, tmp_path: Path) -> None:
-    states = KeptStates(tmp_path / "blocks", {"run": 1})
+    states = SavedStates(tmp_path / "blocks", {"run": 1})
     path = tmp_path / "blocks" / "0@1" / "0.pt"
     path.parent.mkdir(parents=True)
     path.symlink_to(elsewhere / "precious")

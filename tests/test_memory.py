@@ -158,7 +158,7 @@ def test_a_tied_head_in_the_file_counts_on_disk_and_not_in_memory(tmp_path: Path
     assert "lm_head.weight" in tensors
     save_by_hand(both, tensors, read_json(tied / "config.json"))
     once, twice = estimate(tied), estimate(both)
-    assert twice.not_held == {"lm_head.weight"}
+    assert twice.not_in_memory == {"lm_head.weight"}
     assert twice.weights.float16_bytes == once.weights.float16_bytes
     assert twice.weights.int8_bytes == once.weights.int8_bytes
     assert twice.weights.parameters == once.weights.parameters
@@ -183,7 +183,7 @@ def test_masks_and_frequencies_of_older_versions_are_not_held(tmp_path: Path) ->
     }
     found = estimate(save_by_hand(tmp_path, tensors))
     assert found.weights.parameters == 96
-    assert found.not_held == set(tensors) - {"h.0.attn.c_attn.bias"}
+    assert found.not_in_memory == set(tensors) - {"h.0.attn.c_attn.bias"}
 
 
 @pytest.mark.parametrize("name", ["llama", "t5", "bart", "bert", "mixtral", "qwen3_moe", "mamba", "gpt2", "vit"])

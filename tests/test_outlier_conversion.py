@@ -192,7 +192,7 @@ def test_statistics_of_another_model_are_refused(
     other = make_model("llama", tmp_path / "other", change=lambda m: m.model.norm.weight.mul_(2))
     file = tmp_path / "statistics.safetensors"
     save_statistics(calibrated(other), file)
-    with pytest.raises(StatisticsMismatchError, match="whose shards are not those here"):
+    with pytest.raises(StatisticsMismatchError, match="not from this model"):
         plan_conversion(model, tmp_path / "out", options(file))
     with HubStandIn() as hub:
         hub.add_repo(REPO, model)
@@ -201,7 +201,7 @@ def test_statistics_of_another_model_are_refused(
         was = statistics.provenance
         for provenance in (replace(was, model=REPO, revision="a" * 40), replace(was, model="org/other")):
             save_statistics(replace(statistics, provenance=provenance), file)
-            with pytest.raises(StatisticsMismatchError, match="the statistics are of"):
+            with pytest.raises(StatisticsMismatchError, match="the statistics were made from"):
                 plan_conversion(REPO, tmp_path / "out", options(file))
 
 
@@ -229,7 +229,7 @@ def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path
     bare = llama(tmp_path / "bare")  # without a tokenizer
     notes = Notes()
     assert plan_conversion(bare, tmp_path / "out", options(), progress=notes).settings.outliers == "weights"
-    assert notes.said == ["cannot calibrate (there is no tokenizer beside the weights); falling back"]
+    assert notes.said == ["cannot calibrate (the checkpoint has no tokenizer); falling back to the weights"]
     with pytest.raises(UnsupportedModelError, match="no tokenizer"):
         plan_conversion(bare, tmp_path / "out", options("activations"))
 
@@ -245,7 +245,7 @@ def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
     notes = Notes()
     report = convert(model, output, options(text=words), progress=notes).report
     assert report.settings["outliers"] == "weights"
-    assert any(line.startswith("cannot calibrate (one block takes ") for line in notes.said)
+    assert any(line.startswith("cannot calibrate (one block needs ") for line in notes.said)
 
 
 def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
 
 def test_a_model_of_pictures_is_not_run_over_text(tmp_path: Path) -> None:
     made = make_model("vit", tmp_path / "model")
-    with pytest.raises(UnsupportedModelError, match="takes pixel_values, and there is only text"):
+    with pytest.raises(UnsupportedModelError, match="needs pixel_values, not text"):
         plan_conversion(made, tmp_path / "out", options("activations"))
 
 
@@ -395,12 +395,14 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
 ) -> None:
     shards: list[bool] = []
 
-    def refuse(source: object, survey: object, remaining: object, output: Path, held_bytes: int | None = None) -> Any:
+    def refuse(
+        source: object, survey: object, remaining: object, output: Path, peak_shard_bytes: int | None = None
+    ) -> Any:
         """There is room for two shards, as each conversion needs, but not for what the model reads at once."""
-        if held_bytes is None:
+        if peak_shard_bytes is None:
             return ()
         shards.append(any((output / "int8/incoming").rglob("*.safetensors*")))
-        return (Room(output, held_bytes, 0),)
+        return (Room(output, peak_shard_bytes, 0),)
 
     monkeypatch.setattr("int8cli.conversion.convert.room_needed", refuse)
     with pytest.raises(DiskSpaceError):
@@ -566,7 +568,7 @@ def test_the_number_of_workers_changes_nothing_that_the_weights_tell(stopped_aft
 
 def test_auto_goes_on_with_what_an_earlier_run_chose(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     first = nursery.run("convert", model, "-o", "out", "--outliers", "weights", cwd=tmp_path)
-    assert (first.code, "suspects only, by the weights alone" in first.err) == (0, True)
+    assert (first.code, "from the weights alone" in first.err) == (0, True)
     next((tmp_path / "out").glob("model-*2-of*")).unlink()
     again = nursery.run("convert", model, "-o", "out", "--outliers", "auto", "--json", cwd=tmp_path)
     assert again.code == 0, again.err
@@ -595,7 +597,7 @@ def test_a_statistics_file_that_is_none_is_an_error(model: Path, nursery: Nurser
 def test_a_text_without_a_model_to_run_is_refused(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     outcome = nursery.run("convert", model, "--outliers", "weights", "--text", "any.txt", cwd=tmp_path)
     assert outcome.code == 2
-    assert "no text is read where outlier columns come from 'weights'" in outcome.err
+    assert "a text has no effect if outlier columns come from 'weights'" in outcome.err
 
 
 def test_a_dry_run_counts_the_columns(model: Path, nursery: Nursery, tmp_path: Path) -> None:

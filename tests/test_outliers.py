@@ -146,7 +146,7 @@ def test_the_predicted_output_error_is_the_measured_one(int8_inputs: bool) -> No
 def test_kept_columns_add_nothing_to_the_predicted_error() -> None:
     mean_square, errors = torch.tensor([1.0, 4.0, 100.0]), torch.tensor([1.0, 1.0, 1.0])
     assert predicted_output_error(mean_square, errors, 1.0) == pytest.approx(math.sqrt(105))
-    assert predicted_output_error(mean_square, errors, 1.0, kept=(2,)) == pytest.approx(math.sqrt(5))
+    assert predicted_output_error(mean_square, errors, 1.0, exact=(2,)) == pytest.approx(math.sqrt(5))
     assert predicted_output_error(mean_square, errors, 0.0) == 0.0
 
 

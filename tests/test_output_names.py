@@ -15,7 +15,7 @@ OUTSIDE = ("", "/a", "..", "../a", "a/../../b", "a/..", "./a", "a/.", "a//b", "a
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_names_that_lead_elsewhere_are_none(name: str, tmp_path: Path) -> None:
     assert not is_output_name(name)
-    with pytest.raises(OutputError, match="nothing is removed"):
+    with pytest.raises(OutputError, match="nothing was removed"):
         remove_files(tmp_path, [name])
 
 
@@ -79,7 +79,7 @@ def test_a_copied_file_in_the_place_of_an_output_is_refused() -> None:
 
 @pytest.mark.parametrize("directory", ["int8", "INT8"])
 def test_a_shard_in_our_own_directory_is_refused(directory: str) -> None:
-    with pytest.raises(IndexFileError, match="int8cli has its own files"):
+    with pytest.raises(IndexFileError, match="that directory is for files of int8cli"):
         output_file_names([f"{directory}/outliers/a.safetensors", "b.safetensors"])
 
 

@@ -1,4 +1,4 @@
-"""What a person is told of stored columns: how many, chosen by what, and the output error with and without."""
+"""What a person is told about stored columns: how many, chosen by what, and the output error with and without."""
 
 import dataclasses
 import json
@@ -32,8 +32,8 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 TEXT = "a sample (Ruth): 4,096 tokens in sequences of 512, seed 0"
-CHOSEN = f"chosen by the activations over {TEXT}"
-SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"
+CHOSEN = f"chosen by running the model on {TEXT}"
+SUSPECTS = "guessed from the weights, not confirmed by running the model"
 V_PROJ = "self_attn.v_proj"
 
 
@@ -97,12 +97,12 @@ def test_the_output_error_leads_where_it_was_measured(model: Path, capsys: pytes
     report, _ = converted(model, calibrated)
     lines = shown(report, capsys)
     size = f"{report.sidecar_bytes / 1000:.2f} kB, {100 * report.sidecar_bytes / report.output_bytes:.1f} % more"
-    assert lines[3] == f"42 columns of 14 layers kept exact in int8/outliers: {size}"
+    assert lines[3] == f"42 columns of 14 layers stored exactly in int8/outliers: {size}"
     assert CHOSEN in in_one(lines)
     # (12 * 0.02 + 0.04 + 0.08) / 14
-    assert "output error, measured: 0.0257 all in int8, 0.0129 with stored columns" in lines
+    assert "Mean layer output error: 2.6 % plain int8, 1.3 % with exact columns" in lines
     titles = ["Output error (measured), by kind of layer", "Worst layers by output error"]
-    places = [lines.index(title) for title in (*titles, "Quantized, by kind of layer", "Left alone")]
+    places = [lines.index(title) for title in (*titles, "Quantized, by kind of layer", "Not quantized")]
     assert places == sorted(places)
     assert "Worst layers" not in lines
     kinds, worst = lines[places[0] + 2], lines[places[1] + 2]
@@ -113,9 +113,9 @@ def test_the_output_error_leads_where_it_was_measured(model: Path, capsys: pytes
 
 def test_a_prediction_is_called_one(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(converted(model, predicted)[0], capsys)
-    assert "output error, predicted: 0.0386 all in int8, at most 0.0257 with stored columns" in lines
+    assert "Predicted output error: 3.9 % plain int8, at most 2.6 % with exact columns" in lines
     assert "Output error (predicted), by kind of layer" in lines
-    assert "stored: with those columns exact, at most" in in_one(lines)
+    assert "exact: with exact columns, at most" in in_one(lines)
     assert "measured" not in in_one(lines)
 
 
@@ -140,12 +140,12 @@ def test_a_layer_that_was_never_run_is_in_no_mean(model: Path, capsys: pytest.Ca
 def test_suspects_are_called_suspects_wherever_they_are_shown(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, output = converted(model, suspected, FROM_WEIGHTS)
     lines = shown(report, capsys)
-    assert lines[3].startswith("30 suspect columns of 10 layers kept exact")
+    assert lines[3].startswith("30 suspect columns of 10 layers stored exactly")
     assert SUSPECTS in in_one(lines)
     assert "Output error" not in in_one(lines)
     assert "Worst layers" in lines
     card = (output / "README.md").read_text()
-    assert "holds 30 suspect columns of 10 layers" in card
+    assert "has exact copies of 30 suspect columns of 10 layers" in card
     assert f"They are {SUSPECTS}." in card
     assert "utput error" not in card
     assert read_json(output / "int8/report.json")["settings"]["outliers"] == FROM_WEIGHTS
@@ -155,7 +155,7 @@ def test_statistics_are_named_by_their_digest(model: Path, capsys: pytest.Captur
     report = convert_storing(
         model, model.parent / "out", calibrated, chosen_from=FROM_STATISTICS, calibration="statistics 01ab"
     ).report
-    assert "chosen by the statistics of a calibration (file 01ab)" in in_one(shown(report, capsys))
+    assert "chosen from the statistics of a calibration (file 01ab)" in in_one(shown(report, capsys))
 
 
 def test_without_stored_columns_nothing_is_said_of_them(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,11 +210,11 @@ def test_the_card_says_what_they_are_and_how_to_use_them(model: Path) -> None:
     _, output = converted(model, calibrated)
     card = (output / "README.md").read_text()
     section = card.partition("## Stored columns\n")[2].partition("\n## ")[0]
-    assert "`int8/outliers` holds 42 columns of 14 layers exactly as the original has them" in section
+    assert "`int8/outliers` has exact copies of 42 columns of 14 layers: " in section
     assert f"They are {CHOSEN}." in section
-    assert "Usual loaders do not look at them and give the same results as without them." in section
+    assert "Other loaders ignore these files, and give the same results as without them." in section
     assert 'from int8cli import load_model\n\nmodel = load_model(".")' in section
-    assert "measured, the layers' mean" in section
+    assert "Mean output error of the layers, ‖error‖/‖X Wᵀ‖, measured:" in section
     assert any(
         line.startswith(f"| `model.layers.*.{V_PROJ}` | 2 | 6 |") and line.endswith("| 0.0600 | 0.0300 |")
         for line in section.splitlines()
@@ -260,9 +260,9 @@ def test_a_dry_run_knows_the_sidecars_to_the_byte(model: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("outliers", "told"), [(FROM_ACTIVATIONS, CHOSEN), (FROM_WEIGHTS, SUSPECTS)])
+@pytest.mark.parametrize(("outliers", "chosen"), [(FROM_ACTIVATIONS, CHOSEN), (FROM_WEIGHTS, SUSPECTS)])
 def test_a_dry_run_shows_what_they_will_take_and_be_chosen_by(
-    outliers: str, told: str, model: Path, capsys: pytest.CaptureFixture[str]
+    outliers: str, chosen: str, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, needs = planned(model)
     capsys.readouterr()
@@ -270,7 +270,7 @@ def test_a_dry_run_shows_what_they_will_take_and_be_chosen_by(
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:3] == ["sidecars", f"{found.sidecar_bytes:,}", "bytes"] for line in lines)
     what = "suspect columns" if outliers == FROM_WEIGHTS else "columns"
-    assert f"up to 42 {what} are kept exact, 3 of a layer at most; {told}" in " ".join(map(str.strip, lines))
+    assert f"up to 42 {what} stored exactly, at most 3 per layer; {chosen}" in " ".join(map(str.strip, lines))
 
 
 def test_a_dry_run_without_them_has_no_such_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

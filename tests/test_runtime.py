@@ -241,7 +241,7 @@ def wrong_sidecars() -> Iterator[Any]:
     yield pytest.param({columns: good[columns]}, "missing", id="no weights")
     yield pytest.param({**good, columns: torch.tensor([4, 1], dtype=torch.int32)}, "ascending", id="order")
     yield pytest.param({**good, columns: torch.tensor([1, 32], dtype=torch.int32)}, "below 32", id="range")
-    yield pytest.param({"lm_head.outlier_cols": good[columns]}, "no such int8 layer", id="unknown layer")
+    yield pytest.param({"lm_head.outlier_cols": good[columns]}, "that is not in int8", id="unknown layer")
 
 
 @pytest.fixture(scope="module")

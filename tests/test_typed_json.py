@@ -60,7 +60,7 @@ def test_a_document_becomes_what_is_declared() -> None:
         ({"parts": [{"name": "x", "sizes": [2**63]}]}, "which is out of range"),
         ({"parts": [{"sizes": []}]}, "parts[0] has no field 'name'"),
         ({"parts": [{"name": "x", "size": 1}]}, "parts[0] has the unknown field 'size'"),
-        ({"span": [1]}, "span holds 1 values, not 2"),
+        ({"span": [1]}, "span has 1 values, not 2"),
         ({"span": [1, "2"]}, "span[1] is '2', not float"),
         ({"span": [1, False]}, "span[1] is False, not float"),
         ({"span": [1, 10**400]}, "span[1] is 1000"),

@@ -21,7 +21,7 @@ def read_config(source: Source) -> dict[str, Any]:
     """
     size_bytes = source.size_bytes(CONFIG_FILE)
     if size_bytes > _LIMIT_BYTES:
-        raise CheckpointError(f"{CONFIG_FILE} has {size_bytes:,} bytes, more than any config needs")
+        raise CheckpointError(f"{CONFIG_FILE} has {size_bytes:,} bytes, too large for a config")
     with source.open(CONFIG_FILE) as file:
         text = file.read(size_bytes)
     try:
@@ -32,7 +32,7 @@ def read_config(source: Source) -> dict[str, Any]:
 
 def _checked(config: Any) -> dict[str, Any]:
     if not isinstance(config, dict):
-        raise InvalidJsonError(f"holds {shown(config)}, not an object")
+        raise InvalidJsonError(f"is {shown(config)}, not an object")
     try:
         read_as(cast(Any, tuple[str, ...] | None), config.get("architectures"))
     except InvalidJsonError as error:

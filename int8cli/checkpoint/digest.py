@@ -13,7 +13,7 @@ from int8cli.checkpoint.reader import ShardReader, open_to_read
 from int8cli.checkpoint.source import LocalFile
 from int8cli.errors import DigestMismatchError
 
-NOT_AS_PUBLISHED = "its sha256 is not the one that the Hub published"
+NOT_AS_PUBLISHED = "its sha256 differs from the one on the Hub"
 _GAP_BYTES = 1 << 20
 
 
@@ -78,7 +78,7 @@ def require_published(file_name: str, local: LocalFile, sha256: str | None) -> N
     if local.sha256 is not None and sha256 != local.sha256:
         raise DigestMismatchError(
             f"{file_name}: {NOT_AS_PUBLISHED} ({local.sha256})",
-            hint="Run the same command again; if it comes back, the network or this disk alters data.",
+            hint="Run the same command again. If the error returns, the network or this disk corrupts data.",
         )
 
 

@@ -54,8 +54,8 @@ class DirectorySource:
         self._output = None if output is None else os.path.realpath(output)
         if self._output == os.path.realpath(self._root):
             raise OutputError(
-                f"{output} is where the source is",
-                hint="Choose another directory: a source stays as it is.",
+                f"{output} is the directory of the source",
+                hint="Choose another directory: int8cli never changes a source.",
             )
         self._states: dict[str, FileState] = {}
         # A name is all that the outputs may carry of this path; only the root directory has none.
@@ -73,16 +73,16 @@ class DirectorySource:
         return tuple(sorted(self._walk() if self._only is None else self._file_and_companions(self._only)))
 
     def size_bytes(self, file_name: str) -> int:
-        return self._look_at(file_name)[1].size_bytes
+        return self._scan_shard(file_name)[1].size_bytes
 
     def open(self, file_name: str) -> BinaryIO:
-        path, _ = self._look_at(file_name)
+        path, _ = self._scan_shard(file_name)
         return open_to_read(path, file_name)
 
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:
         """Raises CorruptShardError, also when the context is left, if the file was written to since the first look."""
-        path, state = self._look_at(file_name)
+        path, state = self._scan_shard(file_name)
         local = LocalFile(path, state=state)
         local.require_unchanged(file_name)
         yield local
@@ -96,7 +96,7 @@ class DirectorySource:
 
     def discard(self, file_name: str) -> None:
         raise CorruptShardError(
-            f"{file_name} is not what was published", hint=f"Replace {self._path(file_name)} with a fresh copy."
+            f"{file_name} differs from what was published", hint=f"Replace {self._path(file_name)} with a fresh copy."
         )
 
     def close(self) -> None:
@@ -105,7 +105,7 @@ class DirectorySource:
     def _path(self, file_name: str) -> Path:
         return self._root / checked_file_name(file_name)
 
-    def _look_at(self, file_name: str) -> tuple[Path, FileState]:
+    def _scan_shard(self, file_name: str) -> tuple[Path, FileState]:
         """Where a file is, and its state at the first look. Raises ModelNotFoundError, SourceError."""
         path = self._path(file_name)
         try:
@@ -116,7 +116,7 @@ class DirectorySource:
             raise reading_error(path, error, file_name) from error
         if status is None or not stat.S_ISREG(status.st_mode):
             raise ModelNotFoundError(
-                f"{self._identity.name}: no file {file_name!r}", hint="The checkpoint may be incomplete."
+                f"{self._identity.name}: {file_name!r} is missing", hint="The checkpoint may be incomplete."
             )
         if file_name not in self._states:
             self._refuse_link_outside(path, file_name)

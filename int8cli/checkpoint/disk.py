@@ -70,9 +70,9 @@ def disk_error(path: Path, error: OSError, wanted_bytes: int = 0) -> OutputError
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         wanted = f" for {wanted_bytes:,} bytes more" if wanted_bytes else ""
         return DiskSpaceError(
-            f"{path}: no room on the disk{wanted} ({error.strerror})",
-            hint="Make room and run the same command again: finished shards are not converted again.",
+            f"{path}: not enough disk space{wanted} ({error.strerror})",
+            hint="Free some space and run the same command again: finished shards are not converted again.",
         )
     return OutputError(
-        f"{path}: cannot be written ({error.strerror or error})", hint="Choose a directory that you may write to."
+        f"{path}: cannot be written ({error.strerror or error})", hint="Choose a directory that you can write to."
     )

@@ -62,7 +62,7 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> t
     end = 0
     for spec in ordered:
         if spec.name in header or spec.name == METADATA_KEY or _SURROGATE.search(spec.name):
-            raise CheckpointError(f"a safetensors file cannot hold a tensor named {spec.name!r} beside the others")
+            raise CheckpointError(f"a safetensors file cannot contain a tensor named {spec.name!r}")
         begin, end = end, end + spec.nbytes
         header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (begin, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -88,7 +88,7 @@ def refuse_stand_in(head: bytes, file_name: str) -> None:
     if head.lstrip().lower().startswith(_MARKUP):
         raise CorruptShardError(
             f"{file_name} is a web page, not the weights",
-            hint="A download saved the server's error page under this name: fetch the file again.",
+            hint="The server's error page was saved under this name: download the file again.",
         )
 
 
@@ -106,7 +106,7 @@ def _read_text(file: BinaryIO, file_name: str, file_bytes: int) -> bytes:
     if length > HEADER_LIMIT_BYTES:
         raise CorruptShardError(
             f"{file_name}: the header claims {length:,} bytes, the format allows {HEADER_LIMIT_BYTES:,}",
-            hint="It may not be a safetensors file at all.",
+            hint="It is probably not a safetensors file.",
         )
     if _LENGTH_BYTES + length > file_bytes:
         raise CorruptShardError(
@@ -235,7 +235,7 @@ def _checked_metadata(metadata: Any, file_name: str) -> dict[str, str]:
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise CorruptShardError(
-                f"{file_name}: {METADATA_KEY} has {_shown(value)} under {_shown(key)}, where only a string may stand"
+                f"{file_name}: {METADATA_KEY} has {_shown(value)} under {_shown(key)}, not a string"
             )
     return metadata
 

@@ -108,7 +108,7 @@ def read_headers(source: Source, weights: WeightFiles) -> tuple[ShardContents, .
     for name, shard in (weights.weight_map or {}).items():
         if homes.get(name) != shard:
             elsewhere = f"it is in {homes[name]}" if name in homes else "no shard has it"
-            raise IndexFileError(f"{weights.index_file}: {shard} does not hold the tensor {name!r}; {elsewhere}")
+            raise IndexFileError(f"{weights.index_file}: {shard} does not contain the tensor {name!r}; {elsewhere}")
     return shards
 
 
@@ -119,9 +119,9 @@ def read_contents(file: BinaryIO, weight_format: WeightFormat, file_name: str, f
 
 
 def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, str]:
-    """The file that leads to the weights: a single file of them, or an index.
+    """The file to start from: a single weight file, or an index.
 
-    A source called as one of its files is that file, pointed at by the user: a variant then will do.
+    If the user named one of the files, that file is used, even if it is a variant.
     """
     for weight_format, name in _STANDARD_NAMES:
         if name in files:
@@ -133,8 +133,8 @@ def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, s
             return weight_format, fitting[0]
         if fitting:
             raise UnsupportedModelError(
-                f"{len(fitting)} files could be the weights and no index says which: {_some(fitting)}",
-                hint="Point at one of the files, or add the index (model.safetensors.index.json).",
+                f"{len(fitting)} files could be the weights, and no index names them: {_some(fitting)}",
+                hint="Name one of the files, or add the index (model.safetensors.index.json).",
             )
     raise _nothing_to_convert(files)
 
@@ -146,11 +146,11 @@ def _may_be_the_weights(file: str, *, pointed_at: bool) -> bool:
 
 
 def _nothing_to_convert(files: Sequence[str]) -> UnsupportedModelError | ModelNotFoundError:
-    """Why there are no weights to take: what is there in their place."""
+    """The error for a checkpoint without weights, which names what was found instead."""
     reasons = {file: reason_to_pass_over(file, "safetensors", files) for file in files}
     if ADAPTER in reasons.values():
         return UnsupportedModelError(
-            "an adapter is not a model: there are no base weights here",
+            "this is an adapter, without the weights of its base model",
             hint="Merge it into its base model first (peft: merge_and_unload) and convert the result.",
         )
     weights = {OTHER_WEIGHTS, DUPLICATE, VARIANT, "an OpenVINO model", *FORMATS.values()}
@@ -158,12 +158,12 @@ def _nothing_to_convert(files: Sequence[str]) -> UnsupportedModelError | ModelNo
     looked_for = ", ".join(name for _, name in _STANDARD_NAMES)
     if found:
         return UnsupportedModelError(
-            f"no weights in a form that can be converted; there is only {_some(found)}",
+            f"no weights in a supported format; found only {_some(found)}",
             hint=f"Looked for {looked_for}, or a single .safetensors or .bin. "
-            "Weights in a subdirectory can be named by its path; other formats must be converted first.",
+            "For weights in a subdirectory, give its path. Other formats must be converted first.",
         )
     return ModelNotFoundError(
-        f"no weights among {len(files)} files",
+        f"no weights among {len(files)} file{'s' if len(files) > 1 else ''}" if files else "the directory is empty",
         hint=f"Looked for {looked_for}, or a single .safetensors, .bin, .pt or .pth.",
     )
 
@@ -184,7 +184,7 @@ def _read_index(
         raise IndexFileError(f"{index_file}: metadata is {metadata!r:.80}, not an object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise IndexFileError(f"{index_file}: the tensor {name!r} has {shard!r:.80} where a file name belongs")
+            raise IndexFileError(f"{index_file}: the tensor {name!r} has {shard!r:.80} instead of a file name")
     for shard in sorted(set(weight_map.values())):
         _check_shard(shard, index_file, weight_format, files)
     return weight_map, metadata
@@ -199,7 +199,7 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
         raise IndexFileError(f"{index_file} names {shard!r}, which is no {SUFFIXES[weight_format][0]} file")
     if shard not in files:
         raise IndexFileError(
-            f"{index_file} names {shard!r}, which is not there",
+            f"{index_file} names {shard!r}, which is missing",
             hint="The download may be incomplete: fetch the missing file and run the same command again.",
         )
 
@@ -207,7 +207,7 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
 def _parse_index(source: Source, index_file: str) -> dict[str, Any]:
     size_bytes = source.size_bytes(index_file)
     if size_bytes > _INDEX_LIMIT_BYTES:
-        raise IndexFileError(f"{index_file} has {size_bytes:,} bytes, more than any index needs")
+        raise IndexFileError(f"{index_file} has {size_bytes:,} bytes, too large for an index")
     with source.open(index_file) as file:
         text = file.read(size_bytes)
     try:
@@ -221,7 +221,7 @@ def _parse_index(source: Source, index_file: str) -> dict[str, Any]:
 
 def _too_large(source: Source, file: str) -> str | None:
     size_bytes = source.size_bytes(file)
-    return f"too large to be what its name says, {size_bytes:,} bytes" if size_bytes > _COPY_LIMIT_BYTES else None
+    return f"too large for its name: {size_bytes:,} bytes" if size_bytes > _COPY_LIMIT_BYTES else None
 
 
 def _homes(shards: Iterable[ShardContents]) -> dict[str, str]:

@@ -40,7 +40,7 @@ def open_source(
     if model and os.path.exists(path):  # unlike Path's own, false rather than an error where looking is not allowed
         if revision is not None:
             raise SourceError(
-                f"{model} is on this machine and has no revision {revision!r}",
+                f"{model} is a local path and has no revision {revision!r}",
                 hint="Leave the revision out, or give the Hub id of the model.",
             )
         return DirectorySource(path, output=output)

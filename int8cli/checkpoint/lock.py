@@ -75,7 +75,7 @@ def _lock(output: Path, own: Path) -> int:
             own.mkdir(parents=True, exist_ok=True)
             descriptor = open_real_directory(own)
         hint = "Wait for it to end, or choose another directory."
-        hold(descriptor, f"{output} is in use by another int8cli convert", hint)
+        hold(descriptor, f"{output} is in use by another int8cli process", hint)
         with disk_errors(own):
             if _is_still(own, descriptor):
                 return descriptor

@@ -41,8 +41,8 @@ def refuse_shared_outputs(outputs: Mapping[str, str], beside: Iterable[str] = ()
     for source, output in outputs.items():
         if is_own(output):
             raise IndexFileError(
-                f"{source} would become {output}, where int8cli has its own files",
-                hint=f"Give the file another directory than {OWN_DIRECTORY}, in the index too.",
+                f"{source} would become {output}, but that directory is for files of int8cli",
+                hint=f"Move the file out of {OWN_DIRECTORY}, and change the index too.",
             )
         _take(taken, source, output)
     for name in beside:
@@ -62,7 +62,7 @@ def _take(taken: dict[str, str], source: str, output: str) -> None:
 
 def _one_output(first: str, second: str, output: str) -> IndexFileError:
     return IndexFileError(
-        f"{first} and {second} would both be written to {output}", hint="Rename one of them, in the index too."
+        f"{first} and {second} would both be written to {output}", hint="Rename one of them, and change the index too."
     )
 
 
@@ -74,7 +74,7 @@ def remove_files(directory: Path, names: Iterable[str]) -> None:
     wanted = list(names)
     for name in wanted:
         if not is_output_name(name):
-            raise OutputError(f"{name!r} is no file of {directory}; nothing is removed")
+            raise OutputError(f"{name!r} is not a file of {directory}; nothing was removed")
         _refuse_links(directory, name)
     for name in wanted:
         with disk_errors(directory / name):

@@ -55,7 +55,7 @@ def read_pickled(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
         raise UnsafePickleError(
             f"{file_name} is a bare Python pickle, not a file of torch.save; it is not unpickled", hint=RESAVE_HINT
         )
-    raise CorruptShardError(f"{file_name}: its {file_bytes:,} bytes do not begin as a PyTorch file does")
+    raise CorruptShardError(f"{file_name}: its {file_bytes:,} bytes do not begin like a PyTorch file")
 
 
 def load_legacy(path: Path) -> dict[str, "Tensor"]:
@@ -104,7 +104,7 @@ def _checked_pickle(records: ZipRecords, file_name: str) -> bytes:
     if byteorder != b"little":
         raise CheckpointError(
             f"{file_name} was saved on a machine whose byte order is {byteorder!r:.20}, not little-endian",
-            hint="Load it with torch.load there or here and save it again on a little-endian machine.",
+            hint="Load it with torch.load and save it again on a little-endian machine.",
         )
     for name in ("version", *(name for name in _NUMBERS if name in names)):
         number = records.read(name, _WORD_BYTES) if name in names else b""

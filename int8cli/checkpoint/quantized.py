@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from int8cli.checkpoint.tensor import ShardContents
-from int8cli.errors import UnsupportedModelError
+from int8cli.errors import AlreadyQuantizedError
 
 # What the formats of quantized checkpoints store beside a weight: bitsandbytes 8 and 4 bit; GPTQ and AWQ;
 # compressed-tensors; AQLM, HQQ, EETQ; Quanto. The name alone is enough.
@@ -22,9 +22,9 @@ _PACKED_DTYPES = frozenset({"I8", "U8", "I32", "U32"})
 
 
 def refuse_quantized(config: Mapping[str, Any], shards: Sequence[ShardContents]) -> None:
-    """Raise UnsupportedModelError if the weights are quantized already, told by their companions or their dtypes.
+    """Raise AlreadyQuantizedError if companion tensors or dtypes show that the weights are already quantized.
 
-    A `quantization_config` over weights that are all 16 or 32 bit is no such sign: it asks the loader to quantize.
+    A `quantization_config` with only 16- and 32-bit weights is not a sign: it asks the loader to quantize.
     """
     dtypes = {tensor.spec.name: tensor.spec.dtype for contents in shards for tensor in contents.tensors}
     shapes = {tensor.spec.name: tensor.spec.shape for contents in shards for tensor in contents.tensors}
@@ -35,9 +35,9 @@ def refuse_quantized(config: Mapping[str, Any], shards: Sequence[ShardContents])
             sign = f"config.json has a quantization_config, and the weight is {dtype}"
         if sign:
             method = declared.get("quant_method") if isinstance(declared, Mapping) else None
-            raise UnsupportedModelError(
-                f"the checkpoint is quantized already{f' ({method})' if method else ''}: {name!r}: {sign}",
-                hint="Convert the 16- or 32-bit original instead: quantizing twice loses more than once.",
+            raise AlreadyQuantizedError(
+                f"the checkpoint is already quantized{f' ({method})' if method else ''}: {name!r}: {sign}",
+                hint="Convert the 16- or 32-bit original: quantizing twice adds to the error.",
             )
 
 
@@ -47,9 +47,9 @@ def _is_packed(name: str, dtype: str) -> bool:
 
 
 def _companion_sign(name: str, dtypes: Mapping[str, str]) -> str | None:
-    """What a tensor's name says of quantization, in words; None if nothing."""
+    """Why a tensor's name is a sign of quantized weights, in words; None if it is not."""
     if _COMPANION_NAME.search(name):
-        return "such a tensor stands beside quantized weights only"
+        return "such tensors belong to quantized weights"
     scaled = _SCALE_NAME.fullmatch(name)
     if scaled and _is_packed(scaled["weight"], dtypes.get(scaled["weight"], "")):
         return "a scale of an 8-bit weight"

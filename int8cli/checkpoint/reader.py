@@ -59,7 +59,7 @@ class FileReader:
             if count == 0:
                 raise CorruptShardError(
                     f"{self._path.name}: ends at byte {offset_bytes + done:,}, before the data its header names",
-                    hint="The file was cut off, or changed while it was read: get it again, then run the same command.",
+                    hint="The file is truncated, or changed during reading: download it again, then run again.",
                 )
             done += count
 

@@ -106,7 +106,7 @@ def checked_file_name(file_name: str) -> str:
     leaves = PurePosixPath(file_name).is_absolute() or ".." in parts or "\\" in file_name or "\0" in file_name
     if leaves or not all(parts):
         raise IndexFileError(
-            f"{file_name!r} is no file name inside a checkpoint",
+            f"{file_name!r} is not a valid file name in a checkpoint",
             hint="File names must be relative, with / between directories, and without `..`.",
         )
     return file_name

@@ -191,7 +191,7 @@ class CheckpointTensors:
                 with self._open.pop(name) as shard:
                     yield ShardFile(name, shard.local)
 
-    def held_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+    def peak_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
         """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
 
         Only those count that have to be brought from elsewhere.
@@ -240,5 +240,5 @@ def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
 
 def _dtype_of(stored: StoredTensor) -> torch.dtype:
     if stored.spec.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a type that no model is run in")
+        raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a dtype that no model runs in")
     return TORCH_DTYPES[stored.spec.dtype]

@@ -33,7 +33,7 @@ class Float32(enum.StrEnum):
 
 
 class OnNonFinite(enum.StrEnum):
-    """What to do with a weight that holds NaN or an infinity."""
+    """What to do with a weight that contains NaN or an infinity."""
 
     error = "error"
     keep = "keep"
@@ -42,46 +42,52 @@ class OnNonFinite(enum.StrEnum):
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
 ]
-Layout = Annotated[LayoutName, typer.Option(help="For which loaders to write.")]
+Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
 Threshold = Annotated[
-    float, typer.Option(help="llm_int8_threshold for the loader: inputs from here on go through 16 bit.", min=0.0)
+    float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
 ]
 Skip = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Leave modules alone, by glob on their names. Repeatable.")
+    list[str] | None, typer.Option(metavar="PATTERN", help="Do not quantize modules that match this glob. Repeatable.")
 ]
-Only = Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Quantize no other modules. Repeatable.")]
+Only = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only modules that match this glob. Repeatable.")
+]
 HowFloat32 = Annotated[
-    Float32, typer.Option(help="float32 weights: as they are, or through float16 as bitsandbytes does.")
+    Float32, typer.Option(help="Quantize float32 weights directly, or from float16 as bitsandbytes does.")
 ]
 WhenNonFinite = Annotated[
-    OnNonFinite, typer.Option(help="A weight with NaN or Inf: stop, or keep it in its source dtype.")
+    OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
 ]
 Outliers = Annotated[
     str,
     typer.Option(
         metavar="auto|activations|weights|none|FILE",
-        help="Store outlier columns exactly, chosen by running the model, by its weights alone, by a statistics "
-        "file of inspect-outliers, or not at all. auto: activations where that can run, or else weights.",
+        help="How to choose the outlier columns to store exactly: run the model (activations), use the weights "
+        "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
+        "run, otherwise weights.",
     ),
 ]
 OutlierColumns = Annotated[
     int | None,
-    typer.Option(help="Columns to store of each linear, at most.", show_default="as measured to be best", min=0),
+    typer.Option(help="Most columns to store for each linear layer.", show_default="8", min=0),
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens of it to run, in all.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=1)]
 Workers = Annotated[
-    int | None, typer.Option(help="Processes, one shard each.", show_default="by cores and shards", min=1, max=256)
+    int | None,
+    typer.Option(
+        help="Processes; each converts one shard at a time.", show_default="from cores and shards", min=1, max=256
+    ),
 ]
-Where = Annotated[Device, typer.Option(help="Where to quantize.")]
+Where = Annotated[Device, typer.Option(help="Device to quantize on.")]
 Figures = Annotated[
-    bool, typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert in less time.")
+    bool, typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert faster without.")
 ]
-KeepSource = Annotated[bool, typer.Option("--keep-source", help="Keep downloaded shards, in the Hub cache.")]
+KeepSource = Annotated[bool, typer.Option("--keep-source", help="Keep downloaded shards in the Hub cache.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the plan, sizes and needs; fetch headers only, write nothing.")
+    bool, typer.Option("--dry-run", help="Show the plan, sizes and requirements. Fetches headers only, writes nothing.")
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Start anew over an earlier conversion; other files are not touched.")
+    bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
 ]
 
 
@@ -111,9 +117,9 @@ def convert(
 ) -> None:
     """Convert a checkpoint to LLM.int8(), shard by shard, with a report of the error in every layer.
 
-    The output opens in transformers + bitsandbytes as it is or, with --layout compressed-tensors, in vLLM. Embeddings,
-    norms, biases and the output head stay in their dtype. Run the same command again after an interruption: finished
-    shards are not done twice.
+    The output loads in transformers with bitsandbytes or, with --layout compressed-tensors, in vLLM. Embeddings,
+    norms, biases and the output head keep their dtype. After an interruption, run the same command again: finished
+    shards are not converted twice.
     """
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command

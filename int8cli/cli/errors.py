@@ -18,16 +18,16 @@ EXIT_INTERRUPTED = 130
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-# What a command's own options can do about an error, by its class.
+# What the options of a command can do about an error, by the error's class.
 Hints = Mapping[type[Int8cliError], str]
 
 
 class ResultNotShownError(Int8cliError):
-    """Standard output does not take the result."""
+    """The result cannot be written to standard output."""
 
 
 def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Give a command its exit codes: what a user can act on is shown as error and hint; bugs keep their traceback."""
+    """Give a command its exit codes. Errors a user can act on show as error and hint; bugs keep their traceback."""
 
     def decorate(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(command)
@@ -58,7 +58,7 @@ def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Calla
 
 @contextmanager
 def writing_result() -> Iterator[None]:
-    """Write to stdout, to its end, while a failure can still be told; at exit Python would report it in its own way."""
+    """Write to stdout and flush it, so that a failure is reported here and not by Python at exit."""
     try:
         yield
         sys.stdout.flush()
@@ -92,18 +92,18 @@ def _refusal(error: OSError | MemoryError) -> Int8cliError:
 
 
 def hint_for(error: Int8cliError, hints: Hints) -> str:
-    """The error's own next step, and what the command's options can do: that of the nearest class that has a hint."""
+    """The error's own next step, then what the command's options can do, from the nearest class with a hint."""
     own = next((hints[kind] for kind in type(error).__mro__ if kind in hints), "")
     return f"{error.hint} {own}".strip()
 
 
 def flag_of(option: str) -> str:
-    """How the command line writes an option of the library."""
+    """The command-line flag of a library option."""
     return f"--{option.replace('_', '-')}"
 
 
 def _forget_stdout() -> None:
-    """Keep what is left in the buffer from being written, and failing, once more at exit."""
+    """Drop what is left in the buffer; otherwise Python would write it at exit and fail again."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
 
 

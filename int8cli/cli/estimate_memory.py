@@ -20,7 +20,7 @@ int8cli estimate-memory org/name --json > memory.json
 
 
 class KvDtype(enum.StrEnum):
-    """What the cache is kept in."""
+    """Dtype of the KV cache."""
 
     float32 = "float32"
     float16 = "float16"
@@ -30,7 +30,7 @@ class KvDtype(enum.StrEnum):
 
 Context = Annotated[
     int | None,
-    typer.Option(help="Tokens in each sequence.", show_default="the model's own length, up to 8192", min=1),
+    typer.Option(help="Tokens in each sequence.", show_default="the model's maximum, up to 8192", min=1),
 ]
 Batch = Annotated[int, typer.Option(help="Sequences at once.", min=1)]
 KvCacheDtype = Annotated[KvDtype, typer.Option(help="Dtype of the KV cache.")]
@@ -38,10 +38,11 @@ Gpu = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CARDS",
-        help="Will these hold it? A card ('RTX 3090'), a size (24GiB), several (8x24GiB). Repeatable.",
+        help="Does the model fit on this card? A name ('RTX 3090'), a size (24GiB) or several (8x24GiB). "
+        "Repeated: all cards together, in one machine.",
     ),
 ]
-Layout = Annotated[LayoutName, typer.Option(help="The layout of the conversion.")]
+Layout = Annotated[LayoutName, typer.Option(help="Output layout of the conversion.")]
 
 
 @shows_errors(hints.ESTIMATE_MEMORY)
@@ -55,10 +56,10 @@ def estimate_memory(
     layout: Layout = LayoutName.bitsandbytes,
     as_json: Json = False,
 ) -> None:
-    """Tell what a model needs, and which GPUs hold it, from config.json and its files' headers alone.
+    """Estimate the memory a model needs and the GPUs it fits on, from config.json and file headers alone.
 
-    Weights as stored, in 32 and 16 bit and in LLM.int8(), the KV cache, and what a conversion takes. The exit code is 0
-    whether or not the cards of --gpu hold it: --json says that in cards.answers[].fits.
+    Shows the weights as stored, in 32 bit, in 16 bit and in LLM.int8(), the KV cache, and what a conversion needs. The
+    exit code is 0 whether or not the model fits on the cards of --gpu; with --json, see cards.answers[].fits.
     """
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import estimate_memory as command

@@ -33,33 +33,36 @@ int8cli evaluate ./my-model-int8 --source ./my-model
 """
 _SUFFIXES = (".html", ".png", ".svg")
 
-Tokens = Annotated[int, typer.Option(help="Tokens to run, in all.", min=2)]
+Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=2)]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="Methods by name, with commas or repeated; `all` has some more than the table has by default.",
-        show_default="the table's",
+        help="Methods to compare, separated by commas; `all` adds those that are left out by default. Repeatable.",
+        show_default="the main methods",
         metavar="NAMES",
     ),
 ]
 OutlierColumns = Annotated[
-    int | None, typer.Option(help="Columns that each layer stores, at most.", min=0, show_default="8")
+    int | None, typer.Option(help="Most columns to store for each linear layer.", min=0, show_default="8")
 ]
 Outliers = Annotated[
     Path | None,
     typer.Option(
-        help="Statistics to choose them by, from inspect-outliers.",
-        show_default="a calibration on another sample",
+        help="Statistics file of inspect-outliers that chooses the columns.",
+        show_default="calibrate on another text",
         metavar="FILE",
     ),
 ]
 SourceModel = Annotated[
     str | None,
-    typer.Option("--source", help="Beside a converted model: the 16-bit one it was made from.", metavar="MODEL"),
+    typer.Option(
+        "--source", help="For a converted MODEL: the 16-bit model it was made from, to compare with.", metavar="MODEL"
+    ),
 ]
-Where = Annotated[Device, typer.Option(help="Where the model runs.")]
+Where = Annotated[Device, typer.Option(help="Device to run the model on.")]
 Outputs = Annotated[
-    list[Path] | None, typer.Option("--output", "-o", help=".html, .png or .svg. Repeatable.", metavar="FILE")
+    list[Path] | None,
+    typer.Option("--output", "-o", help="Write a report: .html, .png or .svg. Repeatable.", metavar="FILE"),
 ]
 
 
@@ -81,11 +84,12 @@ def evaluate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare int8 methods on a model: perplexity beside 16 bit, divergence from it, and output error by layer.
+    """Compare int8 methods on a model: perplexity and divergence against 16 bit, and the output error of every layer.
 
-    All methods run in one pass over the weights, with one block in memory. Stored columns are chosen by a calibration
-    on another text: one pass more. Of a model that convert wrote, its own int8 tensors are evaluated; with --source,
-    beside the 16-bit model. Encoders get output errors only. A run that was interrupted goes on after its last block.
+    All methods share one pass over the weights, with one block in memory. A calibration on another text, one more pass,
+    chooses the stored columns. For a model that convert wrote, its own int8 tensors are evaluated; --source compares
+    them with the 16-bit model. Encoders get output errors only. An interrupted run resumes after its last finished
+    block.
     """
     outputs = tuple(output or ())
     check_outputs(outputs, _SUFFIXES, drawn=_SUFFIXES)

@@ -1,32 +1,33 @@
 """What the options of each command can do about an error, by its class: the library's own hints name no option.
 
-Of an error, the hint of the nearest class in its command's table is shown after the error's own.
+The hint of the nearest class in the command's table follows the error's own hint.
 """
 
 from int8cli import errors
 from int8cli.cli.errors import Hints
 
-_MAKE_STATISTICS = "int8cli inspect-outliers MODEL --output FILE.safetensors makes them."
-_BY_WEIGHTS = "--outliers weights chooses columns without running the model."
+_MAKE_STATISTICS = "int8cli inspect-outliers MODEL --output FILE.safetensors writes them."
+_BY_WEIGHTS = "--outliers weights chooses the columns without running the model."
 _FROM_WEIGHTS = "--from weights works without running the model."
-_SMALLER_RUN = "--sequence-length N shortens the sequences, --device cpu needs no GPU."
-_TEXT = "--text FILE and --sequence-length N choose what the model is run over."
-_PLACES = "--output FILE and --work-dir DIR say where to write."
+_SMALLER_RUN = "--sequence-length N uses shorter sequences, --device cpu needs no GPU."
+_TEXT = "--text FILE and --sequence-length N select the text to run."
+_PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
+    errors.AlreadyQuantizedError: "If int8cli wrote it, int8cli verify DIR checks it.",
     errors.CannotRunError: _BY_WEIGHTS,
-    errors.DiskSpaceError: "--output DIR may be on another disk.",
+    errors.DiskSpaceError: "--output DIR can be on another disk.",
     errors.MissingTransformersError: _BY_WEIGHTS,
-    errors.NonFiniteError: "--on-nonfinite keep leaves such tensors in their source dtype.",
+    errors.NonFiniteError: "--on-nonfinite keep leaves such weights in their source dtype.",
     errors.NonFiniteRunError: _BY_WEIGHTS,
     errors.NotEnoughMemoryError: f"{_BY_WEIGHTS} --device cpu needs no GPU.",
-    errors.NothingToQuantizeError: "--dry-run shows it.",
+    errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",
-    errors.SettingsMismatchError: "--overwrite starts anew, --output DIR names another directory.",
+    errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
-    errors.TextError: "--text FILE chooses what the model is run over.",
-    errors.WeightsTellNothingError: "--outliers activations runs the model, --outliers none stores no columns.",
+    errors.TextError: "--text FILE selects the text to run.",
+    errors.NoSuspectsError: "--outliers activations runs the model, --outliers none stores no columns.",
     errors.WorkerLostError: "--workers N sets their number.",
 }
 ESTIMATE_MEMORY: Hints = {}
@@ -37,7 +38,7 @@ INSPECT_OUTLIERS: Hints = {
     errors.NotEnoughMemoryError: f"{_SMALLER_RUN} {_FROM_WEIGHTS}",
     errors.OutputError: _PLACES,
     errors.TextError: _TEXT,
-    errors.WeightsTellNothingError: "--from activations runs the model.",
+    errors.NoSuspectsError: "--from activations runs the model.",
 }
 VERIFY: Hints = {}
 EVALUATE: Hints = {

@@ -45,14 +45,23 @@ class Evidence(enum.StrEnum):
 
 From = Annotated[
     Evidence | None,
-    typer.Option("--from", help="Run the model, or guess from its weights.", show_default="activations if it can run"),
+    typer.Option(
+        "--from",
+        help="Run the model, or guess from its weights.",
+        show_default="activations if the model can be run",
+    ),
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens to run, in all.", min=1)]
-Threshold = Annotated[float, typer.Option(help="Magnitude from which a value is an outlier.", min=0.0)]
-Where = Annotated[Device, typer.Option(help="Where the model runs.")]
+Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=1)]
+Threshold = Annotated[float, typer.Option(help="Values of this magnitude or more are outliers.", min=0.0)]
+Where = Annotated[Device, typer.Option(help="Device to run the model on.")]
 Outputs = Annotated[
     list[Path] | None,
-    typer.Option("--output", "-o", help=".html, .png, .svg, or .safetensors for convert. Repeatable.", metavar="FILE"),
+    typer.Option(
+        "--output",
+        "-o",
+        help="Write a report (.html, .png, .svg) or statistics for convert (.safetensors). Repeatable.",
+        metavar="FILE",
+    ),
 ]
 
 
@@ -72,15 +81,15 @@ def inspect_outliers(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the feature dimensions that carry outliers, by layer: the model is run, with one block in memory.
+    """Find the feature dimensions that carry outliers, layer by layer, by running the model.
 
-    Weights are read straight from the checkpoint and each of them once. A run that was interrupted goes on after its
-    last finished block. From the weights alone only suspects can be told.
+    One block is in memory at a time, and each weight is read once, straight from the checkpoint. An interrupted run
+    resumes after its last finished block. From the weights alone, the result is a guess: suspects.
     """
     outputs = tuple(output or ())
     check_outputs(outputs, _SUFFIXES, drawn=_DRAWN)
     if evidence is Evidence.weights and any(path.suffix not in _DRAWN for path in outputs):
-        raise typer.BadParameter("statistics come from activations only", param_hint="'--output'")
+        raise typer.BadParameter("statistics need activations, not --from weights", param_hint="'--output'")
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import inspect_outliers as command
 
@@ -104,7 +113,7 @@ def inspect_outliers(
 
 
 def write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
-    """Write a page, a picture or a statistics file, by the suffix. Raises OutputError."""
+    """Write a page, a picture or a statistics file, depending on the suffix. Raises OutputError."""
     from int8cli.errors import OutputError
     from int8cli.outliers.statistics import OutlierStatistics, save_statistics
     from int8cli.report.outlier_charts import write_picture
@@ -118,7 +127,7 @@ def write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
         save_statistics(found, path)
     else:
         raise OutputError(
-            f"{path} is not written: there are suspects only, and statistics come from activations",
+            f"{path} was not written: statistics need activations, and the model was not run",
             hint="pip install 'int8cli[calibrate]', or leave this output out.",
         )
 

@@ -1,4 +1,4 @@
-"""Options and arguments of the command line that commands share, and the words they may have as values."""
+"""Options and arguments that several commands share, and their allowed values."""
 
 import enum
 from collections.abc import Collection, Iterator, Sequence
@@ -23,7 +23,7 @@ class Device(enum.StrEnum):
 
 
 def complete_path(incomplete: str) -> Iterator[str]:
-    """Directories and checkpoint files that begin with what was typed; a Hub id completes to nothing."""
+    """Directories and checkpoint files that begin with what was typed; Hub ids are not completed."""
     typed = Path(incomplete).expanduser()
     directory, prefix = (typed, "") if incomplete.endswith("/") or not incomplete else (typed.parent, typed.name)
     if not directory.is_dir():
@@ -49,24 +49,20 @@ Revision = Annotated[
 ]
 TextFile = Annotated[
     Path | None,
-    typer.Option(
-        "--text", help="UTF-8 text to run the model over.", show_default="a sample that comes along", metavar="FILE"
-    ),
+    typer.Option("--text", help="UTF-8 text to run the model on.", show_default="a built-in sample", metavar="FILE"),
 ]
-SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Tokens a sequence.", min=2)]
-Seed = Annotated[int, typer.Option("--seed", help="Which pieces of a long text are used.")]
+SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.", min=2)]
+Seed = Annotated[int, typer.Option("--seed", help="Selects the pieces of a long text.")]
 WorkDir = Annotated[
     Path | None,
-    typer.Option(
-        "--work-dir", help="Where the state between blocks is kept while it runs.", show_default="the user's cache"
-    ),
+    typer.Option("--work-dir", help="Directory for the state of an unfinished run.", show_default="the user's cache"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no report; errors still show.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only: no progress, no report.")]
 
 
 def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Collection[str]) -> None:
-    """Refuse what cannot be written before anything is read; files of the suffixes `drawn` need altair."""
+    """Reject outputs that cannot be written, before anything is read. Files with a suffix in `drawn` need altair."""
     for path in paths:
         if path.suffix not in suffixes or path.is_dir():
             raise typer.BadParameter(f"{path} is not a {', '.join(suffixes)} file", param_hint="'--output'")

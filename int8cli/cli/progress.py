@@ -21,7 +21,7 @@ NAME_WIDTH = 26  # with bytes, rate, time and position before it, 80 columns
 
 @contextmanager
 def shown_progress(*, quiet: bool) -> Iterator[Progress]:
-    """The form that fits where stderr goes; bars disappear when the context ends."""
+    """Bars on a terminal, lines elsewhere, nothing with `quiet`. Bars disappear when the context ends."""
     if quiet:
         yield SILENT
     elif not sys.stderr.isatty():
@@ -35,8 +35,8 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress]:
 
 
 @dataclass(slots=True)
-class _Begun:
-    """What is known of a task that was begun."""
+class _Task:
+    """A task under way: the amount of each part, its unit, and what is finished."""
 
     parts: dict[str, int]
     unit: str
@@ -45,14 +45,14 @@ class _Begun:
 
 
 class ProgressLines:
-    """One line for each part that is done, for logs."""
+    """One line for each finished part, for logs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._tasks: dict[str, _Begun] = {}
+        self._tasks: dict[str, _Task] = {}
 
     def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:
-        self._tasks[task] = _Begun(dict(parts), unit, set(finished))
+        self._tasks[task] = _Task(dict(parts), unit, set(finished))
 
     def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
         if amount == 0:
@@ -70,14 +70,14 @@ class ProgressLines:
             line = f"[{len(known.finished)}/{len(known.parts)}] {part}"
         if outcome:
             line += f": {outcome}"
-        else:  # the line itself has to say which task it was
+        else:  # only the task's name says what was done
             line = f"{task} {line}" + (f": {human_bytes(known.parts[part])}" if known.unit == BYTES else "")
         started_s = known.started_s.get(part)
         self.note(line if started_s is None else f"{line} in {time.monotonic() - started_s:.1f} s")
 
 
 class _Amount(bars.ProgressColumn):
-    """Bytes done of all, or the share of the steps."""
+    """Bytes done of the total, or the percentage of steps."""
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -88,7 +88,7 @@ class _Amount(bars.ProgressColumn):
 
 
 class _Rate(bars.ProgressColumn):
-    """Bytes a second; a step takes too long for a rate."""
+    """Bytes per second. Steps take too long for a rate."""
 
     def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True))
@@ -99,7 +99,7 @@ class _Rate(bars.ProgressColumn):
 
 
 class ProgressBars:
-    """A bar for each task under way, with the part at work, and a line for each outcome."""
+    """A bar for each task under way, with its current part, and a line for each outcome."""
 
     def __init__(self) -> None:
         self._console = stderr_console()

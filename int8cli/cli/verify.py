@@ -20,17 +20,22 @@ int8cli verify ./name-int8 --source org/name --json > verification.json
 
 Directory = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="What int8cli convert wrote.", autocompletion=complete_path, show_default=False),
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that int8cli convert wrote.",
+        autocompletion=complete_path,
+        show_default=False,
+    ),
 ]
 SourceModel = Annotated[
     str | None,
-    typer.Option("--source", metavar="MODEL", help="Convert this once more and compare: a Hub id or a directory."),
+    typer.Option("--source", metavar="MODEL", help="Convert this model again and compare: a Hub id or a directory."),
 ]
 SourceRevision = Annotated[
     str | None,
-    typer.Option(help="Of the source on the Hub.", show_default="the one that was converted", metavar="REV"),
+    typer.Option(help="Branch, tag or commit of the source.", show_default="the one that was converted", metavar="REV"),
 ]
-Where = Annotated[Device, typer.Option(help="Where to quantize again.")]
+Where = Annotated[Device, typer.Option(help="Device to quantize on, with --source.")]
 
 
 @shows_errors(hints.VERIFY)
@@ -42,11 +47,11 @@ def verify(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check that a conversion is whole and loads and, with --source, that it is what its source becomes.
+    """Check that a conversion is complete and loads and, with --source, that it matches its source.
 
-    Every byte of every file is held against the digests taken when it was written, and all that speaks of the tensors
-    against the tensors. Where transformers is installed the model is laid out, without weights, to see that each int8
-    tensor lands on a layer that takes it. Exits with 0 only if nothing fails.
+    Compares every byte of every file with the digests taken when it was written, and the index, the records, the report
+    and config.json with the tensors. If transformers is installed, builds the model without weights to check that every
+    int8 tensor has a layer that accepts it. The exit code is 0 only if no check fails.
     """
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import verify as command
@@ -60,8 +65,8 @@ def verify(
             print(json.dumps(verification.to_json(), indent=2))
         elif not quiet:
             show_verification(verification)
-    if not verification.holds:
+    if not verification.passed:
         if quiet and not as_json:
             failed = ", ".join(check.name for check in verification.checks if check.status == "failed")
-            raise OutputError(f"{directory} does not hold: {failed}", hint="Without --quiet, each failure is named.")
+            raise OutputError(f"{directory} failed: {failed}", hint="Run without --quiet to see every failure.")
         raise typer.Exit(EXIT_ERROR)

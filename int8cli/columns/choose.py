@@ -1,7 +1,7 @@
 """The strategies to choose outlier columns that work for a model, the best first.
 
-Owns the rules of `auto`. Torch is imported once it is clear that a way needs it here: of what the weights tell, a
-process that only hands tasks out needs none.
+Owns the rules of `auto`. Imports torch only for a strategy that needs it in this process: with columns from the
+weights, only the workers need torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from int8cli.planning.survey import Survey
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
 
-# What a tokenizer is loaded from; without any of them there is nothing to run a model over.
+# Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
 _TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 )
@@ -27,34 +27,35 @@ def column_strategies(
     source: Source,
     survey: Survey,
     settings: Settings,
-    kept_in: Path,
-    noted: Callable[[str], None],
+    state_directory: Path,
+    note: Callable[[str], None],
 ) -> Iterator[ColumnStrategy]:
-    """The ways that seem passable; one may still prove not to be, with UnsupportedModelError or the like.
+    """The strategies that seem possible. One may still fail, with an error of CANNOT_CALIBRATE.
 
-    `kept_in` is the directory for what has to outlast a killed run. `noted` is told why a better way was left out.
-    Raises TextError, StatisticsMismatchError, CheckpointError for what the user named.
+    `state_directory` is for what a killed run resumes from. `note` gets the reason if a better strategy is impossible.
+    Raises TextError, StatisticsMismatchError and CheckpointError for files that the user named.
     """
     if wanted.nothing(survey):
         yield without_columns(survey, settings)
         return
-    mode = wanted.mode_to_go_on_with
+    mode = wanted.mode_to_resume
     if mode not in MODES:
         yield _from_statistics(wanted, source, survey, settings)
         return
     if mode in (AUTO, FROM_ACTIVATIONS):
         try:
-            way = _from_activations(wanted, source, survey, settings, kept_in)
+            strategy = _from_activations(wanted, source, survey, settings, state_directory)
         except CANNOT_CALIBRATE as error:
             if mode == FROM_ACTIVATIONS:
                 raise
-            noted(f"cannot calibrate ({error}); falling back")
+            fallback = "the weights" if counts_from_weights(survey, wanted.limit) else "no outlier columns"
+            note(f"cannot calibrate ({error}); falling back to {fallback}")
         else:
-            yield way
+            yield strategy
     if mode in (AUTO, FROM_WEIGHTS):
         counts = counts_from_weights(survey, wanted.limit)
         if counts or mode == FROM_WEIGHTS:
-            yield strategy_from_weights(wanted, source, survey, settings, counts, kept_in)
+            yield strategy_from_weights(wanted, source, survey, settings, counts, state_directory)
     if mode == AUTO:
         yield without_columns(survey, settings)
 
@@ -67,13 +68,13 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 
 
 def _from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, kept_in: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
 ) -> ColumnStrategy:
-    """Raises what a calibration would, as far as config.json and file names tell."""
+    """Raises the errors of a calibration that config.json and file names already show."""
     if not _TOKENIZER_FILES & set(source.list_files()):
-        raise CannotRunError("there is no tokenizer beside the weights")
+        raise CannotRunError("the checkpoint has no tokenizer")
     require_transformers()
     start_torch()
     from int8cli.columns.from_activations import strategy_from_activations
 
-    return strategy_from_activations(wanted, source, survey, settings, kept_in)
+    return strategy_from_activations(wanted, source, survey, settings, state_directory)

@@ -1,6 +1,6 @@
-"""Columns by the activations: the model is run first, and each shard is converted as soon as it has been read.
+"""Columns from activations: the model is run, and each shard is converted as soon as the run has read it.
 
-Owns how a calibration and a conversion share the shards of one source, so that each is brought here once.
+Owns how a calibration and a conversion share the shards of one source, so that each shard is fetched once.
 """
 
 import json
@@ -32,9 +32,9 @@ from int8cli.workers.torch_threads import torch_threads
 
 
 def strategy_from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, kept_in: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
 ) -> ColumnStrategy:
-    """By a calibration. Raises what it would, as far as config.json and file names tell, and TextError."""
+    """Choose by a calibration. Raises TextError, and the errors that config.json and file names already show."""
     dtype = _dtype_to_run_in(survey)
     sampling = wanted.sampling
     if wanted.text is not None:
@@ -45,7 +45,7 @@ def strategy_from_activations(
         sampling,
         settings.threshold or CalibrateOptions().threshold,
         wanted.device,
-        kept_in / "blocks",
+        state_directory / "blocks",
         leave_state=True,
         stored_columns=wanted.limit,
     )
@@ -71,7 +71,7 @@ def strategy_from_activations(
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """A calibration to be made. `model_threads`: torch's own threads while the model runs; a conversion has its own."""
+    """A calibration to run. `model_threads`: threads inside torch while the model runs."""
 
     text: Text
     options: CalibrateOptions
@@ -79,21 +79,21 @@ class CalibrationRun:
 
 
 class CalibratedColumns(ColumnSource):
-    """Columns told by running the model; see StatisticsColumns for the choice."""
+    """Columns chosen by running the model; StatisticsColumns makes the choice."""
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
         self._columns = StatisticsColumns(survey, run.options.stored_columns)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
-        """Run the model. Torch has one thread of its own while a shard is given out. Raises as `calibrate`."""
+        """Run the model, and yield each shard to convert with torch at one thread. Raises what `calibrate` raises."""
         run = self._run
         with (
             torch_threads(run.model_threads),
             Calibration.of(self._source, self._survey, run.text, run.options, self._progress) as calibration,
             closing(calibration.run()) as steps,
         ):
-            require_room(calibration.held_bytes)
+            require_room(calibration.peak_shard_bytes)
             for step in steps:
                 if isinstance(step, UnitStatistics):
                     self._columns.learn(step.sites)
@@ -106,7 +106,7 @@ class CalibratedColumns(ColumnSource):
 
 
 def _dtype_to_run_in(survey: Survey) -> torch.dtype:
-    """Raises CannotRunError for a model that cannot be built, or that takes something else than text."""
+    """Raises CannotRunError for a model that cannot be built, or that takes other inputs than text."""
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
@@ -114,5 +114,5 @@ def _dtype_to_run_in(survey: Survey) -> torch.dtype:
         skeleton = build_skeleton(Path(name), specs)
     model = skeleton.model
     if model.main_input_name != "input_ids":
-        raise CannotRunError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
+        raise CannotRunError(f"{type(model).__name__} needs {model.main_input_name}, not text")
     return skeleton.dtype

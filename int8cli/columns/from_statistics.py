@@ -1,6 +1,6 @@
-"""Columns by the statistics of a calibration: the choice, its reasons, and the output error it is expected to leave.
+"""Columns from the statistics of a calibration: the choice, its reasons, and the predicted output error.
 
-Owns what is made of statistics that are there, and whether they are of this model.
+Owns how existing statistics are used, and the check that they belong to this model.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, St
 def strategy_from_statistics(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings
 ) -> ColumnStrategy:
-    """By the file of statistics that the user named. Raises StatisticsMismatchError, CheckpointError."""
+    """Choose by the statistics file that the user named. Raises StatisticsMismatchError, CheckpointError."""
     path = Path(wanted.mode)
     statistics = load_statistics(path)
     require_same_model(statistics, source, survey)
@@ -43,7 +43,7 @@ def strategy_from_statistics(
 
 
 class StatisticsColumns(ColumnSource):
-    """Columns by the sites of a calibration, as many of each linear as `limit`. `learn` adds sites."""
+    """At most `limit` columns of each linear, from the sites of a calibration. `learn` adds sites."""
 
     def __init__(self, survey: Survey, limit: int) -> None:
         self._shards = {contents.file_name: contents for contents in survey.shards}
@@ -55,32 +55,32 @@ class StatisticsColumns(ColumnSource):
         self._linears.update({linear.name: (site, linear) for site in sites for linear in site.linears})
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
-        """Of a linear that the calibration never came to, nothing is stored."""
+        """The columns of the shard's linears. A linear that the calibration never reached gets none."""
         decisions = (self._decisions[stored.spec.name] for stored in self._shards[shard].tensors)
         known = [each for each in decisions if each.quantize and each.module in self._linears]
         return {each.spec.name: stored_columns(*self._linears[each.module], each, self._limit) for each in known}
 
 
 def require_same_model(statistics: OutlierStatistics, source: Source, survey: Survey) -> None:
-    """Raise StatisticsMismatchError unless the statistics are of this very model."""
+    """Raise StatisticsMismatchError unless the statistics were made from this model."""
     was = statistics.provenance
     identity = source.identity
     of = f"{was.model}{f' at {was.revision}' if was.revision else ''}"
-    hint = "Make them of this model."
+    hint = "Make statistics from this model."
     if identity.on_hub and (was.model, was.revision) != (identity.name, identity.revision):
         wanted = f"{identity.name} at {identity.revision}"
-        raise StatisticsMismatchError(f"the statistics are of {of}, and this is {wanted}", hint=hint)
+        raise StatisticsMismatchError(f"the statistics were made from {of}, not from {wanted}", hint=hint)
     if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.shards):
-        raise StatisticsMismatchError(f"the statistics are of {of}, whose shards are not those here", hint=hint)
+        raise StatisticsMismatchError(f"the statistics were made from {of}, not from this model", hint=hint)
     shapes = {decision.module: sorted(decision.spec.shape) for decision in survey.plan.quantized}
     for site in statistics.sites:
         for linear in site.linears:
             if shapes.get(linear.name, shape := sorted((linear.out_features, linear.in_features))) != shape:
-                raise StatisticsMismatchError(f"the statistics have another shape for {linear.name}", hint=hint)
+                raise StatisticsMismatchError(f"the statistics have a different shape for {linear.name}", hint=hint)
 
 
 def stored_columns(site: SiteStatistics, linear: LinearStatistics, decision: Decision, limit: int) -> StoredColumns:
-    """The columns of one linear that are worth storing, and the output error that is predicted with them."""
+    """The columns of one linear that are worth storing, and the output error predicted with them stored."""
     indices = choose_columns(site.inputs, linear.weight_error, limit)
     share = site.inputs.mean_square.double() * linear.weight_error.double()  # (in,)
     share /= share.sum().clamp_min(1e-300)
@@ -94,7 +94,7 @@ def stored_columns(site: SiteStatistics, linear: LinearStatistics, decision: Dec
 
 
 def at_most(decision: Decision, limit: int) -> int:
-    """How many columns a linear gets: it may have fewer."""
+    """How many columns a linear gets: `limit`, or all of a narrower one."""
     in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
     return min(limit, in_features)
 
@@ -109,6 +109,6 @@ def _predicted(site: SiteStatistics, linear: LinearStatistics, indices: tuple[in
         linear.output_mean_square,
         mean_squared_rowmax=min(site.inputs.mean_squared_rowmax, largest_left**2),
         weight_sum_squares=linear.weight_sum_squares,
-        kept=indices,
+        exact=indices,
     )
     return RelativeOutputError(site.predicted_error(linear, int8_inputs=True), with_stored)

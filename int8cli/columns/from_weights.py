@@ -1,8 +1,8 @@
-"""Columns by the weights alone: the suspects of the layers seen so far, for want of activations.
+"""Columns from the weights alone: the suspects in the shards read so far, for models that cannot be run.
 
-Owns the one pass over each shard that looks at norms and at what is written into the residual stream, before the shard
-is converted, and the state on disk by which a later run knows what was in shards that have gone. What needs torch is a
-task for where torch is.
+Owns the pass over each shard, before it is converted, that reads the norms and the weights that write into the residual
+stream, and the state on disk from which a later run knows the shards that were already removed. Work that needs torch
+is a task for a process that has torch.
 """
 
 import pickle
@@ -16,7 +16,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RunTask
-from int8cli.errors import SavedStateError, WeightsTellNothingError
+from int8cli.errors import NoSuspectsError, SavedStateError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
@@ -26,41 +26,46 @@ from int8cli.workers.processes import OnBytes
 
 
 def strategy_from_weights(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, counts: dict[str, int], kept_in: Path
+    wanted: ColumnsWanted,
+    source: Source,
+    survey: Survey,
+    settings: Settings,
+    counts: dict[str, int],
+    state_directory: Path,
 ) -> ColumnStrategy:
-    """`counts` as `counts_from_weights` has them. Raises WeightsTellNothingError where there are none."""
+    """`counts` are those of `counts_from_weights`. Raises NoSuspectsError if there are none."""
     if not counts:
-        raise WeightsTellNothingError(
-            "no linear layers that a norm feeds are recognised by their names, so the weights tell nothing",
-            hint="Running the model may tell.",
+        raise NoSuspectsError(
+            "cannot find outlier columns from the weights: no linear layer after a norm is recognised by its name",
+            hint="Run the model instead.",
         )
     return ColumnStrategy(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit),
-        lambda progress: SuspectColumns(source, survey, wanted.limit, kept_in / "suspects"),
+        lambda progress: SuspectColumns(source, survey, wanted.limit, state_directory / "suspects"),
     )
 
 
 def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:
-    """How many columns each tensor gets: those of linears that a norm feeds; the weights say nothing of the others."""
+    """How many columns each tensor gets. Only linears after a norm get any; the weights say nothing about others."""
     stream = ResidualStream.of(survey)
     return {each.spec.name: min(limit, stream.width) for each in survey.plan.quantized if stream.feeds(each)}
 
 
 class SuspectColumns(ColumnSource):
-    """The most suspect dimensions of the residual stream, by all shards up to the one asked for.
+    """The most suspect dimensions of the residual stream, from all shards up to the requested one.
 
-    `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
-    the one asked for, of which nothing can be read there, is fetched to be looked at again.
+    `state_directory` has the figures of each scanned shard; the caller removes it after the conversion. An earlier
+    shard without readable figures is fetched and scanned again.
     """
 
-    def __init__(self, source: Source, survey: Survey, limit: int, kept_in: Path) -> None:
+    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: Path) -> None:
         self._source, self._survey, self._limit = source, survey, limit
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
         self._places = {contents.file_name: place for place, contents in enumerate(survey.shards)}
         self._seen = 0  # shards, from the first on, whose figures are there
-        self._figures = _Figures(kept_in, pickle.dumps(self._stream), _new_key())
+        self._figures = _Figures(state_directory, pickle.dumps(self._stream), _new_key())
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Only what the shards before it hold counts, whatever else has been seen: a run that resumes chooses alike."""
@@ -84,7 +89,7 @@ class SuspectColumns(ColumnSource):
     def _look(self, place: int, local: LocalFile, run: RunTask) -> None:
         """Whatever is saved of it: that may be of a copy whose digest proved to be wrong."""
         contents = self._survey.shards[place]
-        run(partial(_look_at, self._stream.within(contents), contents, local, self._figures.path(place)))
+        run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures.path(place)))
 
     def _look_again(self, place: int, run: RunTask) -> None:
         """At a shard that an earlier run has converted, unless what that one saw can be read."""
@@ -136,14 +141,14 @@ def _new_key() -> str:
     return uuid4().hex
 
 
-# Tasks: what they import lies where torch is, and comes with it.
+# Tasks: they run in a process that has torch, and import it there.
 
 
-def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+def _scan_one(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
     from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    save_figures(scan.look_at(contents, local), path)
+    save_figures(scan.scan(contents, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

@@ -1,7 +1,7 @@
-"""What a user asks for of outlier columns, and what a strategy to choose them is.
+"""Which outlier columns the user wants, and what a strategy to choose them is.
 
-Owns the words, and the way that stores nothing. Needs no torch, which a conversion without stored columns, whose
-workers have it, can then do without.
+Owns the names of the modes, and the strategy that stores nothing. Needs no torch: a conversion without stored columns
+needs it only in its workers.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,17 @@ from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, S
 
 AUTO = "auto"
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
-# Input columns of each linear that are stored exactly, at most: 1.5 % more bytes of SmolLM2-135M (576 wide), fewer of
-# wider models. With 4, 8 and 10 of them, and zero-point inputs, it was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
-# without any 0.0208; 0.0235 by bitsandbytes' own LLM.int8().
+# The most input columns to store for each linear. They add 1.5 % to the bytes of SmolLM2-135M (576 wide), less to wider
+# models. With 4, 8 and 10 columns, and zero-point inputs, the model was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
+# without any 0.0208; 0.0235 with the LLM.int8() of bitsandbytes.
 DEFAULT_OUTLIER_COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnsWanted:
-    """What the user asked for: one of MODES, or a file of statistics; how many columns of each linear at most.
+    """What the user wants: one of MODES or a statistics file, and the most columns for each linear.
 
-    `text` None means the sample that comes along. `known` are the settings of a conversion that is to be gone on with.
+    `text` None means the built-in sample. `known` are the settings of an unfinished conversion to resume.
     """
 
     mode: str
@@ -38,26 +38,26 @@ class ColumnsWanted:
     known: Settings | None = None
 
     @property
-    def mode_to_go_on_with(self) -> str:
-        """The mode, or for AUTO the one that was gone before."""
+    def mode_to_resume(self) -> str:
+        """The mode, or for AUTO the one that the unfinished conversion used."""
         known = self.known.outliers if self.known is not None and self.mode == AUTO else None
         return known if known in MODES else self.mode
 
     def nothing(self, survey: Survey) -> bool:
         """Whether there is nothing to choose."""
-        return not self.limit or self.mode_to_go_on_with == NO_OUTLIERS or not survey.plan.quantized
+        return not self.limit or self.mode_to_resume == NO_OUTLIERS or not survey.plan.quantized
 
 
 @dataclass(frozen=True, slots=True)
 class ColumnStrategy:
-    """One way to know the columns: the survey and settings that it makes, and the source of columns once it is gone."""
+    """One way to choose the columns: its survey and settings, and a function that makes its source of columns."""
 
     survey: Survey
     settings: Settings
     columns: Callable[[Progress], ColumnSource]
-    arithmetic_s: Callable[[], float] = lambda: 0.0  # what knowing them takes, told by a product timed here
+    arithmetic_s: Callable[[], float] = lambda: 0.0  # time to choose them, from a matrix product timed on this machine
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
-    """Nothing is stored: there is nothing to know."""
+    """The strategy that stores no columns."""
     return ColumnStrategy(survey, settings, lambda progress: NoColumns())

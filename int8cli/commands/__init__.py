@@ -1,5 +1,5 @@
-"""What each command does, as one function: put together from the rooms below, and exported from `int8cli`.
+"""One library function for each command, exported from `int8cli`.
 
-Owns the choices that no part can make alone: workers and threads, where files go, which way to know the outlier
+Owns the choices that involve several packages: workers and threads, where files go, which strategy chooses the outlier
 columns. Prints nothing, names no flag, knows no exit code.
 """

@@ -1,4 +1,4 @@
-"""Whether options make sense, before anything is read: each fault is an OptionError that names the option."""
+"""Checks options before anything is read. Each invalid value raises an OptionError that names the option."""
 
 import math
 import os
@@ -21,8 +21,8 @@ from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.store import FROM_ACTIVATIONS
 from int8cli.workers.torch_start import start_torch
 
-# The least that a count may be, by option; of what is None, nothing is asked.
-_LEAST = {
+# The smallest value of each count, by option. None is always allowed.
+_SMALLEST = {
     "batch": 1,
     "context": 1,
     "outlier_columns": 0,
@@ -57,7 +57,7 @@ def check_inspect(options: InspectOptions) -> None:
 def check_verify(options: VerifyOptions) -> None:
     _check_counts(options)
     if options.revision is not None and options.source is None:
-        raise OptionError("it is the revision of a source, and none is given", option="revision")
+        raise OptionError("a revision of the source is given, but no source", option="revision")
 
 
 def check_evaluate(options: EvaluateOptions) -> None:
@@ -65,7 +65,7 @@ def check_evaluate(options: EvaluateOptions) -> None:
 
 
 def check_device(device: DeviceName) -> None:
-    """Raises OptionError for a device that is not there. Imports torch to look for a GPU."""
+    """Raises OptionError for a device that this machine does not have. Imports torch to look for a GPU."""
     _check_choice("device", device, get_args(DeviceName))
     if device == "cpu":
         return
@@ -73,35 +73,35 @@ def check_device(device: DeviceName) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise OptionError("this machine has no CUDA device that torch can use", option="device")
+        raise OptionError("torch finds no CUDA device on this machine", option="device")
 
 
 def _check_counts(options: object) -> None:
-    for name, least in _LEAST.items():
+    for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
-        if value is not None and value < least:
-            raise OptionError(f"{value} is less than {least}", option=name)
+        if value is not None and value < smallest:
+            raise OptionError(f"{value} is less than {smallest}", option=name)
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
     if value not in choices:
-        raise OptionError(f"{value!r} is none of {', '.join(choices)}{_meant(value, choices)}", option=option)
+        raise OptionError(f"{value!r} is not one of {', '.join(choices)}{_suggestion(value, choices)}", option=option)
 
 
 def _check_threshold(threshold: float) -> None:
     if not (math.isfinite(threshold) and threshold >= 0.0):
-        raise OptionError("a threshold is a finite number, 0 or more", option="threshold")
+        raise OptionError("the threshold must be a finite number, 0 or more", option="threshold")
 
 
 def _check_outliers(value: str, text: Path | None) -> None:
     looks_like_a_file = os.path.isfile(value) or Path(value).suffix or len(Path(value).parts) > 1
     if value not in MODES and not looks_like_a_file:
-        message = f"{value!r} is none of {', '.join(MODES)}, and no file{_meant(value, MODES)}"
+        message = f"{value!r} is not one of {', '.join(MODES)} and not a file{_suggestion(value, MODES)}"
         raise OptionError(message, option="outliers")
     if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
-        raise OptionError(f"no text is read where outlier columns come from {value!r}", option="text")
+        raise OptionError(f"a text has no effect if outlier columns come from {value!r}", option="text")
 
 
-def _meant(value: str, choices: Collection[str]) -> str:
+def _suggestion(value: str, choices: Collection[str]) -> str:
     near = get_close_matches(value, choices, n=1)
     return f"; did you mean {near[0]}?" if near else ""

@@ -1,6 +1,6 @@
-"""Convert a checkpoint, or plan that.
+"""Convert a checkpoint, or plan the conversion.
 
-Owns how a conversion is put together, and which way to know its outlier columns is taken when the first cannot be.
+Owns how a conversion is set up, and which strategy chooses the outlier columns if the first one fails.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ _DEFAULTS = ConvertOptions()
 
 @dataclass(frozen=True, slots=True)
 class ConversionResult:
-    """A finished conversion: the directory that was written, and the report that lies in it."""
+    """A finished conversion: the directory that was written, and the report in it."""
 
     output: Path
     report: ConversionReport
@@ -46,7 +46,7 @@ class ConversionResult:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """What a conversion would do: `survey` has the plan by tensor and all sizes, `settings` what decides the bytes."""
+    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes."""
 
     output: Path
     survey: Survey
@@ -64,11 +64,12 @@ def convert(
 ) -> ConversionResult:
     """Convert a checkpoint to LLM.int8(), shard by shard.
 
-    `model` is a Hub id, a directory, or one checkpoint file; `output` the directory to write, by default `<name>-int8`
-    in the current one. The same call after an interruption resumes: finished shards are not converted again.
+    `model` is a Hub id, a directory, or one checkpoint file. `output` is the directory to write, by default
+    `<name>-int8` in the current directory. After an interruption, the same call resumes: finished shards are not
+    converted again.
 
-    Raises OptionError for options that make no sense, and other children of Int8cliError for what the model, the
-    network or the disk does not allow. Whatever is raised, no file stands half-written under a final name.
+    Raises OptionError for invalid options, and other children of Int8cliError if the model, the network or the disk is
+    at fault. Whatever is raised, no file is left half-written under its final name.
     """
     check_convert(options)
     output = Path(output) if output is not None else default_output(str(model))
@@ -85,9 +86,9 @@ def plan_conversion(
     *,
     progress: Progress = SILENT,
 ) -> ConversionPlan:
-    """What `convert` would do with the same arguments: the plan by tensor, sizes to the byte, and what it needs.
+    """What `convert` would do with the same arguments: the plan by tensor, exact sizes, and the requirements.
 
-    Fetches headers only and writes nothing. Raises as `convert` does before its first byte.
+    Fetches headers only and writes nothing. Raises what `convert` raises before it writes its first byte.
     """
     check_convert(options)
     output = Path(output) if output is not None else default_output(str(model))
@@ -96,7 +97,7 @@ def plan_conversion(
 
 
 def settings_of(options: ConvertOptions) -> Settings:
-    """What of the options decides the bytes of the output; the strategy for the outlier columns adds its part."""
+    """The options that determine the bytes of the output. The strategy for the outlier columns adds its part."""
     patterns = tuple(options.skip), tuple(options.only)
     return Settings(options.layout, options.threshold, *patterns, options.float32, figures=options.figures)
 
@@ -133,7 +134,7 @@ def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsW
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A conversion that is ready to be planned or run. `state` is where what has to outlast a killed run is saved."""
+    """A conversion that is ready to be planned or run. `state` is the directory for what a killed run resumes from."""
 
     source: Source
     survey: Survey
@@ -152,21 +153,21 @@ class _Job:
         return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs)
 
     def convert(self) -> ConversionReport:
-        """By the best strategy that turns out to work for this model."""
+        """Convert with the first strategy that works for this model."""
         if self.run.workers == 1:
             start_torch()
         strategies = self._strategies()
         strategy = next(strategies)
         while True:
             if self.wanted.mode != NO_OUTLIERS:
-                self.progress.note(_described(strategy))
+                self.progress.note(self._described(strategy))
             try:
                 return self._convert_by(strategy)
             except CANNOT_CALIBRATE as error:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                self.progress.note(f"cannot calibrate ({error}); falling back")
+                self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
                 strategy = following
 
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
@@ -176,21 +177,24 @@ class _Job:
         )
 
     def _strategies(self) -> Iterator[ColumnStrategy]:
-        """The ways to know the columns, the best first."""
+        """The strategies to choose the columns, the best first."""
         return column_strategies(self.wanted, self.source, self.survey, self.settings, self.state, self.progress.note)
 
+    def _described(self, strategy: ColumnStrategy) -> str:
+        """What chooses the outlier columns, and what that costs, in a line."""
+        settings = strategy.settings
+        if settings.outliers == NO_OUTLIERS:
+            return "Storing no outlier columns."
+        if settings.outliers == FROM_ACTIVATIONS:
+            tokens = f"{self.wanted.sampling.tokens:,} {'sample tokens' if self.wanted.text is None else 'tokens'}"
+            chosen = f"by running the model on {tokens} (about {human_seconds(strategy.arithmetic_s())} of arithmetic)"
+        elif settings.outliers == FROM_STATISTICS:
+            chosen = "from the statistics file"
+        else:
+            chosen = "from the weights alone, without running the model"
+        size = human_bytes(strategy.survey.sidecar_bytes)
+        return f"Choosing outlier columns {chosen}. Up to {settings.outlier_columns} per layer, +{size}."
 
-def _described(strategy: ColumnStrategy) -> str:
-    """Where the outlier columns come from and what that costs, in a line."""
-    settings, survey = strategy.settings, strategy.survey
-    if settings.outliers == NO_OUTLIERS:
-        return "outlier columns: none are stored"
-    if settings.outliers == FROM_ACTIVATIONS:
-        takes = human_seconds(strategy.arithmetic_s())
-        chosen = f"from the activations, {settings.calibration}; about {takes} of arithmetic"
-    elif settings.outliers == FROM_STATISTICS:
-        chosen = "by the statistics given"
-    else:
-        chosen = "suspects only, by the weights alone"
-    size = f"{human_bytes(survey.sidecar_bytes)} beside {human_bytes(survey.output_bytes)}"
-    return f"outlier columns: {chosen}; up to {settings.outlier_columns} of each linear, {size}"
+
+def _fallback(strategy: ColumnStrategy) -> str:
+    return "no outlier columns" if strategy.settings.outliers == NO_OUTLIERS else "the weights"

@@ -1,4 +1,4 @@
-"""Estimate what a model needs, and which cards hold it, before anything of it is downloaded."""
+"""Estimate the memory a model needs and the cards it fits on, before any weights are downloaded."""
 
 from pathlib import Path
 
@@ -24,10 +24,10 @@ _DEFAULTS = EstimateOptions()
 def estimate_memory(
     model: str | Path, options: EstimateOptions = _DEFAULTS, *, progress: Progress = SILENT
 ) -> MemoryReport:
-    """Estimate a model's weights by precision, KV cache and workspace, what a conversion takes, and the cards needed.
+    """Estimate a model's weights by precision, KV cache and workspace, what a conversion needs, and the cards needed.
 
-    Reads config.json and the headers of the files alone. `model` is a Hub id, a directory, or one checkpoint file.
-    Raises UnknownCardError for cards that are not known, and the errors of a bad checkpoint.
+    Reads only config.json and file headers. `model` is a Hub id, a directory, or one checkpoint file. Raises
+    UnknownCardError for unknown cards, and the errors of a bad checkpoint.
     """
     check_estimate(options)
     cards = tuple(card for text in options.gpu for card in parse_cards(text))

@@ -1,4 +1,4 @@
-"""Compare int8 methods on a model, by its predictions and by the error of its layers."""
+"""Compare int8 methods on a model: its predictions, and the errors of its layers."""
 
 import os
 from collections.abc import Iterator
@@ -29,17 +29,17 @@ from int8cli.progress import SILENT, Progress
 from int8cli.results.evaluation import Evaluation
 from int8cli.workers.torch_start import torch_threads_restored
 
-_MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are used again: half the CPU time, 80 MB more than 1 MiB
+_MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are reused: half the CPU time, 80 MB more than with 1 MiB
 _DEFAULTS = EvaluateOptions()
 
 
 @system_errors()
 def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Evaluation:
-    """Run a model by each method, all in one pass over its weights with one block in memory, and compare.
+    """Run a model with each method and compare. All methods share one pass over the weights, one block in memory.
 
-    `model` is a Hub id, a directory, or one checkpoint file, in 16 or 32 bit or as `convert` wrote it; of the latter
-    its own int8 tensors are evaluated. Stored columns are chosen by a calibration on another text, one pass more. The
-    same call after an interruption resumes after the last finished block. Raises UnknownMethodError, TextError,
+    `model` is a Hub id, a directory, or one checkpoint file, in 16 or 32 bit or written by `convert`; for a converted
+    model, its own int8 tensors are evaluated. A calibration on another text, one more pass, chooses the stored columns.
+    After an interruption, the same call resumes after the last finished block. Raises UnknownMethodError, TextError,
     StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the errors of a bad checkpoint.
     """
     check_evaluate(options)
@@ -52,7 +52,7 @@ def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progres
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What was asked for. `work` is the directory for state."""
+    """What to evaluate and how. `work` is the directory for state."""
 
     methods: tuple[Method, ...]
     options: EvaluateOptions
@@ -64,9 +64,9 @@ class _Job:
 def _sources(
     model: str, options: EvaluateOptions, work: Path, progress: Progress
 ) -> Iterator[tuple[Source, Source | None]]:
-    """The model and the one it was made from, if that is given.
+    """The model, and the model it was made from if that is given.
 
-    The revision is that of the Hub's model; beside a converted one in a directory, of the source.
+    `options.revision` belongs to the source if `model` is a local conversion, otherwise to the model.
     """
     of_source = options.source is not None and os.path.exists(os.path.expanduser(model))
     revision = None if of_source else options.revision
@@ -93,12 +93,14 @@ def _evaluate(source: Source, reference: Source | None, job: _Job) -> Evaluation
         text = Text.decode(HELD_OUT_NAME, held_out_text())
     subject = find_subject(source, reference)
     columns = _columns(subject, text, job)
-    run = EvaluationRun(job.methods, sampling, subject.threshold, options.device, kept_in=job.work / "evaluation")
+    run = EvaluationRun(
+        job.methods, sampling, subject.threshold, options.device, state_directory=job.work / "evaluation"
+    )
     return run_methods(subject, text, columns, run, job.progress)
 
 
 def _columns(subject: Subject, evaluated: Text, job: _Job) -> ChosenColumns | None:
-    """The columns that a 16-bit model would store, if a method needs them: by statistics, or by a calibration."""
+    """The columns to store for a 16-bit model, if a method needs them: from statistics or from a calibration."""
     options = job.options
     if subject.converted is not None or not applicable(subject, job.methods).needs_columns:
         return None
@@ -108,8 +110,8 @@ def _columns(subject: Subject, evaluated: Text, job: _Job) -> ChosenColumns | No
         statistics = load_statistics(options.outliers)
         require_same_model(statistics, subject.runs, subject.survey)
         if statistics.provenance.text_sha256 == evaluated.sha256:
-            job.progress.note("warning: the statistics were made on the text that is evaluated")
+            job.progress.note("warning: the statistics were made from the same text that is evaluated")
         return columns_from(statistics, limit)
-    how = CalibrateOptions(device=options.device, kept_in=job.work / "blocks")
+    how = CalibrateOptions(device=options.device, state_directory=job.work / "blocks")
     sample = Text.decode(SAMPLE_NAME, sample_text())
     return calibrated_columns(subject, sample, evaluated, limit, how, job.progress)

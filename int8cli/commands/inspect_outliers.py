@@ -28,12 +28,12 @@ _DEFAULTS = InspectOptions()
 def inspect_outliers(
     model: str | Path, options: InspectOptions = _DEFAULTS, *, progress: Progress = SILENT
 ) -> OutlierStatistics | WeightSuspects:
-    """Find outliers by running a model over text, one block of it in memory; or suspects, from its weights alone.
+    """Find outliers by running a model on text, one block in memory at a time, or suspects from its weights alone.
 
-    `model` is a Hub id, a directory, or one checkpoint file. The same call after an interruption resumes after the last
-    finished block. Suspects are the answer where `evidence` asks for them, or where it is left open and the model
-    cannot be run. Raises MissingExtraError and UnsupportedModelError for a model that cannot be run but has to be,
-    NotEnoughMemoryError where a block does not fit, TextError, and the errors of a bad checkpoint.
+    `model` is a Hub id, a directory, or one checkpoint file. After an interruption, the same call resumes after the
+    last finished block. The result is suspects if `evidence` is "weights", or if it is None and the model cannot be
+    run. Raises MissingExtraError and UnsupportedModelError if `evidence` is "activations" and the model cannot be run,
+    NotEnoughMemoryError if a block does not fit, TextError, and the errors of a bad checkpoint.
     """
     check_inspect(options)
     check_device(options.device)
@@ -51,7 +51,7 @@ def inspect_outliers(
             except (MissingExtraError, UnsupportedModelError) as error:
                 if options.evidence == "activations":
                     raise
-                progress.note(f"cannot calibrate ({error}); falling back to suspects from the weights")
+                progress.note(f"cannot calibrate ({error}); falling back to the weights")
         return find_suspects(source, survey)
 
 

@@ -1,6 +1,6 @@
-"""The options of each command, with the defaults that the command line has. Needs nothing but the standard library.
+"""The options of each command, with the defaults of the command line. Needs only the standard library.
 
-A field is named as the command's option is, with _ for -.
+A field has the name of the command-line option, with _ for -.
 """
 
 from dataclasses import dataclass
@@ -16,22 +16,22 @@ class ConvertOptions:
     """How to convert.
 
     - `revision`: branch, tag or commit of a model on the Hub; None is its main branch.
-    - `layout`: for which loaders to write.
-    - `threshold`: llm_int8_threshold for the loader: inputs from here on go through 16 bit.
-    - `skip`, `only`: globs on module names, to leave modules alone and to quantize no others.
-    - `float32`: float32 weights as they are, or through float16 as bitsandbytes does.
+    - `layout`: which loaders can open the output.
+    - `threshold`: llm_int8_threshold for the loader: inputs of this magnitude or more are multiplied in 16 bit.
+    - `skip`, `only`: globs on module names. Modules that match `skip`, or do not match `only`, are not quantized.
+    - `float32`: quantize float32 weights directly, or from float16 as bitsandbytes does.
     - `on_nonfinite`: a weight with NaN or an infinity stops the conversion, or stays in its source dtype.
     - `outliers`: how the columns to store exactly are chosen: "auto", "activations", "weights", "none", or the path of
-      statistics that `inspect_outliers` found.
-    - `outlier_columns`: how many of each linear layer are stored at most; None is the number measured to be best.
-    - `text`: UTF-8 text to run the model over, None the sample that comes along; `tokens` of it in all, in sequences of
-      `sequence_length`, chosen by `seed`.
-    - `workers`: processes, one shard each; None goes by cores and shards. `threads`: of each process; None shares the
-      cores out.
+      a statistics file of `inspect_outliers`.
+    - `outlier_columns`: the most columns to store for each linear layer; None is the measured optimum, 8.
+    - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
+      `sequence_length`; `seed` selects the pieces of a long text.
+    - `workers`: processes, each converts one shard at a time; None chooses from cores and shards. `threads`: per
+      process; None divides the cores.
     - `device`: where to quantize.
     - `figures`: measure the error of every layer.
-    - `keep_source`: keep downloaded shards, in the Hub cache.
-    - `overwrite`: start anew over an earlier conversion.
+    - `keep_source`: keep downloaded shards in the Hub cache.
+    - `overwrite`: replace an earlier conversion.
     """
 
     revision: str | None = None
@@ -57,13 +57,13 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True)
 class EstimateOptions:
-    """How the model is to be used.
+    """How the model will be used.
 
     - `revision`: branch, tag or commit of a model on the Hub; None is its main branch.
-    - `context`: tokens in each sequence; None is the model's own length, up to 8192. `batch`: sequences at once.
+    - `context`: tokens in each sequence; None is the model's maximum, up to 8192. `batch`: sequences at once.
     - `kv_dtype`: dtype of the KV cache.
-    - `gpu`: cards that may hold it: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB").
-    - `layout`: that of the conversion.
+    - `gpu`: cards to check: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB").
+    - `layout`: output layout of the conversion.
     """
 
     revision: str | None = None
@@ -78,13 +78,13 @@ class EstimateOptions:
 class InspectOptions:
     """How to look for outliers.
 
-    - `evidence`: run the model ("activations"), or guess from its weights; None runs it if it can be run.
+    - `evidence`: run the model ("activations"), or guess from its weights; None runs it if possible.
     - `revision`: branch, tag or commit of a model on the Hub; None is its main branch.
-    - `text`: UTF-8 text to run the model over, None the sample that comes along; `tokens` of it in all, in sequences of
-      `sequence_length`, chosen by `seed`.
-    - `threshold`: the magnitude from which a value is an outlier.
+    - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
+      `sequence_length`; `seed` selects the pieces of a long text.
+    - `threshold`: values of this magnitude or more are outliers.
     - `device`: where the model runs.
-    - `work_dir`: where the state between blocks is saved while it runs; None is the user's cache.
+    - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     """
 
     evidence: Literal["activations", "weights"] | None = None
@@ -102,10 +102,10 @@ class InspectOptions:
 class VerifyOptions:
     """What to verify against.
 
-    - `source`: convert this model once more and compare; None checks the output alone.
-    - `revision`: of the source on the Hub; None is the one that was converted.
-    - `device`: where to quantize again.
-    - `threads`: that read and convert; None goes by the cores.
+    - `source`: convert this model again and compare; None checks only the output.
+    - `revision`: branch, tag or commit of the source on the Hub; None is the one that was converted.
+    - `device`: where to quantize, with a `source`.
+    - `threads`: how many read and convert; None chooses from the cores.
     """
 
     source: str | Path | None = None
@@ -118,15 +118,15 @@ class VerifyOptions:
 class EvaluateOptions:
     """What to evaluate, and on what.
 
-    - `text`: UTF-8 text to run the model over, None the sample that comes along; `tokens` of it in all, in sequences of
-      `sequence_length`, chosen by `seed`.
-    - `methods`: by name; none are those of the default table, "all" stands for every one.
-    - `outlier_columns`: how many each layer stores at most; None is what `convert` stores.
-    - `outliers`: statistics to choose them by; None calibrates on another sample.
-    - `source`: beside a converted model, the 16- or 32-bit one that it was made from.
-    - `revision`: of the model on the Hub; beside a converted one in a directory, of the source.
+    - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
+      `sequence_length`; `seed` selects the pieces of a long text.
+    - `methods`: their names; empty means the main methods, "all" means every one.
+    - `outlier_columns`: the most columns to store for each linear layer; None is the default of `convert`.
+    - `outliers`: statistics file that chooses the columns; None calibrates on another text.
+    - `source`: for a converted model, the 16- or 32-bit model it was made from.
+    - `revision`: of the model on the Hub or, if the model is a local conversion, of its source.
     - `device`: where the model runs.
-    - `work_dir`: where the state between blocks is saved while it runs; None is the user's cache.
+    - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     """
 
     text: Path | None = None

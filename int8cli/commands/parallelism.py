@@ -13,7 +13,7 @@ from int8cli.planning.survey import Survey
 from int8cli.records.store import FROM_WEIGHTS, NO_OUTLIERS
 from int8cli.workers.processes import start_server
 
-# With more, a disk sets the pace; with less to do, the processes' start.
+# With more workers, the disk is the limit. With fewer bytes, starting the processes costs more than it saves.
 MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
 
@@ -24,9 +24,9 @@ def usable_cores() -> int:
 
 
 def choose_workers(survey: Survey, device: DeviceName) -> int:
-    """A process for every core, since threads of one get in each other's way; one where the network sets the pace.
+    """One process per core, since threads of one process slow each other down; one process if the network is the limit.
 
-    One for a GPU, too: its threads wait more than they compute, and each process would take memory of it.
+    A GPU gets one process too: its threads wait more than they compute, and every process would use GPU memory.
     """
     if device == "cuda" or survey.identity.on_hub:
         return 1
@@ -34,23 +34,23 @@ def choose_workers(survey: Survey, device: DeviceName) -> int:
 
 
 def choose_threads(workers: int, device: DeviceName) -> int:
-    """Of each process. A GPU gets them all however few the cores: one reads, one waits for the GPU, one writes."""
+    """Threads per process. A GPU gets all of them on any number of cores: one reads, one waits for it, one writes."""
     if device == "cuda":
         return THREADS_FOR_A_SHARD
     return max(1, min(THREADS_FOR_A_SHARD, usable_cores() // workers))
 
 
 def start_workers_early(model: str, output: Path, options: ConvertOptions) -> None:
-    """Have torch imported for workers while this process reads headers, if some are foreseen.
+    """Import torch for the workers while this process reads headers, if workers are expected.
 
-    Where they are not, it happens when they are needed; a server that was started in vain ends with this process.
+    Otherwise torch is imported when workers start. A server that nobody uses ends with this process.
     """
     if options.device != "cpu":
         return
     if str(options.outliers) not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
-        return  # a calibration may do the work itself, and has torch imported here
+        return  # a calibration may convert in this process, and imports torch here
     directory = Path(model).expanduser()
-    with suppress(OSError):  # whoever needs what cannot be read will say so
+    with suppress(OSError):  # the code that needs an unreadable file reports it
         files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
         size_bytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
         foreseen = options.workers or _workers_over(len(files), size_bytes)

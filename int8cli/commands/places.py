@@ -1,4 +1,4 @@
-"""Where a command puts what nobody named a place for."""
+"""Default directories for outputs and saved state."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Verify a conversion: complete, loadable and, with a source, what its source becomes."""
+"""Verify a conversion: it is complete, it loads and, with a source, it matches the source."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +24,11 @@ _DEFAULTS = VerifyOptions()
 
 @system_errors()
 def verify(directory: str | Path, options: VerifyOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Verification:
-    """Check that a directory which `convert` wrote is complete and loads; `holds` of the result is the verdict.
+    """Check that a directory written by `convert` is complete and loads. `passed` of the result is the verdict.
 
-    Every byte of every file is compared with the digests taken when it was written. With a `source`, its shards are
-    fetched one at a time, converted once more and compared. Raises OutputError for a directory without a finished
-    conversion, and what opening the source raises; a check that fails is part of the result.
+    Compares every byte of every file with the digests taken when it was written. With a `source`, fetches its shards
+    one at a time, converts them again and compares. Raises OutputError for a directory without a finished conversion,
+    and what opening the source raises. A check that fails is part of the result.
     """
     check_verify(options)
     check_device(options.device)
@@ -43,9 +43,9 @@ def verify(directory: str | Path, options: VerifyOptions = _DEFAULTS, *, progres
 def _source(
     directory: Path, conversion: Conversion, options: VerifyOptions, progress: Progress
 ) -> Iterator[Source | None]:
-    """The source to compare with, if one is asked for: on the Hub at the revision that was converted.
+    """The source to compare with, if there is one; by default at the revision that was converted.
 
-    Its shards land where those of convert do, one at a time, and are removed afterwards.
+    Its shards are downloaded to the same directory as in a conversion, one at a time, and removed afterwards.
     """
     if options.source is None:
         yield None

@@ -1,4 +1,4 @@
-"""What is said of a conversion while it runs. Needs no torch."""
+"""The messages about a running conversion. Needs no torch."""
 
 from collections.abc import Collection
 
@@ -35,5 +35,5 @@ def shard_outcome(record: ShardRecord) -> str:
         worst = worst_first(record.layers)[0].sums
         outcome += f", worst error {worst.relative_frobenius_error:.4f}" if worst is not None else ""
     if record.kept:
-        outcome += f", {len(record.kept)} kept for non-finite values"
+        outcome += f", {len(record.kept)} not quantized because of NaN or infinity"
     return outcome

@@ -1,7 +1,7 @@
-"""Converting a checkpoint: all of its shards, and what speaks of the whole.
+"""Converts a checkpoint: all of its shards, then the files that describe the whole.
 
 Owns the order of the work and what makes it resumable: a shard that stands under its name is recorded, and only then is
-its source let go. Prints nothing; a Progress is told.
+its source let go. Prints nothing; reports to a Progress.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from int8cli.progress import Progress
 from int8cli.records.manifest import MANIFEST_FILE
 from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardSource
 from int8cli.results.conversion import ConversionReport
+from int8cli.results.units import human_bytes
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
 
@@ -40,7 +41,7 @@ from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 class ConversionRun:
     """How to convert, besides the settings that decide the result.
 
-    `workers` processes convert side by side, each with `threads` threads. `overwrite` starts anew in a directory that
+    `workers` processes convert side by side, each with `threads` threads. `overwrite` starts over in a directory that
     holds an earlier conversion.
     """
 
@@ -65,11 +66,12 @@ def convert(
 
     `columns` tells what to store in sidecars, where the survey has any. `render_card` makes the output's README.md
     from the report. Raises Int8cliError; whatever is raised, no file stands half-written under a final name, and the
-    same call goes on from there.
+    same call resumes from there.
     """
     if settings.only and not survey.plan.quantized:
         raise NothingToQuantizeError(
-            "the patterns leave nothing to quantize", hint="The plan lists the modules, and why each is left alone."
+            "no module that could be quantized matches the patterns",
+            hint="The plan lists the modules with the reason for each.",
         )
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
@@ -151,17 +153,17 @@ def _executor(options: ConversionRun, shards: int, lock: int, progress: Progress
 
 
 def _require_room(
-    source: Source, survey: Survey, output: Path, remaining: list[ShardSource], held_bytes: int | None = None
+    source: Source, survey: Survey, output: Path, remaining: list[ShardSource], peak_shard_bytes: int | None = None
 ) -> None:
-    """Stop before the first byte if what is still to be written does not fit beside the shards in flight.
+    """Raises DiskSpaceError, before the first byte, if the remaining output and the shards in flight do not fit.
 
-    `held_bytes`: what those take, where it is not the usual two.
+    `peak_shard_bytes`: the size of the shards in flight, if more than the usual two.
     """
-    for room in room_needed(source, survey, [shard.file for shard in remaining], output, held_bytes):
+    for room in room_needed(source, survey, [shard.file for shard in remaining], output, peak_shard_bytes):
         if room.needed_bytes > room.free_bytes:
             raise DiskSpaceError(
-                f"{room.directory}: {room.needed_bytes:,} bytes are needed, {room.free_bytes:,} are free",
-                hint="Make room, or choose a directory on another disk.",
+                f"{room.directory} needs {human_bytes(room.needed_bytes)}, {human_bytes(room.free_bytes)} free",
+                hint="Free some space, or choose a directory on another disk.",
             )
 
 

@@ -1,4 +1,4 @@
-"""What speaks of a whole conversion: report, model card, index, digests and config.json.
+"""The files that describe a whole conversion: report, model card, index, digests and config.json.
 
 Owns what these files say and the order in which they appear. config.json comes last: no loader opens a directory that
 has none.

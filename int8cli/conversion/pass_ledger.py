@@ -44,7 +44,7 @@ class PassLedger:
         self._non_finite: dict[str, NonFiniteValue] = {}
 
     def add(self, block: BlockBytes) -> None:
-        """Take down what a block yielded. Raises NonFiniteError, unless such weights are kept."""
+        """Record the result of a block. Raises NonFiniteError unless non-finite weights stay in their dtype."""
         if block.non_finite is not None:
             if not self._keep_non_finite:
                 raise _non_finite_error(self._contents.file_name, block.name, block.non_finite)
@@ -75,5 +75,5 @@ class PassLedger:
 def _non_finite_error(file_name: str, tensor: str, place: NonFiniteValue) -> NonFiniteError:
     return NonFiniteError(
         f"{file_name}: {tensor} holds {place}",
-        hint="The checkpoint is damaged there. Such tensors can be left in their source dtype.",
+        hint="The checkpoint is damaged there. Such a tensor can stay in its source dtype.",
     )

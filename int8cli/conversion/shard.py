@@ -57,7 +57,7 @@ def _attempt(task: ShardTask, shard: OpenShard, on_bytes: OnBytes) -> PassResult
         result = shard.run_pass(task.planned, task.options, writers, on_bytes)
         require_published(task.source.file, shard.local, result.source_sha256)
         if not result.non_finite:
-            # The shard itself last: where it stands, so does its sidecar.
+            # The shard itself last: if it exists, its sidecar does too.
             for file, writer in reversed(list(zip(files, writers, strict=True))):
                 writer.commit(task.directory / file.file_name)
             abandoned.pop_all()

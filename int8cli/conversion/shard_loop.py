@@ -111,10 +111,10 @@ class ShardLoop:
             self._fetch_again(shard.task)
 
     def _fetch_again(self, task: ShardTask) -> None:
-        """Start at once: what this shard tells of the columns to store is for the shards after it."""
+        """Start at once: the columns found in this shard are for the shards after it."""
         self._fetched_again.add(task.source.file)
         self._source.discard(task.source.file)
-        self._progress.note(f"{task.source.file}: not what the Hub published; fetching it once more")
+        self._progress.note(f"{task.source.file}: differs from what the Hub published; downloading it again")
         self._progress.advance(TASK, task.source.file, -task.tensor_bytes)
         self._start(task)
 

@@ -138,7 +138,7 @@ def parse_cards(text: str) -> tuple[Card, ...]:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text)
     count = int(match[1] or 1) if match else 0
     if match is None or not 1 <= count <= MOST_CARDS:
-        raise UnknownCardError(f"{text!r} names no cards", hint="For example: 'RTX 3090', 8x24GiB.")
+        raise UnknownCardError(f"{text!r} does not name a card", hint="For example: 'RTX 3090', 8x24GiB.")
     return (_parse_card(match[2]),) * count
 
 
@@ -194,7 +194,7 @@ def _parse_card(text: str) -> Card:
     if re.fullmatch(r"\d+(\.\d+)?\s*g?", text, re.IGNORECASE) and len(re.sub(r"\D", "", text)) < 4:
         number = text.rstrip("gG ")
         raise UnknownCardError(
-            f"{text!r} has no unit", hint=f"Say {number}GiB (2^30 bytes) or {number}GB (10^9 bytes)."
+            f"{text!r} has no unit", hint=f"Write {number}GiB (2^30 bytes) or {number}GB (10^9 bytes)."
         )
     found = [card for card in CARDS if _key(text) == _key(card.name)]
     found = found or [card for card in CARDS if re.fullmatch(re.escape(_key(text)) + r"\d+gb", _key(card.name))]
@@ -202,11 +202,11 @@ def _parse_card(text: str) -> Card:
         return found[0]
     if found:
         which = ", ".join(card.name for card in found)
-        raise UnknownCardError(f"{text!r} could be {which}", hint="Say which, or give its memory: 24GiB.")
+        raise UnknownCardError(f"{text!r} could mean {which}", hint="Name one of them, or give the memory: 24GiB.")
     close = difflib.get_close_matches(_key(text), {_key(card.name): card for card in CARDS}, n=1, cutoff=0.7)
     near = next((card.name for card in CARDS if close and _key(card.name) == close[0]), "")
     hint = f"Is it {near}? " if near else ""
-    raise UnknownCardError(f"no card called {text!r} is known here", hint=f"{hint}Its memory will do: 24GiB.")
+    raise UnknownCardError(f"unknown card: {text!r}", hint=f"{hint}Or give its memory, as in 24GiB.")
 
 
 def _key(name: str) -> str:

@@ -13,7 +13,7 @@ from int8cli.checkpoint.source import Source
 from int8cli.estimate.cards import Load
 from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
-from int8cli.estimate.weights import Weights, buffers_of, names_not_held, weights_of
+from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.planning.survey import Survey, beside_bytes, room_needed
 
@@ -64,7 +64,7 @@ class Estimate:
     parts: tuple[Part, ...]
     cache: KvCache
     conversion: ConversionNeeds
-    not_held: frozenset[str]
+    not_in_memory: frozenset[str]
 
     @property
     def weights(self) -> Weights:
@@ -126,13 +126,13 @@ class Estimate:
 def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: int) -> Estimate:
     """Add up what a survey tells. `output` says on which disk a conversion would write."""
     decisions = survey.plan.decisions
-    not_held = names_not_held(decisions, survey.config)
-    not_held |= _aliases(survey, not_held)
+    not_in_memory = names_not_in_memory(decisions, survey.config)
+    not_in_memory |= _aliases(survey, not_in_memory)
     units, parts = [], dict[str, Weights]()
     for unit in units_of(decisions):
         weights = Weights()
         for decision in unit.decisions:
-            size = weights_of(decision, held=decision.spec.name not in not_held)
+            size = weights_of(decision, in_memory=decision.spec.name not in not_in_memory)
             weights += size
             part = part_of(decision, unit)
             parts[part] = parts.get(part, Weights()) + size
@@ -143,7 +143,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
         tuple(Part(name, parts[name]) for name in PARTS if name in parts),
         read_kv_cache(survey.config),
         _conversion(source, survey, output, threads),
-        not_held,
+        not_in_memory,
     )
 
 
@@ -172,14 +172,14 @@ def _float16_workspace(out_features: int, in_features: int, tokens: int) -> int:
     return 2 * tokens * out_features
 
 
-def _aliases(survey: Survey, not_held: frozenset[str]) -> frozenset[str]:
-    """All held names but the first of tensors that lie on the same bytes of a `.bin`."""
+def _aliases(survey: Survey, not_in_memory: frozenset[str]) -> frozenset[str]:
+    """All names in memory but the first of tensors that share the same bytes of a `.bin`."""
     found: set[str] = set()
     for contents in survey.shards:
         seen: set[tuple[int, int]] = set()
         for stored in contents.tensors if contents.mappable else ():
             place = (stored.offset_bytes, stored.spec.nbytes)
-            if stored.spec.name in not_held or not stored.spec.nbytes:
+            if stored.spec.name in not_in_memory or not stored.spec.nbytes:
                 continue
             if place in seen:
                 found.add(stored.spec.name)

@@ -111,28 +111,28 @@ class KvCache:
 def read_kv_cache(config: Mapping[str, Any]) -> KvCache:
     """What config.json tells of the cache."""
     if not config:
-        return KvCache(None, "there is no config.json to tell it from")
+        return KvCache(None, "there is no config.json")
     model = language_model(config)
     try:
         return _read(model, config)
     except MissingFieldError as error:
         return KvCache(None, str(error), _own_context(model.fields))
     except (TypeError, ValueError):  # a field of a type that no such config has
-        return KvCache(None, "config.json is not what its model type's are", _own_context(model.fields))
+        return KvCache(None, "config.json does not fit its model type", _own_context(model.fields))
 
 
 def _read(model: LanguageModel, config: Mapping[str, Any]) -> KvCache:
     fields = model.fields
     context = _own_context(fields)
     if fields.model_type in _ENCODERS and not fields.has("is_decoder"):
-        return KvCache((), "an encoder reads its input at once and keeps no cache", context)
+        return KvCache((), "an encoder reads its input at once and needs no cache", context)
     if fields.model_type in _CACHELESS:
         return KvCache((), f"{fields.model_type} has no cache in transformers", context)
     if "image_size" in fields.config and "vocab_size" not in fields.config:
-        return KvCache((), "an image model keeps no cache", context)
+        return KvCache((), "an image model needs no cache", context)
     for model_type in (fields.model_type, str(config.get("model_type"))):
         if model_type in _UNTOLD:
-            raise MissingFieldError(f"the cache of {model_type} is not known here")
+            raise MissingFieldError(f"the cache of {model_type} is unknown to int8cli")
     cross = model.cross_attends or fields.model_type in _CROSS_ATTENDING
     refuse_foreign(fields, frozenset(_STATES) | _LATENT)
     layers = tuple(_layer(kind, fields, cross=cross) for kind in layer_kinds(fields, decoder=cross))
@@ -199,7 +199,7 @@ def _state(fields: Fields) -> tuple[int, int]:
     """Elements of a layer's state: in the cache's dtype (the convolution's), and in float32 (the recurrence's)."""
     sizes = _STATES.get(fields.model_type)
     if sizes is None:
-        raise MissingFieldError(f"the state of {fields.model_type or 'this model'}'s layers is not known here")
+        raise MissingFieldError(f"the state of {fields.model_type or 'this model'}'s layers is unknown to int8cli")
     return sizes(fields)
 
 
@@ -267,5 +267,5 @@ def _name(layer: LayerCache, fields: Fields) -> str:
     if layer.cross_elements:
         return f"{layer.kind} with cross-attention"
     if fields.has("kv_lora_rank") and layer.token_elements:
-        return "latent attention, kept compressed"
+        return "latent attention, stored compressed"
     return layer.kind if layer.window is None else f"{layer.kind} ({layer.window + 1:,} tokens)"

@@ -42,7 +42,7 @@ _WORDS = {
 _FOREIGN = re.compile(
     r"mamba|ssm|(^|_)conv|rwkv|recurren|linear_(?!bias)|state_size|lora_rank|retention|hyena|_mem(_|$)"
 )
-_UNTOLD = (
+_UNSUPPORTED = (
     *("global_head_dim", "num_global_key_value_heads", "attn_type_list", "block_configs", "compress_ratios"),
     *("index_topk", "index_head_dim", "attention_window_size", "kv_sharing_modes"),
 )
@@ -60,32 +60,30 @@ KindOfLayer = Callable[[Fields, int], str]  # by the config and the layer's inde
 
 
 def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
-    """What each layer keeps, first to last. Raises MissingFieldError where the config is not understood."""
-    for name in _UNTOLD:
+    """The cache kind of each layer, first to last. Raises MissingFieldError if the config is not understood."""
+    for name in _UNSUPPORTED:
         if fields.has(name):
-            raise MissingFieldError(f"a cache with {name} is not known here")
-    kinds = _told(fields)
+            raise MissingFieldError(f"a cache with {name} is unknown to int8cli")
+    kinds = _stated_kinds(fields)
     if kinds is None:
         count = fields.number(*(DECODER_LAYERS if decoder else LAYERS))
         if count > _MOST_LAYERS:
-            raise MissingFieldError(f"{count:,} layers are more than any model has")
+            raise MissingFieldError(f"{count:,} layers are implausibly many")
         kind = _kind_by_family(fields.model_type)
         kinds = tuple(kind(fields, layer) for layer in range(count))
     return _without_shared(kinds, fields)
 
 
-def refuse_foreign(fields: Fields, told: frozenset[str]) -> None:
-    """Raise MissingFieldError for a model type that is not `told` and whose config shows more than attention."""
-    if fields.model_type in told:
+def refuse_foreign(fields: Fields, known: frozenset[str]) -> None:
+    """Raise MissingFieldError for a model type that is not `known` and whose config shows more than attention."""
+    if fields.model_type in known:
         return
     for name, value in fields.config.items():
         if value and not isinstance(value, str) and _FOREIGN.search(name):
-            raise MissingFieldError(
-                f"{name} tells of a cache that is not known for {fields.model_type or 'this model'}"
-            )
+            raise MissingFieldError(f"{name} implies a cache that is unknown for {fields.model_type or 'this model'}")
 
 
-def _told(fields: Fields) -> Kinds | None:
+def _stated_kinds(fields: Fields) -> Kinds | None:
     """The kinds that the config lists, layer by layer."""
     words = fields.words("layer_types") or fields.words("layers_block_type")
     pattern = fields.config.get("hybrid_override_pattern")
@@ -95,7 +93,7 @@ def _told(fields: Fields) -> Kinds | None:
         return None
     for word in words:
         if word not in _WORDS:
-            raise MissingFieldError(f"layers of the type {word!r} are not known here")
+            raise MissingFieldError(f"layers of the type {word!r} are unknown to int8cli")
     return tuple(_WORDS[word] for word in words)
 
 
@@ -116,7 +114,7 @@ def _always(kind: str) -> KindOfLayer:
     return lambda fields, layer: kind
 
 
-def _not_said(fields: Fields, layer: int) -> str:
+def _needs_layer_types(fields: Fields, layer: int) -> str:
     raise MissingFieldError("config.json does not list its layer_types")
 
 
@@ -188,9 +186,9 @@ _FAMILIES: tuple[tuple[str, KindOfLayer], ...] = (
     ("bamba", _bamba),
     ("lfm2", _lfm2),
     ("lfm2_moe", _lfm2),
-    ("granitemoehybrid", _not_said),
-    ("zamba2", _not_said),
-    ("nemotron_h", _not_said),
+    ("granitemoehybrid", _needs_layer_types),
+    ("zamba2", _needs_layer_types),
+    ("nemotron_h", _needs_layer_types),
     ("gemma2", _alternating),
     ("gpt_oss", _alternating),
     ("vaultgemma", _alternating),

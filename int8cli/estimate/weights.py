@@ -1,6 +1,6 @@
 """What a checkpoint's tensors take in memory once a loader has them, at each precision.
 
-Owns what loading changes: weights that two names share are held once, leftovers of older versions are not held, some
+Owns what loading changes: weights that two names share count once, leftovers of older versions do not count, some
 weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Weights are those of
 every version of transformers; tables are an upper bound, since versions make more or fewer of them.
 """
@@ -64,27 +64,27 @@ class Weights:
         return sums
 
 
-def weights_of(decision: Decision, *, held: bool) -> Weights:
-    """The sizes of one tensor; one that is not `held` counts on disk alone."""
+def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
+    """The sizes of one tensor; one that is not `in_memory` counts only on disk."""
     spec = decision.spec
-    if not held:
+    if not in_memory:
         return Weights(stored_bytes=spec.nbytes)
     if spec.dtype not in _FLOATS:
         return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
     float32_bytes = 4 * spec.numel
     always_float32 = decision.float32 == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
     float16_bytes = float32_bytes if always_float32 or decision.float32 is not None else 2 * spec.numel
-    held_float32 = always_float32 or (decision.float32 is not None and spec.dtype == "F16")
+    float32_in_memory = always_float32 or (decision.float32 is not None and spec.dtype == "F16")
     written = {made.dtype: made.nbytes for made in output_specs(decision)}
     if not decision.quantize:
-        rest_bytes = float32_bytes if held_float32 else sum(written.values())
+        rest_bytes = float32_bytes if float32_in_memory else sum(written.values())
         return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
-    # The third tensor, weight_format, is read on loading and not held.
+    # The third tensor, weight_format, is read on loading and then dropped.
     return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
 
 
-def names_not_held(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors of the file that memory does not hold: second names of a shared weight, and leftovers."""
+def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
+    """The tensors that are in the file but not in memory: second names of a shared weight, and leftovers."""
     specs = {decision.spec.name: decision.spec for decision in decisions}
     embeddings = {decision.spec.shape for decision in decisions if decision.reason == names.EMBEDDING}
     found = {name for name, spec in specs.items() if _is_leftover(spec)}

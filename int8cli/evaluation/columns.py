@@ -4,7 +4,7 @@ Owns how a calibration becomes columns. The text it ran on should not be the one
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from int8cli.errors import TextError
 from int8cli.evaluation.subject import Subject
@@ -18,10 +18,11 @@ from int8cli.results.evaluation import StoredColumnsSummary
 
 @dataclass(frozen=True, slots=True)
 class ChosenColumns:
-    """By linear layer, the columns to keep exact, sorted; and where they come from."""
+    """The sorted columns to store for each linear layer, and how they were chosen: `calibrated` in this run, or not."""
 
     by_layer: Mapping[str, tuple[int, ...]]
     provenance: StoredColumnsSummary
+    calibrated: bool = False
 
 
 def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
@@ -39,15 +40,16 @@ def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
 def calibrated_columns(
     subject: Subject, text: Text, evaluated: Text, limit: int, options: CalibrateOptions, progress: Progress
 ) -> ChosenColumns:
-    """Calibrate a 16-bit subject and choose: a pass over its weights of its own.
+    """Calibrate a 16-bit subject, in a separate pass over its weights, and choose its columns.
 
-    Raises TextError where that would be on the text that is evaluated, and what a calibration raises.
+    Raises TextError if the calibration text is the text to evaluate on, and the errors of a calibration.
     """
     if text.sha256 == evaluated.sha256:
         raise TextError(
-            f"{text.name} is what stored columns are calibrated on, and cannot be evaluated on",
-            hint="Choose another text, or give statistics that were made on another one.",
+            f"{text.name} is the text that chooses the stored columns, so it cannot be used for evaluation",
+            hint="Choose another text, or give statistics made from another text.",
         )
     assert subject.survey is not None
-    progress.note("calibrating for stored columns: a pass over the weights of its own")
-    return columns_from(calibrate(subject.runs, subject.survey, text, options, progress), limit)
+    progress.note("Step 1 of 2: choosing exact columns")
+    statistics = calibrate(subject.runs, subject.survey, text, options, progress)
+    return replace(columns_from(statistics, limit), calibrated=True)

@@ -1,7 +1,7 @@
 """Evaluation of a model: all methods in one pass over its weights, with one block of it in memory.
 
 Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: a
-Progress is told.
+Progress is reported.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from int8cli.evaluation.weights import LayerWeights
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
-from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
+from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
@@ -40,6 +40,7 @@ from int8cli.results.evaluation import (
     MethodResult,
     StoredColumnsSummary,
 )
+from int8cli.results.units import human_bytes
 from int8cli.runtime.converted import ConvertedTensors
 
 TASK = "evaluate"
@@ -88,21 +89,21 @@ class _Run:
         self._order, self._dtype = [unit.name for unit in skeleton.units], str(skeleton.dtype)
         model = skeleton.model
         if model.main_input_name != "input_ids":
-            raise CannotRunError(f"{type(model).__name__} takes {model.main_input_name}, and there is only text")
+            raise CannotRunError(f"{type(model).__name__} needs {model.main_input_name}, not text")
         sequences = sequences_of(text, directory, model.config, options.sampling)
         self._length = sequences[0]["input_ids"].numel()
         self._passages = passages_of(model, sequences)
         self._predicts = self._passages[0].targets is not None
         if not self._predicts and not subject.has_reference:
             raise ReferenceModelError(
-                f"{type(model).__name__} predicts no text, and without 16-bit weights there is no other measure",
-                hint="Give the model it was made from too: output errors are then measured.",
+                f"{type(model).__name__} predicts no text, and measuring output errors needs 16-bit weights",
+                hint="Also give the model it was made from.",
             )
         # Without predictions nothing that a method does to a layer has to be followed to the next one.
         run_by = self._wanted.methods if self._predicts else self._wanted.methods[:1]
         measured = min(len(sequences), max(1, options.error_tokens // self._length))
         self._trajectories = Trajectories(run_by, len(sequences), measured)
-        self._saved = KeptStates(options.kept_in, self._identity()) if options.kept_in else None
+        self._saved = SavedStates(options.state_directory, self._identity()) if options.state_directory else None
 
     def run(self) -> Evaluation:
         for _ in resumed_or_started_over(self._units, self._saved, self._progress):
@@ -142,28 +143,31 @@ class _Run:
         return build_skeleton(self._directory, self._subject.specs)
 
     def _start(self, skeleton: Skeleton) -> None:
-        """Tell what is going to be done. Raises NotEnoughMemoryError where a block does not fit."""
+        """Announce the work. Raises NotEnoughMemoryError if a block does not fit."""
         blocks = [unit for unit in skeleton.units if unit.is_block]
         largest = max((unit.weight_bytes for unit in blocks), default=0)
         needed = int(largest * (1 + _FORMS))
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
             raise NotEnoughMemoryError(
-                f"one block takes {largest:,} bytes, with its int8 forms {needed:,}, and {available:,} are free",
+                f"one block with its int8 forms needs {human_bytes(needed)}, {human_bytes(available)} free",
                 hint="Free some memory, or run this on a machine with more.",
             )
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
         if self._predicts:
             keys = ", ".join(method.key for method in self._trajectories.methods)
-            self._progress.note(f"evaluating in one pass over the weights: {keys}")
+            after_calibration = self._columns is not None and self._columns.calibrated
+            step = "Step 2 of 2: evaluating" if after_calibration else "evaluating"
+            self._progress.note(f"{step} {methods} methods in one pass over the weights: {keys}")
         else:
-            self._progress.note("this model predicts no next token: measuring output errors only")
+            self._progress.note("this model predicts no next token: measuring only output errors")
         begin_blocks(
             self._progress,
             TASK,
             {unit.name: unit.weight_bytes for unit in blocks},
             steps=self._trajectories.count,
-            tokens=tokens * methods,
+            tokens=tokens,
+            methods=methods,
             finished=self._saved.finished if self._saved else (),
         )
 
@@ -176,7 +180,7 @@ class _Run:
             tensors,
             device=self._options.device,
             to_head=not self._predicts,
-            kept=self._saved,
+            saved=self._saved,
             on_result=take if self._predicts else _dropped,
         )
 
@@ -280,7 +284,9 @@ class _Run:
             return None
         if converted is None:
             return self._columns.provenance if self._columns else None
-        return StoredColumnsSummary(None, "", "", 0, sum(converted.kept_columns) / max(1, len(converted.modules)))
+        return StoredColumnsSummary(
+            None, "", "", 0, sum(converted.exact_column_counts) / max(1, len(converted.modules))
+        )
 
 
 def _match(tensors: CheckpointTensors, skeleton: Skeleton) -> None:

@@ -17,7 +17,7 @@ from int8cli.llm_int8.baselines import (
 )
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.runtime.converted import Int8Data, KeptColumns
+from int8cli.runtime.converted import ExactColumns, Int8Data
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -26,7 +26,7 @@ class Layer:
     """One linear layer's weight (out, in) for all methods.
 
     `weight` is in 16 bit, None where there is int8 alone. `stored` is what a converted model holds for it; without it
-    the weight is quantized as convert does. `kept` are the stored outlier columns, if there are any.
+    the weight is quantized as convert does. `exact_columns` are the stored outlier columns, if any.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Layer:
         weight: Tensor | None,
         *,
         stored: Int8Data | None = None,
-        kept: KeptColumns | None = None,
+        exact_columns: ExactColumns | None = None,
         threshold: float,
     ) -> None:
-        self.name, self.threshold, self.kept = name, threshold, kept
+        self.name, self.threshold, self.exact_columns = name, threshold, exact_columns
         self._weight, self._stored = weight, stored
         self._matrix: tuple[InputScheme, Span, Int8Matrix] | None = None
         self._restored: Tensor | None = None
@@ -57,7 +57,7 @@ class Layer:
         return self._stored
 
     def matrix(self, scheme: InputScheme, span: Span) -> Int8Matrix:
-        """int8 for the methods of one product; of several such forms only the last is kept."""
+        """int8 for the methods of one product; of several such forms only the last stays in memory."""
         if scheme == "absmax" and span == "row":
             return Int8Matrix(self.rows.data, self.rows.row_absmax / INT8_MAX)
         if self._matrix is None or self._matrix[:2] != (scheme, span):
@@ -75,8 +75,9 @@ class Layer:
         if columns is not None:
             return Int8Weight.of(self.rows.data, self.rows.row_absmax, columns, self.weight[:, columns])
         if self._with_columns is None:
-            kept = (self.kept.columns, self.kept.weight) if self.kept is not None else (None, None)
-            self._with_columns = Int8Weight.of(self.rows.data, self.rows.row_absmax, *kept)
+            found = self.exact_columns
+            columns_and_weight = (found.columns, found.weight) if found is not None else (None, None)
+            self._with_columns = Int8Weight.of(self.rows.data, self.rows.row_absmax, *columns_and_weight)
         return self._with_columns
 
     def forget(self) -> None:

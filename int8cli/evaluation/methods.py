@@ -122,7 +122,7 @@ def chosen_methods(keys: Iterable[str]) -> tuple[Method, ...]:
         return METHODS
     for key in wanted:
         if key not in _BY_KEY:
-            raise UnknownMethodError(f"there is no method {key!r}", hint=_nearest(key))
+            raise UnknownMethodError(f"unknown method {key!r}", hint=_nearest(key))
     return tuple(method for method in METHODS if method.key in wanted)
 
 

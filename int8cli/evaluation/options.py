@@ -16,10 +16,10 @@ ERROR_TOKENS = 1024  # the layers' errors settle long before: they are means ove
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRun:
-    """`methods` are those to compare; what cannot be computed for the subject is left out, with a note.
+    """`methods` are those to compare. Those that cannot be computed for the subject are left out, with a note.
 
-    `error_tokens`: on how many tokens the layers' errors are measured, in whole sequences and at least one. `kept_in`:
-    the directory for the state between blocks, removed at the end; None keeps it all in memory.
+    `error_tokens`: on how many tokens the layers' errors are measured, in whole sequences and at least one.
+    `state_directory`: for the state between blocks, removed at the end; None keeps all state in memory.
     """
 
     methods: tuple[Method, ...] = tuple(method for method in METHODS if method.by_default)
@@ -27,7 +27,7 @@ class EvaluationRun:
     threshold: float = THRESHOLD
     device: str = "cpu"
     error_tokens: int = ERROR_TOKENS
-    kept_in: Path | None = None
+    state_directory: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +49,15 @@ def applicable(subject: Subject, methods: Sequence[Method]) -> Applicable:
     if not subject.has_reference:
         without = [method.label for method in left if method.needs_weight]
         left = [method for method in left if not method.needs_weight]
-        notes.append("without the 16-bit model perplexities stand alone and output errors are not known")
+        notes.append("without the 16-bit model, perplexities cannot be compared and output errors are unknown")
         if without:
-            notes.append(f"not computed, since they need 16-bit weights: {'; '.join(without)}")
+            notes.append(f"left out because they need 16-bit weights: {'; '.join(without)}")
     if subject.converted is not None and not subject.has_columns and any(method.needs_columns for method in left):
         left = [method for method in left if not method.needs_columns]
-        notes.append("no stored columns: this conversion was made without them")
+        notes.append("no stored columns: this conversion has none")
     if not left and not (subject.has_reference and methods):
         raise UnsupportedModelError(
-            f"none of these methods can be computed for {subject.source.identity.name}", hint=". ".join(notes)
+            f"none of these methods works for {subject.source.identity.name}", hint=". ".join(notes)
         )
     reference = [method for method in METHODS if method.key == REFERENCE and subject.has_reference]
     return Applicable((*reference, *left), tuple(notes))

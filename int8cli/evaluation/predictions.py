@@ -103,13 +103,13 @@ class Scorer:
             self._reference, self._reference_of = logits, passage
         if self._reference is None or self._reference_of != passage:
             raise UnsupportedModelError(
-                "this model's logits come in another order than its sequences, and all of them would not fit in memory"
+                "this model returns logits in another order than its sequences, and all of them do not fit in memory"
             )
         figures = _compare(logits, targets, self._reference if method else None)
         if method == 0 and not math.isfinite(figures.nats):
             raise NonFiniteError(
-                "the 16-bit model's own predictions hold NaN or infinity",
-                hint="It overflows on this text, or a weight is damaged: int8cli inspect-outliers says where.",
+                "the predictions of the 16-bit model contain NaN or infinity",
+                hint="It overflows on this text, or a weight is damaged. int8cli inspect-outliers shows where.",
             )
         self._figures[passage, method] = figures
 

@@ -74,8 +74,8 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
     if converted is None:
         if reference is not None:
             raise ReferenceModelError(
-                f"{source.identity.name} is no converted model, so there is nothing to compare with another one",
-                hint="Leave the other one out: the model is evaluated against itself in 16 bit.",
+                f"{source.identity.name} is not a converted model, so there is nothing to compare with a source",
+                hint="Leave the source out: methods are compared with this model in 16 bit.",
             )
         survey = survey_source(source, PlanOptions())
         return _with_floats(source, source, survey, _planned(survey), None)
@@ -113,7 +113,7 @@ def _planned(survey: Survey) -> frozenset[str]:
     found = frozenset(name.removesuffix(_WEIGHT) for name in names if name.endswith(_WEIGHT))
     if not found:
         raise NothingToQuantizeError(
-            f"{survey.identity.name} has no linear layer that becomes int8", hint="The plan of a conversion says why."
+            f"{survey.identity.name} has no linear layer to quantize", hint="A conversion plan shows the reasons."
         )
     return found
 
@@ -125,7 +125,7 @@ def _require_same(source: Source, survey: Survey, converted: Converted) -> None:
         shape = converted.specs[name].shape
         if name not in specs or specs[name].shape not in (shape, shape[::-1]):
             raise ReferenceModelError(
-                f"{survey.identity.name} is not what {source.identity.name} was made from: "
-                f"{name} {'is not in it' if name not in specs else 'has another shape'}",
+                f"{survey.identity.name} is not the source of {source.identity.name}: "
+                f"{name} {'is missing' if name not in specs else 'has a different shape'}",
                 hint="Give the 16- or 32-bit model that was converted.",
             )

@@ -101,14 +101,14 @@ class UnitEvaluation:
             product = self._method.product
             if product is None or not inputs.numel():
                 if self._measuring and self._meters:
-                    self._meters[name].take(self._kept(inputs), layer.weight)
+                    self._meters[name].take(self._copied(inputs), layer.weight)
                 return original(inputs)
             output = product(layer, inputs.reshape(-1, inputs.shape[-1]), bias)
             return output.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
 
         return forward
 
-    def _kept(self, inputs: Tensor) -> Tensor:
+    def _copied(self, inputs: Tensor) -> Tensor:
         """A copy of a layer's input as (tokens, in); layers that share an input share the copy."""
         if self._last is None or self._last[0] is not inputs:
             self._last = (inputs, inputs.reshape(-1, inputs.shape[-1]).clone())

@@ -12,7 +12,7 @@ from int8cli.evaluation.layers import Layer
 from int8cli.evaluation.subject import Subject
 from int8cli.model.sites import weight_of
 from int8cli.model.stream import LoadedUnit
-from int8cli.runtime.converted import ConvertedTensors, Int8Data, KeptColumns
+from int8cli.runtime.converted import ConvertedTensors, ExactColumns, Int8Data
 
 
 class LayerWeights:
@@ -44,15 +44,16 @@ class LayerWeights:
         low, high = weight.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise NonFiniteError(
-                f"{name}: its weight holds NaN or infinity", hint="The checkpoint is damaged there: get the file again."
+                f"{name}: its weight contains NaN or infinity",
+                hint="The checkpoint is damaged there: download the file again.",
             )
-        stored = kept = None
+        stored = exact_columns = None
         if self._int8 is not None:
-            found, beside = self._int8.int8(name), self._int8.kept(name)
+            found, beside = self._int8.int8(name), self._int8.exact_columns(name)
             stored = Int8Data(found.data.to(weight.device), found.row_absmax.to(weight.device))
-            kept = beside and KeptColumns(beside.columns.to(weight.device), beside.weight.to(weight.device))
+            exact_columns = beside and ExactColumns(beside.columns.to(weight.device), beside.weight.to(weight.device))
         elif self._columns is not None:
             columns = torch.tensor(self._columns.by_layer.get(name, ()), dtype=torch.int64, device=weight.device)
-            kept = KeptColumns(columns, weight[:, columns])
+            exact_columns = ExactColumns(columns, weight[:, columns])
         exact = weight if self._subject.has_reference else None
-        return Layer(name, exact, stored=stored, kept=kept, threshold=self._threshold)
+        return Layer(name, exact, stored=stored, exact_columns=exact_columns, threshold=self._threshold)

@@ -49,7 +49,7 @@ def predicted_output_error(
     *,
     mean_squared_rowmax: float = 0.0,
     weight_sum_squares: float = 0.0,
-    kept: Sequence[int] = (),
+    exact: Sequence[int] = (),
 ) -> float:
     """Relative error of a linear's output, ||error|| / ||X Wᵀ||, expected when W is int8.
 
@@ -57,14 +57,14 @@ def predicted_output_error(
 
     mean_square E[x_j²] and column_error ||dW_:j||² are (in,); `output_mean_square` is the mean over positions of the
     squared length of the output without its bias. The second term is the rounding of the inputs, one scale a token:
-    leave the keyword arguments out for inputs in 16 bit. Columns in `kept` are exact and add nothing to the first.
+    leave the keyword arguments out for inputs in 16 bit. Columns in `exact` are exact and add nothing to the first.
     0 where the output is 0.
     """
     if output_mean_square <= 0.0:
         return 0.0
     parts = mean_square.double() * column_error.double()  # (in,)
-    if len(kept):
-        parts[torch.as_tensor(list(kept), dtype=torch.long)] = 0.0
+    if len(exact):
+        parts[torch.as_tensor(list(exact), dtype=torch.long)] = 0.0
     inputs = mean_squared_rowmax * _ROUNDING_VARIANCE / (INT8_MAX * INT8_MAX) * weight_sum_squares
     return math.sqrt((float(parts.sum()) + inputs) / output_mean_square)
 

@@ -1,4 +1,4 @@
-"""Running a model over text with one block of it in memory, and what its inputs tell on the way.
+"""Runs a model on text with one block in memory, and collects what the inputs of its linears show.
 
 `stream.StreamedModel` is the engine: it knows nothing of outliers. `calibrate` watches it and makes the statistics.
 """

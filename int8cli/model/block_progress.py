@@ -1,4 +1,4 @@
-"""What is said of a pass over a model's blocks. Needs no torch."""
+"""The messages about a pass over the blocks of a model. Needs no torch."""
 
 from collections.abc import Collection, Mapping
 
@@ -7,14 +7,22 @@ from int8cli.results.units import human_bytes
 
 
 def begin_blocks(
-    progress: Progress, task: str, blocks: Mapping[str, int], *, steps: int, tokens: int, finished: Collection[str]
+    progress: Progress,
+    task: str,
+    blocks: Mapping[str, int],
+    *,
+    steps: int,
+    tokens: int,
+    methods: int = 1,
+    finished: Collection[str],
 ) -> None:
-    """Begin a task with the blocks as its parts, `steps` each, and say what it will do.
+    """Begin a task with the blocks as its parts, `steps` each, and announce it.
 
-    `blocks` has the bytes of each block's weights. `tokens` is how many are run, by all methods together.
+    `blocks` has the bytes of each block's weights. Each of the `methods` runs all `tokens`.
     """
     largest = human_bytes(max(blocks.values(), default=0))
-    progress.note(f"running {tokens:,} tokens through {len(blocks)} blocks of up to {largest}, one in memory at a time")
+    work = f"{tokens:,} tokens × {methods} methods" if methods > 1 else f"{tokens:,} tokens"
+    progress.note(f"running {work} through {len(blocks)} blocks of up to {largest}, one in memory at a time")
     already = [name for name in blocks if name in finished]
     if already:
         progress.note(f"resuming: {len(already)} of {len(blocks)} blocks already run")

@@ -27,20 +27,22 @@ def read_config(directory: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if not (directory / "config.json").is_file():
-        raise CannotRunError("there is no config.json, so the model cannot be built", hint="Put it beside the weights.")
+        raise CannotRunError(
+            "there is no config.json, so the model cannot be built", hint="Put it next to the weights."
+        )
     raw = read_config_file(DirectorySource(directory))
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        asks = "asks for code of its own (trust_remote_code), which is never run" if "auto_map" in raw else ""
+        asks = "needs its own code (trust_remote_code), which int8cli never runs" if "auto_map" in raw else ""
         raise CannotRunError(
             f"the installed transformers does not know the model type {model_type!r}"
             + (f"; its config.json {asks}" if asks else ""),
-            hint="A newer transformers may know it.",
+            hint="A newer transformers may support it.",
         )
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise CannotRunError(f"transformers does not accept this config.json: {error!s:.300}") from error
+        raise CannotRunError(f"transformers rejects this config.json: {error!s:.300}") from error
 
 
 def model_class_of(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What running a model needs besides int8cli's own dependencies: told without torch."""
+"""The packages that running a model needs besides int8cli's own dependencies. Needs no torch."""
 
 import importlib.metadata
 import importlib.util

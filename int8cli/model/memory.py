@@ -1,4 +1,4 @@
-"""How much memory there is, and giving it back: what Linux says, and what glibc has to be told."""
+"""How much memory is available, from Linux, and how to return memory to it, through glibc."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""How much of a text a model is run over.
+"""How much of a text the model is run on.
 
 Owns the defaults. Needs no torch.
 """

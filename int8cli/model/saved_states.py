@@ -1,7 +1,7 @@
-"""The state between blocks on disk: what a killed run goes on from, and what keeps hidden states out of memory.
+"""The state between blocks on disk: a killed run resumes from it, and hidden states need no memory.
 
 Owns the files under one directory. A block counts as finished once the record names it, after its outputs for every
-sequence are there. Only the last finished block of each stack is kept: what the ones before it gave is no longer used,
+sequence are there. Only the last finished block of each stack stays on disk: earlier outputs are no longer used,
 and when a resumed forward passes them again, the last one's output stands in for theirs.
 """
 
@@ -36,7 +36,7 @@ _UNREADABLE = (
 Step = TypeVar("Step")
 
 
-class KeptStates:
+class SavedStates:
     """Outputs of blocks, by stack, block, visit and sequence.
 
     A `visit` is the count of calls of a block in one forward, 1 but for models that run a block several times.
@@ -68,9 +68,9 @@ class KeptStates:
         return _key(block, visit) in self._finished
 
     def put(self, stack: str, block: str, visit: int, sequence: int, output: Any) -> Any:
-        """Write a block's output down; returns the same as a mapping of the file, which takes no memory while unused.
+        """Save a block's output; returns it as a mapping of the file, which needs no memory while unused.
 
-        An output that is more than nested tensors cannot be kept, and from there on nothing is.
+        An output that is more than nested tensors cannot be saved; from then on nothing is saved.
         """
         if not self._usable or not _is_plain(output):
             self._usable = False
@@ -87,7 +87,7 @@ class KeptStates:
         return self._load(self._path(self._latest[stack], sequence))
 
     def finish(self, stack: str, block: str, visit: int) -> None:
-        """All outputs of the block are there: put it on record, and drop those of the one before it."""
+        """Record the block as finished, and delete the outputs of the block before it."""
         if not self._usable:
             return
         before = self._latest.get(stack)
@@ -99,12 +99,12 @@ class KeptStates:
             remove_tree(self._directory / before, self._directory.parent)
 
     def abandon(self) -> None:
-        """Keep nothing, now and from here on."""
+        """Delete everything, and save nothing from now on."""
         self._usable = False
         self.clear()
 
     def close(self) -> None:
-        """Let others use the directory; what was kept stays."""
+        """Release the directory for other processes; the saved state stays."""
         if self._lock < 0:
             return
         if not self._directory.exists():
@@ -129,7 +129,7 @@ class KeptStates:
             return map_tensors(saved["output"], lambda tensor: mark(tensor) if next(marks) else tensor)
 
     def _read_record(self) -> None:
-        """Take over what the record says; nothing where it is another run's, or cannot be read: all is run again."""
+        """Read the record. Ignored if it belongs to another run or cannot be read: then every block runs again."""
         with contextlib.suppress(SavedStateError), read_back(self._directory / _RECORD) as path:
             record = json.loads(path.read_bytes())
             if record["identity"] == self._identity:
@@ -137,11 +137,11 @@ class KeptStates:
 
 
 def resumed_or_started_over(
-    run: Callable[[], Iterator[Step]], saved: KeptStates | None, progress: Progress
+    run: Callable[[], Iterator[Step]], saved: SavedStates | None, progress: Progress
 ) -> Iterator[Step]:
-    """What `run` yields; where it cannot resume from what an earlier run saved, what it yields from the start on.
+    """Yield from `run`; if it cannot resume from the saved state, yield from a run that starts over.
 
-    `run` reads the state itself, and is called again after that was removed.
+    `run` reads the state itself, and is called again after the state was deleted.
     """
     try:
         yield from run()
@@ -164,7 +164,7 @@ def read_back(path: Path) -> Iterator[Path]:
     except _UNREADABLE as error:
         raise SavedStateError(
             f"{path} cannot be read back ({type(error).__name__}: {error!s:.200})",
-            hint="Check the disk that it is on, and run the same command again.",
+            hint="Check the disk, and run the same command again.",
         ) from error
 
 
@@ -207,13 +207,13 @@ class _WatchedFile:
 
 
 def _lock(directory: Path) -> int:
-    """Hold the directory for this process. Raises OutputInUseError where another holds it."""
+    """Lock the directory for this process. Raises OutputInUseError if another process has it."""
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     hold(
         descriptor,
-        f"another int8cli is running this model, and keeps its state in {directory}",
+        f"another int8cli process is running this model and uses {directory}",
         "Wait for it to end, or choose another directory.",
     )
     return descriptor

@@ -57,7 +57,7 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 
 class SiteFinder:
-    """Watches one run of a module and tells its sites.
+    """Watches one run of a module and finds its sites.
 
     `on_input(linear, x)` is called where a site's first linear gets its input.
     """

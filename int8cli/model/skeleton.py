@@ -76,9 +76,7 @@ class Skeleton:
         with _quiet():
             misfits = load_weights(self.model, lazy, self._conversions, self.dtype, device)
         for name, found, expected in misfits:
-            raise CheckpointError(
-                f"{name} has the shape {tuple(found)}, the model's config.json wants {tuple(expected)}"
-            )
+            raise CheckpointError(f"{name} has the shape {tuple(found)}, but config.json requires {tuple(expected)}")
         for target in unit.targets:
             self._tie(target)
             if self._parameter(target).is_meta:

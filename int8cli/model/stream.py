@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from int8cli.checkpoint.source import ShardFile
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, UnsupportedModelError
-from int8cli.model.saved_states import KeptStates
+from int8cli.model.saved_states import SavedStates
 from int8cli.model.sites import (
     Kind,
     Site,
@@ -37,6 +37,7 @@ from int8cli.model.sites import (
 from int8cli.model.skeleton import Skeleton
 from int8cli.model.strands import Strand
 from int8cli.model.units import Unit
+from int8cli.results.units import human_bytes
 
 Inputs = dict[str, Any]
 Forward = Callable[..., Any]
@@ -148,7 +149,7 @@ class LoadedUnit:
 class StreamedModel:
     """A model whose units are given their weights one after the other. To be run once.
 
-    `to_head`: stop each sequence before the output head, whose logits nobody needs. `kept` holds the blocks' outputs on
+    `to_head`: stop each sequence before the output head, whose logits nobody needs. `saved` has the blocks' outputs on
     disk, so that a later run can go on after the last block that is whole there. `on_result(sequence's number, what its
     forward returned)` is called as soon as a forward ends, and nothing is held of it then: logits are large.
     """
@@ -160,7 +161,7 @@ class StreamedModel:
         *,
         device: str = "cpu",
         to_head: bool = True,
-        kept: KeptStates | None = None,
+        saved: SavedStates | None = None,
         on_result: Callable[[int, Any], None] | None = None,
     ) -> None:
         self.skeleton = skeleton
@@ -168,7 +169,7 @@ class StreamedModel:
         self._tensors = tensors
         self._device = torch.device(device)
         self.head = skeleton.output_head() if to_head else None
-        self._kept = kept
+        self._saved = saved
         self._on_result = on_result
         self._strands: list[Strand[_Call, Any]] = []
         self._calls: dict[int, _Call] = {}
@@ -183,7 +184,7 @@ class StreamedModel:
 
         `sequences` are keyword arguments of the model's forward. A unit that shares its weights with itself (ALBERT)
         comes as often as it is called. When all are done, `outputs` holds what the forwards returned, by sequence,
-        where they were not stopped before the head and nobody was told of it.
+        unless they stopped before the head or were handed over already.
         """
         with closing(self.steps(sequences)) as steps:
             yield from (step for step in steps if isinstance(step, LoadedUnit))
@@ -218,9 +219,9 @@ class StreamedModel:
         for index in waiting:
             del self._calls[index]
         visit = self._visits[unit.name] = self._visits.get(unit.name, 0) + 1
-        if self._kept is not None and visit > 1:
+        if self._saved is not None and visit > 1:
             self._refuse_to_keep(unit)
-        if self._kept is not None and self._kept.has(unit.name, visit):
+        if self._saved is not None and self._saved.has(unit.name, visit):
             self._recalled.add(unit.name)
             for index in waiting:
                 self._advance(index, self._recall(unit, index))
@@ -234,8 +235,8 @@ class StreamedModel:
                     loaded.run()
             finally:
                 self.skeleton.unload(unit)
-            if self._kept is not None and unit.stack is not None:
-                self._kept.finish(unit.stack, unit.name, visit)
+            if self._saved is not None and unit.stack is not None:
+                self._saved.finish(unit.stack, unit.name, visit)
         yield from self._tensors.finished(unit.sources)
 
     def _advance(self, sequence: int, output: Any = None) -> None:
@@ -248,10 +249,10 @@ class StreamedModel:
 
     def _refuse_to_keep(self, unit: Unit) -> None:
         """A unit is called again: what is watched of it spans its calls, so a run cannot go on between them."""
-        assert self._kept is not None
-        self._kept.abandon()
+        assert self._saved is not None
+        self._saved.abandon()
         if unit.name in self._recalled:
-            raise UnsupportedModelError(f"{unit.name} is called more than once, and a part of its calls was on disk")
+            raise UnsupportedModelError(f"{unit.name} is called more than once, and only some of its calls were saved")
 
     def _strand(self, index: int, inputs: Inputs) -> "Strand[_Call, Any]":
         def forward(ask: Callable[[_Call], Any]) -> None:
@@ -309,8 +310,8 @@ class StreamedModel:
                 output = forward(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise NotEnoughMemoryError(
-                f"{call.unit.name}: {self._device} has no room for {call.unit.weight_bytes:,} bytes of weights and "
-                "what a sequence takes",
+                f"{call.unit.name}: {self._device} has too little memory for {human_bytes(call.unit.weight_bytes)} of "
+                "weights and one sequence",
                 hint="Use shorter sequences, or the CPU.",
             ) from error
         except _HeadReachedError as reached:  # the head is part of the unit
@@ -326,14 +327,14 @@ class StreamedModel:
 
     def _keep(self, loaded: LoadedUnit, sequence: int, output: Any) -> Any:
         unit = loaded.unit
-        if self._kept is None or unit.stack is None:
+        if self._saved is None or unit.stack is None:
             return output
-        return self._kept.put(unit.stack, unit.name, self._visits[unit.name], sequence, output)
+        return self._saved.put(unit.stack, unit.name, self._visits[unit.name], sequence, output)
 
     def _recall(self, unit: Unit, sequence: int) -> Any:
-        assert self._kept is not None
+        assert self._saved is not None
         assert unit.stack is not None
-        return map_tensors(self._kept.get(unit.stack, sequence), lambda tensor: _moved(tensor, self._device))
+        return map_tensors(self._saved.get(unit.stack, sequence), lambda tensor: _moved(tensor, self._device))
 
     def _next_sources(self, unit: Unit) -> tuple[str, ...]:
         """The tensors of the unit that probably comes next: the one that follows in the model."""

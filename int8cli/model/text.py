@@ -1,6 +1,6 @@
 """Text into sequences of tokens, as the model's own tokenizer makes them.
 
-Owns what is taken of a text and what cannot be used. Chosen by seed, never at random.
+Owns which part of a text is used and which texts cannot be used. Chosen by seed, never at random.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Text:
                 hint="Convert it first: iconv -f LATIN1 -t UTF-8.",
             ) from error
         if not text.strip():
-            raise TextError(f"{name} is empty", hint="Give plain text of the kind that the model is used on.")
+            raise TextError(f"{name} is empty", hint="Give plain text like that the model is used for.")
         return cls(name, text, hashlib.sha256(data).hexdigest())
 
     @classmethod
@@ -69,12 +69,12 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
     length = min(sampling.sequence_length, _longest(config, sampling.sequence_length))
     body = length - len(before) - len(after)
     if body < 1:
-        raise TextError(f"sequences of {length} have no room for text beside the special tokens of this tokenizer")
+        raise TextError(f"sequences of {length} tokens are too short for text and the special tokens of this tokenizer")
     ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
     pieces = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
     if not pieces:
         raise TextError(
-            f"{text.name} has {len(ids)} tokens, and a sequence takes {body}",
+            f"{text.name} has {len(ids)} tokens, but a sequence needs {body}",
             hint=f"Give a longer text, or sequences of {max(1, len(ids) + length - body)} tokens.",
         )
     wanted = max(1, sampling.tokens // length)
@@ -95,10 +95,10 @@ def load_tokenizer(directory: Path) -> Any:
     except Exception as error:  # whatever a tokenizer's files, or their absence, make of this
         raise CannotRunError(
             f"the tokenizer cannot be loaded: {_first_line(error)}",
-            hint="Put the tokenizer's files (tokenizer.json) beside the weights.",
+            hint="Put the tokenizer files (tokenizer.json) in the directory of the weights.",
         ) from error
     if not usable:
-        raise CannotRunError("the tokenizer makes no tokens of text")
+        raise CannotRunError("the tokenizer returns no tokens for text")
     return tokenizer
 
 

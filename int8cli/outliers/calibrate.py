@@ -1,7 +1,7 @@
 """Outlier statistics of a model: its blocks run over text, and every linear layer's input looked at.
 
 Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: a
-Progress is told.
+Progress is reported.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
-from int8cli.model.saved_states import KeptStates, read_back, resumed_or_started_over
+from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import LoadedUnit, StreamedModel
 from int8cli.model.text import Text, sequences_of
@@ -33,13 +33,14 @@ from int8cli.outliers.statistics import (
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.progress import Progress
+from int8cli.results.units import human_bytes
 
 TASK = "calibrate"
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """`kept_in`: the directory for the state between blocks, None keeps it all in memory.
+    """`state_directory`: the directory for the state between blocks, None keeps it all in memory.
 
     It is removed at the end but with `leave_state`, which lets the same call come to its end again at once.
     `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
@@ -48,7 +49,7 @@ class CalibrateOptions:
     sampling: Sampling = field(default_factory=Sampling)
     threshold: float = THRESHOLD
     device: str = "cpu"
-    kept_in: Path | None = None
+    state_directory: Path | None = None
     leave_state: bool = False
     stored_columns: int = 0
 
@@ -79,7 +80,7 @@ def calibrate(
 class Calibration:
     """A calibration of one source whose shards can be used for something else while they are on this machine.
 
-    To be made by `of` and run once. `held_bytes`: the most bytes of fetched shards that are here at once.
+    To be made by `of` and run once. `peak_shard_bytes`: the most bytes of fetched shards that are here at once.
     """
 
     def __init__(
@@ -97,18 +98,16 @@ class Calibration:
         self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
         skeleton = build_skeleton(directory, self._specs)
         if skeleton.model.main_input_name != "input_ids":
-            raise CannotRunError(
-                f"{type(skeleton.model).__name__} takes {skeleton.model.main_input_name}, and there is only text"
-            )
+            raise CannotRunError(f"{type(skeleton.model).__name__} needs {skeleton.model.main_input_name}, not text")
         self._sequences = sequences_of(text, directory, skeleton.model.config, options.sampling)
         self._provenance = self._make_provenance(text, skeleton)
         self._order = [unit.name for unit in skeleton.units]
         self._blocks = [unit for unit in skeleton.units if unit.is_block]
         self._require_memory(skeleton)
-        self.held_bytes = CheckpointTensors(source, shards).held_bytes(_read_in_order(skeleton))
+        self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        self._saved = KeptStates(options.kept_in, identity) if options.kept_in else None
+        self._saved = SavedStates(options.state_directory, identity) if options.state_directory else None
 
     @classmethod
     @contextmanager
@@ -155,7 +154,7 @@ class Calibration:
         yield from (UnitStatistics(unit, sites) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
         with CheckpointTensors(self._source, self._shards) as tensors:
-            stream = StreamedModel(skeleton, tensors, device=self._options.device, kept=self._saved)
+            stream = StreamedModel(skeleton, tensors, device=self._options.device, saved=self._saved)
             with closing(stream.steps(self._sequences)) as steps:
                 for step in steps:
                     yield self._run_unit(step, watches) if isinstance(step, LoadedUnit) else step
@@ -222,8 +221,8 @@ class Calibration:
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
             raise NotEnoughMemoryError(
-                f"one block takes {needed:,} bytes ({block_bytes:,} of weights, {needed - block_bytes:,} to work in), "
-                f"and {available:,} are free",
+                f"one block needs {human_bytes(needed)} ({human_bytes(block_bytes)} of weights, "
+                f"{human_bytes(needed - block_bytes)} of working memory), {human_bytes(available)} free",
                 hint="Free some memory, or use shorter sequences.",
             )
 

@@ -86,7 +86,7 @@ class SiteStatistics:
     inputs: InputSummary
     linears: tuple[LinearStatistics, ...]
 
-    def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, kept: tuple[int, ...] = ()) -> float:
+    def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, exact: tuple[int, ...] = ()) -> float:
         """Relative output error of one of the linears: with int8 weights alone, or vector-wise with int8 inputs too."""
         return predicted_output_error(
             self.inputs.mean_square,
@@ -94,7 +94,7 @@ class SiteStatistics:
             linear.output_mean_square,
             mean_squared_rowmax=self.inputs.mean_squared_rowmax if int8_inputs else 0.0,
             weight_sum_squares=linear.weight_sum_squares if int8_inputs else 0.0,
-            kept=kept,
+            exact=exact,
         )
 
     def worst_predicted_error(self, *, int8_inputs: bool) -> float:
@@ -192,8 +192,8 @@ def load_statistics(path: Path) -> OutlierStatistics:
             )
     except (SafetensorError, OSError, InvalidJsonError) as error:
         raise StatisticsFileError(
-            f"{path.name} does not hold outlier statistics: {error!s:.200}",
-            hint="Such a file comes from running the model.",
+            f"{path.name} is not a file of outlier statistics: {error!s:.200}",
+            hint="Running the model makes such a file.",
         ) from error
     return OutlierStatistics(found.provenance, sites)
 
@@ -237,7 +237,7 @@ def _read_document(document: Any, path: Path) -> _Document:
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, str) and schema != STATISTICS_SCHEMA:
         raise StatisticsFileError(
-            f"{path.name}: its schema is {shown(schema)}, and this version reads {STATISTICS_SCHEMA!r}",
+            f"{path.name}: its schema is {shown(schema)}; this version reads {STATISTICS_SCHEMA!r}",
             hint="Make the file again with this version.",
         )
     return read_as(_Document, document)

@@ -22,7 +22,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import WeightsTellNothingError
+from int8cli.errors import NoSuspectsError
 from int8cli.model.saved_states import read_back
 from int8cli.outliers.residual_stream import ResidualStream, in_block
 from int8cli.planning.blocks import BLOCK_ELEMENTS
@@ -89,13 +89,13 @@ class SuspectScan:
         decision, width = self._stream.tensors[name], self._stream.width
         if len(decision.spec.shape) == 1:
             return tensors.read(name).double() + (1.0 if self._stream.gain_plus_one else 0.0)
-        blocks, rows = self._told(tensors.row_blocks(name, BLOCK_ELEMENTS)), decision.spec.shape[0]
+        blocks, rows = self._announced(tensors.row_blocks(name, BLOCK_ELEMENTS)), decision.spec.shape[0]
         if in_block(decision.module) is None:
             return _column_squares(blocks, width) / max(1, rows)
         # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
         return _column_squares(blocks, width) if decision.transpose else _row_squares(blocks)
 
-    def look_at(self, contents: ShardContents, local: LocalFile) -> dict[str, Tensor]:
+    def scan(self, contents: ShardContents, local: LocalFile) -> dict[str, Tensor]:
         """The figures of a shard that is on this machine, in pieces of a few megabytes."""
         names = [stored.spec.name for stored in contents.tensors if stored.spec.name in self._stream.tensors]
         if not names:
@@ -128,7 +128,7 @@ class SuspectScan:
         mean = _mean_score(sites)
         return tuple(sorted((dimension, float(mean[dimension])) for dimension in _largest(mean, most)))
 
-    def _told(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _announced(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         for block in blocks:
             yield block
             self._on_block()
@@ -204,7 +204,7 @@ def find_suspects(
     """Rank the dimensions of a checkpoint's residual stream; at most `most` suspects.
 
     Reads each tensor of interest once, in pieces of a few megabytes. `on_tensor(name, bytes)` is called after each.
-    Raises WeightsTellNothingError where no norms or no layers that write to the residual stream are recognised.
+    Raises NoSuspectsError where no norms or no layers that write to the residual stream are recognised.
     """
     stream = ResidualStream.of(survey)
     scan = SuspectScan(stream)
@@ -216,9 +216,9 @@ def find_suspects(
             on_tensor(name, decision.spec.nbytes)
     sites = scan.sites()
     if not sites:
-        raise WeightsTellNothingError(
-            "no norms, or no layers that write into the residual stream, are recognised by their names",
-            hint="Running the model may tell (pip install 'int8cli[calibrate]').",
+        raise NoSuspectsError(
+            "no norms, or no layers that write to the residual stream, are recognised by name",
+            hint="Run the model instead (pip install 'int8cli[calibrate]').",
         )
     return WeightSuspects(survey.identity.name, survey.identity.revision, sites, _rank(sites, most))
 

@@ -148,6 +148,6 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
     except NonFiniteWeightError as error:
         raise NonFiniteRunError(
             f"{name}: its weight holds {error.value} in input column {error.column:,}",
-            hint="The checkpoint is damaged there: get the file again.",
+            hint="The checkpoint is damaged there: download the file again.",
         ) from error
     return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)

@@ -109,7 +109,10 @@ class Survey:
     @property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
         """Everything of the source that is neither converted nor copied, with the reason."""
-        stale = (f"{CONFIG_FILE}: quantization_config", "of another quantization; these weights are not quantized")
+        stale = (
+            f"{CONFIG_FILE}: quantization_config",
+            "of another quantization method; these weights are not quantized",
+        )
         return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
 
 
@@ -167,12 +170,12 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
 
 
 def room_needed(
-    source: Source, survey: Survey, remaining: Sequence[str], output: Path, held_bytes: int | None = None
+    source: Source, survey: Survey, remaining: Sequence[str], output: Path, peak_shard_bytes: int | None = None
 ) -> tuple[Room, ...]:
-    """What each disk involved must have free to write these shards; one entry for each disk.
+    """The free space that each disk needs to write these shards; one entry per disk.
 
-    That is their output and, of a Hub source, the shards that are here at once: `held_bytes`, or else the one being
-    converted and the next, or all of them where the source keeps them. Shards in the cache already cost nothing.
+    That is their output and, for a Hub source, the downloaded shards that exist at once: `peak_shard_bytes`, or else
+    the one being converted and the next, or all if the source keeps them. Shards already in the cache need nothing.
     """
     sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
@@ -185,7 +188,7 @@ def room_needed(
         wanted.append((source.keeps_in, sum(transferred)))
     else:
         two = max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)
-        wanted.append((output, two if held_bytes is None else max(two, held_bytes)))
+        wanted.append((output, two if peak_shard_bytes is None else max(two, peak_shard_bytes)))
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for directory, size_bytes in wanted:
         existing = existing_parent(directory)

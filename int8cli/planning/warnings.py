@@ -10,9 +10,9 @@ def warnings_of(survey: Survey) -> Iterator[str]:
     for pattern in survey.plan.unmatched_patterns:
         yield f"warning: no module matches {pattern!r}"
     if not survey.has_config:
-        yield "warning: no config.json beside the weights; loaders will need one with a quantization_config"
+        yield "warning: the checkpoint has no config.json; loaders need one with a quantization_config"
     for caveat in survey.target.caveats(survey.plan):
         yield f"warning: {caveat}"
     for contents in survey.shards:
         if not contents.mappable:
-            yield f"{contents.file_name}: a legacy .bin cannot be read in pieces; it is loaded whole"
+            yield f"{contents.file_name}: a .bin in the legacy format cannot be read in pieces, so it is loaded whole"

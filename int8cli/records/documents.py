@@ -43,7 +43,7 @@ def read_document(path: Path, parse: Callable[[Any], Read], hint: str = "") -> R
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InvalidJsonError as error:
-        raise OutputError(f"{path} is not as int8cli wrote it: {error}", hint=hint) from error
+        raise OutputError(f"{path} is damaged or was edited: {error}", hint=hint) from error
     except OSError as error:
         raise OutputError(f"{path} cannot be read ({error.strerror})", hint="Check its permissions.") from error
 
@@ -63,13 +63,13 @@ def check_file_name(name: str, place: str) -> None:
     """Raise InvalidJsonError unless this is the name of a file that a conversion may consist of."""
     state = is_own(name) and (name.split("/")[0] != OWN_DIRECTORY or [*name.split("/"), ""][1] in {"", *_STATE})
     if not is_output_name(name) or state:
-        raise InvalidJsonError(f"is {shown(name)}, which is no file of a conversion", place)
+        raise InvalidJsonError(f"is {shown(name)}, which is not a file of a conversion", place)
 
 
 def check_shard_name(name: str, place: str) -> None:
     """The same for a shard, which lies outside of our own directory."""
     if not is_output_name(name) or is_own(name) or not name.endswith(".safetensors"):
-        raise InvalidJsonError(f"is {shown(name)}, which is no shard of a conversion", place)
+        raise InvalidJsonError(f"is {shown(name)}, which is not a shard of a conversion", place)
 
 
 def check_tensor(tensor: TensorDescription, place: str) -> None:
@@ -80,4 +80,4 @@ def check_tensor(tensor: TensorDescription, place: str) -> None:
     for extent in sorted(tensor.shape):  # zeros first
         bits *= extent
         if bits > _LARGEST_TENSOR_BITS:
-            raise InvalidJsonError(f"is {shown(list(tensor.shape))}, more than a file can hold", f"{place}.shape")
+            raise InvalidJsonError(f"is {shown(list(tensor.shape))}, larger than any file", f"{place}.shape")

@@ -66,7 +66,7 @@ def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str,
 
 def read_manifest(output: Path) -> tuple[SideFile, ...] | None:
     """What `write_manifest` put down; None where it did not come to that. Raises OutputError for anything else."""
-    return read_document(output / MANIFEST_FILE, _from_json, "Run the same convert command again: it is written anew.")
+    return read_document(output / MANIFEST_FILE, _from_json, "Run the same convert command again: it is written again.")
 
 
 def _from_json(document: Any) -> tuple[SideFile, ...]:

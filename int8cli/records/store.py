@@ -167,7 +167,7 @@ class ShardRecord:
         """Raises InvalidJsonError for values, or names of files, that no record has."""
         found = read_as(_RecordFields, without_schema(document, *_RECORD_SCHEMAS))
         if not found.files:
-            raise InvalidJsonError("names no file", "files")
+            raise InvalidJsonError("does not name a file", "files")
         check_shard_name(found.source.output, "source.output")
         for index, tensor in enumerate(found.source_tensors):
             check_tensor(tensor, f"source_tensors[{index}]")
@@ -229,7 +229,7 @@ class RecordStore:
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to, if any."""
-        hint = "Without it nothing here is known to be int8cli's: choose another directory, or delete this one."
+        hint = "Without it int8cli cannot tell which files it wrote. Choose another directory, or delete this one."
         return read_document(self._conversion_path, Conversion.from_json, hint)
 
     def check(self, conversion: Conversion) -> None:
@@ -251,7 +251,7 @@ class RecordStore:
     def record(self, shard: ShardSource) -> ShardRecord | None:
         """What was put down when a shard was finished; None if it never was. Raises OutputError."""
         path = self._record_path(shard)
-        return read_document(path, ShardRecord.from_json, "Delete it, and its shard is converted again.")
+        return read_document(path, ShardRecord.from_json, "Delete it and run again: its shard is then converted again.")
 
     def finished(self, shard: ShardSource) -> ShardRecord | None:
         """The record of a shard whose files are all in place at their size; None if it must be (re)made."""
@@ -293,7 +293,7 @@ class RecordStore:
             if os.path.lexists(path):
                 raise OutputError(
                     f"{path} exists and was not written by int8cli",
-                    hint="Choose another directory: nothing that int8cli did not write is replaced.",
+                    hint="Choose another directory: int8cli replaces only its own files.",
                 )
 
 
@@ -301,12 +301,12 @@ def _refuse_mismatch(output: Path, known: Conversion, wanted: Conversion) -> Non
     before, now = _fields(known), _fields(wanted)
     field = next(name for name in now if before.get(name) != now[name])
     raise SettingsMismatchError(
-        f"{output} holds a conversion with {field} {_told(before.get(field))}; this one has {_told(now[field])}",
-        hint="Use the same settings to resume, start anew, or choose another directory.",
+        f"{output} holds a conversion with {field} {_shown(before.get(field))}; this one has {_shown(now[field])}",
+        hint="Use the same settings to resume, start over, or choose another directory.",
     )
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(map(repr, value)) or "none"
     return repr(value)

@@ -1,1 +1,1 @@
-"""What a person sees: tables on the terminal and the model card, made from result objects."""
+"""What a person sees: tables on the terminal, pages, charts and the model card, made from result objects."""

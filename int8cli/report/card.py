@@ -1,6 +1,6 @@
-"""The output's README.md: a model card with the metadata the Hub reads, the error summary, and how to load the model.
+"""The README.md of the output: a model card with Hub metadata, the error summary, and how to load the model.
 
-Says nothing that differs between two runs of the same conversion.
+Contains nothing that differs between two runs of the same conversion.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report import markdown
-from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
 from int8cli.results.units import decibels, human_bytes, human_count
@@ -17,7 +17,7 @@ from int8cli.results.units import decibels, human_bytes, human_count
 WORST_LAYERS = 10
 COLUMNS_SHOWN = 8  # of one layer
 TAGS = ["int8", "8-bit", "llm.int8()"]
-# The auto class for the end of an architecture's name; any other architecture is loaded by its own class.
+# The auto class for the end of an architecture's name. Any other architecture is loaded with its own class.
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -30,7 +30,7 @@ _AUTO_CLASSES = {
 
 
 def render_card(report: ConversionReport, survey: Survey) -> str:
-    """The whole README.md."""
+    """The complete README.md."""
     return "\n".join((_front_matter(report, survey), *_body(report, survey))) + "\n"
 
 
@@ -54,7 +54,7 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
         f"{model}{revision}, converted by int8cli to 8-bit integers as in "
         "[LLM.int8()](https://arxiv.org/abs/2208.07339): one scale for each output row, round half to even."
     )
-    yield "Embeddings, norms, biases and the output head are as in the original.\n"
+    yield "Embeddings, norms, biases and the output head are unchanged.\n"
     yield from _size_table(report)
     if survey.has_config:
         yield from _loading(survey)
@@ -104,22 +104,22 @@ def _loader(survey: Survey) -> str:
 
 
 def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Survey) -> Iterator[str]:
-    """What they are, where they lie, who looks at them, and the output error with and without."""
+    """What they are, where they are, who reads them, and the output error with and without them."""
     more = percent_more(report.sidecar_bytes, report.output_bytes)
     yield "## Stored columns\n"
     yield (
-        f"`{SIDECAR_DIRECTORY}` holds {how_many(report, stored)} exactly as the original has them, "
-        f"{human_bytes(report.sidecar_bytes)} or {more} more. With them what these inputs "
-        "contribute is computed from the original's own weights, without them from int8."
+        f"`{SIDECAR_DIRECTORY}` has exact copies of {how_many(report, stored)}: {human_bytes(report.sidecar_bytes)}, "
+        f"which is {more} of the weight files. A loader that uses them computes these columns from the original "
+        "weights instead of int8."
     )
-    yield f"They are {markdown.text(told_by(report.settings))}.\n"
+    yield f"They are {markdown.text(chosen_by(report.settings))}.\n"
     yield (
-        "Beside each weight file lies one of the same name: for every int8 layer `X`, `X.outlier_cols` (int32, sorted "
-        "indices of input columns) and `X.outlier_weight` (out_features x columns). Usual loaders do not look at them "
-        "and give the same results as without them."
+        "Each weight file has a file of the same name there. For every int8 layer `X` it contains `X.outlier_cols` "
+        "(int32, sorted indices of input columns) and `X.outlier_weight` (out_features x columns). Other loaders "
+        "ignore these files, and give the same results as without them."
     )
     if survey.has_config:
-        yield "To compute with them, `pip install 'int8cli[calibrate]'` and:\n"
+        yield "To use them, `pip install 'int8cli[calibrate]'` and:\n"
         yield "```python"
         yield "from int8cli import load_model\n"
         yield 'model = load_model(".")  # this directory'
@@ -133,9 +133,9 @@ def _stored_table(stored: StoredSummary) -> Iterator[str]:
         yield "| kind | layers | columns | size |"
         yield "|---|---:|---:|---:|"
     else:
-        at_most = "" if stored.basis == "measured" else " (with stored columns an upper bound)"
-        yield f"Output error, ‖error‖/‖X Wᵀ‖, {stored.basis}{at_most}, the layers' mean:\n"
-        yield "| kind | layers | columns | size | all in int8 | stored columns exact |"
+        at_most = "" if stored.basis == "measured" else " (an upper bound with exact columns)"
+        yield f"Mean output error of the layers, ‖error‖/‖X Wᵀ‖, {stored.basis}{at_most}:\n"
+        yield "| kind | layers | columns | size | plain int8 | with exact columns |"
         yield "|---|---:|---:|---:|---:|---:|"
     for kind in (each for each in stored.kinds if each.columns or each.error):
         yield f"| {markdown.code(kind.kind)} {_stored_cells(kind, stored.basis)}"
@@ -163,7 +163,7 @@ def _layers(report: ConversionReport) -> Iterator[str]:
         yield from _worst_by_output(report, stored.basis)
     elif measured:
         yield from _worst_by_weights(report)
-    yield f"\n{'The error of every layer' if measured else 'Every layer'} is in `int8/report.json`."
+    yield f"\n`int8/report.json` lists {'the error of every layer' if measured else 'every layer'}."
 
 
 def _kinds_with_errors(report: ConversionReport) -> Iterator[str]:
@@ -190,7 +190,7 @@ def _kinds_by_size(report: ConversionReport) -> Iterator[str]:
 
 def _worst_by_output(report: ConversionReport, basis: ErrorBasis) -> Iterator[str]:
     yield f"\n## Worst layers by output error ({basis})\n"
-    yield "| layer | all in int8 | stored columns exact | columns, the heaviest first |"
+    yield "| layer | plain int8 | with exact columns | exact columns, largest share of the error first |"
     yield "|---|---:|---:|---|"
     for layer, error in worst_by_output_error(report.layers, basis)[:WORST_LAYERS]:
         columns = layer.stored.heaviest_first[:COLUMNS_SHOWN] if layer.stored is not None else ()

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
-from int8cli.report.stored import how_many, percent_more, told_by
+from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import broken_at_dots, escape
 from int8cli.results.conversion import (
@@ -17,10 +17,10 @@ from int8cli.results.conversion import (
     worst_by_output_error,
 )
 from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSummary
-from int8cli.results.units import counted, decibels, human_bytes, human_count
+from int8cli.results.units import counted, decibels, human_bytes, human_count, percent
 
 WORST_LAYERS = 10
-# What the columns of figures leave for names; in tables of groups the reasons take what names do not need.
+# The width that the columns of figures leave for names. In tables of groups, names leave the rest to the reasons.
 NAME_WIDTH = 32
 GROUP_WIDTH = 39
 SIZED_NAME_WIDTH = 48  # beside sizes alone
@@ -28,10 +28,10 @@ COLUMNS_WIDTH = 25
 
 
 def show_report(report: ConversionReport, output: Path) -> None:
-    """Print totals, the error by kind of layer, the worst layers, and what was left alone.
+    """Print totals, the error by kind of layer, the worst layers, and what was not quantized.
 
-    Where the activations are known their error leads; that of the weights alone follows, without its worst layers, and
-    is not spoken of where it was not measured.
+    The output error comes first if it is known. The weight error follows, without its worst layers in that case, and is
+    left out if it was not measured.
     """
     console = stdout_console()
     console.print(_headline(report, output), soft_wrap=True)
@@ -45,13 +45,13 @@ def show_report(report: ConversionReport, output: Path) -> None:
         console.print(_kinds_table(report))
         if report.sums is not None and (stored is None or stored.basis is None):
             console.print(_worst_table(report.layers[:WORST_LAYERS]))
-    console.print(groups_table("Left alone", report.left_alone))
+    console.print(groups_table("Not quantized", report.left_alone))
     for file, reason in report.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
 
 def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:
-    """Kinds of tensors with the reason for what becomes of them."""
+    """Kinds of tensors, with the reason for each decision."""
     table = titled_table(title)
     table.add_column("kind", no_wrap=True)
     table.add_column("tensors", justify="right", no_wrap=True)
@@ -77,12 +77,12 @@ def _headline(report: ConversionReport, output: Path) -> str:
     ]
     layers = counted(len(report.layers), "layer")
     if not report.layers:
-        lines.append("[yellow]Nothing was quantized: see below why.[/yellow]")
+        lines.append("[yellow]Nothing was quantized. The reasons are below.[/yellow]")
     elif total is None:
-        lines.append(f"{layers}; the error of their weights was not measured (--no-figures)")
+        lines.append(f"{layers}; weight error not measured (--no-figures)")
     else:
         lines.append(
-            f"{layers}: relative error {total.relative_frobenius_error:.4f}, SQNR {decibels(total.sqnr_db)} dB"
+            f"{layers}: relative weight error {total.relative_frobenius_error:.4f}, SQNR {decibels(total.sqnr_db)} dB"
         )
     return "\n".join(lines)
 
@@ -90,15 +90,16 @@ def _headline(report: ConversionReport, output: Path) -> str:
 def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
     size, more = human_bytes(report.sidecar_bytes), percent_more(report.sidecar_bytes, report.output_bytes)
     lines = [
-        f"{how_many(report, stored)} kept exact in {SIDECAR_DIRECTORY}: {size}, {more} more",
-        f"[dim]{escape(told_by(report.settings))}[/dim]",
+        f"{how_many(report, stored)} stored exactly in {SIDECAR_DIRECTORY}: {size}, {more} more",
+        f"[dim]{escape(chosen_by(report.settings))}[/dim]",
     ]
     error = stored.total.error
     if error is not None:
-        at_most = "" if stored.basis == "measured" else "at most "
+        measured = stored.basis == "measured"
+        at_most = "" if measured else "at most "
         lines.append(
-            f"output error, {stored.basis}: {error.all_int8:.4f} all in int8, "
-            f"{at_most}[bold]{error.with_stored:.4f}[/bold] with stored columns"
+            f"{'Mean layer' if measured else 'Predicted'} output error: {percent(error.all_int8)} plain int8, "
+            f"{at_most}[bold]{percent(error.with_stored)}[/bold] with exact columns"
         )
     return lines
 
@@ -110,7 +111,7 @@ def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
     table.add_column("columns", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("all int8", justify="right", no_wrap=True)
-    table.add_column("stored", justify="right", no_wrap=True)
+    table.add_column("exact", justify="right", no_wrap=True)
     for kind in stored.kinds:
         error = kind.error
         table.add_row(
@@ -122,7 +123,7 @@ def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
             f"{error.with_stored:.4f}" if error is not None else "-",
         )
     at_most = "" if basis == "measured" else ", at most"
-    table.caption = f"‖error‖/‖X Wᵀ‖, the layers' mean · stored: with those columns exact{at_most}"
+    table.caption = f"‖error‖/‖X Wᵀ‖, mean of the layers · exact: with exact columns{at_most}"
     return table
 
 
@@ -131,7 +132,7 @@ def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> T
     table = titled_table("Worst layers by output error" if len(worst) == WORST_LAYERS else "Layers, by output error")
     table.add_column("layer", no_wrap=True)
     table.add_column("all int8", justify="right", no_wrap=True)
-    table.add_column("stored", justify="right", no_wrap=True)
+    table.add_column("exact", justify="right", no_wrap=True)
     table.add_column("columns", no_wrap=True)
     for layer, error in worst:
         table.add_row(
@@ -140,12 +141,12 @@ def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> T
             f"{error.with_stored:.4f}",
             _in_a_line(layer.stored.heaviest_first if layer.stored is not None else ()),
         )
-    table.caption = "columns: those kept exact, the largest shares of the error first"
+    table.caption = "columns: those stored exactly, largest share of the error first"
     return table
 
 
 def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
-    """As many indices as there is room for."""
+    """As many indices as fit."""
     text = " ".join(str(column.index) for column in columns)
     if len(text) <= COLUMNS_WIDTH:
         return text

@@ -1,4 +1,4 @@
-"""An evaluation on the terminal, in 80 columns: predictions by method, then the output errors by method."""
+"""An evaluation on the terminal, in 80 columns: predictions by method, then output errors by method."""
 
 import math
 
@@ -13,7 +13,7 @@ _WORST_WIDTH = 33
 
 
 def show_evaluation(found: Evaluation) -> None:
-    """Print what was compared on what, the two tables, and the notes."""
+    """Print the model and text, the two tables, and the notes."""
     console = stdout_console()
     for place, line in enumerate(summary_lines(found)):
         console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place == 0 else None)
@@ -28,17 +28,17 @@ def show_evaluation(found: Evaluation) -> None:
 
 
 def summary_lines(found: Evaluation) -> list[str]:
-    """Model, text, and what the stored columns were chosen by, a line each."""
+    """The model, the text, and how the stored columns were chosen; a line each."""
     text, columns = found.text, found.columns
-    beside = f" beside {found.reference}" if found.converted and found.reference else ""
-    converted = ", its own int8 tensors" if found.converted else ""
+    beside = f" compared with {found.reference}" if found.converted and found.reference else ""
+    converted = ", with its own int8 tensors" if found.converted else ""
     lines = [
         f"{found.model}{beside}{converted}: {counted(found.int8_layers, 'linear layer')} in int8, others {found.dtype}",
         f"text: {text.name}, {text.tokens:,} tokens in {counted(text.sequences, 'sequence')} of {text.sequence_length}",
     ]
     if columns is not None:
         by = f", calibrated on {columns.text} ({columns.tokens:,} tokens)" if columns.text else ""
-        lines.append(f"stored columns: {columns.mean_columns:.1f} a layer{by}")
+        lines.append(f"stored columns: {columns.mean_columns:.1f} per layer{by}")
     return lines
 
 
@@ -62,8 +62,8 @@ def _predictions_table(found: Evaluation) -> Table:
     if found.reference is not None:
         float_label = escape(found.methods[0].label)
         table.caption = (
-            f"Δ nats: mean log-likelihood lost against {float_label}, s.e. over sequences\n"
-            f"KL: divergence from {float_label} in nats · same top: most likely token is the same"
+            f"Δ nats: mean log-likelihood lost compared with {float_label}; s.e. over sequences\n"
+            f"KL: divergence from {float_label} in nats · same top: same most likely token"
         )
     return table
 

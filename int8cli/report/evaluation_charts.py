@@ -1,6 +1,6 @@
 """Charts of an evaluation by method: perplexity, and agreement with the 16-bit model, as Vega-Lite by altair.
 
-Owns what is drawn and how. Reads result objects; what is not finite is written out and not drawn.
+Owns what is drawn and how. Reads result objects. Values that are not finite appear as text only.
 """
 
 import math
@@ -18,14 +18,14 @@ _SMALLEST_TICK = 1e-5
 
 
 def perplexity_by_method(found: Evaluation) -> Any:
-    """What each method adds to the 16-bit model's nats, with standard errors; perplexities where that was not run."""
+    """The nats that each method adds to the 16-bit model, with standard errors; perplexities if that was not run."""
     if any(_over(method) is not None for method in found.methods):
         return _increases(found)
     return _perplexities(found)
 
 
 def has_agreement(found: Evaluation) -> bool:
-    """Whether anything was held against the 16-bit model's predictions."""
+    """Whether anything was compared with the predictions of the 16-bit model."""
     return any(method.scores is not None and method.scores.kl_divergence is not None for method in found.methods)
 
 
@@ -50,8 +50,8 @@ def agreement_by_method(found: Evaluation) -> Any:
 
 
 def _increases(found: Evaluation) -> Any:
-    """Nats over 16 bit. The axis is linear near 0 and logarithmic from there, so that a method that is off by orders
-    of magnitude leaves room for those that are not."""
+    """Nats over 16 bit. The axis is linear near 0 and logarithmic beyond, so that one very bad method does not squeeze
+    the others."""
     alt = require_altair()
     rows = list(_increase_rows(found))
     scale, ticks = _symmetric_log(rows)
@@ -78,7 +78,7 @@ def _increases(found: Evaluation) -> Any:
 
 
 def _perplexities(found: Evaluation) -> Any:
-    """Perplexities by themselves, where there is no 16-bit model to hold them against."""
+    """Perplexities alone, if there is no 16-bit model to compare with."""
     rows = [
         row_of(method, method.scores.perplexity, perplexity_text(method.scores.perplexity))
         for method in found.methods
@@ -87,7 +87,7 @@ def _perplexities(found: Evaluation) -> Any:
     x = _log_x(rows, "perplexity")
     chart = dots(found, rows, x, _tooltip("perplexity")) + written(rows, _WIDTH)
     return chart.properties(
-        width=_WIDTH, title=_title("Perplexity by method", f"without {reference_label(found)} beside it")
+        width=_WIDTH, title=_title("Perplexity by method", f"not compared with {reference_label(found)}")
     )
 
 
@@ -109,7 +109,7 @@ def _over(method: MethodResult) -> float | None:
 
 
 def _symmetric_log(rows: Sequence[Row]) -> tuple[Any, list[float]]:
-    """A scale that holds all bars with some room at its ends, and its ticks."""
+    """A scale that fits all bars with a margin at both ends, and its ticks."""
     alt = require_altair()
     tick = _first_tick(rows)
     constant = tick / 3
@@ -126,7 +126,7 @@ def _symmetric_log(rows: Sequence[Row]) -> tuple[Any, list[float]]:
 
 
 def _first_tick(rows: Sequence[Row]) -> float:
-    """The power of ten from which the axis is logarithmic: about the smallest standard error, or else difference."""
+    """The power of ten where the axis becomes logarithmic: near the smallest standard error, or else difference."""
     values = [row["error"] for row in rows if row.get("error")] or [abs(row["value"]) for row in rows if row["value"]]
     return max(10.0 ** round(math.log10(min(values))), _SMALLEST_TICK) if values else 0.01
 
@@ -140,7 +140,7 @@ def _straight(value: float, constant: float) -> float:
 
 
 def _log_x(rows: Sequence[Row], title: str) -> Any:
-    """A logarithmic axis. What is not positive has no place on it and is not drawn."""
+    """A logarithmic axis. Values that are not positive are not drawn."""
     for row in rows:
         row["value"] = row["value"] if row["value"] is not None and row["value"] > 0 else None
     values = [row["value"] for row in rows if row["value"] is not None] or [1.0]

@@ -1,6 +1,6 @@
 """An evaluation as one HTML page, or as a picture of its two main charts.
 
-Owns which charts and tables there are, in which order, and the sentence that says what it comes to.
+Owns which charts and tables there are, their order, and the sentences that sum up the result.
 """
 
 import math
@@ -23,7 +23,7 @@ _WEIGHTS_ONLY = "int8-weights"  # its inputs stay in 16 bit, so nothing is multi
 
 
 def write_evaluation(found: Evaluation, path: Path) -> None:
-    """Write the page (.html) or the picture (.png, .svg), or nothing. Raises OutputError, MissingExtraError."""
+    """Write the page (.html) or the picture (.png, .svg). Raises OutputError, MissingExtraError."""
     require_altair()
     if path.suffix == ".html":
         write_file(path, evaluation_page(found).encode())
@@ -32,11 +32,11 @@ def write_evaluation(found: Evaluation, path: Path) -> None:
         charts += [errors_by_layer(found)] if has_errors(found) else []
         save_chart(stacked(charts, "nothing was compared"), path)
     else:
-        raise OutputError(f"{path}: a report of an evaluation is .html, .png or .svg")
+        raise OutputError(f"{path}: an evaluation report must be .html, .png or .svg")
 
 
 def evaluation_page(found: Evaluation) -> str:
-    """The page: the summary, the charts that there is something for, the tables."""
+    """The page: the summary, the charts that have data, the tables."""
     lines = [*verdict_lines(found), *summary_lines(found), *(f"Note: {note}" for note in found.notes)]
     body = [
         f"<h1>Evaluation of {markup.escape(found.model)}</h1>",
@@ -48,7 +48,7 @@ def evaluation_page(found: Evaluation) -> str:
         body.append(markup.section("Predictions", "perplexity", ""))
         drawn["perplexity"] = finished(perplexity_by_method(found))
     if has_agreement(found):
-        body.append(markup.section("Agreement", "agreement", f"With {reference_label(found)}, position by position."))
+        body.append(markup.section("Agreement", "agreement", f"With {reference_label(found)}, at every position."))
         drawn["agreement"] = finished(agreement_by_method(found))
     if has_errors(found):
         note = "Click a method in the legend to see it alone, shift-click for more, double-click for all."
@@ -61,7 +61,7 @@ def evaluation_page(found: Evaluation) -> str:
 
 
 def verdict_lines(found: Evaluation) -> list[str]:
-    """What it comes to: perplexity in 16 bit, and the method that is closest to it."""
+    """The result in short: perplexity in 16 bit, and the method closest to it."""
     label, reference = reference_label(found), found.method(REFERENCE)
     lines = []
     if reference is not None and reference.scores is not None:
@@ -69,16 +69,16 @@ def verdict_lines(found: Evaluation) -> list[str]:
     ranked = sorted((method for method in compared(found) if _distance(method) is not None), key=_rank)
     if not ranked:
         return lines
-    lines.append(f"Closest to {label}: {_told(ranked[0])}.")
+    lines.append(f"Closest to {label}: {_figures_of(ranked[0])}.")
     in_int8 = [method for method in ranked if method.key != _WEIGHTS_ONLY]
     if in_int8 and in_int8[0] is not ranked[0]:
-        lines.append(f"Closest with int8 inputs too: {_told(in_int8[0])}.")
+        lines.append(f"Closest with int8 inputs too: {_figures_of(in_int8[0])}.")
     return lines
 
 
 def _distance(method: MethodResult) -> tuple[int, float] | None:
-    """How far a method is from 16 bit, by the best that is known: divergence, which tells methods apart on less text
-    than perplexity does; then perplexity; then the error of the layers."""
+    """How far a method is from 16 bit, by the best figure known: KL divergence, which separates methods with less text
+    than perplexity; otherwise perplexity; otherwise the error of the layers."""
     scores = method.scores
     known = (None, None) if scores is None else (scores.kl_divergence, scores.nats)
     for place, value in enumerate((*known, method.mean_error)):
@@ -91,21 +91,21 @@ def _rank(method: MethodResult) -> tuple[int, float]:
     return _distance(method) or (3, 0.0)
 
 
-def _told(method: MethodResult) -> str:
+def _figures_of(method: MethodResult) -> str:
     scores = method.scores
-    told = []
+    figures = []
     if scores is not None:
-        told.append(f"perplexity {perplexity_text(scores.perplexity)}")
+        figures.append(f"perplexity {perplexity_text(scores.perplexity)}")
         if scores.nats_over_reference is not None:
             error = "" if scores.standard_error is None else f" ± {scores.standard_error:.4f}"
-            told[-1] += f" ({scores.nats_over_reference:+.4f}{error} nats)"
+            figures[-1] += f" ({scores.nats_over_reference:+.4f}{error} nats)"
         if scores.kl_divergence is not None:
-            told.append(f"KL divergence {scores.kl_divergence:.3g}")
+            figures.append(f"KL divergence {scores.kl_divergence:.3g}")
         if scores.same_top_share is not None:
-            told.append(f"the most likely token is the same at {scores.same_top_share:.1%} of positions")
+            figures.append(f"same most likely token at {scores.same_top_share:.1%} of positions")
     if method.mean_error is not None:
-        told.append(f"mean output error {method.mean_error:.4f}")
-    return f"{method.label}: {', '.join(told)}"
+        figures.append(f"mean output error {method.mean_error:.4f}")
+    return f"{method.label}: {', '.join(figures)}"
 
 
 def _provenance(found: Evaluation) -> str:
@@ -156,14 +156,14 @@ def _error_cells(method: MethodResult) -> Iterator[markup.Cell]:
 
 
 def _layers_table(found: Evaluation) -> Iterator[str]:
-    """Layers by methods; of very many layers, those that lose most."""
+    """Layers by methods; of very many layers, those with the largest errors."""
     methods = [method for method in compared(found) if method.layers]
     layers = list(zip(*(method.layers for method in methods), strict=True))
     if len(layers) > MOST_LAYERS:
         largest = sorted(layers, key=lambda of: max(error.error for error in of), reverse=True)[:MOST_LAYERS]
-        kept = {of[0].name for of in largest}
-        yield f'<p class="note">The {MOST_LAYERS:,} with the largest errors, of {len(layers):,}; --json has all.</p>'
-        layers = [of for of in layers if of[0].name in kept]
+        shown = {of[0].name for of in largest}
+        yield f'<p class="note">The {MOST_LAYERS:,} largest errors of {len(layers):,} layers; --json has all.</p>'
+        layers = [of for of in layers if of[0].name in shown]
     heads = ("layer", "input", *(method.label for method in methods))
     rows = [(of[0].name, of[0].kind, *(_cell(error.error, ".4f") for error in of)) for of in layers]
     yield markup.table(heads, rows, "None.")

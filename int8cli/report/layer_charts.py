@@ -25,7 +25,7 @@ def has_errors(found: Evaluation) -> bool:
 
 
 def errors_by_layer(found: Evaluation) -> Any:
-    """Panels on one logarithmic scale. A click on a name in the legend leaves that method alone."""
+    """Panels on one logarithmic scale. A click on a name in the legend shows only that method."""
     alt = require_altair()
     panels = _panels([method for method in compared(found) if method.layers])
     chosen = alt.selection_point(name="chosen", fields=["method"], bind="legend")
@@ -37,17 +37,17 @@ def errors_by_layer(found: Evaluation) -> Any:
         x = _layer_axis([row["number"] for row in rows], "block" if bottom else None, labels=role != OUTSIDE)
         panel = _panel(found, rows, chosen).encode(x=x, y=y.title("output error" if left else None))
         title = alt.TitleParams(role, anchor="start", fontSize=12, fontWeight="normal", limit=_WIDTH)
-        # One panel owns the choice; the others follow it.
+        # One panel owns the selection; the others follow it.
         panel = panel if drawn else panel.add_params(chosen)
         drawn.append(panel.properties(width=_WIDTH, height=_HEIGHT, title=title))
-    subtitle = f"on {found.error_tokens:,} tokens; every layer gets the input that it has in {reference_label(found)}"
+    subtitle = f"on {found.error_tokens:,} tokens; every layer gets the input it has in {reference_label(found)}"
     title = alt.TitleParams("Output error by layer, relative to the output", subtitle=subtitle, anchor="start")
     return alt.concat(*drawn, columns=_COLUMNS, spacing=20).properties(title=title)
 
 
 @dataclass(slots=True)
 class _Point:
-    """The worst of the layers that share a place, and how many do."""
+    """The worst of the layers that share a place, and their number."""
 
     worst: LayerError
     layers: int = 1
@@ -86,7 +86,7 @@ def _row(method: MethodResult, number: int, point: _Point) -> Row:
 
 
 def _panel(found: Evaluation, rows: Sequence[Row], chosen: Any) -> Any:
-    """A line a method. Lines and points name the same legend: it would have no shapes, or not be there at all."""
+    """One line per method. Lines and points name the same legend: without that, it loses its shapes or disappears."""
     alt = require_altair()
     base = chart_of(rows).encode(
         color=color(found, legend=True), opacity=alt.condition(chosen, alt.value(0.9), alt.value(0.06))
@@ -100,7 +100,7 @@ def _panel(found: Evaluation, rows: Sequence[Row], chosen: Any) -> Any:
 
 
 def _layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool) -> Any:
-    """Numbers of blocks; those of layers outside of them mean nothing and are not shown."""
+    """Block numbers. Layers outside the blocks have meaningless numbers, which are not shown."""
     alt = require_altair()
     scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False)
     span = max(numbers) - min(numbers) + 1

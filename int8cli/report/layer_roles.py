@@ -1,6 +1,6 @@
 """Which place in its block a linear layer has: `model.layers.7.mlp.up_proj` is the `mlp.up_proj` of block 7.
 
-Owns how layers fall into series that can be followed from block to block.
+Owns how layers are grouped into series that can be followed from block to block.
 """
 
 from collections.abc import Sequence
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 from int8cli.results.evaluation import LayerError
 
-OUTSIDE = "outside of the blocks, in order"
+OUTSIDE = "outside the blocks, in order"
 
 
 @dataclass(frozen=True, slots=True)
 class LayerPlace:
-    """A series, and how far along it. The experts of a block share a place."""
+    """A series, and the position in it. The experts of a block share a place."""
 
     role: str
     number: int
 
 
 def places(layers: Sequence[LayerError]) -> list[LayerPlace]:
-    """The place of each layer. The stack is named where there are several; layers outside of them are counted."""
+    """The place of each layer. The stack is named if there are several; layers outside the stacks are numbered."""
     stacks = {layer.stack for layer in layers if layer.stack is not None}
     found: list[LayerPlace] = []
     outside = 0
@@ -35,6 +35,6 @@ def places(layers: Sequence[LayerError]) -> list[LayerPlace]:
 
 
 def _below(name: str, block: str) -> str:
-    """The name below its block, with `*` for the numbers of experts and sublayers."""
+    """The name inside its block, with `*` for the numbers of experts and sublayers."""
     below = name.partition(block)[2] or name
     return ".".join("*" if part.isdigit() else part for part in below.split("."))

@@ -1,4 +1,4 @@
-"""One HTML page that fetches nothing: charts by Vega, which is in the page, and tables that sort.
+"""One HTML page that fetches nothing: charts by Vega, which is in the page, and sortable tables.
 
 Owns the page's markup, style and script, in light and dark, and that a name is text in them and nothing else. Knows
 nothing of what is reported.
@@ -35,7 +35,7 @@ th button:focus-visible { outline: 2px solid #2a78d6; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 tbody tr:nth-child(even) { background: var(--stripe); } .scroll { overflow: auto; max-height: 560px; }
 """
-# Charts carry no colors of their own for text, axes and background: those are the reader's scheme.
+# Charts set no colors for text, axes and background: these follow the reader's color scheme.
 _SCRIPT = """
 const ink = '#c3cad5', dark = matchMedia('(prefers-color-scheme: dark)');
 const onDark = {
@@ -90,7 +90,7 @@ NOTHING: Cell = (-math.inf, "")  # in a column of numbers
 
 def page(title: str, body: Sequence[str], drawn: Mapping[str, Any]) -> str:
     """The page. `body` is HTML; `drawn` are altair charts by the names of their sections."""
-    vl_convert: Any = importlib.import_module("vl_convert")  # its stubs want an argument that it does not need
+    vl_convert: Any = importlib.import_module("vl_convert")  # its stubs require an argument that is optional
 
     specs = {name: printable_spec(chart) for name, chart in drawn.items()}
     return _PAGE.format(
@@ -114,7 +114,7 @@ def _json_in_script(value: Any) -> str:
 
 
 def _safe(script: str) -> str:
-    """Script text in which nothing can end the element that it stands in."""
+    """Script text that cannot close the element around it."""
     return re.sub(r"</(?=script)", r"<\\/", script, flags=re.IGNORECASE).replace("<!--", "<\\!--")
 
 
@@ -125,8 +125,8 @@ def section(title: str, chart: str, note: str) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], otherwise: str) -> str:
-    """A table that sorts by the heads; without rows the sentence `otherwise`. The first row tells which columns are
-    numbers."""
+    """A table that sorts by a click on a head; without rows, the sentence `otherwise`. The first row decides which
+    columns are numbers."""
     rows = list(rows)
     if not rows:
         return f'<p class="note">{escape(otherwise)}</p>'
@@ -146,7 +146,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _sortable(value: float) -> str:
-    """A number as JavaScript reads it; what is none is the largest."""
+    """A number as JavaScript reads it; NaN counts as the largest."""
     return repr(value) if math.isfinite(value) else "-Infinity" if value == -math.inf else "Infinity"
 
 

@@ -1,6 +1,6 @@
-"""A memory estimate on the terminal, in 80 columns, and as JSON.
+"""A memory estimate on the terminal, in 80 columns.
 
-Owns how the estimate is shown. GB is 10^9 bytes, as disks and downloads are counted; GiB is 2^30, as cards are.
+Owns how the estimate is shown. GB is 10^9 bytes, the unit of disks and downloads; GiB is 2^30, the unit of cards.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _LABELS = {FLOAT16: "float16", INT8: "int8"}
 
 
 def show_memory(report: MemoryReport) -> None:
-    """Print weights by precision and part, what use adds, what a conversion takes, and which cards hold it."""
+    """Print weights by precision and part, what use adds, what a conversion needs, and the cards the model fits on."""
     console = stdout_console()
     estimate = report.estimate
     files = len(estimate.survey.shards)
@@ -32,13 +32,13 @@ def show_memory(report: MemoryReport) -> None:
         f"in {files} file{'s' if files > 1 else ''}, {escape(' and '.join(estimate.stored_dtypes))}",
         soft_wrap=True,
     )
-    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists what does not")
+    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists the rest")
     console.print()
     console.print(_precision_table(estimate))
     console.print()
     console.print(_parts_table(estimate))
     if not any(part.name == HEAD and part.weights.float16_bytes for part in estimate.parts):
-        console.print("[dim]The output head shares the embedding's weight, or there is none.[/dim]")
+        console.print("[dim]The output head shares the embedding's weight, or the model has none.[/dim]")
     console.print()
     for line in (*_use_lines(report), "", *_conversion_lines(estimate)):
         console.print(line, soft_wrap=True)
@@ -51,9 +51,9 @@ def show_memory(report: MemoryReport) -> None:
     if not report.answers:
         console.print()
         console.print(_fit_table(report))
-        console.print(f"[dim]in use: with {_tokens(report.use)} · -: a block is too large for it[/dim]")
+        console.print(f"[dim]in use: with {_tokens(report.use)} · -: too small for one layer[/dim]")
         if len(list(_rows_that_differ(report.table))) < len(report.table):
-            console.print("[dim]One of any larger card is enough.[/dim]")
+            console.print("[dim]One larger card is enough.[/dim]")
     console.print(f"[dim]{USABLE_RULE}[/dim]")
 
 
@@ -95,7 +95,7 @@ def _precision_table(estimate: Estimate) -> Table:
 
 
 def _parts_table(estimate: Estimate) -> Table:
-    table = titled_table("By part: █ in int8, ░ what 16 bit takes more")
+    table = titled_table("By part: █ in int8, ░ extra in 16 bit")
     for name in ("", "", "16 bit", "int8"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     most = max((part.weights.float16_bytes for part in estimate.parts), default=0)
@@ -110,7 +110,7 @@ def _parts_table(estimate: Estimate) -> Table:
 
 
 def _bar(part: Part, most: int) -> str:
-    """Two tones: what LLM.int8() takes, and what 16 bit takes beyond it."""
+    """Two tones: the LLM.int8() size, and the extra size in 16 bit."""
     if not most:
         return ""
     full = max(1, round(_BAR_WIDTH * part.weights.float16_bytes / most)) if part.weights.float16_bytes else 0
@@ -122,27 +122,27 @@ def _bar(part: Part, most: int) -> str:
 def _use_lines(report: MemoryReport) -> Iterator[str]:
     estimate, use = report.estimate, report.use
     sequences = f"{use.batch} x {use.context:,} tokens" if use.batch > 1 else f"{use.context:,} tokens"
-    yield f"[bold]In use[/bold], {sequences} read in one pass"
+    yield f"[bold]In use[/bold], {sequences} in one forward pass"
     kv_bytes = estimate.kv_bytes(use)
     workspace = estimate.workspace_bytes(use, INT8)
     if kv_bytes is None:
-        yield f"  KV cache   [yellow]not known[/yellow]: {escape(estimate.cache.reason)}"
+        yield f"  KV cache   [yellow]unknown[/yellow]: {escape(estimate.cache.reason)}"
     elif not estimate.cache.layers:
         yield f"  KV cache   none: {escape(estimate.cache.reason)}"
     else:
         a_token = estimate.cache.bytes_a_token(_element_bytes(use)) or 0
-        yield f"  KV cache   {gib(kv_bytes):>9}  {use.kv_dtype}, {a_token:,} bytes a token"
+        yield f"  KV cache   {gib(kv_bytes):>9}  {use.kv_dtype}, {a_token:,} bytes per token"
         yield f"             {'':>9}  {escape(estimate.cache.reason)}"
     if workspace:
-        yield f"  workspace  {gib(workspace):>9}  of the int8 product, an estimate for the largest layer:"
+        yield f"  workspace  {gib(workspace):>9}  for the int8 product, estimated for the largest layer:"
         yield f"  [dim]{WORKSPACE_FORMULA}[/dim]"
     if kv_bytes is not None:
         totals = " · ".join(f"{_LABELS[name]} {gib(total_bytes(report, name) or 0)}" for name in PRECISIONS)
-        yield f"  [bold]together[/bold]   {totals}"
+        yield f"  [bold]total[/bold]      {totals}"
 
 
 def total_bytes(report: MemoryReport, precision: str) -> int | None:
-    """Weights, cache and workspace on one card that were large enough; None where the cache is not known."""
+    """Weights, cache and workspace on one card of sufficient size; None if the cache size is unknown."""
     estimate, use = report.estimate, report.use
     kv_bytes = estimate.kv_bytes(use)
     weights = estimate.weights.int8_bytes if precision == INT8 else estimate.weights.float16_bytes
@@ -155,14 +155,14 @@ def _conversion_lines(estimate: Estimate) -> Iterator[str]:
     needs = estimate.conversion
     yield "[bold]To convert[/bold]"
     yield f"  download   {human_bytes(needs.download_bytes):>9}"
-    yield f"  disk       {human_bytes(needs.disk_bytes):>9}  at its peak, output and shards in flight"
+    yield f"  disk       {human_bytes(needs.disk_bytes):>9}  at the peak: output and shards in flight"
     if needs.download_bytes:
         yield f"             {human_bytes(needs.disk_keeping_source_bytes):>9}  with --keep-source"
-    yield f"  memory     {human_bytes(needs.buffer_bytes):>9}  of buffers, besides Python with torch (0.2-0.3 GB)"
+    yield f"  memory     {human_bytes(needs.buffer_bytes):>9}  for buffers, besides Python with torch (0.2-0.3 GB)"
 
 
 def _fit_table(report: MemoryReport) -> Table:
-    table = titled_table("Cards it takes, whole blocks in order")
+    table = titled_table("Cards needed (whole layers per card)")
     table.add_column("", no_wrap=True)
     table.add_column("memory", justify="right", no_wrap=True)
     for precision in PRECISIONS:
@@ -177,7 +177,7 @@ def _fit_table(report: MemoryReport) -> Table:
 
 
 def _rows_that_differ(table: tuple[FitRow, ...]) -> Iterator[FitRow]:
-    """Up to the first card of which one is enough for everything: a larger one is too."""
+    """Up to the first card that is large enough alone: larger cards are too."""
     for row in table:
         yield row
         if all(count.weights == count.in_use == 1 for count in row.counts.values()):
@@ -195,7 +195,7 @@ def _tokens(use: Use) -> str:
 
 
 def _verdicts(answers: tuple[Answer, ...], report: MemoryReport, title: str) -> Iterator[str]:
-    """The cards, and for each precision yes, no, or the weights alone, and how much context."""
+    """The cards, and for each precision yes, no, or only the weights, and how much context."""
     names = [placed.card.name for placed in answers[0].placement.cards]
     what = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     yield f"[bold]{escape(title)}[/bold] {escape(what)}"
@@ -209,19 +209,19 @@ def _decision(answer: Answer, report: MemoryReport) -> str:
     if not answer.holds_weights:
         return "[red]no[/red], not even the weights"
     if answer.largest_context is None:
-        return "[yellow]yes, the weights[/yellow]; the cache is not known"
+        return "[yellow]yes, the weights[/yellow]; the cache size is unknown"
     if answer.fits:
         longer = answer.largest_context > report.use.context
         return f"[green]yes[/green], with {asked}" + (f" and up to {answer.largest_context:,}" if longer else "")
     if answer.largest_context == 0:
-        return "[yellow]yes, the weights[/yellow], and nothing beside them"
+        return "[yellow]only the weights[/yellow], with no room for a context"
     return f"[yellow]yes, up to {answer.largest_context:,} tokens[/yellow], not {report.use.context:,}"
 
 
 def _placement_table(answer: Answer) -> Table:
     table = titled_table("")
     table.add_column("card", no_wrap=True)
-    table.add_column("holds", overflow="fold")
+    table.add_column("parts", overflow="fold")
     for name in ("weights", "KV", "work", "left"):
         table.add_column(name, justify="right", no_wrap=True)
     for number, placed in enumerate(answer.placement.cards):
@@ -235,7 +235,7 @@ def _placement_table(answer: Answer) -> Table:
 
 
 def units_in_words(placed: Placed) -> str:
-    """`embeddings, h.0-6`: blocks in a row as a range."""
+    """`embeddings, h.0-6`: consecutive blocks as a range."""
     runs: list[tuple[str, int, int] | str] = []
     for load in placed.loads:
         stack, _, index = load.name.rpartition(".")

@@ -1,4 +1,4 @@
-"""A memory estimate as one JSON document. All sizes are bytes; null is what is not known."""
+"""A memory estimate as one JSON document. All sizes are bytes; null means unknown."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ MEMORY_SCHEMA = "int8cli.memory/1"
 
 
 def memory_to_json(report: MemoryReport) -> dict[str, Any]:
-    """The whole report; `cards.answers` holds what `--gpu` asked."""
+    """The whole report; `cards.answers` answers `--gpu`."""
     estimate, use = report.estimate, report.use
     survey = estimate.survey
     return {
@@ -30,7 +30,7 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
         "parts": [{"part": part.name, **_weights(part.weights)} for part in estimate.parts],
         "units": [{"unit": unit.name, "part": unit.part, **_weights(weights)} for unit, weights in estimate.units],
         "largest_block": estimate.largest_block[0].name if estimate.largest_block else None,
-        "not_held_in_memory": sorted(estimate.not_held),
+        "not_held_in_memory": sorted(estimate.not_in_memory),
         "kv_cache": _cache(report),
         "workspace": {
             "formula": WORKSPACE_FORMULA,

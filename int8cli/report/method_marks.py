@@ -1,6 +1,6 @@
 """How a method looks in every chart of an evaluation: its color, its shape, its row.
 
-Owns that a method keeps its look from chart to chart and of page to picture.
+Owns that a method looks the same in every chart, on the page and in pictures.
 """
 
 import math
@@ -10,7 +10,7 @@ from typing import Any
 from int8cli.report.vega import Row, chart_of, require_altair, short
 from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
 
-# Each stands out from a white and from a dark page, and from its neighbors. Shapes tell apart what comes around again.
+# Each color stands out on a white and on a dark page, and from its neighbors. When colors repeat, the shape differs.
 _COLORS = ("#c8452f", "#d98200", "#8a8d1c", "#2e9c5b", "#1a9fae", "#3a7fe0", "#8f67d8", "#d655a0", "#a9714b", "#7f8a99")
 _SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "triangle-right")
 _REFERENCE_COLOR = "#7f8a99"
@@ -24,7 +24,7 @@ def compared(found: Evaluation) -> list[MethodResult]:
 
 
 def reference_label(found: Evaluation) -> str:
-    """What the model is called that the methods are held against."""
+    """The name of the model that the methods are compared with."""
     reference = found.method(REFERENCE)
     return "16 bit" if reference is None else reference.label
 
@@ -42,7 +42,7 @@ def shape(found: Evaluation, *, legend: bool) -> Any:
 
 
 def _scale(found: Evaluation, looks: Sequence[Any], of_reference: Any) -> Any:
-    """The methods in the table's order, around and around; the 16-bit model has a look of its own."""
+    """The marks of the methods in the table's order, repeating; the 16-bit model has its own."""
     labels = [method.label for method in compared(found)]
     chosen = [looks[place % len(looks)] for place in range(len(labels))]
     reference = [method.label for method in found.methods if method.key == REFERENCE]
@@ -50,20 +50,20 @@ def _scale(found: Evaluation, looks: Sequence[Any], of_reference: Any) -> Any:
 
 
 def row_of(method: MethodResult, value: float | None, written: str) -> Row:
-    """What is drawn of a method: the value where it is finite, and in any case what is written."""
+    """A row of chart data for a method: the value if it is finite, and always its text."""
     finite = value is not None and math.isfinite(value)
     return {"method": method.label, "value": short(value) if finite and value is not None else None, "text": written}
 
 
 def rows_axis(rows: Sequence[Row], *, named: bool = True) -> Any:
-    """One row a method, in the table's order."""
+    """One row per method, in the table's order."""
     alt = require_altair()
     axis = alt.Axis(labelLimit=260, ticks=False, domain=False, labelPadding=8, grid=True, labels=named)
     return alt.Y("method:N", title=None, sort=[row["method"] for row in rows], axis=axis)
 
 
 def dots(found: Evaluation, rows: Sequence[Row], x: Any, tooltip: Sequence[Any], *, named: bool = True) -> Any:
-    """A dot a method, at its value."""
+    """One dot per method, at its value."""
     marks = chart_of(rows).mark_point(filled=True, size=70, opacity=1)
     return marks.encode(
         x=x,
@@ -75,14 +75,14 @@ def dots(found: Evaluation, rows: Sequence[Row], x: Any, tooltip: Sequence[Any],
 
 
 def written(rows: Sequence[Row], width: int, *, named: bool = True) -> Any:
-    """The values in words, in a column of their own at the right of a chart of that width."""
+    """The values as text, in a column to the right of a chart of that width."""
     alt = require_altair()
     marks = chart_of(rows).mark_text(align="left", fontSize=11)
     return marks.encode(x=alt.value(width + 10), y=rows_axis(rows, named=named), text="text:N")
 
 
 def _legend(found: Evaluation) -> Any:
-    """All but the 16-bit model, which has no errors of its own."""
+    """All but the 16-bit model, which has no errors."""
     return require_altair().Legend(
         title=None,
         orient="top",

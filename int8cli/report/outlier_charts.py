@@ -29,21 +29,19 @@ def write_picture(statistics: OutlierStatistics | WeightSuspects, path: Path) ->
 
 
 def heatmap(statistics: OutlierStatistics) -> Any:
-    """Layer by dimension: the largest |x| over the norm-fed inputs, for the dimensions that reach furthest."""
+    """Layer by dimension: the largest |x| over the norm-fed inputs, for the dimensions with the largest values."""
     threshold = statistics.provenance.threshold
     charts = []
     for stack, layers in statistics.norm_fed_layers().items():
         rows = list(_heatmap_rows(layers))
         title = f"Largest |x| by layer and dimension, norm-fed inputs of {stack}"
-        subtitle = (
-            f"the {len({row['dimension'] for row in rows})} dimensions that reach furthest; red from {threshold:g} on"
-        )
+        subtitle = f"the {len({row['dimension'] for row in rows})} largest dimensions; red: {threshold:g} or more"
         charts.append(_heatmap(rows, sorted(layers), title, subtitle, threshold))
     return stacked(charts, "no norm-fed inputs were found")
 
 
 def suspects_heatmap(found: WeightSuspects) -> Any:
-    """The same of predictions from weights: suspects."""
+    """The same for predictions from the weights: suspects."""
     charts = []
     for stack in dict.fromkeys(site.stack for site in found.sites):
         sites = [site for site in found.sites if site.stack == stack]
@@ -63,7 +61,7 @@ def suspects_heatmap(found: WeightSuspects) -> Any:
 
 
 def features_by_layer(statistics: OutlierStatistics) -> Any:
-    """Magnitude and share of positions of the outlier features by layer; without any, of the largest dimensions."""
+    """Magnitude and share of positions by layer, of the outlier features or else of the largest dimensions."""
     rows: list[Row] = []
     for stack, layers in statistics.norm_fed_layers().items():
         for dimension in _dimensions_to_follow(statistics, stack, layers):
@@ -136,7 +134,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
 
 
 def errors_by_layer(statistics: OutlierStatistics) -> Any:
-    """The output error predicted for each linear, by layer: int8 weights alone, and vector-wise."""
+    """The predicted output error of each linear, by layer: with int8 weights alone, and vector-wise."""
     alt = require_altair()
     rows = [
         {
@@ -183,7 +181,7 @@ def _heatmap_rows(layers: dict[int, tuple[SiteStatistics, ...]]) -> Iterator[Row
 
 
 def _heatmap(rows: Sequence[Row], layers: Sequence[int], title: str, subtitle: str, threshold: float | None) -> Any:
-    """Cells of one stack. Without a threshold one ramp of blue; with one, red begins there."""
+    """Cells of one stack. Without a threshold, shades of blue; with one, values at or above it are red."""
     alt = require_altair()
     top = max(max((row["value"] for row in rows), default=1.0), 1e-6)
     if threshold is None:
@@ -220,7 +218,7 @@ def _heatmap(rows: Sequence[Row], layers: Sequence[int], title: str, subtitle: s
 def _dimensions_to_follow(
     statistics: OutlierStatistics, stack: str, layers: dict[int, tuple[SiteStatistics, ...]]
 ) -> list[int]:
-    """The systematic features, and with them the dimensions that reach furthest, some in all."""
+    """The systematic features, then the dimensions with the largest values, a few in total."""
     found = [located.feature.dimension for located in statistics.features() if located.stack == stack]
     absmax = torch.stack([site.inputs.absmax for sites in layers.values() for site in sites]).amax(dim=0)
     largest = absmax.topk(min(MOST_LINES, absmax.numel())).indices.tolist()

@@ -1,6 +1,6 @@
 """The report on outliers as one HTML page.
 
-Owns which charts and tables it has, and in which order.
+Owns which charts and tables it has, and their order.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ def write_page(found: OutlierStatistics | WeightSuspects, path: Path) -> None:
 
 
 def statistics_page(found: OutlierStatistics) -> str:
-    """The page for what a calibration found."""
+    """The page for the result of a calibration."""
     features, massive = found.features(), grouped_massive(found.massive())
     of = found.provenance
     threshold = f"{of.threshold:g}"
@@ -41,7 +41,7 @@ def statistics_page(found: OutlierStatistics) -> str:
         + "</p>",
         markup.section("Layer by dimension", "heatmap", ""),
         markup.section(
-            "Features by layer", "features", "The systematic features, and the dimensions that reach furthest."
+            "Features by layer", "features", "The systematic features, and the dimensions with the largest values."
         ),
         markup.table(
             ("dimension", "stack", "layers", "of", "positions", "at most", "largest", "sign", "in layers"),
@@ -103,7 +103,7 @@ def statistics_page(found: OutlierStatistics) -> str:
 
 
 def suspects_page(found: WeightSuspects) -> str:
-    """The page for suspects, called so throughout."""
+    """The page for suspects, which always calls them suspects."""
     body = [
         f"<h1>Suspects in {markup.escape(found.model)}</h1>",
         f"<p>{markup.escape(suspects_caveat())}</p>",

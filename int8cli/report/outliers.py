@@ -1,4 +1,4 @@
-"""Outlier statistics and suspects on the terminal, in 80 columns: what it comes to first, then the details."""
+"""Outlier statistics and suspects on the terminal, in 80 columns: the summary first, then the details."""
 
 import statistics as stats
 from collections.abc import Iterable, Sequence
@@ -39,7 +39,7 @@ def show_statistics(found: OutlierStatistics) -> None:
 
 
 def show_suspects(found: WeightSuspects) -> None:
-    """Print the suspects and what that word is worth."""
+    """Print the suspects, and how reliable they are."""
     console: Console = stdout_console()
     console.print(f"[bold]{escape(found.model)}[/bold]: suspects, from the weights alone", soft_wrap=True)
     console.print(suspects_caveat(), soft_wrap=True)
@@ -60,16 +60,17 @@ def show_suspects(found: WeightSuspects) -> None:
 
 def suspects_caveat() -> str:
     return (
-        f"A guess: on {MEASURED_ON} the one true feature came first, but of all {round(1 / MEASURED_PRECISION_OF_ALL)} "
-        f"suspects\nonly that one was true (precision {MEASURED_PRECISION_OF_ALL:.2f}; average precision over norms "
-        f"{MEASURED_AVERAGE_PRECISION:.2f}).\nRunning the model tells: --from activations."
+        f"This is a guess. On {MEASURED_ON} the one true feature was ranked first, but it was the only one of "
+        f"{round(1 / MEASURED_PRECISION_OF_ALL)}\nsuspects that was true (precision {MEASURED_PRECISION_OF_ALL:.2f}; "
+        f"average precision over norms {MEASURED_AVERAGE_PRECISION:.2f}).\nTo be certain, run the model: "
+        "--from activations."
     )
 
 
 def summary_lines(
     found: OutlierStatistics, features: Sequence[LocatedFeature], massive: Sequence["MassiveGroup"]
 ) -> list[str]:
-    """What it comes to, line by line: the model and the text first, then what was found."""
+    """The summary, line by line: the model and the text, then the result."""
     of = found.provenance
     named = ", ".join(str(located.feature.dimension) for located in features)
     plural = "" if len(features) == 1 else "s"
@@ -95,7 +96,7 @@ def summary_lines(
 
 
 class MassiveGroup:
-    """A massive activation in one dimension of one kind of site: the residual carries one through many blocks."""
+    """A massive activation in one dimension of one kind of site: the residual stream carries it through many blocks."""
 
     def __init__(self, kind: str, dimension: int) -> None:
         self.kind, self.dimension = kind, dimension
@@ -139,7 +140,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def common_prefix(names: Sequence[str]) -> str:
-    """What all names begin with, in whole components: `model.layers.`."""
+    """The common start of all names, in whole components: `model.layers.`."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:

@@ -1,4 +1,4 @@
-"""Outlier statistics and suspects as one JSON document each. `schema` names the form; numbers are not rounded."""
+"""Outlier statistics and suspects as one JSON document each. `schema` names the format; numbers are not rounded."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ LARGEST_DIMENSIONS = 16
 
 
 def statistics_to_json(statistics: OutlierStatistics) -> dict[str, Any]:
-    """Features, massive activations and sites; of each site the dimensions with the largest |x|.
+    """Features, massive activations and sites, and the dimensions of each site with the largest |x|.
 
-    The statistics of all dimensions are in the .safetensors that --output writes.
+    The statistics of all dimensions are in the .safetensors file that --output writes.
     """
     of = statistics.provenance
     return {
@@ -62,7 +62,7 @@ def statistics_to_json(statistics: OutlierStatistics) -> dict[str, Any]:
 
 
 def suspects_to_json(found: WeightSuspects) -> dict[str, Any]:
-    """Suspects, called so in every key."""
+    """Suspects; every key calls them suspects."""
     return {
         "schema": OUTLIERS_SCHEMA,
         "from": "weights",

@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: the plan by kind of tensor, the output's size, and what the conversion will need."""
+"""What `--dry-run` shows: the plan by kind of tensor, the output size, and what the conversion needs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +9,7 @@ from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
 from int8cli.records.store import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
-from int8cli.report.stored import columns_word, percent_more, told_by
+from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
 from int8cli.results.units import counted, human_bytes, human_count
@@ -18,9 +18,9 @@ PLAN_SCHEMA = "int8cli.plan/1"
 
 
 def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:
-    """`output_bytes` are those of the shards; `settings` say what stored columns will be chosen by.
+    """The plan as JSON. `output_bytes` counts the shards; `settings` say how stored columns will be chosen.
 
-    `figures` is whether the error of every layer will be measured, null where that is open.
+    `figures` says whether the error of every layer will be measured, null if that is not decided.
     """
     plan = survey.plan
     return {
@@ -76,22 +76,22 @@ def _shard_to_json(survey: Survey, contents: ShardContents) -> dict[str, Any]:
 
 
 def _stored_to_json(survey: Survey, settings: Settings | None) -> dict[str, Any] | None:
-    """How many columns there will be at most, and what they will be chosen by; None where there will be none."""
+    """The largest possible number of stored columns, and how they will be chosen; None without stored columns."""
     if survey.stored_counts is None:
         return None
     counts = [count for count in survey.stored_counts.values() if count]
-    told = {} if settings is None else asdict(settings)
+    chosen = {} if settings is None else asdict(settings)
     return {
         "columns": sum(counts),
         "layers": len(counts),
-        "chosen_from": told.get("outliers"),
-        "columns_a_layer": told.get("outlier_columns"),
-        "calibration": told.get("calibration"),
+        "chosen_from": chosen.get("outliers"),
+        "columns_a_layer": chosen.get("outlier_columns"),
+        "calibration": chosen.get("calibration"),
     }
 
 
 def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | None = None) -> None:
-    """Print what would be done, and that nothing was."""
+    """Print what a conversion would do, and that this was a dry run."""
     console = stdout_console()
     plan = survey.plan
     ratio = survey.source_bytes / survey.output_bytes if survey.output_bytes else 0.0
@@ -110,9 +110,9 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
     if settings is not None:
         console.print(_chosen_by(survey, settings))
         if not settings.figures:
-            console.print("the error of the weights will not be measured (--no-figures)")
+            console.print("weight error: not measured (--no-figures)")
     console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
-    console.print(groups_table("Left alone", group_by_kind(plan.copied)))
+    console.print(groups_table("Not quantized", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
@@ -121,7 +121,7 @@ def _stored_lines(survey: Survey) -> list[str]:
     if survey.stored_counts is None:
         return []
     size_bytes, more = survey.sidecar_bytes, percent_more(survey.sidecar_bytes, survey.output_bytes)
-    return [f"sidecars  {size_bytes:>19,} bytes  {human_bytes(size_bytes):>10}  {more} more, of stored columns"]
+    return [f"sidecars  {size_bytes:>19,} bytes  {human_bytes(size_bytes):>10}  {more} more, for stored columns"]
 
 
 def _chosen_by(survey: Survey, settings: Settings) -> str:
@@ -129,8 +129,8 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
         return "no columns are stored exactly"
     told = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(told_by(told))
-    return f"up to {columns} are kept exact, {settings.outlier_columns:,} of a layer at most; {by}"
+    by = escape(chosen_by(told))
+    return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}"
 
 
 def _disk_line(room: Room) -> str:

@@ -1,6 +1,6 @@
-"""How stored columns are spoken of: what told them, and that suspects are no more than that.
+"""The wording for stored columns: how they were chosen, and that suspects are only a guess.
 
-Owns the words that the terminal, the card and the dry run share.
+Owns the phrases that the terminal, the card and the dry run share.
 """
 
 from collections.abc import Mapping
@@ -11,19 +11,19 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.stored_columns import StoredSummary
 from int8cli.results.units import counted
 
-SUSPECTS = "suspects only, told by the weights alone; no activations have shown them to be outliers"
+SUSPECTS = "guessed from the weights, not confirmed by running the model"
 
 
-def told_by(settings: Mapping[str, Any]) -> str:
-    """What the columns were chosen by, from the settings of a conversion."""
+def chosen_by(settings: Mapping[str, Any]) -> str:
+    """How the columns were chosen, from the settings of a conversion."""
     chosen_from, calibration = settings["outliers"], settings["calibration"]
     if chosen_from == FROM_WEIGHTS:
         return SUSPECTS
     if chosen_from == FROM_ACTIVATIONS:
-        return f"chosen by the activations over {calibration}" if calibration else "chosen by the activations"
+        return f"chosen by running the model on {calibration}" if calibration else "chosen by running the model"
     if chosen_from == FROM_STATISTICS:
         digest = calibration.removeprefix("statistics ")
-        return f"chosen by the statistics of a calibration (file {digest})" if digest else "chosen by statistics"
+        return f"chosen from the statistics of a calibration (file {digest})" if digest else "chosen from statistics"
     return f"chosen by {chosen_from}"
 
 
@@ -38,6 +38,6 @@ def how_many(report: ConversionReport, stored: StoredSummary) -> str:
 
 
 def percent_more(extra_bytes: int, output_bytes: int) -> str:
-    """What stored columns add to an output, as in `1.6 %`."""
+    """How much stored columns add to the size of an output: `1.6 %`."""
     percent = 100 * extra_bytes / output_bytes if output_bytes else 0.0
     return f"{percent:.1f} %" if percent >= 0.1 or not extra_bytes else f"{percent:.2g} %"

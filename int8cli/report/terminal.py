@@ -40,7 +40,7 @@ def stderr_console() -> Console:
 
 
 def titled_table(title: str) -> Table:
-    """A table without a frame; with an empty title it has none."""
+    """A table without a frame; an empty title means no title."""
     table = Table(title=title or None, title_justify="left", title_style="bold", caption_justify="left", box=None)
     table.padding = (0, 1)
     return table

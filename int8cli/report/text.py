@@ -72,7 +72,7 @@ class PrintableStream(io.TextIOBase):
 
 
 def broken_at_dots(name: str, width: int) -> str:
-    """The name as rich markup, in lines of at most `width` characters that end at a dot wherever one is in reach."""
+    """The name as rich markup, in lines of at most `width` characters, broken after a dot if possible."""
     return "\n".join(escape(line) for line in _lines(printable(name), width))
 
 

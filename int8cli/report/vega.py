@@ -1,6 +1,6 @@
-"""What charts share: altair where it is installed, how they look, and PNG and SVG without a browser, by vl-convert.
+"""What charts share: altair if it is installed, their look, and PNG and SVG by vl-convert, without a browser.
 
-Owns what every chart of a report looks like. Knows nothing of what is drawn.
+Owns the look of every chart. Knows nothing about the data.
 """
 
 import io
@@ -25,7 +25,7 @@ def require_altair() -> Any:
         raise MissingExtraError(
             f"charts need {error.name}, which is not installed", hint="pip install 'int8cli[plots]'."
         ) from error
-    # Every row is embedded whatever their number; what is reported decides how many there are.
+    # Every row is embedded, however many there are: the report limits their number.
     altair.data_transformers.disable_max_rows()
     return altair
 
@@ -63,7 +63,7 @@ def chart_of(rows: Sequence[Row]) -> Any:
 
 
 def stacked(charts: Sequence[Any], otherwise: str) -> Any:
-    """One chart below the other, each with its own colors and shapes; without any, the words `otherwise`."""
+    """The charts one below the other, each with its own colors and shapes; without charts, the text `otherwise`."""
     alt = require_altair()
     if not charts:
         charts = [chart_of([{"text": otherwise}]).mark_text().encode(text="text:N")]
@@ -73,12 +73,12 @@ def stacked(charts: Sequence[Any], otherwise: str) -> Any:
 
 
 def finished(chart: Any) -> Any:
-    """The chart with the look of all: no frame, the reader's font. Text and background take the page's scheme."""
+    """The chart with the common look: no frame, the reader's font, text and background in the page's color scheme."""
     return chart.configure(font="system-ui, sans-serif", view=require_altair().ViewConfig(strokeWidth=0))
 
 
 def logarithmic(values: Sequence[float], room: float) -> dict[str, Any]:
-    """A logarithmic scale that holds the values and some room, as a factor; ticks at decades, and between if few."""
+    """A logarithmic scale for the values, with the factor `room` at both ends. Ticks at decades, more if few."""
     alt = require_altair()
     low, high = min(values, default=1.0) / room, max(values, default=1.0) * room
     steps = (1, 3) if high <= 1000 * low else (1,)
@@ -89,5 +89,5 @@ def logarithmic(values: Sequence[float], room: float) -> dict[str, Any]:
 
 
 def short(value: float) -> float:
-    """Five significant digits: what a tooltip shows, and a page need not hold more."""
+    """Five significant digits: enough for a tooltip, and they keep the page small."""
     return float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""What verify found, on the terminal, in 80 columns: a line for each check, then every failure by name."""
+"""The result of verify on the terminal, in 80 columns: a line for each check, then every failure."""
 
 from rich.table import Table
 
@@ -15,7 +15,7 @@ _MARKS = {
 
 
 def show_verification(verification: Verification) -> None:
-    """Print the checks and their failures; of each check at most `FAILURES_SHOWN`."""
+    """Print the checks and their failures, at most `FAILURES_SHOWN` for each check."""
     console = stdout_console()
     against = f" against [bold]{escape(verification.source)}[/bold]" if verification.source else ""
     head = f"[bold]{escape(verification.directory)}[/bold]: {escape(verification.model)}, {escape(verification.layout)}"
@@ -48,8 +48,8 @@ def _as_text(failure: Failure) -> str:
 def _verdict(verification: Verification) -> str:
     failed = [check.name for check in verification.checks if check.status == "failed"]
     if failed:
-        return f"[bold red]It does not hold: {', '.join(failed)}.[/bold red]"
+        return f"[bold red]FAILED: {', '.join(failed)}.[/bold red]"
     open_questions = [check.name for check in verification.checks if check.status == "not checked"]
     if open_questions:
-        return f"[bold green]All that was checked holds.[/bold green] Not checked: {', '.join(open_questions)}."
-    return "[bold green]All holds.[/bold green]"
+        return f"[bold green]No check failed.[/bold green] Not checked: {', '.join(open_questions)}."
+    return "[bold green]All checks passed.[/bold green]"

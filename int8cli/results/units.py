@@ -31,6 +31,14 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
 
 
+def percent(share: float) -> str:
+    """Two digits, or whole per cents from 10 on: `2.1 %` for 0.0213, `0.56 %`, `12 %`."""
+    value = 100 * share
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.0f} %" if value >= 9.95 else f"{value:.1f} %" if value >= 0.995 else f"{value:.2g} %"
+
+
 def decibels(value: float | None) -> str:
     return "exact" if value is None else f"{value:.1f}"
 

@@ -1,4 +1,4 @@
-"""What verify found out: checks, each passed, failed with every failure named, or not made, and their JSON form.
+"""The result of verify: checks that passed, failed (with every failure) or were not made, and their JSON form.
 
 Owns the schema of the result.
 """
@@ -14,7 +14,7 @@ Status = Literal["passed", "failed", "not checked"]
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One thing that is not as it should be: in which file, at which tensor or layer if at one, and what it is."""
+    """One problem: the file, the tensor or layer if there is one, and what is wrong."""
 
     file: str
     problem: str
@@ -23,7 +23,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One question with its answer. `detail` says what was looked at, or why it was not."""
+    """One check and its result. `detail` says what was checked, or why it was not."""
 
     name: str
     status: Status
@@ -42,7 +42,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The checks of one directory. `source` is the name of the source it was compared with, if it was."""
+    """The checks of one directory. `source` is the name of the source it was compared with, if any."""
 
     directory: str
     model: str
@@ -51,8 +51,8 @@ class Verification:
     checks: tuple[Check, ...]
 
     @property
-    def holds(self) -> bool:
-        """Whether nothing that was checked failed."""
+    def passed(self) -> bool:
+        """Whether no check failed."""
         return all(check.status != "failed" for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
@@ -62,6 +62,6 @@ class Verification:
             "model": self.model,
             "layout": self.layout,
             "source": self.source,
-            "holds": self.holds,
+            "holds": self.passed,
             "checks": [asdict(check) for check in self.checks],
         }

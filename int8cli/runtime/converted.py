@@ -32,7 +32,7 @@ class Int8Data:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptColumns:
+class ExactColumns:
     """The input columns that a layer keeps exact: int64 (k,), sorted; and their weights (out, k)."""
 
     columns: Tensor
@@ -60,8 +60,8 @@ class Converted:
     scales: Mapping[str, _Scale]
 
     @property
-    def kept_columns(self) -> tuple[int, ...]:
-        """How many columns each layer keeps that has any stored."""
+    def exact_column_counts(self) -> tuple[int, ...]:
+        """How many columns each layer has stored, for the layers that have any."""
         stored = [tensor.spec for contents in self.sidecars for tensor in contents.tensors]
         return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
 
@@ -102,24 +102,24 @@ def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
     if len(weight.shape) != 2 or scale.dtype not in QUANTIZABLE_DTYPES or scale.numel != weight.shape[0]:
         raise CheckpointError(
             f"{weight.name} is I8 {list(weight.shape)} and {scale.name} {scale.dtype} {list(scale.shape)}, "
-            "where a matrix and one float for each of its rows are expected",
+            "not a matrix and one float per row",
             hint="Convert the model again.",
         )
 
 
 def _check_columns(converted: Converted) -> None:
-    """Stored columns belong to an int8 layer each, as I32 [k] and floats [out_features, k]."""
+    """Raises CheckpointError unless all stored columns belong to int8 layers, as I32 [k] and floats [out, k]."""
     stored = converted.stored
     for name in stored:
         if name.rpartition(".")[0] not in converted.modules:
-            raise CheckpointError(f"columns are stored as {name}, and the model has no such int8 layer", hint=_AGAIN)
+            raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=_AGAIN)
     for module in sorted({name.rpartition(".")[0] for name in stored}):
         out_features = converted.specs[f"{module}{_WEIGHT}"].shape[0]
         columns, weights = stored.get(outlier_cols_name(module)), stored.get(outlier_weight_name(module))
         if columns is None or weights is None or not _fits(columns, weights, out_features):
             raise CheckpointError(
-                f"{module}: its stored columns are {_shown(columns)} and {_shown(weights)}, where the layer has "
-                f"{out_features} outputs and takes I32 [k] and floats [{out_features}, k]",
+                f"{module}: its stored columns are {_shown(columns)} and {_shown(weights)}; a layer with "
+                f"{out_features} outputs needs I32 [k] and floats [{out_features}, k]",
                 hint=_AGAIN,
             )
 
@@ -144,7 +144,7 @@ def check_indices(module: str, indices: Sequence[int], in_features: int) -> None
     """Raise CheckpointError unless a layer's stored columns ascend and are among its inputs."""
     if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
         raise CheckpointError(
-            f"{module}: its stored columns {str(indices)[:80]} are no ascending indices below {in_features}",
+            f"{module}: its stored columns {str(indices)[:80]} are not ascending indices below {in_features}",
             hint=_AGAIN,
         )
 
@@ -190,11 +190,11 @@ class ConvertedTensors(CheckpointTensors):
         values = super().read(scale.name).float().reshape(-1)
         return Int8Data(super().read(name), values * INT8_MAX if scale.is_step else values)
 
-    def kept(self, module: str) -> KeptColumns | None:
+    def exact_columns(self, module: str) -> ExactColumns | None:
         """The outlier columns stored for a linear layer, if there are any. Raises CheckpointError."""
         columns = outlier_cols_name(module)
         if columns not in self._known:
             return None
         indices = super().read(columns)
         check_indices(module, indices.tolist(), self._in_features[module])
-        return KeptColumns(indices.long(), super().read(outlier_weight_name(module)))
+        return ExactColumns(indices.long(), super().read(outlier_weight_name(module)))

@@ -26,7 +26,7 @@ from int8cli.runtime.stored import StoredLinear, StoredModel
 
 _METHOD = "int8cli"
 _GENERATION_CONFIG = "generation_config.json"
-_OTHER_LOADERS_HINT = "Where transformers opens the directory itself, AutoModel...from_pretrained(DIR) runs it too."
+_OTHER_LOADERS_HINT = "If transformers loads the directory itself, use AutoModel...from_pretrained(DIR)."
 
 
 @system_errors()
@@ -72,7 +72,7 @@ def _config(directory: Path) -> Any:
         config = read_config(directory)
         model_class_of(config)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(str(error), hint="load_model runs what transformers itself has.") from error
+        raise UnsupportedModelError(str(error), hint="load_model runs only classes of transformers itself.") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
@@ -95,14 +95,12 @@ def _load(
         local_files_only=True,
     )
     for name, found, wanted in info["mismatched_keys"]:
-        raise CheckpointError(f"{name} has the shape {tuple(found)}, the model's config.json wants {tuple(wanted)}")
+        raise CheckpointError(f"{name} has the shape {tuple(found)}, but config.json requires {tuple(wanted)}")
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
             lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] == name)
             if lost:
-                raise CheckpointError(
-                    f"transformers looks for {lost[0]} and does not find it", hint=_OTHER_LOADERS_HINT
-                )
+                raise CheckpointError(f"transformers needs {lost[0]}, which is missing", hint=_OTHER_LOADERS_HINT)
             module.prepare()
     return model
 
@@ -135,14 +133,14 @@ class _Replacing:
 
         if not isinstance(module, (nn.Linear, Conv1D)):
             raise UnsupportedModelError(
-                f"{linear.name} is int8, and transformers has a {type(module).__name__} for it",
+                f"{linear.name} is int8, but its module in transformers is a {type(module).__name__}",
                 hint=_OTHER_LOADERS_HINT,
             )
         shape = tuple(module.weight.shape) if isinstance(module, nn.Linear) else tuple(reversed(module.weight.shape))
         if shape != (linear.out_features, linear.in_features):
             raise CheckpointError(
                 f"{linear.weight_name} has the shape {(linear.out_features, linear.in_features)}, the model's "
-                f"config.json wants {shape}"
+                f"config.json requires {shape}"
             )
         return Int8Linear(
             linear.in_features,
@@ -162,7 +160,7 @@ def _modules_of(model: Any, linears: Mapping[str, StoredLinear]) -> dict[str, St
         module_name, _, leaf = target.rpartition(".")
         if leaf != "weight" or module_name in found:
             raise UnsupportedModelError(
-                f"{weight_name} is int8, and transformers merges it with others into {target}", hint=_OTHER_LOADERS_HINT
+                f"{weight_name} is int8, but transformers merges it with others into {target}", hint=_OTHER_LOADERS_HINT
             )
         found[module_name] = linears[weight_name]
     return found

@@ -56,14 +56,14 @@ class StoredModel:
     def __init__(self, directory: Path) -> None:
         """Raises ModelNotFoundError, UnsupportedModelError where nothing is int8, CheckpointError for bad columns."""
         if not directory.is_dir():
-            raise ModelNotFoundError(f"{directory} is no directory", hint="load_model takes what convert wrote.")
+            raise ModelNotFoundError(f"{directory} is not a directory", hint="Give a directory that convert wrote.")
         source = DirectorySource(directory)
         shards = read_headers(source, find_weights(source))
         converted = find_converted(source, shards)
         if converted is None:
             raise UnsupportedModelError(
-                f"{directory} holds no int8 weights in a layout of int8cli",
-                hint="Convert the model first, and load what that writes: int8cli convert MODEL.",
+                f"{directory} has no int8 weights in a layout of int8cli",
+                hint="Convert the model first, and load the output: int8cli convert MODEL.",
             )
         self._converted = converted
         self._tensors = CheckpointTensors(source, (*shards, *converted.sidecars))

@@ -129,7 +129,7 @@ def _tuple_reader(arguments: tuple[Any, ...]) -> Callable[[Any], Any]:
         if not isinstance(value, list):
             raise InvalidJsonError(f"is {shown(value)}, not a list")
         if not of_any_length and len(value) != len(readers):
-            raise InvalidJsonError(f"holds {len(value)} values, not {len(readers)}")
+            raise InvalidJsonError(f"has {len(value)} values, not {len(readers)}")
         of_each = readers * len(value) if of_any_length else readers
         pairs = enumerate(zip(of_each, value, strict=True))
         return tuple(_read_inside(reader, each, f"[{index}]") for index, (reader, each) in pairs)

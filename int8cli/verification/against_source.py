@@ -67,10 +67,10 @@ class Comparison:
         places = {place.spec.name: place for place in self._places}
         for name, offset_bytes in self._first.items():
             if name is None:
-                yield Failure(self._file, "its header is not the one that the source gives")
+                yield Failure(self._file, "its header differs from the one made from the source")
             else:
                 position = _position(places[name], offset_bytes)
-                yield Failure(self._file, f"differs from what the source gives, first at {position}", name)
+                yield Failure(self._file, f"differs from the conversion of the source, first at {position}", name)
 
     def close(self) -> None:
         self._reader.close()
@@ -108,12 +108,12 @@ def check_source(source: Source, survey: Survey, conversion: Conversion) -> Chec
     for shard in conversion.shards:
         size_bytes, mark = found.pop(shard.file, (None, ""))
         if size_bytes is None:
-            failures.append(Failure(shard.file, "is not in the source"))
+            failures.append(Failure(shard.file, "is missing in the source"))
         elif size_bytes != shard.size_bytes:
-            failures.append(Failure(shard.file, f"has {size_bytes:,} bytes in the source, it had {shard.size_bytes:,}"))
+            failures.append(Failure(shard.file, f"has {size_bytes:,} bytes in the source; it had {shard.size_bytes:,}"))
         elif source.identity.on_hub == conversion.source.on_hub and mark != shard.fingerprint:
             failures.append(Failure(shard.file, "is not the file that was converted"))
-    failures += [Failure(name, "of the source was not converted") for name in found]
+    failures += [Failure(name, "exists in the source but was not converted") for name in found]
     return Check.of("source", f"{source.identity.name}: {len(conversion.shards)} shards", failures)
 
 
@@ -150,13 +150,13 @@ def check_weights(
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
     detail += f", {columns:,} stored columns too" if columns else ""
-    return Check.of("weights", detail, weights), Check.of("figures", _figures_told(layers, conversion), figures)
+    return Check.of("weights", detail, weights), Check.of("figures", _figures_detail(layers, conversion), figures)
 
 
-def _figures_told(layers: int, conversion: Conversion) -> str:
+def _figures_detail(layers: int, conversion: Conversion) -> str:
     if conversion.settings.figures:
-        return f"of {layers:,} layers, computed anew"
-    return f"none: errors were not measured; shapes and sizes of {layers:,} layers"
+        return f"of {layers:,} layers, recomputed"
+    return f"no errors were measured; shapes and sizes of {layers:,} layers"
 
 
 def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
@@ -166,10 +166,10 @@ def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
         try:
             with source.fetch(name) as local:
                 if SideFile.of_path(name, local.path) != SideFile.of_path(name, directory / name):
-                    failures.append(Failure(name, "is not the source's"))
+                    failures.append(Failure(name, "differs from the file in the source"))
         except (OSError, Int8cliError) as error:
             failures.append(Failure(name, str(error)))
-    return Check.of("copies", f"{len(survey.weights.copied)} files taken along", failures)
+    return Check.of("copies", f"{len(survey.weights.copied)} copied files", failures)
 
 
 def _task(
@@ -250,7 +250,7 @@ def _comparable(task: ShardTask) -> tuple[PlannedShard, list[Failure]]:
     if not path.is_file():
         problem = "is missing"
     elif (found := path.stat().st_size) != sidecar.file_bytes:
-        problem = f"has {found:,} bytes, the source gives {sidecar.file_bytes:,}"
+        problem = f"has {found:,} bytes; the conversion of the source has {sidecar.file_bytes:,}"
     else:
         return task.planned, []
     return replace(task.planned, sidecar=None, columns={}), [Failure(sidecar.file_name, problem)]
@@ -261,16 +261,16 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
     for decision in task.planned.plan.quantized:
         if decision.spec.name in result.non_finite:
             continue
-        told = recorded[decision.module]
-        anew = layer_report(decision, task.planned.target, result, told.stored)
-        if replace(anew, sums=told.sums) != told:
-            yield Failure(record.files[0].file, "its shape, kind or sizes are not those reported", decision.module)
-        if anew.sums is None or told.sums is None:
+        before = recorded[decision.module]
+        anew = layer_report(decision, task.planned.target, result, before.stored)
+        if replace(anew, sums=before.sums) != before:
+            yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
+        if anew.sums is None or before.sums is None:
             continue  # as the settings have it, or else the check of the records says so
         for name in ErrorSums.__slots__:
-            now, was = getattr(anew.sums, name), getattr(told.sums, name)
+            now, was = getattr(anew.sums, name), getattr(before.sums, name)
             if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
-                yield Failure(record.files[0].file, f"{name} is {now!r}, reported as {was!r}", decision.module)
+                yield Failure(record.files[0].file, f"{name} is {now!r}, the report has {was!r}", decision.module)
 
 
 def _position(place: StoredTensor, offset_bytes: int) -> str:

@@ -4,7 +4,7 @@ Owns that process: its start, its answer, its end. Knows nothing of what the che
 
 To import the loader takes seconds, the check itself hardly any time. A process rather than a thread: an import cannot
 be interrupted, it holds the interpreter's lock against the threads that read, and what silences the loader would
-silence this program's progress too. Nor does anyone wait here for torch to be taken down, which takes a second.
+silence this program's progress too. It also saves the second that torch takes to shut down.
 """
 
 import gc
@@ -43,19 +43,19 @@ def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardReco
     """
     absent = absent_packages(layout)
     if absent:
-        yield partial(Check.not_made, NAME, f"needs {' and '.join(absent)}, not installed here")
+        yield partial(Check.not_made, NAME, f"needs {' and '.join(absent)}, which is not installed")
     elif is_imported(layout):
         yield partial(check_loads, directory, layout, records)
     else:
-        with _started() as (process, told):
-            with suppress(OSError):  # it is gone already: whoever asks for its answer learns how
-                told.send((directory, layout, records))
-            yield partial(_answer_of, process, told)
+        with _started() as (process, pipe):
+            with suppress(OSError):  # it has ended already: the call for its answer reports how
+                pipe.send((directory, layout, records))
+            yield partial(_answer_of, process, pipe)
 
 
 @contextmanager
 def _started() -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
-    """The process, and a connection to it. It is killed in the end: what it does leaves nothing behind."""
+    """The process, and a connection to it. It is killed at the end; it leaves nothing behind."""
     ours, theirs = multiprocessing.Pipe()
     with ours:
         with theirs:
@@ -73,12 +73,12 @@ def _started() -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
             process.wait()
 
 
-def _answer_of(process: subprocess.Popen[bytes], told: Connection) -> Check:
+def _answer_of(process: subprocess.Popen[bytes], pipe: Connection) -> Check:
     try:
-        answer: Check | str = told.recv()
+        answer: Check | str = pipe.recv()
     except (EOFError, OSError):
         return Check.of(
-            NAME, "transformers", [Failure(CONFIG_FILE, f"the loader ends its process: {_end_of(process)}")]
+            NAME, "transformers", [Failure(CONFIG_FILE, f"the loader crashed its process: {_end_of(process)}")]
         )
     if isinstance(answer, str):
         raise RuntimeError(f"the check {NAME!r} failed in its process\n{answer}")
@@ -91,21 +91,21 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 def answer(descriptor: int) -> NoReturn:
-    """What the process does: take a request, send the check, or the traceback of what went wrong with it, and be gone.
+    """What the process does: take a request, send the check, or the traceback of an error, and end.
 
-    What the loader holds is given back at once: there may be hours of reading to come.
+    The memory of the loader is freed at once: hours of reading may follow.
     """
     gc.disable()  # it looks again and again at all that was imported: a fifth of the time, for 8 MB of 390
-    told = Connection(descriptor)
-    request = told.recv()
-    threading.Thread(target=_end_with_parent, args=(told,), daemon=True).start()
+    pipe = Connection(descriptor)
+    request = pipe.recv()
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
-        told.send(check_loads(*request))
+        pipe.send(check_loads(*request))
     except Exception:
-        told.send(traceback.format_exc())
+        pipe.send(traceback.format_exc())
     os._exit(0)
 
 
-def _end_with_parent(told: Connection) -> None:
-    connection.wait([told])  # nothing more is said: the other side is gone
+def _end_with_parent(pipe: Connection) -> None:
+    connection.wait([pipe])  # it returns when the other side has closed
     os._exit(1)

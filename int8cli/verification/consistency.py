@@ -1,4 +1,4 @@
-"""Whether what speaks of the shards agrees with them: records, index, config.json, report and the other files.
+"""Whether the files that describe the shards agree with them: records, index, config.json, report and others.
 
 Owns the comparison of JSON with JSON; reads no weights.
 """
@@ -34,13 +34,17 @@ def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) 
             yield Failure(shard.output, "has no record")
             continue
         if record.source != shard:
-            yield Failure(shard.output, "its record speaks of another source file")
+            yield Failure(shard.output, "its record names another source file")
         if not record.files or record.files[0].file != shard.output:
-            yield Failure(shard.output, "its record speaks of another output file")
+            yield Failure(shard.output, "its record names another output file")
         for layer in record.layers:
             if (layer.sums is not None) != conversion.settings.figures:
-                told = "has figures, though none were measured" if layer.sums else "has no figures in its record"
-                yield Failure(shard.output, told, layer.name)
+                stated = (
+                    "has error figures, although none were measured"
+                    if layer.sums
+                    else "has no error figures in its record"
+                )
+                yield Failure(shard.output, stated, layer.name)
         for file in record.files:
             for tensor in file.tensors:
                 if tensor.name in seen:
@@ -65,11 +69,11 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
             made = target.quantized_specs(spec, transpose=_is_transposed(spec, layer)) if layer else (spec,)
             expected.update((each.name, each) for each in made)
         for name in layers:
-            yield Failure(shard.file, "is reported as quantized, but was not in the source", name)
+            yield Failure(shard.file, "is reported as quantized, but is missing in the source", name)
         for tensor in shard.tensors:
             due = expected.pop(tensor.name, None)
             if due is None:
-                yield Failure(shard.file, "comes from no tensor of the source", tensor.name)
+                yield Failure(shard.file, "does not come from a tensor of the source", tensor.name)
             elif (tensor.dtype, tensor.shape) != (due.dtype, due.shape) and not _is_cast(due, tensor):
                 was = f"is {tensor.dtype} {list(tensor.shape)}, not {due.dtype} {list(due.shape)}"
                 yield Failure(shard.file, was, tensor.name)
@@ -103,37 +107,37 @@ def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
         return
     held = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     for extra in sorted({str(file) for file in named.values()} - {shard.file for shard in shards}):
-        yield Failure(INDEX_FILE, f"names {extra}, which is not of this conversion")
+        yield Failure(INDEX_FILE, f"names {extra}, which does not belong to this conversion")
     for name, file in held.items():
         if name not in named:
-            yield Failure(INDEX_FILE, "is not named", name)
+            yield Failure(INDEX_FILE, "is missing", name)
         elif named[name] != file:
-            yield Failure(INDEX_FILE, f"is said to be in {named[name]}, it is in {file}", name)
+            yield Failure(INDEX_FILE, f"should be in {file}, but is listed in {named[name]}", name)
     for name in named.keys() - held.keys():
-        yield Failure(INDEX_FILE, "is named, but in no shard", name)
+        yield Failure(INDEX_FILE, "is listed, but no shard has it", name)
     total = sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for shard in shards for t in shard.tensors)
     metadata = index.get("metadata")
-    told = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if told != total:
-        yield Failure(INDEX_FILE, f"total_size is {told}, the tensors have {total} bytes")
+    stated = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if stated != total:
+        yield Failure(INDEX_FILE, f"total_size is {stated}, the tensors have {total} bytes")
 
 
 def config_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
     """Whether the quantization_config is that of the settings, and leaves alone no layer that is in int8."""
     settings, target = conversion.settings, LAYOUTS[conversion.settings.layout]
     try:
-        told = _read_object(directory / CONFIG_FILE).get("quantization_config")
+        stated = _read_object(directory / CONFIG_FILE).get("quantization_config")
     except Int8cliError as error:
         yield Failure(CONFIG_FILE, str(error))
         return
-    if not isinstance(told, dict):
+    if not isinstance(stated, dict):
         yield Failure(CONFIG_FILE, "has no quantization_config")
         return
     wanted = target.quantization_config(Plan(()), settings.threshold)
-    entries = told.get(target.SKIP_KEY)
-    for key in sorted((wanted.keys() | told.keys()) - {target.SKIP_KEY}):
-        if told.get(key) != wanted.get(key):
-            yield Failure(CONFIG_FILE, f"quantization_config.{key} is {told.get(key)!r}, not {wanted.get(key)!r}")
+    entries = stated.get(target.SKIP_KEY)
+    for key in sorted((wanted.keys() | stated.keys()) - {target.SKIP_KEY}):
+        if stated.get(key) != wanted.get(key):
+            yield Failure(CONFIG_FILE, f"quantization_config.{key} is {stated.get(key)!r}, not {wanted.get(key)!r}")
     if not (isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
         yield Failure(CONFIG_FILE, f"quantization_config.{target.SKIP_KEY} is {entries!r}, not a list of names")
         return
@@ -170,22 +174,22 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
     }
     yield from _differences(head, report)
     yield from _differences(totals, report["totals"])
-    told = {layer["name"]: layer for layer in report["layers"]}
+    stated = {layer["name"]: layer for layer in report["layers"]}
     for layer in layers:
-        if told.pop(layer.name, None) != json.loads(json.dumps(layer.to_json())):
-            yield Failure(REPORT_FILE, "its figures are not those of its record", layer.name)
-    for name in told:
-        yield Failure(REPORT_FILE, "is in no record", name)
+        if stated.pop(layer.name, None) != json.loads(json.dumps(layer.to_json())):
+            yield Failure(REPORT_FILE, "its figures differ from its record", layer.name)
+    for name in stated:
+        yield Failure(REPORT_FILE, "has no record", name)
 
 
-def _differences(wanted: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[Failure]:
+def _differences(wanted: Mapping[str, Any], stated: Mapping[str, Any]) -> Iterator[Failure]:
     for key, value in wanted.items():
-        if told.get(key) != value:
-            yield Failure(REPORT_FILE, f"{key} is {told.get(key)!r}, not {value!r}")
+        if stated.get(key) != value:
+            yield Failure(REPORT_FILE, f"{key} is {stated.get(key)!r}, not {value!r}")
 
 
 def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequence[SideFile]) -> Iterator[Failure]:
-    """Whether the files beside the shards are as they were written, and no other weights lie among them."""
+    """Whether the other files are unchanged since they were written, and there are no extra weights."""
     for recorded in manifest:
         try:
             found = SideFile.of_path(recorded.file, directory / recorded.file)
@@ -195,7 +199,7 @@ def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequen
             yield Failure(recorded.file, str(error))
         else:
             if found != recorded:
-                yield Failure(recorded.file, "is not as it was written")
+                yield Failure(recorded.file, "differs from what was written")
     known = {recorded.file for recorded in manifest} | {MANIFEST_FILE}
     for name in (CONFIG_FILE, INDEX_FILE, REPORT_FILE):
         if name in conversion.files and name not in known:
@@ -204,7 +208,7 @@ def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequen
     for path in sorted(directory.glob("*.safetensors")) + [directory / name for name in SINGLE_FILES]:
         if path.name not in ours and path.exists():
             ours.add(path.name)
-            yield Failure(path.name, "is not of this conversion, and a loader may take it for a part of the model")
+            yield Failure(path.name, "does not belong to this conversion; a loader might read it as part of the model")
 
 
 def _read_report(path: Path) -> dict[str, Any]:
@@ -220,7 +224,7 @@ def _read_report(path: Path) -> dict[str, Any]:
         for index, layer in enumerate(layers):
             _part(layer, "name", str, f"layers[{index}].")
     except InvalidJsonError as error:
-        raise Int8cliError(f"is not as int8cli wrote it: {error}") from error
+        raise Int8cliError(f"is damaged or was edited: {error}") from error
     return report
 
 
@@ -243,5 +247,5 @@ def _read_object(path: Path) -> dict[str, Any]:
     except InvalidJsonError as error:
         raise Int8cliError(str(error)) from error
     if not isinstance(data, dict):
-        raise Int8cliError(f"holds {type(data).__name__}, not an object")
+        raise Int8cliError(f"contains {type(data).__name__}, not an object")
     return data

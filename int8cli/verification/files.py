@@ -22,8 +22,8 @@ from int8cli.workers.threads import run_in_threads
 
 READ = "read"
 PIECE_BYTES = 1 << 20
-_TOLD_AT_ONCE_BYTES = 1 << 24  # whoever draws a bar takes longer over it than a piece takes to read
-NOT_AS_WRITTEN = "its bytes are not those that were written"
+_REPORT_EVERY_BYTES = 1 << 24  # whoever draws a bar takes longer over it than a piece takes to read
+NOT_AS_WRITTEN = "its bytes differ from those that were written"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class DigestPass:
             self._failures.append(Failure(record.file, str(reading_error(path, error))))
             return False
         if size_bytes != record.size_bytes:
-            problem = f"has {size_bytes:,} bytes, {record.size_bytes:,} were written"
+            problem = f"has {size_bytes:,} bytes; {record.size_bytes:,} were written"
             self._failures.append(Failure(record.file, problem))
             return False
         return self._has_a_header_of_its_own(path, record)
@@ -116,16 +116,16 @@ class DigestPass:
 
     def _compare(self, span: _Span, reader: FileReader, buffer: memoryview) -> None:
         digest = new_digest()
-        problem, told = None, 0
+        problem, reported = None, 0
         try:
             for start in range(0, span.size_bytes, PIECE_BYTES):
                 end = min(start + PIECE_BYTES, span.size_bytes)
                 piece = buffer[: end - start]
                 reader.read_into(span.offset_bytes + start, piece)
                 digest.update(piece)
-                if end - told >= _TOLD_AT_ONCE_BYTES or end == span.size_bytes:
-                    self._advance(span.file, end - told)
-                    told = end
+                if end - reported >= _REPORT_EVERY_BYTES or end == span.size_bytes:
+                    self._advance(span.file, end - reported)
+                    reported = end
             if digest.hexdigest() != span.xxh3_128:
                 problem = NOT_AS_WRITTEN
         except Int8cliError as error:
@@ -159,14 +159,14 @@ def _spans(record: FileRecord) -> Iterator[_Span]:
 def _header_problem(path: Path, record: FileRecord) -> str | None:
     """What is wrong with a file's header, from its digest and from what it says. Raises Int8cliError."""
     if _header_digest(path, record) != record.header_xxh3_128:
-        return "its header is not the one that was written"
+        return "its header differs from the one that was written"
     with open_to_read(path, record.file) as file:
         tensors = read_header(file, record.file, record.size_bytes).tensors
     # By name, not in order: empty tensors share an offset with others.
     held = {t.spec.name: (t.spec.dtype, t.spec.shape, t.offset_bytes) for t in tensors}
     spans = {span.tensor: span.offset_bytes for span in _spans(record)}
     if held != {t.name: (t.dtype, t.shape, spans[t.name]) for t in record.tensors}:
-        return "its header names other tensors than its record"
+        return "its header and its record name different tensors"
     return None
 
 

@@ -23,7 +23,7 @@ from int8cli.records.store import ShardRecord
 from int8cli.results.verification import Check, Failure
 
 NAME = "loads"
-_READS_NO_MIXTURE = "does not read mixtures of experts in this layout, as vLLM does"
+_READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
 # What each layout's loader consists of, by the names that are imported.
 _PACKAGES = {
     "bitsandbytes": ("transformers", "accelerate", "bitsandbytes"),
@@ -73,13 +73,13 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             model_class, config = _class_of(directory)
             laid_out = _lay_out(model_class, config, held)
         except _UnknownModelError as error:
-            return Check.not_made(NAME, f"{loader} {error}; code that comes with a model is not run")
+            return Check.not_made(NAME, f"{loader} {error}; the model's own code is not run")
         except ImportError as error:
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises, it would raise at the user
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
-            return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader refuses it: {_first_line(error)}")])
+            return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
         source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
     landed, failures = _compare(laid_out, source)
     if failures and not reads:  # some versions pass over what they do not know
@@ -94,9 +94,9 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
     """The model's class in transformers, and its config. Raises _UnknownModelError."""
     import transformers
 
-    told = json.loads((directory / CONFIG_FILE).read_bytes())
-    if told.get("model_type") not in transformers.CONFIG_MAPPING:
-        raise _UnknownModelError(f"does not know the model type {told.get('model_type')!r}")
+    stated = json.loads((directory / CONFIG_FILE).read_bytes())
+    if stated.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise _UnknownModelError(f"does not know the model type {stated.get('model_type')!r}")
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     name = next(iter(config.architectures or ()), None)
     if name is None:
@@ -142,12 +142,12 @@ def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec])
 
 def _compare(output: _LaidOut, source: _LaidOut) -> tuple[int, list[tuple[str, str]]]:
     """How many modules hold int8, and what of the output did not find its place though the source's did."""
-    failures = [(name, "the model finds no such tensor") for name in sorted(output.missing - source.missing)]
+    failures = [(name, "is missing, but the model needs it") for name in sorted(output.missing - source.missing)]
     for name in sorted(output.unexpected):
         if not any(name.startswith(unused) for unused in source.unexpected):
-            failures.append((name, "finds no place in the model"))
+            failures.append((name, "does not exist in the model"))
     for name, found, wanted in output.mismatched:
-        failures.append((name, f"is {list(found)}, the model wants {list(wanted)}"))
+        failures.append((name, f"is {list(found)}, the model needs {list(wanted)}"))
     modules = list(_modules(output.model))
     failures += [(name, problem) for name, problem in modules if problem is not None]
     return sum(1 for _, problem in modules if problem is None), failures
@@ -166,7 +166,7 @@ def _modules(model: Any) -> Iterator[tuple[str, str | None]]:
                 if parameter.dtype != torch.int8:
                     yield full_name, f"is {parameter.dtype}, where the loader puts int8"
                 elif tuple(parameter.shape) != wanted:
-                    yield full_name, f"is {list(parameter.shape)}, the model wants {list(wanted)}"
+                    yield full_name, f"is {list(parameter.shape)}, the model needs {list(wanted)}"
                 else:
                     yield full_name, None
             elif parameter.dtype == torch.int8:

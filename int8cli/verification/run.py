@@ -1,6 +1,6 @@
 """All checks of an output, in order: is it complete, does it load, and is it what its source becomes.
 
-Owns that order. Reads only; prints nothing: a Progress is told. Imports torch only to compare with a source;
+Owns that order. Reads only; prints nothing: reports to a Progress. Imports torch only to compare with a source;
 what loads the model is imported in a process of its own, beside the reading.
 """
 
@@ -37,25 +37,25 @@ from int8cli.workers.torch_start import start_torch
 
 
 def conversion_in(directory: Path) -> Conversion:
-    """The finished conversion that a directory holds. Raises OutputError without one, naming what is missing."""
+    """The finished conversion in a directory. Raises OutputError without one, naming what is missing."""
     store = RecordStore(directory)
     conversion = store.conversion()
     if conversion is None:
         raise OutputError(
-            f"{directory} holds no conversion: there is no {OWN_DIRECTORY}/conversion.json",
+            f"{directory} is not a conversion: it has no {OWN_DIRECTORY}/conversion.json",
             hint="DIR is a directory that `int8cli convert` wrote.",
         )
-    in_use = f"{directory} is being written by an int8cli convert"
+    in_use = f"{directory} is being written by int8cli convert"
     refuse_while_locked(directory / OWN_DIRECTORY, in_use, "Wait for it to end.")
     if conversion.settings.layout not in LAYOUTS:
         raise OutputError(
             f"{directory}: {OWN_DIRECTORY}/conversion.json names the layout {shown(conversion.settings.layout)}, "
-            f"this version knows {' and '.join(LAYOUTS)}"
+            f"this version supports only {' and '.join(LAYOUTS)}"
         )
     if read_manifest(directory) is None:
         raise OutputError(
             f"{directory}: the conversion is not finished: {_what_is_missing(store, conversion)}",
-            hint="Run the same convert command again: it goes on where it stopped.",
+            hint="Run the same convert command again: it resumes where it stopped.",
         )
     return conversion
 
@@ -113,23 +113,23 @@ def _check_whole(
     yield Check.of("shards", detail, failures)
     yield check_sidecars(directory, conversion, found)
     sources = sum(len(record.source_tensors) for record in found)
-    detail = f"{sources:,} of the source: none missing, none added"
+    detail = f"{sources:,} of the source: none missing, none extra"
     yield Check.of("tensors", detail, tensor_failures(conversion, found))
-    detail = "every tensor, total_size" if shards > 1 else "none beside a single shard"
+    detail = "every tensor, and total_size" if shards > 1 else "not needed for a single shard"
     yield Check.of("index", detail, index_failures(directory, found))
     if CONFIG_FILE in conversion.files:
-        detail = "quantization_config as in the settings"
+        detail = "quantization_config matches the settings"
         yield Check.of("config", detail, config_failures(directory, conversion, found))
     figures = "figures" if conversion.settings.figures else "sizes; no errors were measured"
     detail = f"source, settings, totals, {figures}"
     yield Check.of("report", detail, report_failures(directory, conversion, found))
-    detail = f"{len(manifest)} others, by digest; no other weights"
+    detail = f"{len(manifest)} other files, by digest; no extra weights"
     yield Check.of("files", detail, side_file_failures(directory, conversion, manifest))
 
 
 def _files(shards: int, sidecars: int) -> str:
-    told = f"{shards:,} file" + ("s" if shards != 1 else "")
-    return f"{told} and {sidecars:,} of stored columns" if sidecars else told
+    files = f"{shards:,} file" + ("s" if shards != 1 else "")
+    return f"{files} and {sidecars:,} with stored columns" if sidecars else files
 
 
 def _check_against(

@@ -1,6 +1,6 @@
-"""Whether the sidecars hold what the records say of stored columns, and nothing else lies among them.
+"""Whether the sidecars match what the records say about stored columns, and there are no extra sidecars.
 
-Owns what is particular to them; their bytes are held against digests with those of all other files. Reads only indices.
+Owns the checks for sidecars only; the digests of their bytes are checked with all others. Reads only indices.
 """
 
 import struct
@@ -27,24 +27,24 @@ def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[Sh
     for record in records:
         failures += _record_failures(directory, conversion, record)
     if conversion.settings.outliers == NO_OUTLIERS:
-        return Check.of(NAME, "none: no columns are stored", failures)
+        return Check.of(NAME, "no columns are stored", failures)
     layers = [layer.stored for record in records for layer in record.layers if layer.stored is not None]
     columns, having = sum(len(stored.columns) for stored in layers), sum(1 for stored in layers if stored.columns)
-    detail = f"{columns:,} columns of {having:,} layers, in order and as reported"
+    detail = f"{columns:,} columns of {having:,} layers, sorted and as reported"
     return Check.of(NAME, detail, failures)
 
 
 def column_problem(layer: LayerReport, most: int) -> str | None:
-    """What is wrong with the columns that are reported of a layer, at most so many of them."""
+    """What is wrong with the reported columns of a layer, of which `most` are allowed."""
     if layer.stored is None:
-        return "reports no stored columns, not even that there are none"
+        return "has no entry for stored columns in the report"
     indices = list(layer.stored.indices)
     if any(earlier >= later for earlier, later in pairwise(indices)):
-        return f"its stored columns {indices} do not ascend"
+        return f"its stored columns {indices} are not in ascending order"
     if indices and not 0 <= indices[0] <= indices[-1] < layer.shape[1]:
-        return f"its stored columns {indices} are not all among its {layer.shape[1]:,}"
+        return f"its stored columns {indices} include some outside its {layer.shape[1]:,}"
     if len(indices) > most:
-        return f"has {len(indices):,} stored columns, the settings allow {most:,}"
+        return f"has {len(indices):,} stored columns; the settings allow {most:,}"
     return None
 
 
@@ -53,9 +53,9 @@ def _stray_files(directory: Path, conversion: Conversion, records: Sequence[Shar
     for path in sorted((directory / SIDECAR_DIRECTORY).rglob("*")):
         name = path.relative_to(directory).as_posix()
         if name not in known and not path.is_dir():
-            yield Failure(name, "is in no record: it is not of this conversion")
+            yield Failure(name, "has no record: it does not belong to this conversion")
     for name in sorted(known - set(conversion.files)):
-        yield Failure(name, "is recorded, but not among the files of this conversion")
+        yield Failure(name, "has a record, but is not a file of this conversion")
 
 
 def _record_failures(directory: Path, conversion: Conversion, record: ShardRecord) -> Iterator[Failure]:
@@ -68,7 +68,7 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
             yield Failure(other.file, f"is in the record of {record.source.output}, which has no such file")
     if not due:
         if sidecars:
-            yield Failure(name, "is recorded, but there are no columns to store")
+            yield Failure(name, "has a record, but this conversion stores no columns")
         return
     if not sidecars:
         yield Failure(name, f"is missing in the record of {record.source.output}")
@@ -98,10 +98,10 @@ def _tensor_failures(record: ShardRecord, sidecar: FileRecord) -> Iterator[Failu
                 yield Failure(sidecar.file, was, spec.name)
         size_bytes = sum(spec.nbytes for spec in due)
         if layer.stored.bytes != size_bytes:
-            problem = f"its stored columns are said to take {layer.stored.bytes:,} bytes, they take {size_bytes:,}"
+            problem = f"its stored columns are reported as {layer.stored.bytes:,} bytes, but have {size_bytes:,}"
             yield Failure(sidecar.file, problem, layer.name)
     for name in held:
-        yield Failure(sidecar.file, "belongs to no layer that is in int8", name)
+        yield Failure(sidecar.file, "does not belong to an int8 layer", name)
 
 
 def _index_failures(directory: Path, sidecar: FileRecord, layers: Sequence[LayerReport]) -> Iterator[Failure]:

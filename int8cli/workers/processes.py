@@ -72,7 +72,7 @@ class ProcessExecutor:
     """Runs tasks in `slots` processes of their own; tasks and results are pickled.
 
     Each process holds a duplicate of the output directory's lock, so that a killed parent does not let a second run in
-    while one of them still writes, and ends as soon as its parent is gone. `preload` names the module that the server
+    while one of them still writes, and ends as soon as its parent has ended. `preload` names the module that the server
     of the processes imports, once for all of them.
     """
 
@@ -82,11 +82,11 @@ class ProcessExecutor:
         context = multiprocessing.get_context(_START_METHOD)
         context.set_forkserver_preload([preload])
         # A pipe rather than a queue, a byte rather than an Event: no lock that we wait for may die with a worker.
-        self._heard, self._told = context.Pipe(duplex=False)
+        self._reports, self._reporter = context.Pipe(duplex=False)
         self._stop = context.RawValue("b", 0)
         with _starting_processes():  # a lock may start one that cleans up after it
             turn = context.Lock()
-        start = partial(_start_worker, _Lock(lock), self._told, turn, self._stop)
+        start = partial(_start_worker, _Lock(lock), self._reporter, turn, self._stop)
         self._pool = ProcessPoolExecutor(slots, mp_context=context, initializer=start)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -98,18 +98,18 @@ class ProcessExecutor:
     def close(self) -> None:
         self._stop.value = 1
         self._pool.shutdown(cancel_futures=True)
-        self._told.close()
+        self._reporter.close()
         self._listener.join()
 
     def _listen(self) -> None:
         """Pass progress on until no process is left that could send any."""
         with suppress(EOFError):
             while True:
-                self._on_bytes(*self._heard.recv())
+                self._on_bytes(*self._reports.recv())
 
 
 def start_server(preload: str) -> None:
-    """Start the server that processes are forked from, unless it runs: it imports `preload` while this process goes on.
+    """Start the server that processes are forked from, unless it runs: it imports `preload` in the background.
 
     It ends with this process.
     """
@@ -212,7 +212,7 @@ def _detach(duplicate: Any) -> int:
 _report: OnBytes
 
 
-def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> None:
+def _start_worker(lock: "_Lock", reporter: Connection, turn: Lock, stop: Any) -> None:
     global _report
     for number in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all: the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
@@ -224,7 +224,7 @@ def _start_worker(lock: "_Lock", told: Connection, turn: Lock, stop: Any) -> Non
             raise StoppedError
         if count:
             with turn:
-                told.send((shard, tensor, count))
+                reporter.send((shard, tensor, count))
 
     _report = report
 

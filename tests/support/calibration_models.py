@@ -59,10 +59,10 @@ def calibrated(
     tokens: int = 48,
     sequence_length: int = 16,
     seed: int = 0,
-    kept_in: Path | None = None,
+    state_directory: Path | None = None,
     progress: Progress = SILENT,
 ) -> OutlierStatistics:
     """Calibrate a checkpoint on some words."""
     with opened_source(str(directory), revision=None, download_dir=directory / "incoming") as source:
-        options = CalibrateOptions(Sampling(tokens, sequence_length, seed), kept_in=kept_in)
+        options = CalibrateOptions(Sampling(tokens, sequence_length, seed), state_directory=state_directory)
         return calibrate(source, survey_source(source, PlanOptions()), text or some_text(), options, progress)

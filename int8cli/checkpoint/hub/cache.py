@@ -43,8 +43,8 @@ class HubCache:
         etag = self._remote.published(file_name).etag
         if not PLAIN_NAME.fullmatch(etag):
             raise TransferError(
-                f"{self._repository.label(file_name)}: the server gives no usable ETag to cache the file under",
-                hint="Do not keep the source.",
+                f"{self._repository.label(file_name)}: the server sends no usable ETag, so the file cannot be cached",
+                hint="Run without keeping the source.",
             )
         blob, lock = self._blob(etag), self._lock(etag)
         with disk_errors(lock.parent):
@@ -62,7 +62,7 @@ class HubCache:
         """Remove a file that this object brought. Raises CorruptShardError for another, which others may use."""
         if file_name not in self._brought:
             raise CorruptShardError(
-                f"{self._repository.label(file_name)}: the copy in the Hub cache is not what was published",
+                f"{self._repository.label(file_name)}: the copy in the Hub cache differs from what was published",
                 hint=f"Delete {cached.resolve()} and run the same command again.",
             )
         cached.unlink()

@@ -19,7 +19,7 @@ from int8cli.errors import (
     TransferError,
 )
 
-TRY_AGAIN = "Run the same command again: it goes on where this run stopped."
+TRY_AGAIN = "Run the same command again: it resumes where this run stopped."
 _LONGEST_WAIT_S = 600.0
 
 
@@ -91,9 +91,9 @@ def described(error: Exception) -> str:
     if isinstance(error, HfHubHTTPError):
         return f"the server answered {error.response.status_code} {error.response.reason_phrase}".strip()
     if isinstance(error, httpx.ConnectTimeout):
-        return "the server could not be reached in time"
+        return "connecting to the server timed out"
     if isinstance(error, httpx.TimeoutException):
-        return "the server fell silent"
+        return "the server stopped sending data"
     if isinstance(error, httpx.ConnectError):
         return f"the server could not be reached ({error})"
     if isinstance(error, (httpx.NetworkError, httpx.RemoteProtocolError)):
@@ -107,7 +107,7 @@ def translated(error: Exception, what: str) -> Int8cliError:
 
     if isinstance(error, hub.OfflineModeIsEnabled):
         return TransferError(
-            f"{what}: offline mode forbids asking the Hub", hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand."
+            f"{what}: cannot ask the Hub in offline mode", hint="Unset HF_HUB_OFFLINE, or download the model first."
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return ModelNotFoundError(f"{what}: no such revision", hint="Give a branch, a tag or a full commit hash.")
@@ -135,7 +135,7 @@ def translated(error: Exception, what: str) -> Int8cliError:
 def next_step(error: Exception) -> str:
     httpx = _httpx()
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 makes do with the Hub cache."
+        return "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses only the Hub cache."
     return TRY_AGAIN
 
 

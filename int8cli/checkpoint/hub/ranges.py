@@ -66,7 +66,7 @@ def _receive(remote: RemoteFile, received: ByteRange, length: int) -> None:
         received.total_bytes = total_bytes(response)
         skip = first if whole_file else 0
         if skip > _MAX_SKIPPED_BYTES:
-            raise SourceError("The server gives whole files only (it ignores Range), and this read is far inside one")
+            raise SourceError("The server sends only whole files (it ignores Range); this read starts far inside one")
         for piece in response.iter_bytes():
             kept = piece[skip:]
             skip -= len(piece) - len(kept)

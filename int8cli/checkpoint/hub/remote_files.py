@@ -130,7 +130,7 @@ class RemoteFiles:
                 hint="Check HF_ENDPOINT, and whether there is a log-in page or a proxy between here and the Hub.",
             )
         if size_bytes is None or size_bytes < 0:
-            raise TransferError(f"{label}: the server does not say how large the file is")
+            raise TransferError(f"{label}: the server does not send the size of the file")
         return Published(size_bytes, metadata.etag or "")
 
     def _head(self, file_name: str) -> "HfFileMetadata":

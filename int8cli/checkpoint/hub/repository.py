@@ -62,8 +62,8 @@ class Repository:
         """Raises ModelNotFoundError where the Hub, which would have the file, may not be asked."""
         if self.snapshot.offline:
             raise ModelNotFoundError(
-                f"{self.label(file_name)} is not in the Hub cache, and offline mode forbids fetching it",
-                hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand.",
+                f"{self.label(file_name)} is not in the Hub cache, and cannot be downloaded in offline mode",
+                hint="Unset HF_HUB_OFFLINE, or download the model first.",
             )
 
     def _snapshot_on_hub(self) -> Snapshot:
@@ -73,7 +73,7 @@ class Repository:
         try:
             validate_repo_id(self.repo_id)
         except HFValidationError as error:
-            raise ModelNotFoundError(f"{self.repo_id!r} is no name of a Hub repository") from error
+            raise ModelNotFoundError(f"{self.repo_id!r} is not a valid name of a Hub repository") from error
         policy = self._options.retry
         attempts = min(policy.attempts, _FIRST_CONTACT_ATTEMPTS)
         first_contact = RetryPolicy(attempts, policy.first_pause_s, policy.max_pause_s)
@@ -101,7 +101,7 @@ class Repository:
         return content
 
     def _no_hub(self) -> SourceError:
-        return TransferError(f"{self.repo_id}: the server does not answer as a Hub does", hint="Check HF_ENDPOINT.")
+        return TransferError(f"{self.repo_id}: the server does not answer like a Hub", hint="Check HF_ENDPOINT.")
 
     def _snapshot_in_cache(self) -> Snapshot:
         from huggingface_hub import snapshot_download
@@ -118,8 +118,8 @@ class Repository:
         except (LocalEntryNotFoundError, HFValidationError) as error:
             at = f" at revision {self.revision!r}" if self.revision else ""
             raise ModelNotFoundError(
-                f"{self.repo_id}{at} is not in the Hub cache, and offline mode forbids fetching it",
-                hint="Unset HF_HUB_OFFLINE, or fetch the model beforehand.",
+                f"{self.repo_id}{at} is not in the Hub cache, and cannot be downloaded in offline mode",
+                hint="Unset HF_HUB_OFFLINE, or download the model first.",
             ) from error
         root = Path(folder)
         files = (path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())

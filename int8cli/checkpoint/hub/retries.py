@@ -57,7 +57,7 @@ class Retries:
     def check_stopped(self) -> None:
         """Raises TransferStoppedError once the source is closed."""
         if self._stop.is_set():
-            raise TransferStoppedError(f"{self.what}: the transfer was stopped", hint=TRY_AGAIN)
+            raise TransferStoppedError(f"{self.what}: the download was stopped", hint=TRY_AGAIN)
 
     def progressed(self) -> None:
         """Bytes have come: what failed before them no longer counts."""

@@ -83,7 +83,7 @@ def transformers_reads(tensor_names: Iterable[str]) -> bool:
 def caveats(plan: Plan) -> Iterator[str]:
     """That transformers does not read a mixture, and layers that vLLM merges into one but cannot in two precisions."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
-        yield "transformers does not read mixtures of experts in this layout; vLLM does"
+        yield "transformers cannot read mixtures of experts in this layout; vLLM can"
     fates: dict[str, set[bool]] = {}
     for decision in plan.decisions:
         block, _, leaf = decision.module.rpartition(".")
@@ -91,7 +91,7 @@ def caveats(plan: Plan) -> Iterator[str]:
         if merged is not None and decision.spec.name.endswith(".weight"):
             fates.setdefault(f"{block}.({'|'.join(merged)})", set()).add(decision.quantize)
     for layers in (layers for layers, quantized in fates.items() if len(quantized) == 2):
-        yield f"vLLM merges {layers} into one layer, which cannot be in int8 and in floats at once"
+        yield f"vLLM merges {layers} into one layer, which cannot mix int8 and float weights"
 
 
 def leaves_alone(entry: str, module: str) -> bool:
