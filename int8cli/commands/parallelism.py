@@ -49,7 +49,7 @@ def start_workers_early(model: str, output: Path, options: ConvertOptions) -> No
         return
     if str(options.outliers) not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
         return  # a calibration may do the work itself, and has torch imported here
-    directory = Path(model).expanduser()
+    directory = Path(os.path.expanduser(model))
     with suppress(OSError):  # whoever needs what cannot be read will say so
         files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
         size_bytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
