@@ -16,8 +16,16 @@ import torch
 from program import ROOT, llama, tree
 
 from int8cli import ConvertOptions, EstimateOptions, convert, estimate_memory, verify
+from int8cli.checkpoint.disk import system_errors
 from int8cli.commands.options import VerifyOptions
-from int8cli.errors import DiskSpaceError, Int8cliError, NotEnoughMemoryError, OutputError
+from int8cli.errors import (
+    DiskSpaceError,
+    Int8cliError,
+    NotEnoughMemoryError,
+    OutputError,
+    SavedStateError,
+    SystemRefusalError,
+)
 from int8cli.model.saved_states import KeptStates
 
 PLAIN = ConvertOptions(outliers="none", workers=1, threads=1)
@@ -164,3 +172,26 @@ def test_an_output_that_no_disk_can_hold_is_an_error(output: str, model: Path, t
     for run in (lambda: convert(model, tmp_path / output, PLAIN), lambda: verify(tmp_path / output, VerifyOptions())):
         with pytest.raises(Int8cliError):
             run()
+
+
+def test_a_library_that_the_limit_does_not_let_in_is_told() -> None:
+    loading = ImportError("libx.so: failed to map segment from shared object", path="/site/x.cpython-311.so")
+    wrapped = ImportError("advice")
+    wrapped.__cause__ = loading
+    for error in (loading, wrapped):
+        with pytest.raises(SystemRefusalError, match=r"/site/x\.cpython-311\.so cannot be loaded"), system_errors():
+            raise error
+    with pytest.raises(ImportError), system_errors():  # a bug keeps its traceback
+        raise ImportError("cannot import name", path="/site/x.py")
+
+
+def test_what_was_seen_of_a_shard_and_cannot_be_read_back_is_no_empty_answer(tmp_path: Path) -> None:
+    from int8cli.outliers.suspects import keep_figures, recall_figures
+
+    path = tmp_path / "suspects" / "0.safetensors"
+    assert recall_figures(path) is None
+    keep_figures({"norm": torch.ones(4)}, path)
+    assert (recall_figures(path) or {}).keys() == {"norm"}
+    os.truncate(path, 20)
+    with pytest.raises(SavedStateError):
+        recall_figures(path)

@@ -15,7 +15,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RunTask
-from int8cli.errors import WeightsTellNothingError
+from int8cli.errors import SavedStateError, WeightsTellNothingError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
@@ -105,7 +105,10 @@ def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:
     from int8cli.outliers.suspects import recall_figures
 
-    return recall_figures(path) is not None
+    try:
+        return recall_figures(path) is not None
+    except SavedStateError:
+        return False
 
 
 def _suspects(stream: ResidualStream, kept: list[Path], most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
@@ -113,5 +116,8 @@ def _suspects(stream: ResidualStream, kept: list[Path], most: int, on_bytes: OnB
 
     scan = SuspectScan(stream)
     for path in kept:
-        scan.add(recall_figures(path) or {})
+        figures = recall_figures(path)
+        if figures is None:
+            raise SavedStateError(f"{path} is gone, which was written before", hint="Run the same command again.")
+        scan.add(figures)
     return scan.suspects(most)

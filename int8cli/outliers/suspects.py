@@ -8,13 +8,13 @@ sqrt( mean_v E[v, j]² + Σ ||row_j||² ) over the attention outputs and second 
 token embedding; divided by the root mean square over the dimensions, since the norm divides by it.
 """
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import WeightsTellNothingError
+from int8cli.model.saved_states import read_back
 from int8cli.outliers.residual_stream import ResidualStream, in_block
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.survey import Survey
@@ -138,11 +139,11 @@ def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
 
 
 def recall_figures(path: Path) -> dict[str, Tensor] | None:
-    """The figures that were written down; None where there are none, or none that can be read."""
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError):
+    """The figures that were written down; None where there are none. Raises SavedStateError for what is unreadable."""
+    if not os.path.lexists(path):
         return None
+    with read_back(path):
+        return load_file(path)
 
 
 def find_suspects(
