@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 from typing import Any, BinaryIO, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
@@ -27,7 +28,10 @@ from int8cli.progress import Progress
 
 _RECORD = "record.json"
 # What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
-_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError)
+_UNREADABLE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
+    *(UnpicklingError, SafetensorError),
+)
 
 Step = TypeVar("Step")
 
