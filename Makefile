@@ -49,6 +49,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini
 
 pytest: $(READY)
 	$(BIN)/pytest

@@ -45,12 +45,11 @@ def save_checkpoint(gguf: Path, output: Path, max_shard_size: str) -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(
-        **where, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(output, max_shard_size=max_shard_size)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(output)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
     shutil.copy(gguf.parent / "LICENSE", output / "LICENSE")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from program import Nursery
+    from support.program import Nursery
 
 # huggingface_hub reads these when it is first imported, so they are set before any test module can import it.
 _home = tempfile.TemporaryDirectory(prefix="int8cli-hf-home-")
@@ -33,7 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
-    from program import nursery_in
+    from support.program import nursery_in
 
     with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
         yield nursery

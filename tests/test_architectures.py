@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import (
+from safetensors.torch import save_file
+from support.checkpoints import (
     HEADS,
     LISTED,
     OTHERS,
@@ -21,7 +22,6 @@ from checkpoints import (
     read_tensors,
     save_tiny,
 )
-from safetensors.torch import save_file
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import Nursery, Outcome, llama, run, tree, wait_until, write_json
 from safetensors.torch import load_file, save_file
+from support.program import CONVERT, Nursery, Outcome, llama, run, tree, wait_until, write_json
 
 FIRST, SECOND = (f"model-0000{number}-of-00003.safetensors" for number in (1, 2))
 INDEX = "model.safetensors.index.json"
@@ -102,7 +102,7 @@ def test_a_header_that_lies_is_refused(
     change: Callable[[dict], dict | str], word: str, model: Path, nursery: Nursery
 ) -> None:
     rewrite_header(model / SECOND, change)
-    outcome = nursery.run("convert", model, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, cwd=model.parent)
     assert_refused(outcome, SECOND, word)
     assert not (model.parent / "model-int8").exists()
 
@@ -111,14 +111,14 @@ def test_a_header_that_lies_is_refused(
 def test_a_header_longer_than_may_be_is_refused(claimed: int, model: Path, nursery: Nursery) -> None:
     with (model / FIRST).open("r+b") as file:
         file.write(claimed.to_bytes(8, "little"))
-    assert_refused(nursery.run("convert", model, cwd=model.parent), FIRST, f"{claimed:,}", "hint:")
+    assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), FIRST, f"{claimed:,}", "hint:")
     assert not (model.parent / "model-int8").exists()
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -1])
 def test_a_truncated_shard_is_refused(size: int, model: Path, nursery: Nursery) -> None:
     os.truncate(model / FIRST, size if size >= 0 else (model / FIRST).stat().st_size + size)
-    assert_refused(nursery.run("convert", model, cwd=model.parent), FIRST, "hint:")
+    assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), FIRST, "hint:")
     assert not (model.parent / "model-int8").exists()
 
 
@@ -144,20 +144,20 @@ def test_an_index_that_leads_nowhere_is_refused(
     index = json.loads((model / INDEX).read_text())
     index["weight_map"][name] = shard
     write_json(model / INDEX, index)
-    assert_refused(nursery.run("convert", model, cwd=model.parent), INDEX, *words)
+    assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), INDEX, *words)
     assert not (model.parent / "model-int8").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\0"])
 def test_an_index_that_is_none_is_refused(text: str, model: Path, nursery: Nursery) -> None:
     (model / INDEX).write_text(text)
-    assert_refused(nursery.run("convert", model, cwd=model.parent), INDEX)
+    assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), INDEX)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\xff"])
 def test_a_broken_config_is_refused(text: str, model: Path, nursery: Nursery) -> None:
     (model / "config.json").write_text(text, encoding="latin-1")
-    assert_refused(nursery.run("convert", model, cwd=model.parent), "config.json")
+    assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), "config.json")
     assert not (model.parent / "model-int8").exists()
 
 
@@ -172,14 +172,14 @@ def test_a_value_that_is_no_number_is_named_with_its_place(value: float, model: 
     tensors = load_file(model / shard)
     tensors[name][5, 7] = value
     save_file(tensors, model / shard, metadata={"format": "pt"})
-    outcome = nursery.run("convert", model, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, cwd=model.parent)
     assert_refused(outcome, f"{shard}: {name} holds {value} at row 5, column 7", "--on-nonfinite keep")
     output = model.parent / "model-int8"
     assert shard not in weights_in(output)
     assert "config.json" not in weights_in(output)
     assert not any((output / "int8/partial").glob("*"))
     # The way out that the hint names goes on in the same directory.
-    kept = nursery.run("convert", model, "--on-nonfinite", "keep", cwd=model.parent)
+    kept = nursery.run(*CONVERT, model, "--on-nonfinite", "keep", cwd=model.parent)
     assert kept.code == 0, kept.err
     assert load_file(output / shard)[name].dtype == torch.bfloat16
 
@@ -207,7 +207,7 @@ def test_nothing_in_a_pickle_is_executed(form: str, model: Path, nursery: Nurser
         (directory / "pytorch_model.bin").write_bytes(pickle.dumps(content))
     else:
         torch.save(content, directory / "pytorch_model.bin", _use_new_zipfile_serialization=form == "zip")
-    assert_refused(nursery.run("convert", directory, cwd=tmp_path), "pytorch_model.bin", "hint:")
+    assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "pytorch_model.bin", "hint:")
     assert not trap.exists()
     assert not (tmp_path / "pickled-int8").exists()
 
@@ -217,7 +217,7 @@ def test_a_pickle_of_more_than_tensors_is_refused(content: object, nursery: Nurs
     directory = tmp_path / "pickled"
     directory.mkdir()
     torch.save(content, directory / "pytorch_model.bin")
-    assert_refused(nursery.run("convert", directory, cwd=tmp_path), "pytorch_model.bin", "hint:")
+    assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "pytorch_model.bin", "hint:")
 
 
 def test_a_truncated_archive_is_refused(nursery: Nursery, tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_a_truncated_archive_is_refused(nursery: Nursery, tmp_path: Path) -> Non
     path = directory / "pytorch_model.bin"
     torch.save({"x.weight": torch.zeros(64, 64)}, path)
     os.truncate(path, path.stat().st_size - 100)
-    assert_refused(nursery.run("convert", directory, cwd=tmp_path), "pytorch_model.bin", "hint:")
+    assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "pytorch_model.bin", "hint:")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.txt", "no pickle")
-    assert_refused(nursery.run("convert", directory, cwd=tmp_path), "pytorch_model.bin")
+    assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "pytorch_model.bin")
 
 
 # What is no model
@@ -252,13 +252,13 @@ def test_a_directory_without_a_model_says_what_is_there(
     directory.mkdir()
     for name, text in files.items():
         (directory / name).write_text(text)
-    assert_refused(nursery.run("convert", directory, cwd=tmp_path), "hint:", *words)
+    assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "hint:", *words)
     assert not (tmp_path / "thing-int8").exists()
 
 
 def test_what_was_converted_is_not_converted_again(model: Path, nursery: Nursery) -> None:
-    assert nursery.run("convert", model, "-o", "once", "-q", cwd=model.parent).code == 0
-    outcome = nursery.run("convert", "once", "-o", "twice", cwd=model.parent)
+    assert nursery.run(*CONVERT, model, "-o", "once", "-q", cwd=model.parent).code == 0
+    outcome = nursery.run(*CONVERT, "once", "-o", "twice", cwd=model.parent)
     assert_refused(outcome, "quantized already", "hint:")
     assert not (model.parent / "twice").exists()
 
@@ -266,11 +266,11 @@ def test_what_was_converted_is_not_converted_again(model: Path, nursery: Nursery
 @pytest.mark.parametrize("name", ["nothing", "./nothing", "../nothing/", "model.safetensors", "mdoel"])
 def test_a_model_that_is_not_there_is_an_error(name: str, model: Path, nursery: Nursery) -> None:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(model.parent / "hf")}
-    assert_refused(nursery.run("convert", name, cwd=model.parent, env=environment), "hint:")
+    assert_refused(nursery.run(*CONVERT, name, cwd=model.parent, env=environment), "hint:")
 
 
 def test_a_revision_of_a_directory_is_refused(model: Path, nursery: Nursery) -> None:
-    assert_refused(nursery.run("convert", model, "--revision", "main", cwd=model.parent), "revision", "hint:")
+    assert_refused(nursery.run(*CONVERT, model, "--revision", "main", cwd=model.parent), "revision", "hint:")
 
 
 @pytest.mark.parametrize("file", [FIRST, "config.json", "tokenizer_config.json", INDEX])
@@ -280,7 +280,7 @@ def test_a_file_that_may_not_be_read_is_an_error(file: str, nursery: Nursery) ->
         (model / file).chmod(0)
         Path(directory).chmod(0o777)
         # No permission applies to root.
-        outcome = nursery.run("convert", model, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
+        outcome = nursery.run(*CONVERT, model, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
         assert_refused(outcome, f"{file} cannot be read: Permission denied", "hint:")
         assert "config.json" not in weights_in(Path(directory) / "model-int8")
 
@@ -289,7 +289,7 @@ def test_a_directory_that_may_not_be_written_is_an_error(nursery: Nursery) -> No
     with tempfile.TemporaryDirectory() as directory:
         model = llama(Path(directory) / "model")
         Path(directory).chmod(0o555)
-        outcome = nursery.run("convert", model, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
+        outcome = nursery.run(*CONVERT, model, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
         Path(directory).chmod(0o755)
         assert_refused(outcome, "model-int8: cannot be written (Permission denied)", "may write to")
         assert not (Path(directory) / "model-int8").exists()
@@ -301,7 +301,7 @@ def test_an_output_that_may_not_be_looked_at_is_an_error(nursery: Nursery) -> No
         Path(directory).chmod(0o755)
         closed = Path(directory) / "closed"
         closed.mkdir(0o000)
-        line = ("convert", model, "--workers", "2", "-o", closed / "out")
+        line = (*CONVERT, model, "--workers", "2", "-o", closed / "out")
         outcome = nursery.run(*line, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
         assert_refused(outcome, "cannot be read (Permission denied)", "hint:")
 
@@ -312,7 +312,7 @@ def test_an_output_that_may_not_be_looked_at_is_an_error(nursery: Nursery) -> No
 @pytest.mark.parametrize("output", ["file", "file/below", "/proc/nowhere"])
 def test_an_output_that_cannot_be_written_is_an_error(output: str, model: Path, nursery: Nursery) -> None:
     (model.parent / "file").write_text("a regular file")
-    assert_refused(nursery.run("convert", model, "-o", output, cwd=model.parent), output, "may write to")
+    assert_refused(nursery.run(*CONVERT, model, "-o", output, cwd=model.parent), output, "may write to")
     assert (model.parent / "file").read_text() == "a regular file"
 
 
@@ -324,7 +324,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, small enough to fill."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", disk]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system is not allowed here")
     yield disk
@@ -345,33 +345,33 @@ def test_too_little_room_is_said_with_both_figures_before_the_first_byte(
 ) -> None:
     fill(small_disk).rename(small_disk / "other")
     os.truncate(small_disk / "other", (small_disk / "other").stat().st_size - 65_536)
-    planned = nursery.run("convert", model, "-o", small_disk / "out", "--dry-run", "--json", cwd=model.parent)
+    planned = nursery.run(*CONVERT, model, "-o", small_disk / "out", "--dry-run", "--json", cwd=model.parent)
     (disk,) = json.loads(planned.out)["needs"]["disks"]
     assert disk["bytes"] > json.loads(planned.out)["output_bytes"]  # tokenizer, records and report take room too
-    outcome = nursery.run("convert", model, "-o", small_disk / "out", cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", small_disk / "out", cwd=model.parent)
     assert_refused(outcome, f"{disk['bytes']:,} bytes are needed", f"{disk['free_bytes']:,} are free", "hint:")
     assert not (small_disk / "out/int8").exists()
-    dry = nursery.run("convert", model, "-o", small_disk / "out", "--dry-run", cwd=model.parent)
+    dry = nursery.run(*CONVERT, model, "-o", small_disk / "out", "--dry-run", cwd=model.parent)
     assert dry.code == 0
     assert "does not fit" in dry.out
 
 
 def test_a_disk_without_a_byte_left_is_said(small_disk: Path, model: Path, nursery: Nursery) -> None:
     filler = fill(small_disk)
-    assert_refused(nursery.run("convert", model, "-o", small_disk / "out", cwd=model.parent), "out", "hint:")
+    assert_refused(nursery.run(*CONVERT, model, "-o", small_disk / "out", cwd=model.parent), "out", "hint:")
     assert not weights_in(small_disk / "out")
     filler.unlink()
-    assert nursery.run("convert", model, "-o", small_disk / "out", cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", small_disk / "out", cwd=model.parent).code == 0
 
 
 def test_a_disk_that_fills_up_half_way_is_said_and_the_next_run_goes_on(
     small_disk: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     model = llama(tmp_path / "model", layers=4, hidden=768, intermediate=2048, vocabulary=1024, shards=6)
-    assert nursery.run("convert", model, "-o", "reference", "-q", cwd=tmp_path).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "reference", "-q", cwd=tmp_path).code == 0
     reference = tree(tmp_path / "reference")
     output = small_disk / "out"
-    child = nursery.start("convert", model, "-o", output, cwd=tmp_path)
+    child = nursery.start(*CONVERT, model, "-o", output, cwd=tmp_path)
     wait_until(lambda: list(output.glob("int8/records/[!.]*.json")))
     child.signal(signal.SIGSTOP)
     filler = fill(small_disk)
@@ -380,7 +380,7 @@ def test_a_disk_that_fills_up_half_way_is_said_and_the_next_run_goes_on(
     assert "config.json" not in weights_in(output)
     assert all(tree(output)[name] == reference[name] for name in weights_in(output))
     filler.unlink()
-    outcome = nursery.run("convert", model, "-o", output, cwd=tmp_path)
+    outcome = nursery.run(*CONVERT, model, "-o", output, cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     assert "shards already converted" in outcome.err
     assert tree(output) == reference
@@ -390,7 +390,7 @@ def test_a_file_larger_than_the_system_allows_is_said(model: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    outcome = run("convert", model, cwd=model.parent, preexec_fn=limit)
+    outcome = run(*CONVERT, model, cwd=model.parent, preexec_fn=limit)
     assert_refused(outcome, "File too large", "hint:")
     assert not {name for name in weights_in(model.parent / "model-int8") if name.endswith(".safetensors")}
-    assert run("convert", model, "-q", cwd=model.parent).code == 0
+    assert run(*CONVERT, model, "-q", cwd=model.parent).code == 0

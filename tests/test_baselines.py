@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from int8cli.llm_int8.baselines import (
+    Span,
     bitsandbytes_linear,
     exact_columns_linear,
     matrix_product,
@@ -13,6 +14,7 @@ from int8cli.llm_int8.baselines import (
     quantize_weight,
     restored_weight,
 )
+from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.quantize import quantize_rowwise
 
 SPANS = [(inputs, weight) for inputs in ("tensor", "row") for weight in ("tensor", "row")]
@@ -31,7 +33,9 @@ def inputs_with_outliers(tokens: int, features: int, dtype: torch.dtype = torch.
 
 @pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
 @pytest.mark.parametrize(("inputs_by", "weight_by"), SPANS)
-def test_a_product_is_that_of_the_values_which_int8_stands_for(scheme: str, inputs_by: str, weight_by: str) -> None:
+def test_a_product_is_that_of_the_values_which_int8_stands_for(
+    scheme: InputScheme, inputs_by: Span, weight_by: Span
+) -> None:
     inputs, weight = some(9, 40) + 0.7, some(13, 40, seed=2) * 0.1 - 0.02
     left, right = quantize_matrix(inputs, scheme, inputs_by), quantize_matrix(weight, scheme, weight_by)
     meant = []
@@ -55,7 +59,7 @@ def test_absmax_reaches_127_and_a_zero_point_uses_the_whole_range() -> None:
 
 @pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
 @pytest.mark.parametrize("span", ["tensor", "row"])
-def test_zeros_stay_zero(scheme: str, span: str) -> None:
+def test_zeros_stay_zero(scheme: InputScheme, span: Span) -> None:
     matrix = quantize_matrix(torch.zeros(3, 8), scheme, span)
     weight = quantize_matrix(some(5, 8), scheme, span)
     assert torch.equal(matrix_product(matrix, weight), torch.zeros(3, 5))
@@ -70,7 +74,7 @@ def test_one_tensor_scale_is_that_of_the_largest_row() -> None:
 
 @pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
 @pytest.mark.parametrize("features", [4096, 40_000])
-def test_sums_that_float32_cannot_hold_are_exact(scheme: str, features: int) -> None:
+def test_sums_that_float32_cannot_hold_are_exact(scheme: InputScheme, features: int) -> None:
     """127 · 127 · 4096 is beyond 2^24; 255 · 255 · 40,000 is beyond int32."""
     inputs = torch.full((2, features), 3.0)
     inputs[:, 0], inputs[1, 3] = 0.0, 2.9

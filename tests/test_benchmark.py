@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import WITHOUT_COLUMNS, read_all
+from support.checkpoints import WITHOUT_COLUMNS, read_all
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 

@@ -2,22 +2,24 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from calibration_models import calibrated, make_model, save_tokenizer, some_text
-from checkpoints import HEADS, LISTED, OTHERS, build_tiny
+from support.calibration_models import calibrated, make_model, save_tokenizer, some_text
+from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
 from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import (
+    CannotRunError,
     CheckpointError,
     NonFiniteError,
     NotEnoughMemoryError,
     OutputInUseError,
+    SavedStateError,
     TextError,
-    UnsupportedModelError,
 )
 from int8cli.llm_int8.inputs import InputStatistics
 from int8cli.model.skeleton import build_skeleton
@@ -235,6 +237,10 @@ class KilledAfter(SilentProgress):
     def __init__(self, blocks: int) -> None:
         self.left = blocks
         self.run: list[str] = []
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
         if amount == 0:  # a block begins
@@ -284,6 +290,49 @@ def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -
     assert saved(calibrated(tmp_path / "model", kept_in=kept), tmp_path / "again.safetensors") == whole
 
 
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("record.json", False),  # then nothing is known to be there
+        ("model.layers.0@1/0.pt", True),
+        ("model.layers.0.safetensors", True),
+    ],
+)
+@pytest.mark.parametrize("left_bytes", [0, 20, None])
+def test_state_that_cannot_be_read_back_is_made_again(
+    tmp_path: Path, file: str, told: bool, left_bytes: int | None
+) -> None:
+    make_model("llama", tmp_path / "model")
+    kept = tmp_path / "work" / "blocks"
+    whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
+    with pytest.raises(Killed):
+        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+    if left_bytes is None:
+        (kept / file).unlink()
+    else:
+        (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
+    progress = KilledAfter(100)
+    again = calibrated(tmp_path / "model", kept_in=kept, progress=progress)
+    assert saved(again, tmp_path / "again.safetensors") == whole
+    assert progress.run == ["model.layers.0", "model.layers.1"]
+    assert any(note.endswith("starting over") for note in progress.notes) == told
+
+
+def test_state_that_cannot_be_read_back_in_the_run_that_made_it_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("llama", tmp_path / "model")
+    save = torch.save
+
+    def save_half(saved: object, path: Path) -> None:
+        save(saved, path)
+        path.write_bytes(path.read_bytes()[:100])
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(SavedStateError, match=r"0\.pt cannot be read back"):
+        calibrated(tmp_path / "model", kept_in=tmp_path / "work" / "blocks")
+
+
 def test_two_runs_on_one_state_are_refused(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
@@ -320,7 +369,7 @@ def test_what_is_no_statistics_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_nan_in_a_weight_names_the_layer(tmp_path: Path) -> None:
-    def spoil(model: torch.nn.Module) -> None:
+    def spoil(model: Any) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
 
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj: its weight holds nan in input column 5"):
@@ -328,7 +377,7 @@ def test_a_nan_in_a_weight_names_the_layer(tmp_path: Path) -> None:
 
 
 def test_a_model_that_makes_nan_names_the_layer(tmp_path: Path) -> None:
-    def spoil(model: torch.nn.Module) -> None:
+    def spoil(model: Any) -> None:
         model.model.layers[1].post_attention_layernorm.weight[7] = torch.nan
 
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input holds nan at .*dimension 7"):
@@ -348,7 +397,7 @@ def test_a_text_too_short_for_one_sequence_is_refused_with_what_would_do(tmp_pat
     make_model("llama", tmp_path)
     with pytest.raises(TextError, match="has 11 tokens, and a sequence takes 16") as caught:
         calibrated(tmp_path, text=some_text(11))
-    assert "--sequence-length 11" in caught.value.hint
+    assert "sequences of 11 tokens" in caught.value.hint
     assert calibrated(tmp_path, text=some_text(11), sequence_length=11).provenance.tokens == 11
 
 
@@ -359,13 +408,13 @@ def test_the_seed_chooses_the_pieces(tmp_path: Path) -> None:
     assert not torch.equal(first, other)
 
 
-def test_no_tokenizer_is_told_with_what_works_instead(tmp_path: Path) -> None:
+def test_no_tokenizer_is_told_with_the_file_that_is_missing(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
-    with pytest.raises(UnsupportedModelError, match="tokenizer") as caught:
+    with pytest.raises(CannotRunError, match="tokenizer") as caught:
         calibrated(tmp_path)
-    assert "--from weights" in caught.value.hint
+    assert "tokenizer.json" in caught.value.hint
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
@@ -374,9 +423,8 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     renamed = config.replace('"model_type": "llama"', '"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}')
     (tmp_path / "config.json").write_text(renamed)
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UnsupportedModelError, match="never run") as caught:
+    with pytest.raises(CannotRunError, match="never run"):
         calibrated(tmp_path)
-    assert "--from weights" in caught.value.hint
     assert not (tmp_path / "ran").exists()
 
 
@@ -402,9 +450,8 @@ def test_too_little_memory_says_how_much_a_block_takes(tmp_path: Path, monkeypat
 def test_a_vision_model_is_refused_in_words(tmp_path: Path) -> None:
     build_tiny(ALL["vit"]).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="text") as caught:
+    with pytest.raises(CannotRunError, match="text"):
         calibrated(tmp_path)
-    assert "--from weights" in caught.value.hint
 
 
 def test_a_strand_stands_still_between_questions() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from browser import needs_browser, seen_by
+from support.browser import needs_browser, seen_by
 
 from int8cli.errors import OutputError
 from int8cli.llm_int8.inputs import InputStatistics

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import Nursery, environment, llama, outcome_of, run, start, tree, wait_until
+from support.program import CONVERT, Nursery, environment, llama, outcome_of, run, start, tree, wait_until
 from typer.testing import CliRunner
 
 from int8cli import __version__
@@ -47,7 +47,7 @@ def plain(text: str) -> str:
 
 
 def test_stdout_is_the_report_and_stderr_a_line_a_shard(model: Path) -> None:
-    outcome = run("convert", "model", cwd=model.parent)
+    outcome = run(*CONVERT, "model", cwd=model.parent)
     assert outcome.code == 0
     lines = outcome.err.splitlines()
     assert [line.split()[:2] for line in lines] == [
@@ -59,7 +59,7 @@ def test_stdout_is_the_report_and_stderr_a_line_a_shard(model: Path) -> None:
 
 
 def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nursery) -> None:
-    outcome = nursery.run("convert", "model", "--json", cwd=model.parent)
+    outcome = nursery.run(*CONVERT, "model", "--json", cwd=model.parent)
     assert outcome.code == 0
     report = json.loads(outcome.out)
     assert report["schema"] == "int8cli.report/2"
@@ -72,13 +72,13 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
 
 @pytest.mark.parametrize("options", [["--quiet"], ["-q"], ["-q", "--json"], ["-q", "--dry-run"]])
 def test_quiet_leaves_only_what_was_asked_for(options: list[str], model: Path, nursery: Nursery) -> None:
-    outcome = nursery.run("convert", "model", *options, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, "model", *options, cwd=model.parent)
     assert (outcome.code, outcome.err) == (0, "")
     assert bool(outcome.out) == ("--json" in options)
 
 
 def test_quiet_errors_still_show(nursery: Nursery, tmp_path: Path) -> None:
-    outcome = nursery.run("convert", "./nothing", "-q", cwd=tmp_path)
+    outcome = nursery.run(*CONVERT, "./nothing", "-q", cwd=tmp_path)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("error: ./nothing: no such file or directory\nhint: ")
 
@@ -86,10 +86,10 @@ def test_quiet_errors_still_show(nursery: Nursery, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: Path, nursery: Nursery) -> None:
     before = tree(model.parent)
-    outcome = nursery.run("convert", "model", "--dry-run", *options, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, "model", "--dry-run", *options, cwd=model.parent)
     assert (outcome.code, outcome.err) == (0, "")
     assert tree(model.parent) == before
-    assert nursery.run("convert", "model", "-q", cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, "model", "-q", cwd=model.parent).code == 0
     written = sum(path.stat().st_size for path in (model.parent / "model-int8").glob("*.safetensors"))
     if options:
         plan = json.loads(outcome.out)
@@ -108,14 +108,14 @@ def test_tables_fit_80_columns(options: list[str], columns: str, model: Path, nu
     llama(model, layers=12, seed=1)
     environment = {"COLUMNS": columns} if columns else {}
     for args in (["model"], ["model", "--skip", f"{name}*"]):
-        outcome = nursery.run("convert", *args, "-o", "out", "--overwrite", *options, cwd=model.parent, env=environment)
+        outcome = nursery.run(*CONVERT, *args, "-o", "out", "--overwrite", *options, cwd=model.parent, env=environment)
         assert outcome.code == 0
         assert max(map(len, outcome.out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_a_pattern_that_matches_nothing_is_warned_of(options: list[str], model: Path, nursery: Nursery) -> None:
-    outcome = nursery.run("convert", "model", "--skip", "*.donw_proj", *options, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, "model", "--skip", "*.donw_proj", *options, cwd=model.parent)
     assert outcome.code == 0
     assert "warning: no module matches '*.donw_proj'" in outcome.err
 
@@ -147,10 +147,10 @@ def test_a_stdout_that_cannot_be_written_is_an_error(options: list[str], model: 
 
 def test_names_that_are_not_text_and_terminals_that_know_only_ascii(model: Path) -> None:
     os.close(os.open(os.fsencode(model) + b"/b\xffd.json", os.O_CREAT))
-    outcome = run("convert", "model", cwd=model.parent, env={"PYTHONIOENCODING": "ascii"})
+    outcome = run(*CONVERT, "model", cwd=model.parent, env={"PYTHONIOENCODING": "ascii"})
     assert outcome.code == 0, outcome.err
     assert outcome.out.isascii()
-    again = run("convert", "model", "--json", cwd=model.parent)
+    again = run(*CONVERT, "model", "--json", cwd=model.parent)
     assert again.code == 0, again.err
 
 
@@ -175,7 +175,7 @@ def test_names_that_are_not_text_and_terminals_that_know_only_ascii(model: Path)
     ],
 )
 def test_wrong_usage_says_what_would_be_right(args: list[str], words: list[str], model: Path, nursery: Nursery) -> None:
-    outcome = nursery.run("convert", "model", *args, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, "model", *args, cwd=model.parent)
     assert (outcome.code, outcome.out) == (2, "")
     assert "Traceback" not in outcome.err
     for word in words:
@@ -184,7 +184,7 @@ def test_wrong_usage_says_what_would_be_right(args: list[str], words: list[str],
 
 
 def test_a_device_that_is_not_there_is_said(model: Path, nursery: Nursery) -> None:
-    outcome = nursery.run("convert", "model", "--device", "cuda", cwd=model.parent, env={"CUDA_VISIBLE_DEVICES": ""})
+    outcome = nursery.run(*CONVERT, "model", "--device", "cuda", cwd=model.parent, env={"CUDA_VISIBLE_DEVICES": ""})
     assert outcome.code == 2
     assert "no CUDA device" in outcome.err
 
@@ -237,7 +237,7 @@ def test_help_shows_every_option_and_examples_that_parse(
 def test_the_help_of_every_command_is_plain_text() -> None:
     assert app.registered_commands
     for command in app.registered_commands:
-        shown = CliRunner().invoke(app, [command.name, "--help"])
+        shown = CliRunner().invoke(app, [str(command.name), "--help"])
         assert shown.exit_code == 0
         assert "\n  Examples:\n\n  int8cli " in shown.stdout
         assert "[bold]" not in shown.stdout
@@ -356,7 +356,7 @@ def group_exists(pid: int) -> bool:
 def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
     workers: str, large: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
-    process = start("convert", large, "-o", "out", "--workers", workers, cwd=tmp_path)
+    process = start(*CONVERT, large, "-o", "out", "--workers", workers, cwd=tmp_path)
     output = tmp_path / "out"
     wait_until(lambda: any((output / "int8/partial").glob("*")))
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to everyone
@@ -367,14 +367,14 @@ def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
     wait_until(lambda: not group_exists(process.pid), "the end of the last child")
     assert not any((output / "int8/partial").glob("*"))
     assert not (output / "config.json").exists()
-    assert nursery.run("convert", large, "-o", "out", "-q", cwd=tmp_path).code == 0
-    assert nursery.run("convert", large, "-o", "unbroken", "-q", cwd=tmp_path).code == 0
+    assert nursery.run(*CONVERT, large, "-o", "out", "-q", cwd=tmp_path).code == 0
+    assert nursery.run(*CONVERT, large, "-o", "unbroken", "-q", cwd=tmp_path).code == 0
     assert tree(output) == tree(tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.2])  # before, and while the first of them is waited for
 def test_an_interrupt_while_workers_start_is_no_traceback(pause_s: float, large: Path, tmp_path: Path) -> None:
-    process = start("convert", large, "-o", "out", "--workers", "2", cwd=tmp_path)
+    process = start(*CONVERT, large, "-o", "out", "--workers", "2", cwd=tmp_path)
     wait_until(lambda: (tmp_path / "out/LICENSE").exists())
     time.sleep(pause_s)
     os.killpg(process.pid, signal.SIGINT)

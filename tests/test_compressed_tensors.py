@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
-from program import llama, run, tree
+from support.checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
+from support.program import llama, run, tree
+from support.verifying import verified
 from torch import Tensor, nn
-from verifying import verified
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.commands.options import LayoutName
 from int8cli.planning.layouts import LAYOUTS, compressed_tensors
 from int8cli.planning.plan import PlanOptions, make_plan
 from int8cli.planning.survey import survey_source
 
-LAYOUT = "compressed-tensors"
+LAYOUT: LayoutName = "compressed-tensors"
 WEIGHT = "layers.0.mlp.up_proj.weight"
 LOADED = ["llama", "qwen3", "opt", "bert", "bloom", "phi3", "t5"]
 
@@ -28,7 +29,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> T
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
 
 
-def converted(directory: Path, tensors: dict[str, Tensor], layout: str = LAYOUT) -> dict[str, Tensor]:
+def converted(directory: Path, tensors: dict[str, Tensor], layout: LayoutName = LAYOUT) -> dict[str, Tensor]:
     source = save_by_hand(directory / "source", tensors)
     convert(source, directory / layout, ConvertOptions(outliers="none", layout=layout))
     return read_tensors(directory / layout / "model.safetensors")
@@ -246,6 +247,7 @@ class ExactLinear(nn.Module):
         self.int8_inputs = int8_inputs
         self.register_buffer("weight", data.double() * scale.double())
         self.bias = bias
+        self.weight: Tensor
 
     def forward(self, inputs: Tensor) -> Tensor:
         return exact_linear(self.weight, self.bias, dynamic_int8(inputs) if self.int8_inputs else inputs)
@@ -316,7 +318,8 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
     def compare(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             weight = written[f"{name}.weight"].double() * written[f"{name}.weight_scale"].double()
-            exact = exact_linear(weight, module.bias, dynamic_int8(inputs[0]))
+            bias: Any = module.bias
+            exact = exact_linear(weight, bias, dynamic_int8(inputs[0]))
             torch.testing.assert_close(output.double(), exact, rtol=1e-5, atol=1e-5)
             seen.add(name)
 
@@ -365,6 +368,9 @@ def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, .
     convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, skip=skip))
     verification = verified(tmp_path / "out", source)
     assert verification.holds
-    unchecked = {each.name: each.detail for each in verification.checks if each.status == "not checked"}
-    assert set(unchecked) == {"loads"}
-    assert "as vLLM does" in unchecked["loads"]
+    loads = next(each for each in verification.checks if each.name == "loads")
+    if skip and loads.status == "passed":  # a version that reads a mixture whose experts are floats
+        assert "8 of 8 int8 layers in place" in loads.detail
+    else:
+        assert loads.status == "not checked"
+        assert "as vLLM does" in loads.detail

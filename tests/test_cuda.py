@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import read_json, save_by_hand, save_tiny
-from program import run
+from support.checkpoints import read_json, save_by_hand, save_tiny
+from support.program import CONVERT, run
 
 from int8cli.conversion.buffers import bytes_of
 from int8cli.planning.blocks import BLOCK_ELEMENTS
@@ -24,7 +24,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 0.05) 
 
 def convert_on(device: str, source: Path, *options: str) -> Path:
     output = source.with_name(f"on-{device}")
-    outcome = run("convert", source, "-o", output, "--device", device, "--quiet", *options, cwd=source.parent)
+    outcome = run(*CONVERT, source, "-o", output, "--device", device, "--quiet", *options, cwd=source.parent)
     assert outcome.code == 0, outcome.err
     return output
 

@@ -23,7 +23,6 @@ from int8cli.errors import (
     Int8cliError,
     NotEnoughMemoryError,
     OutputError,
-    SavedStateError,
     SystemRefusalError,
 )
 from int8cli.model.saved_states import KeptStates
@@ -183,15 +182,3 @@ def test_a_library_that_the_limit_does_not_let_in_is_told() -> None:
             raise error
     with pytest.raises(ImportError), system_errors():  # a bug keeps its traceback
         raise ImportError("cannot import name", path="/site/x.py")
-
-
-def test_what_was_seen_of_a_shard_and_cannot_be_read_back_is_no_empty_answer(tmp_path: Path) -> None:
-    from int8cli.outliers.suspects import keep_figures, recall_figures
-
-    path = tmp_path / "suspects" / "0.safetensors"
-    assert recall_figures(path) is None
-    keep_figures({"norm": torch.ones(4)}, path)
-    assert (recall_figures(path) or {}).keys() == {"norm"}
-    os.truncate(path, 20)
-    with pytest.raises(SavedStateError):
-        recall_figures(path)

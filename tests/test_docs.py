@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from calibration_models import make_model
+from support.calibration_models import make_model
 
 from int8cli.cli import app
 

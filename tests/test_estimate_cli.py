@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, OTHERS, build_tiny, save_by_hand
-from hub_stand_in import Fault, HubStandIn
-from program import Nursery, Outcome, environment, llama
 from safetensors.torch import load_file
+from support.checkpoints import LISTED, OTHERS, build_tiny, save_by_hand
+from support.hub_stand_in import Fault, HubStandIn
+from support.program import Nursery, Outcome, environment, llama
 
 REPO = "org/model"
 HEADER_READ_BYTES = 128 << 10

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_models import make_model, some_text
-from checkpoints import WITHOUT_COLUMNS
 from safetensors.torch import load_file, save_file
+from support.calibration_models import make_model, some_text
+from support.checkpoints import WITHOUT_COLUMNS
 from torch import Tensor
 from torch.nn import functional
 from typer.testing import CliRunner, Result
@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
+from int8cli.commands.options import LayoutName
 from int8cli.errors import NonFiniteError, ReferenceModelError, TextError, UnknownMethodError, UnsupportedModelError
 from int8cli.evaluation.columns import ChosenColumns, calibrated_columns
 from int8cli.evaluation.evaluate import evaluate
@@ -248,7 +249,7 @@ def test_encoder_decoders_predict_the_second_half_from_the_first(tmp_path: Path,
 @pytest.mark.parametrize(
     ("family", "layout"), [("llama", "bitsandbytes"), ("llama", "compressed-tensors"), ("gpt2", "bitsandbytes")]
 )
-def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, family: str, layout: str) -> None:
+def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, family: str, layout: LayoutName) -> None:
     model = make_model(family, tmp_path / "model")
     output = tmp_path / "int8"
     convert(model, output, ConvertOptions(outliers="none", layout=layout))
@@ -305,8 +306,8 @@ def test_stored_columns_of_a_conversion_are_used(tmp_path: Path, llama: Path) ->
     place.mkdir(parents=True, exist_ok=True)
     save_file(sidecar, place / "model.safetensors")
     alone = evaluated(tmp_path / "int8", "llm-int8-stored")
-    columns = ChosenColumns(chosen, StoredColumnsSummary(2, "by hand", "", 0, 2.0))
-    plain = evaluated(llama, "llm-int8-stored", "vector-wise", columns=columns)
+    by_hand = ChosenColumns(chosen, StoredColumnsSummary(2, "by hand", "", 0, 2.0))
+    plain = evaluated(llama, "llm-int8-stored", "vector-wise", columns=by_hand)
     assert scores_of(alone, "llm-int8-stored").nats == scores_of(plain, "llm-int8-stored").nats
     assert scores_of(plain, "llm-int8-stored").nats != scores_of(plain, "vector-wise").nats
     assert alone.columns is not None
@@ -318,6 +319,10 @@ class StopsAfter(SilentProgress):
 
     def __init__(self, blocks: int) -> None:
         self.blocks, self.begun, self.finished = blocks, 0, -1
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
 
     def begin(self, task: str, parts: Mapping[str, int], *, unit: str = "", finished: Collection[str] = ()) -> None:
         self.finished = len(finished)
@@ -340,6 +345,21 @@ def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: 
     unbroken = evaluated(llama, *methods)
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("left_bytes", [0, 20])
+@pytest.mark.parametrize("file", ["model.layers.0.json", "model.layers.0@1/0.pt"])
+def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Path, file: str, left_bytes: int) -> None:
+    kept = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(llama, "absmax-tensor", progress=StopsAfter(1), kept_in=kept)
+    (kept / file).write_bytes((kept / file).read_bytes()[:left_bytes])
+    again = StopsAfter(9)
+    found = evaluated(llama, "absmax-tensor", progress=again, kept_in=kept)
+    assert (again.finished, again.begun) == (0, 2)
+    assert any(note.endswith("starting over") for note in again.notes)
+    unbroken = evaluated(llama, "absmax-tensor")
+    assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
 
 
 def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, llama: Path) -> None:
@@ -385,7 +405,7 @@ def test_nan_is_found_and_named(tmp_path: Path, place: str, told: str) -> None:
         evaluated(tmp_path, "int8-weights")
 
 
-def run_command(*arguments: str | Path) -> Result:
+def run_command(*arguments: str | Path | int) -> Result:
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 

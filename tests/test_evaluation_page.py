@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import needs_browser, seen_by
+from support.browser import needs_browser, seen_by
 from test_charts import markup
 
 from int8cli.errors import MissingExtraError, OutputError
@@ -56,7 +56,7 @@ def made_up(name: str = "some/model", *, predicts: bool = True) -> Evaluation:
     )
 
 
-def changed(found: Evaluation, of: str, **fields: object) -> Evaluation:
+def changed(found: Evaluation, of: str, **fields: Any) -> Evaluation:
     methods = tuple(dataclasses.replace(method, **fields) if method.label == of else method for method in found.methods)
     return dataclasses.replace(found, methods=methods)
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_models import make_model
-from program import environment, llama
 from safetensors.torch import save_file
+from support.calibration_models import make_model
+from support.program import environment, llama
 
 from int8cli import ConvertOptions, convert
 from int8cli.conversion import WORKER_PRELOAD
@@ -165,7 +165,6 @@ def test_the_server_starts_before_anything_is_read_where_workers_are_foreseen(
 # What is never run
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="PYTHONSAFEPATH came with Python 3.11")
 def test_nothing_in_the_working_directory_is_run(tmp_path: Path) -> None:
     """Nor the script that calls the program, a second time: this one would convert again."""
     model = llama(tmp_path / "model")

@@ -9,11 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import WITHOUT_COLUMNS, convert_storing, read_all, read_json, save_by_hand, save_tiny, some_columns
-from program import Nursery, llama, tree
-from verifying import verified
+from support.checkpoints import (
+    WITHOUT_COLUMNS,
+    convert_storing,
+    read_all,
+    read_json,
+    save_by_hand,
+    save_tiny,
+    some_columns,
+)
+from support.program import CONVERT, Nursery, llama, tree
+from support.verifying import verified
 
 from int8cli import ConvertOptions, convert
+from int8cli.commands.options import LayoutName
 from int8cli.errors import NonFiniteError, SettingsMismatchError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.plan import Decision
@@ -78,7 +87,7 @@ def shown(report: ConversionReport, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_weights_and_sidecars_are_the_same(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_and_sidecars_are_the_same(layout: LayoutName, dtype: torch.dtype, tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "source", dtype, max_shard_size="30KB")
     told, bare = map(weights_of, both(tmp_path / "source", layout=layout, stored=suspected))
     assert sum(name.startswith("int8/outliers/") for name in bare) > 1
@@ -179,7 +188,7 @@ def test_terminal_and_card_say_in_a_line_that_nothing_was_measured(
 
 
 def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> None:
-    asked = ("convert", model, "-o", "out", "--no-figures")
+    asked = (*CONVERT, model, "-o", "out", "--no-figures")
     planned = nursery.run(*asked, "--dry-run", cwd=model.parent)
     assert "the error of the weights will not be measured (--no-figures)" in planned.out
     assert json.loads(nursery.run(*asked, "--dry-run", "--json", cwd=model.parent).out)["figures"] is False
@@ -188,7 +197,7 @@ def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> No
     assert re.search(r"\[3/3\] \S+: .* → .* layers in", outcome.err)
     assert "error" not in outcome.err
     assert json.loads(outcome.out) == read_json(model.parent / "out/int8/report.json")
-    with_figures = nursery.run("convert", model, "-o", "other", "--dry-run", "--json", cwd=model.parent)
+    with_figures = nursery.run(*CONVERT, model, "-o", "other", "--dry-run", "--json", cwd=model.parent)
     assert json.loads(with_figures.out)["figures"] is True
 
 
@@ -198,13 +207,13 @@ def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> No
 @pytest.mark.parametrize("figures", [True, False])
 def test_going_on_otherwise_is_refused_by_field(figures: bool, model: Path, nursery: Nursery) -> None:
     was, now = ("--figures", "--no-figures")[:: 1 if figures else -1]
-    assert nursery.run("convert", model, "-o", "out", "-q", was, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "out", "-q", was, cwd=model.parent).code == 0
     before = tree(model.parent / "out")
-    outcome = nursery.run("convert", model, "-o", "out", now, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", "out", now, cwd=model.parent)
     assert outcome.code == 1
     assert f"with figures {figures}; this one has {not figures}" in outcome.err
     assert tree(model.parent / "out") == before
-    assert nursery.run("convert", model, "-o", "out", "-q", was, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "out", "-q", was, cwd=model.parent).code == 0
     assert tree(model.parent / "out") == before
 
 
@@ -227,13 +236,15 @@ def test_an_output_of_an_earlier_version_has_figures(model: Path, tmp_path: Path
 # --- verify -----------------------------------------------------------------------------------------------------------
 
 
-def failures(output: Path, source: Path | None = None, *, report_as_written: bool = True) -> list[tuple[str, ...]]:
+def failures(
+    output: Path, source: Path | None = None, *, report_as_written: bool = True
+) -> list[tuple[str, str, str | None, str]]:
     found = [(c.name, f.file, f.tensor, f.problem) for c in verified(output, source).checks for f in c.failures]
     return [each for each in found if report_as_written or each[:2] != ("files", "int8/report.json")]
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
-def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: str, tmp_path: Path) -> None:
+def test_verify_finds_nothing_wrong_and_claims_no_figures(layout: LayoutName, tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     convert_storing(source, tmp_path / "out", suspected, ConvertOptions(outliers="none", figures=False, layout=layout))
     checks = {check.name: check for check in verified(tmp_path / "out", source).checks}

@@ -3,11 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import WITHOUT_COLUMNS, read_all, read_json, read_tensors, save_tiny, survey
 from safetensors.torch import save_file
+from support.checkpoints import WITHOUT_COLUMNS, read_all, read_json, read_tensors, save_tiny, survey
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert
@@ -42,7 +43,8 @@ def same_tensors(output: Path, tiny: Path) -> bool:
 def opens_in_transformers(output: Path, tiny: Path) -> bool:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True, device_map="cpu")
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(output, output_loading_info=True, device_map="cpu")
     assert not any(info.values())
     state = model.state_dict()
     return all(torch.equal(state[name], tensor) for name, tensor in read_all(tiny / "int8").items())

@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import safetensors
 import torch
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save, save_file
 
+from int8cli.checkpoint import header
 from int8cli.checkpoint.header import encode_header, read_header
 from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, TensorSpec
@@ -57,10 +59,10 @@ TENSORS = {
     "float8": torch.zeros(3, dtype=torch.float8_e4m3fn),
     "half": torch.ones(3, dtype=torch.float16),
     "double": torch.ones(1, dtype=torch.float64),
-    **({"complex": torch.ones(2, dtype=torch.complex64)} if KNOWS_EVERY_DTYPE else {}),
-    "wide": torch.ones(2, dtype=torch.uint64),
     "short": torch.ones(2, dtype=torch.int16),
 }
+if KNOWS_EVERY_DTYPE:
+    TENSORS |= {"complex": torch.ones(2, dtype=torch.complex64), "wide": torch.ones(2, dtype=torch.uint64)}
 
 
 def test_what_safetensors_writes_is_read_with_the_same_names_shapes_and_bytes(tmp_path: Path) -> None:
@@ -291,3 +293,128 @@ def test_whatever_a_damaged_byte_leaves_acceptable_safetensors_accepts_too(tmp_p
         outcomes[True] += 1
         assert accepted_by_safetensors(bytes(content), tmp_path / "x.safetensors"), bytes(content)
     assert min(outcomes.values()) > 100
+
+
+def described_by_safetensors(content: bytes, path: Path) -> dict[str, tuple[str, list[int], bytes]] | None:
+    """Each tensor's dtype, shape and bytes as the format's own reader has them; None where it refuses the file."""
+    path.write_bytes(content)
+    try:
+        with path.open("rb") as file:
+            return {name: (t["dtype"], t["shape"], bytes(t["data"])) for name, t in deserialize(file.read())}
+    except (SafetensorError, OSError, ValueError, OverflowError):
+        return None
+
+
+# What stands in for a token of a header's JSON, or beside it: other spellings of numbers and strings, what Python takes
+# for JSON and the format does not, and the other way round.
+STRANGE = (
+    *("0", "1", "-0", "-1", "00", "1.0", "1e0", "0x1", "18446744073709551615", "18446744073709551616", "9" * 30),
+    *("NaN", "Infinity", "-Infinity", "null", "true", "false", "None", "[]", "{}", "[0]", '{"a": 1}', "[[0]]"),
+    *(
+        '""',
+        '"F32"',
+        '"BF16"',
+        '"F64"',
+        '"f32"',
+        '"Q"',
+        '"\\u0046\\u0033\\u0032"',
+        '"\\ud800"',
+        '"\\ud83d\\ude00"',
+        "'F32'",
+    ),
+    *('"dtype"', '"shape"', '"data_offsets"', '"__metadata__"', '"a"', '"\\u0000"', '"\t"', "\ufeff", "\u00a0", "\x0b"),
+    *(",", ":", "{", "}", "[", "]", " ", "\n", "\r\n", "//", "/**/", ""),
+    *('"a":1,', '"dtype":"F32",', '"shape":[],', '"extra":[{"b":null}],', '"__metadata__":null,', '"__metadata__":{},'),
+)
+TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\d.+-]+|[{}\[\],:]')
+
+
+def test_a_header_changed_in_any_token_is_never_read_otherwise_than_by_safetensors(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "e": torch.zeros(0, 2)}
+    whole = save(tensors, {"format": "pt"})
+    length = int.from_bytes(whole[:8], "little")
+    tokens, data = TOKENS.findall(whole[8 : 8 + length].decode()), whole[8 + length :]
+    dice = random.Random(68)
+    outcomes = {True: 0, False: 0}
+    stricter = []
+    for _ in range(4000):
+        changed = list(tokens)
+        for _ in range(dice.choice((1, 1, 1, 2, 3))):
+            place = dice.randrange(len(changed))
+            changed[place : place + dice.randrange(2)] = [dice.choice((*STRANGE, dice.choice(tokens)))]
+        text = "".join(changed).encode()
+        content = len(text).to_bytes(8, "little") + text + data
+        theirs = described_by_safetensors(content, tmp_path / "x.safetensors")
+        try:
+            layout = read(content)
+        except CorruptShardError:
+            if theirs is not None:
+                stricter.append(text)
+            outcomes[False] += 1
+            continue
+        outcomes[True] += 1
+        ours = {
+            stored.spec.name: (
+                stored.spec.dtype,
+                list(stored.spec.shape),
+                content[stored.offset_bytes : stored.end_bytes],
+            )
+            for stored in layout.tensors
+        }
+        assert ours == theirs, text
+    assert min(outcomes.values()) > 100
+    assert stricter == []
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}',
+        '{"__metadata__":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
+        '{"dtype":"F32"}',
+        '{"a":{"dtype":"F32","shape":[0],"data_offsets":[0]}}',
+        '{"a":{"dtype":5,"shape":[0],"data_offsets":[0,0]}}',
+        '{"a":' + "[" * 100_000,
+        '{"a":' * 100_000,
+    ],
+)
+def test_a_description_in_another_place_is_refused_as_by_safetensors(header: str, tmp_path: Path) -> None:
+    content = len(header).to_bytes(8, "little") + header.encode()
+    assert described_by_safetensors(content, tmp_path / "x.safetensors") is None
+    with pytest.raises(CorruptShardError):
+        read(content)
+
+
+def test_tensors_may_be_named_like_fields() -> None:
+    names = ("dtype", "shape", "data_offsets")
+    content = packed({name: entry(4 * i, 4 * i + 4, [1]) for i, name in enumerate(names)}, bytes(12))
+    assert tuple(stored.spec.name for stored in read(content).tensors) == names
+
+
+@pytest.mark.parametrize(
+    "key",
+    ['"data_offsets"', '"data_\\u006fffsets"'],
+)
+def test_more_tensors_than_are_read_are_refused_while_they_are_counted(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "MOST_TENSORS", 100)
+    parts = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],{key}:[0,0]}}' for i in range(103))
+    text = f"{{{parts}}}".encode()
+    with pytest.raises(CheckpointError, match="more than 100 tensors"):
+        read(len(text).to_bytes(8, "little") + text)
+
+
+def test_more_values_than_tensors_need_are_refused_before_they_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "_MOST_VALUES", 1000)
+    text = b'{"t":{"dtype":"F32","shape":[' + b"0," * 1000 + b'0],"data_offsets":[0,0]}}'
+    with pytest.raises(CheckpointError, match="or as many values"):
+        read(len(text).to_bytes(8, "little") + text)
+
+
+def test_what_is_written_is_never_more_than_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MOST_TENSORS", 2)
+    specs = [TensorSpec(name, "F32", (1,)) for name in "abc"]
+    encode_header(specs[:2], {})
+    with pytest.raises(CheckpointError, match="2 tensors are the most"):
+        encode_header(specs, {})

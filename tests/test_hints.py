@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -17,7 +18,7 @@ HINTS = {
     "inspect-outliers": hints.INSPECT_OUTLIERS,
     "verify": hints.VERIFY,
 }
-COMMANDS = typer.main.get_command(app).commands
+COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
 
 
 def kinds(base: type[errors.Int8cliError] = errors.Int8cliError) -> Iterator[type[errors.Int8cliError]]:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hub_stand_in import Fault, HubStandIn, commit_of
+from support.hub_stand_in import Fault, HubStandIn, commit_of
 
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.locate import open_source
@@ -68,7 +69,7 @@ class Waits:
 
 
 def source_of(hub: HubStandIn, tmp_path: Path, revision: str | None = None, repo: str = REPO, **options) -> HubSource:
-    settings = {
+    settings: dict[str, Any] = {
         "download_dir": tmp_path / "out" / "incoming",
         "endpoint": hub.endpoint,
         "cache_dir": tmp_path / "cache",

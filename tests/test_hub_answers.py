@@ -1,4 +1,4 @@
-"""Answers that a Hub does not give, of proxies or log-in pages: each ends in the file or in an error of ours."""
+"""Answers that a Hub does not give: proxies, log-in pages, odd headers. Each ends in the file or in our error."""
 
 import hashlib
 import http.server

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_stand_in import Fault, HubStandIn
-from program import Nursery, Outcome, llama, tree, wait_until
 from safetensors.torch import load_file
+from support.hub_stand_in import Fault, HubStandIn
+from support.program import CONVERT, Nursery, Outcome, llama, tree, wait_until
 
 REPO = "org/model"
 SHARD = "model-00002-of-00004.safetensors"
@@ -33,7 +33,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(published: Path, nursery: Nursery) -> dict[str, bytes]:
     """What the conversion of the local directory writes."""
-    assert nursery.run("convert", published, "-o", "reference", "-q", cwd=published.parent).code == 0
+    assert nursery.run(*CONVERT, published, "-o", "reference", "-q", cwd=published.parent).code == 0
     return tree(published.parent / "reference")
 
 
@@ -50,7 +50,7 @@ class User:
         return {"HF_ENDPOINT": self.hub.endpoint, "HF_HOME": str(self.home / "hf"), **changes}
 
     def start(self, *args: str, **changes: str):
-        return self._nursery.start("convert", *args, cwd=self.home, env=self.environment(**changes))
+        return self._nursery.start(*CONVERT, *args, cwd=self.home, env=self.environment(**changes))
 
     def convert(self, *args: str, **changes: str) -> Outcome:
         return self.start(*args, **changes).wait()
@@ -145,7 +145,7 @@ def test_a_bin_repository_converts(
     hub.add_repo("org/pickled", pickled)
     outcome = user.convert("org/pickled", "-q")
     assert outcome.code == 0, outcome.err
-    assert nursery.run("convert", pickled, "-o", "local", "-q", cwd=tmp_path).code == 0
+    assert nursery.run(*CONVERT, pickled, "-o", "local", "-q", cwd=tmp_path).code == 0
     assert weights(tree(tmp_path / "pickled-int8")) == weights(tree(tmp_path / "local"))
 
 

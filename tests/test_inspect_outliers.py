@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_models import WORDS, make_model
-from checkpoints import LISTED, build_tiny, survey
-from hub_stand_in import HubStandIn
-from program import environment
 from safetensors import safe_open
+from support.calibration_models import WORDS, make_model
+from support.checkpoints import LISTED, build_tiny, survey
+from support.hub_stand_in import HubStandIn
+from support.program import environment
 from test_calibrate import plant
 from typer.testing import CliRunner, Result
 

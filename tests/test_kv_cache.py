@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import LISTED, OTHERS, Tiny
+from support.checkpoints import LISTED, OTHERS, Tiny
 
 from int8cli.estimate.kv_cache import read_kv_cache
 
@@ -176,7 +176,7 @@ def cached_bytes(found: object) -> int:
         return sum(map(cached_bytes, found.values()))
     if isinstance(found, (list, tuple)):
         return sum(map(cached_bytes, found))
-    if hasattr(found, "self_attention_cache"):
+    if hasattr(found, "self_attention_cache") and hasattr(found, "cross_attention_cache"):
         return cached_bytes(found.self_attention_cache) + cached_bytes(found.cross_attention_cache)
     if hasattr(found, "layers"):
         kept = ("keys", "values", "conv_states", "recurrent_states")

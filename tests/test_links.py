@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from program import llama, tree
+from support.program import llama, tree
 
 from int8cli import ConvertOptions, convert, verify
 from int8cli.checkpoint.directory import DirectorySource

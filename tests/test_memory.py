@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import LISTED, OTHERS, WITHOUT_COLUMNS, build_tiny, read_json, save_by_hand, survey
-from program import llama
+from support.checkpoints import LISTED, OTHERS, WITHOUT_COLUMNS, build_tiny, read_json, save_by_hand, survey
+from support.program import llama
 
 from int8cli import convert
 from int8cli.checkpoint.directory import DirectorySource

@@ -2,7 +2,8 @@
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,20 +11,31 @@ from typing import Any
 
 import pytest
 import torch
-from calibration_models import calibrated, make_model, save_tokenizer, some_text
-from checkpoints import LISTED, build_tiny, read_all, read_tensors, save_by_hand
-from hub_stand_in import Fault, HubStandIn
-from program import Nursery, llama, tree, wait_until
+from support.calibration_models import calibrated, make_model, save_tokenizer, some_text
+from support.checkpoints import LISTED, build_tiny, read_all, read_tensors, save_by_hand, survey
+from support.hub_stand_in import Fault, HubStandIn
+from support.program import Nursery, llama, tree, wait_until
 
 from int8cli import ConvertOptions, convert, plan_conversion
 from int8cli.checkpoint import locate
 from int8cli.checkpoint.hub import HubOptions
-from int8cli.errors import NotEnoughMemoryError, StatisticsMismatchError, TextError, UnsupportedModelError
+from int8cli.errors import (
+    DiskSpaceError,
+    NotEnoughMemoryError,
+    SavedStateError,
+    StatisticsMismatchError,
+    TextError,
+    UnsupportedModelError,
+)
+from int8cli.outliers import suspects
+from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.outliers.statistics import save_statistics
-from int8cli.progress import SilentProgress
+from int8cli.outliers.suspects import SuspectScan
+from int8cli.planning.survey import Room
+from int8cli.progress import BYTES, SilentProgress
 
 REPO = "org/model"
-SMALL = {"max_shard_size": "30KB"}
+SMALL: dict[str, Any] = {"max_shard_size": "30KB"}
 
 
 class Notes(SilentProgress):
@@ -51,6 +63,35 @@ class StopsAfter(SilentProgress):
             self._left -= 1
             if self._left == 0:
                 raise StopError
+
+
+class FailsAt(SilentProgress):
+    """Ends a conversion with an error when it begins with its so many-th shard. Takes down what else it hears.
+
+    `resumed` has, for each time that a calibration began, the blocks that were finished; `threads` those of torch, by
+    task, when a part of it began.
+    """
+
+    def __init__(self, shard: int = 0, error: Exception | None = None) -> None:
+        self._left, self._error = shard, error or StopError()
+        self.resumed: list[set[str]] = []
+        self.threads: dict[str, set[int]] = {}
+        self.said: list[str] = []
+
+    def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:
+        if task == "calibrate":
+            self.resumed.append(set(finished))
+
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        if amount == 0:
+            self.threads.setdefault(task, set()).add(torch.get_num_threads())
+            if task == "convert":
+                self._left -= 1
+                if self._left == 0:
+                    raise self._error
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
 
 
 def options(outliers: str | Path = "auto", text: Path | None = None, **changes: Any) -> ConvertOptions:
@@ -169,7 +210,7 @@ def test_weights_alone_give_suspects_of_linears_that_a_norm_feeds(model: Path, t
     for layer in report.layers:
         fed = layer.name.rpartition(".")[2] not in ("o_proj", "down_proj")
         assert len(layer.stored.columns) == (3 if fed else 0)
-        assert all(column.suspicion > 0 for column in layer.stored.columns)
+        assert all((column.suspicion or 0.0) > 0 for column in layer.stored.columns)
         assert layer.stored.predicted is None
 
 
@@ -305,6 +346,69 @@ def test_a_corrupt_shard_is_noticed_before_the_model_runs_on_it(
     assert files_of_shards(convert(REPO, tmp_path / "out", options(text=words)).output) == expected
 
 
+def test_an_error_in_the_conversion_leaves_what_was_fetched_for_the_next_run(
+    hub: HubStandIn, published: Path, words: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(StopError):
+        convert(REPO, output, options(text=words), progress=FailsAt(3))
+    incoming = {file.name for file in (output / "int8/incoming").rglob("*.safetensors")}
+    done = {file.name for file in output.glob("*.safetensors")}
+    assert len(done) == 2
+    assert incoming
+    assert not incoming & done
+    assert files_of_shards(convert(REPO, output, options(text=words)).output) == expected
+    for shard in incoming:
+        assert hub.bytes_sent(shard) < 2 * (published / shard).stat().st_size, shard
+    assert not (output / "int8/incoming").exists()
+
+
+def test_an_error_of_the_conversion_does_not_start_the_calibration_over(
+    model: Path, words: Path, tmp_path: Path
+) -> None:
+    """Also where it is one that a calibration which cannot be resumed would end with."""
+    output = tmp_path / "out"
+    with pytest.raises(StopError):
+        convert(model, output, options("activations", words), progress=StopsAfter("calibrate", 2))
+    watch = FailsAt(1, UnsupportedModelError("of a conversion"))
+    with pytest.raises(UnsupportedModelError, match="of a conversion"):
+        convert(model, output, options("activations", words), progress=watch)
+    assert not [line for line in watch.said if "starting over" in line]
+    assert watch.resumed == [{"model.layers.0"}]
+
+
+def test_torch_has_the_models_threads_while_it_runs_and_one_while_a_shard_is_converted(
+    model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8cli.commands.convert.usable_cores", lambda: 3)
+    before = torch.get_num_threads()
+    watch = FailsAt()
+    convert(model, tmp_path / "out", options(text=words), progress=watch)
+    assert watch.threads == {"calibrate": {3}, "convert": {1}}
+    with pytest.raises(StopError):
+        convert(model, tmp_path / "other", options(text=words), progress=FailsAt(2))
+    assert torch.get_num_threads() == before
+
+
+def test_room_is_asked_for_before_the_first_shard_is_fetched(
+    hub: HubStandIn, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards: list[bool] = []
+
+    def refuse(source: object, survey: object, remaining: object, output: Path, held_bytes: int | None = None) -> Any:
+        """There is room for two shards, as each conversion needs, but not for what the model reads at once."""
+        if held_bytes is None:
+            return ()
+        shards.append(any((output / "int8/incoming").rglob("*.safetensors*")))
+        return (Room(output, held_bytes, 0),)
+
+    monkeypatch.setattr("int8cli.conversion.convert.room_needed", refuse)
+    with pytest.raises(DiskSpaceError):
+        convert(REPO, tmp_path / "out", options("activations", words))
+    assert shards == [False]
+    assert not [r for r in hub.requests if r.file and r.file.endswith(".safetensors") and r.bytes_sent > 1 << 13]
+
+
 def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(
     at_hub: Callable[[HubStandIn], Path], tmp_path: Path
 ) -> None:
@@ -375,6 +479,78 @@ def test_weights_of_shards_that_have_gone_are_remembered(tmp_path: Path) -> None
             convert(made, output, options("weights"), progress=StopsAfter("convert", 1))
     convert(made, output, options("weights"))
     assert tree(output) == tree(whole)
+
+
+def removed(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [removed, cut_short])
+def test_figures_of_a_shard_that_cannot_be_read_back_are_made_again(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    made = llama(tmp_path / "model", layers=4, shards=4)
+    whole = convert(made, tmp_path / "whole", options("weights")).output
+    output = tmp_path / "out"
+    with pytest.raises(StopError):
+        convert(made, output, options("weights"), progress=StopsAfter("convert", 1))
+    damage(output / "int8/calibration/suspects/0.safetensors")
+    assert tree(convert(made, output, options("weights")).output) == tree(whole)
+
+
+def test_figures_that_cannot_be_read_are_an_error_and_never_no_columns(tmp_path: Path) -> None:
+    made = llama(tmp_path / "model", layers=4, shards=4)
+    whole = convert(made, tmp_path / "whole", options("weights")).output
+    output, save_figures = tmp_path / "out", suspects.save_figures
+
+    def save_unreadably(figures: Mapping[str, torch.Tensor], path: Path) -> None:
+        save_figures(figures, path)
+        if path.name == "1.safetensors":
+            path.unlink()
+            path.mkdir()  # root may read any file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suspects, "save_figures", save_unreadably)
+        with pytest.raises(SavedStateError, match=r"1\.safetensors cannot be read back \(IsADirectoryError"):
+            convert(made, output, options("weights"))
+    (output / "int8/calibration/suspects/1.safetensors").rmdir()
+    assert tree(convert(made, output, options("weights")).output) == tree(whole)
+
+
+def test_the_figures_of_each_shard_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time that choosing takes grows with the square of the number of shards."""
+    made = llama(tmp_path / "model", layers=6, shards=6)
+    read: Counter[str] = Counter()
+    load_figures = suspects.load_figures
+
+    def counted(path: Path) -> dict[str, torch.Tensor]:
+        read[path.name] += 1
+        return load_figures(path)
+
+    monkeypatch.setattr(suspects, "load_figures", counted)
+    convert(made, tmp_path / "out", options("weights"))
+    assert read == {f"{place}.safetensors": 1 for place in range(6)}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_suspects_do_not_depend_on_the_order_in_which_figures_come(seed: int, tmp_path: Path) -> None:
+    """Nor on whether they were asked for in between, which leaves the layers before a change as they were scored."""
+    stream = ResidualStream.of(survey(llama(tmp_path / "model", layers=5, shards=3)))
+    generator = torch.Generator().manual_seed(seed)
+    figures = {name: torch.rand(stream.width, generator=generator, dtype=torch.float64) for name in stream.tensors}
+    at_once, one_by_one = SuspectScan(stream), SuspectScan(stream)
+    at_once.add(figures)
+    names = list(figures)
+    for place in torch.randperm(len(names), generator=generator).tolist():
+        one_by_one.add({names[place]: figures[names[place]]})
+        one_by_one.suspects(3)
+    assert [site.name for site in one_by_one.sites()] == [site.name for site in at_once.sites()]
+    assert all(torch.equal(a.score, b.score) for a, b in zip(one_by_one.sites(), at_once.sites(), strict=True))
+    assert one_by_one.suspects(3) == at_once.suspects(3)
 
 
 @pytest.mark.parametrize("stopped_after", [None, 1, 2])

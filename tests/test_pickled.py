@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import struct
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,7 @@ import pytest
 import torch
 from torch.torch_version import TorchVersion
 
+from int8cli.checkpoint import zip_records
 from int8cli.checkpoint.pickled import load_legacy, read_pickled
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
@@ -315,3 +317,114 @@ def test_a_legacy_file_is_not_allocated_to_be_planned() -> None:
     claims = head + device + tail.replace(b"K\x04", b"J\x00\x00\x00\x40", 1)  # a storage of 2**30 floats, not of 4
     with pytest.raises(CorruptShardError, match="its tensors end at byte 4,294,"):
         read(claims)
+
+
+def damaged(content: bytes, places: list[int], dice: random.Random) -> bytes:
+    """The archive with one to three bytes changed, lost or added near these places."""
+    changed = bytearray(content)
+    for _ in range(dice.randint(1, 3)):
+        place = min(dice.choice(places) + dice.randrange(60), len(changed) - 1)
+        match dice.randrange(4):
+            case 0:
+                changed[place] ^= 1 << dice.randrange(8)
+            case 1:
+                changed[place] = dice.choice([0, 1, 255, dice.randrange(256)])
+            case 2:
+                del changed[place]
+            case _:
+                changed.insert(place, dice.randrange(256))
+    return bytes(changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_damaged_archive_is_read_that_torch_refuses_or_reads_otherwise() -> None:
+    tensors = {"a": WEIGHT, "b": torch.arange(4).half(), "c": torch.ones(3, dtype=torch.bfloat16)}
+    content = saved(tensors)
+    marks = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07")
+    places = [place for place in range(len(content)) if content[place : place + 4] in marks]
+    dice, readable = random.Random(8), 0
+    for _ in range(1500):
+        changed = damaged(content, places, dice)
+        try:
+            read(changed)
+        except CheckpointError:
+            continue
+        loaded = torch.load(io.BytesIO(changed), weights_only=True, mmap=False)
+        assert_found(changed, loaded)
+        readable += 1
+    assert readable > 100
+
+
+def test_records_below_two_directories_are_refused() -> None:
+    content = saved({"w": WEIGHT}).replace(b"archive/data/0", b"another/data/0")
+    with pytest.raises(CorruptShardError, match="not in the directory of the others"):
+        read(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "record", "words"),
+    [
+        ("version", None, "'version' holds b'', not a number"),
+        ("version", b"x", "'version' holds b'x', not a number"),
+        ("version", b"11", "version 11 of its format"),
+        ("version", b"3" * 1000, "has 1,000 bytes, more than it ever needs"),
+        ("byteorder", b"little" * 1000, "has 6,000 bytes, more than it ever needs"),
+        (".format_version", b"one", "not a number"),
+        (".data/serialization_id", b"\xff", "not text"),
+    ],
+)
+def test_the_small_records_are_what_they_should_be(name: str, record: bytes | None, words: str) -> None:
+    content = repacked(saved({"w": WEIGHT}), lambda path, data: record if path == f"archive/{name}" else data)
+    with pytest.raises(CheckpointError, match=words):
+        read(content)
+
+
+def test_a_pickle_that_is_not_as_it_was_written_is_noticed() -> None:
+    with pytest.raises(CorruptShardError, match=r"'data\.pkl' is not as it was written"):
+        read(saved({"weight": WEIGHT}).replace(b"weight", b"weighs"))
+
+
+def test_a_directory_larger_than_any_checkpoint_needs_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zip_records, "_DIRECTORY_LIMIT_BYTES", 100)
+    with pytest.raises(CorruptShardError, match="more than any checkpoint needs"):
+        read(saved({"w": WEIGHT}))
+
+
+def test_an_archive_beyond_4_gib_is_found_where_it_lies(tmp_path: Path) -> None:
+    """A sparse file, so that it takes no room: its offsets need 64 bits."""
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.zeros(1), "b": WEIGHT}, path)
+    content = path.read_bytes()
+    hole = 5 << 30
+    with zipfile.ZipFile(path) as archive:
+        begin = archive.getinfo("x/data/1").header_offset
+        directory = archive.start_dir
+    moved = bytearray(content[directory:])
+    entry = moved.index(b"x/data/1") - 46
+    # The last record's header moves behind the hole, and its offset into a 64-bit field.
+    name_bytes, extra_bytes = struct.unpack_from("<2H", moved, entry + 28)
+    struct.pack_into("<I", moved, entry + 42, 0xFFFFFFFF)
+    struct.pack_into("<H", moved, entry + 30, extra_bytes + 12)
+    moved[entry + 46 + name_bytes : entry + 46 + name_bytes] = struct.pack("<2HQ", 1, 8, begin + hole)
+    for later in ("x/version", "x/.data/serialization_id"):
+        at = moved.index(later.encode()) - 46
+        lengths = struct.unpack_from("<2H", moved, at + 28)
+        offset = struct.unpack_from("<I", moved, at + 42)[0]
+        struct.pack_into("<I", moved, at + 42, 0xFFFFFFFF)
+        struct.pack_into("<H", moved, at + 30, lengths[1] + 12)
+        moved[at + 46 + lengths[0] : at + 46 + lengths[0]] = struct.pack("<2HQ", 1, 8, offset + hole)
+    end64, end = moved.index(b"PK\x06\x06"), moved.index(b"PK\x05\x06")
+    struct.pack_into("<2Q", moved, end64 + 40, end64, directory + hole)
+    struct.pack_into("<Q", moved, moved.index(b"PK\x06\x07") + 8, directory + hole + end64)
+    struct.pack_into("<2I", moved, end + 12, end64, 0xFFFFFFFF)
+    with path.open("r+b") as file:
+        file.seek(begin + hole)
+        file.write(content[begin:directory])
+        file.write(moved)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        found = {stored.spec.name: stored for stored in read_pickled(file, "x.bin", size).tensors}
+        file.seek(found["b"].offset_bytes)
+        assert file.read(96) == raw(WEIGHT)
+    assert found["b"].offset_bytes > hole
+    assert torch.equal(torch.load(path, weights_only=True, mmap=True)["b"], WEIGHT)

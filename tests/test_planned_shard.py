@@ -3,8 +3,8 @@
 import pickle
 from pathlib import Path
 
-from checkpoints import survey
-from program import llama
+from support.checkpoints import survey
+from support.program import llama
 
 from int8cli.checkpoint.tensor import DTYPE_BITS, TORCH_NAMES
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES

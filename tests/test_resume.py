@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import Child, Nursery, llama, outcome_of, run, start, tree, wait_until
+from support.program import CONVERT, Child, Nursery, llama, outcome_of, run, start, tree, wait_until
 
 SHARDS = 6
 
@@ -25,7 +25,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(large: Path, nursery: Nursery) -> dict[str, bytes]:
     """What an unbroken run writes."""
-    assert nursery.run("convert", large, "-o", "reference", "-q", cwd=large.parent).code == 0
+    assert nursery.run(*CONVERT, large, "-o", "reference", "-q", cwd=large.parent).code == 0
     return tree(large.parent / "reference")
 
 
@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def done(model: Path, nursery: Nursery) -> Path:
     """A finished conversion of `model`."""
-    assert nursery.run("convert", model, "-o", "out", "-q", cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "out", "-q", cwd=model.parent).code == 0
     return model.parent / "out"
 
 
@@ -98,7 +98,7 @@ def test_kills_at_random_instants_leave_no_trace(
     finished: dict[str, tuple[int, int]] = {}
     kills = 0
     for attempt in range(31):
-        child = nursery.start("convert", large, "-o", output, cwd=tmp_path)
+        child = nursery.start(*CONVERT, large, "-o", output, cwd=tmp_path)
         wait_for(output / "int8", child)
         if attempt < 30:  # on a busy machine no run would ever come to its end; the last one is let
             time.sleep((chance.choice([0.01, 0.05, 0.2, 0.4]) if attempt else 0.01) * chance.random())
@@ -113,7 +113,7 @@ def test_kills_at_random_instants_leave_no_trace(
         kills += 1
         assert_only_whole_files(output, reference)
     else:  # on a busy machine no run may live long enough
-        assert nursery.start("convert", large, "-o", output, cwd=tmp_path).wait().code == 0
+        assert nursery.start(*CONVERT, large, "-o", output, cwd=tmp_path).wait().code == 0
     assert kills > 0
     assert tree(output) == reference
 
@@ -142,12 +142,12 @@ def test_a_kill_when_a_file_appears_leaves_no_trace(
     moment: str, model: Path, done: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     output = tmp_path / "again"
-    child = nursery.start("convert", model, "-o", output, cwd=tmp_path)
+    child = nursery.start(*CONVERT, model, "-o", output, cwd=tmp_path)
     wait_for(output / moment, child)
     child.signal(signal.SIGKILL)
     child.wait()
     assert_only_whole_files(output, tree(done))
-    assert nursery.run("convert", model, "-o", output, cwd=tmp_path).code == 0
+    assert nursery.run(*CONVERT, model, "-o", output, cwd=tmp_path).code == 0
     assert tree(output) == tree(done)
 
 
@@ -167,7 +167,7 @@ def test_what_a_kill_leaves_aside_is_gone_in_the_end(leftover: str, model: Path,
         (done / file).unlink()
     (done / leftover).parent.mkdir(parents=True, exist_ok=True)
     (done / leftover).write_bytes(b"half of a fi")
-    assert nursery.run("convert", model, "-o", done, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", done, cwd=model.parent).code == 0
     assert tree(done) == expected
 
 
@@ -175,7 +175,7 @@ def test_a_killed_parent_takes_its_workers_along(
     large: Path, reference: dict[str, bytes], nursery: Nursery, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    parent = start("convert", large, "-o", output, "--workers", "2", cwd=tmp_path)
+    parent = start(*CONVERT, large, "-o", output, "--workers", "2", cwd=tmp_path)
     wait_until(lambda: any((output / "int8/partial").glob("*")))
     workers = [pid for pid in descendants_of(parent.pid) if holds_open(pid, output / "int8")]
     assert workers
@@ -193,7 +193,7 @@ def test_a_killed_parent_takes_its_workers_along(
     finally:
         os.close(lock)
     assert_only_whole_files(output, reference)
-    outcome = run("convert", large, "-o", output, "--workers", "2", cwd=tmp_path)
+    outcome = run(*CONVERT, large, "-o", output, "--workers", "2", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     assert tree(output) == reference
 
@@ -215,7 +215,7 @@ def holds_open(pid: int, path: Path) -> bool:
 
 def test_a_killed_worker_ends_the_run_with_an_error(large: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    parent = start("convert", large, "-o", output, "--workers", "2", cwd=tmp_path)
+    parent = start(*CONVERT, large, "-o", output, "--workers", "2", cwd=tmp_path)
     wait_until(lambda: any((output / "int8/partial").glob("*")))
     victim = next(pid for pid in descendants_of(parent.pid) if holds_open(pid, output / "int8"))
     os.kill(victim, signal.SIGKILL)
@@ -225,12 +225,12 @@ def test_a_killed_worker_ends_the_run_with_an_error(large: Path, reference: dict
     assert "error: a worker process ended" in outcome.err
     assert "hint:" in outcome.err
     assert_only_whole_files(output, reference)
-    assert run("convert", large, "-o", output, "-q", cwd=tmp_path).code == 0
+    assert run(*CONVERT, large, "-o", output, "-q", cwd=tmp_path).code == 0
     assert tree(output) == reference
 
 
 def test_two_workers_write_what_one_writes(large: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
-    outcome = run("convert", large, "-o", "out", "--workers", "2", cwd=tmp_path)
+    outcome = run(*CONVERT, large, "-o", "out", "--workers", "2", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     assert tree(tmp_path / "out") == reference
 
@@ -243,11 +243,11 @@ def test_a_second_run_is_refused_and_leaves_the_first_alone(
     options: list[str], large: Path, reference: dict[str, bytes], nursery: Nursery, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    first = nursery.start("convert", large, "-o", output, cwd=tmp_path)
+    first = nursery.start(*CONVERT, large, "-o", output, cwd=tmp_path)
     wait_until(lambda: any((output / "int8/partial").glob("*")))
     first.signal(signal.SIGSTOP)
     before = tree(output)
-    second = nursery.run("convert", large, "-o", output, *options, cwd=tmp_path)
+    second = nursery.run(*CONVERT, large, "-o", output, *options, cwd=tmp_path)
     assert (second.code, second.out) == (1, "")
     assert "error:" in second.err
     assert "in use" in second.err
@@ -273,32 +273,32 @@ def test_other_settings_are_refused_by_name(
     options: list[str], field: str, model: Path, done: Path, nursery: Nursery
 ) -> None:
     before = tree(done)
-    outcome = nursery.run("convert", model, "-o", done, *options, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, *options, cwd=model.parent)
     assert (outcome.code, outcome.out) == (1, "")
     assert field in outcome.err
     assert "--overwrite" in outcome.err
     assert tree(done) == before
-    assert nursery.run("convert", model, "-o", done, *options, "--overwrite", cwd=model.parent).code == 0
-    assert nursery.run("convert", model, "-o", "fresh", *options, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", done, *options, "--overwrite", cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", "fresh", *options, cwd=model.parent).code == 0
     assert tree(done) == tree(model.parent / "fresh")
 
 
 def test_settings_that_do_not_decide_the_bytes_may_change(model: Path, done: Path, nursery: Nursery) -> None:
     before = tree(done)
-    outcome = nursery.run("convert", model, "-o", done, "--on-nonfinite", "keep", "--workers", "1", cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, "--on-nonfinite", "keep", "--workers", "1", cwd=model.parent)
     assert outcome.code == 0
     assert tree(done) == before
 
 
 def test_a_changed_source_is_refused_by_the_name_of_its_shard(model: Path, done: Path, nursery: Nursery) -> None:
     llama(model, seed=1)
-    outcome = nursery.run("convert", model, "-o", done, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, cwd=model.parent)
     assert outcome.code == 1
     assert "source shard model-00001-of-00003.safetensors" in outcome.err
 
 
 def test_another_model_is_refused_by_name(model: Path, done: Path, nursery: Nursery) -> None:
-    outcome = nursery.run("convert", llama(model.parent / "other"), "-o", done, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, llama(model.parent / "other"), "-o", done, cwd=model.parent)
     assert outcome.code == 1
     assert "model 'model'; this one has 'other'" in outcome.err
 
@@ -307,7 +307,7 @@ def test_a_config_that_changes_the_plan_is_refused(model: Path, done: Path, nurs
     config = json.loads((model / "config.json").read_text())
     config["dtype"] = config["torch_dtype"] = "float32"
     (model / "config.json").write_text(json.dumps(config))
-    outcome = nursery.run("convert", model, "-o", done, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, cwd=model.parent)
     assert outcome.code == 1
     assert "holds a conversion with plan" in outcome.err
 
@@ -317,7 +317,7 @@ def test_a_config_that_changes_the_plan_is_refused(model: Path, done: Path, nurs
 
 def test_a_finished_conversion_is_not_done_twice(model: Path, done: Path, nursery: Nursery) -> None:
     before, shards = tree(done), identities(sorted(done.glob("*.safetensors")))
-    outcome = nursery.run("convert", model, "-o", done, "--json", cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, "--json", cwd=model.parent)
     assert outcome.code == 0
     assert "3 of 3 shards already converted" in outcome.err
     assert json.loads(outcome.out) == json.loads((done / "int8/report.json").read_text())
@@ -338,7 +338,7 @@ def test_a_shard_that_is_not_whole_is_done_again_and_no_other(
         (done / "int8/records/model-00002-of-00003.json").unlink()
     else:
         os.truncate(shard, {"short": shard.stat().st_size - 1, "long": shard.stat().st_size + 1, "empty": 0}[damage])
-    assert nursery.run("convert", model, "-o", done, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", done, cwd=model.parent).code == 0
     assert tree(done) == before
     assert identities([done / name for name in others]) == others
 
@@ -351,7 +351,7 @@ def test_a_record_that_was_tampered_with_is_an_error_with_a_way_out(
     expected = tree(done)
     (done / "int8" / file).write_text(text, encoding="latin-1")
     before = tree(done)
-    outcome = nursery.run("convert", model, "-o", done, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, cwd=model.parent)
     assert outcome.code == 1
     assert "Traceback" not in outcome.err
     assert f"int8/{file} is not as int8cli wrote it" in outcome.err
@@ -361,7 +361,7 @@ def test_a_record_that_was_tampered_with_is_an_error_with_a_way_out(
         shutil.rmtree(done)
     else:
         (done / "int8" / file).unlink()
-    assert nursery.run("convert", model, "-o", done, cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", done, cwd=model.parent).code == 0
     assert tree(done) == expected
 
 
@@ -374,7 +374,7 @@ def test_overwrite_touches_nothing_that_it_did_not_write(model: Path, done: Path
         (done / name).parent.mkdir(exist_ok=True)
         (done / name).write_bytes(data)
     before = tree(done)
-    outcome = nursery.run("convert", model, "-o", done, "--overwrite", "--skip", "*.up_proj", cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", done, "--overwrite", "--skip", "*.up_proj", cwd=model.parent)
     assert outcome.code == 0
     after = tree(done)
     assert {name: after[name] for name in theirs} == theirs
@@ -402,7 +402,7 @@ def test_a_foreign_file_in_our_place_is_refused(
     output = model.parent / "out"
     (output / foreign).parent.mkdir(parents=True)
     (output / foreign).write_text("mine")
-    outcome = nursery.run("convert", model, "-o", output, *options, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, model, "-o", output, *options, cwd=model.parent)
     assert outcome.code == 1
     assert "was not written by int8cli" in outcome.err
     assert {name: data for name, data in tree(output).items() if not name.endswith("/")} == {foreign: b"mine"}
@@ -414,8 +414,8 @@ def test_a_kill_during_overwrite_leaves_a_directory_that_is_still_ours(
     expected = tree(done)
     (done / "config.json").unlink()
     (done / "model-00001-of-00003.safetensors").unlink()
-    assert nursery.run("convert", model, "-o", done, "--overwrite", "--threshold", "5", cwd=model.parent).code == 0
-    assert nursery.run("convert", model, "-o", done, "--overwrite", cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", done, "--overwrite", "--threshold", "5", cwd=model.parent).code == 0
+    assert nursery.run(*CONVERT, model, "-o", done, "--overwrite", cwd=model.parent).code == 0
     assert tree(done) == expected
 
 
@@ -427,7 +427,7 @@ def test_a_kill_during_overwrite_leaves_a_directory_that_is_still_ours(
 def test_the_source_is_never_the_output(output: str, options: list[str], model: Path, nursery: Nursery) -> None:
     (model.parent / "link").symlink_to(model)
     before = tree(model)
-    outcome = nursery.run("convert", "model", "-o", output, *options, cwd=model.parent)
+    outcome = nursery.run(*CONVERT, "model", "-o", output, *options, cwd=model.parent)
     assert (outcome.code, outcome.out) == (1, "")
     assert "where the source is" in outcome.err
     assert tree(model) == before
@@ -437,9 +437,9 @@ def test_the_source_is_never_the_output(output: str, options: list[str], model: 
 def test_an_output_inside_the_source_is_no_part_of_it(output: str, model: Path, nursery: Nursery) -> None:
     (model / "modeling_own.py").write_text("")
     before = tree(model)
-    assert nursery.run("convert", model, "-o", model.parent / "elsewhere", cwd=model).code == 0
+    assert nursery.run(*CONVERT, model, "-o", model.parent / "elsewhere", cwd=model).code == 0
     for _ in range(2):
-        outcome = nursery.run("convert", ".", "-o", output, cwd=model)
+        outcome = nursery.run(*CONVERT, ".", "-o", output, cwd=model)
         assert outcome.code == 0, outcome.err
         assert tree(model / output) == tree(model.parent / "elsewhere")
     assert {name: data for name, data in tree(model).items() if not name.startswith(output)} == before
@@ -448,5 +448,5 @@ def test_an_output_inside_the_source_is_no_part_of_it(output: str, model: Path, 
 def test_a_source_inside_the_output_is_left_alone(model: Path, nursery: Nursery) -> None:
     before = tree(model)
     for _ in range(2):
-        assert nursery.run("convert", "model", "-o", ".", cwd=model.parent).code == 0
+        assert nursery.run(*CONVERT, "model", "-o", ".", cwd=model.parent).code == 0
     assert tree(model) == before

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, save_tiny
 from safetensors.torch import save_file
+from support.checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, save_tiny
 from torch import Tensor
 
 import int8cli
 from int8cli import ConvertOptions, convert
+from int8cli.commands.options import LayoutName
 from int8cli.errors import CheckpointError, MissingExtraError, ModelNotFoundError, UnsupportedModelError
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.runtime.linear import Int8Linear
@@ -55,7 +56,7 @@ def write_sidecar(output: Path, stored: Mapping[str, Tensor]) -> None:
 
 
 def converted(
-    architecture: str, directory: Path, dtype: torch.dtype = torch.float32, layout: str = "bitsandbytes"
+    architecture: str, directory: Path, dtype: torch.dtype = torch.float32, layout: LayoutName = "bitsandbytes"
 ) -> Path:
     source = save_tiny(architecture, directory / "source", dtype)
     convert(source, directory / "out", ConvertOptions(outliers="none", layout=layout))
@@ -148,7 +149,7 @@ def test_names_without_the_base_models_prefix_find_their_layers(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
-def test_symmetric_inputs_and_both_layouts(layout: str, tmp_path: Path) -> None:
+def test_symmetric_inputs_and_both_layouts(layout: LayoutName, tmp_path: Path) -> None:
     output = converted("llama-biased", tmp_path, layout=layout)
     stored = store_columns(tmp_path / "source", output)
     check_layers(int8cli.load_model(output, inputs="absmax", device="cpu"), output, stored, "absmax")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from support.checkpoints import (
     LISTED,
     WITHOUT_COLUMNS,
     convert_storing,
@@ -20,9 +20,10 @@ from checkpoints import (
     stored_at,
     survey,
 )
-from program import Nursery, llama, tree, wait_until
+from support.program import Nursery, llama, tree, wait_until
 
 from int8cli import ConvertOptions, convert
+from int8cli.commands.options import LayoutName
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.plan import Decision
 from int8cli.results.stored_columns import StoredColumns
@@ -91,7 +92,7 @@ def test_transformers_loads_it_with_nothing_unexpected(architecture: str, tmp_pa
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_shards_of_any_dtype_and_layout(layout: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_shards_of_any_dtype_and_layout(layout: LayoutName, dtype: torch.dtype, tmp_path: Path) -> None:
     source = llama(tmp_path / "source", dtype=dtype)
     convert_storing(source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", layout=layout))
     assert_holds_the_sources_columns(source, tmp_path / "out")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from program import llama, tree
+from support.program import llama, tree
 
 from int8cli import ConvertOptions, convert, verify
 from int8cli.checkpoint.directory import DirectorySource

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import environment
+from support.program import environment
 
 from int8cli.checkpoint import pickled
 from int8cli.checkpoint.pickled import read_pickled

@@ -1,8 +1,15 @@
-"""Names from a checkpoint on the terminal: nothing but printable characters, broken where a reader would."""
+"""Names from a checkpoint on the terminal, in HTML, Markdown and Python are nothing but text."""
+
+import html
+import io
+from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
 
-from int8cli.report.text import broken_at_dots, printable
+from int8cli.report import markdown, markup
+from int8cli.report.terminal import PrintingConsole
+from int8cli.report.text import PrintableStream, broken_at_dots, escape, printable
 from int8cli.results.units import counted, human_bytes
 
 
@@ -21,8 +28,146 @@ def test_a_name_without_dots_is_broken_where_it_must() -> None:
     assert broken_at_dots("x" * 70, 32).split("\n") == ["x" * 32, "x" * 32, "x" * 6]
 
 
-def test_names_are_no_markup() -> None:
-    assert broken_at_dots("[red]", 32) == r"\[red]"
+def shown(text: str, **options: object) -> str:
+    """What a console of ours writes for rich markup."""
+    file = io.StringIO()
+    PrintingConsole(file=file, width=200, emoji=False, highlight=False, **options).print(text, soft_wrap=True)
+    return file.getvalue()
+
+
+# rich.markup.escape lets the second and third of them through.
+TAGS = [
+    "[red]",
+    "[a[/]",
+    "[a[/b]",
+    "[link=file:x]y[/link]",
+    "\\[red]",
+    "\\\\\\",
+    "[",
+    "x[a",
+    ":smile:",
+    "[@click=f()]x",
+]
+
+
+@pytest.mark.parametrize("name", TAGS)
+def test_names_are_no_markup(name: str) -> None:
+    assert shown(f"[bold]{escape(name)}[/bold]/]: [dim]{escape(name)}[/dim]") == f"{name}/]: {name}\n"
+    assert shown(broken_at_dots(name, 32)) == f"{name}\n"
+
+
+def test_a_console_writes_out_what_was_not_escaped() -> None:
+    drawn = shown("[red]a\x1b]0;x\x07\u202eb[/red]\nc", force_terminal=True, color_system="standard")
+    assert drawn == "\x1b[31ma\\x1b]0;x\\u202eb\x1b[0m\nc\n"  # rich itself drops the bell
+
+
+def test_a_stream_takes_printable_lines_only() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")
+    stream = PrintableStream(file)
+    print("one\x1b]0;x\x07\ntwo\u202e", file=stream, flush=True)
+    assert file.buffer.getvalue().decode() == "one\\x1b]0;x\\x07\ntwo\\u202e\n"
+    assert (stream.encoding, stream.isatty(), hasattr(stream, "buffer")) == ("utf-8", False, False)
+
+
+# HTML
+
+
+def test_a_name_in_html_is_text() -> None:
+    name = "</td><script>alert(1)</script>\"' onload=x <!-- & \x1b\u202e"
+    pieces: list[str] = []
+    parser = HTMLParser()
+    parser.handle_data = pieces.append  # type: ignore[method-assign]
+    parser.handle_starttag = parser.handle_comment = lambda *_: pytest.fail("markup")  # type: ignore[method-assign]
+    parser.feed(markup.escape(name))
+    parser.close()
+    assert "".join(pieces) == printable(name)
+    assert '"' not in markup.escape(name)
+
+
+# Markdown
+
+
+def rendered(text: str) -> str:
+    return MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
+
+
+NAMES = [
+    "a`b",
+    "``",
+    "a|b",
+    " x ",
+    "",
+    "*x*",
+    "_x_ __y__",
+    "[x](http://y)",
+    "![x](y)",
+    "<script>",
+    "&lt;",
+    "a\\",
+    "\\|",
+    "~~x~~",
+    "x\n\n# y",
+    "<!-- x",
+    "```",
+    "$x$",
+    "www.x.org",
+    "https://x.org",
+    "a\u202eb",
+]
+
+
+def as_html(name: str) -> str:
+    return html.escape(printable(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_a_code_span_leaves_neither_it_nor_its_cell(name: str) -> None:
+    page = rendered(f"{markdown.code(name)} end\n\n| a | b |\n|---|---|\n| {markdown.code(name)} | 1 |\n")
+    assert f"<p><code>{as_html(name)}</code> end</p>" in page
+    assert f"<td><code>{as_html(name)}</code></td>\n<td>1</td>\n</tr>\n</tbody>" in page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_in_a_sentence_is_text(name: str) -> None:
+    assert rendered(f"# a {markdown.text(name)}, b") == f"<h1>a {as_html(name)}, b</h1>\n"
+
+
+@pytest.mark.parametrize("name", ["bloom-560m", "Llama-3.1_8B", "org/name", "a b", "R&D", "model.layers.*.q_proj"])
+def test_harmless_names_stay_as_they_are(name: str) -> None:
+    assert markdown.code(name) == f"`{name}`"
+    assert "*" in name or markdown.text(name) == name
+
+
+def test_a_link_leads_where_it_says() -> None:
+    assert markdown.link("org/name_1", "https://x.co/org/name_1") == "[org/name_1](https://x.co/org/name_1)"
+    page = rendered(markdown.link("a](javascript:x)[b", "https://x.co/a](javascript:x)[b"))
+    assert page == '<p><a href="https://x.co/a%5D%28javascript:x%29%5Bb">a](javascript:x)[b</a></p>\n'
+
+
+# Python
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("LlamaModel", "LlamaModel"),
+        ("_X9", "_X9"),
+        ("", "AutoModel"),
+        ("class", "AutoModel"),
+        ("None", "AutoModel"),
+        ("X\nimport os", "AutoModel"),
+        ("X as y", "AutoModel"),
+        ("X;y", "AutoModel"),
+        ("*", "AutoModel"),
+        ("9X", "AutoModel"),
+        ("ＭodelＸ", "AutoModel"),
+    ],
+)
+def test_a_class_name_is_one(name: str, safe: str) -> None:
+    assert markdown.python_class(name, otherwise="AutoModel") == safe
+
+
+# Figures
 
 
 @pytest.mark.parametrize(

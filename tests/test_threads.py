@@ -13,7 +13,7 @@ from int8cli.workers.threads import run_in_threads
 def test_all_threads_work_and_end() -> None:
     seen: list[int] = []
     before = threading.active_count()
-    run_in_threads(lambda: seen.append(threading.get_ident()), 4, pytest.fail)
+    run_in_threads(lambda: seen.append(threading.get_ident()), 4, lambda error: pytest.fail(str(error)))
     assert len(seen) == 4
     assert threading.active_count() == before
 

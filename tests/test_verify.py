@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
+from safetensors.torch import save_file
+from support.checkpoints import (
     LISTED,
     WITHOUT_COLUMNS,
     build_tiny,
@@ -25,10 +26,9 @@ from checkpoints import (
     some_columns,
     stored_at,
 )
-from hub_stand_in import HubStandIn
-from program import llama, run, tree, write_json
-from safetensors.torch import save_file
-from verifying import verified
+from support.hub_stand_in import HubStandIn
+from support.program import CONVERT, llama, run, tree, write_json
+from support.verifying import verified
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.digest import new_digest
@@ -879,7 +879,7 @@ def test_a_hub_source_is_compared_at_the_revision_that_was_converted(source: Pat
     with HubStandIn() as hub:
         hub.add_repo("org/model", published)
         env = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf")}
-        assert run("convert", "org/model", "-o", "out", "-q", cwd=tmp_path, env=env).code == 0
+        assert run(*CONVERT, "org/model", "-o", "out", "-q", cwd=tmp_path, env=env).code == 0
         hub.move_main("org/model", llama(tmp_path / "later", seed=5))
         outcome = run("verify", "out", "--source", "org/model", cwd=tmp_path, env=env)
         assert outcome.code == 0, outcome.out + outcome.err

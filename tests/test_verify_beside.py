@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from checkpoints import WITHOUT_COLUMNS
-from program import ROOT, environment, llama, outcome_of, run, start, wait_until
-from verifying import verified
+from support.checkpoints import WITHOUT_COLUMNS
+from support.program import ROOT, environment, llama, outcome_of, run, start, wait_until
+from support.verifying import verified
 
 from int8cli import convert
 

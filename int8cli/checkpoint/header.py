@@ -6,13 +6,19 @@ reader. Knows nothing of a tensor's data, nor of which tensors a model needs.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError
 
 HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound, `MAX_HEADER_SIZE`
+# Bounds of ours, so that a header is read in seconds and a few hundred MB. The largest models of today have 140,000
+# tensors in all of their files together; the numbers and strings in a header are eight for each.
+MOST_TENSORS = 1 << 18
+_MOST_VALUES = 1 << 21
 METADATA_KEY = "__metadata__"
 
 _LENGTH_BYTES = 8
@@ -29,9 +35,11 @@ _MARKUP = (b"<!doctype", b"<html", b"<?xml")
 def read_header(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     """Read what a safetensors file of `file_bytes` bytes holds: its tensors by offset, absolute in the file.
 
-    Reads the header alone. Raises CorruptShardError for every departure from the format, naming file, tensor and place.
+    Reads the header alone. Raises CorruptShardError for every departure from the format, naming file, tensor and place,
+    and CheckpointError for more than MOST_TENSORS tensors.
     """
     text = _read_text(file, file_name, file_bytes)
+    _check_bounds(text, file_name)
     header = _parse(text, file_name)
     metadata = _checked_metadata(header.pop(METADATA_KEY, {}), file_name)
     data_start = _LENGTH_BYTES + len(text)
@@ -59,9 +67,11 @@ def encode_header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> t
         header[spec.name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": (begin, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > HEADER_LIMIT_BYTES:
+    if len(text) > HEADER_LIMIT_BYTES or len(ordered) > MOST_TENSORS:
         raise CheckpointError(
-            f"a header for {len(ordered):,} tensors takes {len(text):,} bytes; the format allows {HEADER_LIMIT_BYTES:,}"
+            f"a header for {len(ordered):,} tensors takes {len(text):,} bytes; {HEADER_LIMIT_BYTES:,} bytes and "
+            f"{MOST_TENSORS:,} tensors are the most",
+            hint="Convert the model from more and smaller shards.",
         )
     data_start = _LENGTH_BYTES + len(text)
     stored = tuple(StoredTensor(spec, data_start + header[spec.name]["data_offsets"][0]) for spec in ordered)
@@ -113,14 +123,30 @@ def _read_text(file: BinaryIO, file_name: str, file_bytes: int) -> bytes:
     return text
 
 
+def _check_bounds(text: bytes, file_name: str) -> None:
+    """A first look at how much a header holds. `_Objects` counts again what is written in another way."""
+    if text.count(b'"data_offsets"') > MOST_TENSORS or text.count(b",") > _MOST_VALUES:
+        raise _too_many(file_name)
+
+
+def _too_many(file_name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file_name}: the header names more than {MOST_TENSORS:,} tensors, or as many values; no more are read",
+        hint="Split the file into shards, as save_pretrained does.",
+    )
+
+
 def _parse(text: bytes, file_name: str) -> dict[str, Any]:
-    """The header as a dict, held to the JSON of the format's reader (serde_json), which is narrower than Python's."""
+    """The header as a dict, held to the JSON of the format's reader (serde_json), which is narrower than Python's.
+
+    What describes a tensor is an `_Entry` in it where its values are of the right types.
+    """
     # The format's own reader lets JSON whitespace stand on either side: writers pad with it to align the data.
     if not text.lstrip(b" \t\r\n").startswith(b"{"):
         raise CorruptShardError(f"{file_name}: the header is not a JSON object: it does not start with '{{'")
     try:
-        header: dict[str, Any] = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_unique, parse_int=_u64, parse_constant=_no_constant
+        header: dict[str, Any] | _Entry = json.loads(
+            text.decode("utf-8"), object_pairs_hook=_Objects().unique, parse_int=_u64, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
         raise CorruptShardError(f"{file_name}: the header is not UTF-8 at byte {8 + error.start:,}") from error
@@ -132,19 +158,55 @@ def _parse(text: bytes, file_name: str) -> dict[str, Any]:
         raise CorruptShardError(f"{file_name}: the header nests too deeply") from error
     except ValueError as error:
         raise CorruptShardError(f"{file_name}: {error}") from error
+    except _TooManyError:
+        raise _too_many(file_name) from None
+    if isinstance(header, _Entry):
+        raise CorruptShardError(f"{file_name}: the header describes one tensor, where tensors by name belong")
     return header
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the header names {_shown(key)} twice")
-        # Python decodes a lone "\ud800"; no UTF-8 string can hold it, and no other reader takes it.
-        if _SURROGATE.search(key) or (isinstance(value, str) and _SURROGATE.search(value)):
-            raise ValueError(f"the header has half a surrogate pair at {_shown(key)}")
-        result[key] = value
-    return result
+class _TooManyError(Exception):
+    """The header has more objects than tensors are allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor's description, of the right types, in the least memory."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class _Objects:
+    """Takes the objects of one header as they are parsed, the innermost first."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._dtypes: dict[str, str] = {}
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def unique(self, pairs: list[tuple[str, Any]]) -> "dict[str, Any] | _Entry":
+        self._count += 1
+        if self._count > MOST_TENSORS + 2:  # the header itself and its metadata
+            raise _TooManyError
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+            raise ValueError(f"the header names {_shown(twice)} twice")
+        for key, value in pairs:
+            # Python decodes a lone "\ud800"; no UTF-8 string can hold it, and no other reader takes it.
+            if _SURROGATE.search(key) or (isinstance(value, str) and _SURROGATE.search(value)):
+                raise ValueError(f"the header has half a surrogate pair at {_shown(key)}")
+        return self._entry(result) if result.keys() >= _ENTRY_FIELDS else result
+
+    def _entry(self, fields: dict[str, Any]) -> "dict[str, Any] | _Entry":
+        dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+        if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets) or len(offsets) != 2:
+            return fields
+        dtype, extents = self._dtypes.setdefault(dtype, dtype), tuple(shape)
+        return _Entry(dtype, self._shapes.setdefault(extents, extents), *offsets)
 
 
 def _u64(digits: str) -> int:
@@ -181,28 +243,32 @@ def _checked_metadata(metadata: Any, file_name: str) -> dict[str, str]:
 def _stored_tensor(name: str, entry: Any, data_start: int, file_name: str) -> StoredTensor:
     """One header entry, checked for itself: its fields, and that dtype, shape and offsets agree."""
     where = f"{file_name}: tensor {_shown(name)}"
-    if (
-        not isinstance(entry, dict) or not entry.keys() >= _ENTRY_FIELDS
-    ):  # the reference reader passes over other fields
-        found = ", ".join(map(_shown, entry)) if isinstance(entry, dict) else _shown(entry)
-        raise CorruptShardError(f"{where} must have dtype, shape and data_offsets, it has {found or 'nothing'}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CorruptShardError(f"{where} has the unknown dtype {_shown(dtype)}")
-    if not _are_counts(shape):
-        raise CorruptShardError(f"{where} has the shape {_shown(shape)}, not a list of whole numbers")
-    if not _are_counts(offsets) or len(offsets) != 2:
-        raise CorruptShardError(f"{where} has the data_offsets {_shown(offsets)}, not two whole numbers")
-    begin, end = offsets
-    if begin > end:
-        raise CorruptShardError(f"{where} begins at {begin:,} and ends before that, at {end:,}")
-    size_bytes = _size_bytes(dtype, shape, where)
-    if size_bytes != end - begin:
+    if not isinstance(entry, _Entry):
+        raise _misfit(entry, where)
+    if entry.dtype not in DTYPE_BITS:
+        raise CorruptShardError(f"{where} has the unknown dtype {_shown(entry.dtype)}")
+    if entry.begin > entry.end:
+        raise CorruptShardError(f"{where} begins at {entry.begin:,} and ends before that, at {entry.end:,}")
+    size_bytes = _size_bytes(entry, where)
+    if size_bytes != entry.end - entry.begin:
         raise CorruptShardError(
-            f"{where} is {dtype} {_shown(shape)}, {size_bytes:,} bytes, but its offsets {begin:,} to {end:,} span "
-            f"{end - begin:,}"
+            f"{where} is {entry.dtype} {_shown(list(entry.shape))}, {size_bytes:,} bytes, but its offsets "
+            f"{entry.begin:,} to {entry.end:,} span {entry.end - entry.begin:,}"
         )
-    return StoredTensor(TensorSpec(name, dtype, tuple(shape)), data_start + begin)
+    return StoredTensor(TensorSpec(name, entry.dtype, entry.shape), data_start + entry.begin)
+
+
+def _misfit(entry: Any, where: str) -> CorruptShardError:
+    """What is wrong with a header entry whose fields are not all there, or not of their types."""
+    if not isinstance(entry, dict) or not entry.keys() >= _ENTRY_FIELDS:  # the reference passes over other fields
+        found = ", ".join(map(_shown, entry)) if isinstance(entry, dict) else _shown(entry)
+        return CorruptShardError(f"{where} must have dtype, shape and data_offsets, it has {found[:400] or 'nothing'}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        return CorruptShardError(f"{where} has the unknown dtype {_shown(dtype)}")
+    if not _are_counts(shape):
+        return CorruptShardError(f"{where} has the shape {_shown(shape)}, not a list of whole numbers")
+    return CorruptShardError(f"{where} has the data_offsets {_shown(offsets)}, not two whole numbers")
 
 
 def _are_counts(value: Any) -> bool:
@@ -210,18 +276,19 @@ def _are_counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int for number in value)
 
 
-def _size_bytes(dtype: str, shape: list[int], where: str) -> int:
+def _size_bytes(entry: _Entry, where: str) -> int:
     """Bytes of a tensor, computed as a reader with 64-bit integers would, so that we accept nothing it overflows on."""
     numel = 1
-    for extent in shape:
+    for extent in entry.shape:
         numel *= extent
         if numel > _U64_MAX:
             break
-    bits = numel * DTYPE_BITS[dtype]
+    bits = numel * DTYPE_BITS[entry.dtype]
+    shape = list(entry.shape)
     if bits > _U64_MAX:
         raise CorruptShardError(f"{where} has a shape whose size overflows 64 bits: {_shown(shape)}")
     if bits % 8:
-        raise CorruptShardError(f"{where} is {dtype} {_shown(shape)}, {bits:,} bits, which end inside a byte")
+        raise CorruptShardError(f"{where} is {entry.dtype} {_shown(shape)}, {bits:,} bits, which end inside a byte")
     return bits // 8
 
 

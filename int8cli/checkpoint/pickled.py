@@ -2,59 +2,39 @@
 
 Owns the two layouts that `torch.save` has had: a zip archive, whose records can be mapped, and the pickles in a row
 that came before it, which cannot. Nothing is unpickled but tensors. The form that nearly all archives have is read by
-`state_dict_pickle`, without torch. What that does not know, `torch.load(weights_only=True)` reads or refuses, on a copy
-of the archive that has every storage emptied, so that it sees no data and no file that could be swapped under it.
+`state_dict_pickle`, without torch. What that does not know, `torch.load(weights_only=True)` reads or refuses, where it
+is within the bounds of `pickle_bounds`, on a copy of the archive that has every storage emptied, so that it sees no
+data and no file that could be swapped under it.
 """
 
 import io
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from int8cli.checkpoint.header import refuse_stand_in
+from int8cli.checkpoint.pickle_bounds import BoundedReader, PickleBoundsError, check_pickle
 from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
-from int8cli.errors import CheckpointError, CorruptShardError, Int8cliError, UnsafePickleError, UnsupportedModelError
+from int8cli.checkpoint.weights_only import DTYPES, RESAVE_HINT, RETRY_HINT, load_weights, named_tensors, spec_of
+from int8cli.checkpoint.zip_records import LOCAL_MAGIC, ZipRecord, ZipRecords
+from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# https://docs.pytorch.org/docs/stable/notes/serialization.html#torch-save-format-for-torch-save
-_ZIP_MAGIC = b"PK\x03\x04"
 # The old format opens with MAGIC_NUMBER, itself pickled under protocol 2.
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _PICKLE_MAGIC = b"\x80"
 _PICKLE_LIMIT_BYTES = 100_000_000
-_LOCAL_HEADER_BYTES = 30  # PKWARE APPNOTE, 4.3.7: then the name, whose length is at 26, and padding, its length at 28
-_UTF8_NAMES = 0x800  # APPNOTE, 4.4.4, bit 11
-_RETRY_HINT = "The download may be incomplete: run the same command again."
-_RESAVE_HINT = "Load it where it was made and save its state_dict() alone, best with save_pretrained()."
-
-_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e8m0fnu": "F8_E8M0",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "complex64": "C64",
-    "float64": "F64",
-    "int64": "I64",
-    "uint64": "U64",
-}
+_LEGACY_PICKLES = 5
+_STORAGES = "data/"
+_WORD_BYTES = 64  # of records that hold a word or a number
+_NUMBERS = (".format_version", ".storage_alignment")
+_LATEST_VERSION = 10  # caffe2/serialize/versions.h, kMaxSupportedFileFormatVersion
+_IDENTITY = ".data/serialization_id"
 
 
 def read_pickled(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
@@ -67,13 +47,13 @@ def read_pickled(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
     file.seek(0)
     head = file.read(64)
     refuse_stand_in(head, file_name)
-    if head.startswith(_ZIP_MAGIC):
+    if head.startswith(LOCAL_MAGIC):
         return _read_zip(file, file_name, file_bytes)
     if head.startswith(_LEGACY_MAGIC):
         return _read_legacy(file, file_name, file_bytes)
     if head.startswith(_PICKLE_MAGIC):
         raise UnsafePickleError(
-            f"{file_name} is a bare Python pickle, not a file of torch.save; it is not unpickled", hint=_RESAVE_HINT
+            f"{file_name} is a bare Python pickle, not a file of torch.save; it is not unpickled", hint=RESAVE_HINT
         )
     raise CorruptShardError(f"{file_name}: its {file_bytes:,} bytes do not begin as a PyTorch file does")
 
@@ -84,57 +64,92 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
     Raises what `read_pickled` raises.
     """
     with open_to_read(path) as file:
-        return _named_tensors(_load_weights(file, path.name, "cpu"), path.name)
+        _check_legacy_pickles(file, path.name)
+        return named_tensors(load_weights(file, path.name, "cpu"), path.name)
 
 
 def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
-    with _zip_faults(file_name):
-        archive = zipfile.ZipFile(file)
-    records = _records(archive, file_name)
-    plain = _plain_tensors(archive, records, file, file_name, file_bytes)
+    records = ZipRecords(file, file_name, file_bytes)
+    pickle = _checked_pickle(records, file_name)
+    plain = _plain_tensors(records, pickle)
     if plain is not None:
         return ShardContents(file_name, _in_file_order(plain), {}, file_bytes)
-    skeleton, storages = _skeleton(archive, records, file_name)
+    _check_bounds(io.BytesIO(pickle), file_name)
+    skeleton, storages = _skeleton(records, pickle)
     with _without_data():
-        tensors = _named_tensors(_load_weights(skeleton, file_name, "meta"), file_name)
-    places = _places(file, storages, file_name, file_bytes)
+        tensors = named_tensors(load_weights(skeleton, file_name, "meta"), file_name)
     stored = []
     for name, tensor in tensors.items():
-        spec = _spec(name, tensor, file_name)
+        spec = spec_of(name, tensor, file_name)
         # The offset is that of an emptied record in the skeleton, and so the storage's name.
         record = storages.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
         if record is None:
             raise CheckpointError(f"{file_name}: tensor {name!r} was saved without its data")
-        stored.append(_stored_tensor(spec, tensor, places[record.filename], record.file_size, file_name))
+        stored.append(_stored_tensor(spec, tensor, record.offset_bytes, record.size_bytes, file_name))
     return ShardContents(file_name, _in_file_order(stored), {}, file_bytes)
 
 
-def _plain_tensors(
-    archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], file: BinaryIO, file_name: str, file_bytes: int
-) -> list[StoredTensor] | None:
+def _checked_pickle(records: ZipRecords, file_name: str) -> bytes:
+    """The archive's pickle, once the records beside it are those of a checkpoint that this version of torch reads."""
+    names = records.by_name
+    if "constants.pkl" in names:
+        raise UnsupportedModelError(
+            f"{file_name} is a TorchScript program, not a checkpoint",
+            hint="Load it where it was made and save its state_dict() with torch.save.",
+        )
+    records.require_stored()
+    if "data.pkl" not in names:
+        raise CorruptShardError(f"{file_name} is a zip archive, but not one of torch.save: it has no data.pkl")
+    byteorder = records.read("byteorder", _WORD_BYTES) if "byteorder" in names else b"little"
+    if byteorder != b"little":
+        raise CheckpointError(
+            f"{file_name} was saved on a machine whose byte order is {byteorder!r:.20}, not little-endian",
+            hint="Load it with torch.load there or here and save it again on a little-endian machine.",
+        )
+    for name in ("version", *(name for name in _NUMBERS if name in names)):
+        number = records.read(name, _WORD_BYTES) if name in names else b""
+        if not number.strip().isdigit():
+            raise CorruptShardError(f"{file_name}: the record {name!r} holds {number!r:.40}, not a number")
+        if name == "version" and int(number) > _LATEST_VERSION:
+            raise CheckpointError(
+                f"{file_name} is in version {int(number)} of its format; the latest known is {_LATEST_VERSION}",
+                hint="Load it with the torch that wrote it, and save it with save_pretrained().",
+            )
+    if _IDENTITY in names and not records.read(_IDENTITY, _WORD_BYTES).isascii():
+        raise CorruptShardError(f"{file_name}: the record {_IDENTITY!r} is not text")
+    return records.read("data.pkl", _PICKLE_LIMIT_BYTES)
+
+
+def _plain_tensors(records: ZipRecords, pickle: bytes) -> list[StoredTensor] | None:
     """The tensors of a plain state dict; None for an archive that torch has to judge."""
-    with _zip_faults(file_name):
-        pickle = archive.read(records["data.pkl"])
-        byteorder = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
     try:
         tensors = read_state_dict(pickle)
     except NotAStateDictError:
         return None
-    if byteorder != b"little":
-        return None
-    storages = {name: info for name, info in records.items() if name.startswith("data/")}
-    places = _places(file, dict(enumerate(storages.values())), file_name, file_bytes)
     stored = []
     for name, tensor in tensors.items():
-        record = storages.get(f"data/{tensor.storage}")
-        if record is None or tensor.dtype not in _DTYPES or not (tensor.is_row_major or tensor.is_column_major):
+        record = records.by_name.get(f"{_STORAGES}{tensor.storage}")
+        if record is None or tensor.dtype not in DTYPES or not (tensor.is_row_major or tensor.is_column_major):
             return None
-        spec = TensorSpec(name, _DTYPES[tensor.dtype], tensor.shape)
+        spec = TensorSpec(name, DTYPES[tensor.dtype], tensor.shape)
         begin = tensor.offset * (DTYPE_BITS[spec.dtype] // 8)
-        if begin + spec.nbytes > record.file_size:
+        if begin + spec.nbytes > record.size_bytes:
             return None
-        stored.append(StoredTensor(spec, places[record.filename] + begin, not tensor.is_row_major))
+        stored.append(StoredTensor(spec, record.offset_bytes + begin, not tensor.is_row_major))
     return stored
+
+
+def _check_bounds(file: BinaryIO | BoundedReader, file_name: str) -> None:
+    """Raise UnsafePickleError for a pickle that torch's unpickler might not survive, CorruptShardError for damage."""
+    try:
+        check_pickle(file)
+    except PickleBoundsError as error:
+        raise UnsafePickleError(
+            f"{file_name}: its pickle is not that of a list of tensors: {error}; it is not unpickled",
+            hint=RESAVE_HINT,
+        ) from error
+    except ValueError as error:
+        raise CorruptShardError(f"{file_name}: its pickle cannot be read: {error!s:.200}", hint=RETRY_HINT) from error
 
 
 def _without_data() -> AbstractContextManager[object]:
@@ -152,199 +167,56 @@ def _without_data() -> AbstractContextManager[object]:
     return FakeTensorMode()
 
 
-@contextmanager
-def _zip_faults(file_name: str) -> Iterator[None]:
-    """Around calls of zipfile alone: what that raises for an archive that is not whole, it raises from many places."""
-    try:
-        yield
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as error:
-        raise CorruptShardError(f"{file_name}: not a whole zip archive: {error!s:.200}", hint=_RETRY_HINT) from error
-
-
-def _records(archive: zipfile.ZipFile, file_name: str) -> dict[str, zipfile.ZipInfo]:
-    """The archive's records by name, without the directory that they share. All stored, none twice."""
-    if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-        raise UnsupportedModelError(
-            f"{file_name} is a TorchScript program, not a checkpoint",
-            hint="Load it where it was made and save its state_dict() with torch.save.",
-        )
-    records: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        name = info.filename.partition("/")[2]
-        if name in records:
-            raise CorruptShardError(f"{file_name}: the record {name!r} is there twice")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise CorruptShardError(
-                f"{file_name}: the record {name!r} is compressed or encrypted, which torch.save never does",
-                hint="Unpack the archive and pack it again without compression, or save the model anew.",
-            )
-        records[name] = info
-        if info.header_offset < 0:
-            raise CorruptShardError(f"{file_name}: the record {name!r} begins before the file", hint=_RETRY_HINT)
-    if "data.pkl" not in records:
-        raise CorruptShardError(f"{file_name} is a zip archive, but not one of torch.save: it has no data.pkl")
-    if records["data.pkl"].file_size > _PICKLE_LIMIT_BYTES:
-        raise CorruptShardError(
-            f"{file_name}: data.pkl has {records['data.pkl'].file_size:,} bytes, more than any list of tensors needs"
-        )
-    return records
-
-
-def _skeleton(
-    archive: zipfile.ZipFile, records: Mapping[str, zipfile.ZipInfo], file_name: str
-) -> tuple[BinaryIO, dict[int, zipfile.ZipInfo]]:
+def _skeleton(records: ZipRecords, pickle: bytes) -> tuple[BinaryIO, dict[int, ZipRecord]]:
     """The archive with each storage emptied, and the real record behind each of its offsets.
 
     torch puts `_checkpoint_offset` on what it loads without data, but computes it from the order in which its own
     writer would have written; a file that another tool packed breaks that. Here it is only an identity.
     """
-    with _zip_faults(file_name):
-        pickle = archive.read(records["data.pkl"])
-        byteorder = archive.read(records["byteorder"]) if "byteorder" in records else b"little"
-    if byteorder != b"little":
-        raise CheckpointError(
-            f"{file_name} was saved on a machine whose byte order is {byteorder!r:.20}, not little-endian",
-            hint="Load it with torch.load there or here and save it again on a little-endian machine.",
-        )
     skeleton = io.BytesIO()
     storages = {}
     with zipfile.ZipFile(skeleton, "w") as writer:
         writer.writestr("archive/data.pkl", pickle)
         writer.writestr("archive/version", b"3")
         writer.writestr("archive/byteorder", b"little")
-        for name, info in records.items():
-            if name.startswith("data/"):
+        for name, record in records.by_name.items():
+            if name.startswith(_STORAGES):
                 writer.writestr(f"archive/{name}", b"")
-                storages[writer.fp.tell()] = info  # type: ignore[union-attr]
+                storages[writer.fp.tell()] = record  # type: ignore[union-attr]
     skeleton.seek(0)
     return skeleton, storages
 
 
-def _places(file: BinaryIO, storages: Mapping[int, zipfile.ZipInfo], file_name: str, file_bytes: int) -> dict[str, int]:
-    """Where the bytes of each record begin. The directory at the end leaves out how long the local header is."""
-    places = {}
-    end, before = 0, ""
-    for info in sorted(storages.values(), key=lambda info: info.header_offset):
-        if info.header_offset < end:
-            raise CorruptShardError(f"{file_name}: the record {info.filename!r} overlaps {before!r}")
-        begin = info.header_offset + _local_header_bytes(file, info, file_name)
-        end, before = begin + info.file_size, info.filename
-        if end > file_bytes:
-            raise CorruptShardError(
-                f"{file_name}: the record {info.filename!r} ends at byte {end:,}, the file has {file_bytes:,}",
-                hint=_RETRY_HINT,
-            )
-        places[info.filename] = begin
-    return places
-
-
-def _local_header_bytes(file: BinaryIO, info: zipfile.ZipInfo, file_name: str) -> int:
-    """The length of the header in front of a record's data. Raises CorruptShardError if it does not stand there."""
-    name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8_NAMES else "cp437")
-    file.seek(info.header_offset)
-    local = file.read(_LOCAL_HEADER_BYTES + len(name))
-    if not local.startswith(_ZIP_MAGIC) or local[26:28] + local[30:] != len(name).to_bytes(2, "little") + name:
-        raise CorruptShardError(
-            f"{file_name}: the record {info.filename!r} does not begin at byte {info.header_offset:,}, where the "
-            "archive's directory has it",
-            hint=_RETRY_HINT,
-        )
-    return len(local) + int.from_bytes(local[28:30], "little")
+def _check_legacy_pickles(file: BinaryIO, file_name: str) -> None:
+    """Hold a legacy file's pickles to the bounds: a number, a version, the platform, the tensors, their storages."""
+    file.seek(0)
+    reader = BoundedReader(file, _PICKLE_LIMIT_BYTES)
+    for _ in range(_LEGACY_PICKLES):
+        _check_bounds(reader, file_name)
+    file.seek(0)
 
 
 def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     """Shapes and dtypes of a legacy file, whose pickles stand before its data and end where that begins."""
     from torch.serialization import skip_data
 
-    file.seek(0)
+    _check_legacy_pickles(file, file_name)
     # Storages are allocated but never touched: address space, not memory, and less than load_legacy is going to need.
     with skip_data():
-        tensors = _named_tensors(_load_weights(file, file_name, "cpu"), file_name)
+        tensors = named_tensors(load_weights(file, file_name, "cpu"), file_name)
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     # Each storage is written as its length, 8 bytes, and its data.
     end = file.tell() + sum(8 + storage_bytes for storage_bytes in storages.values())
     if end > file_bytes:
         raise CorruptShardError(
-            f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=_RETRY_HINT
+            f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=RETRY_HINT
         )
     stored, offset = [], 0
     for name, tensor in tensors.items():
-        spec = _spec(name, tensor, file_name)
+        spec = spec_of(name, tensor, file_name)
         stored.append(StoredTensor(spec, offset))
         offset += spec.nbytes
     return ShardContents(file_name, tuple(stored), {}, file_bytes, mappable=False)
-
-
-def _load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
-    """torch.load of tensors alone, its failures told apart: forbidden content, or a broken file."""
-    import torch
-
-    try:
-        return torch.load(file, weights_only=True, map_location=device, mmap=False)
-    except Int8cliError:
-        raise
-    except NotImplementedError as error:
-        raise CheckpointError(
-            f"{file_name} holds tensors that cannot be described without their data, such as quantized ones",
-            hint="Save it again with dense tensors of an ordinary dtype.",
-        ) from error
-    except UnpicklingError as error:
-        found = ", ".join(_forbidden_globals(file))
-        raise UnsafePickleError(
-            f"{file_name} holds {found or 'what no list of tensors does, or is damaged'}; it is not unpickled",
-            hint=_RESAVE_HINT,
-        ) from error
-    # What a damaged pickle makes the unpickler and the functions that it may call raise is not for us to list.
-    except Exception as error:
-        raise CorruptShardError(
-            f"{file_name}: its pickle cannot be read: {type(error).__name__}: {str(error)[:200]}", hint=_RETRY_HINT
-        ) from error
-
-
-def _forbidden_globals(file: BinaryIO) -> list[str]:
-    """The names that a zip file's pickle would import beyond those of tensors, read off without running it."""
-    from torch.serialization import get_unsafe_globals_in_checkpoint
-
-    file.seek(0)
-    try:
-        return sorted(get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # a pickle bad enough to fail here has been refused already; only its explanation is lost
-        return []
-
-
-def _named_tensors(loaded: Any, file_name: str) -> dict[str, "Tensor"]:
-    """A state dict and nothing else: what is no plain tensor under a plain name is refused."""
-    import torch
-
-    if not isinstance(loaded, dict):
-        raise UnsafePickleError(
-            f"{file_name} holds one object of type {type(loaded).__name__}, not tensors by name", hint=_RESAVE_HINT
-        )
-    for name, value in loaded.items():
-        if not isinstance(name, str):
-            raise UnsafePickleError(f"{file_name} names an entry {str(name)[:80]}, of type {type(name).__name__}")
-        if not isinstance(value, torch.Tensor):
-            raise UnsafePickleError(
-                f"{file_name} holds more than tensors: {name!r} is of type {type(value).__name__}", hint=_RESAVE_HINT
-            )
-        if any("\ud800" <= character <= "\udfff" for character in name):
-            raise CorruptShardError(f"{file_name}: the name {name!r} is not text")
-    return dict(loaded)
-
-
-def _spec(name: str, tensor: "Tensor", file_name: str) -> TensorSpec:
-    """What safetensors would call the tensor. Raises CheckpointError where it has no word for it."""
-    import torch
-
-    layout = str(tensor.layout).removeprefix("torch.")
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        raise CheckpointError(f"{file_name}: tensor {name!r} is {layout}, and safetensors holds dense tensors only")
-    if tensor.is_quantized or dtype not in _DTYPES:
-        raise CheckpointError(f"{file_name}: tensor {name!r} has the dtype {dtype}, which safetensors does not know")
-    if tensor.is_conj() or tensor.is_neg():
-        raise CheckpointError(f"{file_name}: tensor {name!r} is stored as the conjugate or negative of its values")
-    return TensorSpec(name, _DTYPES[dtype], tuple(tensor.shape))
 
 
 def _stored_tensor(spec: TensorSpec, tensor: "Tensor", begin: int, record_bytes: int, file_name: str) -> StoredTensor:
@@ -361,7 +233,7 @@ def _stored_tensor(spec: TensorSpec, tensor: "Tensor", begin: int, record_bytes:
         raise CorruptShardError(
             f"{file_name}: tensor {spec.name!r} takes the bytes {offset:,} to {offset + spec.nbytes:,} of a "
             f"storage that has {record_bytes:,}",
-            hint=_RETRY_HINT,
+            hint=RETRY_HINT,
         )
     return StoredTensor(spec, begin + offset, column_major)
 

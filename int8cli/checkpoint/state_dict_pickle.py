@@ -1,7 +1,8 @@
 """The pickle inside a `.bin`, when it is the state dict that torch.save writes: tensors by name, described.
 
 Owns a reader of that one form. It goes through the opcodes itself, imports nothing, calls nothing and builds nothing
-but tuples, dicts and descriptions, so that a model's shapes are known without torch, which takes a second to import.
+but tuples, dicts and descriptions, and of these no more than the pickle is long, so that a model's shapes are known
+without torch, which takes a second to import.
 Whatever is not of that form is left to torch's own unpickler (`pickled`), which reads more and says what is wrong.
 """
 
@@ -28,6 +29,7 @@ _LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE"})
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
+_LARGEST = 2**63 - 1
 
 
 class NotAStateDictError(Exception):
@@ -68,6 +70,7 @@ class _Name:
 class _Storage:
     dtype: str
     key: str
+    numel: int
 
 
 def read_state_dict(pickle: bytes) -> dict[str, PickledTensor]:
@@ -88,6 +91,7 @@ def _run(pickle: bytes) -> Any:
     """What the opcodes leave on the stack at STOP."""
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
+    storages: dict[str, _Storage] = {}
     for opcode, argument, _ in pickletools.genops(pickle):
         name = opcode.name
         if name == "STOP":
@@ -95,10 +99,30 @@ def _run(pickle: bytes) -> Any:
         if name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            stack.append(_once(memo[argument]))
+        elif name == "BINPERSID":
+            storage = _storage(stack.pop())
+            if storages.setdefault(storage.key, storage) != storage:
+                raise NotAStateDictError(f"two storages named {storage.key!r:.40}")
+            stack.append(storage)
         elif name != "PROTO":
             _step(name, argument, stack)
     raise NotAStateDictError("it has no end")
+
+
+def _once(value: Any) -> Any:
+    """What may stand in two places: no tuple or dict, which could double with each step."""
+    if isinstance(value, (tuple, dict)) and value != ():
+        raise NotAStateDictError(f"a {type(value).__name__} in two places")
+    return value
+
+
+def _tuple(items: list[Any]) -> tuple[Any, ...]:
+    """A tuple that holds at most tuples of what holds nothing: deeper ones end the process when they are hashed."""
+    for item in items:
+        if isinstance(item, tuple) and any(isinstance(inner, tuple) for inner in item):
+            raise NotAStateDictError("tuples in tuples in tuples")
+    return tuple(items)
 
 
 def _step(name: str, argument: Any, stack: list[Any]) -> None:
@@ -112,19 +136,19 @@ def _step(name: str, argument: Any, stack: list[Any]) -> None:
     elif name == "MARK":
         stack.append(_MARK)
     elif name == "TUPLE":
-        stack.append(tuple(_since_mark(stack)))
+        stack.append(_tuple(_since_mark(stack)))
     elif name in _TUPLES:
         items = [stack.pop() for _ in range(_TUPLES[name])]
-        stack.append(tuple(reversed(items)))
+        stack.append(_tuple(items[::-1]))
     elif name == "GLOBAL":
         stack.append(_Name(argument))
-    elif name == "BINPERSID":
-        stack.append(_storage(stack.pop()))
     elif name == "REDUCE":
         arguments = stack.pop()
         stack.append(_rebuilt(stack.pop(), arguments))
     elif name in ("SETITEM", "SETITEMS"):
         items = _since_mark(stack) if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+        if not all(isinstance(key, str) for key in items[::2]):
+            raise NotAStateDictError("a key that is no name")
         _dict_on(stack).update(zip(items[::2], items[1::2], strict=True))
     elif name == "BUILD":
         stack.pop()  # a state dict's `_metadata`, its modules' versions
@@ -148,10 +172,11 @@ def _dict_on(stack: list[Any]) -> dict[Any, Any]:
 
 def _storage(persistent: Any) -> _Storage:
     """From the tuple that stands for a storage: the word, its type, its record's name, its device, its length."""
-    word, kind, key, _, _ = persistent
-    if word != "storage" or not isinstance(kind, _Name) or not isinstance(key, str):
-        raise NotAStateDictError(f"a persistent {word!r:.40}")
-    return _Storage(_STORAGE_DTYPES[kind.text], key)
+    word, kind, key, _, numel = persistent
+    plain = isinstance(kind, _Name) and isinstance(key, str) and type(numel) is int and numel >= 0
+    if word != "storage" or not plain:
+        raise NotAStateDictError("a persistent id that is no storage's")
+    return _Storage(_STORAGE_DTYPES[kind.text], key, numel)
 
 
 def _rebuilt(function: Any, arguments: Any) -> Any:
@@ -173,10 +198,15 @@ def _rebuilt(function: Any, arguments: Any) -> Any:
 
 
 def _tensor(storage: Any, dtype: str, offset: Any, shape: Any, strides: Any) -> PickledTensor:
-    numbers = (offset, *shape, *strides)
-    plain = all(type(number) is int and number >= 0 for number in numbers)
-    if not isinstance(storage, _Storage) or not dtype or not plain or len(shape) != len(strides):
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple) or not dtype:
         raise NotAStateDictError("a tensor that is no view into a storage")
+    plain = all(type(number) is int and 0 <= number <= _LARGEST for number in (offset, *shape, *strides))
+    if not plain or len(shape) != len(strides):
+        raise NotAStateDictError("a tensor that is no view into a storage")
+    last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    # An untyped storage counts bytes, and they are held against its record.
+    if storage.dtype and math.prod(shape) and last >= storage.numel:
+        raise NotAStateDictError("a tensor that goes beyond its storage")
     return PickledTensor(dtype, storage.key, offset, shape, strides)
 
 

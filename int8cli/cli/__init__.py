@@ -15,6 +15,7 @@ import typer
 from int8cli import __version__
 from int8cli.cli import convert, estimate_memory, evaluate, inspect_outliers, verify
 from int8cli.cli.signals import end_on_signals
+from int8cli.report.text import PrintableStream
 
 app = typer.Typer(
     name="int8cli",
@@ -70,4 +71,6 @@ def main() -> None:
     end_on_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or a file name without a character
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.stderr is not None:  # it was not closed
+        sys.stderr = PrintableStream(sys.stderr)
     app()

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich import progress as bars
-from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
 from int8cli.progress import BYTES, SILENT, Progress
+from int8cli.report.terminal import stderr_console
 from int8cli.report.text import printable
 from int8cli.results.units import human_bytes
 
@@ -59,7 +59,7 @@ class ProgressLines:
             self._tasks[task].started_s[part] = time.monotonic()
 
     def note(self, message: str) -> None:
-        print(printable(message), file=sys.stderr, flush=True)
+        print(f"{printable(message)}\n", end="", file=sys.stderr, flush=True)  # at once: other threads print too
 
     def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
         if part is None:
@@ -102,7 +102,7 @@ class ProgressBars:
     """A bar for each task under way, with the part at work, and a line for each outcome."""
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._console = stderr_console()
         self._bars = bars.Progress(
             bars.BarColumn(bar_width=12),
             _Amount(),

@@ -5,11 +5,12 @@ is converted, and the state on disk by which a later run knows what was in shard
 task for where torch is.
 """
 
+import pickle
 from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
+from uuid import uuid4
 
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
@@ -50,74 +51,110 @@ class SuspectColumns(ColumnSource):
     """The most suspect dimensions of the residual stream, by all shards up to the one asked for.
 
     `kept_in` holds what was seen of each shard; the caller removes it when the conversion is finished. A shard before
-    the one asked for, of which nothing is kept, is brought here to be looked at again.
+    the one asked for, of which nothing can be read there, is fetched to be looked at again.
     """
 
     def __init__(self, source: Source, survey: Survey, limit: int, kept_in: Path) -> None:
-        self._source, self._survey, self._limit, self._kept_in = source, survey, limit, kept_in
+        self._source, self._survey, self._limit = source, survey, limit
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
-        self._shards = {contents.file_name: contents for contents in survey.shards}
-        self._kept: dict[str, Path] = {}
+        self._places = {contents.file_name: place for place, contents in enumerate(survey.shards)}
+        self._seen = 0  # shards, from the first on, whose figures are there
+        self._figures = _Figures(kept_in, pickle.dumps(self._stream), _new_key())
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
-        """Only what the shards before it hold counts, whatever else has been seen: a run that goes on chooses alike."""
-        order = list(self._shards)
-        kept = [
-            self._looked_at(name, local if name == shard else None, run) for name in order[: order.index(shard) + 1]
-        ]
-        decisions = [self._survey.decisions[each.spec.name] for each in self._shards[shard].tensors]
+        """Only what the shards before it hold counts, whatever else has been seen: a run that resumes chooses alike."""
+        place = self._places[shard]
+        for earlier in range(self._seen, place):
+            self._look_again(earlier, run)
+        if place < self._seen:  # its first copy was not what the Hub published
+            self._figures = replace(self._figures, key=_new_key())
+        self._look(place, local, run)
+        self._seen = max(self._seen, place + 1)
+        decisions = [self._survey.decisions[each.spec.name] for each in self._survey.shards[place].tensors]
         wanted = [each for each in decisions if each.spec.name in self._counts]
         if not wanted:
             return {}
-        found = run(partial(_suspects, self._stream, kept, self._limit))
+        found = run(partial(_suspects, self._figures, place + 1, self._limit))
         columns = tuple(StoredColumn(index, suspicion=score) for index, score in found)
         return {
             each.spec.name: StoredColumns(FROM_WEIGHTS, columns, sidecar_bytes(each, len(columns))) for each in wanted
         }
 
-    def _looked_at(self, shard: str, local: LocalFile | None, run: RunTask) -> Path:
-        """Where that lies which was or is now seen of a shard, for the shards after it.
+    def _look(self, place: int, local: LocalFile, run: RunTask) -> None:
+        """Whatever is saved of it: that may be of a copy whose digest proved to be wrong."""
+        contents = self._survey.shards[place]
+        run(partial(_look_at, self._stream.within(contents), contents, local, self._figures.path(place)))
 
-        One that is at hand is looked at whatever is kept: that may be of a copy whose digest proved to be wrong.
-        """
-        if local is None and shard in self._kept:
-            return self._kept[shard]
-        path = self._kept_in / f"{list(self._shards).index(shard)}.safetensors"
-        if local is not None or not (path.exists() and run(partial(_can_be_read, path))):
-            contents = self._shards[shard]
-            with nullcontext(local) if local is not None else self._source.fetch(shard) as here:
-                run(partial(_look_at, self._stream.within(contents), contents, here, path))
-        self._kept[shard] = path
-        return path
+    def _look_again(self, place: int, run: RunTask) -> None:
+        """At a shard that an earlier run has converted, unless what that one saw can be read."""
+        if not run(partial(_can_be_read, self._figures.path(place))):
+            with self._source.fetch(self._survey.shards[place].file_name) as local:
+                self._look(place, local, run)
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """Where the figures of each shard are, for the process that needs them.
+
+    `stream` is a pickled ResidualStream: a process that has it already does not unpickle its many tensors again. `key`
+    is another one for each conversion, and after figures were replaced.
+    """
+
+    directory: Path
+    stream: bytes
+    key: str
+
+    def path(self, place: int) -> Path:
+        return self.directory / f"{place}.safetensors"
+
+
+class _Scan:
+    """What one process has made of the figures so far: it reads each file of them once."""
+
+    def __init__(self, figures: _Figures) -> None:
+        from int8cli.outliers.suspects import SuspectScan
+
+        self._figures, self._count = figures, 0
+        self._scan = SuspectScan(pickle.loads(figures.stream))
+
+    def suspects(self, count: int, most: int) -> tuple[tuple[int, float], ...]:
+        """By the first `count` shards, which are more each time."""
+        from int8cli.outliers.suspects import load_figures
+
+        for place in range(self._count, count):
+            self._scan.add(load_figures(self._figures.path(place)))
+            self._count = place + 1
+        return self._scan.suspects(most)
+
+
+# The scan of the conversion at work: without it, each shard would read the figures of all shards before it.
+_scan = lru_cache(maxsize=1)(_Scan)
+
+
+def _new_key() -> str:
+    return uuid4().hex
 
 
 # Tasks: what they import lies where torch is, and comes with it.
 
 
 def _look_at(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
-    from int8cli.outliers.suspects import SuspectScan, keep_figures
+    from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    keep_figures(scan.look_at(contents, local), path)
+    save_figures(scan.look_at(contents, local), path)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:
-    from int8cli.outliers.suspects import recall_figures
+    from int8cli.outliers.suspects import load_figures
 
     try:
-        return recall_figures(path) is not None
+        load_figures(path)
     except SavedStateError:
         return False
+    return True
 
 
-def _suspects(stream: ResidualStream, kept: list[Path], most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
-    from int8cli.outliers.suspects import SuspectScan, recall_figures
-
-    scan = SuspectScan(stream)
-    for path in kept:
-        figures = recall_figures(path)
-        if figures is None:
-            raise SavedStateError(f"{path} is gone, which was written before", hint="Run the same command again.")
-        scan.add(figures)
-    return scan.suspects(most)
+def _suspects(figures: _Figures, count: int, most: int, on_bytes: OnBytes) -> tuple[tuple[int, float], ...]:
+    return _scan(figures).suspects(count, most)

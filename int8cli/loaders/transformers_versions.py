@@ -103,18 +103,8 @@ def release(version: str) -> tuple[int, ...]:
 _GATE_SINCE_5_24 = (
     *("axk1", "axk2", "bailing_hybrid", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
     *("dots3_note", "dots3_note_text", "exaone_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text"),
-    *(
-        "glm5_next",
-        "glm5_next_text",
-        "glm_moe_dsa",
-        "hy_v3",
-        "hy_v4",
-        "kimi_linear",
-        "mimo_v2_flash",
-        "nemotron_h",
-        "solar_open",
-    ),
-    "unlimited_ocr",
+    *("glm5_next", "glm5_next_text", "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "mimo_v2_flash"),
+    *("nemotron_h", "sarvam_mla", "sarvam_moe", "solar_open", "unlimited_ocr"),
 )
 _GATE_SINCE_5_23 = (
     *("beam", "flint", "hy_v4_vl", "hy_v4_vl_text", "inkling2", "inkling2_text", "inkling2_loop", "inkling2_loop_text"),
@@ -157,5 +147,7 @@ FLOAT32: tuple[Float32Fact, ...] = (
     _fact(_leaf(r"conv\.norm"), "granite_speech5_ctc", "granite_speech5_encoder"),
     _fact(_under("vision_tokenizer audio_tokenizer"), "apertus1p5"),
     _fact(_under("codec_model"), "kyutai_speech_to_text"),
+    _fact(_leaf("embed_positions"), "voxtral", "voxtral_encoder"),
+    _fact(_under("token2wav"), "qwen2_5_omni"),
     _fact(_under(r"perception audio_tower"), "nemo_speechlm"),
 )

@@ -30,7 +30,7 @@ _RECORD = "record.json"
 # What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
-    *(UnpicklingError, SafetensorError),
+    *(UnpicklingError, SafetensorError, CheckpointError),
 )
 
 Step = TypeVar("Step")
@@ -145,14 +145,15 @@ def resumed_or_started_over(
     """
     try:
         yield from run()
+        return
     except (UnsupportedModelError, SavedStateError) as error:
-        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
         if saved is None or not saved.resumed:
             raise
-        why = error if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
-        progress.note(f"{why}: starting over")
-        saved.clear()
-        yield from run()
+        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
+        why = str(error) if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
+    progress.note(f"{why}: starting over")
+    saved.clear()
+    yield from run()
 
 
 @contextmanager
@@ -160,7 +161,7 @@ def read_back(path: Path) -> Iterator[Path]:
     """Around the reading of a file that int8cli saved to resume from. Raises SavedStateError if that fails."""
     try:
         yield path
-    except (CheckpointError, *_UNREADABLE) as error:
+    except _UNREADABLE as error:
         raise SavedStateError(
             f"{path} cannot be read back ({type(error).__name__}: {error!s:.200})",
             hint="Check the disk that it is on, and run the same command again.",

@@ -79,9 +79,7 @@ def calibrate(
 class Calibration:
     """A calibration of one source whose shards can be used for something else while they are on this machine.
 
-    with Calibration.of(…) as calibration:
-        for step in calibration.run():
-            …
+    To be made by `of` and run once. `held_bytes`: the most bytes of fetched shards that are here at once.
     """
 
     def __init__(

@@ -8,14 +8,13 @@ sqrt( mean_v E[v, j]² + Σ ||row_j||² ) over the attention outputs and second 
 token embedding; divided by the root mean square over the dimensions, since the norm divides by it.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from int8cli.checkpoint.serialize import serialize
@@ -68,14 +67,6 @@ class WeightSuspects:
     suspects: tuple[Suspect, ...]
 
 
-@dataclass(slots=True)
-class _Layer:
-    """What one block contributes: gains by norm, and the squared row norms of what it writes."""
-
-    gains: dict[str, Tensor] = field(default_factory=dict)
-    writes: dict[str, Tensor] = field(default_factory=dict)
-
-
 class SuspectScan:
     """The suspects by what has been seen of a checkpoint so far: a figure by dimension for each tensor of interest."""
 
@@ -83,6 +74,15 @@ class SuspectScan:
         """`on_block` is called after each block that is read."""
         self._stream, self._on_block = stream, on_block
         self._figures: dict[str, Tensor] = {}
+        self._embeddings: list[str] = []
+        self._stacks: dict[str, _Stack] = {}
+        for name, decision in stream.tensors.items():
+            place = in_block(decision.module)
+            if place is None:
+                self._embeddings.append(name)
+            else:
+                stack = self._stacks.setdefault(place.stack, _Stack(place.stack))
+                stack.expect(_InLayer(name, place.index, place.inner, is_gain=len(decision.spec.shape) == 1))
 
     def figure(self, name: str, tensors: CheckpointTensors | ShardTensors) -> Tensor:
         """A norm's gain, the embedding's mean square, a writing layer's squared row norms: float64 (width,)."""
@@ -104,28 +104,29 @@ class SuspectScan:
             return {name: self.figure(name, tensors) for name in names}
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
+        """What the figures of a layer change is scored again, with the layers after it; those before it are not."""
         self._figures.update(figures)
+        for name in figures:
+            place = in_block(self._stream.tensors[name].module)
+            if place is not None:
+                self._stacks[place.stack].changed(place.index)
+            else:
+                for stack in self._stacks.values():
+                    stack.changed(-1)
 
     def sites(self) -> tuple[SuspectSite, ...]:
-        """Each norm's prediction."""
-        stacks: dict[str, dict[int, _Layer]] = {}
-        embedding: Tensor | None = None
-        for name, decision in self._stream.tensors.items():  # in the checkpoint's order, whichever was seen first
-            figure, place = self._figures.get(name), in_block(decision.module)
-            if figure is None:
-                continue
-            if place is None:
-                embedding = figure
-                continue
-            layer = stacks.setdefault(place.stack, {}).setdefault(place.index, _Layer())
-            (layer.gains if len(decision.spec.shape) == 1 else layer.writes)[place.inner] = figure
-        return tuple(_score(stacks, embedding, self._stream.width))
+        """Each norm's prediction, in the checkpoint's order, whichever was seen first."""
+        seen = [self._figures[name] for name in self._embeddings if name in self._figures]
+        embedding = seen[-1].double() if seen else torch.zeros(self._stream.width, dtype=torch.float64)
+        return tuple(site for stack in self._stacks.values() for site in stack.sites(self._figures, embedding))
 
     def suspects(self, most: int) -> tuple[tuple[int, float], ...]:
         """The most suspect dimensions and their scores, sorted by dimension; none before a norm was seen."""
         sites = self.sites()
-        found = _rank(sites, most) if sites else ()
-        return tuple(sorted((suspect.dimension, suspect.score) for suspect in found))
+        if not sites:
+            return ()
+        mean = _mean_score(sites)
+        return tuple(sorted((dimension, float(mean[dimension])) for dimension in _largest(mean, most)))
 
     def _told(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         for block in blocks:
@@ -133,17 +134,64 @@ class SuspectScan:
             self._on_block()
 
 
-def keep_figures(figures: Mapping[str, Tensor], path: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _InLayer:
+    """A tensor of interest in a block: a norm's gain, or what writes into the residual stream."""
+
+    name: str
+    index: int
+    inner: str
+    is_gain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoredLayer:
+    """The predictions for a layer's norms, and what is written by all layers up to it: float64 (width,)."""
+
+    index: int
+    sites: tuple[SuspectSite, ...]
+    written: Tensor
+
+
+class _Stack:
+    """The layers of one stack. Each is scored once, unless figures of it or of a layer before it come later."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._tensors: dict[int, list[_InLayer]] = {}
+        self._scored: list[_ScoredLayer] = []  # by index
+        self._unscored: set[int] = set()
+
+    def expect(self, tensor: _InLayer) -> None:
+        """In the checkpoint's order."""
+        self._tensors.setdefault(tensor.index, []).append(tensor)
+
+    def changed(self, index: int) -> None:
+        """There are figures of a layer; -1 for the embedding."""
+        while self._scored and self._scored[-1].index >= index:
+            self._unscored.add(self._scored.pop().index)
+        if index >= 0:
+            self._unscored.add(index)
+
+    def sites(self, figures: Mapping[str, Tensor], embedding: Tensor) -> Iterator[SuspectSite]:
+        """The predictions for all norms of the layers that there are figures of."""
+        for index in sorted(self._unscored):
+            written = self._scored[-1].written if self._scored else embedding
+            seen = [tensor for tensor in self._tensors[index] if tensor.name in figures]
+            self._scored.append(_score(self._name, index, seen, figures, written))
+        self._unscored.clear()
+        return (site for layer in self._scored for site in layer.sites)
+
+
+def save_figures(figures: Mapping[str, Tensor], path: Path) -> None:
     """Write a scan's figures down, whole or not at all, in a directory of ours. Raises OutputError."""
     write_file(path, serialize(figures), below=path.parent.parent)
 
 
-def recall_figures(path: Path) -> dict[str, Tensor] | None:
-    """The figures that were written down; None where there are none. Raises SavedStateError for what is unreadable."""
-    if not os.path.lexists(path):
-        return None
+def load_figures(path: Path) -> dict[str, Tensor]:
+    """The figures that were written down. Raises SavedStateError, also where there are none."""
     with read_back(path):
-        return load_file(path)
+        return load(path.read_bytes())
 
 
 def find_suspects(
@@ -175,20 +223,18 @@ def find_suspects(
     return WeightSuspects(survey.identity.name, survey.identity.revision, sites, _rank(sites, most))
 
 
-def _score(stacks: Mapping[str, Mapping[int, _Layer]], embedding: Tensor | None, width: int) -> Iterator[SuspectSite]:
-    """Each norm's prediction, from the layers of its stack before it; one within a block sees all before the block."""
-    for stack, layers in stacks.items():
-        written = (embedding if embedding is not None else torch.zeros(width)).double()
-        for index in sorted(layers):
-            layer = layers[index]
-            before = written.clone()
-            attention, rest = _in_order(layer.writes)
-            for place, (name, gain) in enumerate(layer.gains.items()):
-                upstream = (before if place == 0 else before + attention).sqrt()
-                rms = upstream.square().mean().sqrt().clamp_min(1e-30)
-                score = (gain.abs().double() * upstream / rms).float()
-                yield SuspectSite(f"{stack}.{index}.{name}", stack, index, score)
-            written = before + attention + rest
+def _score(
+    stack: str, index: int, tensors: Sequence[_InLayer], figures: Mapping[str, Tensor], written: Tensor
+) -> _ScoredLayer:
+    """A layer's norms, by what is `written` before it; a norm within the block also sees what attention writes."""
+    attention, rest = _in_order({each.inner: figures[each.name] for each in tensors if not each.is_gain})
+    sites = []
+    for place, gain in enumerate(each for each in tensors if each.is_gain):
+        upstream = (written if place == 0 else written + attention).sqrt()
+        rms = upstream.square().mean().sqrt().clamp_min(1e-30)
+        score = (figures[gain.name].abs().double() * upstream / rms).float()
+        sites.append(SuspectSite(f"{stack}.{index}.{gain.inner}", stack, index, score))
+    return _ScoredLayer(index, tuple(sites), written + attention + rest)
 
 
 def _in_order(writes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -200,9 +246,8 @@ def _in_order(writes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _rank(sites: Sequence[SuspectSite], most: int) -> tuple[Suspect, ...]:
-    scores = torch.stack([site.score for site in sites])  # (norms, width)
-    mean = scores.mean(dim=0)
-    first = {site.name: set(site.score.topk(min(most, mean.numel())).indices.tolist()) for site in sites}
+    mean = _mean_score(sites)
+    first = {site.name: set(_largest(site.score, most)) for site in sites}
     layers = {(site.stack, site.layer) for site in sites}
     return tuple(
         Suspect(
@@ -211,8 +256,18 @@ def _rank(sites: Sequence[SuspectSite], most: int) -> tuple[Suspect, ...]:
             tuple(sorted({site.layer for site in sites if dimension in first[site.name]})),
             len(layers),
         )
-        for dimension in mean.topk(min(most, mean.numel())).indices.tolist()
+        for dimension in _largest(mean, most)
     )
+
+
+def _mean_score(sites: Sequence[SuspectSite]) -> Tensor:
+    """By dimension, over the norms: float32 (width,)."""
+    return torch.stack([site.score for site in sites]).mean(dim=0)
+
+
+def _largest(scores: Tensor, most: int) -> list[int]:
+    """The dimensions with the largest scores, largest first."""
+    return [int(dimension) for dimension in scores.topk(min(most, scores.numel())).indices.tolist()]
 
 
 def _column_squares(blocks: Iterable[Tensor], width: int) -> Tensor:

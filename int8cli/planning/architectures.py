@@ -160,6 +160,7 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "pp_doclayout_v3": (_under("enc_bbox_head enc_score_head", TIED),),
     "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
     "sapiens2": (_leaf("w12", FUSED),),
+    "sarvam_moe": (_leaf(r"attention\.query_key_value", FUSED),),
     "step3p7": (_leaf(r"transformer\.resblocks\.\d+\.attn\.out_proj", LINEAR),),
     "tipsv2_text_model": (_leaf("out_proj", LINEAR),),
     "unlimited_ocr": (_leaf(r"transformer\.layers\.\d+\.self_attn\.qkv_proj projector\.layers", FUSED),),
@@ -260,6 +261,7 @@ ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     "qianfan_ocr": (r".*vision_tower\.layers\.\d+\.attention\.[qkv]_proj",),
     "rf_detr": (r".*decoder\.layers\.\d+\.self_attn\.[qkv]_proj",),
     "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
+    "sarvam_moe": (r".*\.self_attn\.[qkv]_proj", r"layers\.\d+\.self_attn\.[qkv]_proj"),
     "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
     "unlimited_ocr": ("multi_modal_projector", r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj"),
 }

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
+from int8cli.report import markdown
 from int8cli.report.stored import how_many, percent_more, told_by
-from int8cli.report.text import printable
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
 from int8cli.results.units import decibels, human_bytes, human_count
@@ -45,12 +45,13 @@ def _front_matter(report: ConversionReport, survey: Survey) -> str:
 
 
 def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
-    revision = f" at revision `{report.revision}`" if report.revision else ""
-    link = f"[{report.model}](https://huggingface.co/{report.model})" if survey.identity.on_hub else f"`{report.model}`"
+    revision = f" at revision {markdown.code(report.revision)}" if report.revision else ""
+    on_hub, address = survey.identity.on_hub, f"https://huggingface.co/{report.model}"
+    model = markdown.link(report.model, address) if on_hub else markdown.code(report.model)
     name = report.model.rpartition("/")[2]
-    yield f"# {name}, LLM.int8()\n"
+    yield f"# {markdown.text(name)}, LLM.int8()\n"
     yield (
-        f"{link}{revision}, converted by int8cli to 8-bit integers as in "
+        f"{model}{revision}, converted by int8cli to 8-bit integers as in "
         "[LLM.int8()](https://arxiv.org/abs/2208.07339): one scale for each output row, round half to even."
     )
     yield "Embeddings, norms, biases and the output head are as in the original.\n"
@@ -84,16 +85,22 @@ def _loading(survey: Survey) -> Iterator[str]:
     yield "## Loading\n"
     if package == compressed_tensors.NAME:
         yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
-    yield from (f"Note: {caveat}.\n" for caveat in survey.target.caveats(survey.plan))
+    yield from (f"Note: {markdown.text(caveat)}.\n" for caveat in survey.target.caveats(survey.plan))
     if not survey.target.transformers_reads(survey.decisions):
         return
-    architecture = next(iter(survey.config.get("architectures") or ()), "AutoModel")
-    loader = next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), architecture)
+    loader = _loader(survey)
     yield f"With `pip install transformers accelerate {package}`; no further options are needed.\n"
     yield "```python"
     yield f"from transformers import {loader}\n"
     yield f'model = {loader}.from_pretrained(".", device_map="auto")  # this directory, or its name on the Hub'
     yield "```\n"
+
+
+def _loader(survey: Survey) -> str:
+    """The auto class for the model's architecture, or the architecture's own class where its name can be one."""
+    architecture = next(iter(survey.config.get("architectures") or ()), "")
+    loader = next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), architecture)
+    return markdown.python_class(loader, otherwise="AutoModel")
 
 
 def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Survey) -> Iterator[str]:
@@ -105,7 +112,7 @@ def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Sur
         f"{human_bytes(report.sidecar_bytes)} or {more} more. With them what these inputs "
         "contribute is computed from the original's own weights, without them from int8."
     )
-    yield f"They are {printable(told_by(report.settings))}.\n"
+    yield f"They are {markdown.text(told_by(report.settings))}.\n"
     yield (
         "Beside each weight file lies one of the same name: for every int8 layer `X`, `X.outlier_cols` (int32, sorted "
         "indices of input columns) and `X.outlier_weight` (out_features x columns). Usual loaders do not look at them "
@@ -131,7 +138,7 @@ def _stored_table(stored: StoredSummary) -> Iterator[str]:
         yield "| kind | layers | columns | size | all in int8 | stored columns exact |"
         yield "|---|---:|---:|---:|---:|---:|"
     for kind in (each for each in stored.kinds if each.columns or each.error):
-        yield f"| `{printable(kind.kind)}` {_stored_cells(kind, stored.basis)}"
+        yield f"| {markdown.code(kind.kind)} {_stored_cells(kind, stored.basis)}"
     if len(stored.kinds) > 1:
         yield f"| all {_stored_cells(stored.total, stored.basis)}"
     yield ""
@@ -166,7 +173,7 @@ def _kinds_with_errors(report: ConversionReport) -> Iterator[str]:
     for kind in summarize_kinds(report.layers):
         if kind.sums is not None:
             yield (
-                f"| `{printable(kind.kind)}` | {kind.layers} | {kind.sums.relative_frobenius_error:.4f} "
+                f"| {markdown.code(kind.kind)} | {kind.layers} | {kind.sums.relative_frobenius_error:.4f} "
                 f"| {decibels(kind.sums.sqnr_db)} | {100 * kind.sums.mean_range_use:.0f} % |"
             )
 
@@ -178,7 +185,7 @@ def _kinds_by_size(report: ConversionReport) -> Iterator[str]:
     yield "|---|---:|---:|---:|"
     for kind in summarize_kinds(report.layers):
         before, after = human_bytes(kind.bytes_before), human_bytes(kind.bytes_after)
-        yield f"| `{printable(kind.kind)}` | {kind.layers} | {before} | {after} |"
+        yield f"| {markdown.code(kind.kind)} | {kind.layers} | {before} | {after} |"
 
 
 def _worst_by_output(report: ConversionReport, basis: ErrorBasis) -> Iterator[str]:
@@ -188,7 +195,7 @@ def _worst_by_output(report: ConversionReport, basis: ErrorBasis) -> Iterator[st
     for layer, error in worst_by_output_error(report.layers, basis)[:WORST_LAYERS]:
         columns = layer.stored.heaviest_first[:COLUMNS_SHOWN] if layer.stored is not None else ()
         indices = " ".join(str(column.index) for column in columns)
-        yield f"| `{printable(layer.name)}` | {_error_cells(error)} {indices} |"
+        yield f"| {markdown.code(layer.name)} | {_error_cells(error)} {indices} |"
 
 
 def _worst_by_weights(report: ConversionReport) -> Iterator[str]:
@@ -197,6 +204,6 @@ def _worst_by_weights(report: ConversionReport) -> Iterator[str]:
     yield "|---|---|---:|---:|---:|"
     for layer, sums in ((each, each.sums) for each in report.layers[:WORST_LAYERS] if each.sums is not None):
         yield (
-            f"| `{printable(layer.name)}` | {layer.shape[0]} x {layer.shape[1]} | {sums.relative_frobenius_error:.4f} "
-            f"| {decibels(sums.sqnr_db)} | {sums.max_abs_error:.3g} |"
+            f"| {markdown.code(layer.name)} | {layer.shape[0]} x {layer.shape[1]} "
+            f"| {sums.relative_frobenius_error:.4f} | {decibels(sums.sqnr_db)} | {sums.max_abs_error:.3g} |"
         )

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.report.stored import how_many, percent_more, told_by
 from int8cli.report.terminal import stdout_console, titled_table
-from int8cli.report.text import broken_at_dots, printable
+from int8cli.report.text import broken_at_dots, escape
 from int8cli.results.conversion import (
     ConversionReport,
     LayerReport,
@@ -48,7 +47,7 @@ def show_report(report: ConversionReport, output: Path) -> None:
             console.print(_worst_table(report.layers[:WORST_LAYERS]))
     console.print(groups_table("Left alone", report.left_alone))
     for file, reason in report.passed_over:
-        console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+        console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
 
 def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:

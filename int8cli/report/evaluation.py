@@ -2,11 +2,10 @@
 
 import math
 
-from rich.markup import escape
 from rich.table import Table
 
 from int8cli.report.terminal import stdout_console, titled_table
-from int8cli.report.text import broken_at_dots
+from int8cli.report.text import broken_at_dots, escape, printable
 from int8cli.results.evaluation import Evaluation, MethodResult
 from int8cli.results.units import counted, perplexity_text
 
@@ -17,7 +16,7 @@ def show_evaluation(found: Evaluation) -> None:
     """Print what was compared on what, the two tables, and the notes."""
     console = stdout_console()
     for place, line in enumerate(summary_lines(found)):
-        console.print(line, soft_wrap=True, markup=False, style="bold" if place == 0 else None)
+        console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place == 0 else None)
     if found.predicts:
         console.print()
         console.print(_predictions_table(found))
@@ -61,7 +60,7 @@ def _predictions_table(found: Evaluation) -> Table:
         )
         table.add_row(escape(method.label), perplexity_text(scores.perplexity), *cells[: len(compared)])
     if found.reference is not None:
-        float_label = found.methods[0].label
+        float_label = escape(found.methods[0].label)
         table.caption = (
             f"Δ nats: mean log-likelihood lost against {float_label}, s.e. over sequences\n"
             f"KL: divergence from {float_label} in nats · same top: most likely token is the same"
@@ -78,7 +77,7 @@ def _errors_table(found: Evaluation) -> Table:
     for method in found.methods:
         if method.layers:
             table.add_row(escape(method.label), *_error_cells(method))
-    table.caption = f"‖Y - Y₀‖ / ‖Y₀‖ of each layer, given its input X in {found.methods[0].label}: Y₀ = X Wᵀ"
+    table.caption = f"‖Y - Y₀‖ / ‖Y₀‖ of each layer, given its input X in {escape(found.methods[0].label)}: Y₀ = X Wᵀ"
     return table
 
 

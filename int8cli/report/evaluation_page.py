@@ -3,7 +3,6 @@
 Owns which charts and tables there are, in which order, and the sentence that says what it comes to.
 """
 
-import html
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +38,11 @@ def write_evaluation(found: Evaluation, path: Path) -> None:
 def evaluation_page(found: Evaluation) -> str:
     """The page: the summary, the charts that there is something for, the tables."""
     lines = [*verdict_lines(found), *summary_lines(found), *(f"Note: {note}" for note in found.notes)]
-    body = [f"<h1>Evaluation of {html.escape(found.model)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lines)]
-    body.append(f'<p class="note">{html.escape(_provenance(found))}</p>')
+    body = [
+        f"<h1>Evaluation of {markup.escape(found.model)}</h1>",
+        *(f"<p>{markup.escape(line)}</p>" for line in lines),
+    ]
+    body.append(f'<p class="note">{markup.escape(_provenance(found))}</p>')
     drawn = {}
     if found.predicts:
         body.append(markup.section("Predictions", "perplexity", ""))

@@ -1,6 +1,7 @@
 """One HTML page that fetches nothing: charts by Vega, which is in the page, and tables that sort.
 
-Owns the page's markup, style and script, in light and dark. Knows nothing of what is reported.
+Owns the page's markup, style and script, in light and dark, and that a name is text in them and nothing else. Knows
+nothing of what is reported.
 """
 
 import html
@@ -10,6 +11,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from int8cli.report.text import printable
+from int8cli.report.vega import printable_spec
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2430; --page: #fff; --note: #5a6372; --line: #c9d0da; --head: #3c4554;
@@ -88,15 +92,25 @@ def page(title: str, body: Sequence[str], drawn: Mapping[str, Any]) -> str:
     """The page. `body` is HTML; `drawn` are altair charts by the names of their sections."""
     vl_convert: Any = importlib.import_module("vl_convert")  # its stubs want an argument that it does not need
 
-    specs = json.dumps({name: chart.to_dict() for name, chart in drawn.items()})
+    specs = {name: printable_spec(chart) for name, chart in drawn.items()}
     return _PAGE.format(
-        title=html.escape(title),
+        title=escape(title),
         style=_STYLE,
         body="\n".join(body),
         library=_safe(vl_convert.javascript_bundle()),
-        specs=specs.replace("<", "\\u003c"),  # in JSON it only stands in strings
+        specs=_json_in_script(specs),
         script=_SCRIPT,
     )
+
+
+def escape(text: str) -> str:
+    """The text for an element or a quoted attribute: printable, and nothing in it is markup."""
+    return html.escape(printable(text))
+
+
+def _json_in_script(value: Any) -> str:
+    """JSON for a script element. In JSON, `<` only stands in strings."""
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def _safe(script: str) -> str:
@@ -106,8 +120,8 @@ def _safe(script: str) -> str:
 
 def section(title: str, chart: str, note: str) -> str:
     """A heading, a note where there is one, and the place of the chart of that name."""
-    shown = f'<p class="note">{html.escape(note)}</p>' if note else ""
-    return f'<h2>{html.escape(title)}</h2>{shown}<div class="chart" id="{chart}"></div>'
+    shown = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<h2>{escape(title)}</h2>{shown}<div class="chart" id="{chart}"></div>'
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], otherwise: str) -> str:
@@ -115,10 +129,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], otherwise: str) 
     numbers."""
     rows = list(rows)
     if not rows:
-        return f'<p class="note">{html.escape(otherwise)}</p>'
+        return f'<p class="note">{escape(otherwise)}</p>'
     numeric = [isinstance(cell, tuple) for cell in rows[0]]
     head = "".join(
-        f'<th{" class=n" if is_number else ""}><button type="button">{html.escape(name)}</button></th>'
+        f'<th{" class=n" if is_number else ""}><button type="button">{escape(name)}</button></th>'
         for name, is_number in zip(heads, numeric, strict=True)
     )
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
@@ -127,8 +141,8 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], otherwise: str) 
 
 def _cell(cell: Cell) -> str:
     if isinstance(cell, tuple):
-        return f'<td class="n" data-value="{_sortable(cell[0])}">{html.escape(cell[1])}</td>'
-    return f"<td>{html.escape(cell)}</td>"
+        return f'<td class="n" data-value="{_sortable(cell[0])}">{escape(cell[1])}</td>'
+    return f"<td>{escape(cell)}</td>"
 
 
 def _sortable(value: float) -> str:

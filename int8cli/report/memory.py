@@ -5,7 +5,6 @@ Owns how the estimate is shown. GB is 10^9 bytes, as disks and downloads are cou
 
 from collections.abc import Iterator, Sequence
 
-from rich.markup import escape
 from rich.table import Table
 
 from int8cli.estimate.answers import MemoryReport
@@ -15,6 +14,7 @@ from int8cli.estimate.fit import Answer, Count, FitRow
 from int8cli.estimate.units import HEAD
 from int8cli.estimate.weights import Weights
 from int8cli.report.terminal import stdout_console, titled_table
+from int8cli.report.text import escape
 from int8cli.results.units import human_bytes, human_count
 
 _BAR_WIDTH = 30
@@ -29,7 +29,7 @@ def show_memory(report: MemoryReport) -> None:
     files = len(estimate.survey.shards)
     console.print(
         f"[bold]{escape(estimate.survey.identity.name)}[/bold]: {human_count(estimate.weights.parameters)} parameters "
-        f"in {files} file{'s' if files > 1 else ''}, {' and '.join(estimate.stored_dtypes)}",
+        f"in {files} file{'s' if files > 1 else ''}, {escape(' and '.join(estimate.stored_dtypes))}",
         soft_wrap=True,
     )
     console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists what does not")
@@ -101,7 +101,10 @@ def _parts_table(estimate: Estimate) -> Table:
     most = max((part.weights.float16_bytes for part in estimate.parts), default=0)
     for part in estimate.parts:
         table.add_row(
-            part.name, _bar(part, most), human_bytes(part.weights.float16_bytes), human_bytes(part.weights.int8_bytes)
+            escape(part.name),
+            _bar(part, most),
+            human_bytes(part.weights.float16_bytes),
+            human_bytes(part.weights.int8_bytes),
         )
     return table
 
@@ -169,7 +172,7 @@ def _fit_table(report: MemoryReport) -> Table:
     for row in _rows_that_differ(report.table):
         cells = [cell for name in PRECISIONS for cell in _count_cells(row.counts[name], known=known)]
         best = row.counts[INT8].in_use if known else row.counts[INT8].weights
-        table.add_row(row.card.name, gib(row.card.total_bytes), *cells, style="green" if best == 1 else "")
+        table.add_row(escape(row.card.name), gib(row.card.total_bytes), *cells, style="green" if best == 1 else "")
     return table
 
 
@@ -227,7 +230,7 @@ def _placement_table(answer: Answer) -> Table:
     if answer.placement.without:
         first = answer.placement.without[0].name
         more = len(answer.placement.without) - 1
-        table.caption = f"no room for {first}" + (f" and {more} more" if more else "")
+        table.caption = f"no room for {escape(first)}" + (f" and {more} more" if more else "")
     return table
 
 

@@ -3,7 +3,6 @@
 Owns which charts and tables it has, and in which order.
 """
 
-import html
 from pathlib import Path
 
 from int8cli.checkpoint.writer import write_file
@@ -34,10 +33,11 @@ def statistics_page(found: OutlierStatistics) -> str:
         "errors": outlier_charts.errors_by_layer(found),
     }
     body = [
-        f"<h1>Outliers of {html.escape(of.model)}</h1>",
-        *(f"<p>{html.escape(line)}</p>" for line in lines[1:]),
-        f'<p class="note">{of.tokens:,} tokens in sequences of {of.sequence_length}, seed {of.seed}, {of.dtype}'
-        + (f", revision {html.escape(of.revision)}" if of.revision else "")
+        f"<h1>Outliers of {markup.escape(of.model)}</h1>",
+        *(f"<p>{markup.escape(line)}</p>" for line in lines[1:]),
+        f'<p class="note">{of.tokens:,} tokens in sequences of {of.sequence_length}, seed {of.seed}, '
+        + markup.escape(of.dtype)
+        + (f", revision {markup.escape(of.revision)}" if of.revision else "")
         + "</p>",
         markup.section("Layer by dimension", "heatmap", ""),
         markup.section(
@@ -105,8 +105,8 @@ def statistics_page(found: OutlierStatistics) -> str:
 def suspects_page(found: WeightSuspects) -> str:
     """The page for suspects, called so throughout."""
     body = [
-        f"<h1>Suspects in {html.escape(found.model)}</h1>",
-        f"<p>{html.escape(suspects_caveat())}</p>",
+        f"<h1>Suspects in {markup.escape(found.model)}</h1>",
+        f"<p>{markup.escape(suspects_caveat())}</p>",
         markup.section("Layer by dimension", "heatmap", ""),
         "<h2>Suspects</h2>",
         markup.table(

@@ -4,7 +4,6 @@ import statistics as stats
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from int8cli.llm_int8.outliers import LAYER_SHARE, POSITION_SHARE
@@ -21,6 +20,7 @@ from int8cli.outliers.suspects import (
     WeightSuspects,
 )
 from int8cli.report.terminal import stdout_console, titled_table
+from int8cli.report.text import escape, printable
 
 MOST_ROWS = 12
 
@@ -30,7 +30,7 @@ def show_statistics(found: OutlierStatistics) -> None:
     console = stdout_console()
     features, massive = found.features(), grouped_massive(found.massive())
     for place, line in enumerate(summary_lines(found, features, massive)):
-        console.print(line, soft_wrap=True, markup=False, style="bold" if place in (0, 2) else None)
+        console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place in (0, 2) else None)
     tables = [_features_table(features)] if features else []
     tables += [_massive_table(massive)] if massive else []
     for table in (*tables, _kinds_table(found.linear_sites), _sites_table(found.linear_sites)):
@@ -161,7 +161,7 @@ def _features_table(features: Sequence[LocatedFeature]) -> Table:
             f"{feature.position_share:.1%}",
             f"{feature.peak_share:.1%}",
             f"{feature.largest:.1f}",
-            feature.sign,
+            escape(feature.sign),
             ranges(located.layers),
         )
     table.caption = "positions: mean over all norm-fed inputs · at most: in one layer"
@@ -175,7 +175,7 @@ def _massive_table(groups: Sequence[MassiveGroup]) -> Table:
         table.add_column(name, justify="right", overflow="fold")
     for group in groups[:MOST_ROWS]:
         table.add_row(
-            f"{group.kind} input" if group.kind != "residual" else "residual stream",
+            f"{escape(group.kind)} input" if group.kind != "residual" else "residual stream",
             str(group.dimension),
             ranges(group.layers),
             f"{group.largest:,.0f}",
@@ -194,7 +194,7 @@ def _kinds_table(sites: Sequence[SiteStatistics]) -> Table:
     for kind in dict.fromkeys(site.kind for site in sites):
         members = [site for site in sites if site.kind == kind]
         table.add_row(
-            kind,
+            escape(kind),
             str(len(members)),
             f"{stats.mean(site.inputs.share_of_values_over for site in members):.3%}",
             f"{max(float(site.inputs.absmax.max()) for site in members):,.1f}",
@@ -208,7 +208,7 @@ def _sites_table(sites: Sequence[SiteStatistics]) -> Table:
     prefix = common_prefix([site.name for site in sites])
     worst = sorted(sites, key=lambda site: -site.worst_predicted_error(int8_inputs=True))[:MOST_ROWS]
     table = titled_table("Inputs with the largest predicted error")
-    table.add_column(f"input of {prefix}…" if prefix else "input of", overflow="fold")
+    table.add_column(f"input of {escape(prefix)}…" if prefix else "input of", overflow="fold")
     for name in ("dims over", "largest", "at dim", "int8 w.", "vector-wise"):
         table.add_column(name, justify="right", no_wrap=True)
     for site in worst:

@@ -4,8 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
@@ -13,7 +11,7 @@ from int8cli.records.store import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
 from int8cli.report.stored import columns_word, percent_more, told_by
 from int8cli.report.terminal import stdout_console
-from int8cli.report.text import printable
+from int8cli.report.text import escape
 from int8cli.results.units import counted, human_bytes, human_count
 
 PLAN_SCHEMA = "int8cli.plan/1"
@@ -116,7 +114,7 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
     console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
     console.print(groups_table("Left alone", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
-        console.print(f"[dim]not copied:[/dim] {escape(printable(file))} [dim]({escape(reason)})[/dim]", soft_wrap=True)
+        console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
 
 def _stored_lines(survey: Survey) -> list[str]:
@@ -131,7 +129,7 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
         return "no columns are stored exactly"
     told = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(printable(told_by(told)))
+    by = escape(told_by(told))
     return f"up to {columns} are kept exact, {settings.outlier_columns:,} of a layer at most; {by}"
 
 

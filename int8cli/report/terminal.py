@@ -1,16 +1,42 @@
-"""What all reports on the terminal have in common: a console of 80 columns, and the look of a table."""
+"""What all reports on the terminal have in common: a console of 80 columns, and the look of a table.
 
-from rich.console import Console
+Owns the last gate before the terminal: nothing but printable characters, newlines and rich's own sequences pass.
+"""
+
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+
+from int8cli.report.text import PrintableStream, unescaped
 
 WIDTH = 80
 
 
+class PrintingConsole(Console):
+    """A console that writes out control characters, and shows names as `text.escape` made them.
+
+    Text without markup, such as a cell of a table, need not have been escaped to be harmless to the terminal.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(unescaped(segment.text), segment.style)
+
+
 def stdout_console() -> Console:
     """A console on stdout that never uses more than 80 columns."""
-    console = Console(highlight=False)
+    console = PrintingConsole(highlight=False, emoji=False)
     console.width = min(console.width, WIDTH)
     return console
+
+
+def stderr_console() -> Console:
+    """A console on stderr, as wide as the terminal."""
+    stream = sys.stderr.stream if isinstance(sys.stderr, PrintableStream) else sys.stderr
+    return PrintingConsole(file=stream, highlight=False, emoji=False)
 
 
 def titled_table(title: str) -> Table:

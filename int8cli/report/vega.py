@@ -5,12 +5,13 @@ Owns what every chart of a report looks like. Knows nothing of what is drawn.
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import MissingExtraError, OutputError
+from int8cli.report.text import printable
 
 Row = dict[str, Any]
 
@@ -31,7 +32,7 @@ def require_altair() -> Any:
 
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as .png or .svg on white, whole or not at all. Raises OutputError."""
-    chart = chart.properties(background="white")
+    chart = require_altair().Chart.from_dict(printable_spec(chart.properties(background="white")))
     if path.suffix == ".svg":
         text = io.StringIO()
         chart.save(text, format="svg")
@@ -42,6 +43,19 @@ def save_chart(chart: Any, path: Path) -> None:
         write_file(path, data.getvalue())
     else:
         raise OutputError(f"{path}: pictures are .png or .svg")
+
+
+def printable_spec(chart: Any) -> dict[str, Any]:
+    """The chart as Vega-Lite. Names in it are printable, the same everywhere; XML cannot hold control characters."""
+    return {key: _printable(value) for key, value in chart.to_dict().items()}
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(each) for key, each in value.items()}
+    return [_printable(each) for each in value] if isinstance(value, list) else value
 
 
 def chart_of(rows: Sequence[Row]) -> Any:

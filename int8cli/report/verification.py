@@ -1,9 +1,9 @@
 """What verify found, on the terminal, in 80 columns: a line for each check, then every failure by name."""
 
-from rich.markup import escape
 from rich.table import Table
 
 from int8cli.report.terminal import stdout_console
+from int8cli.report.text import escape
 from int8cli.results.verification import Check, Failure, Verification
 
 FAILURES_SHOWN = 20
@@ -18,7 +18,7 @@ def show_verification(verification: Verification) -> None:
     """Print the checks and their failures; of each check at most `FAILURES_SHOWN`."""
     console = stdout_console()
     against = f" against [bold]{escape(verification.source)}[/bold]" if verification.source else ""
-    head = f"[bold]{escape(verification.directory)}[/bold]: {escape(verification.model)}, {verification.layout}"
+    head = f"[bold]{escape(verification.directory)}[/bold]: {escape(verification.model)}, {escape(verification.layout)}"
     console.print(head + against, soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)

@@ -12,8 +12,10 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
-from calibration_models import make_model
-from checkpoints import HEADS, LISTED, OTHERS, build_tiny, convert_local
+from support.calibration_models import make_model
+from support.checkpoints import HEADS, LISTED, OTHERS, WITHOUT_COLUMNS, build_tiny
+
+from int8cli import ConvertOptions, convert
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Those whose calibration and load_model are tried too, and compressed-tensors: one of each way to build a block.
@@ -32,9 +34,10 @@ def write_cases(directory: Path, names: set[str]) -> None:
                 make_model(name, case / "source", dtype=dtype)
             else:
                 build_tiny(tiny, dtype).save_pretrained(case / "source")
-            convert_local(case / "source", case / "bitsandbytes")
+            convert(case / "source", case / "bitsandbytes", WITHOUT_COLUMNS)
             if runs and name != "gpt2":
-                convert_local(case / "source", case / "compressed-tensors", layout="compressed-tensors")
+                options = ConvertOptions(outliers="none", layout="compressed-tensors")
+                convert(case / "source", case / "compressed-tensors", options)
             facts = {
                 "class": tiny.model,
                 "runs": runs,

@@ -2,8 +2,6 @@
 
 `run` and `start` go through `python -m int8cli`. `Nursery` starts the same program by forking an interpreter that has
 imported it already, which takes 20 ms instead of two seconds: what tests that need many processes use.
-
-Unless it is told otherwise, a `convert` started here stores no outlier columns: those have test_outlier_conversion.py.
 """
 
 import gc
@@ -17,7 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0
+# What most tests convert with: stored columns have test_sidecars.py and test_outlier_conversion.py.
+CONVERT = ("convert", "--outliers", "none")
 
 _LARGE_BYTES = 1 << 16
 
@@ -45,17 +45,10 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
 
 
-def completed(args: Sequence[str | Path]) -> list[str]:
-    """A command line, with what a test leaves open."""
-    line = [str(arg) for arg in args]
-    quiet = line[:1] != ["convert"] or "--outliers" in line or "--help" in line
-    return line if quiet else [*line, "--outliers", "none"]
-
-
 def start(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, **options) -> subprocess.Popen[str]:
     """Start the program in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "int8cli", *completed(args)],
+        [sys.executable, "-m", "int8cli", *map(str, args)],
         cwd=cwd,
         env=environment(**(env or {})),
         stdout=subprocess.PIPE,
@@ -110,6 +103,9 @@ class Nursery:
             env=environment(),
             cwd=scratch,
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def start(
         self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, user: int | None = None
@@ -118,7 +114,9 @@ class Nursery:
         stdout, stderr = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
         stdout.touch()
         stderr.touch()  # a child may be killed before it opens them
-        pid = self._ask(("start", completed(args), str(cwd), dict(env or {}), str(stdout), str(stderr), user))
+        pid = self._ask(
+            ("start", [str(arg) for arg in args], str(cwd), dict(env or {}), str(stdout), str(stderr), user)
+        )
         return Child(pid, self, stdout, stderr)
 
     def run(
@@ -130,16 +128,17 @@ class Nursery:
         return self._ask(("wait", pid))
 
     def close(self) -> None:
-        self._process.stdin.close()
+        self._requests.close()
         self._process.wait(LIMIT_S)
-        self._process.stdout.close()
+        self._answers.close()
 
-    def _ask(self, request: tuple) -> int:
-        pickle.dump(request, self._process.stdin)
-        self._process.stdin.flush()
-        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT_S)
+    def _ask(self, request: tuple[object, ...]) -> int:
+        pickle.dump(request, self._requests)
+        self._requests.flush()
+        ready, _, _ = select.select([self._answers], [], [], LIMIT_S)
         assert ready, f"no answer to {request}"
-        return pickle.load(self._process.stdout)
+        answer: int = pickle.load(self._answers)
+        return answer
 
 
 @contextmanager
@@ -261,12 +260,10 @@ def _serve() -> None:
     """The nursery's own process: forks on request, and in the child becomes the program."""
     from typer.testing import CliRunner
 
-    import int8cli.checkpoint.locate
     import int8cli.cli
     import int8cli.cli.progress
-    import int8cli.conversion.convert
+    import int8cli.commands.convert
     import int8cli.conversion.shard
-    import int8cli.report.card
     import int8cli.report.plan
 
     CliRunner().invoke(int8cli.cli.app, ["convert", "./nothing"])  # and with it what is imported on the way

@@ -456,7 +456,8 @@ def quantize_with_bitsandbytes(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 data (out, in) and float32 scales (out,) as bitsandbytes' own layer makes them of a weight (out, in)."""
     from bitsandbytes.nn import Int8Params
 
-    quantized = Int8Params(weight.clone(), requires_grad=False).to("cpu")
+    made: Any = Int8Params(weight.clone(), requires_grad=False)
+    quantized = made.to("cpu")
     return quantized.data, quantized.SCB
 
 

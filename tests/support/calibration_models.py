@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
 from int8cli.checkpoint.locate import opened_source
 from int8cli.model.sampling import Sampling
@@ -15,6 +14,7 @@ from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import survey_source
 from int8cli.progress import SILENT, Progress
+from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
 WORDS = [f"w{index}" for index in range(90)]
 

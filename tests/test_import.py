@@ -1,0 +1,20 @@
+"""The package is found as itself, wherever Python is started and whatever else is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_directory_above_a_clone_imports_the_package_and_not_an_empty_one(tmp_path: Path) -> None:
+    """A clone is a directory named int8cli without an `__init__.py`: to Python, a namespace package of that name."""
+    (tmp_path / "int8cli" / "int8cli").mkdir(parents=True)
+    code = "import int8cli; print(int8cli.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_torch_without_numpy_is_no_warning_of_ours() -> None:
+    """numpy is no dependency; torch warns of its absence when it is first imported."""
+    code = "import sys; sys.modules['numpy'] = None; import int8cli.llm_int8"
+    done = subprocess.run([sys.executable, "-c", f"{code}, torch"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
