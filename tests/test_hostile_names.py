@@ -246,8 +246,8 @@ def test_a_conversion_and_what_it_writes(source: Path, nursery: Nursery, tmp_pat
 def test_a_command_over_a_hostile_checkpoint(
     arguments: list[str], source: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
-    output = ["-o", f"out{EVIL_FILE}"] if arguments[0] == "convert" else []
-    work = ["--work-dir", tmp_path / "work"] if arguments[0] == "inspect-outliers" else []
+    output: list[str] = ["-o", f"out{EVIL_FILE}"] if arguments[0] == "convert" else []
+    work: list[str | Path] = ["--work-dir", tmp_path / "work"] if arguments[0] == "inspect-outliers" else []
     check_lines(nursery.run(arguments[0], source, *arguments[1:], *output, *work, cwd=tmp_path))
     again = ["--overwrite"] if output and "--dry-run" not in arguments else []
     check_json(nursery.run(arguments[0], source, *arguments[1:], *output, *work, *again, "--json", cwd=tmp_path))
@@ -278,7 +278,7 @@ def test_activations_in_tables_a_page_and_pictures(runnable: Path, nursery: Nurs
     check_json(nursery.run(*command, "--json", cwd=tmp_path))
     check_page(tmp_path / f"s{EVIL_FILE}.html")
     check_picture(tmp_path / f"s{EVIL_FILE}.svg")
-    by = ["--outliers", tmp_path / f"s{EVIL_FILE}.safetensors"]
+    by: list[str | Path] = ["--outliers", tmp_path / f"s{EVIL_FILE}.safetensors"]
     check_lines(nursery.run("convert", runnable, "-o", "by", *by, cwd=tmp_path))
     check_card(tmp_path / "by/README.md")
     check_lines(
@@ -307,7 +307,11 @@ def test_errors_and_usage(command: str, source: Path, nursery: Nursery, tmp_path
 
 
 def test_a_model_that_cannot_run(source: Path, nursery: Nursery, tmp_path: Path) -> None:
-    for arguments in (["convert", source, "--outliers", "activations"], ["evaluate", source, "--work-dir", "w"]):
+    commands: tuple[list[str | Path], ...] = (
+        ["convert", source, "--outliers", "activations"],
+        ["evaluate", source, "--work-dir", "w"],
+    )
+    for arguments in commands:
         check_lines(nursery.run(*arguments, cwd=tmp_path), 1, named=False)
 
 
@@ -333,7 +337,11 @@ def test_values_of_the_config(config: dict[str, object], runnable: Path, nursery
         (source / path.name).symlink_to(path)
     (source / "config.json").unlink()
     write_json(source / "config.json", json.loads((runnable / "config.json").read_text()) | config)
-    for arguments in (["convert", source, "-o", "o", "--outliers", "auto"], ["estimate-memory", source]):
+    commands: tuple[list[str | Path], ...] = (
+        ["convert", source, "-o", "o", "--outliers", "auto"],
+        ["estimate-memory", source],
+    )
+    for arguments in commands:
         outcome = nursery.run(*arguments, cwd=tmp_path)
         check_lines(outcome, outcome.code, named=False)
     if (tmp_path / "o/README.md").exists():

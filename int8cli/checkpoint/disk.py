@@ -46,6 +46,24 @@ def system_errors() -> Iterator[None]:
             "this process is not given as much memory as it needs",
             hint="Close other programs, or raise the limit that it runs under, and run the same command again.",
         ) from error
+    except ImportError as error:
+        library = _unloadable(error)
+        if library is None:
+            raise
+        raise SystemRefusalError(
+            f"{library} cannot be loaded ({error!s:.200})",
+            hint="Raise the limits that this process runs under, or install the package again.",
+        ) from error
+
+
+def _unloadable(error: BaseException | None) -> str | None:
+    """The shared library that the system did not load, where that is why an import failed."""
+    while error is not None:
+        path = error.path if isinstance(error, ImportError) else None
+        if path is not None and not path.endswith(".py"):
+            return path
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def system_refusal(error: OSError) -> SystemRefusalError:

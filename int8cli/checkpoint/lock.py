@@ -76,10 +76,15 @@ def _lock(output: Path, own: Path) -> int:
             descriptor = open_real_directory(own)
         hint = "Wait for it to end, or choose another directory."
         hold(descriptor, f"{output} is in use by another int8cli process", hint)
-        with disk_errors(own):
-            if _is_still(own, descriptor):
-                return descriptor
-        os.close(descriptor)  # its last holder removed it in between
+        still = False
+        try:
+            with disk_errors(own):
+                still = _is_still(own, descriptor)
+        finally:
+            if not still:  # its last holder removed it in between, or nobody knows
+                os.close(descriptor)
+        if still:
+            return descriptor
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

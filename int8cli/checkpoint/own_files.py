@@ -42,7 +42,8 @@ def opened_directory(directory: Path, below: Path, *, make: bool = False) -> Ite
             if make:
                 with suppress(FileExistsError):
                     os.mkdir(name, dir_fd=descriptor)
-            descriptor = _exchanged(descriptor, _open_real(name, descriptor, reached))
+            above, descriptor = descriptor, _open_real(name, descriptor, reached)
+            os.close(above)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -99,11 +100,6 @@ def _open_real(name: str, parent: int | None, path: Path) -> int:
 
 def _is_link(name: str, parent: int | None) -> bool:
     return stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
-
-
-def _exchanged(before: int, after: int) -> int:
-    os.close(before)
-    return after
 
 
 def _is_a_link(path: Path) -> OutputError:

@@ -36,9 +36,14 @@ class FileReader:
         self._path = path
         try:
             self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            self._state = FileState.of(os.fstat(self._descriptor))
         except OSError as error:
             raise reading_error(path, error) from error
+        try:
+            with reading_errors(path):
+                self._state = FileState.of(os.fstat(self._descriptor))
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     @property
     def size_bytes(self) -> int:

@@ -26,7 +26,7 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
 
     try:
         return torch.load(file, weights_only=True, map_location=device, mmap=False)
-    except Int8cliError:  # of a file that cannot be read on
+    except Int8cliError:  # of the reading, not of the pickle
         raise
     except NotImplementedError as error:
         raise CheckpointError(

@@ -45,7 +45,11 @@ def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Calla
             except BrokenPipeError:  # the reader of stdout went away (`| head`)
                 _forget_stdout()
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
-            except (OSError, MemoryError) as error:  # outside of the library: of a module to be loaded, say
+            except (
+                OSError,
+                MemoryError,
+                ImportError,
+            ) as error:  # from outside of the library
                 refusal = _refusal(error)
                 with suppress(OSError):
                     show_error(refusal, hint_for(refusal, hints))
@@ -83,7 +87,7 @@ def _ended_by(otherwise: int) -> int:
     return otherwise if number is None else 128 + number
 
 
-def _refusal(error: OSError | MemoryError) -> Int8cliError:
+def _refusal(error: OSError | MemoryError | ImportError) -> Int8cliError:
     try:
         with system_errors():
             raise error

@@ -49,7 +49,7 @@ def start_workers_early(model: str, output: Path, options: ConvertOptions) -> No
         return
     if str(options.outliers) not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
         return  # a calibration may convert in this process, and imports torch here
-    directory = Path(model).expanduser()
+    directory = Path(os.path.expanduser(model))
     with suppress(OSError):  # the code that needs an unreadable file reports it
         files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
         size_bytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))

@@ -1,0 +1,184 @@
+"""Faults of the disk and of limits, wherever they come: an error of ours, nothing half-written, and a rerun goes on."""
+
+import errno
+import fcntl
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from program import ROOT, llama, tree
+
+from int8cli import ConvertOptions, EstimateOptions, convert, estimate_memory, verify
+from int8cli.checkpoint.disk import system_errors
+from int8cli.commands.options import VerifyOptions
+from int8cli.errors import (
+    DiskSpaceError,
+    Int8cliError,
+    NotEnoughMemoryError,
+    OutputError,
+    SystemRefusalError,
+)
+from int8cli.model.saved_states import SavedStates
+
+PLAIN = ConvertOptions(outliers="none", workers=1, threads=1)
+CALLS = ["open", "fstat", "preadv", "pwrite", "fsync", "replace", "mkdir", "unlink", "posix_fallocate", "stat", "close"]
+NUMBERS = [errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("source") / "model", layers=1)
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path) -> dict[str, bytes]:
+    convert(model, model.parent / "reference", PLAIN)
+    return tree(model.parent / "reference")
+
+
+class Fault:
+    """The call of a function of `os`, of those that concern some directories, that fails."""
+
+    def __init__(self, nth: int, number: int) -> None:
+        self.nth, self.number, self.calls = nth, number, 0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def failing(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.nth:
+                if function is os_close:  # as Linux does: it is closed, whatever it says
+                    function(*args, **options)
+                raise OSError(self.number, os.strerror(self.number))
+            return function(*args, **options)
+
+        return failing
+
+
+os_close = os.close
+
+
+@contextmanager
+def failing(call: str, fault: Fault) -> Iterator[None]:
+    right = getattr(os, call)
+    setattr(os, call, fault.around(right))
+    try:
+        yield
+    finally:
+        setattr(os, call, right)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_system_call_that_fails_is_an_error_of_ours(
+    call: str, model: Path, reference: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Every few calls of a conversion in turn, each with another errno; then a run without faults goes on."""
+    output, nth, reached = tmp_path / "out", 1, True
+    while reached:
+        fault = Fault(nth, NUMBERS[nth % len(NUMBERS)])
+        with failing(call, fault), suppress(Int8cliError):
+            convert(model, output, PLAIN)
+        reached = fault.calls >= nth
+        for name, data in tree(output).items() if output.exists() else ():
+            aside = name.startswith("int8/partial/") or Path(name).name.startswith(".") or name.endswith("/")
+            assert aside or data == reference[name], f"{name} is not whole after call {nth} of {call}"
+        nth += 1 + nth // 4
+    convert(model, output, PLAIN)
+    assert tree(output) == reference
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO, errno.EOPNOTSUPP])
+def test_a_disk_that_locks_nothing_is_told(
+    number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(OutputError, match="two runs on it could not be kept apart"):
+        convert(model, tmp_path / "out", PLAIN)
+
+
+def test_reading_a_config_that_the_disk_does_not_give(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from int8cli.checkpoint import reader
+
+    class Broken(reader._CheckedFile):
+        def readinto(self, buffer: Any, /) -> int:
+            with reader.reading_errors(self._path, self._called):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(reader, "_CheckedFile", Broken)
+    with pytest.raises(Int8cliError, match="cannot be read: Input/output error"):
+        estimate_memory(str(model), EstimateOptions())
+
+
+def test_the_library_tells_of_memory_in_its_own_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("int8cli.checkpoint.directory.open_to_read", greedy)
+    with pytest.raises(NotEnoughMemoryError):
+        estimate_memory(str(model), EstimateOptions())
+
+
+def test_a_full_disk_between_blocks_is_told(tmp_path: Path) -> None:
+    states = SavedStates(tmp_path / "blocks", {"run": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(DiskSpaceError):
+            states.put("layers", "0", 1, 0, torch.zeros(1 << 20))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    states.put("layers", "0", 1, 0, torch.ones(1 << 10))
+    states.finish("layers", "0", 1)
+    assert torch.equal(states.get("layers", 0), torch.ones(1 << 10))
+    states.close()
+
+
+@pytest.mark.parametrize("limit", [12, 16, 20, 40])
+def test_few_descriptors_are_no_traceback(limit: int, model: Path, tmp_path: Path) -> None:
+    program = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
+        "from int8cli.cli import main; import sys\n"
+        f"sys.argv = ['int8cli', 'convert', {str(model)!r}, '-o', 'out', '--outliers', 'none', '--workers', '2']\n"
+        "main()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    assert ended.returncode in (0, 1), ended.stderr.decode()
+    assert b"Traceback" not in ended.stderr, ended.stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "~nobody-of-this-name/m", "loop"])
+def test_a_model_that_no_disk_can_hold_is_not_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(Int8cliError):
+        convert(f"./{name}" if name != "~nobody-of-this-name/m" else name, options=PLAIN)
+
+
+@pytest.mark.parametrize("output", ["n" * 300, "file/out", "loop/out"])
+def test_an_output_that_no_disk_can_hold_is_an_error(output: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    for run in (lambda: convert(model, tmp_path / output, PLAIN), lambda: verify(tmp_path / output, VerifyOptions())):
+        with pytest.raises(Int8cliError):
+            run()
+
+
+def test_a_library_that_the_limit_does_not_let_in_is_told() -> None:
+    loading = ImportError("libx.so: failed to map segment from shared object", path="/site/x.cpython-311.so")
+    wrapped = ImportError("advice")
+    wrapped.__cause__ = loading
+    for error in (loading, wrapped):
+        with pytest.raises(SystemRefusalError, match=r"/site/x\.cpython-311\.so cannot be loaded"), system_errors():
+            raise error
+    with pytest.raises(ImportError), system_errors():  # a bug keeps its traceback
+        raise ImportError("cannot import name", path="/site/x.py")
