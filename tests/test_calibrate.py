@@ -1,8 +1,11 @@
 """A model run block by block: the same numbers, one block in memory, and what is found on the way."""
 
+import io
+import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -320,15 +323,45 @@ def test_state_that_cannot_be_read_back_is_made_again(
     assert any(note.endswith("starting over") for note in progress.notes) == told
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record, elsewhere: record["latest"].update(dict.fromkeys(record["latest"], f"../../{elsewhere}@1")),
+        lambda record, elsewhere: record["latest"].update(dict.fromkeys(record["latest"], "..")),
+        lambda record, elsewhere: record["finished"].append(f"../../{elsewhere}@1"),
+        lambda record, elsewhere: record.update(finished=5),
+        lambda record, elsewhere: record.update(latest=[["model.layers", 5]]),
+        lambda record, elsewhere: record.clear(),
+    ],
+)
+def test_a_record_of_blocks_that_leads_elsewhere_or_is_none_is_not_gone_by(
+    change: Callable[[Any, str], object], tmp_path: Path
+) -> None:
+    make_model("llama", tmp_path / "model")
+    kept, precious = tmp_path / "work" / "blocks", tmp_path / "precious@1" / "0.pt"
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
+    with pytest.raises(Killed):
+        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+    record = json.loads((kept / "record.json").read_text())
+    change(record, "precious")
+    (kept / "record.json").write_text(json.dumps(record))
+    again = calibrated(tmp_path / "model", kept_in=kept)
+    assert saved(again, tmp_path / "again.safetensors") == whole
+    assert precious.read_text() == "precious"
+
+
 def test_state_that_cannot_be_read_back_in_the_run_that_made_it_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model("llama", tmp_path / "model")
     save = torch.save
 
-    def save_half(saved: object, path: Path) -> None:
-        save(saved, path)
-        path.write_bytes(path.read_bytes()[:100])
+    def save_half(saved: object, file: BinaryIO) -> None:
+        whole = io.BytesIO()
+        save(saved, whole)
+        file.write(whole.getvalue()[:100])
 
     monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(SavedStateError, match=r"0\.pt cannot be read back"):

@@ -12,6 +12,7 @@ from support.checkpoints import WITHOUT_COLUMNS, read_all, read_json, read_tenso
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert
+from int8cli.errors import IndexFileError
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,37 @@ def test_bin_shards_become_safetensors_shards(
     assert not list((tmp_path / "output").glob("pytorch_model.bin*"))
     assert same_tensors(tmp_path / "output", tiny)
     assert opens_in_transformers(tmp_path / "output", tiny)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a.bin", "a.pt"), "a.bin and a.pt would both be written to a.safetensors"),
+        (("d/a.pth", "d/a.bin"), "would both be written to d/a.safetensors"),
+        (("int8/outliers/a.bin", "b.bin"), "int8/outliers/a.bin would become int8/outliers/a.safetensors"),
+    ],
+)
+def test_shards_that_would_take_one_anothers_place_or_ours_are_refused(
+    names: tuple[str, ...], message: str, source: Path, state: dict[str, Tensor], tmp_path: Path
+) -> None:
+    shards = dict(zip(names, split(state, len(names)), strict=True))
+    for name, tensors in shards.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, source / name)
+    write_index(source, "pytorch_model.bin.index.json", shards)
+    with pytest.raises(IndexFileError, match=message):
+        convert(source, tmp_path / "output", WITHOUT_COLUMNS)
+    assert not list((tmp_path / "output").rglob("*.safetensors"))
+
+
+def test_what_lies_in_a_directory_named_like_ours_is_not_copied(tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "source", tmp_path / "model")
+    (tmp_path / "model/int8").mkdir()
+    (tmp_path / "model/int8/report.py").write_text("theirs")
+    convert(tmp_path / "model", tmp_path / "output", WITHOUT_COLUMNS)
+    left = read_json(tmp_path / "output/int8/report.json")["passed_over"]
+    assert {"file": "int8/report.py", "reason": "in the directory of int8cli's own files"} in left
+    assert not (tmp_path / "output/int8/report.py").exists()
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "some.bin"])

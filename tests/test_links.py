@@ -8,7 +8,7 @@ from support.program import llama, tree
 
 from int8cli import ConvertOptions, convert, verify
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.own_files import name_aside, remove_tree
+from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.commands.options import VerifyOptions
 from int8cli.errors import OutputError, SourceError
@@ -250,3 +250,14 @@ def test_a_snapshot_leads_to_no_other_repositorys_blobs(tmp_path: Path) -> None:
     source = DirectorySource(found)
     with pytest.raises(SourceError, match="outside"):
         source.open("tokenizer.json")
+
+
+def test_no_directory_outside_is_opened_or_removed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    outside = tmp_path / "out/../elsewhere"
+    with pytest.raises(OutputError, match="does not lie in"), opened_directory(outside, tmp_path / "out"):
+        pass
+    with pytest.raises(OutputError, match="does not lie in"):
+        remove_tree(outside, tmp_path / "out")
+    assert (tmp_path / "elsewhere").is_dir()

@@ -382,6 +382,33 @@ def test_overwrite_touches_nothing_that_it_did_not_write(model: Path, done: Path
     assert after != before
 
 
+@pytest.mark.parametrize("part", ["shards", "files"])
+@pytest.mark.parametrize("form", ["above", "absolute", "through a link"])
+def test_overwrite_removes_nothing_elsewhere_whatever_its_records_name(
+    form: str, part: str, model: Path, done: Path, nursery: Nursery
+) -> None:
+    elsewhere = model.parent / "elsewhere"
+    elsewhere.mkdir()
+    precious = [elsewhere / "x.json", elsewhere / "x.safetensors", elsewhere / "x"]
+    for file in precious:
+        file.write_text("precious")
+    (done / "link").symlink_to(elsewhere)
+    directory = {"above": "../elsewhere", "absolute": str(elsewhere), "through a link": "link"}[form]
+    conversion = json.loads((done / "int8/conversion.json").read_text())
+    entry = {**conversion["shards"][0], "output": f"{directory}/x.safetensors"}
+    conversion[part].append(entry if part == "shards" else f"{directory}/x")
+    (done / "int8/conversion.json").write_text(json.dumps(conversion))
+    before = tree(done)
+    outcome = nursery.run(*CONVERT, model, "-o", done, "--overwrite", cwd=model.parent)
+    assert [file.read_text() for file in precious] == ["precious"] * 3
+    if form == "through a link" and part == "shards":  # its record would be at int8/records/link/x.json: all is ours
+        assert outcome.code == 0
+    else:
+        assert outcome.code == 1
+        assert "Traceback" not in outcome.err
+        assert tree(done) == before
+
+
 @pytest.mark.parametrize("options", [[], ["--overwrite"]])
 @pytest.mark.parametrize(
     "foreign",

@@ -37,7 +37,7 @@ def opened_directory(directory: Path, below: Path, *, make: bool = False) -> Ite
         below.mkdir(parents=True, exist_ok=True)
     descriptor, reached = os.open(below, _DIRECTORY), below
     try:
-        for name in directory.relative_to(below).parts:
+        for name in _parts_below(directory, below):
             reached /= name
             if make:
                 with suppress(FileExistsError):
@@ -78,7 +78,11 @@ def open_or_create(name: str, directory: int) -> int:
 
 
 def remove_tree(directory: Path, below: Path) -> None:
-    """Remove a directory of ours, as far as that can be done. A link is neither followed nor removed."""
+    """Remove a directory of ours, as far as that can be done. A link is neither followed nor removed.
+
+    Raises OutputError where it does not lie below `below`.
+    """
+    _parts_below(directory, below)
     with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
         shutil.rmtree(directory.name, ignore_errors=True, dir_fd=parent)
 
@@ -87,6 +91,13 @@ def refuse_link(path: Path) -> None:
     """Raise OutputError if a path, where there is a directory of ours or none, is a link."""
     if os.path.islink(path):
         raise _is_a_link(path)
+
+
+def _parts_below(directory: Path, below: Path) -> tuple[str, ...]:
+    parts = directory.relative_to(below).parts
+    if os.pardir in parts:
+        raise OutputError(f"{directory} does not lie in {below}")
+    return parts
 
 
 def _open_real(name: str, parent: int | None, path: Path) -> int:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO, TypeVar
@@ -25,6 +26,7 @@ from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
 from int8cli.progress import Progress
+from int8cli.typed_json import parse_json, read_as
 
 _RECORD = "record.json"
 # What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
@@ -34,6 +36,15 @@ _UNREADABLE = (
 )
 
 Step = TypeVar("Step")
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """What is in the record: whose run it is, the finished blocks in order, and by stack the last of them."""
+
+    identity: Any
+    finished: tuple[str, ...]
+    latest: dict[str, str]
 
 
 class SavedStates:
@@ -131,9 +142,9 @@ class SavedStates:
     def _read_record(self) -> None:
         """Read the record. Ignored if it belongs to another run or cannot be read: then every block runs again."""
         with contextlib.suppress(SavedStateError), read_back(self._directory / _RECORD) as path:
-            record = json.loads(path.read_bytes())
-            if record["identity"] == self._identity:
-                self._finished, self._latest = list(record["finished"]), dict(record["latest"])
+            record = read_as(_Record, parse_json(path.read_bytes()))
+            if record.identity == self._identity and all(map(_is_key, (*record.finished, *record.latest.values()))):
+                self._finished, self._latest = list(record.finished), dict(record.latest)
 
 
 def resumed_or_started_over(
@@ -225,6 +236,11 @@ def _lock_file(directory: Path) -> Path:
 
 def _key(block: str, visit: int) -> str:
     return f"{block}@{visit}".replace(os.sep, "_")
+
+
+def _is_key(name: str) -> bool:
+    """Whether a name may be one that `_key` made: that of a directory here, and of none elsewhere."""
+    return "@" in name and os.sep not in name and "\0" not in name
 
 
 def _is_plain(output: Any) -> bool:
