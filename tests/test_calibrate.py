@@ -343,11 +343,11 @@ def test_a_record_of_blocks_that_leads_elsewhere_or_is_none_is_not_gone_by(
     precious.write_text("precious")
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
     with pytest.raises(Killed):
-        calibrated(tmp_path / "model", kept_in=kept, progress=KilledAfter(1))
+        calibrated(tmp_path / "model", state_directory=kept, progress=KilledAfter(1))
     record = json.loads((kept / "record.json").read_text())
     change(record, "precious")
     (kept / "record.json").write_text(json.dumps(record))
-    again = calibrated(tmp_path / "model", kept_in=kept)
+    again = calibrated(tmp_path / "model", state_directory=kept)
     assert saved(again, tmp_path / "again.safetensors") == whole
     assert precious.read_text() == "precious"
 

@@ -4,10 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from support.program import llama, outcome_of, run, start, tree, wait_until
+
+
+@pytest.fixture(autouse=True)
+def hang_up_by_default() -> Iterator[None]:
+    """The suite may run under nohup, which children would inherit."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="module")

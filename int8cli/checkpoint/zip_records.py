@@ -27,6 +27,9 @@ _DIRECTORY_LIMIT_BYTES = 1 << 25  # about 100 bytes a record
 _PLAIN_FLAGS = 0x8 | 0x800  # sizes follow the data, names are UTF-8; all others tell of encryption and patches (4.4.4)
 _DIRECTORY_ATTRIBUTE = 0x10
 _ZIP64_FIELD = 1
+# Read on the way past it, up to this size: it is always wanted, and lies before the tensors.
+_PICKLE = "data.pkl"
+_PASSED_LIMIT_BYTES = 1 << 22
 _RETRY_HINT = "The download may be incomplete: run the same command again."
 
 
@@ -67,6 +70,7 @@ class ZipRecords:
 
     def __init__(self, file: BinaryIO, file_name: str, file_bytes: int) -> None:
         self._file, self._file_name, self._file_bytes = file, file_name, file_bytes
+        self._passed: dict[str, bytes] = {}
         directory = self._directory()
         entries = list(self._entries(directory))
         self.by_name = {record.name: record for record in self._placed(entries, directory.offset_bytes)}
@@ -91,7 +95,7 @@ class ZipRecords:
             raise CorruptShardError(
                 f"{self._file_name}: the record {name!r} has {record.size_bytes:,} bytes, more than it ever needs"
             )
-        data = self._bytes(record.offset_bytes, record.size_bytes)
+        data = self._passed.pop(name, None) or self._bytes(record.offset_bytes, record.size_bytes)
         if zlib.crc32(data) != record.crc32:
             raise CorruptShardError(
                 f"{self._file_name}: the record {name!r} is not as it was written", hint=_RETRY_HINT
@@ -192,7 +196,10 @@ class ZipRecords:
             directory, _, name = entry.raw_name.partition(b"/")
             if b"/" not in entry.raw_name or directory != entries[0].raw_name.partition(b"/")[0]:
                 raise self._broken(f"the record {_shown(entry.raw_name)} is not in the directory of the others")
-            yield ZipRecord(self._decoded(name), begin, entry.size_bytes, entry.crc32, entry.is_stored)
+            record = ZipRecord(self._decoded(name), begin, entry.size_bytes, entry.crc32, entry.is_stored)
+            if record.name == _PICKLE and record.size_bytes <= _PASSED_LIMIT_BYTES:  # over HTTP a way back is dear
+                self._passed[record.name] = self._bytes(begin, record.size_bytes)
+            yield record
 
     def _local_header_bytes(self, entry: _Entry, end_of_records: int) -> int:
         """The length of the header in front of a record's data. Raises CorruptShardError if it does not stand there."""

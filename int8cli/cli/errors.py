@@ -75,9 +75,11 @@ def writing_result() -> Iterator[None]:
 
 def _interrupted(interruption: KeyboardInterrupt) -> int:
     """Say so, where somebody is left to read it; the exit code."""
+    from int8cli.report.text import printable
+
     what = interruption.name if isinstance(interruption, EndedBySignal) else "interrupted"
     with suppress(OSError):  # after a SIGHUP the terminal is gone
-        print(f"\n{what}: run the same command again to resume", file=sys.stderr, flush=True)
+        print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
     return _ended_by(EXIT_INTERRUPTED)
 
 

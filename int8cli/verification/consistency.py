@@ -191,11 +191,12 @@ def _differences(wanted: Mapping[str, Any], stated: Mapping[str, Any]) -> Iterat
 def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequence[SideFile]) -> Iterator[Failure]:
     """Whether the other files are unchanged since they were written, and there are no extra weights."""
     for recorded in manifest:
+        if not os.path.lexists(directory / recorded.file):
+            yield Failure(recorded.file, "is missing")
+            continue
         try:
             found = SideFile.of_path(recorded.file, directory / recorded.file)
-        except FileNotFoundError:
-            yield Failure(recorded.file, "is missing")
-        except (OSError, Int8cliError) as error:
+        except Int8cliError as error:
             yield Failure(recorded.file, str(error))
         else:
             if found != recorded:
