@@ -21,7 +21,7 @@ from int8cli.planning.plan import model_types
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 
-# All that issue 2 lists, and others that are laid out in their own way.
+# Those that every change is tried on, and others that are laid out in their own way.
 LOADED = {
     **LISTED,
     **{name: OTHERS[name] for name in ("gemma3", "gpt_bigcode", "codegen", "jamba", "mamba2", "modernbert", "albert")},

@@ -107,7 +107,7 @@ _VIT = {
 _MOE = {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _MAMBA = {"vocab_size": 99, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
 
-# The architectures that issue 2 names.
+# The architectures that every change is tried on.
 LISTED = {
     "bloom": Tiny("BloomForCausalLM", "BloomConfig", {"vocab_size": 99, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "opt": Tiny("OPTForCausalLM", "OPTConfig", _OPT),
