@@ -261,7 +261,7 @@ def test_a_directory_without_a_model_says_what_is_there(
 def test_what_was_converted_is_not_converted_again(model: Path, nursery: Nursery) -> None:
     assert nursery.run(*CONVERT, model, "-o", "once", "-q", cwd=model.parent).code == 0
     outcome = nursery.run(*CONVERT, "once", "-o", "twice", cwd=model.parent)
-    assert_refused(outcome, "quantized already", "hint:")
+    assert_refused(outcome, "already quantized", "hint:")
     assert not (model.parent / "twice").exists()
 
 

@@ -196,8 +196,8 @@ def test_it_is_told_when_vllm_could_not_merge_layers() -> None:
     specs = [TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in (0, 1) for p in "qkvo"]
     assert caveats(*specs) == caveats(*specs, skip=("*.layers.0.*", "*.o_proj")) == []
     assert caveats(*specs, skip=("*.layers.1.self_attn.k_proj",)) == [
-        "vLLM merges model.layers.1.self_attn.(q_proj|k_proj|v_proj) into one layer, which cannot be in int8 and in "
-        "floats at once"
+        "vLLM merges model.layers.1.self_attn.(q_proj|k_proj|v_proj) into one layer, which cannot mix int8 and "
+        "float weights"
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from program import ROOT, llama, tree
+from support.program import ROOT, llama, tree
 
 from int8cli import ConvertOptions, EstimateOptions, convert, estimate_memory, verify
 from int8cli.checkpoint.disk import system_errors

@@ -208,7 +208,7 @@ def test_a_redirect_to_no_address_is_an_error(
 )
 def test_an_api_that_says_something_else_is_no_hubs(answer: str, hub: OddHub, source: HubSource) -> None:
     hub.odd = always(API, (200, {}, answer.encode()))
-    with pytest.raises(TransferError, match="does not answer as a Hub does"):
+    with pytest.raises(TransferError, match="does not answer like a Hub"):
         source.resolve()
 
 
@@ -245,7 +245,7 @@ def test_other_bytes_are_not_taken(
 
 def test_a_log_in_page_is_no_file(hub: OddHub, source: HubSource) -> None:
     hub.odd = lambda method, file, before: (200, {"Content-Type": "text/html"}, PAGE) if file == GET[1] else None
-    with pytest.raises(TransferError, match="does not answer as a Hub does"):
+    with pytest.raises(TransferError, match="does not answer like a Hub"):
         fetch(source, GET[1])
 
 

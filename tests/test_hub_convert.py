@@ -283,7 +283,7 @@ def test_bytes_that_change_each_time_are_an_error(user: User, hub: HubStandIn) -
     hub.fail(SHARD, Fault(corrupt_at=180_000, times=100))
     outcome = user.convert(REPO)
     assert (outcome.code, outcome.out) == (1, "")
-    assert re.search(rf"^error: {SHARD}: its sha256 is not the one", outcome.err, re.MULTILINE)
+    assert re.search(rf"^error: {SHARD}: its sha256 differs from the one", outcome.err, re.MULTILINE)
     assert "hint:" in outcome.err
     assert not (user.output / SHARD).exists()
     assert not any((user.output / "int8/partial").glob("*"))

@@ -590,7 +590,7 @@ def test_a_typo_is_told(model: Path, nursery: Nursery, tmp_path: Path) -> None:
 def test_a_statistics_file_that_is_none_is_an_error(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     outcome = nursery.run("convert", model, "--outliers", "nothing.safetensors", cwd=tmp_path)
     assert outcome.code == 1
-    assert "error: nothing.safetensors does not hold outlier statistics" in outcome.err
+    assert "error: nothing.safetensors is not a file of outlier statistics" in outcome.err
     assert not (tmp_path / "model-int8").exists()
 
 

@@ -217,7 +217,7 @@ def test_a_whole_module_is_refused_by_the_name_of_its_class() -> None:
         ({"state": {0: {"exp_avg": WEIGHT}}, "param_groups": [{"lr": 0.1}]}, "'state' is of type dict"),
         ([WEIGHT], "one object of type list"),
         (WEIGHT, "one object of type Tensor"),
-        ({1: WEIGHT}, "an entry named 1, of type int"),
+        ({1: WEIGHT}, "an entry 1, of type int"),
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
@@ -268,7 +268,7 @@ def test_a_torchscript_program_is_called_one() -> None:
         (b"<!DOCTYPE html>", "web page"),
         (b"", "0 bytes"),
         (bytes(range(200)), "do not begin"),
-        (b"PK\x03\x04 and no archive", "not a complete zip"),
+        (b"PK\x03\x04 and no archive", "not a whole zip"),
     ],
 )
 def test_what_is_no_pytorch_file_is_called_what_it_is(content: bytes, words: str) -> None:

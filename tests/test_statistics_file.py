@@ -74,7 +74,7 @@ def test_what_was_written_is_read(file: Path) -> None:
         (lambda d, t: d.update(schema=5), "schema is 5, not str"),
         (lambda d, t: t.update({"h.0.input.maximum": torch.zeros(7)}), "h.0.input.maximum has 7 values, not 8"),
         (lambda d, t: t.update({"h.0.input.minimum": torch.zeros(2, 4)}), r"has the shape \[2, 4\], not one dimension"),
-        (lambda d, t: t.pop("h.0.q.weight_error"), "does not hold outlier statistics"),
+        (lambda d, t: t.pop("h.0.q.weight_error"), "is not a file of outlier statistics"),
     ],
 )
 def test_what_was_changed_is_named(

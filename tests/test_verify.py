@@ -527,7 +527,7 @@ def test_a_source_tensor_that_cannot_have_been_quantized_is_named(out: Path) -> 
 
     edit(record_path(out), change)
     found = [problem for _, name, problem in failures(verified(out))["tensors"] if name == f"{layer}.weight"]
-    assert "is the report has quantized, but was [1, 2, 3] in the source" in found
+    assert "is reported as quantized, but was [1, 2, 3] in the source" in found
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -812,7 +812,7 @@ def test_a_stray_file_among_the_sidecars_is_named(
         ((4, 4, 9), "its stored columns [4, 4, 9] are not in ascending order"),
         ((1, 4, 5000), "its stored columns [1, 4, 5000] include some outside its"),
         ((1, 4, 9, 11), "has 4 stored columns; the settings allow 3"),
-        ((1, 4, 9), ", the report has [1, 4, 9]"),
+        ((1, 4, 9), ", reported as [1, 4, 9]"),
     ],
 )
 def test_columns_that_are_reported_wrongly_are_named(

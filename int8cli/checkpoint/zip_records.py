@@ -27,9 +27,10 @@ _DIRECTORY_LIMIT_BYTES = 1 << 25  # about 100 bytes a record
 _PLAIN_FLAGS = 0x8 | 0x800  # sizes follow the data, names are UTF-8; all others tell of encryption and patches (4.4.4)
 _DIRECTORY_ATTRIBUTE = 0x10
 _ZIP64_FIELD = 1
-# Read on the way past it, up to this size: it is always wanted, and lies before the tensors.
+# Read on the way past them, since a way back is expensive over HTTP: the pickle up to a size, and records of a word.
 _PICKLE = "data.pkl"
-_PASSED_LIMIT_BYTES = 1 << 22
+_PICKLE_PASSED_BYTES = 1 << 22
+_WORD_BYTES = 64
 _RETRY_HINT = "The download may be incomplete: run the same command again."
 
 
@@ -197,7 +198,7 @@ class ZipRecords:
             if b"/" not in entry.raw_name or directory != entries[0].raw_name.partition(b"/")[0]:
                 raise self._broken(f"the record {_shown(entry.raw_name)} is not in the directory of the others")
             record = ZipRecord(self._decoded(name), begin, entry.size_bytes, entry.crc32, entry.is_stored)
-            if record.name == _PICKLE and record.size_bytes <= _PASSED_LIMIT_BYTES:  # over HTTP a way back is dear
+            if record.size_bytes <= (_PICKLE_PASSED_BYTES if record.name == _PICKLE else _WORD_BYTES):
                 self._passed[record.name] = self._bytes(begin, record.size_bytes)
             yield record
 
