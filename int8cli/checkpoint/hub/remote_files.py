@@ -126,7 +126,7 @@ class RemoteFiles:
         label = self._repository.label(file_name)
         if metadata.commit_hash is None:  # all servers of the Hub's kind name the commit; log-in pages do not
             raise TransferError(
-                f"{label}: the server does not answer as a Hub does",
+                f"{label}: the server does not answer like a Hub",
                 hint="Check HF_ENDPOINT, and whether there is a log-in page or a proxy between here and the Hub.",
             )
         if size_bytes is None or size_bytes < 0:
