@@ -44,29 +44,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pythons", nargs="+", help="the interpreter of each environment, oldest transformers first")
     parser.add_argument("--only", default="", help="architectures, separated by commas; nothing is written then")
-    parser.add_argument("--cases", type=Path, help="where the cases are, or shall be, kept")
+    parser.add_argument("--cases", type=Path, help="where to put the cases; those that are there are used again")
+    parser.add_argument("--outcomes", type=Path, help="the same for what became of them, a file for each interpreter")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         cases = options.cases or Path(scratch)
         if not any(cases.glob("*/case.json")):
             only = list(filter(None, options.only.split(",")))
             subprocess.run([sys.executable, PROGRAMS / "cases.py", cases, *only], check=True, capture_output=True)
-        environments = [tried(python, cases) for python in options.pythons]
+        outcomes = options.outcomes or Path(scratch) / "outcomes"
+        outcomes.mkdir(parents=True, exist_ok=True)
+        environments = [tried(python, cases, outcomes) for python in options.pythons]
     page = "\n".join(page_of(environments))
     print(page)
     if not options.only:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page + "\n", encoding="utf-8")
+        PAGE.write_text(page.rstrip() + "\n", encoding="utf-8")
 
 
-def tried(python: str, cases: Path) -> tuple[dict[str, str | None], list[Outcome]]:
+def tried(python: str, cases: Path, outcomes: Path) -> tuple[dict[str, str | None], list[Outcome]]:
     """The packages of one environment, and what became of each case in it."""
-    runs = subprocess.run([python, "-c", "import int8cli.cli"], capture_output=True, check=False).returncode == 0
-    command = [python, str(PROGRAMS / "loading.py"), str(cases), *(["--run"] if runs else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{python}: {done.stderr.strip()[-2000:]}")
-    first, *rest = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    kept = outcomes / f"{python.strip('./').replace('/', '_')}.jsonl"
+    if not kept.exists():
+        runs = subprocess.run([python, "-c", "import int8cli.cli"], capture_output=True, check=False).returncode == 0
+        command = [python, str(PROGRAMS / "loading.py"), str(cases), *(["--run"] if runs else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"{python}: {done.stderr.strip()[-2000:]}")
+        kept.write_text(done.stdout, encoding="utf-8")
+    first, *rest = (json.loads(line) for line in kept.read_text("utf-8").splitlines() if line.startswith("{"))
     print(f"{python}: {len(rest)} cases", file=sys.stderr, flush=True)
     return first["packages"], rest
 
@@ -109,28 +115,33 @@ def share(outcomes: list[Outcome], key: str) -> str:
 
 
 def remarks(environments: list[tuple[dict[str, str | None], list[Outcome]]]) -> Iterator[str]:
-    """What did not go as it should, by version, and the layers in another precision."""
+    """What did not go as it should, by version, and the layers in another precision: architectures by what befell."""
     for packages, outcomes in environments:
         yield f"## transformers {packages['transformers']}"
         yield ""
-        lines = list(dict.fromkeys(line for outcome in outcomes for line in remarks_on(outcome)))
-        yield from lines or ["Nothing to remark."]
+        names: dict[str, list[str]] = {}
+        for outcome in outcomes:
+            for remark in remarks_on(outcome):
+                names.setdefault(remark, []).append(outcome["case"].rpartition("-")[0])
+        for remark, found in names.items():
+            yield f"- {', '.join(dict.fromkeys(found))}: {remark}"
+        if not names:
+            yield "Nothing to remark."
         yield ""
 
 
 def remarks_on(outcome: Outcome) -> Iterator[str]:
-    name = outcome["case"].rpartition("-")[0]
     if outcome["opens"] == "unknown":
-        yield f"- {name}: the source does not open either ({outcome['why']})"
+        yield f"the source does not open either ({outcome['why'].partition(':')[0]})"
     elif outcome["opens"] == "no":
-        yield f"- **{name} does not open**: {outcome['why']}"
+        yield f"**does not open**: {outcome['why']}"
     elif outcome["equal"] == "no":
-        yield f"- **{name} is not equal**: {', '.join(outcome['wrong'])}"
+        yield f"**not equal**: {', '.join(outcome['wrong'])}"
     elif outcome["others"]:
-        yield f"- {name}, another precision: {', '.join(f'`{module}`' for module in outcome['others'])}"
-    for key in ("compressed_tensors", "calibrate", "load_model"):
+        yield f"another precision: {', '.join(f'`{module}`' for module in outcome['others'])}"
+    for key, name in (("compressed_tensors", "compressed-tensors"), ("calibrate",) * 2, ("load_model",) * 2):
         if outcome.get(key, "yes") != "yes":
-            yield f"- **{name}, {key.replace('_', '-' if key == 'compressed_tensors' else '_')}**: {outcome[key]}"
+            yield f"**{name}**: {outcome[key].rpartition('Error: ')[2].removeprefix('error: ')}"
 
 
 if __name__ == "__main__":

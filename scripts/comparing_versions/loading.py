@@ -24,6 +24,7 @@ from typing import Any
 
 PACKAGES = ("transformers", "bitsandbytes", "accelerate", "compressed-tensors", "torch")
 LIMIT_S = 300
+_CALIBRATE = ("--from", "activations", "--tokens", "32", "--sequence-length", "16")
 
 
 def main() -> None:
@@ -38,16 +39,7 @@ def main() -> None:
         with _silence():
             found |= _load(case, facts["class"])
         if options.run and facts["runs"] and found["opens"] != "unknown":
-            found["calibrate"] = _command(
-                "inspect-outliers",
-                case / "source",
-                "--from",
-                "activations",
-                "--tokens",
-                "32",
-                "--sequence-length",
-                "16",
-            )
+            found["calibrate"] = _command("inspect-outliers", case / "source", "--work-dir", ".", *_CALIBRATE)
             found["load_model"] = _program(_LOAD_MODEL, case / "bitsandbytes", facts["class"])
         print(json.dumps(found), flush=True)
 
