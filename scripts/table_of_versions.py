@@ -64,15 +64,15 @@ def main() -> None:
 
 def tried(python: str, cases: Path, outcomes: Path) -> tuple[dict[str, str | None], list[Outcome]]:
     """The packages of one environment, and what became of each case in it."""
-    kept = outcomes / f"{python.strip('./').replace('/', '_')}.jsonl"
-    if not kept.exists():
+    saved = outcomes / f"{python.strip('./').replace('/', '_')}.jsonl"
+    if not saved.exists():
         runs = subprocess.run([python, "-c", "import int8cli.cli"], capture_output=True, check=False).returncode == 0
         command = [python, str(PROGRAMS / "loading.py"), str(cases), *(["--run"] if runs else [])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{python}: {done.stderr.strip()[-2000:]}")
-        kept.write_text(done.stdout, encoding="utf-8")
-    first, *rest = (json.loads(line) for line in kept.read_text("utf-8").splitlines() if line.startswith("{"))
+        saved.write_text(done.stdout, encoding="utf-8")
+    first, *rest = (json.loads(line) for line in saved.read_text("utf-8").splitlines() if line.startswith("{"))
     print(f"{python}: {len(rest)} cases", file=sys.stderr, flush=True)
     return first["packages"], rest
 

@@ -97,12 +97,11 @@ def test_kills_at_random_instants_leave_no_trace(
     output = tmp_path / "out"
     finished: dict[str, tuple[int, int]] = {}
     kills = 0
-    for attempt in range(31):
+    for attempt in range(30):
         child = nursery.start(*CONVERT, large, "-o", output, cwd=tmp_path)
         wait_for(output / "int8", child)
-        if attempt < 30:  # on a busy machine no run would ever come to its end; the last one is let
-            time.sleep((chance.choice([0.01, 0.05, 0.2, 0.4]) if attempt else 0.01) * chance.random())
-            child.signal(signal.SIGKILL)
+        time.sleep((chance.choice([0.01, 0.05, 0.2, 0.4]) if attempt else 0.01) * chance.random())
+        child.signal(signal.SIGKILL)
         outcome = child.wait()
         again = identities(recorded_shards(output))
         assert {name: again[name] for name in finished} == finished, "a finished shard was done again"
@@ -112,7 +111,7 @@ def test_kills_at_random_instants_leave_no_trace(
         assert outcome.code == -signal.SIGKILL, outcome.err
         kills += 1
         assert_only_whole_files(output, reference)
-    else:  # on a busy machine no run may live long enough
+    else:  # on a busy machine every run may be killed before its end
         assert nursery.start(*CONVERT, large, "-o", output, cwd=tmp_path).wait().code == 0
     assert kills > 0
     assert tree(output) == reference
