@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import typer
 
 from int8cli.checkpoint.disk import system_errors
-from int8cli.cli.signals import EndedBySignal, signal_that_came
+from int8cli.cli.signals import name_of, say_end, signal_that_came
 from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
@@ -74,12 +74,8 @@ def writing_result() -> Iterator[None]:
 
 
 def _interrupted(interruption: KeyboardInterrupt) -> int:
-    """Say so, where somebody is left to read it; the exit code."""
-    from int8cli.report.text import printable
-
-    what = interruption.name if isinstance(interruption, EndedBySignal) else "interrupted"
-    with suppress(OSError):  # after a SIGHUP the terminal is gone
-        print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
+    """Say so; the exit code."""
+    say_end(name_of(interruption))
     return _ended_by(EXIT_INTERRUPTED)
 
 
