@@ -419,7 +419,7 @@ def test_a_damaged_record_is_named(out: Path) -> None:
         (lambda record: record.update(files=[]), "files does not name a file"),
         (lambda record: record.update(more=1), "has the unknown field 'more'"),
         (lambda record: record.pop("kept"), "has no field 'kept'"),
-        (lambda record: record.update(schema="int8cli.record/9"), "schema is 'int8cli.record/9', this version reads"),
+        (lambda record: record.update(schema="int8cli.record/9"), "is 'int8cli.record/9', but this version reads"),
     ],
 )
 def test_a_value_that_no_record_holds_is_named(change: Callable[[Any], object], problem: str, out: Path) -> None:

@@ -19,7 +19,7 @@ from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, Sit
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey, model_fingerprint
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 

@@ -114,12 +114,12 @@ class Plan:
         onlys = (p for p in self.options.only if not any(fnmatchcase(module, p) for module in quantized))
         return tuple(dict.fromkeys((*skips, *onlys)))
 
-    def keeping(self, tensor_names: Collection[str]) -> "Plan":
-        """The plan in which these tensors, found to hold NaN or infinity, are copied as they are."""
-        kept = frozenset(tensor_names)
+    def with_copied(self, tensor_names: Collection[str]) -> "Plan":
+        """The same plan with these tensors, which hold NaN or infinity, copied unchanged."""
+        non_finite = frozenset(tensor_names)
         decisions = (
             replace(d, quantize=False, transpose=False, reason=names.NON_FINITE, written_dtype=d.spec.dtype)
-            if d.quantize and d.spec.name in kept
+            if d.quantize and d.spec.name in non_finite
             else d
             for d in self.decisions
         )

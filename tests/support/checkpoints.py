@@ -23,7 +23,7 @@ from int8cli.planning.output_files import sidecar_specs
 from int8cli.planning.plan import Decision, PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT
-from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.report.card import render_card
 from int8cli.results.stored_columns import StoredColumn, StoredColumns
 
