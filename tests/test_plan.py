@@ -14,8 +14,9 @@ import pytest
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import skip_rule
 from int8cli.planning import architectures as names
+from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
-from int8cli.planning.plan import Decision, Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning.plan import kind_of, make_plan
 
 
 def spec(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:

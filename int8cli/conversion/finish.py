@@ -13,8 +13,8 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
+from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
-from int8cli.planning.plan import Plan
 from int8cli.planning.survey import Survey, group_by_kind
 from int8cli.records.conversion import Conversion, Settings
 from int8cli.records.manifest import MANIFEST_FILE, write_manifest

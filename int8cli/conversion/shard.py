@@ -14,9 +14,9 @@ from int8cli.checkpoint.writer import ShardWriter
 from int8cli.conversion.open_shard import OpenShard, open_shard
 from int8cli.conversion.pass_ledger import PassResult
 from int8cli.conversion.task import ShardTask
+from int8cli.planning.decisions import Decision
 from int8cli.planning.layouts import Layout
 from int8cli.planning.output_files import OutputShard, output_specs
-from int8cli.planning.plan import Decision
 from int8cli.records.shard_record import FileRecord, NonFiniteTensor, ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.stored_columns import NOTHING_STORED, StoredColumns

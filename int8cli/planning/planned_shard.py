@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from int8cli.checkpoint.tensor import ShardContents
+from int8cli.planning.decisions import Decision, Plan
 from int8cli.planning.layouts import LAYOUTS, Layout
 from int8cli.planning.output_files import OutputShard, plan_output_shard, plan_sidecar
-from int8cli.planning.plan import Decision, Plan
 
 
 @dataclass(frozen=True, slots=True)
