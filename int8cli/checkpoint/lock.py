@@ -6,7 +6,7 @@ that ends, and what is left of a killed run never locks anybody out.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,18 +70,29 @@ def locked(output: Path, own: Path) -> Iterator[int]:
 
 
 def _lock(output: Path, own: Path) -> int:
-    while True:
+    def open_own() -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
-            descriptor = open_real_directory(own)
-        hint = "Wait for it to end, or choose another directory."
-        hold(descriptor, f"{output} is in use by another int8cli process", hint)
+            return open_real_directory(own)
+
+    in_use = f"{output} is in use by another int8cli process"
+    return hold_by_name(own, open_own, in_use, "Wait for it to end, or choose another directory.")
+
+
+def hold_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:
+    """Open and lock a file or directory that its last holder may remove: its descriptor, while it has its name.
+
+    What has lost its name is no lock: the next process would make and hold another. Raises as `hold`.
+    """
+    while True:
+        descriptor = open_it()
+        hold(descriptor, in_use, hint)
         still = False
         try:
-            with disk_errors(own):
-                still = _is_still(own, descriptor)
+            with disk_errors(path):
+                still = _is_still(path, descriptor)
         finally:
-            if not still:  # its last holder removed it in between, or nobody knows
+            if not still:
                 os.close(descriptor)
         if still:
             return descriptor

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from uuid import uuid4
 
+from int8cli.checkpoint.own_files import OwnDirectory
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
@@ -31,7 +32,7 @@ def strategy_from_weights(
     survey: Survey,
     settings: Settings,
     counts: dict[str, int],
-    state_directory: Path,
+    state_directory: OwnDirectory,
 ) -> ColumnStrategy:
     """`counts` are those of `counts_from_weights`. Raises NoSuspectsError if there are none."""
     if not counts:
@@ -59,7 +60,7 @@ class SuspectColumns(ColumnSource):
     shard without readable figures is fetched and scanned again.
     """
 
-    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: Path) -> None:
+    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: OwnDirectory) -> None:
         self._source, self._survey, self._limit = source, survey, limit
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
@@ -89,7 +90,7 @@ class SuspectColumns(ColumnSource):
     def _look(self, place: int, local: LocalFile, run: RunTask) -> None:
         """Whatever is saved of it: that may be of a copy whose digest proved to be wrong."""
         contents = self._survey.shards[place]
-        run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures.path(place)))
+        run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures, place))
 
     def _look_again(self, place: int, run: RunTask) -> None:
         """At a shard that an earlier run has converted, unless what that one saw can be read."""
@@ -106,12 +107,12 @@ class _Figures:
     is another one for each conversion, and after figures were replaced.
     """
 
-    directory: Path
+    directory: OwnDirectory
     stream: bytes
     key: str
 
     def path(self, place: int) -> Path:
-        return self.directory / f"{place}.safetensors"
+        return self.directory.path / f"{place}.safetensors"
 
 
 class _Scan:
@@ -144,11 +145,18 @@ def _new_key() -> str:
 # Tasks: they run in a process that has torch, and import it there.
 
 
-def _scan_one(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+def _scan_one(
+    stream: ResidualStream,
+    contents: ShardContents,
+    local: LocalFile,
+    figures: "_Figures",
+    place: int,
+    on_bytes: OnBytes,
+) -> None:
     from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    save_figures(scan.scan(contents, local), path)
+    save_figures(scan.scan(contents, local), figures.path(place), below=figures.directory.below)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

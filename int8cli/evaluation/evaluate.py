@@ -208,7 +208,7 @@ class _Run:
         if self._saved is not None:
             document = json.dumps([dataclasses.asdict(layer) for layer in found]).encode()
             saved = self._saved.directory
-            write_file(saved / f"{unit}.json", document, below=saved.parent)
+            write_file(saved / f"{unit}.json", document, below=self._saved.below)
 
     def _recalled(self) -> Iterator[tuple[str, tuple[LayerSums, ...]]]:
         for unit in self._saved.finished if self._saved else ():

@@ -42,6 +42,7 @@ TASK = "calibrate"
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
     """`state_directory`: the directory for the state between blocks, None keeps it all in memory.
+    Links are followed up to `state_below`, the directory above it unless given, and none after it.
 
     It is removed at the end but with `leave_state`, which lets the same call come to its end again at once.
     `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
@@ -51,6 +52,7 @@ class CalibrateOptions:
     threshold: float = THRESHOLD
     device: str = "cpu"
     state_directory: Path | None = None
+    state_below: Path | None = None
     leave_state: bool = False
     stored_columns: int = 0
 
@@ -108,7 +110,8 @@ class Calibration:
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        self._saved = SavedStates(options.state_directory, identity) if options.state_directory else None
+        below = options.state_below
+        self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 
     @classmethod
     @contextmanager
@@ -186,7 +189,8 @@ class Calibration:
     def _save(self, unit: str, sites: tuple[SiteStatistics, ...]) -> None:
         """Before the engine puts a block on record as finished, its statistics are there."""
         if self._saved is not None:
-            save_statistics(OutlierStatistics(self._provenance, sites), self._saved.directory / f"{unit}.safetensors")
+            path = self._saved.directory / f"{unit}.safetensors"
+            save_statistics(OutlierStatistics(self._provenance, sites), path, below=self._saved.below)
 
     def _recalled(self) -> Iterator[tuple[str, tuple[SiteStatistics, ...]]]:
         for unit in self._saved.finished if self._saved else ():

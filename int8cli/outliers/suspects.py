@@ -183,9 +183,9 @@ class _Stack:
         return (site for layer in self._scored for site in layer.sites)
 
 
-def save_figures(figures: Mapping[str, Tensor], path: Path) -> None:
-    """Write a scan's figures down, whole or not at all, in a directory of ours. Raises OutputError."""
-    write_file(path, serialize(figures), below=path.parent.parent)
+def save_figures(figures: Mapping[str, Tensor], path: Path, *, below: Path | None = None) -> None:
+    """Write a scan's figures down, whole or not at all; `below` as in `write_file`. Raises OutputError."""
+    write_file(path, serialize(figures), below=below)
 
 
 def load_figures(path: Path) -> dict[str, Tensor]:
