@@ -10,8 +10,7 @@ import shutil
 from dataclasses import dataclass
 
 from torture import Figures, kernel
-from torture.scenarios import SCENARIOS, Bench, bench_in, without_times
-from torture.scratch import scratch_directory
+from torture.scenarios import SCENARIOS, Bench, shared_bench, without_times
 from torture.tally import Tally
 from torture.tracing import ERROR, FILES, SHORT, SOCKETS, Blow
 
@@ -62,11 +61,11 @@ def run(seconds: float, seed: int) -> Figures:
         return Figures("faults", 0, 0, 0.0, unable=why)
     chance = random.Random(seed)
     refused = 0
-    with scratch_directory() as scratch, bench_in(scratch, "torture.hub_faults:quick_retries") as bench:
-        for fault in CORPUS:
-            refused += _case(bench, tally, fault)
-        while tally.time_is_left:
-            refused += _case(bench, tally, _drawn(bench, chance))
+    bench = shared_bench()
+    for fault in CORPUS:
+        refused += _case(bench, tally, fault)
+    while tally.time_is_left:
+        refused += _case(bench, tally, _drawn(bench, chance))
     tally.measure("ended with an error of ours", refused)
     return tally.figures()
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from support.hub_stand_in import Fault
 
 from torture import Figures, kernel
-from torture.scenarios import SCENARIOS, Bench, bench_in
-from torture.scratch import scratch_directory
+from torture.scenarios import SCENARIOS, Bench, shared_bench
 from torture.tally import Tally
 from torture.tracing import FILES, KILL, SOCKETS, Blow
 
@@ -133,28 +132,19 @@ class BadHub:
 CORPUS: tuple[BadHub, ...] = ()
 
 
-def quick_retries() -> None:
-    """In the process of a run: the pauses between attempts are short, whatever a server asks for."""
-    from int8cli.checkpoint.hub import retries
-
-    asked = retries.asked_pause_s
-    retries.RetryPolicy.pause_s = lambda policy, failures: 0.001
-    retries.asked_pause_s = lambda error: None if (pause_s := asked(error)) is None else min(pause_s, 0.01)
-
-
 def run(seconds: float, seed: int) -> Figures:
     tally = Tally("hub_faults", seconds)
     if why := kernel.unable():
         return Figures("hub_faults", 0, 0, 0.0, unable=why)
     chance = random.Random(seed)
     met: set[str] = set()
-    with scratch_directory() as scratch, bench_in(scratch, f"{__name__}:quick_retries") as bench:
-        for bad in CORPUS:
-            _case(bench, tally, bad)
-        while tally.time_is_left:
-            bad = _drawn(chance)
-            met |= {name for name, _, _ in bad.faults}
-            _case(bench, tally, bad)
+    bench = shared_bench()
+    for bad in CORPUS:
+        _case(bench, tally, bad)
+    while tally.time_is_left:
+        bad = _drawn(chance)
+        met |= {name for name, _, _ in bad.faults}
+        _case(bench, tally, bad)
     tally.measure("kinds", f"{len(met)} of {len(CASES)}")
     return tally.figures()
 

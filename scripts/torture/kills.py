@@ -7,8 +7,7 @@ import random
 import shutil
 
 from torture import Figures, kernel
-from torture.scenarios import SCENARIOS, Bench, Scenario, bench_in
-from torture.scratch import scratch_directory
+from torture.scenarios import SCENARIOS, Bench, Scenario, shared_bench
 from torture.tally import Tally
 from torture.tracing import CHANGING, KILL, Blow
 
@@ -21,13 +20,13 @@ def run(seconds: float, seed: int) -> Figures:
     if why := kernel.unable():
         return Figures("kills", 0, 0, 0.0, unable=why)
     chance = random.Random(seed)
-    with scratch_directory() as scratch, bench_in(scratch) as bench:
-        for name, boundaries in CORPUS:
-            _case(bench, tally, next(each for each in SCENARIOS if each.name == name), boundaries)
-        drawn = _Boundaries(bench, chance)
-        while tally.time_is_left:
-            _case(bench, tally, *drawn.next())
-        tally.measure("boundaries", drawn.covered())
+    bench = shared_bench()
+    for name, boundaries in CORPUS:
+        _case(bench, tally, next(each for each in SCENARIOS if each.name == name), boundaries)
+    drawn = _Boundaries(bench, chance)
+    while tally.time_is_left:
+        _case(bench, tally, *drawn.next())
+    tally.measure("boundaries", drawn.covered())
     return tally.figures()
 
 

@@ -4,13 +4,14 @@ Owns the sources and what is compared: every file and empty directory below the 
 output. Each run has a directory of its own, in which `out`, `work` and `hf` (the Hub's cache) come to be.
 """
 
+import atexit
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from support.calibration_models import make_model, some_text
 from support.hub_stand_in import HubStandIn
 from support.program import llama, tree, write_json
 
-from torture.launcher import Ended, Launcher
+from torture.launcher import Ended, Launcher, launched
+from torture.scratch import scratch_directory
 from torture.tracing import Blow, Watch
 
 REPOSITORY = "org/model"
@@ -82,7 +84,6 @@ class Bench:
     scratch: Path
     launcher: Launcher
     hub: HubStandIn
-    setup: str = ""
     _references: dict[str, "Reference"] = field(default_factory=dict)
     _count: int = 0
 
@@ -108,7 +109,7 @@ class Bench:
     ) -> Ended:
         """Run the command in a directory; `first`: what comes before it."""
         args, env = self.words(scenario, first=first), self.environment(cwd)
-        return self.launcher.run(*args, cwd=cwd, env=env, watch=watch, blows=blows, setup=self.setup)
+        return self.launcher.run(*args, cwd=cwd, env=env, watch=watch, blows=blows)
 
     def words(self, scenario: Scenario, *, first: bool = False) -> list[str]:
         """The command's words; what they name is there from now on."""
@@ -233,12 +234,14 @@ def _first_difference(found: Mapping[str, bytes], right: Mapping[str, bytes]) ->
     return ""
 
 
-@contextmanager
-def bench_in(scratch: Path, setup: str = "") -> Iterator[Bench]:
-    from torture.launcher import launched
-
-    with HubStandIn() as hub, launched(scratch, hub.endpoint) as launcher:
-        yield Bench(scratch, launcher, hub, setup)
+@cache
+def shared_bench() -> Bench:
+    """One for all machines of this process: to start the launcher takes longer than twenty runs. Closed at exit."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    scratch = stack.enter_context(scratch_directory())
+    hub = stack.enter_context(HubStandIn())
+    return Bench(scratch, stack.enter_context(launched(scratch, hub.endpoint)), hub)
 
 
 # Sources

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 from support.program import outcome_of, start
 
 from torture import Figures, kernel
-from torture.scenarios import SCENARIOS, Bench, Scenario, bench_in
-from torture.scratch import scratch_directory
+from torture.scenarios import SCENARIOS, Bench, Scenario, shared_bench
 from torture.tally import Tally
 from torture.tracing import FILES, SIGNAL, SOCKETS, Blow
 
@@ -51,14 +50,14 @@ def run(seconds: float, seed: int) -> Figures:
         return Figures("signals", 0, 0, 0.0, unable=why)
     chance = random.Random(seed)
     times = _Times()
-    with scratch_directory() as scratch, bench_in(scratch) as bench:
-        while tally.time_is_left:
-            phase = chance.choice(sorted(PHASES))
-            name = chance.choice(PHASES[phase])
-            scenario = next(each for each in SCENARIOS if each.name == name)
-            number = chance.choice(sorted(_NUMBERS))
-            case = _at_start if phase == START else _at_call
-            case(bench, tally, chance, phase, scenario, signal.Signals(number), times)
+    bench = shared_bench()
+    while tally.time_is_left:
+        phase = chance.choice(sorted(PHASES))
+        name = chance.choice(PHASES[phase])
+        scenario = next(each for each in SCENARIOS if each.name == name)
+        number = chance.choice(sorted(_NUMBERS))
+        case = _at_start if phase == START else _at_call
+        case(bench, tally, chance, phase, scenario, signal.Signals(number), times)
     for phase, took in sorted(times.of.items()):
         late = sum(each > LIMIT_S for each in took)
         tally.measure(
