@@ -101,7 +101,7 @@ def test_a_disk_that_locks_nothing_is_told(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with pytest.raises(OutputError, match="two runs on it could not be kept apart"):
+    with pytest.raises(OutputError, match="a second run on it could not be prevented"):
         convert(model, tmp_path / "out", PLAIN)
 
 
