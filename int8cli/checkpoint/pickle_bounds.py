@@ -1,8 +1,8 @@
 """Bounds on what a pickle may build, checked without unpickling it.
 
 A pickle of a hundred bytes can describe an object of 2^50 parts, and one of a few hundred kilobytes tuples nested so
-deep that hashing them crashes the process. Torch's unpickler has no bounds; this module owns those that a pickle must
-keep before it is given to torch. It follows which objects contain which, and builds nothing.
+deep that hashing them crashes the process. Torch's unpickler has no bounds; this module owns those that are checked
+before torch gets a pickle. It follows which objects contain which, and builds nothing.
 """
 
 import pickletools

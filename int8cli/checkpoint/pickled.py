@@ -94,7 +94,7 @@ def _checked_pickle(records: ZipRecords, file_name: str) -> bytes:
     if "constants.pkl" in names:
         raise UnsupportedModelError(
             f"{file_name} is a TorchScript program, not a checkpoint",
-            hint="Load it where it was made and save its state_dict() with torch.save.",
+            hint="Load it with the program that wrote it, and save its state_dict() with torch.save.",
         )
     records.require_stored()
     if "data.pkl" not in names:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RETRY_HINT = "The download may be incomplete: run the same command again."
-RESAVE_HINT = "Load it where it was made and save its state_dict() alone, best with save_pretrained()."
+RESAVE_HINT = (
+    "Load it with the program that wrote it, and save only its state_dict(), preferably with save_pretrained()."
+)
 
 # torch's name of a dtype → the name in safetensors.
 DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
