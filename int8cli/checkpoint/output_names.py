@@ -45,9 +45,9 @@ def refuse_shared_outputs(outputs: Mapping[str, str], beside: Iterable[str] = ()
                 f"{source} would become {output}, but that directory is for files of int8cli",
                 hint=f"Move the file out of {OWN_DIRECTORY}, and change the index too.",
             )
-        other = sources.setdefault(_as_disks_compare(output), source)
-        if other != source:
-            raise _shared_output(other, source, output)
+        first = sources.setdefault(_as_disks_compare(output), source)
+        if first != source:
+            raise _shared_output(first, source, output)
     for name in beside:
         if (other := sources.get(_as_disks_compare(name))) is not None:
             raise _shared_output(other, name, name)

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 # The versions that were surveyed, oldest first. A fact that is "since" one of them was not in the one before.
 SURVEYED = ("4.57.6", "5.0.0", "5.23.0", "5.24.0")
 
-# Running a model block by block, and load_model, take the loader of transformers 5 apart (core_model_loading), which
+# Running a model block by block, and load_model, use parts of transformers 5's loader (core_model_loading), which
 # transformers 4 does not have.
 OLDEST_THAT_RUNS = "5.0.0"
 
-# 4.57.6 and 5.0.0 replace subclasses of nn.Linear too (falcon's, torch's MultiheadAttention), later versions do not:
-# these layers stay floats in the file and are named in `llm_int8_skip_modules`.
-# 4.57.6 also quantizes a float that it finds for an int8 layer; later versions refuse it.
-
-
-# --- which modules an entry of `llm_int8_skip_modules` covers -------------------------------------------------------
+# 4.57.6 and 5.0.0 also replace subclasses of nn.Linear (falcon's, torch's MultiheadAttention); later versions do not.
+# These layers stay floats in the file and are named in `llm_int8_skip_modules`.
+# 4.57.6 also quantizes a float weight that it finds for an int8 layer; later versions refuse it.
 
 
 def covers_by_name(entry: str, module: str) -> bool:
@@ -42,6 +39,7 @@ def covers_by_component(entry: str, module: str) -> bool:
     return module.endswith(entry) or re.match(rf"(?:{entry}){_BOUNDARY}", module) is not None
 
 
+# (an entry of `llm_int8_skip_modules`, a module's name) → whether the entry covers the module.
 SkipRule = Callable[[str, str], bool]
 
 SKIP_RULES: dict[str, SkipRule] = {
@@ -56,9 +54,6 @@ def skip_rule(version: str) -> SkipRule:
     """The rule of a version, or of the last surveyed version before it."""
     known = [each for each in SKIP_RULES if release(each) <= release(version)]
     return SKIP_RULES[known[-1] if known else SURVEYED[0]]
-
-
-# --- what is held in float32 ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
