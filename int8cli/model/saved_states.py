@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.lock import hold_by_name
+from int8cli.checkpoint.lock import lock_by_name
 from int8cli.checkpoint.own_files import create_file, open_or_create, opened_directory, remove_file, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, OutputError, SavedStateError, UnsupportedModelError
@@ -225,7 +225,7 @@ def _lock(directory: Path, below: Path) -> int:
             return open_or_create(file.name, parent)
 
     in_use = f"another int8cli process is running this model and uses {directory}"
-    return hold_by_name(file, open_file, in_use, "Wait for it to end, or choose another directory.")
+    return lock_by_name(file, open_file, in_use, "Wait for it to end, or choose another directory.")
 
 
 def _lock_file(directory: Path) -> Path:
