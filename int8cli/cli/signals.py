@@ -12,7 +12,7 @@ from contextlib import suppress
 from types import FrameType
 
 # Python runs a handler between two steps of the main thread. A step can take long: the product of a large layer, a read
-# from a disk that does not respond. After this time the process ends immediately, as if killed; a run resumes from that.
+# from a disk that does not respond. After this time the process ends immediately, as if killed; a run can be resumed.
 _CLEAN_END_S = 1.5
 _PRINTING_S = 0.2
 _SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it

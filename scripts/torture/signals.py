@@ -35,7 +35,7 @@ _LATEST_START_S = 3.0
 
 @dataclass
 class _Times:
-    """Seconds from the signal to the end of the last process."""
+    """Seconds from the signal to the end of the process."""
 
     of: dict[str, list[float]] = field(default_factory=dict)
     too_late: int = 0  # signals that came when all was done

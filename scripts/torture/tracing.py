@@ -92,7 +92,7 @@ class Watch:
 class Traced:
     """How it went. `code` as Popen's; None where it did not end in time. `calls`: name and path, as they were met.
 
-    `after_s`: from the first blow to the end.
+    `after_s`: from the first blow to the end of the first process.
     """
 
     code: int | None
@@ -114,7 +114,7 @@ class Tracer:
         self._struck: list[str] = []
         self._pending: dict[int, int] = {}  # by thread, the error that a call ends with
         self._code: int | None = None
-        self._struck_at = 0.0
+        self._struck_at = self._ended_at = 0.0
 
     def follow(self, release: Callable[[], None]) -> Traced:
         kernel.seize(self._pid)
@@ -131,7 +131,7 @@ class Tracer:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
-        took_s = time.monotonic() - self._struck_at if self._struck_at else 0.0
+        took_s = self._ended_at - self._struck_at if self._struck_at and self._ended_at else 0.0
         return Traced(None if late else self._code, tuple(self._calls), tuple(self._struck), took_s)
 
     def _loop(self) -> None:
@@ -144,7 +144,7 @@ class Tracer:
                 with suppress(ProcessLookupError):  # killed in the meantime
                     self._stopped(thread, os.WSTOPSIG(status), status >> 16)
             elif thread == self._pid:
-                self._code = os.waitstatus_to_exitcode(status)
+                self._code, self._ended_at = os.waitstatus_to_exitcode(status), time.monotonic()
 
     def _stopped(self, thread: int, number: int, event: int) -> None:
         if event == kernel.EVENT_SECCOMP:
