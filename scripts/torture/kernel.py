@@ -6,6 +6,7 @@ Owns ptrace(2) and seccomp(2), through ctypes, for Linux on x86-64. Knows nothin
 import ctypes
 import os
 import platform
+import signal
 import struct
 import sys
 
@@ -62,13 +63,13 @@ def unable() -> str:
         return "tracing needs Linux on x86-64"
     pid = os.fork()
     if pid == 0:
-        os.pause() if hasattr(os, "pause") else __import__("signal").pause()
+        signal.pause()
     try:
         seize(pid)
     except OSError as error:
         return f"ptrace is not allowed here ({error.strerror})"
     finally:
-        os.kill(pid, 9)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return ""
 
@@ -95,11 +96,13 @@ def seize(pid: int) -> None:
     _ptrace(_SEIZE, pid, 0, options)
 
 
-def go_on(pid: int, signal: int = 0) -> None:
-    _ptrace(_CONT, pid, 0, signal)
+def go_on(pid: int, number: int = 0) -> None:
+    """Let a stopped thread run; with a number, it gets that signal."""
+    _ptrace(_CONT, pid, 0, number)
 
 
 def go_to_end_of_call(pid: int) -> None:
+    """Let a thread run its call, and stop it again where that has ended."""
     _ptrace(_SYSCALL, pid, 0, 0)
 
 
@@ -109,6 +112,7 @@ def stay_stopped(pid: int) -> None:
 
 
 def registers(pid: int) -> Registers:
+    """Those of a stopped thread."""
     found = Registers()
     _ptrace(_GETREGS, pid, 0, ctypes.addressof(found))
     return found
