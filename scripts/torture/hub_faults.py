@@ -129,7 +129,11 @@ class BadHub:
     killed_at: int = 0
 
 
-CORPUS: tuple[BadHub, ...] = ()
+CORPUS: tuple[BadHub, ...] = (
+    # Errors without a hint.
+    BadHub("hub", (("HEAD, X-Linked-Size 100000000000", "*.safetensors", 7),)),
+    BadHub("hub", (("one byte other", "*.safetensors", 7),)),
+)
 
 
 def run(seconds: float, seed: int) -> Figures:
