@@ -102,18 +102,6 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: 
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-@pytest.mark.parametrize("columns", ["80", "200", ""])
-def test_tables_fit_80_columns(options: list[str], columns: str, model: Path, nursery: Nursery) -> None:
-    name = "a_module_with_a_name_that_is_longer_than_anybody_would_think.of.layers"
-    llama(model, layers=12, seed=1)
-    environment = {"COLUMNS": columns} if columns else {}
-    for args in (["model"], ["model", "--skip", f"{name}*"]):
-        outcome = nursery.run(*CONVERT, *args, "-o", "out", "--overwrite", *options, cwd=model.parent, env=environment)
-        assert outcome.code == 0
-        assert max(map(len, outcome.out.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_a_pattern_that_matches_nothing_is_warned_of(options: list[str], model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", "--skip", "*.donw_proj", *options, cwd=model.parent)
     assert outcome.code == 0

@@ -1,15 +1,13 @@
-"""An evaluation on the terminal, in 80 columns: predictions by method, then output errors by method."""
+"""An evaluation on the terminal: predictions by method, then output errors by method."""
 
 import math
 
 from rich.table import Table
 
 from int8cli.report.terminal import stdout_console, titled_table
-from int8cli.report.text import broken_at_dots, escape, printable
+from int8cli.report.text import escape, printable
 from int8cli.results.evaluation import Evaluation, MethodResult
 from int8cli.results.units import counted, perplexity_text
-
-_WORST_WIDTH = 33
 
 
 def show_evaluation(found: Evaluation) -> None:
@@ -19,10 +17,10 @@ def show_evaluation(found: Evaluation) -> None:
         console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place == 0 else None)
     if found.predicts:
         console.print()
-        console.print(_predictions_table(found))
+        console.print_table(_predictions_table(found))
     if any(method.layers for method in found.methods):
         console.print()
-        console.print(_errors_table(found))
+        console.print_table(_errors_table(found))
     for note in found.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
 
@@ -84,7 +82,7 @@ def _errors_table(found: Evaluation) -> Table:
 def _error_cells(method: MethodResult) -> tuple[str, str, str]:
     worst = method.worst_layer
     assert worst is not None
-    return _figure(method.mean_error), _figure(worst.error), broken_at_dots(worst.name, _WORST_WIDTH)
+    return _figure(method.mean_error), _figure(worst.error), escape(worst.name)
 
 
 def _signed(value: float | None) -> str:

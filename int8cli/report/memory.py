@@ -1,4 +1,4 @@
-"""A memory estimate on the terminal, in 80 columns.
+"""A memory estimate on the terminal.
 
 Owns how the estimate is shown. GB is 10^9 bytes, the unit of disks and downloads; GiB is 2^30, the unit of cards.
 """
@@ -34,9 +34,9 @@ def show_memory(report: MemoryReport) -> None:
     )
     console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists the rest")
     console.print()
-    console.print(_precision_table(estimate))
+    console.print_table(_precision_table(estimate))
     console.print()
-    console.print(_parts_table(estimate))
+    console.print_table(_parts_table(estimate))
     if not any(part.name == HEAD and part.weights.float16_bytes for part in estimate.parts):
         console.print("[dim]The output head shares the embedding's weight, or the model has none.[/dim]")
     console.print()
@@ -47,10 +47,10 @@ def show_memory(report: MemoryReport) -> None:
             console.print()
             for line in _verdicts(answers, report, title):
                 console.print(line, soft_wrap=True)
-            console.print(_placement_table(answers[-1]))
+            console.print_table(_placement_table(answers[-1]))
     if not report.answers:
         console.print()
-        console.print(_fit_table(report))
+        console.print_table(_fit_table(report))
         console.print(f"[dim]in use: with {_tokens(report.use)} · -: too small for one layer[/dim]")
         if len(list(_rows_that_differ(report.table))) < len(report.table):
             console.print("[dim]One larger card is enough.[/dim]")

@@ -111,8 +111,8 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
         console.print(_chosen_by(survey, settings))
         if not settings.figures:
             console.print("weight error: not measured (--no-figures)")
-    console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
-    console.print(groups_table("Not quantized", group_by_kind(plan.copied)))
+    console.print_table(groups_table("Becomes int8", group_by_kind(plan.quantized)))
+    console.print_table(groups_table("Not quantized", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 

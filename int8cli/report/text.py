@@ -5,7 +5,6 @@ brackets commands to rich. `markup` makes text safe for HTML, `markdown` for Mar
 """
 
 import io
-from collections.abc import Iterator
 from typing import TextIO
 
 # What rich's markup reads as its own, and the private characters that stand for it until rich has read the markup.
@@ -69,16 +68,3 @@ class PrintableStream(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
-
-
-def broken_at_dots(name: str, width: int) -> str:
-    """The name as rich markup, in lines of at most `width` characters, broken after a dot if possible."""
-    return "\n".join(escape(line) for line in _lines(printable(name), width))
-
-
-def _lines(name: str, width: int) -> Iterator[str]:
-    while len(name) > width:
-        cut = name.rfind(".", 1, width) + 1 or width
-        yield name[:cut]
-        name = name[cut:]
-    yield name

@@ -1,4 +1,4 @@
-"""The result of verify on the terminal, in 80 columns: a line for each check, then every failure."""
+"""The result of verify on the terminal: a line for each check, then every failure."""
 
 from rich.table import Table
 
@@ -26,7 +26,7 @@ def show_verification(verification: Verification) -> None:
     table.add_column(overflow="fold")
     for check in verification.checks:
         table.add_row(check.name, _MARKS[check.status], escape(check.detail))
-    console.print(table)
+    console.print_table(table)
     for check in verification.checks:
         for line in _failure_lines(check):
             console.print(line, soft_wrap=True)
