@@ -9,8 +9,8 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, Revision, TextFile
-from int8cli.commands.options import ConvertOptions
+from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, RetryFor, Revision, TextFile
+from int8cli.commands.options import RETRY_FOR_S, ConvertOptions
 
 if TYPE_CHECKING:
     from int8cli.commands.convert import ConversionPlan, ConversionResult
@@ -110,6 +110,7 @@ def convert(
     device: Where = Device.cpu,
     figures: Figures = True,
     keep_source: KeepSource = False,
+    retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -140,6 +141,7 @@ def convert(
         device=device.value,
         figures=figures,
         keep_source=keep_source,
+        retry_for=retry_for,
         overwrite=overwrite,
     )
     run = command.plan_conversion if dry_run else command.convert

@@ -13,6 +13,7 @@ from int8cli.cli.options import (
     Json,
     Model,
     Quiet,
+    RetryFor,
     Revision,
     Seed,
     SequenceLength,
@@ -20,7 +21,7 @@ from int8cli.cli.options import (
     WorkDir,
     check_outputs,
 )
-from int8cli.commands.options import EvaluateOptions
+from int8cli.commands.options import RETRY_FOR_S, EvaluateOptions
 
 if TYPE_CHECKING:
     from int8cli.results.evaluation import Evaluation
@@ -81,6 +82,7 @@ def evaluate(
     device: Where = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
+    retry_for: RetryFor = RETRY_FOR_S,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -108,6 +110,7 @@ def evaluate(
         revision=revision,
         device=device.value,
         work_dir=work_dir,
+        retry_for=retry_for,
     )
     with shown_progress(quiet=quiet) as progress:
         found = command.evaluate(model, options, progress=progress)

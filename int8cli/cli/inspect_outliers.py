@@ -14,6 +14,7 @@ from int8cli.cli.options import (
     Json,
     Model,
     Quiet,
+    RetryFor,
     Revision,
     Seed,
     SequenceLength,
@@ -21,7 +22,7 @@ from int8cli.cli.options import (
     WorkDir,
     check_outputs,
 )
-from int8cli.commands.options import InspectOptions
+from int8cli.commands.options import RETRY_FOR_S, InspectOptions
 
 if TYPE_CHECKING:
     from int8cli.outliers.statistics import OutlierStatistics
@@ -78,6 +79,7 @@ def inspect_outliers(
     device: Where = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
+    retry_for: RetryFor = RETRY_FOR_S,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -103,6 +105,7 @@ def inspect_outliers(
         threshold=threshold,
         device=device.value,
         work_dir=work_dir,
+        retry_for=retry_for,
     )
     with shown_progress(quiet=quiet) as progress:
         found = command.inspect_outliers(model, options, progress=progress)

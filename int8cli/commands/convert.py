@@ -115,6 +115,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         download_dir=store.incoming_directory,
         output=output,
         keep_source=options.keep_source,
+        retry_for_s=options.retry_for,
         progress=progress,
     ) as source:
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])

@@ -70,7 +70,13 @@ def _sources(
     """
     of_source = options.source is not None and os.path.exists(os.path.expanduser(model))
     revision = None if of_source else options.revision
-    with opened_source(model, revision=revision, download_dir=work / "incoming", progress=progress) as source:
+    with opened_source(
+        model,
+        revision=revision,
+        download_dir=work / "incoming",
+        retry_for_s=options.retry_for,
+        progress=progress,
+    ) as source:
         if options.source is None:
             yield source, None
             return
@@ -78,6 +84,7 @@ def _sources(
             str(options.source),
             revision=options.revision if of_source else None,
             download_dir=work / "incoming-source",
+            retry_for_s=options.retry_for,
             progress=progress,
         ) as reference:
             yield source, reference

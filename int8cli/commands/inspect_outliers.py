@@ -41,7 +41,11 @@ def inspect_outliers(
     with (
         torch_threads_restored(),
         opened_source(
-            str(model), revision=options.revision, download_dir=work / "incoming", progress=progress
+            str(model),
+            revision=options.revision,
+            download_dir=work / "incoming",
+            retry_for_s=options.retry_for,
+            progress=progress,
         ) as source,
     ):
         survey = survey_source(source, PlanOptions())

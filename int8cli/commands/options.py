@@ -9,6 +9,8 @@ from typing import Literal
 
 LayoutName = Literal["bitsandbytes", "compressed-tensors"]
 DeviceName = Literal["cpu", "cuda"]
+# How long downloads that fail without progress are tried again, in seconds. A conversion from the Hub may take days.
+RETRY_FOR_S = 3 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class ConvertOptions:
     - `device`: where to quantize.
     - `figures`: measure the error of every layer.
     - `keep_source`: keep downloaded shards in the Hub cache.
+    - `retry_for`: seconds for which a download that fails without progress is tried again.
     - `overwrite`: replace an earlier conversion.
     """
 
@@ -52,6 +55,7 @@ class ConvertOptions:
     device: DeviceName = "cpu"
     figures: bool = True
     keep_source: bool = False
+    retry_for: float = RETRY_FOR_S
     overwrite: bool = False
 
 
@@ -85,6 +89,7 @@ class InspectOptions:
     - `threshold`: values of this magnitude or more are outliers.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
+    - `retry_for`: seconds for which a download that fails without progress is tried again.
     """
 
     evidence: Literal["activations", "weights"] | None = None
@@ -96,6 +101,7 @@ class InspectOptions:
     threshold: float = 6.0
     device: DeviceName = "cpu"
     work_dir: Path | None = None
+    retry_for: float = RETRY_FOR_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +112,14 @@ class VerifyOptions:
     - `revision`: branch, tag or commit of the source on the Hub; None is the one that was converted.
     - `device`: where to quantize, with a `source`.
     - `threads`: how many read and convert; None chooses from the cores.
+    - `retry_for`: seconds for which a download that fails without progress is tried again.
     """
 
     source: str | Path | None = None
     revision: str | None = None
     device: DeviceName = "cpu"
     threads: int | None = None
+    retry_for: float = RETRY_FOR_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,7 @@ class EvaluateOptions:
     - `revision`: of the model on the Hub or, if the model is a local conversion, of its source.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
+    - `retry_for`: seconds for which a download that fails without progress is tried again.
     """
 
     text: Path | None = None
@@ -140,3 +149,4 @@ class EvaluateOptions:
     revision: str | None = None
     device: DeviceName = "cpu"
     work_dir: Path | None = None
+    retry_for: float = RETRY_FOR_S

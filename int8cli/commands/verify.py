@@ -55,7 +55,9 @@ def _source(
         revision = converted.revision
     incoming = RecordStore(directory).incoming_directory
     try:
-        with opened_source(model, revision=revision, download_dir=incoming, progress=progress) as source:
+        with opened_source(
+            model, revision=revision, download_dir=incoming, retry_for_s=options.retry_for, progress=progress
+        ) as source:
             yield source
     finally:
         remove_tree(incoming, directory)

@@ -141,6 +141,11 @@ class HubStandIn:
         with self._lock:
             self._faults.append((file_pattern, fault))
 
+    def recover(self) -> None:
+        """No request fails any more."""
+        with self._lock:
+            self._faults.clear()
+
     def of(self, file: str, method: str = "GET") -> list[Request]:
         """The requests for a file that were answered with bytes or an error, redirects left out."""
         return [r for r in self.requests if r.file == file and r.method == method and r.status not in (0, 302)]

@@ -15,6 +15,7 @@ class HubOptions:
     `download_dir` is this source's alone: files lie there while they are used, and parts until they are whole. With
     `keep_source` files go to the Hub cache instead and stay. `on_bytes(file_name, n)` hears of each piece that is
     transferred, `on_wait(what, why, pause_s)` of each pause before a retry; both may be called from another thread.
+    `probably_a_path`: the name may be that of a directory, mistyped; a Hub that does not answer is asked only once.
     """
 
     download_dir: Path
@@ -26,6 +27,7 @@ class HubOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_bytes: Callable[[str, int], None] | None = None
     on_wait: Callable[[str, str, float], None] | None = None
+    probably_a_path: bool = False
 
     @property
     def hub_cache(self) -> Path:
