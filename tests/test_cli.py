@@ -49,7 +49,8 @@ def plain(text: str) -> str:
 def test_stdout_is_the_report_and_stderr_a_line_a_shard(model: Path) -> None:
     outcome = run(*CONVERT, "model", cwd=model.parent)
     assert outcome.code == 0
-    lines = outcome.err.splitlines()
+    first, *lines = outcome.err.splitlines()
+    assert re.fullmatch(r"model: \d+ kB in 3 shards → model-int8: \d+ kB", first)
     assert [line.split()[:2] for line in lines] == [
         [f"[{number}/{SHARDS}]", f"model-0000{number}-of-0000{SHARDS}.safetensors:"] for number in range(1, SHARDS + 1)
     ]
@@ -64,7 +65,7 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
     report = json.loads(outcome.out)
     assert report["schema"] == "int8cli.report/2"
     assert report == json.loads((model.parent / "model-int8/int8/report.json").read_text())
-    assert len(outcome.err.splitlines()) == SHARDS
+    assert len(outcome.err.splitlines()) == 1 + SHARDS
     assert len(report["layers"]) == report["totals"]["quantized_layers"] == 14
     errors = [layer["relative_frobenius_error"] for layer in report["layers"]]
     assert errors == sorted(errors, reverse=True)
@@ -115,7 +116,7 @@ def test_a_reader_that_goes_away_is_no_traceback(options: list[str], model: Path
         ["bash", "-c", f"{command} | head -n 1"], cwd=model.parent, env=environment(), capture_output=True, text=True
     )
     assert len(done.stdout.splitlines()) == 1
-    assert not [line for line in done.stderr.splitlines() if not line.startswith("[")], done.stderr
+    assert not [line for line in done.stderr.splitlines() if not line.startswith(("[", "model: "))], done.stderr
 
 
 @pytest.mark.parametrize("options", [["--json"], []])

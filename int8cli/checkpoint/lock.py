@@ -6,6 +6,7 @@ that ends, and what is left of a killed run never locks anybody out.
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from int8cli.checkpoint.disk import disk_error, disk_errors
 from int8cli.checkpoint.own_files import open_real_directory
 from int8cli.errors import OutputError, OutputInUseError
+
+_IN_USE_HINT = "Wait for it to end, or choose another directory."
+_A_LOOK_S = 0.05  # how long `refuse_while_locked` holds a lock, at most
 
 
 def hold(descriptor: int, in_use: str, hint: str) -> None:
@@ -29,7 +33,11 @@ def hold(descriptor: int, in_use: str, hint: str) -> None:
 
 def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps of one that only looks, and is gone at once
+            time.sleep(_A_LOOK_S)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputInUseError(in_use, hint=hint) from error
     except OSError as error:
@@ -53,6 +61,15 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
         os.close(descriptor)
 
 
+def refuse_if_in_use(output: Path, own: Path) -> None:
+    """Raise OutputInUseError if another process holds an output directory; take no lock. See `locked`."""
+    refuse_while_locked(own, _in_use(output), _IN_USE_HINT)
+
+
+def _in_use(output: Path) -> str:
+    return f"{output} is in use by another int8cli process"
+
+
 @contextmanager
 def locked(output: Path, own: Path) -> Iterator[int]:
     """Hold an output directory for one run, by a lock on `own`, a directory in it, which leaves no file.
@@ -74,8 +91,7 @@ def _lock(output: Path, own: Path) -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
             descriptor = open_real_directory(own)
-        hint = "Wait for it to end, or choose another directory."
-        hold(descriptor, f"{output} is in use by another int8cli process", hint)
+        hold(descriptor, _in_use(output), _IN_USE_HINT)
         still = False
         try:
             with disk_errors(own):

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 

@@ -7,17 +7,17 @@ import json
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
-from int8cli.columns.from_statistics import StatisticsColumns, at_most
+from int8cli.columns.foreseen import planned_calibration
+from int8cli.columns.from_statistics import StatisticsColumns
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
-from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import CannotRunError
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
@@ -26,7 +26,7 @@ from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatis
 from int8cli.outliers.cost import arithmetic_s
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.store import FROM_ACTIVATIONS, Settings
+from int8cli.records.store import Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 
@@ -37,10 +37,7 @@ def strategy_from_activations(
     """Choose by a calibration. Raises TextError, and the errors that config.json and file names already show."""
     dtype = _dtype_to_run_in(survey)
     sampling = wanted.sampling
-    if wanted.text is not None:
-        text = Text.read(wanted.text, sampling.tokens)
-    else:
-        text = Text.decode(SAMPLE_NAME, sample_text())
+    planned = planned_calibration(wanted, survey, settings)
     options = CalibrateOptions(
         sampling,
         settings.threshold or CalibrateOptions().threshold,
@@ -52,18 +49,16 @@ def strategy_from_activations(
 
     def columns(progress: Progress) -> ColumnSource:
         return_memory_promptly()
-        run = CalibrationRun(text, options, wanted.model_threads)
+        run = CalibrationRun(planned.text, options, wanted.model_threads)
         return CalibratedColumns(source, survey, run, progress)
 
     def seconds() -> float:
         parameters = survey.plan.quantized_parameters
         return arithmetic_s(parameters, sampling.tokens, dtype, wanted.device, wanted.model_threads)
 
-    used = f"{text.name}: {sampling.tokens:,} tokens in sequences of {sampling.sequence_length:,}"
-    used += f", seed {sampling.seed}, sha256 {text.sha256[:16]}"
     return ColumnStrategy(
-        replace(survey, stored_counts={e.spec.name: at_most(e, wanted.limit) for e in survey.plan.quantized}),
-        replace(settings, outliers=FROM_ACTIVATIONS, outlier_columns=wanted.limit, calibration=used),
+        planned.survey,
+        planned.settings,
         columns,
         seconds,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.model.sampling import Sampling
+from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
@@ -61,3 +62,9 @@ class ColumnStrategy:
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """The strategy that stores no columns."""
     return ColumnStrategy(survey, settings, lambda progress: NoColumns())
+
+
+def at_most(decision: Decision, limit: int) -> int:
+    """How many columns a linear gets: `limit`, or all of a narrower one."""
+    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
+    return min(limit, in_features)

@@ -10,14 +10,16 @@ from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
+from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.source import Source
 from int8cli.columns.choose import column_strategies
+from int8cli.columns.foreseen import foreseen_settings
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early, usable_cores
 from int8cli.commands.places import default_output
-from int8cli.conversion.convert import ConversionRun
+from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
 from int8cli.model.sampling import Sampling
@@ -30,7 +32,7 @@ from int8cli.progress import SILENT, Progress
 from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, RecordStore, Settings
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import human_bytes, human_seconds
+from int8cli.results.units import counted, human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
 _DEFAULTS = ConvertOptions()
@@ -107,6 +109,8 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     check_device(options.device)
     settings = settings_of(options)
     store = RecordStore(output)
+    store.refuse_links()
+    refuse_if_in_use(output, store.own)
     known = store.conversion() if not options.overwrite else None
     wanted = _columns_wanted(options, known.settings if known is not None else None)
     with opened_source(
@@ -154,7 +158,10 @@ class _Job:
         return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs)
 
     def convert(self) -> ConversionReport:
-        """Convert with the first strategy that works for this model."""
+        """Convert with the first strategy that works for this model; refuse what cannot be before torch is imported."""
+        foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
+        require_possible(self.source, self.survey, foreseen, self.run)
+        self.progress.note(self._first_line())
         if self.run.workers == 1:
             start_torch()
         strategies = self._strategies()
@@ -170,6 +177,11 @@ class _Job:
                     raise
                 self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
                 strategy = following
+
+    def _first_line(self) -> str:
+        survey = self.survey
+        sizes = f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
+        return f"{survey.identity.name}: {sizes} → {self.run.output}: {human_bytes(survey.output_bytes)}"
 
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
         columns = strategy.columns(self.progress)

@@ -68,11 +68,7 @@ def convert(
     from the report. Raises Int8cliError; whatever is raised, no file stands half-written under a final name, and the
     same call resumes from there.
     """
-    if settings.only and not survey.plan.quantized:
-        raise NothingToQuantizeError(
-            "no module that could be quantized matches the patterns",
-            hint="The plan lists the modules with the reason for each.",
-        )
+    _require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
         store.refuse_links()
@@ -108,6 +104,29 @@ def convert(
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
         store.remove_state()
         return report
+
+
+def require_possible(source: Source, survey: Survey, settings: Settings, options: ConversionRun) -> None:
+    """Raise now what `convert` would raise before its first byte, as far as that is known without stored columns.
+
+    `convert` checks all of it again, under the directory's lock.
+    """
+    _require_something_to_quantize(survey, settings)
+    store = RecordStore(options.output)
+    conversion = describe(source, survey, settings)
+    remaining = list(conversion.shards)
+    if not options.overwrite:
+        store.check(conversion, all_files=False)
+        remaining = [shard for shard in conversion.shards if store.finished(shard) is None]
+    _require_room(source, survey, options.output, remaining)
+
+
+def _require_something_to_quantize(survey: Survey, settings: Settings) -> None:
+    if settings.only and not survey.plan.quantized:
+        raise NothingToQuantizeError(
+            "no module that could be quantized matches the patterns",
+            hint="The plan lists the modules with the reason for each.",
+        )
 
 
 def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:

@@ -8,16 +8,18 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.source import Source
 from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
 
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; of a longer text only this much is read
 _LEAST_BYTES = 1 << 20
+_MOST_SPECIAL_TOKENS = 16  # what a tokenizer puts around a text
 _PROBE = "The quick brown fox"
 
 
@@ -66,7 +68,7 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
     """
     tokenizer = load_tokenizer(directory)
     before, after = _special_tokens(tokenizer)
-    length = min(sampling.sequence_length, _longest(config, sampling.sequence_length))
+    length = _length(config, sampling)
     body = length - len(before) - len(after)
     if body < 1:
         raise TextError(f"sequences of {length} tokens are too short for text and the special tokens of this tokenizer")
@@ -82,6 +84,26 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
         chosen = sorted(random.Random(sampling.seed).sample(range(len(pieces)), wanted))
         pieces = [pieces[index] for index in chosen]
     return [_inputs([*before, *piece, *after], config) for piece in pieces]
+
+
+def require_bytes_for_a_sequence(text: Text, source: Source, sampling: Sampling) -> None:
+    """Raise TextError for a text of fewer bytes than a sequence has tokens: a tokenizer makes one of each byte at most.
+
+    Needs no tokenizer, and tells at once what `sequences_of` would tell after the import of transformers.
+    """
+    config = SimpleNamespace(**read_config(source)) if CONFIG_FILE in source.list_files() else None
+    length, size = _length(config, sampling), len(text.text.encode(errors="surrogatepass"))
+    if size < length - _MOST_SPECIAL_TOKENS:
+        raise TextError(
+            f"{text.name} has {size:,} bytes, too few for a sequence of {length:,} tokens",
+            hint="Give a longer text, or use shorter sequences.",
+        )
+
+
+def _length(config: Any, sampling: Sampling) -> int:
+    """Tokens of a sequence: no more than the model takes, nor than are wanted in all."""
+    wanted = max(2, min(sampling.sequence_length, sampling.tokens))
+    return min(wanted, _longest(config, wanted))
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -132,6 +154,8 @@ def _offset_positions(config: Any) -> bool:
 
 def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
     """A forward's arguments; an encoder-decoder reads the same text on both sides, shifted by its start token."""
+    import torch
+
     tokens = torch.tensor([list(ids)])
     if not getattr(config, "is_encoder_decoder", False):
         return {"input_ids": tokens, "use_cache": False}

@@ -7,7 +7,7 @@ after the shard stands under its final name, so that a record always speaks of a
 import json
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,15 +232,16 @@ class RecordStore:
         hint = "Without it int8cli cannot tell which files it wrote. Choose another directory, or delete this one."
         return read_document(self._conversion_path, Conversion.from_json, hint)
 
-    def check(self, conversion: Conversion) -> None:
+    def check(self, conversion: Conversion, *, all_files: bool = True) -> None:
         """Whether the directory is free for a conversion, or holds the same one. Writes nothing.
 
-        Raises SettingsMismatchError if it belongs to another, OutputError if files stand there that are not ours.
+        With `all_files` False, some of its files are not known yet: they are not compared. Raises SettingsMismatchError
+        if the directory belongs to another conversion, OutputError if files stand there that are not ours.
         """
         known = self.conversion()
         if known is None:
             self._refuse_foreign_files(conversion)
-        elif known != conversion:
+        elif known != (conversion if all_files else replace(conversion, files=known.files)):
             _refuse_mismatch(self._output, known, conversion)
 
     def claim(self, conversion: Conversion) -> None:
