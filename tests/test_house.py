@@ -17,7 +17,7 @@ FLOORS = (
     {"errors"},
     {"llm_int8", "loaders", "workers", "data", "progress", "typed_json"},
     {"checkpoint", "results"},
-    {"model", "planning", "records"},
+    {"machine", "model", "planning", "records"},
     {"runtime", "outliers", "estimate"},
     {"conversion", "evaluation", "report"},
     {"columns", "verification"},

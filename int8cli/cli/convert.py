@@ -10,7 +10,7 @@ import typer
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, RetryFor, Revision, TextFile
-from int8cli.commands.options import RETRY_FOR_S, ConvertOptions
+from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
 
 if TYPE_CHECKING:
     from int8cli.commands.convert import ConversionPlan, ConversionResult
@@ -105,7 +105,7 @@ def convert(
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
     text: TextFile = None,
-    tokens: Tokens = 4096,
+    tokens: Tokens = CONVERT_TOKENS,
     workers: Workers = None,
     device: Where = Device.cpu,
     figures: Figures = True,
@@ -122,6 +122,7 @@ def convert(
     norms, biases and the output head keep their dtype. After an interruption, run the same command again: finished
     shards are not converted twice.
     """
+    from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
 
@@ -144,9 +145,12 @@ def convert(
         retry_for=retry_for,
         overwrite=overwrite,
     )
-    run = command.plan_conversion if dry_run else command.convert
+    found: ConversionPlan | ConversionResult
     with shown_progress(quiet=quiet) as progress:
-        found = run(model, output, options, progress=progress)
+        if dry_run:
+            found = command.plan_conversion(model, output, options, progress=progress)
+        else:
+            found = command.convert(model, output, options, progress=progress, choose=None if quiet else choose_way)
     with writing_result():
         show(found, as_json=as_json, quiet=quiet)
 
@@ -158,9 +162,9 @@ def show(found: "ConversionPlan | ConversionResult", *, as_json: bool, quiet: bo
 
     if isinstance(found, ConversionPlan):
         if as_json:
-            print(json.dumps(plan_to_json(found.survey, found.needs, found.settings), indent=2))
+            print(json.dumps(plan_to_json(found.survey, found.needs, found.settings, found.ways), indent=2))
         elif not quiet:
-            show_plan(found.survey, found.needs, found.output, found.settings)
+            show_plan(found.survey, found.needs, found.output, found.settings, found.ways)
     elif as_json:
         print(json.dumps(found.report.to_json(), indent=2))
     elif not quiet:

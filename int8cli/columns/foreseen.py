@@ -9,13 +9,21 @@ from pathlib import Path
 
 import xxhash
 
+from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.source import Source
-from int8cli.columns.wanted import MODES, ColumnsWanted, at_most
+from int8cli.columns.from_weights import counts_from_weights
+from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
 from int8cli.data import SAMPLE_NAME, sample_text
+from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, Settings
+from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+
+# Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +73,24 @@ def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, set
     planned = planned_calibration(wanted, survey, settings)
     require_bytes_for_a_sequence(planned.text, source, wanted.sampling)
     return planned.settings
+
+
+def may_run(source: Source) -> bool:
+    """Whether the model can probably be run: transformers, a config and a tokenizer are there."""
+    files = set(source.list_files())
+    return has_transformers() and CONFIG_FILE in files and bool(TOKENIZER_FILES & files)
+
+
+def surveys_by_mode(wanted: ColumnsWanted, source: Source, survey: Survey) -> dict[str, Survey]:
+    """Every mode that can be chosen for this model, with a survey of what it writes, the one of `auto` first."""
+    if not survey.plan.quantized:
+        return {NO_OUTLIERS: survey}
+    limit = wanted.limit or DEFAULT_OUTLIER_COLUMNS
+    found = {}
+    if may_run(source):
+        counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
+        found[FROM_ACTIVATIONS] = replace(survey, stored_counts=counts)
+    counts = counts_from_weights(survey, limit)
+    if counts:
+        found[FROM_WEIGHTS] = replace(survey, stored_counts=counts)
+    return found | {NO_OUTLIERS: replace(survey, stored_counts=None)}

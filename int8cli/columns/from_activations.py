@@ -10,8 +10,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.columns.foreseen import planned_calibration
@@ -23,7 +21,6 @@ from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatistics
-from int8cli.outliers.cost import arithmetic_s
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.store import Settings
@@ -35,7 +32,7 @@ def strategy_from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
 ) -> ColumnStrategy:
     """Choose by a calibration. Raises TextError, and the errors that config.json and file names already show."""
-    dtype = _dtype_to_run_in(survey)
+    _require_text_model(survey)
     sampling = wanted.sampling
     planned = planned_calibration(wanted, survey, settings)
     options = CalibrateOptions(
@@ -52,15 +49,10 @@ def strategy_from_activations(
         run = CalibrationRun(planned.text, options, wanted.model_threads)
         return CalibratedColumns(source, survey, run, progress)
 
-    def seconds() -> float:
-        parameters = survey.plan.quantized_parameters
-        return arithmetic_s(parameters, sampling.tokens, dtype, wanted.device, wanted.model_threads)
-
     return ColumnStrategy(
         planned.survey,
         planned.settings,
         columns,
-        seconds,
     )
 
 
@@ -100,14 +92,12 @@ class CalibratedColumns(ColumnSource):
         return self._columns.columns_of(shard, local, run)
 
 
-def _dtype_to_run_in(survey: Survey) -> torch.dtype:
+def _require_text_model(survey: Survey) -> None:
     """Raises CannotRunError for a model that cannot be built, or that takes other inputs than text."""
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
         specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
-        skeleton = build_skeleton(Path(name), specs)
-    model = skeleton.model
+        model = build_skeleton(Path(name), specs).model
     if model.main_input_name != "input_ids":
         raise CannotRunError(f"{type(model).__name__} needs {model.main_input_name}, not text")
-    return skeleton.dtype

@@ -7,6 +7,7 @@ needs it only in its workers.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.model.sampling import Sampling
@@ -34,7 +35,7 @@ class ColumnsWanted:
     limit: int
     text: Path | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     model_threads: int = 1
     known: Settings | None = None
 
@@ -56,7 +57,6 @@ class ColumnStrategy:
     survey: Survey
     settings: Settings
     columns: Callable[[Progress], ColumnSource]
-    arithmetic_s: Callable[[], float] = lambda: 0.0  # time to choose them, from a matrix product timed on this machine
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:

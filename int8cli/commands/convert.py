@@ -3,9 +3,9 @@
 Owns how a conversion is set up, and which strategy chooses the outlier columns if the first one fails.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
@@ -13,15 +13,18 @@ from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.source import Source
 from int8cli.columns.choose import column_strategies
-from int8cli.columns.foreseen import foreseen_settings
-from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
+from int8cli.columns.foreseen import foreseen_settings, may_run
+from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.options import ConvertOptions
-from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early, usable_cores
+from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
+from int8cli.commands.ways import speed_here, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
+from int8cli.estimate.ways import Way, calibration_s
+from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.needs import Needs
@@ -35,6 +38,9 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import counted, human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
+# Longer than this, somebody who did not ask for a calibration is asked, or told how to do without.
+LONG_S = 300.0
+Choose = Callable[[Sequence[Way]], Way]
 _DEFAULTS = ConvertOptions()
 
 
@@ -48,12 +54,16 @@ class ConversionResult:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes."""
+    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes.
+
+    `ways` are what it takes, and what it would take with stored columns chosen otherwise: the one planned comes first.
+    """
 
     output: Path
     survey: Survey
     settings: Settings
     needs: Needs
+    ways: tuple[Way, ...]
 
 
 @system_errors()
@@ -63,12 +73,14 @@ def convert(
     options: ConvertOptions = _DEFAULTS,
     *,
     progress: Progress = SILENT,
+    choose: Choose | None = None,
 ) -> ConversionResult:
     """Convert a checkpoint to LLM.int8(), shard by shard.
 
     `model` is a Hub id, a directory, or one checkpoint file. `output` is the directory to write, by default
     `<name>-int8` in the current directory. After an interruption, the same call resumes: finished shards are not
-    converted again.
+    converted again. `choose` is asked which way to take where "auto" would take longer than `LONG_S`; without it, the
+    first one is taken.
 
     Raises OptionError for invalid options, and other children of Int8cliError if the model, the network or the disk is
     at fault. Whatever is raised, no file is left half-written under its final name.
@@ -77,6 +89,9 @@ def convert(
     output = Path(output) if output is not None else default_output(str(model))
     start_workers_early(str(model), output, options)
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
+        job.prepare()
+        if choose is not None:
+            job = job.chosen(choose)
         return ConversionResult(output, job.convert())
 
 
@@ -155,13 +170,27 @@ class _Job:
             self.progress.note(warning)
         threads = self.run.threads * self.run.workers
         needs = Needs.of(self.source, strategy.survey, self.run.output, threads=threads)
-        return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs)
+        return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs, self._ways())
 
-    def convert(self) -> ConversionReport:
-        """Convert with the first strategy that works for this model; refuse what cannot be before torch is imported."""
+    def prepare(self) -> None:
+        """Refuse what cannot be before torch is imported, and say what is about to be done."""
         foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
         require_possible(self.source, self.survey, foreseen, self.run)
         self.progress.note(self._first_line())
+
+    def chosen(self, choose: Choose) -> "_Job":
+        """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""
+        wanted = self.wanted
+        if wanted.mode != AUTO or wanted.known is not None or wanted.nothing(self.survey) or not may_run(self.source):
+            return self
+        ways = self._ways()
+        if (ways[0].seconds or 0.0) <= LONG_S:
+            return self
+        way = choose(ways)
+        return self if way == ways[0] else replace(self, wanted=replace(wanted, mode=way.outliers))
+
+    def convert(self) -> ConversionReport:
+        """Convert with the first strategy that works for this model."""
         if self.run.workers == 1:
             start_torch()
         strategies = self._strategies()
@@ -177,6 +206,11 @@ class _Job:
                     raise
                 self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
                 strategy = following
+
+    def _ways(self) -> tuple[Way, ...]:
+        run = self.run
+        speed = speed_here(self.wanted.device)
+        return ways_to_convert(self.source, self.survey, run.output, self.wanted, speed, run.threads * run.workers)
 
     def _first_line(self) -> str:
         survey = self.survey
@@ -200,7 +234,8 @@ class _Job:
             return "Storing no outlier columns."
         if settings.outliers == FROM_ACTIVATIONS:
             tokens = f"{self.wanted.sampling.tokens:,} {'sample tokens' if self.wanted.text is None else 'tokens'}"
-            chosen = f"by running the model on {tokens} (about {human_seconds(strategy.arithmetic_s())} of arithmetic)"
+            seconds = calibration_s(strategy.survey, speed_here(self.wanted.device), self.wanted.sampling)
+            chosen = f"by running the model on {tokens} (about {human_seconds(seconds)})"
         elif settings.outliers == FROM_STATISTICS:
             chosen = "from the statistics file"
         else:

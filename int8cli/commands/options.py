@@ -9,6 +9,10 @@ from typing import Literal
 
 LayoutName = Literal["bitsandbytes", "compressed-tensors"]
 DeviceName = Literal["cpu", "cuda"]
+# On SmolLM2-135M, columns chosen on 512, 1,024, 2,048 and 4,096 tokens leave a mean output error of 0.01055, 0.01056,
+# 0.01055 and 0.01053, and a divergence of 0.0082, 0.0078, 0.0081 and 0.0080 nats from 16 bit. More tokens only take
+# longer: eight times the arithmetic for nothing.
+CONVERT_TOKENS = 512
 # How long downloads that fail without progress are tried again, in seconds. A conversion from the Hub may take days.
 RETRY_FOR_S = 3 * 3600.0
 
@@ -47,7 +51,7 @@ class ConvertOptions:
     outliers: str | Path = "auto"
     outlier_columns: int | None = None
     text: Path | None = None
-    tokens: int = 4096
+    tokens: int = CONVERT_TOKENS
     sequence_length: int = 512
     seed: int = 0
     workers: int | None = None

@@ -10,7 +10,7 @@ from int8cli.checkpoint.own_files import remove_tree
 from int8cli.checkpoint.source import Source
 from int8cli.commands.checks import check_device, check_verify
 from int8cli.commands.options import VerifyOptions
-from int8cli.commands.parallelism import usable_cores
+from int8cli.machine.speed import usable_cores
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import SILENT, Progress
 from int8cli.records.store import Conversion, RecordStore

@@ -15,6 +15,7 @@ from int8cli.estimate.units import HEAD
 from int8cli.estimate.weights import Weights
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import escape
+from int8cli.report.ways import ways_table
 from int8cli.results.units import human_bytes, human_count
 
 _BAR_WIDTH = 30
@@ -42,6 +43,7 @@ def show_memory(report: MemoryReport) -> None:
     console.print()
     for line in (*_use_lines(report), "", *_conversion_lines(estimate)):
         console.print(line, soft_wrap=True)
+    console.print_table(ways_table(report.ways, "", estimate.conversion.download_bytes))
     for title, answers in (("This machine", report.machine), ("--gpu", report.answers)):
         if answers:
             console.print()
@@ -155,10 +157,8 @@ def _conversion_lines(estimate: Estimate) -> Iterator[str]:
     needs = estimate.conversion
     yield "[bold]To convert[/bold]"
     yield f"  download   {human_bytes(needs.download_bytes):>9}"
-    yield f"  disk       {human_bytes(needs.disk_bytes):>9}  at the peak: output and shards in flight"
     if needs.download_bytes:
-        yield f"             {human_bytes(needs.disk_keeping_source_bytes):>9}  with --keep-source"
-    yield f"  memory     {human_bytes(needs.buffer_bytes):>9}  for buffers, besides Python with torch (0.2-0.3 GB)"
+        yield f"  disk       {human_bytes(needs.disk_keeping_source_bytes):>9}  with --keep-source, otherwise as below"
 
 
 def _fit_table(report: MemoryReport) -> Table:

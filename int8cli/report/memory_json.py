@@ -38,7 +38,7 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
             "int8_bytes": estimate.workspace_bytes(use, INT8),
         },
         "total": {f"{precision}_bytes": total_bytes(report, precision) for precision in PRECISIONS},
-        "conversion": _conversion(estimate),
+        "conversion": {**_conversion(estimate), "ways": [way.to_json() for way in report.ways]},
         "cards": {
             "usable": USABLE_RULE,
             "this_machine": [_answer(answer) for answer in report.machine],

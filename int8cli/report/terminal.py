@@ -62,7 +62,7 @@ def stdout_console() -> PrintingConsole:
     return console
 
 
-def stderr_console() -> Console:
+def stderr_console() -> PrintingConsole:
     """A console on stderr, as wide as the terminal."""
     stream = sys.stderr.stream if isinstance(sys.stderr, PrintableStream) else sys.stderr
     return PrintingConsole(file=stream, highlight=False, emoji=False)
