@@ -13,6 +13,7 @@ from int8cli.estimate.answers import MemoryReport, memory_report
 from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
 from int8cli.estimate.estimate import estimate_memory as estimate_of
+from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.layouts import LAYOUTS
@@ -33,7 +34,7 @@ def estimate_memory(
     UnknownCardError for unknown cards, and the errors of a bad checkpoint.
     """
     check_estimate(options)
-    cards = tuple(card for text in options.gpu for card in parse_cards(text))
+    machines = {text: parse_cards(text) for text in options.gpu}
     output = default_output(str(model))
     with opened_source(str(model), revision=options.revision, download_dir=output, progress=progress) as source:
         survey = survey_source(source, PlanOptions(), LAYOUTS[options.layout])
@@ -41,4 +42,4 @@ def estimate_memory(
         wanted = ColumnsWanted(AUTO, DEFAULT_OUTLIER_COLUMNS, sampling=Sampling(ConvertOptions().tokens))
         ways = ways_to_convert(source, survey, output, wanted, speed_without_torch(), THREADS_FOR_A_SHARD)
     use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
-    return memory_report(estimate, use, cards, ways)
+    return memory_report(estimate, use, machines, ways, available_bytes("cpu"))

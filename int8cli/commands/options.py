@@ -70,7 +70,8 @@ class EstimateOptions:
     - `revision`: branch, tag or commit of a model on the Hub; None is its main branch.
     - `context`: tokens in each sequence; None is the model's maximum, up to 8192. `batch`: sequences at once.
     - `kv_dtype`: dtype of the KV cache.
-    - `gpu`: cards to check: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB").
+    - `gpu`: machines to check, each by its cards: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB"),
+      several kinds ("2x RTX 3090, T4").
     - `layout`: output layout of the conversion.
     """
 
