@@ -18,7 +18,7 @@ from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, NO_OUTLIERS, Settings
 
 # Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
 TOKENIZER_FILES = frozenset(

@@ -23,7 +23,7 @@ from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatistics
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.store import Settings
+from int8cli.records.conversion import Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 

@@ -16,8 +16,8 @@ from int8cli.estimate.estimate import estimate_memory as estimate_of
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import survey_source
 from int8cli.progress import SILENT, Progress
 

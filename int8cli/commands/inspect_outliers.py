@@ -15,7 +15,7 @@ from int8cli.errors import MissingExtraError, UnsupportedModelError
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, require_bytes_for_a_sequence
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
 from int8cli.workers.torch_start import torch_threads_restored

@@ -10,7 +10,7 @@ from int8cli.commands.places import cache_directory
 from int8cli.estimate.ways import Candidate, Way, way_of
 from int8cli.machine.speed import Speed, measured_beside, remember, remembered, usable_cores
 from int8cli.planning.survey import Survey, room_needed
-from int8cli.records.store import FROM_STATISTICS
+from int8cli.records.conversion import FROM_STATISTICS
 from int8cli.workers.torch_start import start_torch
 
 

@@ -12,7 +12,7 @@ from int8cli.machine.speed import Speed
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.records.conversion import FROM_ACTIVATIONS
 
 # Peak memory of a process that converts a tiny model, with torch, and with transformers too.
 TORCH_BYTES = 260_000_000

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from int8cli.estimate.ways import Way
-from int8cli.records.store import FROM_ACTIVATIONS, NO_OUTLIERS
+from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
 from int8cli.report.terminal import titled_table
 from int8cli.results.units import human_bytes, human_seconds
 
