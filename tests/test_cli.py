@@ -54,8 +54,10 @@ def test_stdout_is_the_report_and_stderr_a_line_a_shard(model: Path) -> None:
     assert [line.split()[:2] for line in lines] == [
         [f"[{number}/{SHARDS}]", f"model-0000{number}-of-0000{SHARDS}.safetensors:"] for number in range(1, SHARDS + 1)
     ]
-    assert outcome.out.startswith("model → model-int8\n")
-    assert "Worst layers" in outcome.out
+    assert outcome.out.startswith("Done. model is in int8 in model-int8, 1.")
+    assert "\nNext:\n  int8cli verify model-int8\n" in outcome.out
+    assert len(outcome.out.splitlines()) <= 24
+    assert "Worst layers" not in outcome.out
     assert "\x1b" not in outcome.out + outcome.err
 
 
@@ -69,6 +71,30 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
     assert len(report["layers"]) == report["totals"]["quantized_layers"] == 14
     errors = [layer["relative_frobenius_error"] for layer in report["layers"]]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_details_are_the_tables_before_the_summary(model: Path, nursery: Nursery) -> None:
+    short = nursery.run(*CONVERT, "model", cwd=model.parent)
+    long = nursery.run(*CONVERT, "model", "--details", cwd=model.parent)
+    assert long.code == 0
+    tables, _, summary = long.out.partition("\n\nDone. ")
+    assert "Worst layers" in tables
+    without_cost = [line for line in short.out.splitlines() if line.split()[:1] not in (["took"], ["report"])]
+    shown = [line for line in f"Done. {summary}".splitlines() if line.split()[:1] not in (["took"], ["report"])]
+    assert [line.rstrip() for line in shown] == [line.rstrip() for line in without_cost]
+
+
+def test_the_next_commands_are_to_be_copied(model: Path, nursery: Nursery) -> None:
+    name = "it's a $model"
+    os.rename(model, model.parent / name)
+    outcome = nursery.run(*CONVERT, name, cwd=model.parent)
+    assert outcome.code == 0, outcome.err
+    commands = outcome.out.partition("\nNext:\n")[2].splitlines()
+    verify = shlex.split(commands[0].strip())
+    assert verify == ["int8cli", "verify", f"{name}-int8"]
+    assert nursery.run(*verify[1:], cwd=model.parent).code == 0
+    assert shlex.split(commands[2].strip()) == ["int8cli", "evaluate", f"{name}-int8", "--source", name]
+    assert f"load_model({(name + '-int8')!r})" in shlex.split(commands[1].strip())[-1]
 
 
 @pytest.mark.parametrize("options", [["--quiet"], ["-q"], ["-q", "--json"], ["-q", "--dry-run"]])

@@ -48,14 +48,17 @@ def int8cli(
     """
 
 
-def _add(name: str, command: Callable[..., None], examples: str) -> None:
-    """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself."""
+def _add(name: str, command: Callable[..., None], examples: str, more: str = "") -> None:
+    """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself.
+
+    `more` is a list that follows the examples.
+    """
     paragraphs = [" ".join(text.split()) for text in inspect.cleandoc(command.__doc__ or "").split("\n\n")]
     app.command(
         name,
         help="\n\n".join(paragraphs),
         short_help=paragraphs[0],
-        epilog=f"Examples:\n\n\b\n{examples}",  # \b: do not wrap these lines
+        epilog=f"Examples:\n\n\b\n{examples}" + (f"\n{more}" if more else ""),  # \b: do not wrap these lines
     )(command)
 
 
@@ -63,7 +66,7 @@ _add("convert", convert.convert, convert.EXAMPLES)
 _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
 _add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
 _add("verify", verify.verify, verify.EXAMPLES)
-_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES)
+_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES, evaluate.METHODS_HELP)
 
 
 def main() -> None:

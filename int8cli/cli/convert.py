@@ -2,6 +2,7 @@
 
 import enum
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, RetryFor, Revision, TextFile
+from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, RetryFor, Revision, TextFile, complete_path
 from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
 
 if TYPE_CHECKING:
@@ -58,6 +59,14 @@ HowFloat32 = Annotated[
 WhenNonFinite = Annotated[
     OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
 ]
+
+
+def complete_outliers(incomplete: str) -> Iterator[str]:
+    """The modes, then statistics files and the directories on the way to them."""
+    yield from (mode for mode in ("auto", "activations", "weights", "none") if mode.startswith(incomplete))
+    yield from complete_path(incomplete)
+
+
 Outliers = Annotated[
     str,
     typer.Option(
@@ -65,6 +74,7 @@ Outliers = Annotated[
         help="How to choose the outlier columns to store exactly: run the model (activations), use the weights "
         "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
         "run, otherwise weights.",
+        autocompletion=complete_outliers,
     ),
 ]
 OutlierColumns = Annotated[
@@ -86,6 +96,7 @@ KeepSource = Annotated[bool, typer.Option("--keep-source", help="Keep downloaded
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan, sizes and requirements. Fetches headers only, writes nothing.")
 ]
+Details = Annotated[bool, typer.Option("--details", help="Show tables: the error by kind of layer, the worst layers.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
 ]
@@ -113,6 +124,7 @@ def convert(
     retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    details: Details = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -152,12 +164,13 @@ def convert(
         else:
             found = command.convert(model, output, options, progress=progress, choose=None if quiet else choose_way)
     with writing_result():
-        show(found, as_json=as_json, quiet=quiet)
+        show(found, model, as_json=as_json, quiet=quiet, details=details)
 
 
-def show(found: "ConversionPlan | ConversionResult", *, as_json: bool, quiet: bool) -> None:
+def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: bool, quiet: bool, details: bool) -> None:
     from int8cli.commands.convert import ConversionPlan
     from int8cli.report.conversion import show_report
+    from int8cli.report.conversion_summary import Cost, show_summary
     from int8cli.report.plan import plan_to_json, show_plan
 
     if isinstance(found, ConversionPlan):
@@ -168,4 +181,8 @@ def show(found: "ConversionPlan | ConversionResult", *, as_json: bool, quiet: bo
     elif as_json:
         print(json.dumps(found.report.to_json(), indent=2))
     elif not quiet:
-        show_report(found.report, found.output)
+        if details:
+            show_report(found.report, found.output)
+            print()
+        cost = Cost(found.seconds, found.peak_memory_bytes)
+        show_summary(found.report, model, found.output, cost, details=details)

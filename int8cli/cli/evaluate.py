@@ -1,6 +1,7 @@
 """`int8cli evaluate`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,8 +21,10 @@ from int8cli.cli.options import (
     TextFile,
     WorkDir,
     check_outputs,
+    say_written,
 )
 from int8cli.commands.options import RETRY_FOR_S, EvaluateOptions
+from int8cli.results.method_names import ALL, METHOD_KEYS, METHOD_NAMES
 
 if TYPE_CHECKING:
     from int8cli.results.evaluation import Evaluation
@@ -32,15 +35,27 @@ int8cli evaluate ./my-model --text corpus.txt --tokens 16384 -o report.html
 int8cli evaluate ./my-model --methods vector-wise,llm-int8-stored --json
 int8cli evaluate ./my-model-int8 --source ./my-model
 """
+METHODS_HELP = "Methods:\n\n\b\n" + "\n".join(
+    f"{'*' if method.by_default else ' '} {method.key:25}  {method.label}" for method in METHOD_NAMES
+)
 _SUFFIXES = (".html", ".png", ".svg")
 
 Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=2)]
+
+
+def complete_methods(incomplete: str) -> Iterator[str]:
+    """Names of methods; after a comma the next one."""
+    before, comma, typed = incomplete.rpartition(",")
+    yield from (f"{before}{comma}{key}" for key in (*METHOD_KEYS, ALL) if key.startswith(typed))
+
+
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="Methods to compare, separated by commas; `all` adds those that are left out by default. Repeatable.",
-        show_default="the main methods",
+        help="Methods to compare, separated by commas; `all` is every one. The list is below. Repeatable.",
+        show_default="those marked *",
         metavar="NAMES",
+        autocompletion=complete_methods,
     ),
 ]
 OutlierColumns = Annotated[
@@ -118,6 +133,7 @@ def evaluate(
         from int8cli.report.evaluation_page import write_evaluation
 
         write_evaluation(found, path)
+        say_written(path, quiet=quiet)
     with writing_result():
         show(found, as_json=as_json, quiet=quiet)
 

@@ -21,6 +21,7 @@ from int8cli.cli.options import (
     TextFile,
     WorkDir,
     check_outputs,
+    say_written,
 )
 from int8cli.commands.options import RETRY_FOR_S, InspectOptions
 
@@ -111,6 +112,7 @@ def inspect_outliers(
         found = command.inspect_outliers(model, options, progress=progress)
     for path in outputs:
         write(found, path)
+        say_written(path, quiet=quiet)
     with writing_result():
         show(found, as_json=as_json, quiet=quiet)
 

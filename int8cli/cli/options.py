@@ -2,6 +2,7 @@
 
 import enum
 import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -91,3 +92,11 @@ def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Coll
         from int8cli.report.vega import require_altair
 
         require_altair()
+
+
+def say_written(path: Path, *, quiet: bool) -> None:
+    """A line on stderr for a file that was asked for and is there now."""
+    if not quiet:
+        from int8cli.report.text import printable
+
+        print(f"wrote {printable(str(path))}", file=sys.stderr)

@@ -3,6 +3,7 @@
 Owns how a conversion is set up, and which strategy chooses the outlier columns if the first one fails.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
 from int8cli.estimate.ways import Way, calibration_s
+from int8cli.machine.memory_use import peak_memory_bytes
 from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import PlanOptions
@@ -47,10 +49,15 @@ _DEFAULTS = ConvertOptions()
 
 @dataclass(frozen=True, slots=True)
 class ConversionResult:
-    """A finished conversion: the directory that was written, and the report in it."""
+    """A finished conversion: the directory that was written, the report in it, and what this run took.
+
+    `peak_memory_bytes` is that of this process, None where other processes did the work.
+    """
 
     output: Path
     report: ConversionReport
+    seconds: float
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +93,7 @@ def convert(
     Raises OptionError for invalid options, and other children of Int8cliError if the model, the network or the disk is
     at fault. Whatever is raised, no file is left half-written under its final name.
     """
+    begun_s = time.monotonic()
     check_convert(options)
     output = Path(output) if output is not None else default_output(str(model))
     start_workers_early(str(model), output, options)
@@ -93,7 +101,9 @@ def convert(
         job.prepare()
         if choose is not None:
             job = job.chosen(choose)
-        return ConversionResult(output, job.convert())
+        report = job.convert()
+        peak = peak_memory_bytes() if job.run.workers == 1 else None
+        return ConversionResult(output, report, time.monotonic() - begun_s, peak)
 
 
 @system_errors()
