@@ -73,6 +73,51 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
     assert errors == sorted(errors, reverse=True)
 
 
+def test_an_output_inside_the_source_is_warned_of(model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run(*CONVERT, "model", "-o", "model/int8-form", cwd=model.parent)
+    assert outcome.code == 0
+    assert "warning: model/int8-form lies inside the directory of the source" in outcome.err
+    assert "warning" not in nursery.run(*CONVERT, "model", cwd=model.parent).err
+
+
+def test_the_directory_of_another_model_is_refused(model: Path, nursery: Nursery) -> None:
+    other = model.parent / "other"
+    other.mkdir()
+    (other / "weights.safetensors").write_bytes(b"not ours")
+    outcome = nursery.run(*CONVERT, "model", "-o", "other", cwd=model.parent)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: other holds another model (weights.safetensors)\nhint: ")
+    assert os.listdir(other) == ["weights.safetensors"]
+
+
+def test_settings_and_a_short_text_are_refused_before_torch_is_imported(model: Path) -> None:
+    (model.parent / "short.txt").write_text("too short")
+    assert run(*CONVERT, "model", cwd=model.parent).code == 0
+    code = (
+        "import sys; from int8cli.cli import app\n"
+        "try: app(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 1, end.code\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules], file=sys.stderr)"
+    )
+    commands = {
+        ("convert", "model", "--outliers", "none", "--skip", "*v_proj"): "holds a conversion with skip none",
+        ("convert", "model", "--outliers", "activations"): "with outliers 'none'",
+        ("convert", "model", "-o", "new", "--text", "short.txt"): "short.txt has 9 bytes, too few",
+        ("evaluate", "model", "--text", "short.txt"): "short.txt has 9 bytes, too few",
+        ("inspect-outliers", "model", "--text", "short.txt"): "short.txt has 9 bytes, too few",
+        ("evaluate", "model", "--methods", "vectorwise"): "unknown method 'vectorwise'",
+    }
+    for arguments, words in commands.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=model.parent,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert words in done.stderr, (arguments, done.stderr)
+        assert done.stderr.endswith("[]\n"), (arguments, done.stderr)
+
+
 def test_details_are_the_tables_before_the_summary(model: Path, nursery: Nursery) -> None:
     short = nursery.run(*CONVERT, "model", cwd=model.parent)
     long = nursery.run(*CONVERT, "model", "--details", cwd=model.parent)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.lock import refuse_if_in_use
@@ -188,6 +189,8 @@ class _Job:
         foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
         require_possible(self.source, self.survey, foreseen, self.run)
         self.progress.note(self._first_line())
+        if isinstance(self.source, DirectorySource) and self.source.contains_output:
+            self.progress.note(f"warning: {self.run.output} lies inside the directory of the source")
 
     def chosen(self, choose: Choose) -> "_Job":
         """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""

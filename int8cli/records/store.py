@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.own_files import refuse_link, remove_tree
 from int8cli.checkpoint.writer import write_file
@@ -129,6 +130,12 @@ class RecordStore:
                     f"{path} exists and was not written by int8cli",
                     hint="Choose another directory: int8cli replaces only its own files.",
                 )
+        weights = sorted(filter(is_weight_name, os.listdir(self._output))) if os.path.isdir(self._output) else []
+        if weights:
+            raise OutputError(
+                f"{self._output} holds another model ({weights[0]})",
+                hint="Choose another directory: loaders would find the weights of two models in it.",
+            )
 
 
 def _mismatch(output: Path, known: Conversion, requested: Conversion) -> SettingsMismatchError:
