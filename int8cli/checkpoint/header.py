@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError
 
@@ -27,7 +28,6 @@ _ENTRY_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 # The enum of the format's serializer is declared in this order and sorted by it, widest last.
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_RETRY_HINT = "The download may be incomplete: run the same command again."
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _MARKUP = (b"<!doctype", b"<html", b"<?xml")
 
@@ -100,7 +100,7 @@ def _read_text(file: BinaryIO, file_name: str, file_bytes: int) -> bytes:
     if min(len(head), file_bytes) < _LENGTH_BYTES:
         raise CorruptShardError(
             f"{file_name}: the file has {file_bytes:,} bytes, fewer than the {_LENGTH_BYTES} of a header length",
-            hint=_RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if length > HEADER_LIMIT_BYTES:
@@ -112,13 +112,13 @@ def _read_text(file: BinaryIO, file_name: str, file_bytes: int) -> bytes:
         raise CorruptShardError(
             f"{file_name}: the header claims {length:,} bytes, the file has {file_bytes - _LENGTH_BYTES:,} after its "
             "length field",
-            hint=_RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     file.seek(_LENGTH_BYTES)
     text = file.read(length)
     if len(text) != length:
         raise CorruptShardError(
-            f"{file_name}: the file ended {length - len(text):,} bytes before its header did", hint=_RETRY_HINT
+            f"{file_name}: the file ended {length - len(text):,} bytes before its header did", hint=GET_IT_AGAIN
         )
     return text
 
@@ -309,7 +309,7 @@ def _check_coverage(tensors: Sequence[StoredTensor], data_start: int, file_name:
     if end > file_bytes:
         raise CorruptShardError(
             f"{file_name}: header claims {end:,} bytes, the file has {file_bytes:,}; {before} ends outside of it",
-            hint=_RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     if end < file_bytes:
         raise CorruptShardError(

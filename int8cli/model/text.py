@@ -20,6 +20,7 @@ from int8cli.model.sampling import Sampling
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; the rest of a longer text is not read
 _LEAST_BYTES = 1 << 20
 _MOST_SPECIAL_TOKENS = 16  # what a tokenizer puts around a text
+_LONGEST_MESSAGE = 1000
 _PROBE = "The quick brown fox"
 
 
@@ -34,6 +35,11 @@ class Text:
     @classmethod
     def decode(cls, name: str, data: bytes) -> "Text":
         """Raises TextError if the bytes are not UTF-8, or only white space."""
+        if b"\0" in data:
+            raise TextError(
+                f"{name} is not text: byte 0x00 at offset {data.index(0):,}",
+                hint="Give a file of plain UTF-8 text.",
+            )
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -116,7 +122,7 @@ def load_tokenizer(directory: Path) -> Any:
         usable = bool(tokenizer(_PROBE)["input_ids"]) and _knows_words(tokenizer)
     except Exception as error:  # damaged or missing tokenizer files may raise anything
         raise CannotRunError(
-            f"the tokenizer cannot be loaded: {_first_line(error)}",
+            f"the tokenizer cannot be loaded: {_in_a_line(error)}",
             hint="Put the tokenizer files (tokenizer.json) in the directory of the weights.",
         ) from error
     if not usable:
@@ -171,5 +177,7 @@ def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "decoder_input_ids": shifted, "use_cache": False}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _in_a_line(error: Exception) -> str:
+    """All that an error says, in one line; of a very long one the start."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= _LONGEST_MESSAGE else f"{words[: _LONGEST_MESSAGE - 1]}…"
