@@ -10,7 +10,9 @@ from int8cli.checkpoint.source import Source
 from int8cli.columns.from_statistics import require_same_model
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
 from int8cli.commands.options import EvaluateOptions
+from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
+from int8cli.estimate.ways import calibration_s, forwards_s
 from int8cli.evaluation.columns import ChosenColumns, calibrated_columns, columns_from
 from int8cli.evaluation.evaluate import evaluate as run_methods
 from int8cli.evaluation.methods import METHODS, Method
@@ -25,6 +27,7 @@ from int8cli.outliers.calibrate import CalibrateOptions
 from int8cli.outliers.statistics import load_statistics
 from int8cli.progress import Progress
 from int8cli.results.evaluation import Evaluation
+from int8cli.results.units import human_seconds
 
 _MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are reused: half the CPU time, 80 MB more than with 1 MiB
 
@@ -44,10 +47,20 @@ class EvaluationJob:
         return_memory_promptly(_MALLOC_KEEPS_BYTES)
         subject = find_subject(source, reference)
         methods = tuple(method for method in METHODS if method.key in self.methods)
+        self._say_how_long(subject, methods)
         columns = self._columns(subject, methods)
         state = self.work / "evaluation"
         run = EvaluationRun(methods, self.sampling, subject.threshold, self.options.device, state_directory=state)
         return run_methods(subject, self.text, columns, run, self.progress)
+
+    def _say_how_long(self, subject: Subject, methods: tuple[Method, ...]) -> None:
+        if subject.survey is None:
+            return
+        found, speed = applicable(subject, methods), speed_here(self.options.device)
+        seconds = forwards_s(subject.survey, speed, self.sampling.tokens, len(found.methods))
+        if found.needs_columns and subject.converted is None and self.options.outliers is None:
+            seconds += calibration_s(subject.survey, speed, Sampling())
+        self.progress.note(f"about {human_seconds(seconds)} on this machine")
 
     def _require_long_enough(self, subject: Subject) -> None:
         """Raises TextError now rather than after a calibration of the whole model."""

@@ -10,14 +10,17 @@ from int8cli.commands.checks import check_device, check_inspect
 from int8cli.commands.first_words import announce
 from int8cli.commands.options import InspectOptions
 from int8cli.commands.places import work_directory
+from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import MissingExtraError, UnsupportedModelError
+from int8cli.estimate.ways import forwards_s
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
+from int8cli.results.units import human_seconds
 from int8cli.workers.torch_start import torch_threads_restored
 
 if TYPE_CHECKING:
@@ -85,5 +88,7 @@ def _run_model(
     from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 
     return_memory_promptly()
+    seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
+    progress.note(f"about {human_seconds(seconds)} on this machine")
     how = CalibrateOptions(sampling, options.threshold, options.device, state)
     return calibrate(source, survey, text, how, progress)
