@@ -3,6 +3,7 @@
 Owns how a conversion is set up, and which strategy chooses the outlier columns if the first one fails.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
-from int8cli.commands.ways import speed_here, ways_to_convert
+from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
@@ -222,8 +223,8 @@ class _Job:
                 strategy = following
 
     def _ways(self) -> tuple[Way, ...]:
-        run = self.run
-        speed = speed_here(self.wanted.device)
+        run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
+        speed = speed_here(self.wanted.device) if here else speed_without_torch(self.progress)
         return ways_to_convert(self.source, self.survey, run.output, self.wanted, speed, run.threads * run.workers)
 
     def _first_line(self) -> str:

@@ -40,6 +40,6 @@ def estimate_memory(
         survey = survey_source(source, PlanOptions(), LAYOUTS[options.layout])
         estimate = estimate_of(source, survey, output, threads=THREADS_FOR_A_SHARD)
         wanted = ColumnsWanted(AUTO, DEFAULT_OUTLIER_COLUMNS, sampling=Sampling(ConvertOptions().tokens))
-        ways = ways_to_convert(source, survey, output, wanted, speed_without_torch(), THREADS_FOR_A_SHARD)
+        ways = ways_to_convert(source, survey, output, wanted, speed_without_torch(progress), THREADS_FOR_A_SHARD)
     use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
     return memory_report(estimate, use, machines, ways, available_bytes("cpu"))

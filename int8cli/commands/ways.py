@@ -10,6 +10,7 @@ from int8cli.commands.places import cache_directory
 from int8cli.estimate.ways import Candidate, Way, way_of
 from int8cli.machine.speed import Speed, measured_beside, remember, remembered, usable_cores
 from int8cli.planning.survey import Survey, room_needed
+from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_STATISTICS
 from int8cli.workers.torch_start import start_torch
 
@@ -45,6 +46,8 @@ def speed_here(device: DeviceName) -> Speed:
     return found if device != "cpu" else remember(found, cache_directory())
 
 
-def speed_without_torch() -> Speed | None:
-    """The same, measured in a process of its own; None where that does not work."""
+def speed_without_torch(progress: Progress) -> Speed | None:
+    """The speed of its processor, measured in a process of its own unless it is remembered; None if that fails."""
+    if remembered(cache_directory()) is None:
+        progress.note("measuring the speed of this machine, once")
     return measured_beside(cache_directory())
