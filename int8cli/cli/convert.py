@@ -10,7 +10,20 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, RetryFor, Revision, TextFile, complete_path
+from int8cli.cli.options import (
+    Device,
+    Json,
+    LayoutName,
+    Model,
+    OutlierColumns,
+    QuantizeDevice,
+    Quiet,
+    RetryFor,
+    Revision,
+    TextFile,
+    Tokens,
+    complete_path,
+)
 from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
 
 if TYPE_CHECKING:
@@ -77,18 +90,14 @@ Outliers = Annotated[
         autocompletion=complete_outliers,
     ),
 ]
-OutlierColumns = Annotated[
-    int | None,
-    typer.Option(help="Most columns to store for each linear layer.", show_default="8", min=0),
-]
-Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=1)]
+
 Workers = Annotated[
     int | None,
     typer.Option(
         help="Processes; each converts one shard at a time.", show_default="from cores and shards", min=1, max=256
     ),
 ]
-Where = Annotated[Device, typer.Option(help="Device to quantize on.")]
+
 Figures = Annotated[
     bool, typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert faster without.")
 ]
@@ -118,7 +127,7 @@ def convert(
     text: TextFile = None,
     tokens: Tokens = CONVERT_TOKENS,
     workers: Workers = None,
-    device: Where = Device.cpu,
+    device: QuantizeDevice = Device.cpu,
     figures: Figures = True,
     keep_source: KeepSource = False,
     retry_for: RetryFor = RETRY_FOR_S,
@@ -168,6 +177,7 @@ def convert(
 
 
 def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: bool, quiet: bool, details: bool) -> None:
+    from int8cli.cli.next_steps import after_convert
     from int8cli.commands.convert import ConversionPlan
     from int8cli.report.conversion import show_report
     from int8cli.report.conversion_summary import Cost, show_summary
@@ -185,4 +195,6 @@ def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: boo
             show_report(found.report, found.output)
             print()
         cost = Cost(found.seconds, found.peak_memory_bytes)
-        show_summary(found.report, model, found.output, cost, details=details)
+        tables = "above" if details else "the same command with --details shows them"
+        commands = after_convert(found.report, model, found.output)
+        show_summary(found.report, found.output, cost, tables=tables, next_commands=commands)

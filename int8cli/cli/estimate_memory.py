@@ -75,6 +75,7 @@ def estimate_memory(
     Shows the weights as stored, in 32 bit, in 16 bit and in LLM.int8(), the KV cache, and what a conversion needs. The
     exit code is 0 whether or not the model fits on the cards of --gpu; with --json, see cards.answers[].fits.
     """
+    from int8cli.cli.next_steps import after_estimate
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import estimate_memory as command
     from int8cli.report.memory import show_memory
@@ -88,3 +89,4 @@ def estimate_memory(
             print(json.dumps(memory_to_json(report), indent=2))
         else:
             show_memory(report)
+            print("Next:", *after_estimate(report, model), sep="\n  ")

@@ -13,6 +13,8 @@ from int8cli.cli.options import (
     Device,
     Json,
     Model,
+    ModelDevice,
+    OutlierColumns,
     Quiet,
     RetryFor,
     Revision,
@@ -58,9 +60,7 @@ Methods = Annotated[
         autocompletion=complete_methods,
     ),
 ]
-OutlierColumns = Annotated[
-    int | None, typer.Option(help="Most columns to store for each linear layer.", min=0, show_default="8")
-]
+
 Outliers = Annotated[
     Path | None,
     typer.Option(
@@ -75,7 +75,7 @@ SourceModel = Annotated[
         "--source", help="For a converted MODEL: the 16-bit model it was made from, to compare with.", metavar="MODEL"
     ),
 ]
-Where = Annotated[Device, typer.Option(help="Device to run the model on.")]
+
 Outputs = Annotated[
     list[Path] | None,
     typer.Option("--output", "-o", help="Write a report: .html, .png or .svg. Repeatable.", metavar="FILE"),
@@ -94,7 +94,7 @@ def evaluate(
     outliers: Outliers = None,
     source: SourceModel = None,
     revision: Revision = None,
-    device: Where = Device.cpu,
+    device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
     retry_for: RetryFor = RETRY_FOR_S,

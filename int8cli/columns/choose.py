@@ -1,7 +1,7 @@
-"""The strategies to choose outlier columns that work for a model, the best first.
+"""The strategies for choosing outlier columns that may work for a model, best first.
 
-Owns the rules of `auto`. Imports torch only for a strategy that needs it in this process: with columns from the
-weights, only the workers need torch.
+Owns the rules of `auto`. Imports torch only for a strategy that needs it in this process: if the weights choose the
+columns, only the workers need torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,10 +26,10 @@ def column_strategies(
     state_directory: Path,
     note: Callable[[str], None],
 ) -> Iterator[ColumnStrategy]:
-    """The strategies that seem possible. One may still fail, with an error of CANNOT_CALIBRATE.
+    """The strategies that look possible. Each may still fail with one of the errors in CANNOT_CALIBRATE.
 
-    `state_directory` is for what a killed run resumes from. `note` gets the reason if a better strategy is impossible.
-    Raises TextError, StatisticsMismatchError and CheckpointError for files that the user named.
+    `state_directory` is for the state that an interrupted run resumes from. `note` gets the reason if a better strategy
+    is impossible. Raises TextError, StatisticsMismatchError and CheckpointError for files that the user named.
     """
     if wanted.nothing(survey):
         yield without_columns(survey, settings)

@@ -1,4 +1,4 @@
-"""Columns from activations: the model is run, and each shard is converted as soon as the run has read it.
+"""Columns from activations: the model runs on text, and each shard is converted as soon as the run has read it.
 
 Owns how a calibration and a conversion share the shards of one source, so that each shard is fetched once.
 """
@@ -58,7 +58,7 @@ def strategy_from_activations(
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """A calibration to run. `model_threads`: threads inside torch while the model runs."""
+    """A calibration to run. `model_threads` is the number of torch threads while the model runs."""
 
     text: Text
     options: CalibrateOptions
@@ -66,14 +66,14 @@ class CalibrationRun:
 
 
 class CalibratedColumns(ColumnSource):
-    """Columns chosen by running the model; StatisticsColumns makes the choice."""
+    """Columns chosen by running the model. StatisticsColumns makes the choice."""
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
         self._columns = StatisticsColumns(survey, run.options.stored_columns)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
-        """Run the model, and yield each shard to convert with torch at one thread. Raises what `calibrate` raises."""
+        """Run the model, and yield each shard with torch set to one thread. Raises what `calibrate` raises."""
         run = self._run
         with (
             torch_threads(run.model_threads),

@@ -15,7 +15,8 @@ from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
 from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, predicted_output_error
-from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
+from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
+from int8cli.outliers.statistics_file import load_statistics
 from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey, model_fingerprint
@@ -64,13 +65,13 @@ def require_same_model(statistics: OutlierStatistics, source: Source, survey: Su
     """Raise StatisticsMismatchError unless the statistics were made from this model."""
     was = statistics.provenance
     identity = source.identity
-    of = f"{was.model}{f' at {was.revision}' if was.revision else ''}"
+    made_from = f"{was.model}{f' at {was.revision}' if was.revision else ''}"
     hint = "Make statistics from this model."
     if identity.on_hub and (was.model, was.revision) != (identity.name, identity.revision):
         wanted = f"{identity.name} at {identity.revision}"
-        raise StatisticsMismatchError(f"the statistics were made from {of}, not from {wanted}", hint=hint)
+        raise StatisticsMismatchError(f"the statistics were made from {made_from}, not from {wanted}", hint=hint)
     if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.shards):
-        raise StatisticsMismatchError(f"the statistics were made from {of}, not from this model", hint=hint)
+        raise StatisticsMismatchError(f"the statistics were made from {made_from}, not from this model", hint=hint)
     shapes = {decision.module: sorted(decision.spec.shape) for decision in survey.plan.quantized}
     for site in statistics.sites:
         for linear in site.linears:
@@ -93,14 +94,14 @@ def stored_columns(site: SiteStatistics, linear: LinearStatistics, decision: Dec
 
 
 def _predicted(site: SiteStatistics, linear: LinearStatistics, indices: tuple[int, ...]) -> RelativeOutputError:
-    left = site.inputs.absmax.clone()
-    left[torch.tensor(indices, dtype=torch.long)] = 0.0
-    largest_left = float(left.max()) if left.numel() else 0.0
+    others = site.inputs.absmax.clone()
+    others[torch.tensor(indices, dtype=torch.long)] = 0.0
+    largest_other = float(others.max()) if others.numel() else 0.0
     with_stored = predicted_output_error(
         site.inputs.mean_square,
         linear.weight_error,
         linear.output_mean_square,
-        mean_squared_rowmax=min(site.inputs.mean_squared_rowmax, largest_left**2),
+        mean_squared_rowmax=min(site.inputs.mean_squared_rowmax, largest_other**2),
         weight_sum_squares=linear.weight_sum_squares,
         exact=indices,
     )

@@ -27,10 +27,12 @@ _DEFAULTS = EvaluateOptions()
 def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Evaluation:
     """Run a model with each method and compare. All methods share one pass over the weights, one block in memory.
 
-    `model` is a Hub id, a directory, or one checkpoint file, in 16 or 32 bit or written by `convert`; for a converted
-    model, its own int8 tensors are evaluated. A calibration on another text, one more pass, chooses the stored columns.
-    After an interruption, the same call resumes after the last finished block. Raises UnknownMethodError, TextError,
-    StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the errors of a bad checkpoint.
+    `model` is a Hub id, a directory, or one checkpoint file, in 16 or 32 bit or written by `convert`. For a converted
+    model, its own int8 tensors are evaluated. For any other model, a calibration on another text, in one more pass,
+    chooses the columns to store. After an interruption, the same call resumes after the last finished block.
+
+    Raises UnknownMethodError, TextError, StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the
+    errors of a bad checkpoint.
     """
     check_evaluate(options)
     check_device(options.device)
@@ -54,9 +56,9 @@ def _text(chosen: Path | None, sampling: Sampling) -> Text:
 def _sources(
     model: str, options: EvaluateOptions, work: Path, progress: Progress
 ) -> Iterator[tuple[Source, Source | None]]:
-    """The model, and the model it was made from if that is given.
+    """The model, and the model it was made from, if given.
 
-    `options.revision` belongs to the source if `model` is a local conversion, otherwise to the model.
+    `options.revision` is that of the source if `model` is a local conversion, otherwise that of the model.
     """
     of_source = options.source is not None and os.path.exists(os.path.expanduser(model))
     revision = None if of_source else options.revision

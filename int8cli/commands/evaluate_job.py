@@ -24,7 +24,7 @@ from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.calibrate import CalibrateOptions
-from int8cli.outliers.statistics import load_statistics
+from int8cli.outliers.statistics_file import load_statistics
 from int8cli.progress import Progress
 from int8cli.results.evaluation import Evaluation
 from int8cli.results.units import human_seconds

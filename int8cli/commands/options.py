@@ -137,7 +137,7 @@ class EvaluateOptions:
     - `outlier_columns`: the most columns to store for each linear layer; None is the default of `convert`.
     - `outliers`: statistics file that chooses the columns; None calibrates on another text.
     - `source`: for a converted model, the 16- or 32-bit model it was made from.
-    - `revision`: of the model on the Hub or, if the model is a local conversion, of its source.
+    - `revision`: revision of the model on the Hub or, if the model is a local conversion, of its source.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     - `retry_for`: seconds for which a download that fails without progress is tried again.

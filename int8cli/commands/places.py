@@ -20,7 +20,7 @@ def cache_directory() -> Path:
 
 
 def work_directory(chosen: Path | None, model: str, revision: str | None) -> Path:
-    """Where the state of a run is saved, the same for the same model: below the one chosen, or the user's cache."""
+    """Where the state of a run is saved: a directory for this model, inside `chosen` or the user's cache."""
     path = Path(os.path.expanduser(model))
     name = os.path.realpath(path) if os.path.exists(path) else f"{model}@{revision}"
     return (chosen or cache_directory()) / hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""A memory estimate with the cards that hold it: what the command answers. Prints nothing."""
+"""A memory estimate, and which cards are large enough: the result of the command."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class MachineAnswer:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """An estimate, the use that was asked about, and what the cards say to it.
+    """An estimate for a given use, and whether the model fits on cards.
 
     `table` has kinds of cards with counts, `ways` what a conversion takes here. `here` is for the cards of this machine
     and `asked` for the machines that were named, in their order.

@@ -28,9 +28,9 @@ Product = Callable[[Layer, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the table. `product(layer, inputs (tokens, in), bias)` gives the layer's output (tokens, out).
+    """One row of the table. `product(layer, inputs (tokens, in), bias)` returns the layer's output (tokens, out).
 
-    `needs_weight`: it cannot be computed from int8 data and row_absmax alone. `needs_columns`: it uses stored ones.
+    `needs_weight`: int8 data and row_absmax alone are not enough. `needs_columns`: it uses stored columns.
     """
 
     key: str

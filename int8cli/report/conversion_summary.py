@@ -1,15 +1,14 @@
 """The end of a conversion on the terminal: one screen with the verdict, the cost, and what to type next."""
 
-import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
-from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import REPORT_FILE
 from int8cli.records.conversion import FROM_WEIGHTS
+from int8cli.report.conversion import groups_table
 from int8cli.report.stored import SUSPECTS, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
@@ -25,28 +24,29 @@ class Cost:
     peak_memory_bytes: int | None
 
 
-def show_summary(report: ConversionReport, model: str, output: Path, cost: Cost, *, details: bool) -> None:
-    """Print the verdict, sizes, errors, cost and next commands. `model` is what the user called it.
-
-    `details`: the tables were printed before.
-    """
+def show_summary(
+    report: ConversionReport, output: Path, cost: Cost, *, tables: str, next_commands: Sequence[str]
+) -> None:
+    """Print the verdict, sizes, errors, cost and next commands. `tables` says where the tables of layers are."""
     console = stdout_console()
     console.print(_verdict(report, output), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column()
-    for name, text in _rows(report, output, cost, details=details):
+    for name, text in _rows(report, output, cost, tables):
         table.add_row(name, text)
     console.print_table(table)
+    if not report.layers:
+        console.print_table(groups_table("Not quantized", report.left_alone))
     console.print("Next:")
-    for command in next_commands(report, model, output):
+    for command in next_commands:
         console.print(f"  {escape(command)}", soft_wrap=True)
 
 
 def _verdict(report: ConversionReport, output: Path) -> str:
     name, where = f"[bold]{escape(report.model)}[/bold]", f"[bold]{escape(str(output))}[/bold]"
     if not report.layers:
-        return f"{name} was copied to {where}, but [yellow]nothing was quantized[/yellow]; --details says why."
+        return f"{name} was copied to {where}, but [yellow]nothing was quantized[/yellow]."
     ratio = report.source_bytes / report.output_bytes if report.output_bytes else 0.0
     stored = report.stored
     error = stored.total.error if stored is not None else None
@@ -57,7 +57,7 @@ def _verdict(report: ConversionReport, output: Path) -> str:
     return f"[green]Done.[/green] {name} is in int8 in {where}, {ratio:.2f} times smaller{of_outputs}."
 
 
-def _rows(report: ConversionReport, output: Path, cost: Cost, *, details: bool) -> Iterator[tuple[str, str]]:
+def _rows(report: ConversionReport, output: Path, cost: Cost, tables: str) -> Iterator[tuple[str, str]]:
     yield "size", f"{human_bytes(report.source_bytes)} → {human_bytes(report.output_bytes)}"
     layers = counted(len(report.layers), "layer")
     yield "int8", f"{report.percent_quantized:.1f} % of {human_count(report.parameters)} parameters, {layers}"
@@ -78,31 +78,9 @@ def _rows(report: ConversionReport, output: Path, cost: Cost, *, details: bool) 
     if sums is not None and report.layers:
         yield "weight error", percent(sums.relative_frobenius_error)
     elif report.layers:
-        yield "weight error", "not measured (--no-figures)"
+        yield "weight error", "not measured"
     memory = f", {human_bytes(cost.peak_memory_bytes)} of memory at the peak" if cost.peak_memory_bytes else ""
     yield "took", f"{human_seconds(cost.seconds)}{memory}"
     if report.passed_over:
-        yield "not copied", f"{counted(len(report.passed_over), 'file')}; --details says which and why"
-    tables = "above" if details else "the same command with --details shows them"
+        yield "not copied", f"{counted(len(report.passed_over), 'file')}, with the reason in the report"
     yield "report", f"{escape(str(output / REPORT_FILE))}; tables of layers: {tables}"
-
-
-def next_commands(report: ConversionReport, model: str, output: Path) -> list[str]:
-    """To verify, load, evaluate and upload; to be copied into a shell."""
-    directory = shlex.quote(str(output))
-    at = f" --revision {report.revision}" if report.revision else ""
-    commands = [
-        f"int8cli verify {directory}",
-        f"int8cli evaluate {directory} --source {shlex.quote(model)}{at}",
-        f"hf upload YOUR-NAME/{shlex.quote(output.name)} {directory}",
-    ]
-    if report.settings["layout"] == compressed_tensors.NAME:
-        commands.insert(1, f"vllm serve {directory}")
-    else:
-        commands.insert(1, f"python -i -c {_quoted(f'import int8cli; model = int8cli.load_model({str(output)!r})')}")
-    return commands
-
-
-def _quoted(code: str) -> str:
-    """For a shell, in double quotes where nothing in it has a meaning there: easier to read."""
-    return shlex.quote(code) if any(character in code for character in '"$`\\!') else f'"{code}"'

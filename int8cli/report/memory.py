@@ -30,7 +30,7 @@ def show_memory(report: MemoryReport) -> None:
         f"in {files} file{'s' if files > 1 else ''}, {escape(' and '.join(estimate.stored_dtypes))}",
         soft_wrap=True,
     )
-    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists the rest")
+    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; a dry run of convert lists the rest")
     console.print()
     console.print_table(_precision_table(estimate))
     console.print()
@@ -131,7 +131,7 @@ def _conversion_lines(estimate: Estimate) -> Iterator[str]:
     yield "[bold]To convert[/bold]"
     yield f"  download   {human_bytes(needs.download_bytes):>9}"
     if needs.download_bytes:
-        yield f"  disk       {human_bytes(needs.disk_keeping_source_bytes):>9}  with --keep-source, otherwise as below"
+        yield f"  disk       {human_bytes(needs.disk_keeping_source_bytes):>9}  if source shards are kept, else as below"
 
 
 def _element_bytes(use: Use) -> int:

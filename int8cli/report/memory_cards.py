@@ -40,7 +40,7 @@ def show_cards(console: PrintingConsole, report: MemoryReport) -> None:
 
 
 def _shortage_lines(missing: Shortage) -> Iterator[str]:
-    """What would do: more such cards, RAM, a disk; and what to type next."""
+    """What would do: more such cards, RAM, a disk."""
     if missing.cards_needed is not None:
         yield f"  {missing.cards_needed} x {escape(missing.card)} hold it in int8 with this context"
     if missing.offloaded_bytes:
@@ -52,10 +52,6 @@ def _shortage_lines(missing: Shortage) -> Iterator[str]:
             here = f"; this machine has {human_bytes(missing.ram_bytes)} free, {enough}"
         yield f"    from RAM   at most {_rate(missing.ram_tokens_a_second)} tokens/s (25 GB/s, PCIe 4.0 x16){here}"
         yield f"    from disk  at most {_rate(missing.disk_tokens_a_second)} tokens/s (3 GB/s, NVMe)"
-    if missing.cards_needed is not None:
-        yield f"  [dim]next: --gpu '{missing.cards_needed}x {escape(missing.card)}', or a shorter --context[/dim]"
-    else:
-        yield "  [dim]next: --gpu with a larger card, or a shorter --context[/dim]"
 
 
 def _rate(tokens_a_second: float) -> str:
@@ -111,7 +107,7 @@ def _verdicts(machine: MachineAnswer, report: MemoryReport) -> Iterator[str]:
     """The cards, and for each precision yes, no, or only the weights, and how much context."""
     names = [placed.card.name for placed in machine.answers[0].placement.cards]
     what = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
-    yield f"[bold]{'This machine' if machine is report.here else '--gpu'}[/bold] {escape(what)}"
+    yield f"[bold]{'This machine:' if machine is report.here else 'Requested:'}[/bold] {escape(what)}"
     for answer in machine.answers:
         label = "LLM.int8()" if answer.precision == INT8 else "float16"
         yield f"  {label:10}  {_decision(answer, report)}"

@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: the plan by kind of tensor, the output size, and what the conversion needs."""
+"""The plan of a conversion: tensors by kind, output sizes, and what the conversion needs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -117,7 +117,7 @@ def show_plan(
     if settings is not None:
         console.print(_chosen_by(survey, settings))
         if not settings.figures:
-            console.print("weight error: not measured (--no-figures)")
+            console.print("weight error: not measured")
     if ways:
         console.print_table(ways_table(ways, "Time and memory on this machine", needs.download_bytes))
     console.print_table(groups_table("Becomes int8", group_by_kind(plan.quantized)))
@@ -136,9 +136,9 @@ def _stored_lines(survey: Survey) -> list[str]:
 def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
-    told = asdict(settings)
-    columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(chosen_by(told))
+    values = asdict(settings)
+    columns = counted(sum(survey.stored_counts.values()), columns_word(values))
+    by = escape(chosen_by(values))
     return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}"
 
 

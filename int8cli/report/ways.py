@@ -13,13 +13,12 @@ from int8cli.results.units import human_bytes, human_seconds
 def ways_table(ways: Sequence[Way], title: str, download_bytes: int = 0) -> Table:
     """A row for each way; the first is what happens without another option."""
     table = titled_table(title)
-    table.add_column("outlier columns", no_wrap=True)
+    table.add_column("way to choose columns", no_wrap=True)
     for name in ("time", "memory", "disk"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("option", no_wrap=True)
-    for place, way in enumerate(ways):
-        option = f"--outliers {way.outliers}" if place else "as asked"
-        table.add_row(what(way), time_of(way), human_bytes(way.memory_bytes), human_bytes(way.disk_bytes), option)
+    table.add_column("outliers", no_wrap=True)
+    for way in ways:
+        table.add_row(what(way), time_of(way), human_bytes(way.memory_bytes), human_bytes(way.disk_bytes), way.outliers)
     table.caption = "time: speed of this machine times the work" if any(way.seconds for way in ways) else None
     if table.caption and download_bytes:
         table.caption = f"{table.caption}; add the download of {human_bytes(download_bytes)}"
