@@ -2,6 +2,7 @@
 
 import json
 
+from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json
 
@@ -11,7 +12,7 @@ int8cli env --json
 """
 
 
-@shows_errors({})
+@shows_errors(hints.ENV)
 def env(as_json: Json = False) -> None:
     """Show what a bug report needs: versions, processor, memory, GPUs, disk, Hub settings without the token."""
     from int8cli.commands import env as command

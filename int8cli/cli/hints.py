@@ -41,6 +41,8 @@ INSPECT_OUTLIERS: Hints = {
     errors.NoSuspectsError: "--from activations runs the model.",
 }
 VERIFY: Hints = {}
+STATUS: Hints = {}
+ENV: Hints = {}
 EVALUATE: Hints = {
     errors.NotEnoughMemoryError: _SMALLER_RUN,
     errors.OutputError: _PLACES,

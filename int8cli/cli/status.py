@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import Json, complete_path
 
@@ -25,7 +26,7 @@ Directory = Annotated[
 ]
 
 
-@shows_errors({})
+@shows_errors(hints.STATUS)
 def status(directory: Directory, as_json: Json = False) -> None:
     """Show how far a conversion is: finished shards, blocks that were run, downloads, and what to do next.
 

@@ -131,7 +131,7 @@ def _conversion_lines(estimate: Estimate) -> Iterator[str]:
     yield "[bold]To convert[/bold]"
     yield f"  download   {human_bytes(needs.download_bytes):>9}"
     if needs.download_bytes:
-        yield f"  disk       {human_bytes(needs.disk_keeping_source_bytes):>9}  if source shards are kept, else as below"
+        yield f"  disk       {human_bytes(needs.disk_keeping_source_bytes):>9}  if the source is kept, else as below"
 
 
 def _element_bytes(use: Use) -> int:
