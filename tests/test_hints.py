@@ -16,6 +16,8 @@ HINTS = {
     "estimate-memory": hints.ESTIMATE_MEMORY,
     "evaluate": hints.EVALUATE,
     "inspect-outliers": hints.INSPECT_OUTLIERS,
+    "status": hints.STATUS,
+    "env": hints.ENV,
     "verify": hints.VERIFY,
 }
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]

@@ -151,7 +151,7 @@ def test_a_second_call_resumes(root: Path, tmp_path: Path) -> None:
     shards[0].unlink()
     progress = CoherentProgress()
     convert(root / "model", tmp_path / "out", options, progress=progress)
-    assert progress.notes == [f"resuming: {len(shards) - 1} of {len(shards)} shards already converted"]
+    assert progress.notes[1:] == [f"resuming: {len(shards) - 1} of {len(shards)} shards already converted"]
     assert len(progress.outcomes) == 1
     assert progress.under_way() == []
 

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from int8cli.errors import CheckpointError, MissingExtraError, OptionError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_version
@@ -47,6 +47,8 @@ def load_model(
     Raises MissingExtraError without transformers, UnsupportedModelError if the directory is not a conversion or
     transformers has no class for the model, CheckpointError for tensors that do not fit.
     """
+    if inputs not in get_args(InputScheme):
+        raise OptionError(f"{inputs!r} is not one of {', '.join(get_args(InputScheme))}", option="inputs")
     _require_extra()
     stored = StoredModel(Path(directory))
     try:

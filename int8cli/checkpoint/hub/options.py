@@ -17,6 +17,7 @@ class HubOptions:
     are followed up to `download_below`, the directory above it unless given, and none after it. With
     `keep_source` files go to the Hub cache instead and stay. `on_bytes(file_name, n)` hears of each piece that is
     transferred, `on_wait(what, why, pause_s)` of each pause before a retry; both may be called from another thread.
+    `probably_a_path`: the name may be that of a directory, mistyped; a Hub that does not answer is asked only once.
     """
 
     download_dir: Path
@@ -29,6 +30,7 @@ class HubOptions:
     on_bytes: Callable[[str, int], None] | None = None
     on_wait: Callable[[str, str, float], None] | None = None
     download_below: Path | None = None
+    probably_a_path: bool = False
 
     @property
     def downloads(self) -> OwnDirectory:
