@@ -22,6 +22,13 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class InputsScheme(enum.StrEnum):
+    """How the inputs of a linear layer become int8."""
+
+    zeropoint = "zeropoint"
+    absmax = "absmax"
+
+
 def complete_path(incomplete: str) -> Iterator[str]:
     """Directories and checkpoint files that begin with what was typed; Hub ids are not completed."""
     typed = Path(incomplete).expanduser()
@@ -39,6 +46,15 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hub id (org/name), a directory, or one checkpoint file.",
+        autocompletion=complete_path,
+        show_default=False,
+    ),
+]
+ConvertedDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that int8cli convert wrote.",
         autocompletion=complete_path,
         show_default=False,
     ),
