@@ -162,7 +162,7 @@ def test_other_device_maps_are_refused(llama: Path) -> None:
 
 # Measured
 
-HIDDEN, LAYERS = 1024, 24
+HIDDEN, LAYERS = 1024, 32
 # Loads a model under a limit on the address space, and says how much resident memory it took beside what was there.
 UNDER_A_LIMIT = """
 import json, resource, sys
@@ -190,7 +190,7 @@ except (RuntimeError, MemoryError, int8cli.Int8cliError) as error:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 24 blocks with 10 MB of int8 weights each, as convert would have written it."""
+    """A model of 32 blocks with 10 MB of int8 weights each, as convert would have written it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = tmp_path_factory.mktemp("large")
@@ -230,8 +230,8 @@ def under_a_limit(directory: Path, allowed: int, headroom: int) -> dict[str, Any
 
 def test_a_model_runs_in_less_address_space_and_memory_than_its_weights_take(large: Path) -> None:
     weights = sum(path.stat().st_size for path in large.glob("*.safetensors"))
-    assert weights > 250e6
-    headroom = 200_000_000  # for 60 MB of weights and what transformers' loading takes
+    headroom = 300_000_000  # for 60 MB of weights and what transformers' loading takes
+    assert weights > headroom
     assert under_a_limit(large, 0, headroom).get("error")
     found = under_a_limit(large, 60_000_000, headroom)
     assert found["grown"] < 0.6 * weights

@@ -77,10 +77,15 @@ class Int8Weight:
         return cls(
             data,
             row_absmax / INT8_MAX,
-            data.sum(dim=1, dtype=torch.int32),
+            _row_sums(data),
             outlier_cols.long(),
             outlier_weight.float().t().contiguous(),
         )
+
+
+def _row_sums(data: Tensor) -> Tensor:
+    """int32 (out_features,). As a product: torch's own sum of int8 makes an int32 copy of all of it first."""
+    return int8_product(data.new_ones(1, data.shape[1]), data)[0].to(torch.int32)
 
 
 def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from int8cli.model.memory import return_memory_promptly
 from int8cli.model.units import find_units
 from int8cli.progress import Progress
 from int8cli.results.units import human_bytes, human_seconds
@@ -47,6 +48,8 @@ class Offload:
         }
         fixed_bytes = _size_bytes(model) - sum(sizes.values())
         self._placement = place_blocks(sizes, fixed_bytes, self._limits)
+        if self._placement.moves:
+            return_memory_promptly()
         on_disk = self._placement.blocks_in("disk")
         return {linear.weight_name for block in on_disk for linear in self._layers[block].values()}
 
