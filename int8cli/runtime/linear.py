@@ -1,6 +1,6 @@
 """A linear layer that computes the exact LLM.int8() decomposition.
 
-Owns the torch module around `llm_int8.matmul`. Knows no file and no model.
+Owns the torch module around `llm_int8.matmul`. Does not know about files or models.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,15 @@ from int8cli.runtime.guarded_int8 import GuardedInt8
 
 
 class Int8Linear(nn.Linear):
-    """X Wᵀ + b: stored columns in floats, taken out of X before a token's scale is computed, the others in int8.
+    """X Wᵀ + b: stored columns in floats, the other columns in int8.
 
-    Buffers: `weight` int8 (out_features, in_features), `row_absmax` float32 (out_features,), `outlier_cols` int32 (k,)
-    sorted, `outlier_weight` (out_features, k) in the dtype it is stored in, and those that `prepare` makes of them. The
-    result has the dtype of the input and is rounded to it once, bias included. Gradients reach X and the bias, as
-    through the weight in floats (`dequantize`); the weight itself has none.
+    Stored columns are removed from X before each token's scale is computed. Buffers: `weight` int8 (out_features,
+    in_features), `row_absmax` float32 (out_features,), `outlier_cols` int32 (k,) sorted, `outlier_weight`
+    (out_features, k) in its dtype on disk, and those that `prepare` computes from them. The result has the dtype of the
+    input and is rounded to it once, after the bias is added. The gradients of X and of the bias are those of a linear
+    with the weight in floats (`dequantize`). The weight itself has no gradient.
 
-    It is an nn.Linear to whoever looks for linears, as PEFT does.
+    It is an nn.Linear for libraries that look for linears, such as PEFT.
     """
 
     row_absmax: Tensor
@@ -46,7 +47,7 @@ class Int8Linear(nn.Linear):
         conv1d: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        """Room for the weight and `columns` stored columns; `prepare` is to be called once they are there.
+        """Allocate the weight and `columns` stored columns. Call `prepare` once they are filled.
 
         `conv1d`: the model has transformers' Conv1D here, whose weight is (in_features, out_features).
         """
@@ -54,18 +55,18 @@ class Int8Linear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.inputs, self.conv1d, self.prepared = inputs, conv1d, False
 
-        def room(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
+        def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device), persistent=persistent)
 
         # Not registered: to whoever asks for it by name, `weight` is the property below.
         self._buffers["weight"] = torch.empty((out_features, in_features), dtype=torch.int8, device=device)
-        room("row_absmax", (out_features,), torch.float32)
-        room("outlier_cols", (columns,), torch.int32)
-        room("outlier_weight", (out_features, columns), columns_dtype)
-        room("step", (out_features,), torch.float32, persistent=False)
-        room("row_sums", (out_features,), torch.int32, persistent=False)
-        room("columns", (columns,), torch.int64, persistent=False)
-        room("column_weight", (columns, out_features), torch.float32, persistent=False)
+        allocate("row_absmax", (out_features,), torch.float32)
+        allocate("outlier_cols", (columns,), torch.int32)
+        allocate("outlier_weight", (out_features, columns), columns_dtype)
+        allocate("step", (out_features,), torch.float32, persistent=False)
+        allocate("row_sums", (out_features,), torch.int32, persistent=False)
+        allocate("columns", (columns,), torch.int64, persistent=False)
+        allocate("column_weight", (columns, out_features), torch.float32, persistent=False)
         self.bias = bias  # type: ignore[assignment]  # None too
 
     @property
@@ -117,7 +118,7 @@ class Int8Linear(nn.Linear):
         return weight.index_copy_(1, self.outlier_cols.long(), self.outlier_weight.to(dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        """Move with the model, but keep all dtypes when it is cast: scales and stored columns are what was written."""
+        """Move to another device with the model, but do not change dtypes when the model is cast."""
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)

@@ -1,7 +1,7 @@
 """From a converted directory to a transformers model that computes the exact decomposition.
 
-Owns the use of transformers for that: its own loader builds the model, matches names and ties weights; before it reads
-anything, the linear layers that the directory holds in int8 are replaced by Int8Linear.
+Owns the use of transformers for this. Its loader builds the model, matches names and ties weights. Before it reads any
+weights, each linear layer that is int8 in the directory is replaced by an Int8Linear.
 """
 
 import importlib.util
@@ -42,22 +42,23 @@ def load_model(
     offload_folder: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> Any:
-    """The transformers model of a directory that `convert` wrote, its int8 layers computing LLM.int8() exactly.
+    """The transformers model in a directory that `convert` wrote. Its int8 layers compute LLM.int8() exactly.
 
-    Stored columns are taken out of X whole and multiplied in floats, all others in int8 with exact integer sums.
-    `inputs` says how X is quantized: "zeropoint" (half of absmax's error or less) or "absmax". `device` is the GPU if
-    there is one, as for transformers' own int8 models. `dtype`, of what is not int8, is that of the config.
-    With `device_map="auto"`, a model may be larger than the machine: whole blocks are on the device as far as they fit,
-    then in RAM, and the others are read from the shards each time that they run, the next one while one computes, in
-    int8 all the time. `max_memory` limits what weights take, {"cpu": "8GB", 0: "10GB"}; by default it is four fifths of
-    what is free. `progress` gets a note that says how long this takes for a token. Nothing is written: `offload_folder`
-    is accepted, since transformers needs one, and not used.
+    Stored columns are removed from X and multiplied in floats, all others in int8 with exact integer sums. `inputs`
+    says how X is quantized: "zeropoint" (at most half the error of absmax) or "absmax". `device` defaults to the GPU if
+    there is one, as for transformers' own int8 models. `dtype` applies to everything that is not int8 and defaults to
+    the dtype in the config. The model is in eval mode. Adapters can be trained with it; it cannot be saved.
+    bitsandbytes is not needed.
 
-    The model is in eval mode; adapters on top of it can be trained, it cannot be saved. bitsandbytes is not needed.
+    With `device_map="auto"`, the model may be larger than the memory. Whole blocks stay on the device while they fit,
+    then in RAM. The others are read from the shards each time they run, in int8, one block ahead. `max_memory` limits
+    the memory for weights, {"cpu": "8GB", 0: "10GB"}; the default is four fifths of the free memory. `progress` gets a
+    note with the time that this takes for each token. Nothing is written: `offload_folder` is accepted, because
+    transformers needs one, and not used.
 
-    Raises MissingExtraError without transformers, UnsupportedModelError for what is not a conversion or has no class in
-    transformers, CheckpointError for tensors that do not fit, OptionError for other `inputs`, `device_map` or
-    `max_memory`, NotEnoughMemoryError where not even one block fits.
+    Raises MissingExtraError without transformers, UnsupportedModelError if the directory is not a conversion or
+    transformers has no class for the model, CheckpointError for tensors that do not fit, OptionError for an invalid
+    `inputs`, `device_map` or `max_memory`, NotEnoughMemoryError if two blocks do not fit.
     """
     if inputs not in INPUT_SCHEMES:
         raise OptionError(f"{inputs!r} is not one of {', '.join(INPUT_SCHEMES)}", option="inputs")
@@ -93,7 +94,7 @@ def _require_extra() -> None:
 
 
 def _config(directory: Path) -> Any:
-    """The model's config, without the mark that would have another quantizer load it."""
+    """The model's config without its quantization_config, which would make transformers use another quantizer."""
     try:
         config = read_config(directory)
         model_class_of(config)
@@ -142,7 +143,7 @@ def _load(
 
 
 def _generation_config(model_class: Any, directory: Path) -> Any:
-    """Where transformers looks for it: in a file of its own, or for older models in config.json."""
+    """From generation_config.json or, for older models, from config.json: the places where transformers looks."""
     from transformers import GenerationConfig
 
     if not model_class.can_generate():
@@ -154,7 +155,7 @@ def _generation_config(model_class: Any, directory: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Replacing:
-    """Puts an Int8Linear where a model has a linear layer that is stored in int8."""
+    """Replaces each linear layer that is stored in int8 by an Int8Linear."""
 
     stored: StoredModel
     inputs: InputScheme
@@ -197,7 +198,7 @@ class _Replacing:
 
 
 def _modules_of(model: Any, linears: Mapping[str, StoredLinear]) -> dict[str, StoredLinear]:
-    """The linears by their modules' names in the model; those of a head that this model does not have are left out."""
+    """The linears by the names of their modules in the model. Linears of a head that the model lacks are left out."""
     found: dict[str, StoredLinear] = {}
     for weight_name, target in name_targets(model, linears).items():
         module_name, _, leaf = target.rpartition(".")
