@@ -13,8 +13,10 @@ from int8cli.cli.errors import flag_of, hint_for
 
 HINTS = {
     "convert": hints.CONVERT,
+    "dequantize": hints.DEQUANTIZE,
     "estimate-memory": hints.ESTIMATE_MEMORY,
     "evaluate": hints.EVALUATE,
+    "generate": hints.GENERATE,
     "inspect-outliers": hints.INSPECT_OUTLIERS,
     "status": hints.STATUS,
     "env": hints.ENV,
