@@ -70,7 +70,8 @@ class ZipRecords:
     """The records of an archive of `file_bytes` bytes, by name. Raises CorruptShardError for one that is not whole."""
 
     def __init__(self, file: BinaryIO, file_name: str, file_bytes: int) -> None:
-        self._file, self._file_name, self._file_bytes = file, file_name, file_bytes
+        self.file_name = file_name
+        self._file, self._file_bytes = file, file_bytes
         self._passed: dict[str, bytes] = {}
         directory = self._directory()
         entries = list(self._entries(directory))
@@ -85,7 +86,7 @@ class ZipRecords:
         packed = next((record.name for record in self.by_name.values() if not record.is_stored), None)
         if packed is not None:
             raise CorruptShardError(
-                f"{self._file_name}: the record {packed!r:.120} is compressed or encrypted, as torch.save never does",
+                f"{self.file_name}: the record {packed!r:.120} is compressed or encrypted, as torch.save never does",
                 hint="Unpack the archive and pack it again without compression, or save the model anew.",
             )
 
@@ -94,13 +95,12 @@ class ZipRecords:
         record = self.by_name[name]
         if record.size_bytes > limit_bytes:
             raise CorruptShardError(
-                f"{self._file_name}: the record {name!r} has {record.size_bytes:,} bytes, more than it ever needs"
+                f"{self.file_name}: the record {name!r} has {record.size_bytes:,} bytes, more than it ever needs"
             )
         data = self._passed.pop(name, None) or self._bytes(record.offset_bytes, record.size_bytes)
-        if zlib.crc32(data) != record.crc32:
-            raise CorruptShardError(
-                f"{self._file_name}: the record {name!r} is not as it was written", hint=_RETRY_HINT
-            )
+        # torch.save leaves out all of them where it is told so (torch.serialization.set_crc32_options).
+        if record.crc32 and zlib.crc32(data) != record.crc32:
+            raise CorruptShardError(f"{self.file_name}: the record {name!r} is not as it was written", hint=_RETRY_HINT)
         return data
 
     def _directory(self) -> _Directory:
@@ -184,13 +184,13 @@ class ZipRecords:
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
             if entry.header_offset < end:
                 raise CorruptShardError(
-                    f"{self._file_name}: the record {_shown(entry.raw_name)} overlaps {_shown(before)}"
+                    f"{self.file_name}: the record {_shown(entry.raw_name)} overlaps {_shown(before)}"
                 )
             begin = entry.header_offset + self._local_header_bytes(entry, end_of_records)
             end, before = begin + entry.size_bytes, entry.raw_name
             if end > end_of_records:
                 raise CorruptShardError(
-                    f"{self._file_name}: the record {_shown(entry.raw_name)} ends at byte {end:,}, the records end at "
+                    f"{self.file_name}: the record {_shown(entry.raw_name)} ends at byte {end:,}, the records end at "
                     f"{end_of_records:,}",
                     hint=_RETRY_HINT,
                 )
@@ -217,7 +217,7 @@ class ZipRecords:
 
     def _displaced(self, entry: _Entry) -> CorruptShardError:
         return CorruptShardError(
-            f"{self._file_name}: the record {_shown(entry.raw_name)} does not begin at byte {entry.header_offset:,}, "
+            f"{self.file_name}: the record {_shown(entry.raw_name)} does not begin at byte {entry.header_offset:,}, "
             "where the archive's directory has it",
             hint=_RETRY_HINT,
         )
@@ -236,7 +236,7 @@ class ZipRecords:
         return data
 
     def _broken(self, why: str) -> CorruptShardError:
-        return CorruptShardError(f"{self._file_name}: not a whole zip archive: {why}", hint=_RETRY_HINT)
+        return CorruptShardError(f"{self.file_name}: not a whole zip archive: {why}", hint=_RETRY_HINT)
 
 
 def _shown(name: bytes) -> str:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
@@ -40,8 +40,9 @@ from int8cli.results.evaluation import (
     MethodResult,
     StoredColumnsSummary,
 )
-from int8cli.results.units import human_bytes
+from int8cli.results.units import told_apart
 from int8cli.runtime.converted import ConvertedTensors
+from int8cli.typed_json import parse_json, read_as
 
 TASK = "evaluate"
 # Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
@@ -149,8 +150,9 @@ class _Run:
         needed = int(largest * (1 + _FORMS))
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block with its int8 forms needs {human_bytes(needed)}, {human_bytes(available)} free",
+                f"one block with its int8 forms needs {wanted}, {free} free",
                 hint="Free some memory, or run this on a machine with more.",
             )
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
@@ -213,8 +215,7 @@ class _Run:
         for unit in self._saved.finished if self._saved else ():
             assert self._saved is not None
             with read_back(self._saved.directory / f"{unit}.json") as path:
-                layers = json.loads(path.read_bytes())
-                found = tuple(LayerSums(**{**layer, "squares": tuple(layer["squares"])}) for layer in layers)
+                found = read_as(cast(Any, tuple[LayerSums, ...]), parse_json(path.read_bytes()))
             yield unit, found
 
     def _identity(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ anything, the linear layers that the directory holds in int8 are replaced by Int
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,11 +17,11 @@ from torch import nn
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
+from int8cli.errors import CheckpointError, Int8cliError, MissingExtraError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_version
-from int8cli.model.loading import name_targets
+from int8cli.model.loading import as_large_as, name_targets
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.stored import StoredLinear, StoredModel
 
@@ -82,18 +83,20 @@ def _load(
     stored: StoredModel, directory: Path, config: Any, inputs: InputScheme, device: torch.device, dtype: torch.dtype
 ) -> Any:
     model_class = model_class_of(config)
-    model, info = model_class.from_pretrained(
-        None,  # a directory and a state dict exclude each other
-        config=config,
-        generation_config=_generation_config(model_class, directory),
-        state_dict=stored.state_dict(),
-        quantization_config=_registered()(_Replacing(stored.linears, inputs)),
-        dtype=dtype,
-        device_map={"": device},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    tensors = stored.state_dict()
+    with _rejections(model_class), as_large_as(len(tensors)):
+        model, info = model_class.from_pretrained(
+            None,  # a directory and a state dict exclude each other
+            config=config,
+            generation_config=_generation_config(model_class, directory),
+            state_dict=tensors,
+            quantization_config=_registered()(_Replacing(stored.linears, inputs)),
+            dtype=dtype,
+            device_map={"": device},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     for name, found, wanted in info["mismatched_keys"]:
         raise CheckpointError(f"{name} has the shape {tuple(found)}, but config.json requires {tuple(wanted)}")
     for name, module in model.named_modules():
@@ -103,6 +106,19 @@ def _load(
                 raise CheckpointError(f"transformers needs {lost[0]}, which is missing", hint=_OTHER_LOADERS_HINT)
             module.prepare()
     return model
+
+
+@contextmanager
+def _rejections(model_class: Any) -> Iterator[None]:
+    """Raise UnsupportedModelError for whatever transformers raises over a config that it cannot use."""
+    try:
+        yield
+    except (Int8cliError, OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot load this directory as {model_class.__name__}: {error!s:.300}"
+        ) from error
 
 
 def _generation_config(model_class: Any, directory: Path) -> Any:
