@@ -16,6 +16,7 @@ from torture.fuzzing import WrongResultError
 # The reasons for which int8cli alone may refuse a file.
 STRICTER = {
     "tensors, or as many values": "more than 262,144 tensors: a bound of memory and time; no model has as many",
+    "names .* twice": "readers differ in which of two tensors of one name counts",
     "a number beyond 64 bits|a negative number": "it stands in a field that neither reads",
 }
 _Described = dict[str, tuple[str, list[int], bytes]]

@@ -25,9 +25,8 @@ from int8cli.outliers.statistics import (
     OutlierStatistics,
     Provenance,
     SiteStatistics,
-    load_statistics,
-    save_statistics,
 )
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
 from int8cli.report.outliers_json import statistics_to_json
 from torture.fuzzing import Run, Target
 from torture.fuzzing.mutations import change_bytes, change_json
