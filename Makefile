@@ -53,6 +53,8 @@ torture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive int8cli scripts
+	$(BIN)/python scripts/audit.py
 
 types: $(READY)
 	$(BIN)/mypy

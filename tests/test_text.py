@@ -12,7 +12,7 @@ from rich.table import Table
 from int8cli.report import markdown, markup
 from int8cli.report.terminal import PrintingConsole, stdout_console, titled_table
 from int8cli.report.text import PrintableStream, escape, printable
-from int8cli.results.units import counted, human_bytes
+from int8cli.results.units import counted, human_bytes, told_apart
 
 
 def test_control_characters_are_written_out() -> None:
@@ -218,3 +218,15 @@ def test_bytes_are_shown_with_three_digits(count: int, shown: str) -> None:
 
 def test_one_is_no_plural() -> None:
     assert (counted(1, "layer"), counted(1234, "layer")) == ("1 layer", "1,234 layers")
+
+
+@pytest.mark.parametrize(
+    ("needed", "free", "shown"),
+    [
+        (168_000_001, 167_999_999, ("168,000,001 bytes", "167,999,999 bytes")),
+        (168_000_000, 1_000, ("168 MB", "1.00 kB")),
+        (5, 5, ("5 B", "5 B")),
+    ],
+)
+def test_two_sizes_are_told_apart(needed: int, free: int, shown: tuple[str, str]) -> None:
+    assert told_apart(needed, free) == shown

@@ -122,7 +122,7 @@ class _Scan:
         from int8cli.outliers.suspects import SuspectScan
 
         self._figures, self._count = figures, 0
-        self._scan = SuspectScan(pickle.loads(figures.stream))
+        self._scan = SuspectScan(pickle.loads(figures.stream))  # nosec B301  # of this program, a process on
 
     def suspects(self, count: int, most: int) -> tuple[tuple[int, float], ...]:
         """The suspects by the first `count` shards. `count` never decreases."""

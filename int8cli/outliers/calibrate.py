@@ -28,7 +28,7 @@ from int8cli.outliers.statistics_file import load_statistics, save_statistics
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.progress import Progress
-from int8cli.results.units import human_bytes
+from int8cli.results.units import human_bytes, told_apart
 
 TASK = "calibrate"
 
@@ -220,9 +220,10 @@ class Calibration:
         needed = block_bytes + activations + whole_files
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block needs {human_bytes(needed)} ({human_bytes(block_bytes)} of weights, "
-                f"{human_bytes(needed - block_bytes)} of working memory), {human_bytes(available)} free",
+                f"one block needs {wanted} ({human_bytes(block_bytes)} of weights, "
+                f"{human_bytes(needed - block_bytes)} of working memory), {free} free",
                 hint="Free some memory, or use shorter sequences.",
             )
 

@@ -8,7 +8,6 @@ is never run.
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import sys
 import warnings
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
@@ -95,7 +95,7 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
     """The model's class in transformers, and its config. Raises _UnknownModelError."""
     import transformers
 
-    stated = json.loads((directory / CONFIG_FILE).read_bytes())
+    stated = read_config(DirectorySource(directory))
     if stated.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _UnknownModelError(f"does not know the model type {stated.get('model_type')!r}")
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -114,19 +114,22 @@ def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _Lai
     import torch
 
     from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+    from int8cli.model.loading import as_large_as
 
     def empty(spec: TensorSpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
 
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict={spec.name: empty(spec) for spec in specs},
-        device_map={"": "meta"},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    state_dict = {spec.name: empty(spec) for spec in specs}
+    with as_large_as(len(state_dict)):
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     mismatched = tuple(tuple(each) for each in info["mismatched_keys"])
     return _LaidOut(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
 
