@@ -147,7 +147,7 @@ def _require_whole(name: str, record: ZipRecord, storage_bytes: int, file_name: 
         raise CorruptShardError(
             f"{file_name}: the storage of tensor {name!r} has {record.size_bytes:,} bytes, its pickle says "
             f"{storage_bytes:,}",
-            hint=RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
 
 

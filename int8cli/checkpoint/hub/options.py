@@ -1,4 +1,4 @@
-"""How to reach the Hub, and where to put what it gives."""
+"""How to reach the Hub, and where to put downloads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,12 +51,12 @@ class HubOptions:
         return self.timeout_s or constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     def request_headers(self) -> dict[str, str]:
-        """The headers of every request, with the token. Raises AccessDeniedError for one that no header can hold."""
+        """The headers of every request, with the token. Raises AccessDeniedError for a token that is not ASCII."""
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
 
         headers: dict[str, str] = build_hf_headers(token=self.token, library_name="int8cli")
         if not headers.get("authorization", "").isascii():
             raise AccessDeniedError(
-                "the token for the Hub has characters that no token has", hint="Check HF_TOKEN, or run `hf auth login`."
+                "the token for the Hub has invalid characters", hint="Check HF_TOKEN, or run `hf auth login`."
             )
         return headers
