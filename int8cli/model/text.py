@@ -16,6 +16,7 @@ from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
 
+_PUT_FILES = "Put the tokenizer files (tokenizer.json) in the directory of the weights."
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; of a longer text only this much is read
 _LEAST_BYTES = 1 << 20
 _PROBE = "The quick brown fox"
@@ -91,19 +92,18 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        usable = bool(tokenizer(_PROBE)["input_ids"]) and _knows_words(tokenizer)
+        has_words, returns_tokens = _has_words(tokenizer), bool(tokenizer(_PROBE)["input_ids"])
     except Exception as error:  # whatever a tokenizer's files, or their absence, make of this
-        raise CannotRunError(
-            f"the tokenizer cannot be loaded: {_first_line(error)}",
-            hint="Put the tokenizer files (tokenizer.json) in the directory of the weights.",
-        ) from error
-    if not usable:
+        raise CannotRunError(f"the tokenizer cannot be loaded: {_first_line(error)}", hint=_PUT_FILES) from error
+    if not has_words:
+        raise CannotRunError("the tokenizer cannot be loaded: it has no vocabulary", hint=_PUT_FILES)
+    if not returns_tokens:
         raise CannotRunError("the tokenizer returns no tokens for text")
     return tokenizer
 
 
-def _knows_words(tokenizer: Any) -> bool:
-    """False for one that transformers made up without a vocabulary, as 5.0.0 does."""
+def _has_words(tokenizer: Any) -> bool:
+    """False for one that transformers made up where there are no files of one, as 5.0.0 does."""
     return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁"}) > 0
 
 
