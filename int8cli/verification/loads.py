@@ -11,7 +11,7 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
         source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
-    landed, failures = _compare(laid_out, source)
+    landed, failures = _compare(laid_out, source, {spec.name: spec.dtype for spec in held})
     if failures and not reads:  # some versions ignore tensors that they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
@@ -144,7 +144,7 @@ def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec])
         return _LaidOut(None, frozenset(), frozenset(), ())
 
 
-def _compare(output: _LaidOut, source: _LaidOut) -> tuple[int, list[tuple[str, str]]]:
+def _compare(output: _LaidOut, source: _LaidOut, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
     """The number of int8 modules, and the differences of the output that the source does not have."""
     failures = [(name, "is missing, but the model needs it") for name in sorted(output.missing - source.missing)]
     for name in sorted(output.unexpected):
@@ -152,28 +152,37 @@ def _compare(output: _LaidOut, source: _LaidOut) -> tuple[int, list[tuple[str, s
             failures.append((name, "does not exist in the model"))
     for name, found, wanted in output.mismatched:
         failures.append((name, f"is {list(found)}, the model needs {list(wanted)}"))
-    modules = list(_modules(output.model))
+    modules = list(_modules(output.model, dtypes))
     failures += [(name, problem) for name, problem in modules if problem is not None]
     return sum(1 for _, problem in modules if problem is None), failures
 
 
-def _modules(model: Any) -> Iterator[tuple[str, str | None]]:
-    """Each weight that is int8 in the file or for the loader, and what is wrong with it, None if nothing is."""
+def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Each weight that is int8 in the file or for the loader, and what is wrong with it, None if nothing is.
+
+    `dtypes` are those of the output's tensors. They take precedence over those of the model: a parameter on the meta
+    device may keep the dtype of the model's definition (transformers 5.0.0).
+    """
     import torch
 
+    from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for module_name, module in model.named_modules():
         takes_int8 = type(module).__name__ == "Linear8bitLt" or hasattr(module, "quantization_scheme")
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
+            stored = dtypes.get(full_name) or dtypes.get(full_name.removeprefix(prefix))
+            dtype = parameter.dtype if stored is None else TORCH_DTYPES[stored]
             if takes_int8 and name == "weight":
                 wanted = (module.out_features, module.in_features)
-                if parameter.dtype != torch.int8:
-                    yield full_name, f"is {parameter.dtype}, but the loader expects int8"
+                if dtype != torch.int8:
+                    yield full_name, f"is {dtype}, but the loader expects int8"
                 elif tuple(parameter.shape) != wanted:
                     yield full_name, f"is {list(parameter.shape)}, the model needs {list(wanted)}"
                 else:
                     yield full_name, None
-            elif parameter.dtype == torch.int8:
+            elif dtype == torch.int8:
                 yield full_name, f"is int8, which a {type(module).__name__} does not support"
 
 

@@ -356,6 +356,13 @@ OTHERS = {
 }
 
 
+def is_known(tiny: Tiny) -> bool:
+    """Whether the installed transformers has the model."""
+    import transformers
+
+    return hasattr(transformers, tiny.config) and hasattr(transformers, tiny.model)
+
+
 def build_tiny(tiny: Tiny, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
     """The model with random weights, biases and norms included: transformers' own start leaves many at 0 and 1."""
     import transformers
