@@ -32,7 +32,9 @@ def inspect_outliers(
 
     `model` is a Hub id, a directory, or one checkpoint file. After an interruption, the same call resumes after the
     last finished block. The result is suspects if `evidence` is "weights", or if it is None and the model cannot be
-    run. Raises MissingExtraError and UnsupportedModelError if `evidence` is "activations" and the model cannot be run,
+    run.
+
+    Raises MissingExtraError or UnsupportedModelError if `evidence` is "activations" and the model cannot be run,
     NotEnoughMemoryError if a block does not fit, TextError, and the errors of a bad checkpoint.
     """
     check_inspect(options)

@@ -13,7 +13,7 @@ TASK = "convert"
 
 
 def begin_conversion(progress: Progress, survey: Survey, finished: Collection[str]) -> None:
-    """Begin the task, its parts the source shards in bytes of their tensors; `finished` an earlier run has done."""
+    """Begin the task. Its parts are the source shards, in tensor bytes; `finished` are those of an earlier run."""
     if finished:
         progress.note(f"resuming: {len(finished)} of {len(survey.shards)} shards already converted")
     for warning in warnings_of(survey):
@@ -23,12 +23,12 @@ def begin_conversion(progress: Progress, survey: Survey, finished: Collection[st
 
 
 def advance(progress: Progress, shard: str, tensor: str, source_bytes: int) -> None:
-    """`source_bytes` more of a shard's tensor are converted."""
+    """Another `source_bytes` bytes of a tensor have been converted."""
     progress.advance(TASK, shard, source_bytes, tensor)
 
 
 def shard_outcome(record: ShardRecord) -> str:
-    """Sizes, layers and the worst error of a finished shard, in a few words."""
+    """The sizes, layers and worst error of a finished shard, in a few words."""
     outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(record.files[0].size_bytes)}"
     if record.layers:
         outcome += f", {counted(len(record.layers), 'layer')}"

@@ -1,7 +1,7 @@
-"""One shard that is on this machine, from its header to its record.
+"""One shard on this machine, from its header to its record.
 
-Owns when the files it makes may have their names: after every byte was read, the source's digest held, and nothing
-turned up that asks for another plan.
+Owns when its output files get their final names: after every byte has been read, if the source's digest is right and
+no value requires another plan.
 """
 
 from contextlib import ExitStack
@@ -24,10 +24,10 @@ from int8cli.workers.processes import OnBytes
 
 
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
-    """Convert one shard that is on this machine and put it under its final name; the caller records it.
+    """Convert one shard on this machine and give it its final name. The caller must record it.
 
-    A weight with non-finite values either raises or, with `keep_non_finite`, is copied in its source dtype. That
-    changes the layout of the output, so the shard is then converted again. Raises CheckpointError, OutputError.
+    A weight with non-finite values raises NonFiniteError or, with `keep_non_finite`, stays in its source dtype. This
+    changes the output, so the shard is then converted a second time. Raises CheckpointError, OutputError.
     """
     with open_shard(task, local) as shard:
         result = _attempt(task, shard, on_bytes)
@@ -47,7 +47,7 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
 
 
 def _attempt(task: ShardTask, shard: OpenShard, on_bytes: OnBytes) -> PassResult:
-    """One pass over a shard; commits its files unless weights must be kept that the plan would quantize."""
+    """One pass over a shard. Commits its files, unless a weight that the plan quantizes is not finite."""
     files = task.planned.files
     with ExitStack() as abandoned:
         writers = []
@@ -83,7 +83,7 @@ def _layer(task: ShardTask, decision: Decision, result: PassResult) -> LayerRepo
 def layer_report(
     decision: Decision, target: Layout, result: PassResult, stored: StoredColumns | None = None
 ) -> LayerReport:
-    """What there is to say of a layer after the pass that made or compared it; its errors where that measured them."""
+    """The report on a layer after the pass that wrote or compared it. Includes its errors if they were measured."""
     data, *companions = output_specs(decision, target)
     return LayerReport(
         name=decision.module,

@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -30,6 +31,15 @@ class InvalidJsonError(ValueError):
         """The same error with a longer place: `outer` is the field or `[index]` that contains the invalid value."""
         dot = "" if not self.place or self.place.startswith("[") else "."
         return InvalidJsonError(self.problem, f"{outer}{dot}{self.place}")
+
+
+@contextmanager
+def inside(outer: str) -> Iterator[None]:
+    """Add `outer` to the place in an InvalidJsonError raised in this context."""
+    try:
+        yield
+    except InvalidJsonError as error:
+        raise error.inside(outer) from None
 
 
 def parse_json(text: bytes, *, unique_keys: bool = True) -> Any:
