@@ -21,14 +21,14 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
-class OwnDirectory:
-    """A directory of ours, and the one above it that the user chose: after that one, no link is followed."""
+class OwnPath:
+    """A file or directory of ours, and the directory above it that the user chose: below that, no link is followed."""
 
     path: Path
     below: Path
 
-    def __truediv__(self, name: str) -> "OwnDirectory":
-        return OwnDirectory(self.path / name, self.below)
+    def __truediv__(self, name: str) -> "OwnPath":
+        return OwnPath(self.path / name, self.below)
 
 
 def name_aside(name: str, *, prefix: str = "", suffix: str = "") -> str:

@@ -38,10 +38,11 @@ def end_on_signals() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
-    received, sender = os.pipe()
-    os.set_blocking(sender, False)
-    signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
-    threading.Thread(target=_end_in_time, args=(received,), daemon=True).start()
+    with suppress(OSError, RuntimeError):  # no descriptor or thread left: signals are still handled between two steps
+        received, sender = os.pipe()
+        os.set_blocking(sender, False)
+        threading.Thread(target=_end_in_time, args=(received,), daemon=True).start()
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
 
 
 def received_signal() -> int | None:

@@ -11,7 +11,7 @@ from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
 from int8cli.checkpoint.own_files import (
-    OwnDirectory,
+    OwnPath,
     name_aside,
     opened_directory,
     remove_empty_directories,
@@ -26,7 +26,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class DownloadDirectory:
     """The files of one repository, in a directory that only this source uses."""
 
-    def __init__(self, root: OwnDirectory, repository: Repository, remote: RemoteFiles) -> None:
+    def __init__(self, root: OwnPath, repository: Repository, remote: RemoteFiles) -> None:
         self._root = root.path
         self._below = root.below
         self._repository = repository

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from int8cli.checkpoint.hub.retries import RetryPolicy
-from int8cli.checkpoint.own_files import OwnDirectory
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.errors import AccessDeniedError
 
 
@@ -33,9 +33,9 @@ class HubOptions:
     probably_a_path: bool = False
 
     @property
-    def downloads(self) -> OwnDirectory:
+    def downloads(self) -> OwnPath:
         """Where files lie while they are used."""
-        return OwnDirectory(self.download_dir, self.download_below or self.download_dir.parent)
+        return OwnPath(self.download_dir, self.download_below or self.download_dir.parent)
 
     @property
     def hub_cache(self) -> Path:
