@@ -32,7 +32,9 @@ def judged(out: str, err: str, *, in_ci: bool) -> tuple[str, bool]:
         return f"not run: {(err.strip().splitlines() or ['no answer'])[-1][:200]}", in_ci
     answered = [package for package in packages if "vulns" in package]
     found = [package for package in answered if package["vulns"]]
-    lines = [f"{package['name']} {package['version']}: {', '.join(v['id'] for v in package['vulns'])}" for package in found]
+    lines = [
+        f"{package['name']} {package['version']}: {', '.join(v['id'] for v in package['vulns'])}" for package in found
+    ]
     if lines:
         return "\n  ".join(["known vulnerabilities", *lines]), True
     if not answered:
