@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.program import environment, llama
 
 from int8cli import ConvertOptions, convert
 from int8cli.conversion import WORKER_PRELOAD
+from int8cli.errors import WorkerLostError
 from int8cli.workers.processes import Executor, InlineExecutor, OnBytes, ProcessExecutor, StoppedError
 
 Told = list[tuple[str, str, int]]
@@ -52,6 +54,20 @@ def test_a_task_tells_of_bytes_and_not_of_none(in_a_process: Callable[[OnBytes],
         executor.close()
         assert (pid == os.getpid()) == (make is InlineExecutor)
         assert told == [("shard", "first", 3), ("shard", "third", 4)]
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError, BrokenPipeError])
+def test_a_server_that_has_ended_is_told(
+    error: type[Exception], in_a_process: Callable[[OnBytes], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(descriptors: object) -> None:
+        raise error
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", gone)
+    executor = in_a_process(lambda *report: None)
+    with pytest.raises(WorkerLostError, match="the server that worker processes are forked from has ended"):
+        executor.submit(tell)
+    executor.close()
 
 
 def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Executor]) -> None:

@@ -46,7 +46,13 @@ def open_source(
         return DirectorySource(path, output=output)
     if _looks_like_a_path(model):
         raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
-    options = HubOptions(download_dir=download_dir, keep_source=keep_source, on_bytes=on_bytes, on_wait=on_wait)
+    options = HubOptions(
+        download_dir=download_dir,
+        keep_source=keep_source,
+        on_bytes=on_bytes,
+        on_wait=on_wait,
+        download_below=output if output is not None and download_dir.is_relative_to(output) else None,
+    )
     source = HubSource(model, revision, options)
     try:
         source.resolve()

@@ -6,7 +6,7 @@ never blocks a later one.
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -71,16 +71,28 @@ def locked(output: Path, own: Path) -> Iterator[int]:
 
 
 def _lock(output: Path, own: Path) -> int:
-    while True:
+    def open_own() -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
-            descriptor = open_real_directory(own)
-        hint = "Wait for it to end, or choose another directory."
-        lock_or_close(descriptor, f"{output} is in use by another int8cli process", hint)
+            return open_real_directory(own)
+
+    in_use = f"{output} is in use by another int8cli process"
+    return lock_by_name(own, open_own, in_use, "Wait for it to end, or choose another directory.")
+
+
+def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:
+    """Open and lock a file or directory that its last holder may have removed. Returns its descriptor.
+
+    A file that has lost its name does not lock out the next process, which would create and lock another. Raises as
+    `lock_or_close`.
+    """
+    while True:
+        descriptor = open_it()
+        lock_or_close(descriptor, in_use, hint)
         is_current = False
         try:
-            with disk_errors(own):
-                is_current = _is_current(own, descriptor)
+            with disk_errors(path):
+                is_current = _is_current(path, descriptor)
         finally:
             if not is_current:  # the previous run removed it after it was opened here, or that could not be checked
                 os.close(descriptor)

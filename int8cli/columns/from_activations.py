@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.columns.from_statistics import StatisticsColumns, at_most
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
@@ -32,7 +33,7 @@ from int8cli.workers.torch_threads import torch_threads
 
 
 def strategy_from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
 ) -> ColumnStrategy:
     """Choose by a calibration. Raises TextError, and errors that can be detected from config.json and file names."""
     dtype = _dtype_to_run_in(survey)
@@ -45,7 +46,8 @@ def strategy_from_activations(
         sampling,
         settings.threshold or CalibrateOptions().threshold,
         wanted.device,
-        state_directory / "blocks",
+        (state_directory / "blocks").path,
+        state_directory.below,
         leave_state=True,
         stored_columns=wanted.limit,
     )

@@ -48,7 +48,7 @@ def run_identity(
 def save_sums(saved: SavedStates, unit: str, sums: Sequence[LayerSums]) -> None:
     """Save the sums of a block. Call it before the engine records that the block is finished."""
     document = json.dumps([dataclasses.asdict(layer) for layer in sums]).encode()
-    write_file(saved.directory / f"{unit}.json", document, below=saved.directory.parent)
+    write_file(saved.directory / f"{unit}.json", document, below=saved.below)
 
 
 def load_sums(saved: SavedStates) -> Iterator[tuple[str, tuple[LayerSums, ...]]]:

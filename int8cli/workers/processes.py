@@ -21,6 +21,7 @@ from multiprocessing.synchronize import Lock
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
+from int8cli.errors import WorkerLostError
 from int8cli.workers.torch_start import start_torch
 
 Result = TypeVar("Result")
@@ -92,8 +93,14 @@ class ProcessExecutor:
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
-        with _starting_processes():
-            return self._pool.submit(_run, task)
+        try:
+            with _starting_processes():
+                return self._pool.submit(_run, task)
+        except (EOFError, ConnectionError) as error:
+            raise WorkerLostError(
+                "the server that worker processes are forked from has ended",
+                hint="It probably ran out of memory or of open files: run the same command again with fewer processes.",
+            ) from error
 
     def close(self) -> None:
         self._stop.value = 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from int8cli.checkpoint.hub.retries import RetryPolicy
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.errors import AccessDeniedError
 
 
@@ -12,7 +13,8 @@ from int8cli.errors import AccessDeniedError
 class HubOptions:
     """How to reach the Hub and where to put what it gives. None means huggingface_hub's own default.
 
-    `download_dir` is this source's alone: files lie there while they are used, and parts until they are whole. With
+    `download_dir` is this source's alone: files lie there while they are used, and parts until they are whole. Links
+    are followed up to `download_below`, the directory above it unless given, and none after it. With
     `keep_source` files go to the Hub cache instead and stay. `on_bytes(file_name, n)` hears of each piece that is
     transferred, `on_wait(what, why, pause_s)` of each pause before a retry; both may be called from another thread.
     """
@@ -26,6 +28,12 @@ class HubOptions:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     on_bytes: Callable[[str, int], None] | None = None
     on_wait: Callable[[str, str, float], None] | None = None
+    download_below: Path | None = None
+
+    @property
+    def downloads(self) -> OwnPath:
+        """Where files lie while they are used."""
+        return OwnPath(self.download_dir, self.download_below or self.download_dir.parent)
 
     @property
     def hub_cache(self) -> Path:
