@@ -195,6 +195,6 @@ def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: boo
             show_report(found.report, found.output)
             print()
         cost = Cost(found.seconds, found.peak_memory_bytes)
-        tables = "above" if details else "the same command with --details shows them"
+        tables = "its tables are above" if details else "--details shows its tables"
         commands = after_convert(found.report, model, found.output)
         show_summary(found.report, found.output, cost, tables=tables, next_commands=commands)

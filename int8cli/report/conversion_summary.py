@@ -27,7 +27,7 @@ class Cost:
 def show_summary(
     report: ConversionReport, output: Path, cost: Cost, *, tables: str, next_commands: Sequence[str]
 ) -> None:
-    """Print the verdict, sizes, errors, cost and next commands. `tables` says where the tables of layers are."""
+    """Print the verdict, sizes, errors, cost and next commands. `tables` says where its tables are."""
     console = stdout_console()
     console.print(_verdict(report, output), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 1))
@@ -83,4 +83,4 @@ def _rows(report: ConversionReport, output: Path, cost: Cost, tables: str) -> It
     yield "took", f"{human_seconds(cost.seconds)}{memory}"
     if report.passed_over:
         yield "not copied", f"{counted(len(report.passed_over), 'file')}, with the reason in the report"
-    yield "report", f"{escape(str(output / REPORT_FILE))}; tables of layers: {tables}"
+    yield "report", f"{escape(str(output / REPORT_FILE))}; {tables}"
