@@ -63,7 +63,7 @@ def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str
     template = generate(root / "chatty", words, SHORT)
     raw = generate(root / "chatty", words, GenerateOptions(raw=True, max_new_tokens=6, device="cpu"))
     assert raw.prompt_tokens == generate(root / "out", words, SHORT).prompt_tokens
-    rendered = AutoTokenizer.from_pretrained(root / "chatty").apply_chat_template(
+    rendered: Any = AutoTokenizer.from_pretrained(root / "chatty").apply_chat_template(
         [{"role": "user", "content": words}], add_generation_prompt=True, return_dict=True
     )
     assert template.prompt_tokens == len(rendered["input_ids"])

@@ -28,10 +28,13 @@ from int8cli.checkpoint.writer import ShardWriter, copy_file, free_bytes, write_
 from int8cli.conversion.buffers import bytes_of
 from int8cli.conversion.float_blocks import FloatTensor, float_blocks, written_spec
 from int8cli.errors import DiskSpaceError, OutputError, SettingsMismatchError, UnsupportedModelError
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE
-from int8cli.planning.plan import PlanOptions, make_plan
+from int8cli.planning.plan import make_plan
 from int8cli.progress import Progress
-from int8cli.records.store import Conversion, RecordStore, ShardRecord
+from int8cli.records.conversion import Conversion
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
 from int8cli.results.dequantization import Dequantization
 from int8cli.results.units import human_bytes
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
