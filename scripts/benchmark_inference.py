@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    getLogger("bitsandbytes").setLevel("ERROR")
     found = measure({name: load().eval() for name, load in methods(arguments)}, arguments)
     show(found)
     if arguments.json is not None:
