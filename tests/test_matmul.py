@@ -51,6 +51,28 @@ def test_every_way_of_the_product_gives_the_same_integers(way: Way, shape: tuple
     assert torch.equal(way(left, right).long(), left.long() @ right.long().t())
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 17, 40])
+@pytest.mark.parametrize("outputs", [1, 2, 3, 33, 130])
+@pytest.mark.parametrize("features", [2, 31, 64, 1024, 2048])
+def test_rows_with_gaps_give_the_same_integers(tokens: int, outputs: int, features: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    left = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, generator=generator)
+    right = torch.randint(-127, 128, (outputs, features + 64), dtype=torch.int8, generator=generator)[:, :features]
+    expected = left.long() @ right.long().t()
+    assert torch.equal(int8_product(left, right).long(), expected)
+    if outputs > 1:
+        for way in WAYS:
+            assert torch.equal(way(left, right).long(), expected)
+
+
+def test_a_weight_whose_rows_would_alias_is_laid_out_with_gaps() -> None:
+    for width, gap in ((1024, 64), (4096, 64), (1000, 0), (576, 0)):
+        data = torch.randint(-127, 128, (3, width), dtype=torch.int8)
+        laid = cpu_product.laid_out(data)
+        assert torch.equal(laid, data)
+        assert laid.stride() == (width + gap, 1)
+
+
 def test_for_few_tokens_the_way_that_was_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {WAYS[0]: 3.0, WAYS[1]: 1.0, WAYS[2]: 2.0}
     timed: list[Way] = []

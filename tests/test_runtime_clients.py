@@ -80,7 +80,8 @@ def test_gradients_through_a_whole_model_point_where_those_of_floats_do(llama: A
         model(inputs_embeds=inputs).logits.logsumexp(-1).sum().backward()
         assert inputs.grad is not None
         found.append(inputs.grad.flatten())
-    assert float(torch.cosine_similarity(found[0], found[1], dim=0)) > 0.99
+    ours, theirs = found
+    assert float(torch.cosine_similarity(ours, theirs, dim=0)) > 0.99
     assert all(layer.weight.grad is None for layer in int8_layers(llama).values())
 
 

@@ -15,10 +15,29 @@ from torch import Tensor
 _FEW_TOKENS = 32
 _FEWER_TOKENS = 8  # so many products of one token may be faster than one product
 _ROUNDS = 3
+_ALIASING_BYTES = 1024
+_GAP_BYTES = 64
+
+
+def laid_out(data: Tensor) -> Tensor:
+    """The weight (out, in) in the layout that products on a processor are fastest with, copied if that is another.
+
+    Rows that begin a multiple of 1024 bytes apart fall into the same few sets of the cache, where oneDNN packs columns
+    of them: 8 tokens by 2048 x 2048 took 0.92 ms, and 0.32 ms with gaps of 64 bytes between the rows.
+    """
+    if data.device.type != "cpu" or data.shape[1] % _ALIASING_BYTES or data.shape[0] < 2:
+        return data
+    room = torch.empty(data.shape[0], data.shape[1] + _GAP_BYTES, dtype=torch.int8)
+    return room[:, : data.shape[1]].copy_(data)
+
+
+def has_whole_rows(data: Tensor) -> bool:
+    """Whether each row lies in one piece, after the row before it: rows may have a gap between them."""
+    return data.shape[0] > 1 and data.stride(1) == 1 and data.stride(0) >= data.shape[1] > 1
 
 
 def cpu_product(left: Tensor, right: Tensor) -> Tensor:
-    """left (tokens, in) times right (out, in) transposed, both int8 and row by row: exact, int32 (tokens, out).
+    """left (tokens, in) times right (out, in) transposed, int8, rows in one piece each: exact, int32 (tokens, out).
 
     The first product of a shape with few tokens is timed in each way. Which one wins depends on the processor and on
     the width: oneDNN packs its right side anew in each call, and packing a width of 2048 takes ten times as long as the

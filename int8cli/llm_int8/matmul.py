@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from int8cli.llm_int8.cpu_product import cpu_product
+from int8cli.llm_int8.cpu_product import cpu_product, has_whole_rows
 from int8cli.llm_int8.quantize import INT8_MAX
 
 InputScheme = Literal["absmax", "zeropoint"]
@@ -133,9 +133,9 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
         return left.double() @ right.double().t()
     if left.shape[1] == 1:  # torch's product on CPU misreads a transposed (out, 1): see _row_major
         return left.int() * right.t()
-    left, right = _row_major(left), _row_major(right)
     if left.device.type != "cuda":
-        return cpu_product(left, right)
+        return cpu_product(_row_major(left), right if has_whole_rows(right) else _row_major(right))
+    left, right = _row_major(left), _row_major(right)
     tokens, out_features = left.shape[0], right.shape[0]
     left = _padded(left, max(tokens, _CUDA_MIN_ROWS), _multiple(left.shape[1]))
     right = _padded(right, _multiple(out_features), _multiple(right.shape[1]))

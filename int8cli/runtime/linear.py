@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from int8cli.errors import UnsupportedOperationError
 from int8cli.llm_int8.baselines import restored_weight
+from int8cli.llm_int8.cpu_product import laid_out
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, input_gradient, llm_int8_linear
 from int8cli.runtime.guarded_int8 import GuardedInt8
 
@@ -88,13 +89,17 @@ class Int8Linear(nn.Linear):
         """Have a weight until `drop_weight`; the first time, what follows from it is computed, and stays."""
         self._buffers["weight"] = data
         if not self.prepared:
-            self.prepare()
+            self._compute_constants()
 
     def drop_weight(self) -> None:
         self._buffers["weight"] = None
 
     def prepare(self) -> None:
-        """Compute what follows from the weight and is needed for every product."""
+        """Lay the weight out for fast products, and compute what follows from it."""
+        self._buffers["weight"] = laid_out(self._data)
+        self._compute_constants()
+
+    def _compute_constants(self) -> None:
         made = Int8Weight.of(self._data, self.row_absmax, self.outlier_cols, self.outlier_weight)
         self.step, self.row_sums = made.step, made.row_sums
         self.columns, self.column_weight = made.outlier_cols, made.outlier_weight

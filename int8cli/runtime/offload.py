@@ -97,7 +97,7 @@ def _size_bytes(model: Any) -> int:
 def _held(layer: Int8Linear, pinned: bool) -> Callable[[], Tensor]:
     """A layer's weight, held in RAM: page-locked where a GPU copies it."""
     weight = layer.weight.as_subclass(Tensor)
-    held = weight.pin_memory() if pinned else weight
+    held = weight.contiguous().pin_memory() if pinned else weight
     return lambda: held
 
 

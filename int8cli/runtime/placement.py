@@ -5,7 +5,7 @@ Owns that decision, from sizes alone. Knows no tensor and no file.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from int8cli.errors import NotEnoughMemoryError, OptionError
 from int8cli.model.memory import available_bytes
@@ -13,7 +13,7 @@ from int8cli.results.units import human_bytes
 
 Place = Literal["device", "ram", "disk"]
 # max_memory as accelerate takes it: GPU 0 and "cpu", in bytes or as "8GB".
-MaxMemory = Mapping[int | str, int | str]
+MaxMemory = Mapping[Any, int | str]
 # What is left for activations, the KV cache and the rest of the machine where no limit is given.
 _SHARE = 0.8
 # Weights of the block that runs, and of the next one, which is read meanwhile.
