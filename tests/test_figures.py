@@ -25,8 +25,9 @@ from int8cli import ConvertOptions, convert
 from int8cli.commands.options import LayoutName
 from int8cli.errors import NonFiniteError, SettingsMismatchError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
-from int8cli.planning.plan import Decision
-from int8cli.records.store import FROM_WEIGHTS, ShardRecord
+from int8cli.planning.decisions import Decision
+from int8cli.records.conversion import FROM_WEIGHTS
+from int8cli.records.shard_record import ShardRecord
 from int8cli.report.conversion import show_report
 from int8cli.results.conversion import ConversionReport, LayerReport
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumns

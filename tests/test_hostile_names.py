@@ -366,7 +366,7 @@ def test_messages_of_the_tokenizer(file: str, runnable: Path, nursery: Nursery, 
 
 
 def test_the_progress_bar_and_the_report_on_a_terminal(source: Path, tmp_path: Path) -> None:
-    with HubStandIn(cdn=False) as hub:
+    with HubStandIn(cdn=None) as hub:
         hub.add_repo("org/m", source)
         hub.fail("*.safetensors", Fault(bytes_per_s=200_000, times=99))
         here = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
@@ -390,7 +390,7 @@ def test_reports_on_a_terminal(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_the_hub_answers(status: int, source: Path, nursery: Nursery, tmp_path: Path) -> None:
-    with HubStandIn(cdn=False) as hub:
+    with HubStandIn(cdn=None) as hub:
         hub.add_repo("org/m", source)
         evil = {"X-Error-Message": "\x1b]0;PWNED\x07[/]", "X-Error-Code": "\x1b]0;x\x07", "Retry-After": "0"}
         hub.fail("api", Fault(status=status, headers=evil, times=99))

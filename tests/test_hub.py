@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-from support.hub_stand_in import Fault, HubStandIn, commit_of
+from support.hub_stand_in import Cdn, Fault, HubStandIn, commit_of, sha256_of
 
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.locate import open_source
@@ -447,6 +447,18 @@ def test_the_token_opens_a_gated_repository_and_stays_with_the_hub(hub, model, t
     assert len(at_cdn) == 2
     assert all(request.authorization is None for request in at_cdn)
     assert all(request.authorization for request in hub.requests if request.host == "hub")
+
+
+# Where the bytes lie
+
+
+@pytest.mark.parametrize("cdn", get_args(Cdn))
+def test_the_digest_is_the_hubs_wherever_it_sends_us_for_the_bytes(cdn, model, tmp_path):
+    with HubStandIn(cdn=cdn) as hub:
+        hub.add_repo(REPO, model)
+        with source_of(hub, tmp_path).fetch(SHARD) as local:
+            assert local.sha256 == sha256_of(model / SHARD)
+            assert local.path.read_bytes() == (model / SHARD).read_bytes()
 
 
 # The next file

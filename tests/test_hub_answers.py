@@ -31,6 +31,7 @@ class OddHub:
     def __init__(self) -> None:
         self.odd: Odd = lambda method, file, before: None
         self.asked: dict[tuple[str, str], int] = {}
+        self.tokens: list[tuple[str, str, str | None]] = []
 
 
 def blob(data: bytes) -> str:
@@ -53,6 +54,7 @@ def hub() -> Iterator[OddHub]:
             file = "" if self.path.startswith("/api/") else self.path.rpartition("/")[2]
             before = hub.asked.get((self.command, file), 0)
             hub.asked[self.command, file] = before + 1
+            hub.tokens.append((self.command, file, self.headers.get("Authorization")))
             status, headers, body = hub.odd(self.command, file, before) or self.right(file)
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -197,6 +199,47 @@ def test_a_redirect_to_no_address_is_an_error(
     else:
         with pytest.raises(Int8cliError):
             everything(source)
+
+
+SHARD_RIGHT = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(SHARD).hexdigest()}"'}
+NAMED = {"X-Linked-Etag": SHARD_RIGHT["ETag"], "X-Linked-Size": str(len(SHARD))}
+STORED = (200, {"ETag": '"5f-abc"', "Content-Length": str(len(SHARD))}, SHARD)
+
+
+@pytest.mark.parametrize("location", ["/storage/model", "{endpoint}/storage/model", "http://elsewhere.invalid/model"])
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_redirect_that_names_the_digest_is_believed_over_the_storage(
+    location: str, ends: bool, hub: OddHub, source: HubSource
+) -> None:
+    redirect = {"X-Repo-Commit": COMMIT, "Location": location.format(endpoint=hub.endpoint), **NAMED}  # type: ignore[attr-defined]
+    renamed = {"Location": "/new/name/resolve/x/model.safetensors"}
+
+    def odd(method: str, file: str, before: int) -> tuple[int, dict[str, str], bytes] | None:
+        if method == "HEAD" and file == "model.safetensors":
+            return (307, renamed, b"") if ends and not before else (302, redirect, b"")
+        return STORED if file == "model" else None
+
+    hub.odd = odd
+    with source.fetch("model.safetensors") as local:
+        assert local.sha256 == hashlib.sha256(SHARD).hexdigest()
+
+
+def test_a_redirect_to_another_server_is_followed_without_the_token(hub: OddHub, tmp_path: Path) -> None:
+    """A mirror that sends its clients to the Hub for what it does not have."""
+    there = hub.endpoint.replace("127.0.0.1", "localhost")  # type: ignore[attr-defined]
+    away = (302, {"Location": f"{there}/org/m/resolve/x/model.safetensors"}, b"")
+    hub.odd = once(("HEAD", "model.safetensors"), away)
+    options = HubOptions(tmp_path / "in", endpoint=hub.endpoint, token="hf_secret", retry=QUICK)  # type: ignore[attr-defined]
+    with HubSource("org/m", None, options).fetch("model.safetensors") as local:
+        assert local.sha256 == hashlib.sha256(SHARD).hexdigest()
+    heads = [token for method, file, token in hub.tokens if (method, file) == ("HEAD", "model.safetensors")]
+    assert heads == ["Bearer hf_secret", None]
+
+
+def test_redirects_in_a_circle_are_an_error(hub: OddHub, source: HubSource) -> None:
+    hub.odd = always(HEAD, (302, {"Location": f"/x/{HEAD[1]}"}, b""))
+    with pytest.raises(TransferError, match=rf"{HEAD[1]}: .*redirects without end"):
+        everything(source)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, w
 from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
 from int8cli.model.extra import require_transformers
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
 
 # Files a tokenizer is loaded from. Without any of them there is no text to run the model on.

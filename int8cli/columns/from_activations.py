@@ -26,7 +26,7 @@ from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatis
 from int8cli.outliers.cost import arithmetic_s
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.store import FROM_ACTIVATIONS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 

@@ -17,10 +17,10 @@ from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, predicted_output_error
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
 from int8cli.outliers.statistics_file import load_statistics
+from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import sidecar_bytes
-from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey, model_fingerprint
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 

@@ -20,7 +20,7 @@ from int8cli.errors import NoSuspectsError, SavedStateError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_WEIGHTS, Settings
+from int8cli.records.conversion import FROM_WEIGHTS, Settings
 from int8cli.results.stored_columns import StoredColumn, StoredColumns
 from int8cli.workers.processes import OnBytes
 

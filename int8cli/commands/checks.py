@@ -18,7 +18,7 @@ from int8cli.commands.options import (
 )
 from int8cli.errors import OptionError
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.workers.torch_start import start_torch
 
 # The smallest allowed value of each count, by option. None is always allowed.

@@ -21,13 +21,14 @@ from int8cli.conversion.convert import ConversionRun
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
 from int8cli.model.sampling import Sampling
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.needs import Needs
-from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, RecordStore, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, Settings
+from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import human_bytes, human_seconds

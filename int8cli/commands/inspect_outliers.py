@@ -16,7 +16,7 @@ from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.suspects import WeightSuspects, find_suspects
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
 from int8cli.workers.torch_start import torch_threads_restored

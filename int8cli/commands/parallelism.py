@@ -10,7 +10,7 @@ from int8cli.model.extra import has_transformers
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.output_files import REPORT_FILE
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_WEIGHTS, NO_OUTLIERS
+from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS
 from int8cli.workers.processes import start_server
 
 # With more workers, the disk is the bottleneck. With fewer bytes, starting the processes costs more than it saves.

@@ -13,7 +13,8 @@ from int8cli.commands.options import VerifyOptions
 from int8cli.commands.parallelism import usable_cores
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import SILENT, Progress
-from int8cli.records.store import Conversion, RecordStore
+from int8cli.records.conversion import Conversion
+from int8cli.records.store import RecordStore
 from int8cli.results.verification import Verification
 from int8cli.verification import VerificationRun, conversion_in
 from int8cli.verification import verify as make_checks

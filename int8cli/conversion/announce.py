@@ -5,7 +5,7 @@ from collections.abc import Collection
 from int8cli.planning.survey import Survey
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import Progress
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import worst_first
 from int8cli.results.units import counted, human_bytes
 
@@ -34,6 +34,6 @@ def shard_outcome(record: ShardRecord) -> str:
         outcome += f", {counted(len(record.layers), 'layer')}"
         worst = worst_first(record.layers)[0].sums
         outcome += f", worst error {worst.relative_frobenius_error:.4f}" if worst is not None else ""
-    if record.kept:
-        outcome += f", {len(record.kept)} not quantized because of NaN or infinity"
+    if record.non_finite:
+        outcome += f", {len(record.non_finite)} not quantized because of NaN or infinity"
     return outcome

@@ -30,8 +30,9 @@ from int8cli.errors import (
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.survey import Survey, fingerprint, room_needed
 from int8cli.progress import Progress
+from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardSource
 from int8cli.records.manifest import MANIFEST_FILE
-from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardSource
+from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import human_bytes
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor

@@ -13,11 +13,12 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
+from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
-from int8cli.planning.plan import Plan
 from int8cli.planning.survey import Survey, group_by_kind
+from int8cli.records.conversion import Conversion, Settings
 from int8cli.records.manifest import MANIFEST_FILE, write_manifest
-from int8cli.records.store import Conversion, Settings, ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import ConversionReport, worst_first
 
 RenderCard = Callable[[ConversionReport, Survey], str]
@@ -27,8 +28,7 @@ def write_conclusion(
     survey: Survey, conversion: Conversion, records: list[ShardRecord], output: Path, render_card: RenderCard
 ) -> ConversionReport:
     """Write these files into `output`, where all shards are in place. `records` are in the order of the shards."""
-    kept = [tensor for record in records for tensor, _ in record.kept]
-    plan = survey.plan.keeping(kept)
+    plan = survey.plan.with_copied([weight.tensor for record in records for weight in record.non_finite])
     report = _report(survey, conversion, records, plan)
     write_file(output / REPORT_FILE, _json_bytes(report.to_json()), below=output)
     write_file(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"), below=output)

@@ -14,10 +14,10 @@ from int8cli.checkpoint.writer import ShardWriter
 from int8cli.conversion.open_shard import OpenShard, open_shard
 from int8cli.conversion.pass_ledger import PassResult
 from int8cli.conversion.task import ShardTask
+from int8cli.planning.decisions import Decision
 from int8cli.planning.layouts import Layout
 from int8cli.planning.output_files import OutputShard, output_specs
-from int8cli.planning.plan import Decision
-from int8cli.records.store import FileRecord, ShardRecord, TensorRecord
+from int8cli.records.shard_record import FileRecord, NonFiniteTensor, ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.stored_columns import NOTHING_STORED, StoredColumns
 from int8cli.workers.processes import OnBytes
@@ -26,15 +26,15 @@ from int8cli.workers.processes import OnBytes
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
     """Convert one shard on this machine and give it its final name. The caller must record it.
 
-    A weight with non-finite values raises NonFiniteError or, with `keep_non_finite`, stays in its source dtype. This
-    changes the output, so the shard is then converted a second time. Raises CheckpointError, OutputError.
+    A weight with non-finite values raises NonFiniteError or, with `keep_non_finite`, is copied in its own dtype. This
+    changes the layout of the output, so the shard is then converted again. Raises CheckpointError, OutputError.
     """
     with open_shard(task, local) as shard:
         result = _attempt(task, shard, on_bytes)
-        kept = result.non_finite
-        if kept:
+        non_finite = result.non_finite
+        if non_finite:
             on_bytes(task.source.file, "", -task.tensor_bytes)
-            task = replace(task, planned=task.planned.keeping(kept))
+            task = replace(task, planned=task.planned.with_copied(non_finite))
             result = _attempt(task, shard, on_bytes)
     return ShardRecord(
         source=task.source,
@@ -42,7 +42,7 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
         source_tensors=tuple(decision.spec for decision in task.planned.plan.decisions),
         files=tuple(_file_record(file, result) for file in task.planned.files),
         layers=tuple(_layer(task, decision, result) for decision in task.planned.plan.quantized),
-        kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
+        non_finite=tuple(NonFiniteTensor(name, str(place)) for name, place in sorted(non_finite.items())),
     )
 
 

@@ -18,7 +18,8 @@ from int8cli.conversion.task import ShardTask
 from int8cli.errors import DigestMismatchError, WorkerLostError
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import Progress
-from int8cli.records.store import RecordStore, ShardRecord
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
 from int8cli.workers.processes import Executor, OnBytes, Result
 
 

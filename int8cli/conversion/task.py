@@ -11,7 +11,7 @@ from int8cli.checkpoint.file_kinds import WeightFormat
 from int8cli.checkpoint.own_files import name_aside
 from int8cli.planning.output_files import OutputShard
 from int8cli.planning.planned_shard import PlannedShard
-from int8cli.records.store import ShardSource
+from int8cli.records.conversion import ShardSource
 from int8cli.results.stored_columns import StoredColumns
 
 
@@ -58,4 +58,4 @@ class ShardTask:
     def storing(self, stored: Mapping[str, StoredColumns]) -> "ShardTask":
         """The same task with these columns in the sidecar, if a sidecar is planned."""
         columns = {name: each.indices for name, each in stored.items()}
-        return replace(self, planned=self.planned.storing(columns), stored=stored)
+        return replace(self, planned=self.planned.with_columns(columns), stored=stored)

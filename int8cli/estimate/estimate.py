@@ -15,7 +15,7 @@ from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
 from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
-from int8cli.planning.survey import Survey, beside_bytes, room_needed
+from int8cli.planning.survey import Survey, other_files_bytes, room_needed
 
 FLOAT16 = "float16"
 INT8 = "int8"
@@ -197,5 +197,5 @@ def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> C
         survey.output_bytes,
         threads * BUFFER_BYTES_A_THREAD,
         sum(room.needed_bytes for room in rooms),
-        survey.output_bytes + beside_bytes(source, survey) + download_bytes,
+        survey.output_bytes + other_files_bytes(source, survey) + download_bytes,
     )

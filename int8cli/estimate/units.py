@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from int8cli.planning import architectures as names
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 
 EMBEDDINGS = "embeddings"
 BLOCKS = "blocks"

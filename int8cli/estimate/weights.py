@@ -22,8 +22,8 @@ from int8cli.estimate.config_fields import (
     language_model,
 )
 from int8cli.planning import architectures as names
+from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import output_specs
-from int8cli.planning.plan import Decision
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 # Causal masks and frequencies that older versions saved. Current versions compute them or do not need them.

@@ -21,11 +21,12 @@ from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation, ad
 from int8cli.evaluation.weights import LayerWeights
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.memory import available_bytes
 from int8cli.model.saved_states import SavedStates, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
-from int8cli.model.stream import LoadedUnit, StreamedModel
+from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.progress import Progress
 from int8cli.results.evaluation import EvaluatedText, Evaluation, MethodResult, StoredColumnsSummary

@@ -13,7 +13,7 @@ from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError
 from int8cli.llm_int8.inputs import THRESHOLD
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
 from int8cli.typed_json import InvalidJsonError, read_as

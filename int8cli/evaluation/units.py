@@ -13,8 +13,9 @@ from torch import Tensor
 
 from int8cli.evaluation.layers import ErrorMeter, Layer
 from int8cli.evaluation.methods import Method
+from int8cli.model.forwards import Forward
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site
-from int8cli.model.stream import Forward, LoadedUnit
 from int8cli.results.evaluation import LayerError
 
 

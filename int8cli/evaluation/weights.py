@@ -11,8 +11,8 @@ from int8cli.errors import NonFiniteError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.layers import Layer
 from int8cli.evaluation.subject import Subject
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import weight_of
-from int8cli.model.stream import LoadedUnit
 from int8cli.runtime.converted import ConvertedTensors, ExactColumns, Int8Data
 
 

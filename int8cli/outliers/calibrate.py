@@ -16,11 +16,12 @@ from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.skeleton import Skeleton, build_skeleton
-from int8cli.model.stream import LoadedUnit, StreamedModel
+from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.statistics import OutlierStatistics, Provenance, SiteStatistics
 from int8cli.outliers.statistics_file import load_statistics, save_statistics

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from int8cli.checkpoint.tensor import ShardContents
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
 
 _WRITER = re.compile(

@@ -18,8 +18,8 @@ from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInpu
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
 from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, first_hidden, weight_of
-from int8cli.model.stream import LoadedUnit
 from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteStatistics
 
 _STEP_ELEMENTS = 1 << 22

@@ -22,14 +22,15 @@ from int8cli.conversion.shard import layer_report
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
+from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
-from int8cli.planning.plan import Decision, Plan, PlanOptions
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
 from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
+from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
 from int8cli.records.manifest import SideFile
-from int8cli.records.store import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.options import VerificationRun

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.loads import NAME, absent_packages, check_loads, is_imported
 

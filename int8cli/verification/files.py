@@ -16,7 +16,7 @@ from int8cli.checkpoint.reader import FileReader, open_to_read
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.progress import Progress
-from int8cli.records.store import FileRecord
+from int8cli.records.shard_record import FileRecord
 from int8cli.results.verification import Failure
 from int8cli.workers.threads import run_in_threads
 

@@ -20,7 +20,7 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 
 NAME = "loads"

@@ -16,8 +16,10 @@ from int8cli.checkpoint.source import Source
 from int8cli.errors import Int8cliError, OutputError
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.progress import Progress
+from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
-from int8cli.records.store import Conversion, RecordStore, ShardRecord
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
 from int8cli.results.verification import Check, Failure, Verification
 from int8cli.typed_json import shown
 from int8cli.verification.beside import check_loads_beside

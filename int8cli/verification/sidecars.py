@@ -14,7 +14,8 @@ from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
-from int8cli.records.store import NO_OUTLIERS, Conversion, FileRecord, ShardRecord
+from int8cli.records.conversion import NO_OUTLIERS, Conversion
+from int8cli.records.shard_record import FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.files import header_bytes

@@ -6,8 +6,8 @@
         ...  # HF_ENDPOINT=hub.endpoint, or HubOptions(endpoint=hub.endpoint)
         assert hub.bytes_sent("model.safetensors") == 5000
 
-Files in LFS (*.safetensors, *.bin and the like) have their sha256 as etag and are redirected to a second server with
-another port, as the Hub redirects to its CDN; all others have their git hash and are served at once. Every request is
+Files in LFS (*.safetensors, *.bin and the like) have their sha256 as etag and are redirected to a second server of
+another name, as the Hub redirects to its CDN; all others have their git hash and are served at once. Every request is
 in `hub.requests`, with the bytes of the body that were sent.
 """
 
@@ -23,11 +23,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from urllib.parse import unquote, urlsplit
 
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
 _PIECE_BYTES = 16 << 10
+Cdn = Literal["another host", "another port", "same address"]
 
 
 @dataclass
@@ -85,9 +86,12 @@ class Repo:
 
 
 class HubStandIn:
-    """The server. `cdn` redirects LFS files to another host; without `ranges` it answers 200 to every request."""
+    """The server. `cdn`: LFS files are redirected there; without `ranges` it answers 200 to every request.
 
-    def __init__(self, *, cdn: bool = True, ranges: bool = True) -> None:
+    Mirrors have their storage at another port of the same host, or at the same address.
+    """
+
+    def __init__(self, *, cdn: Cdn | None = "another host", ranges: bool = True) -> None:
         self.cdn = cdn
         self.ranges = ranges
         self.requests: list[Request] = []
@@ -103,7 +107,10 @@ class HubStandIn:
 
     @property
     def cdn_endpoint(self) -> str:
-        return f"http://127.0.0.1:{self._servers[1].server_port}"
+        if self.cdn == "same address":
+            return self.endpoint
+        host = "127.0.0.1" if self.cdn == "another port" else "localhost"
+        return f"http://{host}:{self._servers[1].server_port}"
 
     def __enter__(self) -> "HubStandIn":
         for server in self._servers:
@@ -206,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             host, self.command, unquote(path), None, self.headers.get("Range"), self.headers.get("Authorization")
         )
         self._hub.requests.append(self.request_log)
-        if host == "cdn":
+        if host == "cdn" or path.startswith("/!"):
             # The Hub's CDN knows neither repositories nor tokens: the address alone opens the file.
             _, file, located = unquote(path).split("!")
             self._serve_body(file, Path(located))

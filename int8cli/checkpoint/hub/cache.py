@@ -9,7 +9,8 @@ from pathlib import Path
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.download_directory import part_of
 from int8cli.checkpoint.hub.options import HubOptions
-from int8cli.checkpoint.hub.remote_files import SHA256, RemoteFiles
+from int8cli.checkpoint.hub.published import SHA256
+from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import PLAIN_NAME, Repository
 from int8cli.errors import CorruptShardError, TransferError
 

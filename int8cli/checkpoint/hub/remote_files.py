@@ -3,28 +3,22 @@
 Owns what is asked of the Hub for a file. Knows nothing of where files go on this machine.
 """
 
-import re
-from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from int8cli.checkpoint.digest import git_sha1, git_sha1_of
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.download import download
 from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.published import Published, ask
 from int8cli.checkpoint.hub.ranges import RangeReader, read_range
 from int8cli.checkpoint.hub.repository import Repository
-from int8cli.checkpoint.hub.requests import RemoteFile, odd_answers
+from int8cli.checkpoint.hub.requests import RemoteFile
 from int8cli.checkpoint.hub.retries import Retries
 from int8cli.errors import DigestMismatchError, TransferError
 
-if TYPE_CHECKING:
-    from huggingface_hub.file_download import HfFileMetadata
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHA1 = re.compile(r"[0-9a-f]{40}")
 # A safetensors header is two reads, each of which knows its length: nothing is read ahead, so that no weight travels.
 # What else is read piecemeal, a `.bin`'s directory and pickle, would take a request for every few bytes.
 _EXACT_SUFFIX = ".safetensors"
@@ -33,26 +27,6 @@ _READ_AHEAD_BYTES = 128 << 10
 _WHOLE_SUFFIX = ".json"
 _WHOLE_LIMIT_BYTES = 256 << 20
 _COPIES = 2  # how often a file is fetched whose bytes turn out to be others
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What the Hub says of a file: its size, and its etag.
-
-    That is the sha256 of a file in LFS, and of another the sha1 that git gives a blob of its bytes; other servers have
-    other etags, which say nothing of the bytes.
-    """
-
-    size_bytes: int
-    etag: str
-
-    @property
-    def sha256(self) -> str | None:
-        return self.etag if SHA256.fullmatch(self.etag) else None
-
-    @property
-    def git_sha1(self) -> str | None:
-        return self.etag if _SHA1.fullmatch(self.etag) else None
 
 
 class RemoteFiles:
@@ -119,31 +93,19 @@ class RemoteFiles:
 
     def _ask(self, file_name: str) -> Published:
         retries = self.retries(file_name)
-        metadata = retries.call(lambda: self._head(file_name))
-        size_bytes = metadata.size
-        if size_bytes is None or not 0 <= size_bytes < 1 << 62:
+        answer = retries.call(lambda: ask(self._remote(file_name)))
+        size_bytes = answer.size_bytes
+        if size_bytes is None:
             size_bytes = read_range(self._remote(file_name), 0, 1, retries).total_bytes
         label = self._repository.label(file_name)
-        if metadata.commit_hash is None:  # all servers of the Hub's kind name the commit; log-in pages do not
+        if answer.commit is None:  # all servers of the Hub's kind name the commit; log-in pages do not
             raise TransferError(
                 f"{label}: the server does not answer like a Hub",
                 hint="Check HF_ENDPOINT, and whether there is a log-in page or a proxy between here and the Hub.",
             )
-        if size_bytes is None or size_bytes < 0:
+        if size_bytes is None:
             raise TransferError(f"{label}: the server does not send the size of the file")
-        return Published(size_bytes, metadata.etag or "")
-
-    def _head(self, file_name: str) -> "HfFileMetadata":
-        from huggingface_hub import get_hf_file_metadata
-
-        with odd_answers():
-            return get_hf_file_metadata(
-                self._url(file_name),
-                token=self._options.token,
-                timeout=self._options.request_timeout_s,
-                library_name="int8cli",
-                endpoint=self._options.endpoint,
-            )
+        return Published(size_bytes, answer.etag)
 
     def _remote(self, file_name: str) -> RemoteFile:
         return RemoteFile(self._url(file_name), self._options.request_headers(), self._options.request_timeout_s)
