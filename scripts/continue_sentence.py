@@ -1,4 +1,4 @@
-"""Continue a sentence with a model and with its int8 conversion: by transformers + bitsandbytes, and by int8cli.
+"""Continue a sentence with a model and with its int8 conversion, by transformers + bitsandbytes and by int8cli.
 
 python scripts/continue_sentence.py demo/SmolLM2-135M-Instruct demo/SmolLM2-135M-Instruct-int8
 """
