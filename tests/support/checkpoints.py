@@ -406,7 +406,7 @@ def in_features_of(decision: Decision) -> int:
 
 
 class GivenColumns(NoColumns):
-    """Columns that are known beforehand, by tensor."""
+    """A source of given columns, by tensor."""
 
     def __init__(self, found: Survey, stored: Mapping[str, StoredColumns]) -> None:
         self._tensors = {contents.file_name: [each.spec.name for each in contents.tensors] for contents in found.shards}
