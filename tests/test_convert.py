@@ -286,7 +286,7 @@ def test_records_contain_the_digest_of_every_tensor(tmp_path: Path) -> None:
             )
 
 
-def test_no_temporary_file_remains(tmp_path: Path) -> None:
+def test_the_output_has_exactly_the_expected_files(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source", max_shard_size="20KB")
     (source / "README.md").unlink(missing_ok=True)
     convert(source, tmp_path / "output", WITHOUT_COLUMNS)

@@ -157,7 +157,7 @@ def test_few_descriptors_are_no_traceback(limit: int, model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "~nobody-of-this-name/m", "loop"])
-def test_a_path_that_cannot_exist_is_not_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_exist_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(Int8cliError):

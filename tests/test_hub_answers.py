@@ -171,7 +171,7 @@ def test_a_size_that_is_wrong_is_an_error(length: int, hub: OddHub, source: HubS
 
 
 @pytest.mark.parametrize("total", ["-1", "many", "*", "\xb2", "9" * 30, "1", ""])
-def test_a_total_size_in_the_index_may_be_wrong(total: str, hub: OddHub, source: HubSource) -> None:
+def test_any_total_in_a_content_range_ends_in_the_files_or_an_error(total: str, hub: OddHub, source: HubSource) -> None:
     stated = {**RIGHT, "Content-Range": f"bytes 0-{len(CONFIG) - 1}/{total}", "ETag": f'"{blob(CONFIG)}"'}
     hub.odd = always(("GET", "config.json"), (206, stated, CONFIG))
     ends_in_the_files_or_an_error(source)

@@ -236,7 +236,7 @@ def test_an_index_without_metadata_is_an_index(tmp_path: Path) -> None:
     assert find_weights(DirectorySource(tmp_path)).index_metadata == {}
 
 
-def test_headers_are_yielded_in_the_order_of_shards(tmp_path: Path) -> None:
+def test_headers_are_in_the_order_of_the_shards(tmp_path: Path) -> None:
     source = sharded(tmp_path)
     weights = find_weights(source)
     shards = read_headers(source, weights)

@@ -371,7 +371,7 @@ def test_records_below_two_directories_are_refused() -> None:
         (".data/serialization_id", b"\xff", "not text"),
     ],
 )
-def test_the_small_records_are_what_they_should_be(name: str, record: bytes | None, words: str) -> None:
+def test_bad_small_records_are_refused(name: str, record: bytes | None, words: str) -> None:
     content = repacked(saved({"w": WEIGHT}), lambda path, data: record if path == f"archive/{name}" else data)
     with pytest.raises(CheckpointError, match=words):
         read(content)

@@ -165,7 +165,7 @@ def test_a_link_in_the_card_has_the_right_address() -> None:
         ("ＭodelＸ", "AutoModel"),
     ],
 )
-def test_only_class_names_are_used_as_classes(name: str, safe: str) -> None:
+def test_only_valid_names_become_class_names(name: str, safe: str) -> None:
     assert markdown.python_class(name, otherwise="AutoModel") == safe
 
 
