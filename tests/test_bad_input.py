@@ -175,7 +175,7 @@ def test_an_invalid_number_is_named_with_its_place(value: float, model: Path, nu
     tensors[name][5, 7] = value
     save_file(tensors, model / shard, metadata={"format": "pt"})
     outcome = nursery.run(*CONVERT, model, cwd=model.parent)
-    assert_refused(outcome, f"{shard}: {name} holds {value} at row 5, column 7", "--on-nonfinite keep")
+    assert_refused(outcome, f"{shard}: {name} contains {value} at row 5, column 7", "--on-nonfinite keep")
     output = model.parent / "model-int8"
     assert shard not in weights_in(output)
     assert "config.json" not in weights_in(output)

@@ -406,7 +406,9 @@ def test_a_nan_in_a_weight_names_the_layer(tmp_path: Path) -> None:
     def spoil(model: Any) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
 
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj: its weight holds nan in input column 5"):
+    with pytest.raises(
+        NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj: its weight contains nan in input column 5"
+    ):
         calibrated(make_model("llama", tmp_path, spoil))
 
 
@@ -414,7 +416,9 @@ def test_a_model_that_makes_nan_names_the_layer(tmp_path: Path) -> None:
     def spoil(model: Any) -> None:
         model.model.layers[1].post_attention_layernorm.weight[7] = torch.nan
 
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input holds nan at .*dimension 7"):
+    with pytest.raises(
+        NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input contains nan at .*dimension 7"
+    ):
         calibrated(make_model("llama", tmp_path, spoil))
 
 

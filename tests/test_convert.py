@@ -370,7 +370,7 @@ def test_a_non_finite_value_is_named_with_its_position(value: float, dtype: torc
     weight = normal(1200, 700, dtype=dtype)
     weight[1100, 450] = value
     weight[1150, 2] = value
-    place = rf"model\.safetensors: {WEIGHT} holds {value} at row 1,100, column 450$"
+    place = rf"model\.safetensors: {WEIGHT} contains {value} at row 1,100, column 450$"
     with pytest.raises(NonFiniteError, match=place) as caught:
         convert_weight(tmp_path, weight, threads=3)
     assert caught.value.hint
@@ -381,14 +381,14 @@ def test_a_non_finite_value_is_named_with_its_position(value: float, dtype: torc
 def test_the_position_is_right_in_a_row_wider_than_a_block(column: int, tmp_path: Path) -> None:
     weight = normal(3, BLOCK_ELEMENTS + 9)
     weight[1, column] = float("nan")
-    with pytest.raises(NonFiniteError, match=rf"holds nan at row 1, column {column:,}$"):
+    with pytest.raises(NonFiniteError, match=rf"contains nan at row 1, column {column:,}$"):
         convert_weight(tmp_path, weight)
 
 
 def test_the_position_in_a_conv1d_is_that_in_the_source(tmp_path: Path) -> None:
     weight = normal(701, 1500)
     weight[33, 1400] = float("inf")
-    with pytest.raises(NonFiniteError, match=r"holds inf at row 33, column 1,400$"):
+    with pytest.raises(NonFiniteError, match=r"contains inf at row 33, column 1,400$"):
         convert_tensors(tmp_path, conv1d_checkpoint(weight))
 
 

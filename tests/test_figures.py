@@ -123,7 +123,7 @@ def test_a_non_finite_weight_is_refused_with_its_position_or_copied(tmp_path: Pa
     weight[1100, 450] = float("nan")
     sound = {"layers.0.mlp.down_proj.weight": torch.ones(4, 4, dtype=torch.bfloat16)}
     source = save_by_hand(tmp_path / "source", {WEIGHT: weight, **sound})
-    with pytest.raises(NonFiniteError, match=rf"{WEIGHT} holds nan at row 1,100, column 450$"):
+    with pytest.raises(NonFiniteError, match=rf"{WEIGHT} contains nan at row 1,100, column 450$"):
         convert(source, tmp_path / "refused", ConvertOptions(outliers="none", figures=False))
     told, bare = map(weights_of, both(source, on_nonfinite="keep"))
     assert bare == told
