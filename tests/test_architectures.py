@@ -118,7 +118,7 @@ def test_an_unlisted_architecture_opens_as_if_quantized_on_load(name: str, tmp_p
     assert_opens_as_quantized_on_load(source, output, OTHERS[name].model)
 
 
-# --- as checkpoints are found in the wild ----------------------------------------------------------------------------
+# Checkpoints in the wild
 
 
 def rewrite(source: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:

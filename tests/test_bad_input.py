@@ -180,7 +180,7 @@ def test_an_invalid_number_is_named_with_its_place(value: float, model: Path, nu
     assert shard not in weights_in(output)
     assert "config.json" not in weights_in(output)
     assert not any((output / "int8/partial").glob("*"))
-    # The way out that the hint names goes on in the same directory.
+    # The option that the hint names resumes in the same directory.
     kept = nursery.run(*CONVERT, model, "--on-nonfinite", "keep", cwd=model.parent)
     assert kept.code == 0, kept.err
     assert load_file(output / shard)[name].dtype == torch.bfloat16
@@ -234,7 +234,7 @@ def test_a_truncated_archive_is_refused(nursery: Nursery, tmp_path: Path) -> Non
     assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "pytorch_model.bin")
 
 
-# What is no model
+# Directories that are not models
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_an_output_that_cannot_be_accessed_is_an_error(nursery: Nursery) -> None
         assert_refused(outcome, "cannot be read (Permission denied)", "hint:")
 
 
-# Where it is to go
+# Outputs
 
 
 @pytest.mark.parametrize("output", ["file", "file/below", "/proc/nowhere"])

@@ -319,7 +319,7 @@ def on_terminal(*args: str, cwd: Path, **env: str) -> tuple[int, str]:
 def read_from_terminal(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # how a terminal says that nobody writes to it any more
+    except OSError:  # raised by a terminal after its last writer has closed it
         return b""
 
 

@@ -36,7 +36,7 @@ def converted(directory: Path, tensors: dict[str, Tensor], layout: LayoutName = 
     return read_tensors(directory / layout / "model.safetensors")
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# Tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -100,7 +100,7 @@ def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
     assert estimate["percent_quantized"] == report.percent_quantized
 
 
-# --- the config -------------------------------------------------------------------------------------------------------
+# The config
 
 
 def test_the_config_is_what_compressed_tensors_writes_for_dynamic_int8(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_matching_is_that_of_the_package() -> None:
             assert compressed_tensors.leaves_alone(entry, module) == expected
 
 
-# --- what becomes int8 ------------------------------------------------------------------------------------------------
+# What becomes int8
 
 
 def reasons(directory: Path, architecture: str, layout: str) -> dict[str, str]:
@@ -211,7 +211,7 @@ def test_the_report_says_that_transformers_does_not_read_mixtures(tmp_path: Path
     assert "from_pretrained" not in card
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load(directory: Path, architecture: str, **options: Any) -> Any:
@@ -335,7 +335,7 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
     assert seen == {name.removesuffix(".weight_scale") for name in written if name.endswith(".weight_scale")}
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# Verify
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "gpt2", "falcon"])

@@ -58,7 +58,7 @@ def conv1d_checkpoint(weight: Tensor) -> dict[str, Tensor]:
     return {"h.0.mlp.c_fc.weight": weight, "h.0.mlp.c_fc.bias": torch.zeros(weight.shape[1], dtype=weight.dtype)}
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# Values
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -127,7 +127,7 @@ def test_a_conv1d_is_stored_transposed(tmp_path: Path) -> None:
     assert torch.equal(written["h.0.mlp.c_fc.SCB"], expected_scales)
 
 
-# --- blocks ----------------------------------------------------------------------------------------------------------
+# Blocks
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def files_of(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-# --- what is copied --------------------------------------------------------------------------------------------------
+# What is copied
 
 
 def test_other_tensors_are_copied_byte_for_byte(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_other_files_are_copied_and_the_rest_is_listed(tmp_path: Path) -> None:
     assert not [name for name in named if (tmp_path / "output" / name).exists()]
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# Files
 
 
 def test_sizes_are_exact_before_any_tensor_is_read(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_the_output_has_exactly_the_expected_files(tmp_path: Path) -> None:
     assert sorted(files_of(tmp_path / "output")) == sorted([*shards, *others, *own])
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
+# The report
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_weight_of_zeros_has_no_error_and_no_sqnr(tmp_path: Path) -> None:
     assert (layer["relative_frobenius_error"], layer["max_abs_error"], layer["sqnr_db"]) == (0.0, 0.0, None)
 
 
-# --- what must not be quantized --------------------------------------------------------------------------------------
+# What must not be quantized
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -432,7 +432,7 @@ def test_on_nonfinite_keep_changes_nothing_if_all_weights_are_finite(tmp_path: P
     assert files_of(tmp_path / "kept") == files_of(tmp_path / "plain")
 
 
-# --- what the user asks for ------------------------------------------------------------------------------------------
+# Options
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -496,7 +496,7 @@ def test_an_output_of_ours_is_not_converted_again(tmp_path: Path) -> None:
     assert not (tmp_path / "again").exists() or no_weights_in(tmp_path / "again")
 
 
-# --- the model card --------------------------------------------------------------------------------------------------
+# The model card
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -514,7 +514,7 @@ def test_the_card_is_valid_and_its_code_runs(tmp_path: Path, monkeypatch: pytest
     assert names["model"].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
 
 
-# --- dtypes that differ from the model's -----------------------------------------------------------------------------
+# Dtypes that differ from the model's
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert", "gpt2"])

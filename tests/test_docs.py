@@ -29,7 +29,7 @@ HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 REDIRECTIONS = ("|", ">", "2>", "&&", ";")
-# Options of other programs that the pages speak of.
+# Options of other programs that the pages mention.
 OF_OTHERS = {"--torch-backend", "--strict"}
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -101,7 +101,7 @@ def test_shards_have_threads_by_their_part_of_the_work(
     assert executor.threads == threads
 
 
-# The program that starts them
+# The parent process
 
 AT_THE_END = """
 import multiprocessing.forkserver, sys

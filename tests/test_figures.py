@@ -83,7 +83,7 @@ def shown(report: ConversionReport, capsys: pytest.CaptureFixture[str]) -> str:
     return text
 
 
-# --- the weights ------------------------------------------------------------------------------------------------------
+# The weights
 
 
 @pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
@@ -131,7 +131,7 @@ def test_a_non_finite_weight_is_refused_with_its_position_or_copied(tmp_path: Pa
     assert [layer["name"] for layer in report["layers"]] == ["layers.0.mlp.down_proj"]
 
 
-# --- what is said of them ---------------------------------------------------------------------------------------------
+# Reports
 
 
 def test_the_report_has_null_for_every_figure_and_everything_else(tmp_path: Path, model: Path) -> None:
@@ -202,7 +202,7 @@ def test_the_command_says_nothing_of_errors(model: Path, nursery: Nursery) -> No
     assert json.loads(with_figures.out)["figures"] is True
 
 
-# --- resume -----------------------------------------------------------------------------------------------------------
+# Resume
 
 
 @pytest.mark.parametrize("figures", [True, False])
@@ -234,7 +234,7 @@ def test_an_output_of_an_earlier_version_has_figures(model: Path, tmp_path: Path
     assert {**tree(output), "int8/conversion.json": b""} == {**expected, "int8/conversion.json": b""}
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# Verify
 
 
 def failures(

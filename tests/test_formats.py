@@ -61,7 +61,7 @@ def write_index(directory: Path, name: str, shards: dict[str, dict[str, Tensor]]
     (directory / name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
-# --- PyTorch files ---------------------------------------------------------------------------------------------------
+# PyTorch files
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -217,7 +217,7 @@ def test_what_float16_models_keep_in_float32_is_widened_and_keeps_its_values(for
     assert all(torch.equal(written[name], state[name].float()) for name in widened)
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
+# Safetensors
 
 
 def test_a_safetensors_file_is_a_model_with_the_config_beside_it(tiny: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def accepted_by_safetensors(content: bytes, path: Path) -> bool:
     return True
 
 
-# The reference knows every type of the format from this release on: older ones are asked about what they know.
+# From this release on, the reference supports every dtype of the format. Older ones are tested with what they support.
 KNOWS_EVERY_DTYPE = Version(safetensors.__version__) >= Version("0.8")
 
 TENSORS = {

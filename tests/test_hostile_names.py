@@ -82,7 +82,7 @@ def text_of(model: Path) -> list[str | Path]:
     return ["--text", model.parent / f"text{EVIL_FILE}.txt", "--tokens", "64"]
 
 
-# How each reader sees it
+# Checks for each kind of output
 
 
 def raw_characters(text: str) -> list[str]:
@@ -398,7 +398,7 @@ def test_what_the_hub_answers(status: int, source: Path, nursery: Nursery, tmp_p
     check_lines(outcome, 1, named=False)
 
 
-# The rules that keep it so
+# Rules for the code
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:

@@ -91,7 +91,7 @@ def wait_until(happened: Callable[[], bool], within_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-# What a repository is
+# Repositories
 
 
 def test_a_repository_has_a_commit_and_its_visible_files(hub, tmp_path):
@@ -267,7 +267,7 @@ def test_a_part_that_is_too_long_is_downloaded_again(hub, model, tmp_path):
     assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
 
 
-# Failures that pass
+# Temporary failures
 
 
 def test_a_dropped_connection_resumes_where_it_stopped(hub, model, tmp_path):
@@ -398,7 +398,7 @@ def test_a_download_directory_that_is_a_link_is_refused(hub, tmp_path, level):
     assert [path.name for path in elsewhere.iterdir()] == ["empty"]
 
 
-# Failures that stay
+# Permanent failures
 
 
 @pytest.mark.parametrize(
@@ -449,7 +449,7 @@ def test_the_token_opens_a_gated_repository_and_stays_with_the_hub(hub, model, t
     assert all(request.authorization for request in hub.requests if request.host == "hub")
 
 
-# Where the bytes lie
+# Storage
 
 
 @pytest.mark.parametrize("cdn", get_args(Cdn))

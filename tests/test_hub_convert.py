@@ -86,7 +86,7 @@ def transferred_over(hub: HubStandIn, published: Path, file: str) -> int:
     return hub.bytes_sent(file) - size - min(size, 128 << 10)
 
 
-# What comes out
+# Results
 
 
 def test_the_result_is_that_of_the_local_directory(
@@ -362,7 +362,7 @@ def test_shards_that_a_killed_run_fetched_needlessly_are_removed(
     assert_converted(user, reference)
 
 
-# Which state of the repository
+# Revisions
 
 
 def test_a_push_between_two_runs_is_detected(
@@ -383,7 +383,7 @@ def test_a_push_between_two_runs_is_detected(
     assert_converted(user, reference)
 
 
-# Doors that stay shut
+# Access
 
 
 def test_missing_and_foreign_files_are_clear_errors(user: User, hub: HubStandIn, published: Path) -> None:

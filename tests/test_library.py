@@ -85,7 +85,7 @@ def test_defaults_are_those_of_the_command_line(command: str) -> None:
     parameters = vars(typer.main.get_command(app))["commands"][command].params
     shown = {each.name: plain(each.default) for each in parameters if each.name not in OF_THE_COMMAND_LINE}
     assert {name: fields[name] for name in shown} == shown
-    # The library leaves nothing out, and knows a little more: what only a small test model asks for, and threads.
+    # The library has all options, and a few more: threads, and those that only small test models need.
     assert set(fields) - set(shown) <= {"sequence_length", "seed", "threads"}
 
 
@@ -230,7 +230,7 @@ def test_a_model_on_the_hub_is_estimated_with_its_download(
     assert sorted(progress.tasks) == ["convert", "download"]
 
 
-# What a program around it notices
+# Effects on the calling program
 
 
 def test_importing_int8cli_imports_nothing_large() -> None:

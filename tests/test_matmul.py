@@ -68,7 +68,7 @@ def test_zeropoint_uses_the_whole_range_of_one_sided_inputs() -> None:
     assert quantized.data[0].tolist() == [-128, -127, 127]
     assert quantized.data[1].tolist() == [0, 0, 0]
     assert quantized.data[2].min() == -128
-    # Zero itself is always a whole number of steps, so that a column that was taken out adds nothing.
+    # Zero is always a whole number of steps, so that a column that was removed adds nothing.
     assert torch.equal(quantized.zero_point, quantized.zero_point.round())
 
 

@@ -52,7 +52,7 @@ def llama(layers: int = 2, prefix: str = "model.") -> list[TensorSpec]:
     return specs
 
 
-# --- what a tensor is ------------------------------------------------------------------------------------------------
+# What a tensor is
 
 
 def test_projections_become_int8_and_the_rest_has_reasons() -> None:
@@ -163,7 +163,7 @@ def test_kinds_hide_every_index() -> None:
     assert kind_of("model.layers.11.mlp.experts.3.w1.weight") == "model.layers.*.mlp.experts.*.w1.weight"
 
 
-# --- what the user asks for ------------------------------------------------------------------------------------------
+# Options
 
 
 def test_skipped_modules_are_not_quantized() -> None:
@@ -197,7 +197,7 @@ def test_non_finite_tensors_become_copies() -> None:
     assert len(plan.quantized) == 11
 
 
-# --- llm_int8_skip_modules -------------------------------------------------------------------------------------------
+# Llm_int8_skip_modules
 
 
 def heads(*entries: str) -> list[str]:
@@ -284,7 +284,7 @@ def test_every_entry_compiles_and_the_list_is_sorted() -> None:
     assert all(re.compile(entry) for entry in entries)
 
 
-# --- against transformers --------------------------------------------------------------------------------------------
+# Against transformers
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def in_one(lines: list[str]) -> str:
     return " ".join(lines)
 
 
-# --- the report on the terminal ---------------------------------------------------------------------------------------
+# The report on the terminal
 
 
 def test_a_measured_output_error_comes_first_in_the_report(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +181,7 @@ def test_long_names_and_many_columns_stay_in_80_columns(tmp_path: Path, capsys: 
     assert not any(line.endswith((" 9 …", "\u2026\u2026")) for line in lines)
 
 
-# --- report.json ------------------------------------------------------------------------------------------------------
+# Report.json
 
 
 def test_the_report_on_disk_contains_the_totals(model: Path) -> None:
@@ -203,7 +203,7 @@ def test_the_report_on_disk_contains_the_totals(model: Path) -> None:
     assert sum(kind["columns"] for kind in stored["kinds"]) == 42
 
 
-# --- the card ---------------------------------------------------------------------------------------------------------
+# The card
 
 
 def test_the_card_says_what_they_are_and_how_to_use_them(model: Path) -> None:
@@ -224,7 +224,7 @@ def test_the_card_says_what_they_are_and_how_to_use_them(model: Path) -> None:
     assert f"| `model.layers.1.{V_PROJ}` | 0.0800 | 0.0400 | 42 63 0 |" in card
 
 
-# --- the dry run ------------------------------------------------------------------------------------------------------
+# The dry run
 
 
 def planned(model: Path) -> tuple[Survey, Needs]:

@@ -60,7 +60,7 @@ def assert_holds_the_sources_columns(source: Path, output: Path) -> None:
     assert stored == {}
 
 
-# --- what they hold ---------------------------------------------------------------------------------------------------
+# What they hold
 
 
 @pytest.mark.parametrize("architecture", [name for name in LISTED if name != "falcon"])  # has nothing to quantize
@@ -159,7 +159,7 @@ def test_a_shard_without_linears_has_no_sidecar(tmp_path: Path) -> None:
     assert not (tmp_path / "out/int8/outliers").exists()
 
 
-# --- whoever makes them -----------------------------------------------------------------------------------------------
+# Processes, threads and devices
 
 
 def test_threads_and_processes_change_no_byte(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-# --- what is whole passes ---------------------------------------------------------------------------------------------
+# What is whole passes
 
 
 def test_every_check_of_a_good_conversion_passes(out: Path, source: Path) -> None:
@@ -211,7 +211,7 @@ def test_floats_that_convert_casts_hold(tmp_path: Path) -> None:
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# Bytes
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_swapped_shards_are_recognised(tmp_path: Path) -> None:
     ]
 
 
-# --- what speaks of the bytes -----------------------------------------------------------------------------------------
+# Files that describe the shards
 
 
 def test_an_extra_shard_in_the_index_is_named(out: Path) -> None:
@@ -435,7 +435,7 @@ def test_edited_settings_are_detected(out: Path) -> None:
     assert {"config", "report"} <= set(failures(verified(out)))
 
 
-# --- directories that are not to be verified --------------------------------------------------------------------------
+# Directories that are not to be verified
 
 
 def test_an_unfinished_conversion_says_which_shards_are_missing(out: Path) -> None:
@@ -530,7 +530,7 @@ def test_a_quantized_tensor_that_was_not_a_matrix_is_named(out: Path) -> None:
     assert "is reported as quantized, but was [1, 2, 3] in the source" in found
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def test_int8_is_named_if_the_loader_has_a_float_layer(out: Path) -> None:
@@ -577,7 +577,7 @@ def test_without_transformers_the_check_of_loading_is_skipped(out: Path, monkeyp
     assert (loads.status, loads.detail) == ("not checked", "needs transformers, which is not installed")
 
 
-# --- against the source -----------------------------------------------------------------------------------------------
+# Against the source
 
 
 def change_source(source: Path, tensor: str, place: tuple[int, ...], directory: Path) -> Path:
@@ -633,7 +633,7 @@ def test_a_copied_file_that_changed_in_the_source_is_named(out: Path, source: Pa
     }
 
 
-# --- sidecars ---------------------------------------------------------------------------------------------------------
+# Sidecars
 
 
 SIDECAR = f"int8/outliers/{SHARD}"
@@ -860,7 +860,7 @@ def test_totals_of_stored_columns_in_the_report_are_those_of_the_records(key: st
     assert [problem.split()[0] for _, _, problem in failures(verified(beside))["report"]] == ["stored_columns"]
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# The command
 
 
 def test_the_command_prints_one_document_and_sets_the_exit_code(out: Path, source: Path) -> None:
