@@ -1,7 +1,7 @@
 """A model's forward, run once for each sequence and suspended wherever it calls a unit.
 
-Owns the patched forwards of the units and the strands that run the model. Knows nothing of weights: whoever resumes a
-sequence supplies the output of the unit that it waits for.
+Owns the patched forwards of the units and the strands that run the model. Knows nothing of weights: the caller resumes
+a sequence with the output of the unit that it waits for.
 """
 
 import threading

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.lock import hold
+from int8cli.checkpoint.lock import lock_or_close
 from int8cli.checkpoint.own_files import create_file, opened_directory, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
@@ -219,7 +219,7 @@ def _lock(directory: Path) -> int:
     with disk_errors(directory):
         directory.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    hold(
+    lock_or_close(
         descriptor,
         f"another int8cli process is running this model and uses {directory}",
         "Wait for it to end, or choose another directory.",

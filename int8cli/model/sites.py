@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 Kind = Literal["norm-fed", "attention output", "second feed-forward"]
 
-# Products of activations with activations; whatever lies between them and the next linear is elementwise.
+# Products of activations by activations. Everything between them and the next linear is elementwise.
 _MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "einsum"})
 _LINEAR = frozenset({"linear", "addmm"})
 _NORM_MARK = "_int8cli_made_by_norm"

@@ -94,7 +94,7 @@ class Skeleton:
             setattr(module, leaf, nn.Parameter(meta, requires_grad=False) if leaf in module._parameters else meta)
 
     def _untied(self, target: str) -> str:
-        """The parameter that the checkpoint has tensors for: the target, or one that it is tied to."""
+        """The parameter whose tensors are in the checkpoint: the target, or one that it is tied to."""
         if target in self._sources_of:
             return target
         partners = [self._tied.get(target)] + [tied for tied, to in self._tied.items() if to == target]

@@ -131,7 +131,7 @@ def _offset_positions(config: Any) -> bool:
 
 
 def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
-    """A forward's arguments. A decoder beside an encoder gets the same text, shifted by its start token."""
+    """A forward's arguments. The decoder of an encoder-decoder gets the same text, shifted by its start token."""
     tokens = torch.tensor([list(ids)])
     if not getattr(config, "is_encoder_decoder", False):
         return {"input_ids": tokens, "use_cache": False}

@@ -55,7 +55,7 @@ class _Checkpoint:
         bias = self._specs.get(f"{module}.bias")
         return bias.numel if bias is not None and len(bias.shape) == 1 else None
 
-    def holds(self, tensor_name: str) -> bool:
+    def has(self, tensor_name: str) -> bool:
         return tensor_name in self._specs
 
     def is_conv1d(self, spec: TensorSpec) -> bool:
@@ -143,7 +143,7 @@ def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
             return names.FLOAT32 if reason == names.LINEAR and checkpoint.stays_float(module) else reason
     if checkpoint.stays_float(module):
         return names.FLOAT32
-    if module.endswith(".out_proj") and checkpoint.holds(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
+    if module.endswith(".out_proj") and checkpoint.has(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
         return names.SUBCLASS  # torch.nn.MultiheadAttention's NonDynamicallyQuantizableLinear
     if bias_length is None:
         return names.LINEAR if names.LINEAR_NAME.search(module) else names.UNKNOWN
