@@ -1,4 +1,4 @@
-"""Worker processes: what they are told and tell, what they do without, and what they never run."""
+"""Worker processes: tasks, reports, imports, and what they never run."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_a_worker_that_ends_while_it_starts_breaks_the_executor(
 
 @dataclass
 class TwoSlots:
-    """An executor with room for two that takes down how many threads each shard has."""
+    """An executor with two slots that records the number of threads of each shard."""
 
     threads: list[int] = field(default_factory=list)
     slots = 2
@@ -121,7 +121,7 @@ class TwoSlots:
 def test_shards_have_threads_by_their_part_of_the_work(
     rows: tuple[int, ...], threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two are given out and done before the third, which has all threads to itself."""
+    """Two run at the same time and finish before the third, which gets all threads."""
     source = tmp_path / "source"
     source.mkdir()
     weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(count, 8) for i, count in enumerate(rows)}
@@ -136,7 +136,7 @@ def test_shards_have_threads_by_their_part_of_the_work(
     assert executor.threads == threads
 
 
-# The program that starts them
+# The parent process
 
 AT_THE_END = """
 import multiprocessing.forkserver, sys
@@ -158,7 +158,7 @@ TORCH = "'torch' in sys.modules"
 
 
 @pytest.mark.parametrize("outliers", ["none", "weights", "auto"])
-def test_the_process_that_hands_shards_out_needs_no_torch(outliers: str, tmp_path: Path) -> None:
+def test_the_process_that_distributes_shards_needs_no_torch(outliers: str, tmp_path: Path) -> None:
     command = ("convert", llama(tmp_path / "model"), "-q", "--outliers", outliers)  # there is no tokenizer
     assert at_the_end(TORCH, *command, "-o", "two", "--workers", "2", cwd=tmp_path) == ["False", "0"]
     assert (tmp_path / "two/int8/outliers").exists() == (outliers != "none")
@@ -189,9 +189,7 @@ SERVER = "multiprocessing.forkserver._forkserver._forkserver_pid is not None"
         (["--outliers", "weights"], False),
     ],
 )
-def test_the_server_starts_before_anything_is_read_where_workers_are_foreseen(
-    options: list[str], expected: bool, tmp_path: Path
-) -> None:
+def test_the_server_starts_early_if_workers_are_expected(options: list[str], expected: bool, tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     (model / "config.json").write_text("no JSON")  # the end comes before any task
     assert at_the_end(SERVER, "convert", model, "-o", "out", *options, cwd=tmp_path) == [str(expected), "1"]

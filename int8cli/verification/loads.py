@@ -37,7 +37,7 @@ class _UnknownModelError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _LaidOut:
+class _BuiltModel:
     """A model on the meta device, with the loader's lists of parameters and tensors that do not match."""
 
     model: Any
@@ -68,11 +68,11 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except Exception as error:  # a broken installation says nothing about the model
             return Check.not_made(NAME, f"transformers cannot be imported here: {_first_line(error)}")
         loader = f"transformers {transformers.__version__}"
-        held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
-        reads = LAYOUTS[layout].transformers_reads(spec.name for spec in held)
+        specs = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
+        reads = LAYOUTS[layout].transformers_reads(spec.name for spec in specs)
         try:
             model_class, config = _class_of(directory)
-            laid_out = _lay_out(model_class, config, held)
+            built = _build(model_class, config, specs)
         except _UnknownModelError as error:
             return Check.not_made(NAME, f"{loader} {error}; the model's own code is not run")
         except ImportError as error:
@@ -81,12 +81,12 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
-        source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
-    landed, failures = _compare(laid_out, source, {spec.name: spec.dtype for spec in held})
+        source = _built_from_source(model_class, config, [s for record in records for s in record.source_tensors])
+    in_place, failures = _compare(built, source, {spec.name: spec.dtype for spec in specs})
     if failures and not reads:  # some versions ignore tensors that they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
-    detail = f"{loader}, {model_class.__name__}: {landed:,} of {wanted:,} int8 layers in place"
+    detail = f"{loader}, {model_class.__name__}: {in_place:,} of {wanted:,} int8 layers in place"
     shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
     return Check.of(NAME, detail, [Failure(shards.get(name, CONFIG_FILE), what, name) for name, what in failures])
 
@@ -109,7 +109,7 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
     return model_class, config
 
 
-def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+def _build(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _BuiltModel:
     """The model that `from_pretrained` builds from these tensors, all of them on the meta device."""
     import torch
 
@@ -131,20 +131,20 @@ def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _Lai
             local_files_only=True,
         )
     mismatched = tuple(tuple(each) for each in info["mismatched_keys"])
-    return _LaidOut(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+    return _BuiltModel(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
 
 
-def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+def _built_from_source(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _BuiltModel:
     """The same for the source. If the loader rejects the source, there are no differences to subtract."""
     plain = type(config).from_dict({**config.to_dict(), "quantization_config": None})
     del plain.quantization_config
     try:
-        return _lay_out(model_class, plain, specs)
+        return _build(model_class, plain, specs)
     except Exception:
-        return _LaidOut(None, frozenset(), frozenset(), ())
+        return _BuiltModel(None, frozenset(), frozenset(), ())
 
 
-def _compare(output: _LaidOut, source: _LaidOut, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
+def _compare(output: _BuiltModel, source: _BuiltModel, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
     """The number of int8 modules, and the differences of the output that the source does not have."""
     failures = [(name, "is missing, but the model needs it") for name in sorted(output.missing - source.missing)]
     for name in sorted(output.unexpected):
