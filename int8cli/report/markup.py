@@ -33,9 +33,8 @@ p { margin: 4px 0; max-width: 78ch; overflow-wrap: anywhere; } .note { color: va
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
 caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 th, td { padding: 3px 14px 3px 4px; text-align: left; vertical-align: top; }
-td:first-child { overflow-wrap: anywhere; min-width: 9em; }
+td:not(.n) { overflow-wrap: break-word; min-width: 8em; }
 td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
-td.n:first-child { min-width: 0; }
 th { border-bottom: 1px solid var(--line); color: var(--head); background: var(--page); position: sticky; top: 0;
      white-space: normal; vertical-align: bottom; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
@@ -174,6 +173,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
+_PART_OF_NAME = re.compile(r"\.(?=[\w*])")  # a long name may be broken here, and nowhere else
 # A cell is text, or a number with the text it is shown as.
 Cell = str | tuple[float, str]
 NOTHING: Cell = (-math.inf, "")  # in a column of numbers
@@ -262,7 +262,7 @@ def table(
 def _cell(cell: Cell) -> str:
     if isinstance(cell, tuple):
         return f'<td class="n" data-value="{_sortable(cell[0])}">{escape(cell[1])}</td>'
-    return f"<td>{escape(cell)}</td>"
+    return f"<td>{_PART_OF_NAME.sub('.<wbr>', escape(cell))}</td>"
 
 
 def _sortable(value: float) -> str:
