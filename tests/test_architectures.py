@@ -28,8 +28,6 @@ from int8cli import ConvertOptions, convert
 from int8cli.loaders.transformers_versions import SURVEYED, float32_of, release, skip_rule
 from int8cli.planning.plan import model_types
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
-
 LEFT_ALONE_ENTIRELY = ("falcon",)
 IS_NEWEST = release(transformers.__version__) >= release(SURVEYED[-1])
 BOTH_HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
