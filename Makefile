@@ -40,7 +40,7 @@ DEMO_INT8 := $(DEMO_MODEL)-int8
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
 	$(BIN)/int8cli convert $(DEMO_MODEL) --output $(DEMO_INT8)
-	$(BIN)/python scripts/continue_sentence.py $(DEMO_MODEL) $(DEMO_INT8)
+	$(BIN)/int8cli generate $(DEMO_INT8) "The moon rose over the quiet harbour, and" --raw --max-new-tokens 24 --compare $(DEMO_MODEL)
 
 test: lint types pytest
 
@@ -53,6 +53,8 @@ torture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive int8cli scripts
+	$(BIN)/python scripts/audit.py
 
 types: $(READY)
 	$(BIN)/mypy

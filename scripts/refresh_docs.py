@@ -88,7 +88,7 @@ def run(shown: Shown) -> list[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     result = subprocess.run(
         shown.run,
-        shell=True,
+        shell=True,  # nosec B602  # command lines of our own documentation, with pipes
         cwd=ROOT,
         env={**os.environ, "PATH": path, "COLUMNS": "80", "NO_COLOR": "1"},
         stdin=subprocess.DEVNULL,

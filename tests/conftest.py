@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from int8cli.commands.places import cache_directory
+from int8cli.machine.speed import Speed, remember
+
 if TYPE_CHECKING:
     from support.program import Nursery
 
@@ -26,6 +29,9 @@ for _name in (
     os.environ.pop(_name, None)
 os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# The user's cache is nobody's here. It knows a speed, so that no test measures this machine but the one that means to.
+os.environ["XDG_CACHE_HOME"] = os.path.join(_home.name, "cache")
+remember(Speed(bfloat16=1e11, float16=1e10, float32=5e10, quantized_bytes=4e9), cache_directory())
 
 # A shell ignores SIGINT for background jobs, and all their child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)

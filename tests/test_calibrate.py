@@ -519,3 +519,12 @@ def test_an_exception_in_a_strand_is_raised_in_the_waiting_thread() -> None:
     with pytest.raises(ValueError, match="within"):
         strand.advance(2)
     assert strand.finished
+
+
+def test_a_config_of_a_model_without_end_is_refused(tmp_path: Path) -> None:
+    """As many layers as may be, each of many parts: more than tensors that are there could ever fill."""
+    directory = make_model("llama", tmp_path)
+    config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": 10_000}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CannotRunError, match="far more parts than the 0 tensors here"):
+        build_skeleton(directory, {})

@@ -49,12 +49,15 @@ def plain(text: str) -> str:
 def test_stdout_is_the_report_and_stderr_has_a_line_per_shard(model: Path) -> None:
     outcome = run(*CONVERT, "model", cwd=model.parent)
     assert outcome.code == 0
-    lines = outcome.err.splitlines()
+    first, *lines = outcome.err.splitlines()
+    assert re.fullmatch(r"model: \d+ kB in 3 shards → model-int8: \d+ kB", first)
     assert [line.split()[:2] for line in lines] == [
         [f"[{number}/{SHARDS}]", f"model-0000{number}-of-0000{SHARDS}.safetensors:"] for number in range(1, SHARDS + 1)
     ]
-    assert outcome.out.startswith("model → model-int8\n")
-    assert "Worst layers" in outcome.out
+    assert outcome.out.startswith("Done. model is in int8 in model-int8, 1.")
+    assert "\nNext:\n  int8cli verify model-int8\n" in outcome.out
+    assert len(outcome.out.splitlines()) <= 24
+    assert "Worst layers" not in outcome.out
     assert "\x1b" not in outcome.out + outcome.err
 
 
@@ -64,10 +67,79 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
     report = json.loads(outcome.out)
     assert report["schema"] == "int8cli.report/2"
     assert report == json.loads((model.parent / "model-int8/int8/report.json").read_text())
-    assert len(outcome.err.splitlines()) == SHARDS
+    assert len(outcome.err.splitlines()) == 1 + SHARDS
     assert len(report["layers"]) == report["totals"]["quantized_layers"] == 14
     errors = [layer["relative_frobenius_error"] for layer in report["layers"]]
     assert errors == sorted(errors, reverse=True)
+
+
+def test_an_output_inside_the_source_is_warned_of(model: Path, nursery: Nursery) -> None:
+    outcome = nursery.run(*CONVERT, "model", "-o", "model/int8-form", cwd=model.parent)
+    assert outcome.code == 0
+    assert "warning: model/int8-form lies inside the directory of the source" in outcome.err
+    assert "warning" not in nursery.run(*CONVERT, "model", cwd=model.parent).err
+
+
+def test_the_directory_of_another_model_is_refused(model: Path, nursery: Nursery) -> None:
+    other = model.parent / "other"
+    other.mkdir()
+    (other / "weights.safetensors").write_bytes(b"not ours")
+    outcome = nursery.run(*CONVERT, "model", "-o", "other", cwd=model.parent)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: other holds another model (weights.safetensors)\nhint: ")
+    assert os.listdir(other) == ["weights.safetensors"]
+
+
+def test_settings_and_a_short_text_are_refused_before_torch_is_imported(model: Path) -> None:
+    (model.parent / "short.txt").write_text("too short")
+    assert run(*CONVERT, "model", cwd=model.parent).code == 0
+    code = (
+        "import sys; from int8cli.cli import app\n"
+        "try: app(sys.argv[1:])\nexcept SystemExit as end: assert end.code == 1, end.code\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules], file=sys.stderr)"
+    )
+    commands = {
+        ("convert", "model", "--outliers", "none", "--skip", "*v_proj"): "holds a conversion with skip none",
+        ("convert", "model", "--outliers", "activations"): "with outliers 'none'",
+        ("convert", "model", "-o", "new", "--text", "short.txt"): "short.txt has 9 bytes, too few",
+        ("evaluate", "model", "--text", "short.txt"): "short.txt has 9 bytes, too few",
+        ("inspect-outliers", "model", "--text", "short.txt"): "short.txt has 9 bytes, too few",
+        ("evaluate", "model", "--methods", "vectorwise"): "unknown method 'vectorwise'",
+    }
+    for arguments, words in commands.items():
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            cwd=model.parent,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert words in done.stderr, (arguments, done.stderr)
+        assert done.stderr.endswith("[]\n"), (arguments, done.stderr)
+
+
+def test_details_are_the_tables_before_the_summary(model: Path, nursery: Nursery) -> None:
+    short = nursery.run(*CONVERT, "model", cwd=model.parent)
+    long = nursery.run(*CONVERT, "model", "--details", cwd=model.parent)
+    assert long.code == 0
+    tables, _, summary = long.out.partition("\n\nDone. ")
+    assert "Worst layers" in tables
+    without_cost = [line for line in short.out.splitlines() if line.split()[:1] not in (["took"], ["report"])]
+    shown = [line for line in f"Done. {summary}".splitlines() if line.split()[:1] not in (["took"], ["report"])]
+    assert [line.rstrip() for line in shown] == [line.rstrip() for line in without_cost]
+
+
+def test_the_next_commands_are_to_be_copied(model: Path, nursery: Nursery) -> None:
+    name = "it's a $model"
+    os.rename(model, model.parent / name)
+    outcome = nursery.run(*CONVERT, name, cwd=model.parent)
+    assert outcome.code == 0, outcome.err
+    commands = outcome.out.partition("\nNext:\n")[2].splitlines()
+    verify = shlex.split(commands[0].strip())
+    assert verify == ["int8cli", "verify", f"{name}-int8"]
+    assert nursery.run(*verify[1:], cwd=model.parent).code == 0
+    assert shlex.split(commands[2].strip()) == ["int8cli", "evaluate", f"{name}-int8", "--source", name]
+    assert f"load_model({(name + '-int8')!r})" in shlex.split(commands[1].strip())[-1]
 
 
 @pytest.mark.parametrize("options", [["--quiet"], ["-q"], ["-q", "--json"], ["-q", "--dry-run"]])
@@ -102,18 +174,6 @@ def test_a_dry_run_writes_nothing_and_shows_the_size(options: list[str], model: 
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-@pytest.mark.parametrize("columns", ["80", "200", ""])
-def test_tables_fit_80_columns(options: list[str], columns: str, model: Path, nursery: Nursery) -> None:
-    name = "a_module_with_a_name_that_is_longer_than_anybody_would_think.of.layers"
-    llama(model, layers=12, seed=1)
-    environment = {"COLUMNS": columns} if columns else {}
-    for args in (["model"], ["model", "--skip", f"{name}*"]):
-        outcome = nursery.run(*CONVERT, *args, "-o", "out", "--overwrite", *options, cwd=model.parent, env=environment)
-        assert outcome.code == 0
-        assert max(map(len, outcome.out.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_a_pattern_that_matches_nothing_gives_a_warning(options: list[str], model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", "--skip", "*.donw_proj", *options, cwd=model.parent)
     assert outcome.code == 0
@@ -127,7 +187,7 @@ def test_a_closed_pipe_gives_no_traceback(options: list[str], model: Path) -> No
         ["bash", "-c", f"{command} | head -n 1"], cwd=model.parent, env=environment(), capture_output=True, text=True
     )
     assert len(done.stdout.splitlines()) == 1
-    assert not [line for line in done.stderr.splitlines() if not line.startswith("[")], done.stderr
+    assert not [line for line in done.stderr.splitlines() if not line.startswith(("[", "model: "))], done.stderr
 
 
 @pytest.mark.parametrize("options", [["--json"], []])

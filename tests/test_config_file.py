@@ -46,6 +46,8 @@ def source_with(config: str, directory: Path) -> DirectorySource:
         ("model_type", ["llama"], r"model_type is \['llama'\], not str"),
         ("model_type", {"a": 1}, r"model_type is \{'a': 1\}, not str"),
         ("text_config", {"model_type": 5}, r"text_config\.model_type is 5, not str"),
+        ("num_hidden_layers", 10**7, "num_hidden_layers is 10000000; no model has more than 10,000 layers"),
+        ("vision_config", {"depth": 10**9}, r"vision_config\.depth is 1000000000; no model has more"),
     ],
 )
 def test_a_field_of_another_type_is_named(field: str, value: Any, message: str, tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,20 @@ def test_a_task_tells_of_bytes_and_not_of_none(in_a_process: Callable[[OnBytes],
         assert told == [("shard", "first", 3), ("shard", "third", 4)]
 
 
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError, BrokenPipeError])
+def test_a_server_that_has_ended_breaks_the_executor(
+    error: type[Exception], in_a_process: Callable[[OnBytes], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(descriptors: object) -> None:
+        raise error
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", gone)
+    executor = in_a_process(lambda *report: None)
+    with pytest.raises(BrokenExecutor):
+        executor.submit(tell)
+    executor.close()
+
+
 def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Executor]) -> None:
     begun = threading.Event()
     executor = in_a_process(lambda *report: begun.set())
@@ -61,6 +78,24 @@ def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Exec
     assert begun.wait(60)
     executor.close()
     assert isinstance(future.exception(), StoppedError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked from a server on Linux only")
+def test_a_worker_that_ends_while_it_starts_breaks_the_executor(
+    in_a_process: Callable[[OnBytes], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent reads a new worker's number from a pipe, which ends early if the fork server is killed."""
+    read_number = forkserver.read_signed  # type: ignore[attr-defined]
+
+    def killed(pipe: int) -> int:
+        os.kill(read_number(pipe), signal.SIGKILL)
+        raise EOFError
+
+    monkeypatch.setattr(forkserver, "read_signed", killed)
+    executor = in_a_process(lambda *report: None)
+    with pytest.raises(BrokenExecutor):
+        executor.submit(tell)
+    executor.close()
 
 
 @dataclass

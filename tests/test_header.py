@@ -173,7 +173,7 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "a size that is not the shape's": (packed({"test": entry(0, 4)}, bytes(4)), "16 bytes"),
     "a shape that overflows": (packed({"test": entry(shape=[2, 2**64 - 2])}, bytes(16)), "overflows"),
     "a size that overflows": (packed({"test": entry(shape=[2, 2**63 - 1])}, bytes(16)), "overflows"),
-    "half a byte of 4-bit floats": (packed({"f": entry(0, 1, [1], "F4")}, bytes(1)), "inside a byte"),
+    "half a byte of 4-bit floats": (packed({"f": entry(0, 1, [1], "F4")}, bytes(1)), "not a whole number of bytes"),
     # And what else a header can get wrong.
     "seven bytes": (bytes(7), "7 bytes"),
     "a header just too long": (packed("{}", length=100_000_001), "the format allows 100,000,000"),

@@ -13,9 +13,13 @@ from int8cli.cli.errors import flag_of, hint_for
 
 HINTS = {
     "convert": hints.CONVERT,
+    "dequantize": hints.DEQUANTIZE,
     "estimate-memory": hints.ESTIMATE_MEMORY,
     "evaluate": hints.EVALUATE,
+    "generate": hints.GENERATE,
     "inspect-outliers": hints.INSPECT_OUTLIERS,
+    "status": hints.STATUS,
+    "env": hints.ENV,
     "verify": hints.VERIFY,
 }
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]

@@ -17,7 +17,7 @@ FLOORS = (
     {"errors"},
     {"llm_int8", "loaders", "workers", "data", "progress", "typed_json"},
     {"checkpoint", "results"},
-    {"model", "planning", "records"},
+    {"machine", "model", "planning", "records"},
     {"runtime", "outliers", "estimate"},
     {"conversion", "evaluation", "report"},
     {"columns", "verification"},
@@ -25,6 +25,7 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
+COMMANDS = ("convert", "env", "estimate-memory", "evaluate", "inspect-outliers", "status", "verify")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN_ROOMS = {"typer": {"cli"}, "rich": {"report", "cli"}, "click": set[str]()}  # typer carries its own click
 NAMES_A_MODULE = re.compile(r"\bint8cli(?:\.\w+)+(?![\w/])")  # but not a schema such as int8cli.report/2
@@ -113,7 +114,7 @@ def test_the_library_names_no_flag(module: str, path: Path) -> None:
 
 def test_no_command_imports_another() -> None:
     """Neither on the command line nor in the library below it."""
-    commands = ("convert", "estimate_memory", "evaluate", "inspect_outliers", "verify")
+    commands = tuple(command.replace("-", "_") for command in COMMANDS)
     for room in ("cli", "commands"):
         for command in commands:
             names = imports(PACKAGE / room / f"{command}.py")
@@ -122,7 +123,7 @@ def test_no_command_imports_another() -> None:
 
 
 def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
-    allowed = {"torch", "int8cli", "dataclasses", "math", "collections", "typing"}
+    allowed = {"torch", "int8cli", "dataclasses", "math", "collections", "time", "typing"}
     for module, path in modules():
         if module.startswith("int8cli.llm_int8"):
             assert {name.split(".")[0] for name in imports(path)} <= allowed, module
@@ -133,7 +134,20 @@ def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("convert", "estimate-memory", "evaluate", "inspect-outliers", "verify")),
+        *(
+            [command, "--help"]
+            for command in (
+                "convert",
+                "dequantize",
+                "env",
+                "estimate-memory",
+                "evaluate",
+                "generate",
+                "inspect-outliers",
+                "status",
+                "verify",
+            )
+        ),
     ],
 )
 def test_help_and_version_import_nothing_large(arguments: list[str]) -> None:

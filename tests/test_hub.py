@@ -297,6 +297,17 @@ def test_pauses_grow_until_it_gives_up_and_says_what_happened(hub, tmp_path):
     assert "same command again" in caught.value.hint
 
 
+def test_patience_is_counted_in_time_from_the_first_failure_in_a_row(hub, model, tmp_path):
+    hub.fail(SHARD, Fault(status=503, times=30))
+    patient = RetryPolicy(attempts=2, first_pause_s=0.001, max_pause_s=0.002, patience_s=3600.0)
+    assert fetched(source_of(hub, tmp_path, retry=patient), SHARD) == (model / SHARD).read_bytes()
+    hub.fail(NEXT_SHARD, Fault(status=503, times=9999))
+    short = RetryPolicy(attempts=9999, first_pause_s=0.01, max_pause_s=0.02, patience_s=0.1)
+    with pytest.raises(TransferError, match=r"failed \d+ times in a row: the server answered 503") as caught:
+        fetched(source_of(hub, tmp_path, retry=short), NEXT_SHARD)
+    assert "same command again" in caught.value.hint
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 @pytest.mark.parametrize("on", ["GET", "HEAD"])
 def test_errors_of_a_busy_server_are_retried(hub, model, tmp_path, status, on):
@@ -679,6 +690,23 @@ def test_an_unknown_name_suggests_a_directory(hub, model, tmp_path, monkeypatch)
     with pytest.raises(ModelNotFoundError, match="modle") as caught:
         open_source("modle", revision=None, download_dir=tmp_path / "incoming")
     assert "On this machine there is model" in caught.value.hint
+
+
+@pytest.mark.parametrize(("name", "asked"), [("modle", 2), ("models/opt", 2), ("org/name", 5)])
+def test_a_name_that_may_be_a_mistyped_directory_is_not_asked_for_again_and_again(name, asked, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(RetryPolicy, "pause_s", lambda self, failures: 0.001)
+    monkeypatch.chdir(tmp_path)
+    for directory in ("model", "models"):
+        (tmp_path / directory).mkdir()
+    waits = Waits()
+    with pytest.raises(TransferError, match="could not be reached") as caught:
+        open_source(name, revision=None, download_dir=tmp_path / "incoming", on_wait=waits)
+    assert len(waits.seen) == asked - 1
+    assert str(caught.value).startswith(f"there is no directory or file {name} here") == (name != "org/name")
+    assert ("On this machine there is model" in caught.value.hint) == (name == "modle")
 
 
 def test_a_server_that_gives_only_commit_and_files_is_enough(hub, model, tmp_path):

@@ -362,6 +362,20 @@ def test_shards_that_a_killed_run_fetched_needlessly_are_removed(
     assert_converted(user, reference)
 
 
+def test_an_outage_longer_than_the_patience_says_that_the_same_command_resumes(
+    user: User, hub: HubStandIn, reference: dict[str, bytes]
+) -> None:
+    hub.fail(SHARDS[3], Fault(status=503, times=9999, on="GET"))
+    outcome = user.convert(REPO, "--retry-for", "1s")
+    assert outcome.code == 1
+    assert "the server answered 503" in outcome.err
+    assert outcome.err.endswith("hint: Run the same command again: it resumes where this run stopped.\n")
+    hub.recover()
+    outcome = user.convert(REPO)
+    assert outcome.code == 0, outcome.err
+    assert_converted(user, reference)
+
+
 # Revisions
 
 

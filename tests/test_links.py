@@ -4,15 +4,19 @@ import os
 from pathlib import Path
 
 import pytest
+from support.hub_stand_in import HubStandIn
 from support.program import llama, tree
 
 from int8cli import ConvertOptions, convert, verify
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.commands.options import VerifyOptions
+from int8cli.conversion.announce import TASK
 from int8cli.errors import OutputError, SourceError
 from int8cli.model.saved_states import SavedStates
+from int8cli.progress import SilentProgress
 
 PLAIN = ConvertOptions(outliers="none", workers=1)
 FIRST = "model-00001-of-00003"
@@ -135,6 +139,61 @@ def test_the_state_between_blocks_is_not_written_through_a_link(elsewhere: Path,
     states.finish("layers", "0", 1)
     assert states.get("layers", 0) == [1.0, 2.0]
     states.close()
+    assert is_untouched(elsewhere)
+
+
+class SwapsAfter(SilentProgress):
+    """Once a shard is converted, puts a link in the place of a directory."""
+
+    def __init__(self, directory: Path, elsewhere: Path) -> None:
+        self._directory, self._elsewhere = directory, elsewhere
+
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        if task == TASK and part is not None and not self._directory.is_symlink():
+            swap(self._directory, self._elsewhere)
+
+
+def swap(directory: Path, elsewhere: Path) -> None:
+    directory.rename(directory.with_name("aside"))
+    directory.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["int8/calibration", "int8/calibration/suspects", "int8"])
+def test_a_link_that_comes_during_a_run_is_not_followed(
+    name: str, model: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    options = ConvertOptions(outliers="weights", workers=1)
+    with pytest.raises(OutputError, match="is a link"):
+        convert(model, output, options, progress=SwapsAfter(output / name, elsewhere))
+    assert is_untouched(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["int8/incoming", "int8"])
+def test_a_link_that_comes_during_a_download_is_not_followed(
+    name: str, model: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with HubStandIn() as hub:
+        hub.add_repo("org/model", model)
+        options = HubOptions(output / "int8/incoming", endpoint=hub.endpoint, download_below=output)
+        source = HubSource("org/model", None, options)
+        with source.fetch("LICENSE"):
+            swap(output / name, elsewhere)
+            with pytest.raises(OutputError, match="is a link"), source.fetch(f"{FIRST}.safetensors"):
+                pass
+            (output / name).unlink()
+            (output / name).with_name("aside").rename(output / name)
+        source.close()
+    assert is_untouched(elsewhere)
+    assert not (output / "int8/incoming").exists()
+
+
+def test_the_lock_of_the_state_between_blocks_is_made_below_no_link(elsewhere: Path, tmp_path: Path) -> None:
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8/calibration").symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="is a link"):
+        SavedStates(tmp_path / "int8/calibration/blocks", {"run": 1}, tmp_path)
     assert is_untouched(elsewhere)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.loaders.transformers_versions import skip_rule
+from int8cli.loaders.transformers_versions import release, skip_rule
 from int8cli.planning import architectures as names
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
@@ -347,6 +347,13 @@ CLASSES = [
 ]
 
 
+# The first surveyed version in which the loader leaves alone what the plan does; those before it would quantize more.
+FEWER_INT8_SINCE = {
+    "falcon": "5.23.0",  # a linear class of the model's own
+    "zamba": "5.23.0",  # layers that share one weight
+}
+
+
 @pytest.mark.parametrize(("model_type", "class_name", "config"), CLASSES)
 def test_the_plan_equals_what_transformers_loads_in_int8(
     survey: ModuleType, model_type: str, class_name: str, config: dict[str, Any]
@@ -354,11 +361,18 @@ def test_the_plan_equals_what_transformers_loads_in_int8(
     import transformers
     from transformers import CONFIG_MAPPING
 
+    version = transformers.__version__
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {version} does not know {model_type}")
     model = survey.build(class_name, partial(CONFIG_MAPPING[model_type], **config), "")
     built = survey.as_built_model(survey.describe(model_type, class_name, model))
     plan = survey.plan_for(built)
     assert plan.quantized or model_type == "falcon"
-    assert list(survey.differences(built, plan)) == []
-    rule = skip_rule(transformers.__version__)
+    found = list(survey.differences(built, plan))
+    if release(version) < release(FEWER_INT8_SINCE.get(model_type, "0")):
+        assert {severity for severity, *_ in found} == {"missed"}
+    else:
+        assert found == []
+    rule = skip_rule(version)
     assert [found for found in survey.skip_differences(built, plan, rule) if found[0] == "FATAL"] == []
     assert [found for found in survey.dtype_differences(built) if found[0] == "narrow"] == []

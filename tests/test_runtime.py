@@ -17,7 +17,7 @@ from torch import Tensor
 import int8cli
 from int8cli import ConvertOptions, convert
 from int8cli.commands.options import LayoutName
-from int8cli.errors import CheckpointError, MissingExtraError, ModelNotFoundError, UnsupportedModelError
+from int8cli.errors import CheckpointError, MissingExtraError, ModelNotFoundError, OptionError, UnsupportedModelError
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.runtime.linear import Int8Linear
 
@@ -321,3 +321,8 @@ def test_a_transformers_that_is_too_old_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
     with pytest.raises(MissingExtraError, match=r"needs transformers 5\.0\.0 or newer; 4\.57\.6 is installed"):
         int8cli.load_model(out)
+
+
+def test_a_form_of_inputs_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'xx' is not one of absmax, zeropoint"):
+        int8cli.load_model(tmp_path, inputs="xx")  # type: ignore[arg-type]

@@ -45,7 +45,13 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 64)
 
 
-CHANGES = [write_inside, grow, replace, cut]
+def write_inside_and_put_the_time_back(path: Path) -> None:
+    before = path.stat()
+    write_inside(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = [write_inside, grow, replace, cut, write_inside_and_put_the_time_back]
 
 
 class Saboteur(SilentProgress):
@@ -142,3 +148,16 @@ def test_a_file_that_changes_while_it_is_copied_is_an_error(tmp_path: Path, monk
         copy_file(original, tmp_path / "copy.txt")
     assert not (tmp_path / "copy.txt").exists()
     assert tree(tmp_path).keys() == {"words.txt"}
+
+
+def test_running_a_model_leaves_its_files_as_they_are(tmp_path: Path) -> None:
+    """A hard link to one, say, would look like a change of it to the run itself."""
+    from support.calibration_models import calibrated, make_model
+
+    model = make_model("llama", tmp_path / "model")
+    before = {path.name: path.stat() for path in model.iterdir()}
+    calibrated(model)
+    after = {path.name: path.stat() for path in model.iterdir()}
+    assert {name: state.st_ctime_ns for name, state in before.items()} == {
+        name: state.st_ctime_ns for name, state in after.items()
+    }

@@ -162,11 +162,11 @@ def test_damage_never_leads_outside_the_file() -> None:
 
 
 def test_strides_show_the_orientation_of_a_tensor() -> None:
-    assert PickledTensor("float32", "0", 0, (4, 6), (6, 1)).is_row_major
-    assert PickledTensor("float32", "0", 0, (4, 6), (1, 4)).is_column_major
-    assert not PickledTensor("float32", "0", 0, (4, 6), (1, 4)).is_row_major
-    assert PickledTensor("float32", "0", 0, (4, 1), (1, 99)).is_row_major
-    skipping = PickledTensor("float32", "0", 0, (4, 3), (6, 1))
+    assert PickledTensor("float32", "0", 96, 0, (4, 6), (6, 1)).is_row_major
+    assert PickledTensor("float32", "0", 96, 0, (4, 6), (1, 4)).is_column_major
+    assert not PickledTensor("float32", "0", 96, 0, (4, 6), (1, 4)).is_row_major
+    assert PickledTensor("float32", "0", 96, 0, (4, 1), (1, 99)).is_row_major
+    skipping = PickledTensor("float32", "0", 96, 0, (4, 3), (6, 1))
     assert not skipping.is_row_major
     assert not skipping.is_column_major
 

@@ -356,6 +356,13 @@ OTHERS = {
 }
 
 
+def is_known(tiny: Tiny) -> bool:
+    """Whether the installed transformers has the model."""
+    import transformers
+
+    return hasattr(transformers, tiny.config) and hasattr(transformers, tiny.model)
+
+
 def build_tiny(tiny: Tiny, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
     """The model with random weights, biases and norms included: transformers' own start leaves many at 0 and 1."""
     import transformers
@@ -437,7 +444,8 @@ def convert_storing(
         most = max(counts.values(), default=0)
         settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
         run = ConversionRun(output, options.on_nonfinite, threads=options.threads or 2)
-        return ConversionResult(output, convert_shards(source, found, settings, run, render_card, SILENT, columns))
+        report = convert_shards(source, found, settings, run, render_card, SILENT, columns)
+        return ConversionResult(output, report, seconds=0.0, peak_memory_bytes=None)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

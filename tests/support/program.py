@@ -279,15 +279,16 @@ def _serve() -> None:
         elif (answer := os.fork()) == 0:
             requests.close()
             answers.close()
-            _become_the_program(*request[1:])
+            become_the_program(*request[1:])
             return
         pickle.dump(answer, answers)
         answers.flush()
 
 
-def _become_the_program(
+def become_the_program(
     args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str, user: int | None
 ) -> None:
+    """What a fork of a process that has imported the program does in place of starting it. Never returns."""
     os.setsid()
     for descriptor, path in ((1, stdout), (2, stderr)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
