@@ -1,7 +1,8 @@
 # `make demo` shows int8cli at work on a real model, `make test` runs every check, `make benchmark` measures speed and
 # memory beside `cp` and other converters. Each sets up what it needs, in the versions of requirements.lock.
-# `make test-oldest` and `make test-newest` run the tests at both ends of the ranges in pyproject.toml, `make test-bare`
-# runs the commands without what only the tests install, `make lock` makes the lock anew. See docs/development.md.
+# `make torture SECONDS=600` tries for that long to make it lose data. `make test-oldest` and `make test-newest` run the
+# tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without what only the tests
+# install, `make lock` makes the lock anew. See docs/development.md.
 
 PYTHON ?= python3
 # Which versions: locked, oldest or newest. Each has a virtual environment of its own.
@@ -28,10 +29,13 @@ TORCH_BACKEND ?=
 # An hour on two cores, most of it the other converters; `make benchmark BENCHMARK="--gigabytes 8"` leaves them out.
 BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
 
+SECONDS ?= 600
+TORTURE ?=
+
 DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 
-.PHONY: demo test test-oldest test-newest test-bare lock benchmark lint types pytest always clean
+.PHONY: demo test test-oldest test-newest test-bare lock benchmark torture lint types pytest always clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -42,6 +46,9 @@ test: lint types pytest
 
 benchmark: $(READY)
 	$(BIN)/python scripts/benchmark.py $(BENCHMARK)
+
+torture: $(READY)
+	$(BIN)/python scripts/run_torture.py --seconds $(SECONDS) $(TORTURE)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from int8cli.commands.verify import verify as verify
     from int8cli.errors import Int8cliError as Int8cliError
     from int8cli.progress import Progress as Progress
+    from int8cli.progress import SilentProgress as SilentProgress
     from int8cli.runtime.load import load_model as load_model
 
 # The package uses torch without numpy; torch warns about that in every process that imports it.
@@ -37,6 +38,7 @@ _HOME = {
     "InspectOptions": "int8cli.commands.options",
     "Int8cliError": "int8cli.errors",
     "Progress": "int8cli.progress",
+    "SilentProgress": "int8cli.progress",
     "VerifyOptions": "int8cli.commands.options",
     "convert": "int8cli.commands.convert",
     "estimate_memory": "int8cli.commands.estimate_memory",

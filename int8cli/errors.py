@@ -1,7 +1,7 @@
-"""The errors a user can cause or run into, in one tree. Each says what, where, and what to do next.
+"""The errors that a user can cause or act on, in one tree. Each says what is wrong, where, and what to do next.
 
-Owns no behaviour: library code raises these, the command line shows them as `error: …` and `hint: …`. Any other
-exception is a bug and keeps its traceback.
+Library code raises them; the command line shows them as `error: …` and `hint: …`. Any other exception is a bug and is
+shown with its traceback.
 """
 
 
@@ -34,7 +34,7 @@ class AccessDeniedError(SourceError):
 
 
 class TransferError(SourceError):
-    """The Hub could not be reached, or kept failing after every retry."""
+    """The Hub cannot be reached, or every retry failed."""
 
 
 class ReferenceModelError(SourceError):
@@ -46,11 +46,11 @@ class CheckpointError(Int8cliError):
 
 
 class CorruptShardError(CheckpointError):
-    """A shard is truncated, contradicts its own header, or differs from what was published."""
+    """A shard is truncated, does not match its own header, or differs from the published file."""
 
 
 class DigestMismatchError(CorruptShardError):
-    """A file differs from what was published, or changed since its header was read. Another copy may be right."""
+    """A file differs from the published one, or changed after its header was read. A fresh copy may be correct."""
 
 
 class IndexFileError(CheckpointError):
@@ -90,7 +90,7 @@ class NothingToQuantizeError(UnsupportedModelError):
 
 
 class NoSuspectsError(UnsupportedModelError):
-    """No layers are recognised by name from whose weights suspects could be found."""
+    """Suspects cannot be found: no layer is recognised by its name."""
 
 
 class WorkerLostError(Int8cliError):
@@ -106,7 +106,7 @@ class OutputInUseError(OutputError):
 
 
 class SettingsMismatchError(OutputError):
-    """The output directory has a conversion of another model, or one with other settings."""
+    """The output directory holds a conversion of another model, or one with other settings."""
 
 
 class SavedStateError(Int8cliError):
@@ -134,7 +134,7 @@ class TextError(Int8cliError):
 
 
 class SystemRefusalError(Int8cliError):
-    """The operating system refused what it was asked for, where nothing more is known of it."""
+    """The operating system refused a request, and no more specific error applies."""
 
 
 class NotEnoughMemoryError(Int8cliError):
@@ -145,5 +145,5 @@ class UnknownMethodError(Int8cliError):
     """There is no int8 method with that name."""
 
 
-# Errors that stop a calibration although the checkpoint is fine: the columns can still be chosen by another strategy.
+# Errors that stop a calibration of a valid checkpoint: another strategy can still choose the columns.
 CANNOT_CALIBRATE = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)

@@ -34,7 +34,7 @@ from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.suspects import find_suspects
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import survey_source
 from int8cli.progress import SILENT
 from int8cli.report.outliers import grouped_massive, ranges

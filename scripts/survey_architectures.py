@@ -46,8 +46,9 @@ from surveying.loader import (
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import SkipRule, covers_by_name, skip_rule
+from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import skip_modules
-from int8cli.planning.plan import Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning.plan import kind_of, make_plan
 
 BUILD_LIMIT_S = 60
 TIE_FLIPPED = " (tie_word_embeddings flipped)"

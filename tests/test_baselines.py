@@ -120,7 +120,6 @@ def bitsandbytes_layer(weight: Tensor, bias: Tensor | None, threshold: float) ->
     return layer.to("cpu").eval()
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("threshold", [6.0, 0.0, 2.0, 100.0])

@@ -30,7 +30,8 @@ from int8cli.model.strands import Strand
 from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text
 from int8cli.outliers import calibrate as calibrate_module
-from int8cli.outliers.statistics import RESIDUAL, OutlierStatistics, load_statistics, save_statistics
+from int8cli.outliers.statistics import RESIDUAL, OutlierStatistics
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
 from int8cli.progress import SilentProgress
 
 ALL = LISTED | HEADS | OTHERS

@@ -16,8 +16,9 @@ from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.commands.options import LayoutName
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS, compressed_tensors
-from int8cli.planning.plan import PlanOptions, make_plan
+from int8cli.planning.plan import make_plan
 from int8cli.planning.survey import survey_source
 
 LAYOUT: LayoutName = "compressed-tensors"

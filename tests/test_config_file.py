@@ -13,7 +13,7 @@ from int8cli.checkpoint.directory import DirectorySource
 from int8cli.errors import CheckpointError, Int8cliError
 from int8cli.estimate.estimate import estimate_memory
 from int8cli.estimate.kv_cache import read_kv_cache
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import survey_source
 
 LLAMA = {

@@ -101,7 +101,7 @@ def test_a_disk_that_locks_nothing_is_told(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refused)
-    with pytest.raises(OutputError, match="two runs on it could not be kept apart"):
+    with pytest.raises(OutputError, match="a second run on it could not be prevented"):
         convert(model, tmp_path / "out", PLAIN)
 
 
@@ -110,7 +110,7 @@ def test_reading_a_config_that_the_disk_does_not_give(model: Path, monkeypatch: 
 
     class Broken(reader._CheckedFile):
         def readinto(self, buffer: Any, /) -> int:
-            with reader.reading_errors(self._path, self._called):
+            with reader.reading_errors(self._path, self._display_name):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(reader, "_CheckedFile", Broken)

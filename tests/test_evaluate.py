@@ -128,7 +128,6 @@ def test_16_bit_perplexity_is_that_of_transformers(tmp_path: Path, family: str) 
     assert found.nats_over_reference is None
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_bitsandbytes_row_is_the_model_as_bitsandbytes_runs_it(llama: Path, table: Evaluation) -> None:
     """The sums of 32 or 56 products stay below 2^24, so bitsandbytes is exact on every CPU."""
     from transformers import BitsAndBytesConfig

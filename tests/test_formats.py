@@ -64,7 +64,6 @@ def write_index(directory: Path, name: str, shards: dict[str, dict[str, Tensor]]
 # --- PyTorch files ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_single_bin_becomes_model_safetensors(
     legacy: bool, source: Path, state: dict[str, Tensor], tiny: Path, tmp_path: Path
@@ -76,7 +75,6 @@ def test_a_single_bin_becomes_model_safetensors(
     assert opens_in_transformers(tmp_path / "output", tiny)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_bin_shards_become_safetensors_shards(
     source: Path, state: dict[str, Tensor], tiny: Path, tmp_path: Path
 ) -> None:
@@ -133,7 +131,6 @@ def test_a_pytorch_file_is_a_model_by_itself(
     assert (tmp_path / "output" / "config.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_tied_tensors_of_a_bin_are_written_under_each_name(tmp_path: Path) -> None:
     source = save_tiny("llama-tied", tmp_path / "source")
     convert(source, tmp_path / "expected", WITHOUT_COLUMNS)
@@ -239,7 +236,6 @@ def test_a_safetensors_file_alone_is_a_model_without_a_config(tiny: Path, tmp_pa
     assert not (tmp_path / "output" / "config.json").exists()
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_one_file_of_any_name_gets_the_name_that_loaders_expect(tiny: Path, source: Path, tmp_path: Path) -> None:
     shutil.copy(tiny / "source" / "model.safetensors", source / "my_llama_v2.safetensors")
     convert(source, tmp_path / "output", WITHOUT_COLUMNS)
@@ -247,7 +243,6 @@ def test_one_file_of_any_name_gets_the_name_that_loaders_expect(tiny: Path, sour
     assert opens_in_transformers(tmp_path / "output", tiny)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_shards_keep_their_names_and_directories(
     tiny: Path, source: Path, state: dict[str, Tensor], tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from packaging.version import Version
 from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save, save_file
 
-from int8cli.checkpoint import header
+from int8cli.checkpoint import header, header_json
 from int8cli.checkpoint.header import encode_header, read_header
 from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, TensorSpec
@@ -205,9 +205,9 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "three offsets": (packed({"a": {**entry(), "data_offsets": [0, 8, 16]}}, bytes(16)), "data_offsets"),
     "begin after end": (packed({"a": entry(16, 0)}, bytes(16)), "ends before that"),
     "a hole": (packed({"a": entry(), "b": entry(20, 24, [1])}, bytes(24)), "'b' begins at data offset 20 and leaves a"),
-    "a hole in front": (packed({"a": entry(4, 20)}, bytes(20)), "leaves a hole after the header"),
+    "a hole in front": (packed({"a": entry(4, 20)}, bytes(20)), "leaves a gap after the header"),
     "an overlap": (packed({"a": entry(), "b": entry(12, 16, [1])}, bytes(16)), "'b' begins at data offset 12 and over"),
-    "offsets far outside": (packed({"a": entry(0, 4096, [1024])}, bytes(16)), "'a' ends outside"),
+    "offsets far outside": (packed({"a": entry(0, 4096, [1024])}, bytes(16)), "'a' ends beyond"),
     "data without tensors": (packed("{}", b"abc"), "3 bytes follow"),
     "metadata that is a list": (packed({"__metadata__": []}), "not an object"),
     "metadata with a number": (packed({"__metadata__": {"format": 1}}), "not a string"),
@@ -398,7 +398,7 @@ def test_tensors_may_be_named_like_fields() -> None:
 def test_more_tensors_than_are_read_are_refused_while_they_are_counted(
     key: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(header, "MOST_TENSORS", 100)
+    monkeypatch.setattr(header_json, "MOST_TENSORS", 100)
     parts = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],{key}:[0,0]}}' for i in range(103))
     text = f"{{{parts}}}".encode()
     with pytest.raises(CheckpointError, match="more than 100 tensors"):
@@ -406,9 +406,9 @@ def test_more_tensors_than_are_read_are_refused_while_they_are_counted(
 
 
 def test_more_values_than_tensors_need_are_refused_before_they_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(header, "_MOST_VALUES", 1000)
+    monkeypatch.setattr(header_json, "_MOST_VALUES", 1000)
     text = b'{"t":{"dtype":"F32","shape":[' + b"0," * 1000 + b'0],"data_offsets":[0,0]}}'
-    with pytest.raises(CheckpointError, match="or as many values"):
+    with pytest.raises(CheckpointError, match="or 1,000 values"):
         read(len(text).to_bytes(8, "little") + text)
 
 
@@ -416,5 +416,5 @@ def test_what_is_written_is_never_more_than_is_read(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(header, "MOST_TENSORS", 2)
     specs = [TensorSpec(name, "F32", (1,)) for name in "abc"]
     encode_header(specs[:2], {})
-    with pytest.raises(CheckpointError, match="2 tensors are the most"):
+    with pytest.raises(CheckpointError, match="the most are 100,000,000 bytes and 2 tensors"):
         encode_header(specs, {})

@@ -212,14 +212,14 @@ def test_an_index_must_not_name_a_file_outside_the_directory(shard: str, tmp_pat
         ('{"metadata": {"a": ' + "[" * 200 + "]" * 200 + '}, "weight_map": {"w": "a.safetensors"}}', "nests more than"),
         ("[]", "not a JSON object"),
         ("{}", "weight_map is missing"),
-        ('{"weight_map": []}', "no map of tensors"),
-        ('{"weight_map": {}}', "no map of tensors"),
+        ('{"weight_map": []}', "does not map tensors to files"),
+        ('{"weight_map": {}}', "does not map tensors to files"),
         ('{"weight_map": {"w": 3}}', "'w' has 3"),
         ('{"weight_map": {"w": null}}', "'w' has None"),
         ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "names 'w' twice"),
         ('{"metadata": 1, "weight_map": {"w": "a.safetensors"}}', "metadata is 1"),
         ('{"weight_map": {"w": "gone.safetensors"}}', "'gone.safetensors', which is missing"),
-        ('{"weight_map": {"w": "config.json"}}', r"'config.json', which is no .safetensors file"),
+        ('{"weight_map": {"w": "config.json"}}', r"'config.json', which is not a .safetensors file"),
     ],
 )
 def test_a_false_index_is_refused(text: str, words: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from int8cli.checkpoint.locate import open_source
 from int8cli.cli import app
 from int8cli.errors import MissingExtraError
-from int8cli.outliers.statistics import load_statistics
+from int8cli.outliers.statistics_file import load_statistics
 from int8cli.outliers.suspects import find_suspects
 from int8cli.report.outliers import common_prefix, ranges
 from int8cli.report.vega import require_altair

@@ -19,8 +19,6 @@ from int8cli.estimate.weights import Weights
 from int8cli.loaders.transformers_versions import SURVEYED, float32_of, release
 from int8cli.planning.plan import model_types
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
-
 # Those that every change is tried on, and others that are laid out in their own way.
 LOADED = {
     **LISTED,

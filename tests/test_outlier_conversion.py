@@ -29,7 +29,7 @@ from int8cli.errors import (
 )
 from int8cli.outliers import suspects
 from int8cli.outliers.residual_stream import ResidualStream
-from int8cli.outliers.statistics import save_statistics
+from int8cli.outliers.statistics_file import save_statistics
 from int8cli.outliers.suspects import SuspectScan
 from int8cli.planning.survey import Room
 from int8cli.progress import BYTES, SilentProgress

@@ -167,13 +167,12 @@ def test_a_view_that_skips_or_repeats_is_named(view: torch.Tensor) -> None:
         (torch.empty(2, device="meta"), "without its data"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_tensor_that_safetensors_cannot_express_is_named(tensor: torch.Tensor, word: str) -> None:
     with pytest.raises(CheckpointError, match=f"'odd'.*{word}"):
         read(saved({"odd": tensor}))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")  # deprecated, but files have them
 def test_quantized_tensors_are_refused() -> None:
     with pytest.raises(CheckpointError, match="quantized"):
         read(saved({"q": torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8)}))
@@ -234,7 +233,7 @@ def test_a_compressed_record_is_refused() -> None:
 
 def test_a_record_shorter_than_its_tensor_is_refused() -> None:
     short = repacked(saved({"w": WEIGHT}), lambda name, record: record[:-4] if name.endswith("data/0") else record)
-    with pytest.raises(CorruptShardError, match="tensor 'w' takes the bytes 0 to 96 of a storage that has 92"):
+    with pytest.raises(CorruptShardError, match="tensor 'w' uses the bytes 0 to 96 of a storage that has 92"):
         read(short)
 
 
@@ -253,7 +252,7 @@ def test_a_big_endian_file_is_refused() -> None:
         read(repacked(saved({"w": WEIGHT}), lambda name, record: b"big" if name.endswith("byteorder") else record))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")  # but files have them
 def test_a_torchscript_program_is_called_one() -> None:
     buffer = io.BytesIO()
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), buffer)
@@ -268,7 +267,7 @@ def test_a_torchscript_program_is_called_one() -> None:
         (b"<!DOCTYPE html>", "web page"),
         (b"", "0 bytes"),
         (bytes(range(200)), "do not begin"),
-        (b"PK\x03\x04 and no archive", "not a whole zip"),
+        (b"PK\x03\x04 and no archive", "damaged zip archive"),
     ],
 )
 def test_what_is_no_pytorch_file_is_called_what_it_is(content: bytes, words: str) -> None:
@@ -285,7 +284,7 @@ def test_a_truncated_file_is_never_read(legacy: bool) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")  # from pickletools, on damaged text
 def test_damage_raises_nothing_but_errors_of_the_checkpoint(legacy: bool) -> None:
     whole = saved({"a": WEIGHT, "t": WEIGHT.t(), "b": torch.ones(3)}, legacy=legacy)
     dice = random.Random(20220815)
@@ -336,7 +335,6 @@ def damaged(content: bytes, places: list[int], dice: random.Random) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_no_damaged_archive_is_read_that_torch_refuses_or_reads_otherwise() -> None:
     tensors = {"a": WEIGHT, "b": torch.arange(4).half(), "c": torch.ones(3, dtype=torch.bfloat16)}
     content = saved(tensors)
@@ -367,8 +365,8 @@ def test_records_below_two_directories_are_refused() -> None:
         ("version", None, "'version' holds b'', not a number"),
         ("version", b"x", "'version' holds b'x', not a number"),
         ("version", b"11", "version 11 of its format"),
-        ("version", b"3" * 1000, "has 1,000 bytes, more than it ever needs"),
-        ("byteorder", b"little" * 1000, "has 6,000 bytes, more than it ever needs"),
+        ("version", b"3" * 1000, "has 1,000 bytes, more than it can need"),
+        ("byteorder", b"little" * 1000, "has 6,000 bytes, more than it can need"),
         (".format_version", b"one", "not a number"),
         (".data/serialization_id", b"\xff", "not text"),
     ],
@@ -380,7 +378,7 @@ def test_the_small_records_are_what_they_should_be(name: str, record: bytes | No
 
 
 def test_a_pickle_that_is_not_as_it_was_written_is_noticed() -> None:
-    with pytest.raises(CorruptShardError, match=r"'data\.pkl' is not as it was written"):
+    with pytest.raises(CorruptShardError, match=r"the record 'data\.pkl' is wrong"):
         read(saved({"weight": WEIGHT}).replace(b"weight", b"weighs"))
 
 

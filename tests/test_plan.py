@@ -14,8 +14,9 @@ import pytest
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import release, skip_rule
 from int8cli.planning import architectures as names
+from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
-from int8cli.planning.plan import Decision, Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning.plan import kind_of, make_plan
 
 
 def spec(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:
@@ -189,7 +190,7 @@ def test_patterns_are_case_sensitive_and_typos_are_told() -> None:
 
 
 def test_kept_tensors_become_copies() -> None:
-    plan = plan_of(*llama()).keeping({"model.layers.0.mlp.up_proj.weight", "model.norm.weight"})
+    plan = plan_of(*llama()).with_copied({"model.layers.0.mlp.up_proj.weight", "model.norm.weight"})
     assert [d.spec.name for d in plan.decisions if d.reason == names.NON_FINITE] == [
         "model.layers.0.mlp.up_proj.weight"
     ]
@@ -273,7 +274,7 @@ def test_thousands_of_experts_are_one_entry() -> None:
 
 
 def test_a_kept_non_finite_tensor_is_named() -> None:
-    plan = plan_of(*llama()).keeping({"model.layers.0.mlp.up_proj.weight"})
+    plan = plan_of(*llama()).with_copied({"model.layers.0.mlp.up_proj.weight"})
     assert any(covers(entry, "model.layers.0.mlp.up_proj") for entry in skip_modules(plan))
 
 

@@ -22,10 +22,10 @@ from support.program import llama
 
 from int8cli import convert
 from int8cli.checkpoint.locate import open_source
+from int8cli.planning.decisions import Decision
 from int8cli.planning.needs import Needs
-from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, Settings
 from int8cli.report.conversion import show_report
 from int8cli.report.plan import plan_to_json, show_plan
 from int8cli.results.conversion import ConversionReport

@@ -25,7 +25,7 @@ from support.program import Nursery, llama, tree, wait_until
 from int8cli import ConvertOptions, convert
 from int8cli.commands.options import LayoutName
 from int8cli.planning.blocks import BLOCK_ELEMENTS
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 from int8cli.results.stored_columns import StoredColumns
 
 UP = "layers.0.mlp.up_proj.weight"

@@ -18,9 +18,8 @@ from int8cli.outliers.statistics import (
     OutlierStatistics,
     Provenance,
     SiteStatistics,
-    load_statistics,
-    save_statistics,
 )
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
 
 PROVENANCE = Provenance("org/m", None, "", "text", "0" * 64, 12, 4, 0, "float32", 6.0)
 

@@ -18,8 +18,9 @@ from int8cli.loaders.transformers_versions import (
     skip_rule,
 )
 from int8cli.planning import architectures as names
+from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import skip_modules
-from int8cli.planning.plan import Plan, PlanOptions, make_plan
+from int8cli.planning.plan import make_plan
 
 RULES = pytest.mark.parametrize("rule", SKIP_RULES.values(), ids=SKIP_RULES)
 

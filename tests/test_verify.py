@@ -412,14 +412,14 @@ def test_a_damaged_record_is_named(out: Path) -> None:
         (lambda record: record["files"][0].update(file="int8/conversion.json"), "files[0].file is 'int8/conversion"),
         (lambda record: record["layers"][0].update(sum_squared_error="x"), "sum_squared_error is 'x', not float"),
         (lambda record: record["layers"][1].update(sum_squared_weight=-1.0), "layers[1].sum_squared_weight is -1.0"),
-        (lambda record: record["layers"][1].update(sum_squared_weight=None), "is null beside figures that are not"),
+        (lambda record: record["layers"][1].update(sum_squared_weight=None), "is null, but other figures are not"),
         (lambda record: record["layers"][0].update(shape=[8]), "layers[0].shape has 1 values, not 2"),
         (lambda record: record["layers"].append(5), "is 5, not an object"),
         (lambda record: record["kept"].append({"tensor": 1, "place": ""}), "kept[0].tensor is 1, not str"),
         (lambda record: record.update(files=[]), "files does not name a file"),
         (lambda record: record.update(more=1), "has the unknown field 'more'"),
         (lambda record: record.pop("kept"), "has no field 'kept'"),
-        (lambda record: record.update(schema="int8cli.record/9"), "schema is 'int8cli.record/9', this version reads"),
+        (lambda record: record.update(schema="int8cli.record/9"), "is 'int8cli.record/9', but this version reads"),
     ],
 )
 def test_a_value_that_no_record_holds_is_named(change: Callable[[Any], object], problem: str, out: Path) -> None:

@@ -1,6 +1,6 @@
-"""config.json of a source, read within bounds.
+"""config.json of a source, read with a size limit.
 
-Owns which of its fields must have which type for a plan to be made. All else in it is the model's own.
+Owns which fields a plan needs, and their types. Nothing else in the file is checked.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ _LIMIT_BYTES = 100_000_000
 
 
 def read_config(source: Source) -> dict[str, Any]:
-    """The config of a source that has one. Raises CheckpointError, naming the field that is not as it must be.
+    """The config of a source that has one. Raises CheckpointError, naming the invalid field.
 
-    NaN, infinities and repeated keys are taken as transformers takes them.
+    NaN, infinities and repeated keys are accepted, as transformers accepts them.
     """
     size_bytes = source.size_bytes(CONFIG_FILE)
     if size_bytes > _LIMIT_BYTES:
@@ -42,7 +42,7 @@ def _checked(config: Any) -> dict[str, Any]:
 
 
 def _check_model_types(config: Mapping[str, Any]) -> None:
-    """A config may hold others, as text_config and vision_config, each with a type of its own."""
+    """Check the model type of a config, and of the configs inside it, such as text_config and vision_config."""
     try:
         read_as(cast(Any, str | None), config.get("model_type"))
     except InvalidJsonError as error:

@@ -1,6 +1,6 @@
-"""What tells whether a file on this machine is still the one that was looked at before.
+"""Whether a file on this machine is unchanged since it was first used.
 
-Owns the marks that cost nothing to read. A digest of its bytes says more, where there is one to compare with.
+Owns which properties are compared. They cost nothing to read; a digest of the bytes is compared where one is known.
 """
 
 import os
@@ -21,7 +21,7 @@ class FileState:
         return cls(status.st_size, status.st_mtime_ns)
 
     def require_same(self, status: os.stat_result, file_name: str) -> None:
-        """Raise CorruptShardError, naming the file, if it was written to since."""
+        """Raise CorruptShardError, naming the file, if it was written to in the meantime."""
         now = FileState.of(status)
         if now == self:
             return

@@ -1,7 +1,7 @@
-"""The command line: parses, calls one library function, renders. Nothing else knows typer or exit codes.
+"""The command line: parses, calls one library function, renders. Only this package uses typer and exit codes.
 
-What a command needs is imported when it runs, so that `--help` and `--version` answer at once. A new command is a
-module here, and one line below: its docstring is its help.
+A command imports what it needs when it runs, so that `--help` and `--version` are fast. To add a command, add a module
+here and a line below. The docstring of a command is its help.
 """
 
 import inspect
@@ -24,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # panels cost 0.1 s of CPU time, half of what --help may take
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # typer imports pydantic, 0.08 s, for every flag without a default; with one these are False, not None
+        # For a flag without a default, typer imports pydantic, which takes 0.08 s.
         "default_map": {"help": False, "install_completion": False, "show_completion": False},
     },
 )
@@ -44,12 +44,13 @@ def int8cli(
 ) -> None:
     """Convert 16- and 32-bit transformer checkpoints to LLM.int8(), and measure what the conversion changed.
 
-    Shards are streamed: no tensor and no shard is ever whole in memory. An interrupted run resumes where it stopped.
+    Shards are streamed: no tensor and no shard is ever completely in memory. An interrupted run resumes where it
+    stopped.
     """
 
 
 def _add(name: str, command: Callable[..., None], examples: str) -> None:
-    """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself."""
+    """Add a command. Its help is its docstring, with the line breaks inside paragraphs removed."""
     paragraphs = [" ".join(text.split()) for text in inspect.cleandoc(command.__doc__ or "").split("\n\n")]
     app.command(
         name,
@@ -69,8 +70,8 @@ _add("evaluate", evaluate.evaluate, evaluate.EXAMPLES)
 def main() -> None:
     """Entry point of the `int8cli` program."""
     end_on_signals()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or a file name without a character
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack × or characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
-    if sys.stderr is not None:  # it was not closed
+    if sys.stderr is not None:  # None if it was closed before the start
         sys.stderr = PrintableStream(sys.stderr)
     app()

@@ -9,7 +9,18 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Device, Json, LayoutName, Model, Quiet, Revision, TextFile
+from int8cli.cli.options import (
+    Device,
+    Json,
+    LayoutName,
+    Model,
+    OutlierColumns,
+    QuantizeDevice,
+    Quiet,
+    Revision,
+    TextFile,
+    Tokens,
+)
 from int8cli.commands.options import ConvertOptions
 
 if TYPE_CHECKING:
@@ -67,18 +78,14 @@ Outliers = Annotated[
         "run, otherwise weights.",
     ),
 ]
-OutlierColumns = Annotated[
-    int | None,
-    typer.Option(help="Most columns to store for each linear layer.", show_default="8", min=0),
-]
-Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=1)]
+
 Workers = Annotated[
     int | None,
     typer.Option(
         help="Processes; each converts one shard at a time.", show_default="from cores and shards", min=1, max=256
     ),
 ]
-Where = Annotated[Device, typer.Option(help="Device to quantize on.")]
+
 Figures = Annotated[
     bool, typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert faster without.")
 ]
@@ -107,7 +114,7 @@ def convert(
     text: TextFile = None,
     tokens: Tokens = 4096,
     workers: Workers = None,
-    device: Where = Device.cpu,
+    device: QuantizeDevice = Device.cpu,
     figures: Figures = True,
     keep_source: KeepSource = False,
     dry_run: DryRun = False,

@@ -12,6 +12,8 @@ from int8cli.cli.options import (
     Device,
     Json,
     Model,
+    ModelDevice,
+    OutlierColumns,
     Quiet,
     Revision,
     Seed,
@@ -42,9 +44,7 @@ Methods = Annotated[
         metavar="NAMES",
     ),
 ]
-OutlierColumns = Annotated[
-    int | None, typer.Option(help="Most columns to store for each linear layer.", min=0, show_default="8")
-]
+
 Outliers = Annotated[
     Path | None,
     typer.Option(
@@ -59,7 +59,7 @@ SourceModel = Annotated[
         "--source", help="For a converted MODEL: the 16-bit model it was made from, to compare with.", metavar="MODEL"
     ),
 ]
-Where = Annotated[Device, typer.Option(help="Device to run the model on.")]
+
 Outputs = Annotated[
     list[Path] | None,
     typer.Option("--output", "-o", help="Write a report: .html, .png or .svg. Repeatable.", metavar="FILE"),
@@ -78,7 +78,7 @@ def evaluate(
     outliers: Outliers = None,
     source: SourceModel = None,
     revision: Revision = None,
-    device: Where = Device.cpu,
+    device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
     as_json: Json = False,

@@ -1,6 +1,6 @@
-"""What the options of each command can do about an error, by its class: the library's own hints name no option.
+"""For each command, hints that name its options, by the class of the error. Hints in the library name no options.
 
-The hint of the nearest class in the command's table follows the error's own hint.
+The hint of the nearest class in the command's table is added to the error's own hint.
 """
 
 from int8cli import errors

@@ -13,11 +13,13 @@ from int8cli.cli.options import (
     Device,
     Json,
     Model,
+    ModelDevice,
     Quiet,
     Revision,
     Seed,
     SequenceLength,
     TextFile,
+    Tokens,
     WorkDir,
     check_outputs,
 )
@@ -37,7 +39,7 @@ _SUFFIXES = (*_DRAWN, ".safetensors")
 
 
 class Evidence(enum.StrEnum):
-    """Where the answer comes from."""
+    """What the result is based on."""
 
     activations = "activations"
     weights = "weights"
@@ -51,9 +53,9 @@ From = Annotated[
         show_default="activations if the model can be run",
     ),
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=1)]
+
 Threshold = Annotated[float, typer.Option(help="Values of this magnitude or more are outliers.", min=0.0)]
-Where = Annotated[Device, typer.Option(help="Device to run the model on.")]
+
 Outputs = Annotated[
     list[Path] | None,
     typer.Option(
@@ -75,7 +77,7 @@ def inspect_outliers(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     threshold: Threshold = 6.0,
-    device: Where = Device.cpu,
+    device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
     as_json: Json = False,
@@ -115,7 +117,8 @@ def inspect_outliers(
 def write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
     """Write a page, a picture or a statistics file, depending on the suffix. Raises OutputError."""
     from int8cli.errors import OutputError
-    from int8cli.outliers.statistics import OutlierStatistics, save_statistics
+    from int8cli.outliers.statistics import OutlierStatistics
+    from int8cli.outliers.statistics_file import save_statistics
     from int8cli.report.outlier_charts import write_picture
     from int8cli.report.outlier_page import write_page
 

@@ -23,7 +23,7 @@ class Device(enum.StrEnum):
 
 
 def complete_path(incomplete: str) -> Iterator[str]:
-    """Directories and checkpoint files that begin with what was typed; Hub ids are not completed."""
+    """Directories and checkpoint files that begin with the typed text. Hub ids are not completed."""
     typed = Path(incomplete).expanduser()
     directory, prefix = (typed, "") if incomplete.endswith("/") or not incomplete else (typed.parent, typed.name)
     if not directory.is_dir():
@@ -51,8 +51,15 @@ TextFile = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text to run the model on.", show_default="a built-in sample", metavar="FILE"),
 ]
+Tokens = Annotated[int, typer.Option("--tokens", help="Tokens to run, in total.", min=1)]
 SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.", min=2)]
 Seed = Annotated[int, typer.Option("--seed", help="Selects the pieces of a long text.")]
+OutlierColumns = Annotated[
+    int | None,
+    typer.Option("--outlier-columns", help="Most columns to store for each linear layer.", show_default="8", min=0),
+]
+QuantizeDevice = Annotated[Device, typer.Option("--device", help="Device to quantize on.")]
+ModelDevice = Annotated[Device, typer.Option("--device", help="Device to run the model on.")]
 WorkDir = Annotated[
     Path | None,
     typer.Option("--work-dir", help="Directory for the state of an unfinished run.", show_default="the user's cache"),

@@ -1,16 +1,16 @@
-"""SIGTERM and SIGHUP end the program as Ctrl-C does: in order, and soon.
+"""SIGTERM and SIGHUP end the program as Ctrl-C does: cleanly, and soon.
 
-Owns their handlers, for the program alone: who uses the library has signals of their own.
+Owns their handlers. Only the program installs them; users of the library handle signals themselves.
 """
 
 import signal
 from types import FrameType
 
-_came: list[int] = []
+_received: list[int] = []
 
 
 class EndedBySignal(KeyboardInterrupt):
-    """A signal that asks the program to end. `name` is how the system calls it."""
+    """A signal that asks the program to end. `name` is its name in the system, such as SIGTERM."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -18,17 +18,17 @@ class EndedBySignal(KeyboardInterrupt):
 
 
 def end_on_signals() -> None:
-    """Have both raise EndedBySignal in the main thread. One that is ignored, as under nohup, stays so."""
+    """Make both signals raise EndedBySignal in the main thread. A signal that is ignored, as under nohup, stays so."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
 
 
-def signal_that_came() -> int | None:
-    """The number of the first signal that asked for the end."""
-    return _came[0] if _came else None
+def received_signal() -> int | None:
+    """The number of the first signal that asked the program to end; None if there was none."""
+    return _received[0] if _received else None
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    _came.append(number)
+    _received.append(number)
     raise EndedBySignal(number)

@@ -1,7 +1,7 @@
-"""The strategies to choose outlier columns that work for a model, the best first.
+"""The strategies for choosing outlier columns that may work for a model, best first.
 
-Owns the rules of `auto`. Imports torch only for a strategy that needs it in this process: with columns from the
-weights, only the workers need torch.
+Owns the rules of `auto`. Imports torch only for a strategy that needs it in this process: if the weights choose the
+columns, only the workers need torch.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, w
 from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
 from int8cli.model.extra import require_transformers
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
 
 # Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
@@ -30,10 +30,10 @@ def column_strategies(
     state_directory: Path,
     note: Callable[[str], None],
 ) -> Iterator[ColumnStrategy]:
-    """The strategies that seem possible. One may still fail, with an error of CANNOT_CALIBRATE.
+    """The strategies that look possible. Each may still fail with one of the errors in CANNOT_CALIBRATE.
 
-    `state_directory` is for what a killed run resumes from. `note` gets the reason if a better strategy is impossible.
-    Raises TextError, StatisticsMismatchError and CheckpointError for files that the user named.
+    `state_directory` is for the state that an interrupted run resumes from. `note` gets the reason if a better strategy
+    is impossible. Raises TextError, StatisticsMismatchError and CheckpointError for files that the user named.
     """
     if wanted.nothing(survey):
         yield without_columns(survey, settings)
@@ -70,7 +70,7 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 def _from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
 ) -> ColumnStrategy:
-    """Raises the errors of a calibration that config.json and file names already show."""
+    """Raises those errors of a calibration that can be detected from config.json and file names."""
     if not _TOKENIZER_FILES & set(source.list_files()):
         raise CannotRunError("the checkpoint has no tokenizer")
     require_transformers()

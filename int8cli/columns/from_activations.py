@@ -1,4 +1,4 @@
-"""Columns from activations: the model is run, and each shard is converted as soon as the run has read it.
+"""Columns from activations: the model runs on text, and each shard is converted as soon as the run has read it.
 
 Owns how a calibration and a conversion share the shards of one source, so that each shard is fetched once.
 """
@@ -26,7 +26,7 @@ from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatis
 from int8cli.outliers.cost import arithmetic_s
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.store import FROM_ACTIVATIONS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 
@@ -34,7 +34,7 @@ from int8cli.workers.torch_threads import torch_threads
 def strategy_from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
 ) -> ColumnStrategy:
-    """Choose by a calibration. Raises TextError, and the errors that config.json and file names already show."""
+    """Choose by a calibration. Raises TextError, and errors that can be detected from config.json and file names."""
     dtype = _dtype_to_run_in(survey)
     sampling = wanted.sampling
     if wanted.text is not None:
@@ -71,7 +71,7 @@ def strategy_from_activations(
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """A calibration to run. `model_threads`: threads inside torch while the model runs."""
+    """A calibration to run. `model_threads` is the number of torch threads while the model runs."""
 
     text: Text
     options: CalibrateOptions
@@ -79,14 +79,14 @@ class CalibrationRun:
 
 
 class CalibratedColumns(ColumnSource):
-    """Columns chosen by running the model; StatisticsColumns makes the choice."""
+    """Columns chosen by running the model. StatisticsColumns makes the choice."""
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
         self._columns = StatisticsColumns(survey, run.options.stored_columns)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
-        """Run the model, and yield each shard to convert with torch at one thread. Raises what `calibrate` raises."""
+        """Run the model, and yield each shard with torch set to one thread. Raises what `calibrate` raises."""
         run = self._run
         with (
             torch_threads(run.model_threads),
@@ -106,7 +106,7 @@ class CalibratedColumns(ColumnSource):
 
 
 def _dtype_to_run_in(survey: Survey) -> torch.dtype:
-    """Raises CannotRunError for a model that cannot be built, or that takes other inputs than text."""
+    """The dtype of the model's activations. Raises CannotRunError if it cannot be built or its input is not text."""
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))

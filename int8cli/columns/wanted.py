@@ -1,4 +1,4 @@
-"""Which outlier columns the user wants, and what a strategy to choose them is.
+"""Which outlier columns the user asked for, and what a strategy for choosing them is.
 
 Owns the names of the modes, and the strategy that stores nothing. Needs no torch: a conversion without stored columns
 needs it only in its workers.
@@ -12,7 +12,7 @@ from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.model.sampling import Sampling
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
 
 AUTO = "auto"
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
@@ -24,9 +24,9 @@ DEFAULT_OUTLIER_COLUMNS = 8
 
 @dataclass(frozen=True, slots=True)
 class ColumnsWanted:
-    """What the user wants: one of MODES or a statistics file, and the most columns for each linear.
+    """What the user asked for: one of MODES or a statistics file, and the most columns for each linear.
 
-    `text` None means the built-in sample. `known` are the settings of an unfinished conversion to resume.
+    A `text` of None means the built-in sample. `known` are the settings of an unfinished conversion to resume.
     """
 
     mode: str
@@ -50,12 +50,16 @@ class ColumnsWanted:
 
 @dataclass(frozen=True, slots=True)
 class ColumnStrategy:
-    """One way to choose the columns: its survey and settings, and a function that makes its source of columns."""
+    """One way to choose the columns.
+
+    `survey` and `settings` include the stored columns. `columns` makes the source of columns. `arithmetic_s` estimates
+    the time in seconds to choose them, from a matrix product timed on this machine.
+    """
 
     survey: Survey
     settings: Settings
     columns: Callable[[Progress], ColumnSource]
-    arithmetic_s: Callable[[], float] = lambda: 0.0  # time to choose them, from a matrix product timed on this machine
+    arithmetic_s: Callable[[], float] = lambda: 0.0
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:

@@ -1,4 +1,4 @@
-"""Checks options before anything is read. Each invalid value raises an OptionError that names the option."""
+"""Checks of options, before anything is read. An invalid value raises an OptionError that names the option."""
 
 import math
 import os
@@ -18,10 +18,10 @@ from int8cli.commands.options import (
 )
 from int8cli.errors import OptionError
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.workers.torch_start import start_torch
 
-# The smallest value of each count, by option. None is always allowed.
+# The smallest allowed value of each count, by option. None is always allowed.
 _SMALLEST = {
     "batch": 1,
     "context": 1,
@@ -65,7 +65,7 @@ def check_evaluate(options: EvaluateOptions) -> None:
 
 
 def check_device(device: DeviceName) -> None:
-    """Raises OptionError for a device that this machine does not have. Imports torch to look for a GPU."""
+    """Raise OptionError for a device that this machine does not have. Imports torch if the device is a GPU."""
     _check_choice("device", device, get_args(DeviceName))
     if device == "cpu":
         return

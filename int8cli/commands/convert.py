@@ -1,6 +1,6 @@
 """Convert a checkpoint, or plan the conversion.
 
-Owns how a conversion is set up, and which strategy chooses the outlier columns if the first one fails.
+Owns how a conversion is set up, and the fallback to another strategy for choosing columns if the first one fails.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,14 @@ from int8cli.conversion.convert import ConversionRun
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
 from int8cli.model.sampling import Sampling
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.needs import Needs
-from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, RecordStore, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, Settings
+from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import human_bytes, human_seconds
@@ -46,7 +47,11 @@ class ConversionResult:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes."""
+    """What a conversion would do.
+
+    `survey` has the plan by tensor and all sizes. `settings` determine the bytes of the output. `needs` are the
+    download, disk space and memory.
+    """
 
     output: Path
     survey: Survey
@@ -68,8 +73,8 @@ def convert(
     `<name>-int8` in the current directory. After an interruption, the same call resumes: finished shards are not
     converted again.
 
-    Raises OptionError for invalid options, and other children of Int8cliError if the model, the network or the disk is
-    at fault. Whatever is raised, no file is left half-written under its final name.
+    Raises OptionError for invalid options, and other children of Int8cliError for problems with the model, the network
+    or the disk. After any exception, no file is half-written under its final name.
     """
     check_convert(options)
     output = Path(output) if output is not None else default_output(str(model))
@@ -134,7 +139,7 @@ def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsW
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A conversion that is ready to be planned or run. `state` is the directory for what a killed run resumes from."""
+    """A conversion that is ready to be planned or run. An interrupted run resumes from the files in `state`."""
 
     source: Source
     survey: Survey
@@ -177,11 +182,11 @@ class _Job:
         )
 
     def _strategies(self) -> Iterator[ColumnStrategy]:
-        """The strategies to choose the columns, the best first."""
+        """The strategies for choosing the columns, best first."""
         return column_strategies(self.wanted, self.source, self.survey, self.settings, self.state, self.progress.note)
 
     def _described(self, strategy: ColumnStrategy) -> str:
-        """What chooses the outlier columns, and what that costs, in a line."""
+        """One line about how the outlier columns are chosen, and what that costs."""
         settings = strategy.settings
         if settings.outliers == NO_OUTLIERS:
             return "Storing no outlier columns."

@@ -12,8 +12,8 @@ from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
 from int8cli.estimate.estimate import estimate_memory as estimate_of
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.planning.plan import PlanOptions
 from int8cli.planning.survey import survey_source
 from int8cli.progress import SILENT, Progress
 

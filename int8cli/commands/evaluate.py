@@ -24,12 +24,13 @@ from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions
-from int8cli.outliers.statistics import load_statistics
+from int8cli.outliers.statistics_file import load_statistics
 from int8cli.progress import SILENT, Progress
 from int8cli.results.evaluation import Evaluation
 from int8cli.workers.torch_start import torch_threads_restored
 
-_MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are reused: half the CPU time, 80 MB more than with 1 MiB
+# malloc reuses temporaries up to this size. Compared with 1 MiB, this needs half the CPU time and 80 MB more memory.
+_MALLOC_REUSES_BYTES = 32 << 20
 _DEFAULTS = EvaluateOptions()
 
 
@@ -37,10 +38,12 @@ _DEFAULTS = EvaluateOptions()
 def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Evaluation:
     """Run a model with each method and compare. All methods share one pass over the weights, one block in memory.
 
-    `model` is a Hub id, a directory, or one checkpoint file, in 16 or 32 bit or written by `convert`; for a converted
-    model, its own int8 tensors are evaluated. A calibration on another text, one more pass, chooses the stored columns.
-    After an interruption, the same call resumes after the last finished block. Raises UnknownMethodError, TextError,
-    StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the errors of a bad checkpoint.
+    `model` is a Hub id, a directory, or one checkpoint file, in 16 or 32 bit or written by `convert`. For a converted
+    model, its own int8 tensors are evaluated. For any other model, a calibration on another text, in one more pass,
+    chooses the columns to store. After an interruption, the same call resumes after the last finished block.
+
+    Raises UnknownMethodError, TextError, StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the
+    errors of a bad checkpoint.
     """
     check_evaluate(options)
     check_device(options.device)
@@ -52,7 +55,7 @@ def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progres
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What to evaluate and how. `work` is the directory for state."""
+    """What to evaluate, and how. `work` is the directory for saved state."""
 
     methods: tuple[Method, ...]
     options: EvaluateOptions
@@ -64,9 +67,9 @@ class _Job:
 def _sources(
     model: str, options: EvaluateOptions, work: Path, progress: Progress
 ) -> Iterator[tuple[Source, Source | None]]:
-    """The model, and the model it was made from if that is given.
+    """The model, and the model it was made from, if given.
 
-    `options.revision` belongs to the source if `model` is a local conversion, otherwise to the model.
+    `options.revision` is that of the source if `model` is a local conversion, otherwise that of the model.
     """
     of_source = options.source is not None and os.path.exists(os.path.expanduser(model))
     revision = None if of_source else options.revision
@@ -84,7 +87,7 @@ def _sources(
 
 
 def _evaluate(source: Source, reference: Source | None, job: _Job) -> Evaluation:
-    return_memory_promptly(_MALLOC_KEEPS_BYTES)
+    return_memory_promptly(_MALLOC_REUSES_BYTES)
     options = job.options
     sampling = Sampling(options.tokens, options.sequence_length, options.seed)
     if options.text is not None:

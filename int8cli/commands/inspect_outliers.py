@@ -16,7 +16,7 @@ from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.suspects import WeightSuspects, find_suspects
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
 from int8cli.workers.torch_start import torch_threads_restored
@@ -32,7 +32,9 @@ def inspect_outliers(
 
     `model` is a Hub id, a directory, or one checkpoint file. After an interruption, the same call resumes after the
     last finished block. The result is suspects if `evidence` is "weights", or if it is None and the model cannot be
-    run. Raises MissingExtraError and UnsupportedModelError if `evidence` is "activations" and the model cannot be run,
+    run.
+
+    Raises MissingExtraError or UnsupportedModelError if `evidence` is "activations" and the model cannot be run,
     NotEnoughMemoryError if a block does not fit, TextError, and the errors of a bad checkpoint.
     """
     check_inspect(options)

@@ -105,7 +105,7 @@ class VerifyOptions:
     - `source`: convert this model again and compare; None checks only the output.
     - `revision`: branch, tag or commit of the source on the Hub; None is the one that was converted.
     - `device`: where to quantize, with a `source`.
-    - `threads`: how many read and convert; None chooses from the cores.
+    - `threads`: threads that read and convert; None chooses from the cores.
     """
 
     source: str | Path | None = None
@@ -124,7 +124,7 @@ class EvaluateOptions:
     - `outlier_columns`: the most columns to store for each linear layer; None is the default of `convert`.
     - `outliers`: statistics file that chooses the columns; None calibrates on another text.
     - `source`: for a converted model, the 16- or 32-bit model it was made from.
-    - `revision`: of the model on the Hub or, if the model is a local conversion, of its source.
+    - `revision`: revision of the model on the Hub or, if the model is a local conversion, of its source.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     """

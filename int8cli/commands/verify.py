@@ -1,4 +1,4 @@
-"""Verify a conversion: it is complete, it loads and, with a source, it matches the source."""
+"""Verify a conversion: it is complete, it loads and, if a source is given, it matches the source."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,8 @@ from int8cli.commands.options import VerifyOptions
 from int8cli.commands.parallelism import usable_cores
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import SILENT, Progress
-from int8cli.records.store import Conversion, RecordStore
+from int8cli.records.conversion import Conversion
+from int8cli.records.store import RecordStore
 from int8cli.results.verification import Verification
 from int8cli.verification import VerificationRun, conversion_in
 from int8cli.verification import verify as make_checks
@@ -24,11 +25,11 @@ _DEFAULTS = VerifyOptions()
 
 @system_errors()
 def verify(directory: str | Path, options: VerifyOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Verification:
-    """Check that a directory written by `convert` is complete and loads. `passed` of the result is the verdict.
+    """Check that a directory written by `convert` is complete and loads. The verdict is `passed` of the result.
 
     Compares every byte of every file with the digests taken when it was written. With a `source`, fetches its shards
     one at a time, converts them again and compares. Raises OutputError for a directory without a finished conversion,
-    and what opening the source raises. A check that fails is part of the result.
+    and the errors of opening the source. A failed check does not raise; it is part of the result.
     """
     check_verify(options)
     check_device(options.device)

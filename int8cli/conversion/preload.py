@@ -1,6 +1,6 @@
-"""What the processes of a conversion have in common, imported once in the server that they are forked from.
+"""Imports what all processes of a conversion need, in the server that they are forked from.
 
-To import this is to do it. Forked processes start at once, and share the memory of all that is imported here.
+Importing this module does the work. Forked processes then start at once and share the memory of these modules.
 """
 
 import gc
@@ -11,4 +11,4 @@ from int8cli.workers.torch_start import start_torch
 start_torch()
 import_module("int8cli.conversion.shard")
 import_module("int8cli.outliers.suspects")
-gc.freeze()  # the collector writes into what it looks at, and a page that is written to is no longer shared
+gc.freeze()  # otherwise the collector writes to these objects, and their pages are no longer shared

@@ -1,4 +1,4 @@
-"""A memory estimate with the cards that hold it: what the command answers. Prints nothing."""
+"""A memory estimate, and which cards are large enough: the result of the command."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from int8cli.estimate.fit import Answer, FitRow, answer, fit_table
 
 @dataclass(frozen=True, slots=True)
 class MemoryReport:
-    """An estimate, the use that was asked about, and what the cards say to it.
+    """An estimate for a given use, and whether the model fits on cards.
 
-    `table` has kinds of cards with counts. `machine` is for the cards of this machine and `answers` for those that were
-    named, one a precision; empty where there are none.
+    `table` shows how many cards of each common kind are needed. `machine` is about the cards of this machine, and
+    `answers` about the cards that the user named. Both have one answer per precision, or are empty without cards.
     """
 
     estimate: Estimate
@@ -24,7 +24,7 @@ class MemoryReport:
 
 
 def memory_report(estimate: Estimate, use: Use, cards: Sequence[Card]) -> MemoryReport:
-    """Asks this machine for its cards, and places the model on them, on `cards` and on the usual kinds."""
+    """Place the model on the cards of this machine, on `cards`, and on the common kinds."""
     here = cards_of_this_machine()
     return MemoryReport(
         estimate,

@@ -1,6 +1,6 @@
 """The methods of the table: their names, what each needs, and the product it computes.
 
-Owns which methods there are and their order. The arithmetic is that of `llm_int8`.
+Owns which methods exist, and their order. The arithmetic is in `llm_int8`.
 """
 
 import difflib
@@ -29,9 +29,9 @@ Product = Callable[[Layer, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row of the table. `product(layer, inputs (tokens, in), bias)` gives the layer's output (tokens, out).
+    """One row of the table. `product(layer, inputs (tokens, in), bias)` returns the layer's output (tokens, out).
 
-    `needs_weight`: it cannot be computed from int8 data and row_absmax alone. `needs_columns`: it uses stored ones.
+    `needs_weight`: int8 data and row_absmax alone are not enough. `needs_columns`: it uses stored columns.
     """
 
     key: str
@@ -84,7 +84,7 @@ def _biased(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output.add_(bias.to(torch.float32))
 
 
-# "By row" is by row of X, one scale a token, with one scale for all of W, as in the paper's table 1.
+# "By row" means by row of X, one scale per token, with one scale for all of W, as in table 1 of the paper.
 METHODS = (
     Method(REFERENCE, "16 bit", None),
     Method("absmax-tensor", "absmax by tensor", _by_scale("absmax", "tensor", "tensor")),
@@ -111,9 +111,9 @@ _BY_KEY = {method.key: method for method in METHODS}
 
 
 def chosen_methods(keys: Iterable[str]) -> tuple[Method, ...]:
-    """The methods of these names in the table's order, those of the default table if there are none.
+    """The methods with these names, in the table's order. No names mean the default methods, "all" means every method.
 
-    `all` stands for every method. Raises UnknownMethodError.
+    Raises UnknownMethodError.
     """
     wanted = list(dict.fromkeys(keys))
     if not wanted:

@@ -1,7 +1,7 @@
-"""The LLM.int8() product X Wᵀ and the int8 methods it is compared with [LLM.int8(), sections 2 and 3, table 1].
+"""The LLM.int8() product X Wᵀ, and the vector-wise product without outlier columns [LLM.int8(), sections 2 and 3].
 
 Owns how inputs are quantized at run time and how an integer product becomes a float one. Integer products are exact
-on every path: accumulated in int32, or where int32 could overflow in float64, never in float32.
+on every path: accumulated in int32, or in float64 where int32 could overflow, never in float32.
 """
 
 from dataclasses import dataclass
@@ -15,18 +15,18 @@ from int8cli.llm_int8.quantize import INT8_MAX
 InputScheme = Literal["absmax", "zeropoint"]
 DEFAULT_INPUTS: InputScheme = "zeropoint"
 
-# Largest in_features for which a sum of products of two int8 values always fits into int32.
+# The largest in_features for which a sum of products of two int8 values always fits into int32.
 _INT32_SAFE_FEATURES = (2**31 - 1) // (128 * 128)
-# The same for values of which one side is less a zero point, from -255 to 255.
+# The same if a zero point was subtracted from one side, whose values are then from -255 to 255.
 _INT32_SAFE_OFFSET_FEATURES = (2**31 - 1) // (255 * 128)
-# CUDA's integer product wants more than 16 rows, and multiples of 8 for the other two sizes.
+# CUDA's integer product needs more than 16 rows, and multiples of 8 for the other two sizes.
 _CUDA_MIN_ROWS = 17
 _CUDA_MULTIPLE = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Int8Input:
-    """Inputs of a linear layer in int8: x ≈ (data - zero_point) * step, one step and zero point a token.
+    """Inputs of a linear layer in int8: x ≈ (data - zero_point) * step, with one step and zero point for each token.
 
     data: int8 (tokens, in_features); step and zero_point: float32 (tokens,), zero_point holding whole numbers.
     """
@@ -38,7 +38,7 @@ class Int8Input:
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """A linear weight in int8, w ≈ data * row_absmax / 127, with columns kept out of it in 16 bit.
+    """A linear weight in int8, w ≈ data * row_absmax / 127, and its outlier columns in 16 bit.
 
     data: int8 (out_features, in_features); row_absmax: float32 (out_features,); row_sums: int32 (out_features,), the
     sums of the rows of data; outlier_cols: int64 (k,), sorted; outlier_weight: (out_features, k) in the source's dtype,
@@ -59,7 +59,7 @@ class Int8Weight:
         outlier_cols: Tensor | None = None,
         outlier_weight: Tensor | None = None,
     ) -> "Int8Weight":
-        """From what a checkpoint and its sidecar hold; without a sidecar no column is kept."""
+        """From the tensors of a checkpoint and its sidecar. Without a sidecar there are no outlier columns."""
         if outlier_cols is None or outlier_weight is None:
             outlier_cols = torch.empty(0, dtype=torch.int64, device=data.device)
             outlier_weight = row_absmax.new_empty(data.shape[0], 0)
@@ -67,10 +67,10 @@ class Int8Weight:
 
 
 def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
-    """Quantize inputs (tokens, in_features) with one scale a token. A token of zeros stays zero.
+    """Quantize inputs (tokens, in_features) with one scale for each token. A token of zeros stays zero.
 
     `absmax` maps [-max|x|, max|x|] to [-127, 127] [eq. 1]; `zeropoint` maps [min(x, 0), max(x, 0)] to [-128, 127]
-    with an offset, so that inputs which lean to one side use the whole range [eq. 2 to 5].
+    with an offset, so that inputs which are not centred on zero use the whole range [eq. 2 to 5].
     """
     values = inputs.float()
     if scheme == "absmax":
@@ -85,9 +85,9 @@ def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
 
 
 def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
-    """(high - low) / 255, the step that maps [low, high] to [-128, 127], also where high - low overflows float32.
+    """(high - low) / 255, the step that maps [low, high] to [-128, 127], even if high - low overflows float32.
 
-    low <= 0 <= high, float32 of one shape. Halves are taken first: that is exact but for subnormals.
+    low <= 0 <= high, float32 of one shape. Both are halved first, which is exact except for subnormals.
     """
     return (0.5 * high - 0.5 * low) / 127.5
 
@@ -100,7 +100,7 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.shape[1] > _INT32_SAFE_FEATURES:
         return left.double() @ right.double().t()
-    if left.shape[1] == 1:  # torch's product on CPU takes a transposed (out, 1) for something else: see _row_major
+    if left.shape[1] == 1:  # torch's product on CPU misreads a transposed (out, 1): see _row_major
         return left.int() * right.t()
     left, right = _row_major(left), _row_major(right)
     if left.device.type != "cuda":
@@ -112,17 +112,17 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def vectorwise_linear(inputs: Int8Input, weight: Int8Weight) -> Tensor:
-    """X Wᵀ with all columns in int8, from one scale a token and one a row: float32 (tokens, out_features).
+    """X Wᵀ with all columns in int8, one scale for each token and each row: float32 (tokens, out_features).
 
-    The zero points leave the product as one number a token and row: (q - z) · w = q · w - z * sum(w), a whole number
-    and exact. What follows rounds four times in float32: the number itself, the step of the weight, and two products;
-    the result is within 4 * 2^-24 of the exact one, relative to it.
+    The zero points are subtracted exactly, in whole numbers: (q - z) · w = q · w - z * sum(w). The rest rounds four
+    times in float32: that number, the step of the weight, and two products. The relative error of the result is at most
+    4 * 2^-24.
     """
     product = int8_product(inputs.data, weight.data)
     whole = torch.int32 if inputs.data.shape[1] <= _INT32_SAFE_OFFSET_FEATURES else torch.float64
     offsets = inputs.zero_point.to(whole)[:, None] * weight.row_sums.to(whole)[None]
     scaled = offsets.neg_().add_(product).float()
-    scaled *= (weight.row_absmax / INT8_MAX)[None]  # first: beside the largest inputs the product would overflow
+    scaled *= (weight.row_absmax / INT8_MAX)[None]  # first: the product could overflow with the largest inputs
     scaled *= inputs.step[:, None]
     return scaled
 
@@ -130,8 +130,8 @@ def vectorwise_linear(inputs: Int8Input, weight: Int8Weight) -> Tensor:
 def llm_int8_linear(inputs: Tensor, weight: Int8Weight, scheme: InputScheme) -> Tensor:
     """X Wᵀ with the weight's outlier columns in 16 bit and all others in int8: float32 (tokens, out_features).
 
-    The outlier columns of X are taken out whole before a token's scale is computed, so that they do not stretch it;
-    they meet the exact columns of W in a float product. [LLM.int8(), eq. 8, with stored columns]
+    The outlier columns of X are removed before a token's scale is computed, so that they do not enlarge it. They are
+    multiplied by the exact columns of W in float32. [LLM.int8(), eq. 8, with stored columns]
     """
     columns = weight.outlier_cols
     if not columns.numel():
@@ -142,16 +142,16 @@ def llm_int8_linear(inputs: Tensor, weight: Int8Weight, scheme: InputScheme) -> 
 
 
 def _row_major(matrix: Tensor) -> Tensor:
-    """The matrix with the strides (columns, 1), copied only where it has others.
+    """The matrix with the strides (columns, 1), copied only if it has others.
 
-    From the strides, `torch._int_mm` on CPU tells what is transposed: of a left side that is, or of a single row with
-    the strides (1, 1), it returns memory that was never written, as it does of a right side of a single column.
+    `torch._int_mm` on CPU infers from the strides what is transposed. It returns uninitialized memory for a left side
+    that is transposed, for a single row with the strides (1, 1), and for a right side with a single column.
     """
     return matrix if matrix.stride() == (matrix.shape[1], 1) else matrix.reshape(-1).view(matrix.shape)
 
 
 def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """The matrix with zeros below and to the right of it, which add nothing to a product."""
+    """The matrix padded with zeros below and to the right. They add nothing to a product."""
     if matrix.shape == (rows, columns):
         return matrix
     padded = matrix.new_zeros(rows, columns)

@@ -1,4 +1,4 @@
-"""How long the arithmetic of a calibration takes on this machine, told before it starts."""
+"""How long the arithmetic of a calibration will take on this machine."""
 
 import time
 
@@ -11,9 +11,9 @@ _LONG_ENOUGH_S = 0.05
 
 
 def arithmetic_s(parameters: int, tokens: int, dtype: torch.dtype, device: str, threads: int) -> float:
-    """Seconds for one forward of `tokens` through linears of so many parameters, by the rate of a product timed here.
+    """Seconds for one forward pass of `tokens` through linears with `parameters`, from a product that is timed here.
 
-    Two operations for each parameter and token; attention and everything else comes on top.
+    Counts two operations for each parameter and token. Attention and everything else is not counted.
     """
     with torch_threads(threads):
         return 2.0 * parameters * tokens / _operations_a_second(dtype, device)
@@ -22,7 +22,7 @@ def arithmetic_s(parameters: int, tokens: int, dtype: torch.dtype, device: str, 
 def _operations_a_second(dtype: torch.dtype, device: str) -> float:
     x = torch.ones(_SIZE // 2, _SIZE, dtype=dtype, device=device)
     weight = torch.ones(_SIZE, _SIZE, dtype=dtype, device=device)
-    _timed(x, weight)  # the first product also sets things up
+    _timed(x, weight)  # warm up: the first product includes torch's own set-up
     count, elapsed = 0, 0.0
     while elapsed < _LONG_ENOUGH_S:
         count, elapsed = count + 1, elapsed + _timed(x, weight)

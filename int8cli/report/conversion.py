@@ -30,8 +30,8 @@ COLUMNS_WIDTH = 25
 def show_report(report: ConversionReport, output: Path) -> None:
     """Print totals, the error by kind of layer, the worst layers, and what was not quantized.
 
-    The output error comes first if it is known. The weight error follows, without its worst layers in that case, and is
-    left out if it was not measured.
+    The output error comes first if it is known. The weight error follows if it was measured; its worst layers are shown
+    only if the output error is unknown.
     """
     console = stdout_console()
     console.print(_headline(report, output), soft_wrap=True)
@@ -79,7 +79,7 @@ def _headline(report: ConversionReport, output: Path) -> str:
     if not report.layers:
         lines.append("[yellow]Nothing was quantized. The reasons are below.[/yellow]")
     elif total is None:
-        lines.append(f"{layers}; weight error not measured (--no-figures)")
+        lines.append(f"{layers}; weight error not measured")
     else:
         lines.append(
             f"{layers}: relative weight error {total.relative_frobenius_error:.4f}, SQNR {decibels(total.sqnr_db)} dB"

@@ -32,7 +32,7 @@ def show_memory(report: MemoryReport) -> None:
         f"in {files} file{'s' if files > 1 else ''}, {escape(' and '.join(estimate.stored_dtypes))}",
         soft_wrap=True,
     )
-    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; convert --dry-run lists the rest")
+    console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; a dry run of convert lists the rest")
     console.print()
     console.print(_precision_table(estimate))
     console.print()
@@ -42,7 +42,7 @@ def show_memory(report: MemoryReport) -> None:
     console.print()
     for line in (*_use_lines(report), "", *_conversion_lines(estimate)):
         console.print(line, soft_wrap=True)
-    for title, answers in (("This machine", report.machine), ("--gpu", report.answers)):
+    for title, answers in (("This machine:", report.machine), ("Requested:", report.answers)):
         if answers:
             console.print()
             for line in _verdicts(answers, report, title):
@@ -157,7 +157,7 @@ def _conversion_lines(estimate: Estimate) -> Iterator[str]:
     yield f"  download   {human_bytes(needs.download_bytes):>9}"
     yield f"  disk       {human_bytes(needs.disk_bytes):>9}  at the peak: output and shards in flight"
     if needs.download_bytes:
-        yield f"             {human_bytes(needs.disk_keeping_source_bytes):>9}  with --keep-source"
+        yield f"             {human_bytes(needs.disk_keeping_source_bytes):>9}  if source shards are kept"
     yield f"  memory     {human_bytes(needs.buffer_bytes):>9}  for buffers, besides Python with torch (0.2-0.3 GB)"
 
 
@@ -177,7 +177,7 @@ def _fit_table(report: MemoryReport) -> Table:
 
 
 def _rows_that_differ(table: tuple[FitRow, ...]) -> Iterator[FitRow]:
-    """Up to the first card that is large enough alone: larger cards are too."""
+    """The rows up to the first card that is large enough on its own, because all larger cards are too."""
     for row in table:
         yield row
         if all(count.weights == count.in_use == 1 for count in row.counts.values()):
@@ -195,7 +195,7 @@ def _tokens(use: Use) -> str:
 
 
 def _verdicts(answers: tuple[Answer, ...], report: MemoryReport, title: str) -> Iterator[str]:
-    """The cards, and for each precision yes, no, or only the weights, and how much context."""
+    """The cards, and for each precision whether the model fits, and with how much context."""
     names = [placed.card.name for placed in answers[0].placement.cards]
     what = ", ".join(f"{names.count(name)}x {name}" for name in dict.fromkeys(names))
     yield f"[bold]{escape(title)}[/bold] {escape(what)}"

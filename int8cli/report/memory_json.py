@@ -14,7 +14,7 @@ MEMORY_SCHEMA = "int8cli.memory/1"
 
 
 def memory_to_json(report: MemoryReport) -> dict[str, Any]:
-    """The whole report; `cards.answers` answers `--gpu`."""
+    """The whole report. `cards.answers` is about the requested cards."""
     estimate, use = report.estimate, report.use
     survey = estimate.survey
     return {

@@ -62,15 +62,14 @@ def suspects_caveat() -> str:
     return (
         f"This is a guess. On {MEASURED_ON} the one true feature was ranked first, but it was the only one of "
         f"{round(1 / MEASURED_PRECISION_OF_ALL)}\nsuspects that was true (precision {MEASURED_PRECISION_OF_ALL:.2f}; "
-        f"average precision over norms {MEASURED_AVERAGE_PRECISION:.2f}).\nTo be certain, run the model: "
-        "--from activations."
+        f"average precision over norms {MEASURED_AVERAGE_PRECISION:.2f}).\nTo be certain, run the model."
     )
 
 
 def summary_lines(
     found: OutlierStatistics, features: Sequence[LocatedFeature], massive: Sequence["MassiveGroup"]
 ) -> list[str]:
-    """The summary, line by line: the model and the text, then the result."""
+    """The lines of the summary: the model and the text, then the result."""
     of = found.provenance
     named = ", ".join(str(located.feature.dimension) for located in features)
     plural = "" if len(features) == 1 else "s"
@@ -96,7 +95,7 @@ def summary_lines(
 
 
 class MassiveGroup:
-    """A massive activation in one dimension of one kind of site: the residual stream carries it through many blocks."""
+    """A massive activation in one dimension of one kind of site. It often occurs in many consecutive blocks."""
 
     def __init__(self, kind: str, dimension: int) -> None:
         self.kind, self.dimension = kind, dimension
@@ -232,4 +231,4 @@ def _median_and_worst(sites: Sequence[SiteStatistics], *, int8_inputs: bool) -> 
 
 
 def _more(count: int) -> str:
-    return f" · {count - MOST_ROWS} more in --json" if count > MOST_ROWS else ""
+    return f" · {count - MOST_ROWS} more in the JSON output" if count > MOST_ROWS else ""

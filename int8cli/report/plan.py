@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: the plan by kind of tensor, the output size, and what the conversion needs."""
+"""The plan of a conversion: tensors by kind, output sizes, and what the conversion needs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
-from int8cli.records.store import NO_OUTLIERS, Settings
+from int8cli.records.conversion import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
 from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
@@ -110,7 +110,7 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
     if settings is not None:
         console.print(_chosen_by(survey, settings))
         if not settings.figures:
-            console.print("weight error: not measured (--no-figures)")
+            console.print("weight error: not measured")
     console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
     console.print(groups_table("Not quantized", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
@@ -127,9 +127,9 @@ def _stored_lines(survey: Survey) -> list[str]:
 def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
-    told = asdict(settings)
-    columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(chosen_by(told))
+    values = asdict(settings)
+    columns = counted(sum(survey.stored_counts.values()), columns_word(values))
+    by = escape(chosen_by(values))
     return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}"
 
 

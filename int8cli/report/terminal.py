@@ -1,6 +1,6 @@
-"""What all reports on the terminal have in common: a console of 80 columns, and the look of a table.
+"""What all reports on the terminal share: a console of 80 columns, and the look of a table.
 
-Owns the last gate before the terminal: nothing but printable characters, newlines and rich's own sequences pass.
+Also the last filter before the terminal: only printable characters, newlines and rich's own sequences pass.
 """
 
 import sys
@@ -16,9 +16,9 @@ WIDTH = 80
 
 
 class PrintingConsole(Console):
-    """A console that writes out control characters, and shows names as `text.escape` made them.
+    """A console that shows control characters as escapes, and turns the stand-ins of `text.escape` back into brackets.
 
-    Text without markup, such as a cell of a table, need not have been escaped to be harmless to the terminal.
+    Even text that was not escaped, such as a table cell without markup, is therefore harmless to the terminal.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:

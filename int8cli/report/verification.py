@@ -36,7 +36,8 @@ def show_verification(verification: Verification) -> None:
 def _failure_lines(check: Check) -> list[str]:
     lines = [f"[red]{check.name}[/red]: {escape(_as_text(failure))}" for failure in check.failures[:FAILURES_SHOWN]]
     if len(check.failures) > FAILURES_SHOWN:
-        lines.append(f"[red]{check.name}[/red]: … {len(check.failures) - FAILURES_SHOWN:,} more (--json lists all)")
+        more = len(check.failures) - FAILURES_SHOWN
+        lines.append(f"[red]{check.name}[/red]: … {more:,} more (the JSON output has all)")
     return lines
 
 
@@ -49,7 +50,7 @@ def _verdict(verification: Verification) -> str:
     failed = [check.name for check in verification.checks if check.status == "failed"]
     if failed:
         return f"[bold red]FAILED: {', '.join(failed)}.[/bold red]"
-    open_questions = [check.name for check in verification.checks if check.status == "not checked"]
-    if open_questions:
-        return f"[bold green]No check failed.[/bold green] Not checked: {', '.join(open_questions)}."
+    unchecked = [check.name for check in verification.checks if check.status == "not checked"]
+    if unchecked:
+        return f"[bold green]No check failed.[/bold green] Not checked: {', '.join(unchecked)}."
     return "[bold green]All checks passed.[/bold green]"

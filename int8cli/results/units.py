@@ -32,7 +32,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Two digits, or whole per cents from 10 on: `2.1 %` for 0.0213, `0.56 %`, `12 %`."""
+    """Two digits, or whole percents from 10: `2.1 %` for 0.0213, `0.56 %`, `12 %`."""
     value = 100 * share
     if not math.isfinite(value):
         return "not finite"

@@ -1,6 +1,6 @@
 """A linear layer that computes the exact LLM.int8() decomposition.
 
-Owns the torch module around `llm_int8.matmul`. Knows no file and no model.
+Owns the torch module around `llm_int8.matmul`. Does not know about files or models.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,12 @@ from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
 
 
 class Int8Linear(nn.Module):
-    """X Wᵀ + b: stored columns in floats, taken out of X before a token's scale is computed, the others in int8.
+    """X Wᵀ + b: stored columns in floats, the other columns in int8.
 
-    Buffers: `weight` int8 (out_features, in_features), `row_absmax` float32 (out_features,), `outlier_cols` int32 (k,)
-    sorted, `outlier_weight` (out_features, k) in the dtype it is stored in. The result has the dtype of the input and
-    is rounded to it once, bias included. For inference: rounding has no gradient.
+    Stored columns are removed from X before each token's scale is computed. Buffers: `weight` int8 (out_features,
+    in_features), `row_absmax` float32 (out_features,), `outlier_cols` int32 (k,) sorted, `outlier_weight`
+    (out_features, k) in its dtype on disk. The result has the dtype of the input and is rounded to it once, after the
+    bias is added. For inference only: rounding has no gradient.
     """
 
     weight: Tensor
@@ -36,22 +37,22 @@ class Int8Linear(nn.Module):
         columns_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        """Room for the weight and `columns` stored columns; `prepare` is to be called once they are there."""
+        """Allocate the weight and `columns` stored columns. Call `prepare` once they are filled."""
         super().__init__()
         self.in_features, self.out_features, self.inputs = in_features, out_features, inputs
 
-        def room(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
+        def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device), persistent=persistent)
 
-        room("weight", (out_features, in_features), torch.int8)
-        room("row_absmax", (out_features,), torch.float32)
-        room("outlier_cols", (columns,), torch.int32)
-        room("outlier_weight", (out_features, columns), columns_dtype)
-        room("row_sums", (out_features,), torch.int32, persistent=False)
+        allocate("weight", (out_features, in_features), torch.int8)
+        allocate("row_absmax", (out_features,), torch.float32)
+        allocate("outlier_cols", (columns,), torch.int32)
+        allocate("outlier_weight", (out_features, columns), columns_dtype)
+        allocate("row_sums", (out_features,), torch.int32, persistent=False)
         self.bias = bias
 
     def prepare(self) -> None:
-        """Compute what follows from the weight and is needed for every product."""
+        """Compute the row sums of the weight, which every product needs."""
         self.row_sums = self.weight.sum(dim=1, dtype=torch.int32)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ class Int8Linear(nn.Module):
         return product.to(inputs.dtype).reshape(*inputs.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        """Move with the model, but keep all dtypes when it is cast: scales and stored columns are what was written."""
+        """Move to another device with the model, but do not change dtypes when the model is cast."""
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)

@@ -1,7 +1,7 @@
 """From a converted directory to a transformers model that computes the exact decomposition.
 
-Owns the use of transformers for that: its own loader builds the model, matches names and ties weights; before it reads
-anything, the linear layers that the directory holds in int8 are replaced by Int8Linear.
+Owns the use of transformers for this. Its loader builds the model, matches names and ties weights. Before it reads any
+weights, each linear layer that is int8 in the directory is replaced by an Int8Linear.
 """
 
 import importlib.util
@@ -37,15 +37,15 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Any:
-    """The transformers model of a directory that `convert` wrote, its int8 layers computing LLM.int8() exactly.
+    """The transformers model in a directory that `convert` wrote. Its int8 layers compute LLM.int8() exactly.
 
-    Stored columns are taken out of X whole and multiplied in floats, all others in int8 with exact integer sums.
-    `inputs` says how X is quantized: "zeropoint" (half of absmax's error or less) or "absmax". `device` is the GPU if
-    there is one, as for transformers' own int8 models. `dtype`, of what is not int8, is that of the config. The model
-    is in eval mode and for inference; bitsandbytes is not needed.
+    Stored columns are removed from X and multiplied in floats, all others in int8 with exact integer sums. `inputs`
+    says how X is quantized: "zeropoint" (at most half the error of absmax) or "absmax". `device` defaults to the GPU if
+    there is one, as for transformers' own int8 models. `dtype` applies to everything that is not int8 and defaults to
+    the dtype in the config. The model is in eval mode and for inference only. bitsandbytes is not needed.
 
-    Raises MissingExtraError without transformers, UnsupportedModelError for what is not a conversion or has no class in
-    transformers, CheckpointError for tensors that do not fit.
+    Raises MissingExtraError without transformers, UnsupportedModelError if the directory is not a conversion or
+    transformers has no class for the model, CheckpointError for tensors that do not fit.
     """
     _require_extra()
     stored = StoredModel(Path(directory))
@@ -67,7 +67,7 @@ def _require_extra() -> None:
 
 
 def _config(directory: Path) -> Any:
-    """The model's config, without the mark that would have another quantizer load it."""
+    """The model's config without its quantization_config, which would make transformers use another quantizer."""
     try:
         config = read_config(directory)
         model_class_of(config)
@@ -106,7 +106,7 @@ def _load(
 
 
 def _generation_config(model_class: Any, directory: Path) -> Any:
-    """Where transformers looks for it: in a file of its own, or for older models in config.json."""
+    """From generation_config.json or, for older models, from config.json: the places where transformers looks."""
     from transformers import GenerationConfig
 
     if not model_class.can_generate():
@@ -118,7 +118,7 @@ def _generation_config(model_class: Any, directory: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Replacing:
-    """Puts an Int8Linear where a model has a linear layer that is stored in int8."""
+    """Replaces each linear layer that is stored in int8 by an Int8Linear."""
 
     linears: tuple[StoredLinear, ...]
     inputs: InputScheme
@@ -154,7 +154,7 @@ class _Replacing:
 
 
 def _modules_of(model: Any, linears: Mapping[str, StoredLinear]) -> dict[str, StoredLinear]:
-    """The linears by their modules' names in the model; those of a head that this model does not have are left out."""
+    """The linears by the names of their modules in the model. Linears of a head that the model lacks are left out."""
     found: dict[str, StoredLinear] = {}
     for weight_name, target in name_targets(model, linears).items():
         module_name, _, leaf = target.rpartition(".")
@@ -168,16 +168,16 @@ def _modules_of(model: Any, linears: Mapping[str, StoredLinear]) -> dict[str, St
 
 @cache
 def _registered() -> Any:
-    """The config class of our quantizer, which is made known to transformers once.
+    """The config class of our quantizer, which is registered with transformers once.
 
-    A quantizer is what transformers' loader calls between building a model and reading its weights.
+    transformers calls a quantizer after it has built a model and before it reads the weights.
     """
     from transformers.quantizers.auto import register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Int8cliConfig(QuantizationConfigMixin):
-        """What a loaded model's config says of its quantization."""
+        """The quantization_config of a loaded model."""
 
         def __init__(self, replacing: _Replacing | None = None) -> None:
             self.quant_method: Any = _METHOD
@@ -188,7 +188,7 @@ def _registered() -> Any:
 
     @register_quantizer(_METHOD)
     class Int8cliQuantizer(HfQuantizer):
-        """Replaces layers, and says that the tensors come quantized and cannot be saved from here."""
+        """Replaces the layers. The weights are already quantized, and the model cannot be saved or trained."""
 
         requires_calibration = False
 

@@ -1,6 +1,6 @@
-"""A converted directory as a state dict whose tensors are read when a loader asks for them.
+"""A converted directory as a state dict. Each tensor is read when a loader asks for it.
 
-Owns which linear layers are int8, and how the layouts' scales become row_absmax. Knows no model.
+Owns which linear layers are int8, and how the scales of each layout become row_absmax. Does not know about models.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
 
 
 class LoadedTensor:
-    """A tensor that is read when a loader slices it, as loaders slice those of safetensors."""
+    """A tensor that is read when a loader slices it, like those of safetensors."""
 
     def __init__(self, read: Callable[[], Tensor], dtype: str) -> None:
         self._read, self._dtype = read, dtype
@@ -31,13 +31,13 @@ class LoadedTensor:
         return self._read()
 
     def get_dtype(self) -> str:
-        """The dtype as safetensors calls it."""
+        """The dtype by its safetensors name."""
         return self._dtype
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLinear:
-    """A linear layer in int8, by its name in the checkpoint; `columns_dtype` as safetensors calls it."""
+    """A linear layer in int8, by its name in the checkpoint. `columns_dtype` is a safetensors name."""
 
     name: str
     in_features: int
@@ -51,10 +51,10 @@ class StoredLinear:
 
 
 class StoredModel:
-    """The tensors of a converted directory. Close it when they have been read."""
+    """The tensors of a converted directory. Close it after reading them."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ModelNotFoundError, UnsupportedModelError where nothing is int8, CheckpointError for bad columns."""
+        """Raises ModelNotFoundError, UnsupportedModelError if nothing is int8, CheckpointError for bad columns."""
         if not directory.is_dir():
             raise ModelNotFoundError(f"{directory} is not a directory", hint="Give a directory that convert wrote.")
         source = DirectorySource(directory)
@@ -75,11 +75,11 @@ class StoredModel:
 
     @property
     def float_specs(self) -> Mapping[str, TensorSpec]:
-        """The weights that were left in floats, which tell the model's dtype."""
+        """The weights that are not int8. Their dtype is the model's."""
         return {name: spec for name, spec in self._converted.specs.items() if spec.dtype in QUANTIZABLE_DTYPES}
 
     def state_dict(self) -> dict[str, LoadedTensor]:
-        """Every tensor by its name in the checkpoint; those of int8 layers as Int8Linear calls them."""
+        """Every tensor by its name in the checkpoint, and those of int8 layers by their names in Int8Linear."""
         found = {name: self._tensor(name, spec.dtype) for name, spec in self._converted.specs.items()}
         for linear in self.linears:
             found[f"{linear.name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")

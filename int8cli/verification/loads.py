@@ -1,7 +1,8 @@
-"""Whether transformers takes the output: the model is laid out on the meta device, without weights or foreign code.
+"""Checks that transformers can load the output. It builds the model on the meta device, without weights.
 
-Owns the use of transformers. The loader itself does the work, with its own quantizer, renamings and conversions: it is
-given empty tensors of the names, dtypes and shapes that the output holds, and says which found no place.
+Owns the use of transformers. The loader does the work, with its own quantizer, renamings and conversions: it gets empty
+tensors with the names, dtypes and shapes of the output, and reports those it cannot use. Code in the model's repository
+is never run.
 """
 
 import contextlib
@@ -19,12 +20,12 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 
 NAME = "loads"
 _READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
-# What each layout's loader consists of, by the names that are imported.
+# The packages that the loader of each layout needs, by their import names.
 _PACKAGES = {
     "bitsandbytes": ("transformers", "accelerate", "bitsandbytes"),
     "compressed-tensors": ("transformers", "accelerate", "compressed_tensors"),
@@ -32,12 +33,12 @@ _PACKAGES = {
 
 
 class _UnknownModelError(Exception):
-    """This transformers has no class of its own for the model."""
+    """The installed transformers has no class for the model."""
 
 
 @dataclass(frozen=True, slots=True)
 class _LaidOut:
-    """A model on the meta device, and what of it and of the tensors did not find the other, by the loader's names."""
+    """A model on the meta device, with the loader's lists of parameters and tensors that do not match."""
 
     model: Any
     missing: frozenset[str]
@@ -46,25 +47,25 @@ class _LaidOut:
 
 
 def absent_packages(layout: str) -> list[str]:
-    """What the loader of a layout consists of and is not installed here. Imports nothing."""
+    """The packages that the loader of a layout needs and that are not installed. Imports nothing."""
     return [name for name in _PACKAGES[layout] if importlib.util.find_spec(name) is None]
 
 
 def is_imported(layout: str) -> bool:
-    """Whether this process has imported the loader of a layout already."""
+    """Whether this process has already imported the loader of a layout."""
     return all(sys.modules.get(name) is not None for name in _PACKAGES[layout])
 
 
 def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) -> Check:
-    """Lay the model out as `from_pretrained` would; every tensor must find its module, every module its tensors.
+    """Build the model with `from_pretrained`. Every tensor must have a module, and every module its tensors.
 
-    What a model of this class does not find in the source either, or does not take from it, is no failure. All that
-    the loader consists of must be installed.
+    Differences that also occur when the source is loaded are not failures. The packages of the loader must be
+    installed.
     """
     with _silence():
         try:
             import transformers
-        except Exception as error:  # an installation that is broken says nothing of the model
+        except Exception as error:  # a broken installation says nothing about the model
             return Check.not_made(NAME, f"transformers cannot be imported here: {_first_line(error)}")
         loader = f"transformers {transformers.__version__}"
         held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
@@ -76,13 +77,13 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             return Check.not_made(NAME, f"{loader} {error}; the model's own code is not run")
         except ImportError as error:
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
-        except Exception as error:  # whatever the loader raises, it would raise at the user
+        except Exception as error:  # whatever the loader raises here, users would see too
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
         source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
     landed, failures = _compare(laid_out, source, {spec.name: spec.dtype for spec in held})
-    if failures and not reads:  # some versions pass over what they do not know
+    if failures and not reads:  # some versions ignore tensors that they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
     detail = f"{loader}, {model_class.__name__}: {landed:,} of {wanted:,} int8 layers in place"
@@ -109,7 +110,7 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
 
 
 def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
-    """What `from_pretrained` makes of these tensors, all of them on the meta device."""
+    """The model that `from_pretrained` builds from these tensors, all of them on the meta device."""
     import torch
 
     from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
@@ -131,7 +132,7 @@ def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _Lai
 
 
 def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
-    """The same for the source as it was; one that the loader would refuse excuses nothing."""
+    """The same for the source. If the loader rejects the source, there are no differences to subtract."""
     plain = type(config).from_dict({**config.to_dict(), "quantization_config": None})
     del plain.quantization_config
     try:
@@ -141,7 +142,7 @@ def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec])
 
 
 def _compare(output: _LaidOut, source: _LaidOut, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
-    """How many modules hold int8, and what of the output did not find its place though the source's did."""
+    """The number of int8 modules, and the differences of the output that the source does not have."""
     failures = [(name, "is missing, but the model needs it") for name in sorted(output.missing - source.missing)]
     for name in sorted(output.unexpected):
         if not any(name.startswith(unused) for unused in source.unexpected):
@@ -154,10 +155,10 @@ def _compare(output: _LaidOut, source: _LaidOut, dtypes: Mapping[str, str]) -> t
 
 
 def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
-    """Each weight that is in int8 on either side, the file's or the loader's, and what is wrong with it if anything.
+    """Each weight that is int8 in the file or for the loader, and what is wrong with it, None if nothing is.
 
-    `dtypes` are those of the output's tensors. They stand above those of the model: a parameter on the meta device may
-    keep the dtype that it was laid out in (transformers 5.0.0).
+    `dtypes` are those of the output's tensors. They take precedence over those of the model: transformers 5.0.0 leaves
+    a parameter on the meta device in the dtype that the class gave it.
     """
     import torch
 
@@ -173,13 +174,13 @@ def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str |
             if takes_int8 and name == "weight":
                 wanted = (module.out_features, module.in_features)
                 if dtype != torch.int8:
-                    yield full_name, f"is {dtype}, where the loader puts int8"
+                    yield full_name, f"is {dtype}, but the loader expects int8"
                 elif tuple(parameter.shape) != wanted:
                     yield full_name, f"is {list(parameter.shape)}, the model needs {list(wanted)}"
                 else:
                     yield full_name, None
             elif dtype == torch.int8:
-                yield full_name, f"is int8, which a {type(module).__name__} does not take"
+                yield full_name, f"is int8, which a {type(module).__name__} does not support"
 
 
 def _first_line(error: Exception) -> str:
@@ -189,7 +190,7 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the loader's own reports from the terminal: what matters of them becomes failures."""
+    """Hide the loader's own messages. The relevant ones become failures."""
     logging.disable(logging.CRITICAL)
     try:
         nowhere = io.StringIO()

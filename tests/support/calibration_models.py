@@ -11,7 +11,7 @@ from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import survey_source
 from int8cli.progress import SILENT, Progress
 from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny

@@ -18,12 +18,12 @@ from int8cli.commands.convert import settings_of
 from int8cli.conversion.column_source import NoColumns, RunTask
 from int8cli.conversion.convert import ConversionRun
 from int8cli.conversion.convert import convert as convert_shards
+from int8cli.planning.decisions import Decision, PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import sidecar_specs
-from int8cli.planning.plan import Decision, PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT
-from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.report.card import render_card
 from int8cli.results.stored_columns import StoredColumn, StoredColumns
 

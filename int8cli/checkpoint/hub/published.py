@@ -1,8 +1,8 @@
-"""What the Hub says of a file before its bytes: the commit, the size, the digest.
+"""The Hub's metadata of a file: commit, size and digest.
 
-Owns which answer of a chain of redirects says it: the Hub's own, never that of the storage to which the Hub sends a
-client for the bytes. huggingface_hub tells the two apart by host or origin, a rule that differs from release to release
-and takes storage behind the Hub's own name for the Hub; the digest is then lost without a word.
+Owns which answer in a chain of redirects is used: the Hub's own, never that of the storage that serves the bytes.
+huggingface_hub distinguishes the two by host or origin. Its rule differs between releases, and mistakes storage under
+the Hub's own name for the Hub; the digest is then silently missing.
 """
 
 import re
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from int8cli.checkpoint.hub.failures import OddAnswerError
-from int8cli.checkpoint.hub.requests import RemoteFile, odd_answers, raise_for_status
+from int8cli.checkpoint.hub.failures import MalformedAnswerError
+from int8cli.checkpoint.hub.requests import RemoteFile, malformed_answers, raise_for_status
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 _SHA1 = re.compile(r"[0-9a-f]{40}")
@@ -26,10 +26,10 @@ _LINKED_SIZE = "X-Linked-Size"
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What the Hub says of a file: its size, and its etag.
+    """The Hub's size and etag of a file.
 
-    That is the sha256 of a file in LFS, and of another the sha1 that git gives a blob of its bytes; other servers have
-    other etags, which say nothing of the bytes.
+    The etag is the sha256 of a file in LFS, and the sha1 of the git blob for other files. Etags of other servers say
+    nothing about the bytes.
     """
 
     size_bytes: int
@@ -46,7 +46,7 @@ class Published:
 
 @dataclass(frozen=True, slots=True)
 class FileAnswer:
-    """What a server says of a file: None, or an empty etag, where it says nothing."""
+    """A server's metadata of a file. What it does not send is None, or an empty etag."""
 
     commit: str | None
     size_bytes: int | None
@@ -54,14 +54,14 @@ class FileAnswer:
 
 
 def ask(remote: RemoteFile) -> FileAnswer:
-    """One HEAD, and those of its redirects that lead to the file's own description.
+    """Send a HEAD, and follow redirects up to the answer that describes the file.
 
-    A redirect that names the digest of what it leads to (`X-Linked-Etag`) is that description. One within a server is
-    followed, to a repository's new name say; one to another server only if it names no commit, and without the token.
-    Raises huggingface_hub's errors, or OddAnswerError for redirects that do not end.
+    A redirect with the digest of its target (`X-Linked-Etag`) is that answer. Redirects within a server are followed,
+    for example to a repository's new name. One to another server is followed only if it has no commit, and without the
+    token. Raises huggingface_hub's errors, or MalformedAnswerError for endless redirects.
     """
-    url, headers = remote.url, {**remote.headers, "Accept-Encoding": "identity"}  # the file's size, not that of a zip
-    with odd_answers():
+    url, headers = remote.url, {**remote.headers, "Accept-Encoding": "identity"}  # the size without compression
+    with malformed_answers():
         for _ in range(_REDIRECTS):
             response = _head(url, headers, remote.timeout_s)
             if not response.has_redirect_location or _LINKED_ETAG in response.headers:
@@ -72,7 +72,7 @@ def ask(remote: RemoteFile) -> FileAnswer:
                     return _answer_of(response)
                 headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
             url = target
-    raise OddAnswerError("the server redirects without end")
+    raise MalformedAnswerError("the server redirects without end")
 
 
 def _head(url: str, headers: Mapping[str, str], timeout_s: float) -> Any:
