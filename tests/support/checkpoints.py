@@ -437,7 +437,8 @@ def convert_storing(
         most = max(counts.values(), default=0)
         settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
         run = ConversionRun(output, options.on_nonfinite, threads=options.threads or 2)
-        return ConversionResult(output, convert_shards(source, found, settings, run, render_card, SILENT, columns))
+        report = convert_shards(source, found, settings, run, render_card, SILENT, columns)
+        return ConversionResult(output, report, seconds=0.0, peak_memory_bytes=None)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
