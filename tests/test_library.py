@@ -50,7 +50,7 @@ COMMANDS = {
     "verify": VerifyOptions,
 }
 # What the command line shows or writes with what the library found, and what it is about.
-OF_THE_COMMAND_LINE = {"as_json", "directory", "dry_run", "model", "output", "quiet"}
+OF_THE_COMMAND_LINE = {"as_json", "details", "directory", "dry_run", "model", "output", "quiet"}
 
 
 @pytest.fixture(scope="module")
