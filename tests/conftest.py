@@ -1,5 +1,5 @@
-"""What every test shares: a Hub client that cannot see this machine's cache, token or network settings, Ctrl-C, and a
-nursery of processes for each module that asks for one.
+"""What all tests share: a Hub client that ignores this machine's cache, token and settings, a working Ctrl-C, and a
+nursery of processes for each module that uses one.
 """
 
 import os
@@ -16,7 +16,7 @@ from int8cli.machine.speed import Speed, remember
 if TYPE_CHECKING:
     from support.program import Nursery
 
-# huggingface_hub reads these when it is first imported, so they are set before any test module can import it.
+# huggingface_hub reads these when it is first imported, so they are set before any test module imports it.
 _home = tempfile.TemporaryDirectory(prefix="int8cli-hf-home-")
 for _name in (
     "HF_TOKEN",
@@ -33,7 +33,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["XDG_CACHE_HOME"] = os.path.join(_home.name, "cache")
 remember(Speed(bfloat16=1e11, float16=1e10, float32=5e10, quantized_bytes=4e9), cache_directory())
 
-# A shell gives what it runs in the background an ignored SIGINT, and every process started from there with it.
+# A shell ignores SIGINT for background jobs, and all their child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -1,4 +1,4 @@
-"""The program as a user meets it: what it prints where, how it ends, and what it says when asked the wrong thing."""
+"""The program as users see it: what it prints to stdout and stderr, its exit codes, and errors of usage."""
 
 import fcntl
 import json
@@ -34,7 +34,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Large enough for an interrupt to land in the midst."""
+    """A checkpoint that is large enough to interrupt its conversion."""
     directory = tmp_path_factory.mktemp("large") / "model"
     return llama(directory, layers=6, hidden=768, intermediate=2048, vocabulary=2048, shards=6)
 
@@ -46,7 +46,7 @@ def plain(text: str) -> str:
 # Results and exit codes
 
 
-def test_stdout_is_the_report_and_stderr_a_line_a_shard(model: Path) -> None:
+def test_stdout_is_the_report_and_stderr_has_a_line_per_shard(model: Path) -> None:
     outcome = run(*CONVERT, "model", cwd=model.parent)
     assert outcome.code == 0
     first, *lines = outcome.err.splitlines()
@@ -143,7 +143,7 @@ def test_the_next_commands_are_to_be_copied(model: Path, nursery: Nursery) -> No
 
 
 @pytest.mark.parametrize("options", [["--quiet"], ["-q"], ["-q", "--json"], ["-q", "--dry-run"]])
-def test_quiet_leaves_only_what_was_asked_for(options: list[str], model: Path, nursery: Nursery) -> None:
+def test_quiet_shows_only_the_requested_output(options: list[str], model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", *options, cwd=model.parent)
     assert (outcome.code, outcome.err) == (0, "")
     assert bool(outcome.out) == ("--json" in options)
@@ -156,7 +156,7 @@ def test_quiet_errors_still_show(nursery: Nursery, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: Path, nursery: Nursery) -> None:
+def test_a_dry_run_writes_nothing_and_shows_the_size(options: list[str], model: Path, nursery: Nursery) -> None:
     before = tree(model.parent)
     outcome = nursery.run(*CONVERT, "model", "--dry-run", *options, cwd=model.parent)
     assert (outcome.code, outcome.err) == (0, "")
@@ -174,14 +174,14 @@ def test_a_dry_run_writes_nothing_and_knows_the_size(options: list[str], model: 
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
-def test_a_pattern_that_matches_nothing_is_warned_of(options: list[str], model: Path, nursery: Nursery) -> None:
+def test_a_pattern_that_matches_nothing_gives_a_warning(options: list[str], model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", "--skip", "*.donw_proj", *options, cwd=model.parent)
     assert outcome.code == 0
     assert "warning: no module matches '*.donw_proj'" in outcome.err
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--dry-run"], ["--dry-run", "--json"]])
-def test_a_reader_that_goes_away_is_no_traceback(options: list[str], model: Path) -> None:
+def test_a_closed_pipe_gives_no_traceback(options: list[str], model: Path) -> None:
     command = shlex.join([sys.executable, "-m", "int8cli", "convert", "model", "--outliers", "none", *options])
     done = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1"], cwd=model.parent, env=environment(), capture_output=True, text=True
@@ -243,7 +243,7 @@ def test_wrong_usage_says_what_would_be_right(args: list[str], words: list[str],
     assert not (model.parent / "model-int8").exists()
 
 
-def test_a_device_that_is_not_there_is_said(model: Path, nursery: Nursery) -> None:
+def test_a_missing_device_is_an_error(model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", "--device", "cuda", cwd=model.parent, env={"CUDA_VISIBLE_DEVICES": ""})
     assert outcome.code == 2
     assert "no CUDA device" in outcome.err
@@ -308,7 +308,7 @@ def test_the_help_of_every_command_is_plain_text() -> None:
     ("typed", "completed"),
     [("int8cli con", "convert"), ("int8cli convert --lay", "--layout"), ("int8cli convert mod", "model/")],
 )
-def test_the_shell_completes_what_was_typed(typed: str, completed: str, model: Path) -> None:
+def test_the_shell_completes_paths(typed: str, completed: str, model: Path) -> None:
     asked = {"_INT8CLI_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     shown = subprocess.run(
         [sys.executable, "-c", "from int8cli.cli import app; app(prog_name='int8cli')"],
@@ -333,7 +333,7 @@ def test_the_shell_completes_what_was_typed(typed: str, completed: str, model: P
         ("..", "above-int8"),
     ],
 )
-def test_the_output_is_named_after_the_model_and_lies_here(
+def test_the_default_output_is_named_after_the_model(
     name: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = tmp_path / "above" / "here"
@@ -379,7 +379,7 @@ def on_terminal(*args: str, cwd: Path, **env: str) -> tuple[int, str]:
 def read_from_terminal(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # how a terminal says that nobody writes to it any more
+    except OSError:  # raised by a terminal after its last writer has closed it
         return b""
 
 
@@ -413,7 +413,7 @@ def group_exists(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
+def test_an_interrupt_ends_the_run_cleanly_and_the_next_run_resumes(
     workers: str, large: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     process = start(*CONVERT, large, "-o", "out", "--workers", workers, cwd=tmp_path)
@@ -433,7 +433,7 @@ def test_an_interrupt_ends_the_run_in_peace_and_the_next_goes_on(
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.2])  # before, and while the first of them is waited for
-def test_an_interrupt_while_workers_start_is_no_traceback(pause_s: float, large: Path, tmp_path: Path) -> None:
+def test_an_interrupt_while_workers_start_gives_no_traceback(pause_s: float, large: Path, tmp_path: Path) -> None:
     process = start(*CONVERT, large, "-o", "out", "--workers", "2", cwd=tmp_path)
     wait_until(lambda: (tmp_path / "out/LICENSE").exists())
     time.sleep(pause_s)

@@ -146,7 +146,7 @@ def test_nonsense_is_a_usage_error(arguments: tuple[str, str], nursery: Nursery,
     assert not outcome.out
 
 
-def test_a_cache_that_is_not_understood_is_said_to_be(nursery: Nursery, tmp_path: Path) -> None:
+def test_an_unknown_cache_is_reported_as_unknown(nursery: Nursery, tmp_path: Path) -> None:
     config = {"model_type": "novel", "layer_types": ["lightning"]}
     save_by_hand(tmp_path, {"layers.0.fc.weight": torch.ones(8, 8), "layers.0.fc.bias": torch.ones(8)}, config)
     shown = estimate(nursery, tmp_path, cwd=tmp_path)
@@ -221,7 +221,7 @@ def test_a_gated_model_opens_with_a_token_and_not_without(user: User, published:
     assert document(user.estimate("--json", HF_TOKEN="hf_secret"))["files"] == 4
 
 
-def test_a_file_that_fails_for_good_is_named(user: User, published: Path) -> None:
+def test_a_file_that_fails_permanently_is_named(user: User, published: Path) -> None:
     user.hub.add_repo(REPO, published)
     user.hub.fail("model-00003-of-00004.safetensors", Fault(status=403, times=1000))
     outcome = user.estimate()
@@ -229,7 +229,7 @@ def test_a_file_that_fails_for_good_is_named(user: User, published: Path) -> Non
     assert "model-00003-of-00004.safetensors" in outcome.err
 
 
-def test_a_model_that_is_not_there_is_an_error_with_a_hint(nursery: Nursery, tmp_path: Path) -> None:
+def test_a_missing_model_is_an_error_with_a_hint(nursery: Nursery, tmp_path: Path) -> None:
     outcome = estimate(nursery, "./nothing-here", cwd=tmp_path)
     assert outcome.code == 1
     assert "hint:" in outcome.err

@@ -1,7 +1,6 @@
-"""From what the user calls a model to the source that holds it.
+"""Finds and opens the source that a MODEL argument names.
 
-Owns the question whether an argument means something on this machine or a repository on the Hub, and the end of what
-it opens.
+Owns the decision whether an argument is a path on this machine or a repository on the Hub, and closes what it opens.
 """
 
 import difflib
@@ -55,6 +54,7 @@ def open_source(
         retry=RetryPolicy(patience_s=retry_for_s),
         on_bytes=on_bytes,
         on_wait=on_wait,
+        download_below=output if output is not None and download_dir.is_relative_to(output) else None,
         probably_a_path=probably_a_path,
     )
     source = HubSource(model, revision, options)
@@ -90,7 +90,7 @@ def opened_source(
     retry_for_s: float | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Source]:
-    """The source that `model` names, closed in the end; `progress` is told of transfers. Raises as `open_source`."""
+    """The source that `model` names, closed at the end. `progress` shows transfers. Raises as `open_source` does."""
     transfers = _Transfers(progress)
     source = open_source(
         model,
@@ -110,7 +110,7 @@ def opened_source(
 
 
 class _Transfers:
-    """Tells a progress of transfers, as a task without known parts that begins with the first byte."""
+    """Reports transfers to a progress, as a task that begins with the first byte and whose parts are not known."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -120,7 +120,7 @@ class _Transfers:
 
     def received(self, file: str, count: int) -> None:
         with self._lock:
-            if not self._open:  # a stalled transfer in the background outlasts its source
+            if not self._open:  # a stalled transfer in the background may outlive its source
                 return
             if not self._begun:
                 self._progress.begin(DOWNLOAD, {})
@@ -158,7 +158,7 @@ def _hint_for(model: str, path: Path) -> str:
 
 
 def _close_names(path: Path) -> list[str]:
-    """What lies beside `path` under nearly its name, written as the user wrote the path."""
+    """Files and directories beside `path` with similar names, spelled as the user spelled the path."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or is_weight_name(entry.name)]
     except OSError:

@@ -7,7 +7,7 @@ never blocks a later one.
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -88,15 +88,27 @@ def locked(output: Path, own: Path) -> Iterator[int]:
 
 
 def _lock(output: Path, own: Path) -> int:
-    while True:
+    def open_own() -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
-            descriptor = open_real_directory(own)
-        lock_or_close(descriptor, _in_use(output), _IN_USE_HINT)
+            return open_real_directory(own)
+
+    return lock_by_name(own, open_own, _in_use(output), _IN_USE_HINT)
+
+
+def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:
+    """Open and lock a file or directory that its last holder may have removed. Returns its descriptor.
+
+    A file that has lost its name does not lock out the next process, which would create and lock another. Raises as
+    `lock_or_close`.
+    """
+    while True:
+        descriptor = open_it()
+        lock_or_close(descriptor, in_use, hint)
         is_current = False
         try:
-            with disk_errors(own):
-                is_current = _is_current(own, descriptor)
+            with disk_errors(path):
+                is_current = _is_current(path, descriptor)
         finally:
             if not is_current:  # the previous run removed it after it was opened here, or that could not be checked
                 os.close(descriptor)

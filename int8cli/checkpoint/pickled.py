@@ -71,7 +71,7 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
 def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     records = ZipRecords(file, file_name, file_bytes)
     pickle = _checked_pickle(records, file_name)
-    plain = _plain_tensors(records, pickle)
+    plain = _plain_tensors(records, pickle, file_name)
     if plain is not None:
         return ShardContents(file_name, _in_file_order(plain), {}, file_bytes)
     _check_bounds(io.BytesIO(pickle), file_name)
@@ -85,6 +85,7 @@ def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
         record = storages.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
         if record is None:
             raise CheckpointError(f"{file_name}: tensor {name!r} was saved without its data")
+        _require_whole(name, record, tensor.untyped_storage().nbytes(), file_name)
         stored.append(_stored_tensor(spec, tensor, record.offset_bytes, record.size_bytes, file_name))
     return ShardContents(file_name, _in_file_order(stored), {}, file_bytes)
 
@@ -120,7 +121,7 @@ def _checked_pickle(records: ZipRecords, file_name: str) -> bytes:
     return records.read("data.pkl", _PICKLE_LIMIT_BYTES)
 
 
-def _plain_tensors(records: ZipRecords, pickle: bytes) -> list[StoredTensor] | None:
+def _plain_tensors(records: ZipRecords, pickle: bytes, file_name: str) -> list[StoredTensor] | None:
     """The tensors of a plain state dict; None for an archive that torch must read."""
     try:
         tensors = read_state_dict(pickle)
@@ -132,11 +133,22 @@ def _plain_tensors(records: ZipRecords, pickle: bytes) -> list[StoredTensor] | N
         if record is None or tensor.dtype not in DTYPES or not (tensor.is_row_major or tensor.is_column_major):
             return None
         spec = TensorSpec(name, DTYPES[tensor.dtype], tensor.shape)
+        _require_whole(name, record, tensor.storage_bytes, file_name)
         begin = tensor.offset * (DTYPE_BITS[spec.dtype] // 8)
         if begin + spec.nbytes > record.size_bytes:
             return None
         stored.append(StoredTensor(spec, record.offset_bytes + begin, not tensor.is_row_major))
     return stored
+
+
+def _require_whole(name: str, record: ZipRecord, storage_bytes: int, file_name: str) -> None:
+    """Raise CorruptShardError for a storage that is not as large as the pickle has it, which torch refuses too."""
+    if record.size_bytes != storage_bytes:
+        raise CorruptShardError(
+            f"{file_name}: the storage of tensor {name!r} has {record.size_bytes:,} bytes, its pickle says "
+            f"{storage_bytes:,}",
+            hint=GET_IT_AGAIN,
+        )
 
 
 def _check_bounds(file: BinaryIO | BoundedReader, file_name: str) -> None:

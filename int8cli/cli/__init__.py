@@ -13,7 +13,17 @@ from typing import Annotated
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert, env, estimate_memory, evaluate, inspect_outliers, status, verify
+from int8cli.cli import (
+    convert,
+    dequantize,
+    env,
+    estimate_memory,
+    evaluate,
+    generate,
+    inspect_outliers,
+    status,
+    verify,
+)
 from int8cli.cli.signals import end_on_signals
 from int8cli.report.text import PrintableStream
 
@@ -68,6 +78,8 @@ _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLE
 _add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
 _add("verify", verify.verify, verify.EXAMPLES)
 _add("evaluate", evaluate.evaluate, evaluate.EXAMPLES, evaluate.METHODS_HELP)
+_add("generate", generate.generate, generate.EXAMPLES)
+_add("dequantize", dequantize.dequantize, dequantize.EXAMPLES)
 _add("status", status.status, status.EXAMPLES)
 _add("env", env.env, env.EXAMPLES)
 

@@ -30,6 +30,10 @@ CONVERT: Hints = {
     errors.NoSuspectsError: "--outliers activations runs the model, --outliers none stores no columns.",
     errors.WorkerLostError: "--workers N sets their number.",
 }
+DEQUANTIZE: Hints = {
+    errors.DiskSpaceError: "--output OUT can be on another disk.",
+    errors.OutputError: "--output OUT names another directory.",
+}
 ESTIMATE_MEMORY: Hints = {}
 INSPECT_OUTLIERS: Hints = {
     errors.CannotRunError: _FROM_WEIGHTS,
@@ -43,6 +47,10 @@ INSPECT_OUTLIERS: Hints = {
 VERIFY: Hints = {}
 STATUS: Hints = {}
 ENV: Hints = {}
+GENERATE: Hints = {
+    errors.NotEnoughMemoryError: "--max-memory cpu=SIZE sets what weights may take, --device cpu needs no GPU.",
+    errors.ReferenceModelError: "--compare SOURCE names the model that was converted.",
+}
 EVALUATE: Hints = {
     errors.NotEnoughMemoryError: _SMALLER_RUN,
     errors.OutputError: _PLACES,

@@ -26,6 +26,13 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class InputsScheme(enum.StrEnum):
+    """How the inputs of a linear layer become int8."""
+
+    zeropoint = "zeropoint"
+    absmax = "absmax"
+
+
 def parse_duration(text: str | float) -> float:
     """`90s`, `30m`, `12h`, `2d`, or seconds without a unit, in seconds."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(text))
@@ -51,6 +58,15 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hub id (org/name), a directory, or one checkpoint file.",
+        autocompletion=complete_path,
+        show_default=False,
+    ),
+]
+ConvertedDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that int8cli convert wrote.",
         autocompletion=complete_path,
         show_default=False,
     ),

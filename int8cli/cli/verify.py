@@ -1,14 +1,13 @@
 """`int8cli verify`."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
-from int8cli.cli.options import Device, Json, Quiet, RetryFor, complete_path
+from int8cli.cli.options import ConvertedDirectory, Device, Json, Quiet, RetryFor
 from int8cli.commands.options import RETRY_FOR_S, VerifyOptions
 from int8cli.errors import OutputError
 
@@ -18,15 +17,6 @@ int8cli verify ./my-model-int8 --source ./my-model
 int8cli verify ./name-int8 --source org/name --json > verification.json
 """
 
-Directory = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR",
-        help="A directory that int8cli convert wrote.",
-        autocompletion=complete_path,
-        show_default=False,
-    ),
-]
 SourceModel = Annotated[
     str | None,
     typer.Option("--source", metavar="MODEL", help="Convert this model again and compare: a Hub id or a directory."),
@@ -40,7 +30,7 @@ Where = Annotated[Device, typer.Option(help="Device to quantize on, with --sourc
 
 @shows_errors(hints.VERIFY)
 def verify(
-    directory: Directory,
+    directory: ConvertedDirectory,
     source: SourceModel = None,
     revision: SourceRevision = None,
     device: Where = Device.cpu,

@@ -5,8 +5,8 @@ columns, only the workers need torch.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.columns.foreseen import TOKENIZER_FILES
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
@@ -23,7 +23,7 @@ def column_strategies(
     source: Source,
     survey: Survey,
     settings: Settings,
-    state_directory: Path,
+    state_directory: OwnPath,
     note: Callable[[str], None],
 ) -> Iterator[ColumnStrategy]:
     """The strategies that look possible. Each may still fail with one of the errors in CANNOT_CALIBRATE.
@@ -64,7 +64,7 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 
 
 def _from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
 ) -> ColumnStrategy:
     """Raises the errors of a calibration that config.json and file names already show."""
     if not TOKENIZER_FILES & set(source.list_files()):

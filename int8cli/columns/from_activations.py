@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.columns.foreseen import planned_calibration
 from int8cli.columns.from_statistics import StatisticsColumns
@@ -29,7 +30,7 @@ from int8cli.workers.torch_threads import torch_threads
 
 
 def strategy_from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
 ) -> ColumnStrategy:
     """Choose by a calibration. Raises TextError, and the errors that config.json and file names already show."""
     _require_text_model(survey)
@@ -39,7 +40,8 @@ def strategy_from_activations(
         sampling,
         settings.threshold or CalibrateOptions().threshold,
         wanted.device,
-        state_directory / "blocks",
+        (state_directory / "blocks").path,
+        state_directory.below,
         leave_state=True,
         stored_columns=wanted.limit,
     )

@@ -14,6 +14,7 @@ from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.lock import refuse_if_in_use
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.columns.choose import column_strategies
 from int8cli.columns.foreseen import foreseen_settings, may_run
@@ -154,7 +155,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         workers = options.workers or choose_workers(survey, options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
-        yield _Job(source, survey, settings, wanted, run, store.calibration_directory, progress)
+        yield _Job(source, survey, settings, wanted, run, OwnPath(store.calibration_directory, output), progress)
 
 
 def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
@@ -174,7 +175,7 @@ class _Job:
     settings: Settings
     wanted: ColumnsWanted
     run: ConversionRun
-    state: Path
+    state: OwnPath
     progress: Progress
 
     def plan(self) -> ConversionPlan:

@@ -128,6 +128,40 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """What to say, and where to run.
+
+    - `raw`: continue the prompt as it is, without the tokenizer's chat template.
+    - `max_new_tokens`: most tokens to generate.
+    - `temperature`: of sampling; 0 takes the likeliest token each time. `seed`: of sampling.
+    - `inputs`: how inputs become int8.
+    - `device`: where to run; None is the GPU if there is one.
+    - `max_memory`: most memory for weights, as "cpu=8GB" or, for the GPU, "0=10GB"; what does not fit is read from the
+      disk for each token. Empty: four fifths of what is free.
+    - `compare`: the 16-bit model to run on the same prompt, a directory or a Hub id.
+    """
+
+    raw: bool = False
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    inputs: Literal["zeropoint", "absmax"] = "zeropoint"
+    device: DeviceName | None = None
+    max_memory: tuple[str, ...] = ()
+    compare: str | Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizeOptions:
+    """What to write.
+
+    - `dtype`: of all floats; None is the dtype that each tensor had in the source.
+    """
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluateOptions:
     """What to evaluate, and on what.
 

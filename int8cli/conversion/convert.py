@@ -34,7 +34,7 @@ from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardS
 from int8cli.records.manifest import MANIFEST_FILE
 from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import human_bytes
+from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
 
@@ -181,8 +181,9 @@ def _require_room(
     """
     for room in room_needed(source, survey, [shard.file for shard in remaining], output, peak_shard_bytes):
         if room.needed_bytes > room.free_bytes:
+            needed, free = told_apart(room.needed_bytes, room.free_bytes)
             raise DiskSpaceError(
-                f"{room.directory} needs {human_bytes(room.needed_bytes)}, {human_bytes(room.free_bytes)} free",
+                f"{room.directory} needs {needed}, {free} free",
                 hint="Free some space, or choose a directory on another disk.",
             )
 

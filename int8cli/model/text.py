@@ -17,6 +17,7 @@ from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
 
+_PUT_FILES = "Put the tokenizer files (tokenizer.json) in the directory of the weights."
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; the rest of a longer text is not read
 _LEAST_BYTES = 1 << 20
 _MOST_SPECIAL_TOKENS = 16  # what a tokenizer puts around a text
@@ -119,18 +120,17 @@ def load_tokenizer(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        usable = bool(tokenizer(_PROBE)["input_ids"]) and _knows_words(tokenizer)
+        has_words, returns_tokens = _has_words(tokenizer), bool(tokenizer(_PROBE)["input_ids"])
     except Exception as error:  # damaged or missing tokenizer files may raise anything
-        raise CannotRunError(
-            f"the tokenizer cannot be loaded: {_in_a_line(error)}",
-            hint="Put the tokenizer files (tokenizer.json) in the directory of the weights.",
-        ) from error
-    if not usable:
+        raise CannotRunError(f"the tokenizer cannot be loaded: {_in_a_line(error)}", hint=_PUT_FILES) from error
+    if not has_words:
+        raise CannotRunError("the tokenizer cannot be loaded: it has no vocabulary", hint=_PUT_FILES)
+    if not returns_tokens:
         raise CannotRunError("the tokenizer returns no tokens for text")
     return tokenizer
 
 
-def _knows_words(tokenizer: Any) -> bool:
+def _has_words(tokenizer: Any) -> bool:
     """False for a tokenizer without a vocabulary, which transformers 5.0.0 returns if the files are missing."""
     return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁"}) > 0
 

@@ -15,7 +15,7 @@ from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
 from int8cli.report.ways import ways_table
-from int8cli.results.units import counted, human_bytes, human_count
+from int8cli.results.units import counted, human_bytes, human_count, told_apart
 
 PLAN_SCHEMA = "int8cli.plan/1"
 
@@ -144,5 +144,5 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
 
 def _disk_line(room: Room) -> str:
     fits = "fits" if room.needed_bytes <= room.free_bytes else "[red]does not fit[/red]"
-    free = human_bytes(room.free_bytes)
+    _, free = told_apart(room.needed_bytes, room.free_bytes)
     return f"disk      {room.needed_bytes:>19,} bytes  {human_bytes(room.needed_bytes):>10}  {fits}: {free} free"

@@ -243,7 +243,7 @@ def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[Pas
         for comparison in comparisons:
             failures += comparison.differences()
     for name, place in result.non_finite.items():
-        failures.append(Failure(task.source.output, f"is in int8, but holds {place.value} in the source", name))
+        failures.append(Failure(task.source.output, f"is in int8, but contains {place.value} in the source", name))
     return result, failures
 
 
@@ -268,13 +268,13 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
         if decision.spec.name in result.non_finite:
             continue
         before = recorded[decision.module]
-        anew = layer_report(decision, task.planned.target, result, before.stored)
-        if replace(anew, sums=before.sums) != before:
+        recomputed = layer_report(decision, task.planned.target, result, before.stored)
+        if replace(recomputed, sums=before.sums) != before:
             yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
-        if anew.sums is None or before.sums is None:
+        if recomputed.sums is None or before.sums is None:
             continue  # not measured; if it should have been, the check of the records reports that
         for name in ErrorSums.__slots__:
-            now, was = getattr(anew.sums, name), getattr(before.sums, name)
+            now, was = getattr(recomputed.sums, name), getattr(before.sums, name)
             if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
                 yield Failure(record.files[0].file, f"{name} is {now!r}, the report has {was!r}", decision.module)
 

@@ -1,4 +1,4 @@
-"""Requests that fail: how often they are made again, and after which pause.
+"""How often failed requests are retried, and after which pause.
 
 Owns the count of failures of one transfer. Knows neither URLs nor files.
 """
@@ -50,7 +50,7 @@ class TransferStoppedError(TransferError):
 
 
 class Retries:
-    """The failures of one transfer so far. `what` names it in messages; `on_wait(what, why, pause_s)` hears of each."""
+    """Counts the failures of one transfer, named `what` in messages. Calls `on_wait(what, why, pause_s)` for each."""
 
     def __init__(
         self, policy: RetryPolicy, what: str, stop: Event, on_wait: Callable[[str, str, float], None] | None = None
@@ -63,16 +63,16 @@ class Retries:
         self._failing_since_s = 0.0
 
     def check_stopped(self) -> None:
-        """Raises TransferStoppedError once the source is closed."""
+        """Raise TransferStoppedError if the source has been closed."""
         if self._stop.is_set():
             raise TransferStoppedError(f"{self.what}: the download was stopped", hint=TRY_AGAIN)
 
     def progressed(self) -> None:
-        """Bytes have come: what failed before them no longer counts."""
+        """Reset the count, since bytes have arrived."""
         self._failures = 0
 
     def failed(self, error: Exception) -> None:
-        """Pause before the next attempt; or raise, if another one would not help or there have been enough."""
+        """Pause before the next attempt; or raise, if a retry would not help or the attempts are used up."""
         if isinstance(error, Int8cliError) or not is_foreign(error):
             raise error
         if not is_transient(error):
@@ -97,10 +97,10 @@ class Retries:
         self.check_stopped()
 
     def call(self, request: Callable[[], T]) -> T:
-        """What `request` returns, once it does."""
+        """Call `request` until it succeeds, and return its result."""
         while True:
             self.check_stopped()
             try:
                 return request()
-            except Exception as error:  # `failed` raises whatever is not transient
+            except Exception as error:  # `failed` raises every error that is not transient
                 self.failed(error)
