@@ -92,6 +92,10 @@ class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
 
 
+class UnsupportedOperationError(UnsupportedModelError):
+    """A loaded int8 model cannot do this: be saved, or have its weights changed."""
+
+
 class NothingToQuantizeError(UnsupportedModelError):
     """No linear layer is left to quantize."""
 

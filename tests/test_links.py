@@ -1,4 +1,4 @@
-"""Links that somebody planted in an output, or in a source, lead nowhere outside."""
+"""Planted links in an output or a source never lead outside."""
 
 import os
 from pathlib import Path
@@ -29,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A directory that is nobody's business, with a file and an empty directory."""
+    """A directory that must not be touched, with a file and an empty directory."""
     directory = tmp_path / "elsewhere"
     (directory / "empty").mkdir(parents=True)
     (directory / "precious").write_text("mine")
@@ -54,7 +54,7 @@ def is_untouched(elsewhere: Path) -> bool:
         f"int8/records/.{FIRST}.json.partial",
     ],
 )
-def test_a_link_in_the_place_of_a_file_being_written_is_replaced(
+def test_a_link_with_the_name_of_a_new_file_is_replaced(
     name: str, plant: str, model: Path, elsewhere: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -68,7 +68,7 @@ def test_a_link_in_the_place_of_a_file_being_written_is_replaced(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["records", "partial", "outliers", "incoming", "calibration"])
-def test_a_link_in_the_place_of_one_of_our_directories_is_refused(
+def test_a_link_with_the_name_of_one_of_our_directories_is_refused(
     name: str, overwrite: bool, model: Path, elsewhere: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -82,7 +82,7 @@ def test_a_link_in_the_place_of_one_of_our_directories_is_refused(
     assert is_untouched(elsewhere)
 
 
-def test_our_own_directory_is_no_link(model: Path, elsewhere: Path, tmp_path: Path) -> None:
+def test_a_link_as_our_own_directory_is_refused(model: Path, elsewhere: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "int8").symlink_to(elsewhere)
@@ -118,7 +118,7 @@ def test_verify_removes_nothing_behind_a_link(model: Path, elsewhere: Path, tmp_
     assert is_untouched(elsewhere)
 
 
-def test_a_tree_is_removed_but_what_its_links_lead_to_is_not(elsewhere: Path, tmp_path: Path) -> None:
+def test_a_tree_is_removed_but_not_the_targets_of_its_links(elsewhere: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     (ours / "deep").mkdir(parents=True)
     (ours / "deep" / "link").symlink_to(elsewhere)
@@ -208,7 +208,7 @@ def test_a_file_of_any_name_is_written(length: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [237, 250, 255])
-def test_a_file_with_a_long_name_goes_along(length: int, tmp_path: Path) -> None:
+def test_a_file_with_a_long_name_is_copied(length: int, tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     name = "n" * (length - 4) + ".txt"
     (model / name).write_text("words")
@@ -231,7 +231,7 @@ def test_shards_with_long_names_are_converted(length: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["ä" * 127, "n" * 255])
-def test_a_name_aside_is_one_that_disks_take(name: str) -> None:
+def test_temporary_names_are_valid_on_every_disk(name: str) -> None:
     aside = name_aside(name, prefix=".", suffix=".partial")
     assert len(os.fsencode(aside)) <= 255
     assert aside != name_aside(f"{name[:-1]}x", prefix=".", suffix=".partial")
@@ -261,7 +261,7 @@ def test_a_link_within_the_source_is_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "out/tokenizer.json").is_symlink()
 
 
-def test_shards_may_lie_on_another_disk(tmp_path: Path) -> None:
+def test_shards_may_be_on_another_disk(tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     (tmp_path / "disk").mkdir()
     for shard in model.glob("*.safetensors"):
@@ -291,7 +291,7 @@ def snapshot(root: Path) -> Path:
     return found
 
 
-def test_a_snapshot_of_the_hub_cache_is_converted_as_it_is(tmp_path: Path) -> None:
+def test_a_snapshot_in_the_hub_cache_is_converted(tmp_path: Path) -> None:
     found = snapshot(tmp_path)
     convert(found, tmp_path / "out", PLAIN)
     convert(llama(tmp_path / "again"), tmp_path / "reference", PLAIN)
@@ -299,7 +299,7 @@ def test_a_snapshot_of_the_hub_cache_is_converted_as_it_is(tmp_path: Path) -> No
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "reference/config.json").read_bytes()
 
 
-def test_a_snapshot_leads_to_no_other_repositorys_blobs(tmp_path: Path) -> None:
+def test_a_snapshot_cannot_use_the_blobs_of_another_repository(tmp_path: Path) -> None:
     found = snapshot(tmp_path)
     other = tmp_path / "cache" / "models--org--private" / "blobs"
     other.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP, sent to a run: it ends in order, says so, and the next goes on."""
+"""SIGTERM and SIGHUP end a run cleanly, with a message, and the next run resumes."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def group_exists(pid: int) -> bool:
 @pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["alone", "to all"])
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
-def test_a_run_ends_in_order_and_the_next_goes_on(
+def test_a_signal_ends_a_run_cleanly_and_the_next_run_resumes(
     number: signal.Signals, workers: str, send, large: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -66,7 +66,7 @@ def test_a_run_ends_in_order_and_the_next_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
-def test_a_signal_while_workers_start_is_no_traceback(number: signal.Signals, large: Path, tmp_path: Path) -> None:
+def test_a_signal_while_workers_start_gives_no_traceback(number: signal.Signals, large: Path, tmp_path: Path) -> None:
     process = start("convert", large, "-o", "out", "--workers", "2", cwd=tmp_path)
     wait_until(lambda: (tmp_path / "out/LICENSE").exists())
     os.killpg(process.pid, number)
@@ -77,7 +77,7 @@ def test_a_signal_while_workers_start_is_no_traceback(number: signal.Signals, la
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_under_nohup_a_hang_up_is_nothing(
+def test_under_nohup_a_hang_up_is_ignored(
     workers: str, large: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -92,7 +92,7 @@ def test_under_nohup_a_hang_up_is_nothing(
     assert tree(output) == reference
 
 
-def test_the_library_leaves_signals_as_they_are(tmp_path: Path) -> None:
+def test_the_library_does_not_change_signal_handlers(tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     program = (
         "import signal, int8cli; from int8cli import ConvertOptions\n"

@@ -6,6 +6,7 @@ never blocks a later one.
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 from int8cli.checkpoint.disk import disk_error, disk_errors
 from int8cli.checkpoint.own_files import open_real_directory
 from int8cli.errors import OutputError, OutputInUseError
+
+_IN_USE_HINT = "Wait for it to end, or choose another directory."
+_A_LOOK_S = 0.05  # how long `refuse_while_locked` holds a lock, at most
 
 
 def lock_or_close(descriptor: int, in_use: str, hint: str) -> None:
@@ -30,7 +34,11 @@ def lock_or_close(descriptor: int, in_use: str, hint: str) -> None:
 
 def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps of one that only looks, and is gone at once
+            time.sleep(_A_LOOK_S)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputInUseError(in_use, hint=hint) from error
     except OSError as error:
@@ -52,6 +60,15 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
         _flock(descriptor, fcntl.LOCK_SH, in_use, hint)
     finally:
         os.close(descriptor)
+
+
+def refuse_if_in_use(output: Path, own: Path) -> None:
+    """Raise OutputInUseError if another process holds an output directory; take no lock. See `locked`."""
+    refuse_while_locked(own, _in_use(output), _IN_USE_HINT)
+
+
+def _in_use(output: Path) -> str:
+    return f"{output} is in use by another int8cli process"
 
 
 @contextmanager
@@ -76,8 +93,7 @@ def _lock(output: Path, own: Path) -> int:
             own.mkdir(parents=True, exist_ok=True)
             return open_real_directory(own)
 
-    in_use = f"{output} is in use by another int8cli process"
-    return lock_by_name(own, open_own, in_use, "Wait for it to end, or choose another directory.")
+    return lock_by_name(own, open_own, _in_use(output), _IN_USE_HINT)
 
 
 def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:

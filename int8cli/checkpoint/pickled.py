@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.checkpoint.pickle_bounds import BoundedReader, PickleBoundsError, check_pickle
 from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.stand_ins import HEAD_BYTES, refuse_stand_in
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
-from int8cli.checkpoint.weights_only import DTYPES, RESAVE_HINT, RETRY_HINT, load_weights, named_tensors, spec_of
+from int8cli.checkpoint.weights_only import DTYPES, RESAVE_HINT, load_weights, named_tensors, spec_of
 from int8cli.checkpoint.zip_records import LOCAL_MAGIC, ZipRecord, ZipRecords
 from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
 
@@ -146,7 +147,7 @@ def _require_whole(name: str, record: ZipRecord, storage_bytes: int, file_name: 
         raise CorruptShardError(
             f"{file_name}: the storage of tensor {name!r} has {record.size_bytes:,} bytes, its pickle says "
             f"{storage_bytes:,}",
-            hint=RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
 
 
@@ -160,7 +161,7 @@ def _check_bounds(file: BinaryIO | BoundedReader, file_name: str) -> None:
             hint=RESAVE_HINT,
         ) from error
     except ValueError as error:
-        raise CorruptShardError(f"{file_name}: its pickle cannot be read: {error!s:.200}", hint=RETRY_HINT) from error
+        raise CorruptShardError(f"{file_name}: its pickle cannot be read: {error!s:.200}", hint=GET_IT_AGAIN) from error
 
 
 def _without_data() -> AbstractContextManager[object]:
@@ -220,7 +221,7 @@ def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
     end = file.tell() + sum(8 + storage_bytes for storage_bytes in storages.values())
     if end > file_bytes:
         raise CorruptShardError(
-            f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=RETRY_HINT
+            f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=GET_IT_AGAIN
         )
     stored, offset = [], 0
     for name, tensor in tensors.items():
@@ -244,7 +245,7 @@ def _stored_tensor(spec: TensorSpec, tensor: "Tensor", begin: int, record_bytes:
         raise CorruptShardError(
             f"{file_name}: tensor {spec.name!r} uses the bytes {offset:,} to {offset + spec.nbytes:,} of a storage "
             f"that has {record_bytes:,}",
-            hint=RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     return StoredTensor(spec, begin + offset, column_major)
 

@@ -70,6 +70,16 @@ class FileReader:
                 )
             done += count
 
+    def read_ahead(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have the system start to read these bytes, where it takes advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have the system drop these bytes from the page cache, where it takes advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         os.close(self._descriptor)
 

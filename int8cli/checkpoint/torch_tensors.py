@@ -83,6 +83,16 @@ class ShardTensors:
         )
         return _as_stored(memory, stored)
 
+    def read_ahead(self, name: str) -> None:
+        """Have the system start to read a tensor into the page cache."""
+        if self._reader is not None:
+            self._reader.read_ahead(self._places[name].offset_bytes, self._places[name].spec.nbytes)
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        if self._reader is not None:
+            self._reader.forget(self._places[name].offset_bytes, self._places[name].spec.nbytes)
+
     def close(self) -> None:
         self._legacy = None
         if self._reader is not None:
@@ -169,6 +179,14 @@ class CheckpointTensors:
     def map(self, name: str) -> Tensor:
         """The tensor as a mapping of its file: only the parts that are read use memory. Do not write to it."""
         return self._shard(name).map(name)
+
+    def read_ahead(self, name: str) -> None:
+        """Have the system start to read a tensor into the page cache."""
+        self._shard(name).read_ahead(name)
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        self._shard(name).forget(name)
 
     def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
         """A matrix in blocks of whole rows with about `elements` elements. A block may reuse the memory of the last."""

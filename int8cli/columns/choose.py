@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
+from int8cli.columns.foreseen import TOKENIZER_FILES
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
 from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
@@ -15,11 +16,6 @@ from int8cli.model.extra import require_transformers
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
-
-# Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
-_TOKENIZER_FILES = frozenset(
-    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
-)
 
 
 def column_strategies(
@@ -70,8 +66,8 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 def _from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
 ) -> ColumnStrategy:
-    """Raises those errors of a calibration that can be detected from config.json and file names."""
-    if not _TOKENIZER_FILES & set(source.list_files()):
+    """Raises the errors of a calibration that config.json and file names already show."""
+    if not TOKENIZER_FILES & set(source.list_files()):
         raise CannotRunError("the checkpoint has no tokenizer")
     require_transformers()
     start_torch()

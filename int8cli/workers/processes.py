@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -21,7 +21,6 @@ from multiprocessing.synchronize import Lock
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
-from int8cli.errors import WorkerLostError
 from int8cli.workers.torch_start import start_torch
 
 Result = TypeVar("Result")
@@ -93,14 +92,12 @@ class ProcessExecutor:
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
+        """Raises BrokenExecutor if a worker or the fork server ends while a worker is started, or has ended before."""
         try:
             with _starting_processes():
                 return self._pool.submit(_run, task)
-        except (EOFError, ConnectionError) as error:
-            raise WorkerLostError(
-                "the server that worker processes are forked from has ended",
-                hint="It probably ran out of memory or of open files: run the same command again with fewer processes.",
-            ) from error
+        except (EOFError, ConnectionError) as error:  # from the pipe to the new worker, or from the fork server's
+            raise BrokenExecutor("a worker process ended while it was started") from error
 
     def close(self) -> None:
         self._stop.value = 1

@@ -172,7 +172,7 @@ def _case(bench: Bench, tally: Tally, bad: BadHub) -> None:
     watch = bench.watch(scenario, directory, FILES | SOCKETS) if bad.killed_at else None
     blows = (Blow(bad.killed_at, KILL),) if bad.killed_at else ()
     ended = bench.run(scenario, directory, watch, blows)
-    bench.hub.forget_faults()
+    bench.hub.recover()
     complaint = ended.complaint((0, 1, -9) if bad.killed_at else (0, 1)) or reference.not_whole(directory)
     if not complaint and ended.code == 0:
         complaint = reference.difference(directory, ended)

@@ -220,5 +220,9 @@ def _quick_retries() -> None:
     from int8cli.checkpoint.hub import retries
 
     asked = retries.asked_pause_s
-    retries.RetryPolicy.pause_s = lambda policy, failures: 0.001
+
+    def short(policy: retries.RetryPolicy, failures: int) -> float:
+        return 0.001
+
+    setattr(retries.RetryPolicy, "pause_s", short)  # noqa: B010
     retries.asked_pause_s = lambda error: None if (pause_s := asked(error)) is None else min(pause_s, 0.01)

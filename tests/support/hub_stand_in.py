@@ -150,8 +150,8 @@ class HubStandIn:
         with self._lock:
             self._faults.append((file_pattern, fault))
 
-    def forget_faults(self) -> None:
-        """From now on nothing fails."""
+    def recover(self) -> None:
+        """No request fails any more."""
         with self._lock:
             self._faults.clear()
 

@@ -1,4 +1,4 @@
-"""How to reach the Hub, and where to put what it gives."""
+"""How to reach the Hub, and where to put downloads."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ class HubOptions:
     are followed up to `download_below`, the directory above it unless given, and none after it. With
     `keep_source` files go to the Hub cache instead and stay. `on_bytes(file_name, n)` hears of each piece that is
     transferred, `on_wait(what, why, pause_s)` of each pause before a retry; both may be called from another thread.
+    `probably_a_path`: the name may be that of a directory, mistyped; a Hub that does not answer is asked only once.
     """
 
     download_dir: Path
@@ -29,6 +30,7 @@ class HubOptions:
     on_bytes: Callable[[str, int], None] | None = None
     on_wait: Callable[[str, str, float], None] | None = None
     download_below: Path | None = None
+    probably_a_path: bool = False
 
     @property
     def downloads(self) -> OwnPath:
@@ -49,12 +51,12 @@ class HubOptions:
         return self.timeout_s or constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     def request_headers(self) -> dict[str, str]:
-        """The headers of every request, with the token. Raises AccessDeniedError for one that no header can hold."""
+        """The headers of every request, with the token. Raises AccessDeniedError for a token that is not ASCII."""
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
 
         headers: dict[str, str] = build_hf_headers(token=self.token, library_name="int8cli")
         if not headers.get("authorization", "").isascii():
             raise AccessDeniedError(
-                "the token for the Hub has characters that no token has", hint="Check HF_TOKEN, or run `hf auth login`."
+                "the token for the Hub has invalid characters", hint="Check HF_TOKEN, or run `hf auth login`."
             )
         return headers
