@@ -14,7 +14,7 @@ _TEXT = "--text FILE and --sequence-length N select the text to run."
 _PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
-    errors.AlreadyQuantizedError: "If int8cli wrote it, int8cli verify DIR checks it.",
+    errors.AlreadyConvertedError: "To check it: int8cli verify DIR. To convert again, give the model it was made from.",
     errors.CannotRunError: _BY_WEIGHTS,
     errors.DiskSpaceError: "--output DIR can be on another disk.",
     errors.MissingTransformersError: _BY_WEIGHTS,

@@ -4,6 +4,7 @@ Owns the order of the work and what makes it resumable: a shard that stands unde
 its source let go. Prints nothing; reports to a Progress.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,11 +69,7 @@ def convert(
     from the report. Raises Int8cliError; whatever is raised, no file stands half-written under a final name, and the
     same call resumes from there.
     """
-    if settings.only and not survey.plan.quantized:
-        raise NothingToQuantizeError(
-            "no module that could be quantized matches the patterns",
-            hint="The plan lists the modules with the reason for each.",
-        )
+    _require_layers(survey, settings)
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
         store.refuse_links()
@@ -108,6 +105,27 @@ def convert(
         # What a killed run fetched and a later one had no use for would otherwise stay for good.
         store.remove_state()
         return report
+
+
+def _require_layers(survey: Survey, settings: Settings) -> None:
+    """Raise NothingToQuantizeError where the patterns leave nothing, or no matrix is known for a linear layer's.
+
+    The output would be a copy of something that was not understood, under the name of int8.
+    """
+    if survey.plan.quantized:
+        return
+    if settings.only:
+        raise NothingToQuantizeError(
+            "no module that could be quantized matches the patterns",
+            hint="The plan lists the modules with the reason for each.",
+        )
+    if not survey.plan.has_linear_layers:
+        reasons = Counter(each.reason for each in survey.plan.copied if len(each.spec.shape) >= 2)
+        found = ", ".join(f"{count:,} {reason!r}" for reason, count in reasons.most_common(3))
+        raise NothingToQuantizeError(
+            f"{survey.identity.name}: no tensor is recognised as the weight of a linear layer, so nothing becomes int8",
+            hint=f"What its matrices are: {found}." if found else "It holds no matrices.",
+        )
 
 
 def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:

@@ -17,7 +17,6 @@ import xxhash
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
-from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
@@ -25,6 +24,7 @@ from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import Decision, Plan, PlanOptions, make_plan
 from int8cli.planning.planned_shard import PlannedShard
+from int8cli.planning.quantized import declared_methods, refuse_own_output, refuse_quantized
 from int8cli.results.conversion import TensorGroup
 
 _EDGE_BYTES = 1 << 16
@@ -113,7 +113,7 @@ class Survey:
             f"{CONFIG_FILE}: quantization_config",
             "of another quantization method; these weights are not quantized",
         )
-        return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
+        return self.weights.passed_over + ((stale,) if any(declared_methods(self.config)) else ())
 
 
 def _told_reason(decision: Decision) -> str:
@@ -137,8 +137,10 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
 
     What the loaders of `target` accept goes into the plan's options.
     """
+    files = source.list_files()
+    refuse_own_output(source.identity.name, files)
     weights = find_weights(source)
-    has_config = CONFIG_FILE in source.list_files()
+    has_config = CONFIG_FILE in files
     config = read_config(source) if has_config else {}
     shards = read_headers(source, weights)
     refuse_quantized(config, shards)

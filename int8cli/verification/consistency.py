@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
-from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
@@ -83,8 +83,7 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
 
 def _is_cast(source: TensorSpec, written: TensorRecord) -> bool:
     """Whether a float tensor stands in another float dtype, as convert writes those that loaders would cast."""
-    floats = QUANTIZABLE_DTYPES
-    return source.shape == written.shape and source.dtype in floats | {"F64"} and written.dtype in floats
+    return source.shape == written.shape and source.dtype in CAST_ON_LOAD and written.dtype in QUANTIZABLE_DTYPES
 
 
 def _is_transposed(source: TensorSpec, layer: LayerReport | None) -> bool:

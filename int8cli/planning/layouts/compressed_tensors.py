@@ -72,7 +72,7 @@ def ignore(plan: Plan) -> list[str]:
     (compressed_tensors, utils/match.py, `match_name`; vLLM, compressed_tensors/utils.py). Subclasses of `nn.Linear`
     are replaced too.
     """
-    return [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component,))]
+    return [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component, _covers))]
 
 
 def transformers_reads(tensor_names: Iterable[str]) -> bool:
@@ -101,6 +101,11 @@ def leaves_alone(entry: str, module: str) -> bool:
         return re.match(entry.removeprefix("re:"), module) is not None
     except re.error:
         return False  # the loader will say so itself
+
+
+def _covers(entry: str, module: str) -> bool:
+    """Whether an entry of `llm_int8_skip_modules` covers a module once it is written as this format has it."""
+    return leaves_alone(_as_pattern(entry), module)
 
 
 def _as_pattern(entry: str) -> str:

@@ -8,6 +8,7 @@ own, and those that another class of the same family makes anew.
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from int8cli.loaders.older_names import names_on_load
 from int8cli.loaders.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 from int8cli.planning import architectures as names
 from int8cli.planning.plan import Decision, Plan
@@ -15,10 +16,6 @@ from int8cli.planning.plan import Decision, Plan
 EXPERTS_PATTERN = r".*\.experts"
 ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first, whose entries hold most widely
 
-# Tensors with these reasons are no module that the loader would replace, whatever the list says.
-_NEVER_REPLACED = frozenset(
-    {names.NOT_FLOAT, names.NORM_OR_BIAS, names.NOT_A_MATRIX, names.NOT_A_WEIGHT, names.EMBEDDING}
-)
 # Where only whole names count, a router's would be one for each layer: that version quantizes them on load instead.
 _NOT_BY_NAME = frozenset({names.ROUTER, names.EXPERT})
 
@@ -31,15 +28,25 @@ def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]
     wherever a suffix tells the module from all quantized ones: those hold with and without the base model's prefix.
     Sorted.
 
-    The loader matches its own names. Where transformers renames more than prefixes on load, an entry made from the
-    file's name may miss; for what is left alone by default the tables of `architectures` give the loader's names.
+    The loader matches its own names. Where transformers renames more than whole parts of a model on load, an entry made
+    from the file's name may miss; for what is left alone by default the tables of `architectures` give the loader's.
     """
-    quantized = _with_and_without_prefix(decision.module for decision in plan.quantized)
+    modules = frozenset(decision.module for decision in plan.decisions)
+    quantized = _with_and_without_prefix(
+        name for decision in plan.quantized for name in (decision.module, *names_on_load(decision.module, modules))
+    )
     entries = [safe for entry in _always_named(plan) for safe in _safe_form(entry, quantized, rules)]
     for decision in plan.copied:
-        if decision.reason not in _NEVER_REPLACED:
-            entries += _missing_entries(decision, entries, quantized, rules)
+        if _may_be_linear(decision):
+            for name in (decision.module, *names_on_load(decision.module, modules)):
+                entries += _missing_entries(name, decision.reason, entries, quantized, rules)
     return sorted(set(entries))
+
+
+def _may_be_linear(decision: Decision) -> bool:
+    """Whether the loader might build a linear layer for a tensor, by what it is and not by why it is left alone."""
+    spec = decision.spec
+    return len(spec.shape) == 2 and spec.name.endswith(".weight") and decision.reason != names.EMBEDDING
 
 
 def covers(entry: str, module: str) -> bool:
@@ -67,12 +74,12 @@ def _safe_form(entry: str, quantized: Collection[str], rules: Sequence[SkipRule]
 
 
 def _missing_entries(
-    decision: Decision, entries: Iterable[str], quantized: Collection[str], rules: Sequence[SkipRule]
+    module: str, reason: str, entries: Iterable[str], quantized: Collection[str], rules: Sequence[SkipRule]
 ) -> list[str]:
     """What to add to `entries` so that each rule covers a module: the shortest that cover no quantized one."""
-    module, added = decision.module, list[str]()
+    added = list[str]()
     for rule in rules:
-        if rule is covers_by_name and decision.reason in _NOT_BY_NAME:
+        if rule is covers_by_name and reason in _NOT_BY_NAME:
             continue
         if not any(rule(entry, module) for entry in (*entries, *added)):
             fitting = (entry for entry in _candidates(module) if rule(entry, module))
