@@ -23,8 +23,8 @@ _COMPANION_NAME = re.compile(
 _SCALE_NAME = re.compile(r"scal(?:e|ing)|absmax", re.IGNORECASE)
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
-# No one trains in these: they are codes, or the scales of codes.
-_CODES = ("F4", "F6_", "F8_E8M0")
+# No one trains in these: they are codes.
+_CODES = ("F4", "F6_")
 _CONVERSION_FILE = f"{OWN_DIRECTORY}/conversion.json"
 # What a config calls the description of a quantization. Without a method by name, one of these fields shows it.
 _SECTION_NAME = re.compile(r"quantization(?:_config)?|quant(?:ization)?_config|compression_config")
@@ -107,8 +107,8 @@ def _signs(shards: Iterable[ShardContents], methods: Sequence[str]) -> Iterator[
 def _sign_by_itself(spec: TensorSpec) -> str | None:
     if _COMPANION_NAME.search(spec.name):
         return "such tensors belong to quantized weights"
-    if spec.dtype.startswith(_CODES):
-        return "a dtype of quantized weights and their scales"
+    if spec.dtype.startswith(_CODES) and len(spec.shape) >= 2:
+        return "a dtype of quantized weights"
     if spec.dtype in _INTEGERS and _is_weight(spec):
         return "a weight of integers"
     return None

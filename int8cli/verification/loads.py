@@ -21,6 +21,7 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.store import ShardRecord
 from int8cli.results.verification import Check, Failure
+from int8cli.verification.float_dtypes import cast_problems, rounding_problems
 
 NAME = "loads"
 _READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
@@ -80,14 +81,25 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
-        source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
-    landed, failures = _compare(laid_out, source)
+        specs = [spec for record in records for spec in record.source_tensors]
+        source = _source_laid_out(model_class, config, specs)
+
+        def missing_without(rest: Sequence[TensorSpec]) -> frozenset[str]:
+            return _source_laid_out(model_class, config, rest).missing - source.missing
+
+        landed, failures = _compare(laid_out, source)
+        if source.model is not None:
+            failures += cast_problems(laid_out.model, source.model)
+            failures += rounding_problems(source.model, records, missing_without)
     if failures and not reads:  # some versions pass over what they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
+    if landed > wanted and not failures:
+        failures = [("", f"{landed:,} layers of the model are in int8, {wanted:,} were quantized")]
     detail = f"{loader}, {model_class.__name__}: {landed:,} of {wanted:,} int8 layers in place"
     shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
-    return Check.of(NAME, detail, [Failure(shards.get(name, CONFIG_FILE), what, name) for name, what in failures])
+    found = [Failure(shards.get(name, CONFIG_FILE), what, name or None) for name, what in failures]
+    return Check.of(NAME, detail, found)
 
 
 def _class_of(directory: Path) -> tuple[Any, Any]:
@@ -120,7 +132,8 @@ def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _Lai
     model, info = model_class.from_pretrained(
         None,
         config=config,
-        state_dict={spec.name: empty(spec) for spec in specs},
+        # Of the packed floats no torch has all; none of them is a weight here.
+        state_dict={spec.name: empty(spec) for spec in specs if spec.dtype in TORCH_DTYPES},
         device_map={"": "meta"},
         ignore_mismatched_sizes=True,
         output_loading_info=True,

@@ -23,6 +23,7 @@ NAME = "compressed-tensors"
 # transformers' Conv1D is neither, and vLLM turns what it reads for one.
 ACCEPTS = Acceptance(experts=True, conv1d=False)
 SCALES: Literal["row_absmax", "step"] = "step"
+AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
