@@ -3,6 +3,7 @@
 Owns what transformers would open, in its order, and the index. What the other files are is told by `file_kinds`.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from int8cli.typed_json import InvalidJsonError, parse_json
 _INDEX_LIMIT_BYTES = 100_000_000
 _COPY_LIMIT_BYTES = 256 * 2**20  # the largest tokenizer.json known is 33 MB
 _HEADERS_AT_ONCE = 32
+_SHARD_NAME = re.compile(r"-\d+-of-(?P<count>\d+)\.")
 
 # transformers' order: modeling_utils.py, `_get_resolved_checkpoint_files`.
 _STANDARD_NAMES: tuple[tuple[WeightFormat, str], ...] = (
@@ -78,11 +80,12 @@ def find_weights(source: Source) -> WeightFiles:
         weight_map, metadata = _read_index(source, entry, weight_format, frozenset(files))
         shards = tuple(sorted(set(weight_map.values())))
     rewritten = {"config.json", *shards, *((index_file,) if index_file else ())}
+    directories = module_directories(source, files)
     copied, passed_over = [], []
     for file in files:
         if file in rewritten:
             continue
-        reason = reason_to_pass_over(file, weight_format, files) or _too_large(source, file)
+        reason = reason_to_pass_over(file, weight_format, files, directories) or _too_large(source, file)
         if reason:
             passed_over.append((file, reason))
         else:
@@ -123,20 +126,53 @@ def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, s
 
     If the user named one of the files, that file is used, even if it is a variant.
     """
+    _refuse_part_of_a_model(source_name, files)
     for weight_format, name in _STANDARD_NAMES:
         if name in files:
             return weight_format, name
     for weight_format, suffixes in SUFFIXES.items():
         found = [file for file in files if "/" not in file and file.endswith(suffixes)]
         fitting = [file for file in found if _may_be_the_weights(file, pointed_at=file == source_name)]
-        if len(fitting) == 1:
+        if len(fitting) == 1 and _shards_of(fitting[0]) <= 1:
             return weight_format, fitting[0]
+        indexes = [file for file in files if file.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
+        if fitting and len(indexes) == 1 and "/" not in indexes[0]:
+            return weight_format, indexes[0]
         if fitting:
-            raise UnsupportedModelError(
-                f"{len(fitting)} files could be the weights, and no index names them: {_some(fitting)}",
-                hint="Name one of the files, or add the index (model.safetensors.index.json).",
-            )
+            raise _ambiguous(fitting)
     raise _nothing_to_convert(files)
+
+
+def _refuse_part_of_a_model(source_name: str, files: Sequence[str]) -> None:
+    """Raise UnsupportedModelError if the user named one of several shards, or the index of all."""
+    if source_name not in files:
+        return
+    if INDEX_NAME.search(source_name):
+        raise UnsupportedModelError(f"{source_name} is an index", hint="Give the directory that it is in.")
+    if _shards_of(source_name) > 1:
+        raise UnsupportedModelError(
+            f"{source_name} is one of {_shards_of(source_name)} shards of a model",
+            hint="Give the directory with all of them and their index.",
+        )
+
+
+def _shards_of(file: str) -> int:
+    """How many shards a file's name says there are; 1 where it says nothing."""
+    found = _SHARD_NAME.search(file)
+    return int(found["count"]) if found else 1
+
+
+def _ambiguous(fitting: Sequence[str]) -> UnsupportedModelError:
+    """The error for several files of weights without an index."""
+    if any(_shards_of(file) > 1 for file in fitting):
+        return UnsupportedModelError(
+            f"{_some(fitting)}: shards of a model, without the index that names them all",
+            hint="Fetch the index (its name ends in .index.json) from where the shards are.",
+        )
+    return UnsupportedModelError(
+        f"{len(fitting)} files could be the weights, and no index names them: {_some(fitting)}",
+        hint="Name one of the files, or add the index (model.safetensors.index.json).",
+    )
 
 
 def _may_be_the_weights(file: str, *, pointed_at: bool) -> bool:
@@ -205,18 +241,42 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
 
 
 def _parse_index(source: Source, index_file: str) -> dict[str, Any]:
-    size_bytes = source.size_bytes(index_file)
-    if size_bytes > _INDEX_LIMIT_BYTES:
-        raise IndexFileError(f"{index_file} has {size_bytes:,} bytes, too large for an index")
-    with source.open(index_file) as file:
-        text = file.read(size_bytes)
-    try:
-        index = parse_json(text)
-    except InvalidJsonError as error:
-        raise IndexFileError(f"{index_file} {error}") from error
+    index = _parse_json(source, index_file)
     if not isinstance(index, dict):
         raise IndexFileError(f"{index_file} is not a JSON object")
     return index
+
+
+def _parse_json(source: Source, name: str) -> Any:
+    size_bytes = source.size_bytes(name)
+    if size_bytes > _INDEX_LIMIT_BYTES:
+        raise IndexFileError(f"{name} has {size_bytes:,} bytes, too large for an index")
+    with source.open(name) as file:
+        text = file.read(size_bytes)
+    try:
+        return parse_json(text)
+    except InvalidJsonError as error:
+        raise IndexFileError(f"{name} {error}") from error
+
+
+def module_directories(source: Source, files: Sequence[str]) -> frozenset[str]:
+    """The directories of sentence-transformers' modules but the model itself, as its own files name them.
+
+    `modules.json` has the path of each module, `router_config.json` the routes of a Router. Raises IndexFileError.
+    """
+    found = set[str]()
+    if "modules.json" in files:
+        modules = _parse_json(source, "modules.json")
+        for module in modules if isinstance(modules, list) else ():
+            if isinstance(module, dict) and not str(module.get("type")).endswith("Transformer"):
+                found.add(str(module.get("path") or ""))
+    if "router_config.json" in files:
+        router = _parse_json(source, "router_config.json")
+        types = router.get("types") if isinstance(router, dict) else None
+        for path, kind in types.items() if isinstance(types, dict) else ():
+            if not (str(kind).endswith("Transformer") or path.endswith("Transformer")):
+                found.add(path)
+    return frozenset(found - {""})
 
 
 def _too_large(source: Source, file: str) -> str | None:

@@ -29,7 +29,9 @@ def cast_problems(output: Any, source: Any) -> Iterator[Problem]:
             yield name, f"is {found} in memory, where a load of the source holds {due}"
 
 
-def rounding_problems(source: Any, records: Sequence[ShardRecord], missing_without: MissingWithout) -> Iterator[Problem]:
+def rounding_problems(
+    source: Any, records: Sequence[ShardRecord], missing_without: MissingWithout
+) -> Iterator[Problem]:
     """Parameters that the source, loaded, holds with more digits than the output was written with.
 
     `missing_without` gives the parameters that find no tensor when some of the source's are left out: so the loader
