@@ -69,15 +69,18 @@ def cached_units(units: Iterable[MemoryUnit], layers: int) -> Iterator[tuple[str
     Those are the blocks of the longest stack, decoders before all others. Blocks beyond the config's count (multi-token
     prediction) hold no layer; where blocks are fewer, they are used several times over (ALBERT).
     """
+    last = last_stack(units)
+    for layer in range(layers) if last else ():
+        yield last[layer if layers <= len(last) else layer * len(last) // layers].name, layer
+
+
+def last_stack(units: Iterable[MemoryUnit]) -> list[MemoryUnit]:
+    """The blocks of the longest stack of the last part that has any, in their order; empty without blocks."""
     stacks: dict[str, list[MemoryUnit]] = {}
     for unit in units:
         if unit.is_block:
             stacks.setdefault(unit.stack, []).append(unit)
-    if not stacks:
-        return
-    last = max(stacks.values(), key=lambda blocks: (_rank(blocks[0].part), len(blocks)))
-    for layer in range(layers):
-        yield last[layer if layers <= len(last) else layer * len(last) // layers].name, layer
+    return max(stacks.values(), key=lambda blocks: (_rank(blocks[0].part), len(blocks)), default=[])
 
 
 def _unit(decision: Decision, *, both: bool) -> MemoryUnit:
