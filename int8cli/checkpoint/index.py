@@ -4,8 +4,9 @@ Owns what transformers would open, in its order, and the index. What the other f
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -262,21 +263,28 @@ def _parse_json(source: Source, name: str) -> Any:
 def module_directories(source: Source, files: Sequence[str]) -> frozenset[str]:
     """The directories of sentence-transformers' modules but the model itself, as its own files name them.
 
-    `modules.json` has the path of each module, `router_config.json` the routes of a Router. Raises IndexFileError.
+    `modules.json` has the path of each module, `router_config.json` the routes of a Router. One that is no JSON names
+    none: it goes along as it is, as any other file that is not read.
     """
     found = set[str]()
-    if "modules.json" in files:
-        modules = _parse_json(source, "modules.json")
-        for module in modules if isinstance(modules, list) else ():
-            if isinstance(module, dict) and not str(module.get("type")).endswith("Transformer"):
-                found.add(str(module.get("path") or ""))
-    if "router_config.json" in files:
-        router = _parse_json(source, "router_config.json")
-        types = router.get("types") if isinstance(router, dict) else None
-        for path, kind in types.items() if isinstance(types, dict) else ():
-            if not (str(kind).endswith("Transformer") or path.endswith("Transformer")):
-                found.add(path)
+    for name, read in (("modules.json", _module_paths), ("router_config.json", _routes)):
+        if name in files:
+            with suppress(IndexFileError):
+                found.update(read(_parse_json(source, name)))
     return frozenset(found - {""})
+
+
+def _module_paths(modules: Any) -> Iterator[str]:
+    for module in modules if isinstance(modules, list) else ():
+        if isinstance(module, dict) and not str(module.get("type")).endswith("Transformer"):
+            yield str(module.get("path") or "")
+
+
+def _routes(router: Any) -> Iterator[str]:
+    types = router.get("types") if isinstance(router, dict) else None
+    for path, kind in types.items() if isinstance(types, dict) else ():
+        if not (str(kind).endswith("Transformer") or path.endswith("Transformer")):
+            yield path
 
 
 def _too_large(source: Source, file: str) -> str | None:
