@@ -1,16 +1,21 @@
-"""The errors a user can cause or run into, in one tree. Each says what, where, and what to do next.
+"""The errors that a user can cause or act on, in one tree. Each says what is wrong, where, and what to do next.
 
-Owns no behaviour: library code raises these, the command line shows them as `error: …` and `hint: …`. Any other
-exception is a bug and keeps its traceback.
+Library code raises them; the command line shows them as `error: …` and `hint: …`. Any other exception is a bug and is
+shown with its traceback.
 """
 
 
 class Int8cliError(Exception):
-    """Base of all errors a user can act on. `hint` is the next step, as one sentence."""
+    """Base of all errors a user can act on. `hint` is the next step, as one sentence.
+
+    `usual_hint` is that of the errors of a class which name none.
+    """
+
+    usual_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class OptionError(Int8cliError):
@@ -34,7 +39,7 @@ class AccessDeniedError(SourceError):
 
 
 class TransferError(SourceError):
-    """The Hub could not be reached, or kept failing after every retry."""
+    """The Hub cannot be reached, or every retry failed."""
 
 
 class ReferenceModelError(SourceError):
@@ -46,11 +51,13 @@ class CheckpointError(Int8cliError):
 
 
 class CorruptShardError(CheckpointError):
-    """A shard is truncated, contradicts its own header, or differs from what was published."""
+    """A shard is truncated, does not match its own header, or differs from the published file."""
+
+    usual_hint = "Get another copy of the file, and run the same command again."
 
 
 class DigestMismatchError(CorruptShardError):
-    """A file differs from what was published, or changed since its header was read. Another copy may be right."""
+    """A file differs from the published one, or changed after its header was read. A fresh copy may be correct."""
 
 
 class IndexFileError(CheckpointError):
@@ -89,12 +96,16 @@ class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
 
 
+class UnsupportedOperationError(UnsupportedModelError):
+    """A loaded int8 model cannot do this: be saved, or have its weights changed."""
+
+
 class NothingToQuantizeError(UnsupportedModelError):
     """No linear layer is left to quantize."""
 
 
 class NoSuspectsError(UnsupportedModelError):
-    """No layers are recognised by name from whose weights suspects could be found."""
+    """Suspects cannot be found: no layer is recognised by its name."""
 
 
 class WorkerLostError(Int8cliError):
@@ -110,7 +121,7 @@ class OutputInUseError(OutputError):
 
 
 class SettingsMismatchError(OutputError):
-    """The output directory has a conversion of another model, or one with other settings."""
+    """The output directory holds a conversion of another model, or one with other settings."""
 
 
 class SavedStateError(Int8cliError):
@@ -138,7 +149,7 @@ class TextError(Int8cliError):
 
 
 class SystemRefusalError(Int8cliError):
-    """The operating system refused what it was asked for, where nothing more is known of it."""
+    """The operating system refused a request, and no more specific error applies."""
 
 
 class NotEnoughMemoryError(Int8cliError):
@@ -149,5 +160,5 @@ class UnknownMethodError(Int8cliError):
     """There is no int8 method with that name."""
 
 
-# Errors that stop a calibration although the checkpoint is fine: the columns can still be chosen by another strategy.
+# Errors that stop a calibration of a valid checkpoint: another strategy can still choose the columns.
 CANNOT_CALIBRATE = (MissingExtraError, UnsupportedModelError, NotEnoughMemoryError)

@@ -46,8 +46,9 @@ from surveying.loader import (
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import SkipRule, covers_by_name, skip_rule
+from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import skip_modules
-from int8cli.planning.plan import Plan, PlanOptions, kind_of, make_plan
+from int8cli.planning.plan import kind_of, make_plan
 
 BUILD_LIMIT_S = 60
 TIE_FLIPPED = " (tie_word_embeddings flipped)"
@@ -110,7 +111,7 @@ class BuiltModel:
         return f"{self.model_type}/{self.class_name}{self.variant}"
 
 
-# --- building, in a child process ------------------------------------------------------------------------------------
+# Building, in a child process
 
 
 def class_names_by_model_type() -> dict[str, list[str]]:
@@ -278,7 +279,7 @@ def collect(only: set[str], path: Path, processes: int) -> None:
         child.join()
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
+# Comparing
 
 
 def as_built_model(record: dict[str, Any]) -> BuiltModel:

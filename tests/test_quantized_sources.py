@@ -220,10 +220,10 @@ def test_nothing_is_written_for_a_quantized_source(tmp_path: Path) -> None:
 def test_an_output_of_ours_is_said_to_be_ours(tmp_path: Path, nursery: Nursery) -> None:
     output = convert(save_tiny("llama", tmp_path / "source"), tmp_path / "output", WITHOUT_COLUMNS).output
     for command in (convert, estimate_memory):
-        with pytest.raises(AlreadyConvertedError, match="output is already quantized: int8cli wrote it"):
+        with pytest.raises(AlreadyConvertedError, match="output is already int8: int8cli wrote it"):
             command(output)
     outcome = nursery.run("convert", output, cwd=tmp_path)
-    assert "To check it: int8cli verify DIR" in outcome.err
+    assert "To check a conversion: int8cli verify DIR" in outcome.err
     assert nursery.run("verify", output, cwd=tmp_path).code == 0
 
 

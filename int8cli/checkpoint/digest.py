@@ -1,6 +1,6 @@
-"""Digests of what is read and written, taken in the pass itself.
+"""Digests of files and tensors. The digest of a shard is computed in the pass that converts it.
 
-Owns which digests there are. Blocks come in file order; what lies between them is read here.
+Owns which digests there are.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ _GAP_BYTES = 1 << 20
 
 
 class SourceDigest:
-    """The sha256 of a whole source file, from blocks that come in file order but leave gaps and may overlap.
+    """The sha256 of a whole source file, from blocks in file order that may leave gaps or overlap.
 
-    What lies between blocks (headers, zip framing, tensors read in another order) is read here; bytes that have been
-    seen, as in tensors that share storage, are not counted twice.
+    The gaps (headers, zip framing, tensors read in another order) are read here. Bytes that were passed before, as with
+    tensors that share storage, do not count twice.
     """
 
     def __init__(self, reader: ShardReader, file_bytes: int) -> None:
@@ -32,12 +32,12 @@ class SourceDigest:
 
     def update(self, offset_bytes: int, block: memoryview) -> None:
         self._read_up_to(offset_bytes)
-        fresh = block[self._position - offset_bytes :]
-        self._sha256.update(fresh)
-        self._position += len(fresh)
+        new = block[self._position - offset_bytes :]
+        self._sha256.update(new)
+        self._position += len(new)
 
     def hexdigest(self) -> str:
-        """The digest of the file, its end included."""
+        """The digest of the whole file. Reads the rest of it."""
         self._read_up_to(self._file_bytes)
         return self._sha256.hexdigest()
 
@@ -54,18 +54,18 @@ def sha256_of(path: Path) -> str:
     sha256 = hashlib.sha256()
     piece = memoryview(bytearray(_GAP_BYTES))
     with open_to_read(path) as file:
-        while count := file.readinto(piece):  # type: ignore[attr-defined]  # a BufferedReader's
+        while count := file.readinto(piece):  # type: ignore[attr-defined]  # a BufferedReader has it
             sha256.update(piece[:count])
     return sha256.hexdigest()
 
 
 def git_sha1(data: bytes) -> str:
-    """What git calls a blob of these bytes, in hex. No guard against whoever can choose the bytes."""
+    """The sha1 that git gives a blob of these bytes, in hex. It does not protect against chosen bytes."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def git_sha1_of(path: Path) -> str:
-    """What git calls a blob of a file's bytes, in hex."""
+    """The sha1 that git gives a blob of a file's bytes, in hex."""
     with open_to_read(path) as file:
         sha1 = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size, usedforsecurity=False)
         while piece := file.read(_GAP_BYTES):
@@ -74,7 +74,7 @@ def git_sha1_of(path: Path) -> str:
 
 
 def require_published(file_name: str, local: LocalFile, sha256: str | None) -> None:
-    """Raise DigestMismatchError if the Hub published another sha256 for a file than the one, in hex, that was found."""
+    """Raise DigestMismatchError if the Hub published a sha256 for a file, and `sha256`, in hex, is a different one."""
     if local.sha256 is not None and sha256 != local.sha256:
         raise DigestMismatchError(
             f"{file_name}: {NOT_AS_PUBLISHED} ({local.sha256})",
@@ -83,5 +83,5 @@ def require_published(file_name: str, local: LocalFile, sha256: str | None) -> N
 
 
 def new_digest() -> "xxhash.xxh3_128":
-    """The digest that records hold for each tensor written: xxh3_128 of its bytes, in hex."""
+    """A new digest of the kind that records store for each written tensor: xxh3_128 of its bytes, in hex."""
     return xxhash.xxh3_128()

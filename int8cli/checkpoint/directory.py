@@ -1,6 +1,6 @@
 """A checkpoint on this machine: a directory, or one file with its config beside it.
 
-Owns which files of a directory belong to the source. Reads nothing but names and sizes; never writes.
+Owns which files of a directory belong to the source. Never writes.
 """
 
 import os
@@ -16,7 +16,7 @@ from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
 from int8cli.errors import CorruptShardError, ModelNotFoundError, OutputError, SourceError
 
-# Beside a single checkpoint file, what is another checkpoint (or the index of one) and no companion of it.
+# Files beside a single checkpoint file that are other checkpoints or their indexes, and do not belong to it.
 _WEIGHT_SUFFIXES = (
     ".safetensors",
     ".bin",
@@ -33,16 +33,16 @@ _WEIGHT_SUFFIXES = (
 
 
 def is_weight_name(file_name: str) -> bool:
-    """Whether the name is one that checkpoints, or their indexes, are stored under."""
+    """Whether a file name is typical of a checkpoint or of an index."""
     return file_name.lower().endswith(_WEIGHT_SUFFIXES)
 
 
 class DirectorySource:
-    """The files under a directory, or one checkpoint file and the files beside it that are no weights.
+    """The files under a directory, or one checkpoint file and the files beside it that are not weights.
 
-    Symlinks to files are followed, as a Hub cache's snapshots consist of them; symlinks to directories are not. Only
-    shards may lie elsewhere altogether. A file must stay as it was when it was first asked for.
-    `output`, where the result will be, may lie below the source and is then no part of it; it cannot be the source.
+    Symlinks to files are followed, since the snapshots of a Hub cache consist of them; symlinks to directories are not.
+    Only shards may be links to files outside the source. A file must not change after it was first used. `output`,
+    where the result will be, may be below the source, and then does not belong to it; it cannot be the source itself.
     """
 
     def __init__(self, path: Path, *, output: Path | None = None) -> None:
@@ -58,8 +58,13 @@ class DirectorySource:
                 hint="Choose another directory: int8cli never changes a source.",
             )
         self._states: dict[str, FileState] = {}
-        # A name is all that the outputs may carry of this path; only the root directory has none.
+        # Outputs may contain only the last part of this path. The root directory has none.
         self._identity = SourceIdentity(name=path.name or "model", revision=None, on_hub=False)
+
+    @property
+    def contains_output(self) -> bool:
+        """Whether the output lies below the source."""
+        return self._output is not None and Path(self._output).is_relative_to(os.path.realpath(self._root))
 
     @property
     def identity(self) -> SourceIdentity:
@@ -81,7 +86,7 @@ class DirectorySource:
 
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:
-        """Raises CorruptShardError, also when the context is left, if the file was written to since the first look."""
+        """Raises CorruptShardError, at the start or end of the context, if the file changed since its first use."""
         path, state = self._scan_shard(file_name)
         local = LocalFile(path, state=state)
         local.require_unchanged(file_name)
@@ -92,21 +97,21 @@ class DirectorySource:
         return False
 
     def prefetch(self, file_name: str) -> None:
-        """Nothing to do: the file is here."""
+        """Nothing to do: the file is on this machine."""
 
     def discard(self, file_name: str) -> None:
         raise CorruptShardError(
-            f"{file_name} differs from what was published", hint=f"Replace {self._path(file_name)} with a fresh copy."
+            f"{file_name} differs from the published file", hint=f"Replace {self._path(file_name)} with a fresh copy."
         )
 
     def close(self) -> None:
-        """Nothing to do: nothing was brought here."""
+        """Nothing to do: nothing was downloaded."""
 
     def _path(self, file_name: str) -> Path:
         return self._root / checked_file_name(file_name)
 
     def _scan_shard(self, file_name: str) -> tuple[Path, FileState]:
-        """Where a file is, and its state at the first look. Raises ModelNotFoundError, SourceError."""
+        """Where a file is, and its state at its first use. Raises ModelNotFoundError, SourceError."""
         path = self._path(file_name)
         try:
             status = os.stat(path)
@@ -123,21 +128,23 @@ class DirectorySource:
         return path, self._states.setdefault(file_name, FileState.of(status))
 
     def _refuse_link_outside(self, path: Path, file_name: str) -> None:
-        """A link may lead elsewhere in the source or, as in a snapshot of the Hub cache, to its blobs.
+        """A link may lead to a file of the source or, in a snapshot of the Hub cache, to one of its blobs.
 
-        Weights may lie anywhere: a shard is nothing else's secret, and large ones are spread over disks.
+        Weights may be anywhere: a shard cannot expose another file's content, and large models are spread over disks.
         """
         if not path.is_symlink() or _is_shard_name(file_name):
             return
         root = os.path.realpath(self._root)
-        # Of a blob the link alone counts: it may itself be a link, into a store that is shared further.
+        # Only the first link to a blob is checked: the blob may itself be a link, into a store that is shared further.
         named = os.path.normpath(os.path.join(os.path.realpath(path.parent), os.readlink(path)))
         blobs = _blobs_of(Path(root))
-        within = os.path.realpath(path) if blobs is None or Path(named).parent != blobs else None
-        if within is not None and not Path(within).is_relative_to(root):
+        if blobs is not None and Path(named).parent == blobs:
+            return
+        target = os.path.realpath(path)
+        if not Path(target).is_relative_to(root):
             raise SourceError(
-                f"{file_name} is a link to {within}, outside {self._identity.name}",
-                hint="Put the file itself in the place of the link, if it is meant to go along.",
+                f"{file_name} is a link to {target}, outside {self._identity.name}",
+                hint="If the file belongs to the model, replace the link with the file itself.",
             )
 
     def _walk(self) -> Iterator[str]:
@@ -165,7 +172,7 @@ class DirectorySource:
 
 
 def _kind_of(path: Path) -> int:
-    """What there is, a directory or a file, as the kind of a mode. Raises ModelNotFoundError, SourceError."""
+    """S_IFDIR or S_IFREG: whether a path is a directory or a file. Raises ModelNotFoundError, SourceError."""
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -182,7 +189,7 @@ def _is_shard_name(file_name: str) -> bool:
 
 
 def _blobs_of(root: Path) -> Path | None:
-    """Where the Hub cache has the blobs of the snapshot that `root` is or lies in; None if it is none.
+    """The directory of blobs, if `root` is, or is in, a snapshot of the Hub cache; otherwise None.
 
     https://huggingface.co/docs/huggingface_hub/guides/manage-cache
     """

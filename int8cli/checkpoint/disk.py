@@ -1,7 +1,4 @@
-"""What a disk that takes no more, or gives nothing back, looks like to the user.
-
-Owns the translation of the file system's errors into ours.
-"""
+"""Errors of the operating system, translated into ours. Owns their messages."""
 
 import errno
 from collections.abc import Iterator
@@ -10,10 +7,13 @@ from pathlib import Path
 
 from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, SourceError, SystemRefusalError
 
+# For a file of a checkpoint that contradicts itself, wherever it came from.
+GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
+
 
 @contextmanager
 def disk_errors(path: Path, wanted_bytes: int = 0) -> Iterator[None]:
-    """Raise DiskSpaceError or OutputError for an OSError. Put it around what writes `path`, and around nothing else."""
+    """Raise DiskSpaceError or OutputError for an OSError. Use it only around code that writes `path`."""
     try:
         yield
     except OSError as error:
@@ -22,7 +22,7 @@ def disk_errors(path: Path, wanted_bytes: int = 0) -> Iterator[None]:
 
 @contextmanager
 def reading_errors(path: Path, name: str | None = None) -> Iterator[None]:
-    """Raise SourceError for an OSError. Put it around what reads the source's `path`, called `name` in messages."""
+    """Raise SourceError for an OSError. Use it only around code that reads `path`, called `name` in messages."""
     try:
         yield
     except OSError as error:
@@ -31,9 +31,9 @@ def reading_errors(path: Path, name: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def system_errors() -> Iterator[None]:
-    """Raise children of Int8cliError for what the system refuses and nobody nearer to it has translated.
+    """Raise children of Int8cliError for the system errors that no inner code has translated.
 
-    Around all that a caller of the library can call; a broken pipe is the caller's own.
+    Used around the library's public functions. A broken pipe is left to the caller.
     """
     try:
         yield
@@ -43,8 +43,8 @@ def system_errors() -> Iterator[None]:
         raise system_refusal(error) from error
     except MemoryError as error:
         raise NotEnoughMemoryError(
-            "this process is not given as much memory as it needs",
-            hint="Close other programs, or raise the limit that it runs under, and run the same command again.",
+            "the system does not give this process the memory that it needs",
+            hint="Close other programs, or raise the limits of this process, and run the same command again.",
         ) from error
     except ImportError as error:
         library = _unloadable(error)
@@ -52,12 +52,12 @@ def system_errors() -> Iterator[None]:
             raise
         raise SystemRefusalError(
             f"{library} cannot be loaded ({error!s:.200})",
-            hint="Raise the limits that this process runs under, or install the package again.",
+            hint="Raise the limits of this process, or install the package again.",
         ) from error
 
 
 def _unloadable(error: BaseException | None) -> str | None:
-    """The shared library that the system did not load, where that is why an import failed."""
+    """The shared library that the system did not load; None if an import failed for another reason."""
     while error is not None:
         path = error.path if isinstance(error, ImportError) else None
         if path is not None and not path.endswith(".py"):
@@ -67,16 +67,16 @@ def _unloadable(error: BaseException | None) -> str | None:
 
 
 def system_refusal(error: OSError) -> SystemRefusalError:
-    """What to say of an error that came from anywhere."""
+    """The error to show for an OSError of unknown origin."""
     where = f"{error.filename}: " if error.filename is not None else ""
-    hint = "Check the file, the disk and the limits that this process runs under, and run the same command again."
+    hint = "Check the file, the disk and the limits of this process, and run the same command again."
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        hint = "Raise the limit of open files (ulimit -n), and run the same command again."
+        hint = "Raise the limit on open files (ulimit -n), and run the same command again."
     return SystemRefusalError(f"{where}{error.strerror or error}", hint=hint)
 
 
 def reading_error(path: Path, error: OSError, name: str | None = None) -> SourceError:
-    """What to say when the system does not give a source file's bytes, or does not say what is in a directory."""
+    """The error to show if a file of the source cannot be read, or a directory cannot be listed."""
     return SourceError(
         f"{name or path.name or path} cannot be read: {error.strerror or error}",
         hint=f"Check {path}: its permissions, and its disk.",
@@ -84,12 +84,12 @@ def reading_error(path: Path, error: OSError, name: str | None = None) -> Source
 
 
 def disk_error(path: Path, error: OSError, wanted_bytes: int = 0) -> OutputError:
-    """What to say when `path` could not be written, or could not grow by `wanted_bytes`, where that is known."""
+    """The error to show if `path` cannot be written, or cannot grow by `wanted_bytes` (0 if unknown)."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        wanted = f" for {wanted_bytes:,} bytes more" if wanted_bytes else ""
+        wanted = f" for {wanted_bytes:,} more bytes" if wanted_bytes else ""
         return DiskSpaceError(
             f"{path}: not enough disk space{wanted} ({error.strerror})",
-            hint="Free some space and run the same command again: finished shards are not converted again.",
+            hint="Free some space and run the same command again. It does not repeat finished shards.",
         )
     return OutputError(
         f"{path}: cannot be written ({error.strerror or error})", hint="Choose a directory that you can write to."

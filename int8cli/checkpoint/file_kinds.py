@@ -1,6 +1,6 @@
-"""What each file of a source is, by its name, and whether it goes along with a conversion.
+"""What each file of a source is, by its name, and whether a conversion copies it.
 
-Owns the file names of the ecosystem, but for those that lead to the weights. Opens nothing.
+Owns the file names of the ecosystem, except those that lead to the weights. Opens nothing.
 """
 
 import re
@@ -41,8 +41,8 @@ FORMATS = {
     ".npz": "NumPy weights",
     ".npy": "NumPy weights",
 }
-# Patterns on the whole name, first match wins. `*` crosses directories.
-_LEFT_BEHIND: tuple[tuple[str, str], ...] = (
+# Patterns on the whole name, and why a file is not copied. The first match counts. `*` also matches `/`.
+_NOT_COPIED: tuple[tuple[str, str], ...] = (
     (".*", "hidden"),
     ("*/.*", "hidden"),
     ("README.md", "replaced by a model card"),
@@ -96,8 +96,9 @@ def looks_like_weights(file: str) -> bool:
     return PurePosixPath(file).suffix.lower() in {*FORMATS, ".safetensors", *SUFFIXES["pickle"], ".xml"}
 
 
-def left_behind(file: str) -> str | None:
-    return next((reason for pattern, reason in _LEFT_BEHIND if fnmatchcase(file, pattern)), None)
+def reason_by_pattern(file: str) -> str | None:
+    """Why a file is not copied, if one of the patterns says so."""
+    return next((reason for pattern, reason in _NOT_COPIED if fnmatchcase(file, pattern)), None)
 
 
 def reason_to_pass_over(
@@ -111,7 +112,7 @@ def reason_to_pass_over(
         return "in the directory of int8cli's own files"
     path = PurePosixPath(file)
     suffix = path.suffix.lower()
-    reason = left_behind(file) or FORMATS.get(suffix)
+    reason = reason_by_pattern(file) or FORMATS.get(suffix)
     if reason:
         return reason
     if INDEX_NAME.search(path.name):
@@ -129,7 +130,7 @@ def reason_to_pass_over(
 
 
 def _module_reason(path: PurePosixPath, files: Sequence[str]) -> str | None:
-    """For a file of a sentence-transformers module, whose own weights, a dense layer or so, go along with it."""
+    """The reason for a file of a sentence-transformers module. Its weights, such as a dense layer, are copied."""
     if path.name == "pytorch_model.bin" and str(path.with_name("model.safetensors")) not in files:
         return None
     if path.suffix in _TEXT_SUFFIXES or path.name == "model.safetensors":

@@ -1,6 +1,6 @@
 """Which files of a source hold the weights, and their headers.
 
-Owns what transformers would open, in its order, and the index. What the other files are is told by `file_kinds`.
+Owns the order in which transformers looks for them, and the index. `file_kinds` classifies the other files.
 """
 
 import re
@@ -21,8 +21,8 @@ from int8cli.checkpoint.file_kinds import (
     VARIANT,
     VARIANT_NAME,
     WeightFormat,
-    left_behind,
     looks_like_weights,
+    reason_by_pattern,
     reason_to_pass_over,
 )
 from int8cli.checkpoint.header import read_header
@@ -48,11 +48,11 @@ _STANDARD_NAMES: tuple[tuple[WeightFormat, str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
-    """What a convert takes from a source.
+    """The files of a source, sorted by what a conversion does with them.
 
-    `shards` hold the weights, sorted; `weight_map` is the index's tensor → shard, None where there is no index, and
-    `index_file` its name. `copied` go along as they are. `passed_over` is (file, reason) for all else, but for
-    config.json and the index, which are written anew.
+    `shards` hold the weights, sorted by name. `weight_map` is the index's tensor → shard, and `index_file` its name;
+    both are None without an index. `copied` files are copied unchanged. `passed_over` is (file, reason) for all others,
+    except config.json and the index, which are rewritten.
     """
 
     format: WeightFormat
@@ -65,10 +65,10 @@ class WeightFiles:
 
 
 def find_weights(source: Source) -> WeightFiles:
-    """Choose the files to convert, as transformers would choose them to load; no weight file is opened.
+    """Choose the files to convert, as transformers would choose them to load. Opens no weight file.
 
-    Raises IndexFileError for an index that is not one or names what it must not, UnsupportedModelError where the source
-    holds only an adapter or other formats, ModelNotFoundError where it holds no weights at all.
+    Raises IndexFileError for an index that is invalid or names a forbidden file, UnsupportedModelError if the source
+    has only an adapter or other formats, ModelNotFoundError if it has no weights at all.
     """
     files = source.list_files()
     weight_format, entry = _entry_file(source.identity.name, files)
@@ -95,10 +95,10 @@ def find_weights(source: Source) -> WeightFiles:
 
 
 def read_headers(source: Source, weights: WeightFiles) -> tuple[ShardContents, ...]:
-    """Read the header of every shard, in the order of `weights.shards`, and hold them to the index.
+    """Read the header of every shard, in the order of `weights.shards`, and compare them with the index.
 
-    Tensors that the index does not list are kept. Raises IndexFileError for a tensor that is not where the index says,
-    or is in two shards, and what the formats' readers raise.
+    Tensors that the index does not list are included. Raises IndexFileError for a tensor that is not in the shard that
+    the index names, or is in two shards, and the errors of the formats' readers.
     """
 
     def read(shard: str) -> ShardContents:
@@ -117,7 +117,7 @@ def read_headers(source: Source, weights: WeightFiles) -> tuple[ShardContents, .
 
 
 def read_contents(file: BinaryIO, weight_format: WeightFormat, file_name: str, file_bytes: int) -> ShardContents:
-    """One shard's tensors and their places. Raises what the format's reader raises."""
+    """One shard's tensors and their places. Raises the errors of the format's reader."""
     read = read_header if weight_format == "safetensors" else read_pickled
     return read(file, file_name, file_bytes)
 
@@ -125,7 +125,7 @@ def read_contents(file: BinaryIO, weight_format: WeightFormat, file_name: str, f
 def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, str]:
     """The file to start from: a single weight file, or an index.
 
-    If the user named one of the files, that file is used, even if it is a variant.
+    A file that the user named is used even if it is a variant.
     """
     _refuse_part_of_a_model(source_name, files)
     for weight_format, name in _STANDARD_NAMES:
@@ -133,7 +133,7 @@ def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, s
             return weight_format, name
     for weight_format, suffixes in SUFFIXES.items():
         found = [file for file in files if "/" not in file and file.endswith(suffixes)]
-        fitting = [file for file in found if _may_be_the_weights(file, pointed_at=file == source_name)]
+        fitting = [file for file in found if _may_be_the_weights(file, named=file == source_name)]
         if len(fitting) == 1 and _shards_of(fitting[0]) <= 1:
             return weight_format, fitting[0]
         indexes = [file for file in files if file.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
@@ -176,14 +176,14 @@ def _ambiguous(fitting: Sequence[str]) -> UnsupportedModelError:
     )
 
 
-def _may_be_the_weights(file: str, *, pointed_at: bool) -> bool:
-    if pointed_at:
-        return left_behind(file) not in (ADAPTER, TRAINING)
-    return left_behind(file) is None and VARIANT_NAME.match(file) is None
+def _may_be_the_weights(file: str, *, named: bool) -> bool:
+    if named:
+        return reason_by_pattern(file) not in (ADAPTER, TRAINING)
+    return reason_by_pattern(file) is None and VARIANT_NAME.match(file) is None
 
 
 def _nothing_to_convert(files: Sequence[str]) -> UnsupportedModelError | ModelNotFoundError:
-    """The error for a checkpoint without weights, which names what was found instead."""
+    """The error for a checkpoint without usable weights. It names what was found instead."""
     reasons = {file: reason_to_pass_over(file, "safetensors", files) for file in files}
     if ADAPTER in reasons.values():
         return UnsupportedModelError(
@@ -212,16 +212,17 @@ def _some(files: Sequence[str]) -> str:
 def _read_index(
     source: Source, index_file: str, weight_format: WeightFormat, files: frozenset[str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """The index's weight_map and metadata. Every file it names is a weight file of the source."""
+    """The index's weight_map and metadata. Every file that it names is a weight file of the source."""
     index = _parse_index(source, index_file)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map:
-        raise IndexFileError(f"{index_file}: weight_map is {'missing' if weight_map is None else 'no map of tensors'}")
+        problem = "is missing" if weight_map is None else "does not map tensors to files"
+        raise IndexFileError(f"{index_file}: weight_map {problem}")
     if not isinstance(metadata, dict):
         raise IndexFileError(f"{index_file}: metadata is {metadata!r:.80}, not an object")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise IndexFileError(f"{index_file}: the tensor {name!r} has {shard!r:.80} instead of a file name")
+            raise IndexFileError(f"{index_file}: the tensor {name!r} is mapped to {shard!r:.80}, not to a file name")
     for shard in sorted(set(weight_map.values())):
         _check_shard(shard, index_file, weight_format, files)
     return weight_map, metadata
@@ -233,11 +234,11 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
     except IndexFileError as error:
         raise IndexFileError(f"{index_file} names a file outside the checkpoint: {error}", hint=error.hint) from error
     if not shard.endswith(SUFFIXES[weight_format]):
-        raise IndexFileError(f"{index_file} names {shard!r}, which is no {SUFFIXES[weight_format][0]} file")
+        raise IndexFileError(f"{index_file} names {shard!r}, which is not a {SUFFIXES[weight_format][0]} file")
     if shard not in files:
         raise IndexFileError(
             f"{index_file} names {shard!r}, which is missing",
-            hint="The download may be incomplete: fetch the missing file and run the same command again.",
+            hint="Get the missing file, then run the same command again.",
         )
 
 
@@ -293,7 +294,7 @@ def _too_large(source: Source, file: str) -> str | None:
 
 
 def _homes(shards: Iterable[ShardContents]) -> dict[str, str]:
-    """Tensor name → shard."""
+    """Tensor name → shard. Raises IndexFileError for a tensor in two shards."""
     homes: dict[str, str] = {}
     for contents in shards:
         for tensor in contents.tensors:

@@ -1,12 +1,13 @@
-"""One run at a time on a directory.
+"""Locks that allow only one run at a time on a directory.
 
-Owns the locks that keep two runs apart. They are the kernel's: a lock ends with the last process that holds it, however
-that ends, and what is left of a killed run never locks anybody out.
+They are the kernel's locks: a lock is released when the last process that holds it ends in any way, so a killed run
+never blocks a later one.
 """
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,11 +15,15 @@ from int8cli.checkpoint.disk import disk_error, disk_errors
 from int8cli.checkpoint.own_files import open_real_directory
 from int8cli.errors import OutputError, OutputInUseError
 
+_IN_USE_HINT = "Wait for it to end, or choose another directory."
+_A_LOOK_S = 0.05  # how long `refuse_while_locked` holds a lock, at most
 
-def hold(descriptor: int, in_use: str, hint: str) -> None:
-    """Lock an open file or directory. Closed where that fails.
 
-    Raises OutputInUseError, saying `in_use`, where another holds it; OutputError where its disk gives no locks.
+def lock_or_close(descriptor: int, in_use: str, hint: str) -> None:
+    """Lock an open file or directory; close it if that fails.
+
+    Raises OutputInUseError with the message `in_use` if another process has the lock, OutputError if the disk does not
+    support locks.
     """
     try:
         _flock(descriptor, fcntl.LOCK_EX, in_use, hint)
@@ -29,18 +34,22 @@ def hold(descriptor: int, in_use: str, hint: str) -> None:
 
 def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps of one that only looks, and is gone at once
+            time.sleep(_A_LOOK_S)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputInUseError(in_use, hint=hint) from error
     except OSError as error:
         raise OutputError(
-            f"the disk does not lock the directory ({error.strerror}), so two runs on it could not be kept apart",
-            hint="Choose a directory on a disk of this machine.",
+            f"the disk cannot lock the directory ({error.strerror}), so a second run on it could not be prevented",
+            hint="Choose a directory on a local disk.",
         ) from error
 
 
 def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
-    """Raise OutputInUseError, saying `in_use`, if a process holds the lock on a file or directory; take none."""
+    """Raise OutputInUseError with the message `in_use` if a process has the lock. Does not lock anything itself."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -53,12 +62,21 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
         os.close(descriptor)
 
 
+def refuse_if_in_use(output: Path, own: Path) -> None:
+    """Raise OutputInUseError if another process holds an output directory; take no lock. See `locked`."""
+    refuse_while_locked(own, _in_use(output), _IN_USE_HINT)
+
+
+def _in_use(output: Path) -> str:
+    return f"{output} is in use by another int8cli process"
+
+
 @contextmanager
 def locked(output: Path, own: Path) -> Iterator[int]:
-    """Hold an output directory for one run, by a lock on `own`, a directory in it, which leaves no file.
+    """Lock an output directory for one run, by a lock on `own`, a directory in it.
 
-    Yields the descriptor whose duplicates, in workers, keep the lock. An `own` that is empty at the end is removed.
-    Raises OutputInUseError, OutputError.
+    Yields the lock's descriptor. Workers with a duplicate of it keep the lock. At the end, `own` is removed if it is
+    empty. Raises OutputInUseError, OutputError.
     """
     descriptor = _lock(output, own)
     try:
@@ -70,24 +88,36 @@ def locked(output: Path, own: Path) -> Iterator[int]:
 
 
 def _lock(output: Path, own: Path) -> int:
-    while True:
+    def open_own() -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
-            descriptor = open_real_directory(own)
-        hint = "Wait for it to end, or choose another directory."
-        hold(descriptor, f"{output} is in use by another int8cli process", hint)
-        still = False
+            return open_real_directory(own)
+
+    return lock_by_name(own, open_own, _in_use(output), _IN_USE_HINT)
+
+
+def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:
+    """Open and lock a file or directory that its last holder may have removed. Returns its descriptor.
+
+    A file that has lost its name does not lock out the next process, which would create and lock another. Raises as
+    `lock_or_close`.
+    """
+    while True:
+        descriptor = open_it()
+        lock_or_close(descriptor, in_use, hint)
+        is_current = False
         try:
-            with disk_errors(own):
-                still = _is_still(own, descriptor)
+            with disk_errors(path):
+                is_current = _is_current(path, descriptor)
         finally:
-            if not still:  # its last holder removed it in between, or nobody knows
+            if not is_current:  # the previous run removed it after it was opened here, or that could not be checked
                 os.close(descriptor)
-        if still:
+        if is_current:
             return descriptor
 
 
-def _is_still(path: Path, descriptor: int) -> bool:
+def _is_current(path: Path, descriptor: int) -> bool:
+    """Whether a path still leads to the directory of an open descriptor."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,17 +1,15 @@
-"""Which names the files of an output may have, and the removal of those that an earlier run wrote.
+"""Which names the files of an output may have, and how those of an earlier run are removed.
 
-Owns the name of our own directory in an output. A name that was read from a file is input like any other: it leads
-nowhere outside, neither by itself nor through a link.
+Owns the name of our own directory in an output. Names that were read from a file are untrusted: none may lead out of
+the output, by itself or through a link.
 """
 
-import os
 import unicodedata
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.own_files import opened_directory, refuse_link
+from int8cli.checkpoint.own_files import refuse_link, remove_file
 from int8cli.checkpoint.source import checked_file_name
 from int8cli.errors import IndexFileError, OutputError
 
@@ -19,12 +17,12 @@ OWN_DIRECTORY = "int8"
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is our directory's or lies in it, also on a disk that takes `Int8` for it."""
+    """Whether a name is that of our directory or of a file in it, ignoring case, as some disks do."""
     return name.split("/")[0].casefold() == OWN_DIRECTORY
 
 
 def is_output_name(name: str) -> bool:
-    """Whether a name is that of a file inside a directory, written in the one way there is."""
+    """Whether a name is that of a file inside a directory, in its only valid spelling."""
     try:
         return "." not in checked_file_name(name).split("/")
     except IndexFileError:
@@ -32,64 +30,55 @@ def is_output_name(name: str) -> bool:
 
 
 def refuse_shared_outputs(outputs: Mapping[str, str], beside: Iterable[str] = ()) -> None:
-    """Raise IndexFileError where two source files would become one output, or one would lie in our directory.
+    """Raise IndexFileError if two source files would become one output, or one would be in our directory.
 
-    `outputs`: source shard → output; `beside`: what is copied under its own name. Names that differ in case or in
-    Unicode's form alone are one on some disks. A file where another needs a directory is in its way just so.
+    `outputs`: source shard → output; `beside`: files that are copied under their own names. Names that differ only in
+    case or Unicode form count as equal, since some disks treat them so. A file must not have the name of a directory
+    that another file needs.
     """
-    taken: dict[str, str] = {}
+    sources: dict[str, str] = {}
     for source, output in outputs.items():
         if is_own(output):
             raise IndexFileError(
                 f"{source} would become {output}, but that directory is for files of int8cli",
                 hint=f"Move the file out of {OWN_DIRECTORY}, and change the index too.",
             )
-        _take(taken, source, output)
+        first = sources.setdefault(_as_disks_compare(output), source)
+        if first != source:
+            raise _shared_output(first, source, output)
     for name in beside:
-        if (other := taken.get(_as_disks_compare(name))) is not None:
-            raise _one_output(other, name, name)
+        if (other := sources.get(_as_disks_compare(name))) is not None:
+            raise _shared_output(other, name, name)
     for source, output in outputs.items():
         for parent in list(PurePosixPath(output).parents)[:-1]:
-            if (other := taken.get(_as_disks_compare(str(parent)))) is not None:
-                raise _one_output(other, source, str(parent))
+            if (other := sources.get(_as_disks_compare(str(parent)))) is not None:
+                raise _shared_output(other, source, str(parent))
 
 
-def _take(taken: dict[str, str], source: str, output: str) -> None:
-    other = taken.setdefault(_as_disks_compare(output), source)
-    if other != source:
-        raise _one_output(other, source, output)
-
-
-def _one_output(first: str, second: str, output: str) -> IndexFileError:
+def _shared_output(first: str, second: str, output: str) -> IndexFileError:
     return IndexFileError(
         f"{first} and {second} would both be written to {output}", hint="Rename one of them, and change the index too."
     )
 
 
 def remove_files(directory: Path, names: Iterable[str]) -> None:
-    """Remove these files of a directory, those that are there. Raises OutputError, mostly before the first is gone.
+    """Remove these files of a directory, if they exist. All names are checked before any file is removed.
 
-    No link is followed on the way to a file; one in a file's place is removed itself.
+    Links are not followed: a directory that is a link raises OutputError, and a file that is a link is removed itself.
     """
-    wanted = list(names)
-    for name in wanted:
+    to_remove = list(names)
+    for name in to_remove:
         if not is_output_name(name):
             raise OutputError(f"{name!r} is not a file of {directory}; nothing was removed")
         _refuse_links(directory, name)
-    for name in wanted:
+    for name in to_remove:
         with disk_errors(directory / name):
-            _remove(directory, name)
+            remove_file(directory / name, directory)
 
 
 def _refuse_links(directory: Path, name: str) -> None:
     for parent in list(Path(name).parents)[:-1]:
         refuse_link(directory / parent)
-
-
-def _remove(directory: Path, name: str) -> None:
-    path = directory / name
-    with suppress(FileNotFoundError), opened_directory(path.parent, directory) as parent:
-        os.unlink(path.name, dir_fd=parent)
 
 
 def _as_disks_compare(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Files that this program makes and removes below a directory which the user chose.
+"""Files that this program creates and removes below a directory which the user chose.
 
-Owns how they are reached: by descriptors of their directories, and without following a link, so that none that was
-planted there leads outside. Knows no file by name.
+Owns how they are opened: through descriptors of their directories and without following links, so that a planted link
+cannot lead outside. Knows no file by name.
 """
 
 import errno
@@ -11,6 +11,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.errors import OutputError
@@ -19,8 +20,19 @@ _LONGEST_NAME_BYTES = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
+@dataclass(frozen=True, slots=True)
+class OwnPath:
+    """A file or directory of ours, and the directory above it that the user chose: below that, no link is followed."""
+
+    path: Path
+    below: Path
+
+    def __truediv__(self, name: str) -> "OwnPath":
+        return OwnPath(self.path / name, self.below)
+
+
 def name_aside(name: str, *, prefix: str = "", suffix: str = "") -> str:
-    """What a file is called until it is whole; a digest stands for a name that leaves no room for more."""
+    """The name of a file until it is complete. A digest replaces a name that would become too long."""
     aside = f"{prefix}{name}{suffix}"
     if len(os.fsencode(aside)) <= _LONGEST_NAME_BYTES:
         return aside
@@ -29,9 +41,9 @@ def name_aside(name: str, *, prefix: str = "", suffix: str = "") -> str:
 
 @contextmanager
 def opened_directory(directory: Path, below: Path, *, make: bool = False) -> Iterator[int]:
-    """A descriptor of `directory`, which is `below` or lies below it. Links are followed up to `below`, not after it.
+    """A descriptor of `directory`, which is `below` or is below it. Links are followed up to `below`, not after it.
 
-    `make`: what is missing of it is made. Raises OSError, and OutputError for a link on the way.
+    `make`: create missing directories. Raises OSError, and OutputError for a link after `below`.
     """
     if make:
         below.mkdir(parents=True, exist_ok=True)
@@ -50,14 +62,14 @@ def opened_directory(directory: Path, below: Path, *, make: bool = False) -> Ite
 
 
 def open_real_directory(path: Path) -> int:
-    """A descriptor of a directory. Raises OSError, and OutputError where it is a link."""
+    """A descriptor of a directory. Raises OSError, and OutputError if it is a link."""
     return _open_real(str(path), None, path)
 
 
 def create_file(name: str, directory: int) -> int:
-    """A descriptor of a new file in an open directory, for reading and writing. What had the name before is removed.
+    """A descriptor of a new file in an open directory, for reading and writing. Raises OSError.
 
-    That may be what a killed run left, or a link. Raises OSError.
+    A file or link that has the name, such as one that a killed run left, is removed first.
     """
     with suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory)
@@ -67,7 +79,7 @@ def create_file(name: str, directory: int) -> int:
 def open_or_create(name: str, directory: int) -> int:
     """A descriptor that appends to a file of ours in an open directory. Raises OSError.
 
-    A link, or a file that has another name as well, is not ours: it is removed, and a new one made.
+    A link, or a file with a second name (a hard link), is not ours: it is replaced by a new file.
     """
     with suppress(FileNotFoundError):
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -78,17 +90,38 @@ def open_or_create(name: str, directory: int) -> int:
 
 
 def remove_tree(directory: Path, below: Path) -> None:
-    """Remove a directory of ours, as far as that can be done. A link is neither followed nor removed.
+    """Remove a directory of ours. Errors are ignored. Links are neither followed nor removed.
 
-    Raises OutputError where it does not lie below `below`.
+    Raises OutputError if the directory is not below `below`.
     """
     _parts_below(directory, below)
     with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
         shutil.rmtree(directory.name, ignore_errors=True, dir_fd=parent)
 
 
+def remove_file(path: Path, below: Path) -> None:
+    """Remove a file of ours, or a link in its place, if there is one. Raises OSError, OutputError."""
+    with suppress(FileNotFoundError), opened_directory(path.parent, below) as directory:
+        os.unlink(path.name, dir_fd=directory)
+
+
+def remove_empty_directories(directory: Path, below: Path) -> None:
+    """Remove a directory of ours and those in it, as far as they hold no file. No link is followed.
+
+    Raises OutputError where it does not lie below `below`.
+    """
+    _parts_below(directory, below)
+    with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
+        with opened_directory(directory, below) as itself:
+            for _, names, _, above in os.fwalk(topdown=False, dir_fd=itself):
+                for name in names:
+                    with suppress(OSError):  # it holds something, or is a link
+                        os.rmdir(name, dir_fd=above)
+        os.rmdir(directory.name, dir_fd=parent)
+
+
 def refuse_link(path: Path) -> None:
-    """Raise OutputError if a path, where there is a directory of ours or none, is a link."""
+    """Raise OutputError if a path is a link. It is that of one of our directories, which may not exist."""
     if os.path.islink(path):
         raise _is_a_link(path)
 
@@ -96,7 +129,7 @@ def refuse_link(path: Path) -> None:
 def _parts_below(directory: Path, below: Path) -> tuple[str, ...]:
     parts = directory.relative_to(below).parts
     if os.pardir in parts:
-        raise OutputError(f"{directory} does not lie in {below}")
+        raise OutputError(f"{directory} is not inside {below}")
     return parts
 
 
@@ -115,6 +148,6 @@ def _is_link(name: str, parent: int | None) -> bool:
 
 def _is_a_link(path: Path) -> OutputError:
     return OutputError(
-        f"{path} is a link, and what it leads to is not int8cli's",
+        f"{path} is a link, and its target does not belong to int8cli",
         hint="Remove the link, or choose another output directory.",
     )

@@ -1,8 +1,8 @@
-"""What a pickle may ask of whoever unpickles it, counted without unpickling anything.
+"""Bounds on what a pickle may build, checked without unpickling it.
 
-A pickle of a hundred bytes can stand for an object of 2^50 parts, and one of a few hundred kilobytes for tuples in one
-another so deep that hashing them ends the process. Owns the bounds within which a pickle is given to torch's unpickler,
-which has none. Follows the opcodes as far as what holds what; builds nothing.
+A pickle of a hundred bytes can describe an object of 2^50 parts, and one of a few hundred kilobytes tuples nested so
+deep that hashing them crashes the process. Torch's unpickler has no bounds; this module owns those that are checked
+before torch gets a pickle. It follows which objects contain which, and builds nothing.
 """
 
 import pickletools
@@ -16,7 +16,7 @@ _MOST_TEXT = 1 << 27
 
 _GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
-# These change the object below what they take, and leave it there.
+# These change the object below what they pop, and leave it on the stack.
 _FILLS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 _DUPLICATES = "DUP"
 _MARK = pickletools.markobject
@@ -25,11 +25,11 @@ _FLAT_RESULTS = frozenset({"torch Size", "torch device", "torch.serialization _g
 
 
 class PickleBoundsError(Exception):
-    """A pickle asks for more than any list of tensors; the message says of what, and at which byte."""
+    """A pickle exceeds what any list of tensors needs. The message says what it exceeds, and at which byte."""
 
 
 class BoundedReader:
-    """The next `limit_bytes` bytes of a file as pickletools reads them; more are refused before they are read."""
+    """The next `limit_bytes` bytes of a file, for pickletools. Reading more raises PickleBoundsError."""
 
     def __init__(self, file: BinaryIO, limit_bytes: int) -> None:
         self._file, self._left = file, limit_bytes
@@ -52,11 +52,11 @@ class BoundedReader:
 
 
 @dataclass(frozen=True, slots=True)
-class _Thing:
-    """What an object on the stack is, for our purpose: how deep it nests, and the length of all text in it.
+class _Item:
+    """An object on the stack: how deep it nests, and the length of all text in it.
 
-    `is_container`: in two places, it could make the whole grow with each of them; `makes_tensors`: a function whose
-    results hold nothing else.
+    `is_container`: if it were in two places, the whole could double with each step. `makes_tensors`: a function whose
+    results contain no other objects.
     """
 
     depth: int = 0
@@ -65,16 +65,16 @@ class _Thing:
     makes_tensors: bool = False
 
 
-_ATOM = _Thing()
+_ATOM = _Item()
 
 
 def check_pickle(file: BinaryIO | BoundedReader) -> None:
-    """Follow one pickle up to its end. Raises PickleBoundsError, ValueError where it is damaged.
+    """Follow one pickle to its end. Raises PickleBoundsError, or ValueError if it is damaged.
 
-    Within the bounds every object is a tree: no tuple, list or dict of the pickle stands in two places.
+    Within the bounds every object is a tree: no tuple, list or dict is in two places.
     """
-    stack: list[_Thing | None] = []  # None is a mark
-    memo: dict[int, _Thing] = {}
+    stack: list[_Item | None] = []  # None is a mark
+    memo: dict[int, _Item] = {}
     for count, (opcode, argument, place) in enumerate(pickletools.genops(cast(IO[bytes], file))):
         try:
             _step(opcode, argument, stack, memo)
@@ -86,7 +86,7 @@ def check_pickle(file: BinaryIO | BoundedReader) -> None:
             raise PickleBoundsError(f"it has more than {MOST_OPCODES:,} steps")
 
 
-def _step(opcode: Any, argument: Any, stack: list[_Thing | None], memo: dict[int, _Thing]) -> None:
+def _step(opcode: Any, argument: Any, stack: list[_Item | None], memo: dict[int, _Item]) -> None:
     name = opcode.name
     if name == "MARK":
         stack.append(None)
@@ -100,26 +100,26 @@ def _step(opcode: Any, argument: Any, stack: list[_Thing | None], memo: dict[int
     elif name == _DUPLICATES:
         raise PickleBoundsError("it puts one object in two places")
     elif name not in ("PROTO", "FRAME", "STOP"):
-        taken = list(_taken(opcode, stack))
+        popped = list(_pop(opcode, stack))
         if opcode.stack_after:
-            stack.append(_made(name, argument, taken))
+            stack.append(_result(name, argument, popped))
 
 
-def _top(stack: list[_Thing | None]) -> _Thing:
+def _top(stack: list[_Item | None]) -> _Item:
     top = stack[-1]
     if top is None:
         raise IndexError
     return top
 
 
-def _taken(opcode: Any, stack: list[_Thing | None]) -> Iterator[_Thing]:
-    """What an opcode takes off the stack, the topmost first."""
-    for wanted in reversed(opcode.stack_before):
-        if wanted is pickletools.stackslice:
+def _pop(opcode: Any, stack: list[_Item | None]) -> Iterator[_Item]:
+    """Pop what an opcode removes from the stack, the topmost first."""
+    for expected in reversed(opcode.stack_before):
+        if expected is pickletools.stackslice:
             while stack[-1] is not None:
                 yield _top(stack)
                 stack.pop()
-        elif wanted is _MARK:
+        elif expected is _MARK:
             if stack.pop() is not None:
                 raise IndexError
         else:
@@ -127,34 +127,35 @@ def _taken(opcode: Any, stack: list[_Thing | None]) -> Iterator[_Thing]:
             stack.pop()
 
 
-def _made(name: str, argument: Any, taken: list[_Thing]) -> _Thing:
-    """What an opcode puts on the stack, from what it took."""
-    if not taken:
+def _result(name: str, argument: Any, popped: list[_Item]) -> _Item:
+    """What an opcode pushes on the stack, given what it popped."""
+    if not popped:
         return _leaf(name, argument)
-    function = taken[-1]
+    function = popped[-1]
     if name == "BINPERSID" or (name == "REDUCE" and function.makes_tensors):
-        _sum_of(name, taken)
+        _combined(name, popped)
         return _ATOM
-    return _sum_of(name, taken)
+    return _combined(name, popped)
 
 
-def _sum_of(name: str, taken: list[_Thing]) -> _Thing:
-    filled = taken[-1] if name in _FILLS else _ATOM
-    inside = taken[:-1] if name in _FILLS else taken
-    depth = max(filled.depth, 1 + max((thing.depth for thing in inside), default=0))
-    text = filled.text + len(inside) + sum(thing.text for thing in inside)
+def _combined(name: str, popped: list[_Item]) -> _Item:
+    """An object that contains what was popped. Raises PickleBoundsError if it is too deep or too long."""
+    filled = popped[-1] if name in _FILLS else _ATOM
+    inside = popped[:-1] if name in _FILLS else popped
+    depth = max(filled.depth, 1 + max((item.depth for item in inside), default=0))
+    text = filled.text + len(inside) + sum(item.text for item in inside)
     if depth > MOST_NESTED:
         raise PickleBoundsError(f"it nests more than {MOST_NESTED} deep")
     if text > _MOST_TEXT:
         raise PickleBoundsError("it repeats text over and over")
     if name == "BUILD" and not filled.is_container:
         return filled  # state that is set on a tensor
-    return _Thing(depth, text, is_container=True)
+    return _Item(depth, text, is_container=True)
 
 
-def _leaf(name: str, argument: Any) -> _Thing:
+def _leaf(name: str, argument: Any) -> _Item:
     if name == "GLOBAL":
-        return _Thing(text=len(argument), makes_tensors=argument.startswith(_REBUILD) or argument in _FLAT_RESULTS)
+        return _Item(text=len(argument), makes_tensors=argument.startswith(_REBUILD) or argument in _FLAT_RESULTS)
     if name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "DICT", "LIST", "FROZENSET"):
-        return _Thing(is_container=True)
-    return _Thing(text=len(argument) if isinstance(argument, (str, bytes, bytearray)) else 1)
+        return _Item(is_container=True)
+    return _Item(text=len(argument) if isinstance(argument, (str, bytes, bytearray)) else 1)

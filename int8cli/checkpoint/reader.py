@@ -1,6 +1,6 @@
-"""Reading a shard's bytes at an offset into a buffer that the caller owns.
+"""Reads a shard's bytes at an offset into the caller's buffer.
 
-Owns how bytes come off the disk. Knows nothing of tensors but their offsets.
+Owns how bytes are read from disk. Knows only the offsets of tensors.
 """
 
 import io
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 
 
 class ShardReader(Protocol):
-    """Random access to a shard's bytes; safe to call from several threads at once."""
+    """Random access to a shard's bytes. Thread-safe."""
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes from `offset_bytes` on. Raises CorruptShardError where the shard ends early."""
+        """Fill `buffer` with the bytes from `offset_bytes` on. Raises CorruptShardError if the shard ends early."""
 
     def close(self) -> None: ...
 
 
 class FileReader:
-    """A shard on disk, read with preadv: no mapping, so that nothing stays resident but the caller's buffer."""
+    """A shard on disk, read with preadv. Unlike a mapping, it uses no memory besides the caller's buffer."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -52,7 +52,9 @@ class FileReader:
 
     def require_unchanged(self) -> None:
         """Raise CorruptShardError if the file was written to since it was opened."""
-        self._state.require_same(os.fstat(self._descriptor), self._path.name)
+        with reading_errors(self._path):
+            status = os.fstat(self._descriptor)
+        self._state.require_same(status, self._path.name)
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         done = 0
@@ -63,43 +65,53 @@ class FileReader:
                 raise reading_error(self._path, error) from error
             if count == 0:
                 raise CorruptShardError(
-                    f"{self._path.name}: ends at byte {offset_bytes + done:,}, before the data its header names",
-                    hint="The file is truncated, or changed during reading: download it again, then run again.",
+                    f"{self._path.name}: ends at byte {offset_bytes + done:,}, before the data that its header names",
+                    hint="The file is truncated, or it changed while it was read: download it again, then run again.",
                 )
             done += count
+
+    def read_ahead(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have the system start to read these bytes, where it takes advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have the system drop these bytes from the page cache, where it takes advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
 class _CheckedFile(io.FileIO):
-    """A file whose errors on reading are ours."""
+    """A file whose reads raise SourceError instead of OSError."""
 
     def __init__(self, path: Path, name: str) -> None:
-        self._path, self._called = path, name
+        self._path, self._display_name = path, name
         super().__init__(path, "rb")
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        with reading_errors(self._path, self._called):
+        with reading_errors(self._path, self._display_name):
             return super().readinto(buffer)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        with reading_errors(self._path, self._called):
+        with reading_errors(self._path, self._display_name):
             return super().read(-1 if size is None else size)
 
     def readall(self) -> bytes:
-        with reading_errors(self._path, self._called):
+        with reading_errors(self._path, self._display_name):
             return super().readall()
 
 
 def open_to_read(path: Path, name: str | None = None) -> BinaryIO:
-    """A file, called `name` in messages. This and every read of it raises SourceError where the system raises OSError.
+    """Open a file, called `name` in messages. Opening and reading it raise SourceError instead of OSError.
 
-    A seek to before its start stays an OSError.
+    A seek to a negative position still raises OSError.
     """
-    called = name or path.name
-    with reading_errors(path, called):
-        return io.BufferedReader(_CheckedFile(path, called))
+    display_name = name or path.name
+    with reading_errors(path, display_name):
+        return io.BufferedReader(_CheckedFile(path, display_name))
 
 
 def size_of(path: Path) -> int:
@@ -109,9 +121,9 @@ def size_of(path: Path) -> int:
 
 
 class TensorsReader:
-    """A shard that is in memory already, read as the concatenation of its tensors' bytes.
+    """A shard in memory, read as the concatenation of its tensors' bytes.
 
-    Serves legacy `.bin` files, whose format cannot be read at an offset. `tensors` are in the order of its contents.
+    Used for legacy `.bin` files, which cannot be read at an offset. `tensors` are in the order of the shard's contents.
     """
 
     def __init__(self, tensors: "Sequence[Tensor]") -> None:

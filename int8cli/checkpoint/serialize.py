@@ -1,6 +1,6 @@
-"""A few tensors as the bytes of one safetensors file.
+"""Serializes a few tensors to the bytes of a safetensors file.
 
-For our own small files: before release 0.8 `safetensors.torch.save` needs numpy, which the package does not install.
+For our own small files. `safetensors.torch.save` needs numpy before release 0.8, which the package does not install.
 """
 
 import ctypes
@@ -27,9 +27,9 @@ _DTYPE_NAMES = {
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """What `safetensors.torch.save` returns, to the byte, for tensors on the CPU.
+    """The same bytes that `safetensors.torch.save` returns for tensors on the CPU.
 
-    Raises CheckpointError where the format cannot hold the tensors under these names.
+    Raises CheckpointError for names that the format does not allow.
     """
     specs = [TensorSpec(name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
     header, places = encode_header(specs, metadata or {})

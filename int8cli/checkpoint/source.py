@@ -1,7 +1,7 @@
 """Where a checkpoint comes from: the interface that a directory and a Hub repository share.
 
-Owns `Source`, what a source says of itself, and which file names may be asked of one. Knows no file format: a file
-here is a name, a size and bytes.
+Owns `Source`, its identity, and which file names are valid. Knows no file format: a file here is a name, a size and
+bytes.
 """
 
 import os
@@ -17,9 +17,9 @@ from int8cli.errors import IndexFileError
 
 @dataclass(frozen=True, slots=True)
 class SourceIdentity:
-    """What a model is called and which state of it this is. Holds no path of this machine.
+    """A model's name and revision. Contains no path of this machine.
 
-    `name` is the Hub id, or the directory's or file's own name. `revision` is the Hub's commit hash, None locally.
+    `name` is the Hub id, or the directory's or file's own name. `revision` is the Hub's commit hash; None locally.
     """
 
     name: str
@@ -29,10 +29,10 @@ class SourceIdentity:
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A file of the source, now on this machine.
+    """A file of the source that is on this machine.
 
-    `sha256` is what the Hub published for it, in hex, where it did. `state` is that of a file which others may write
-    to, when the source first looked at it.
+    `sha256` is the digest that the Hub published for it, in hex; None if there is none. `state` is the file's state at
+    its first use; None for a download of ours, which nobody else writes to.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class LocalFile:
     state: FileState | None = None
 
     def require_unchanged(self, file_name: str) -> None:
-        """Raise CorruptShardError, naming the file, if somebody wrote to it since the source first looked at it."""
+        """Raise CorruptShardError, naming the file, if it was written to since its first use."""
         if self.state is not None:
             with reading_errors(self.path, file_name):
                 self.state.require_same(os.stat(self.path), file_name)
@@ -48,17 +48,17 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """A shard that is on this machine, for as long as whoever gave it says."""
+    """A shard that is on this machine until its giver removes it."""
 
     name: str
     local: LocalFile
 
 
 class Source(Protocol):
-    """A place that holds a checkpoint's files.
+    """The files of a checkpoint.
 
-    File names are relative, with `/`, as the source lists them. Any name that would leave the source raises
-    IndexFileError; one that is not there, ModelNotFoundError.
+    File names are relative, with `/`, as the source lists them. A name that would lead out of the source raises
+    IndexFileError; a missing file raises ModelNotFoundError.
     """
 
     @property
@@ -66,42 +66,42 @@ class Source(Protocol):
 
     @property
     def keeps_in(self) -> Path | None:
-        """The directory in which fetched files stay for good; None where they are there already, or do not stay."""
+        """The directory that permanently keeps fetched files; None if files are local, or removed after use."""
 
     def list_files(self) -> tuple[str, ...]:
-        """Every file of the source but hidden ones, sorted."""
+        """Every file of the source except hidden ones, sorted."""
 
     def size_bytes(self, file_name: str) -> int:
         """The file's size, without fetching it."""
 
     def open(self, file_name: str) -> BinaryIO:
-        """A seekable view of the file for reading a header: from the Hub, only the ranges asked for are transferred."""
+        """A seekable view of the file, for reading a header. From the Hub, only the ranges that are read travel."""
 
     def fetch(self, file_name: str) -> AbstractContextManager[LocalFile]:
-        """The whole file on this machine while the context lasts; afterwards the source may remove it again.
+        """The whole file on this machine, while the context lasts.
 
-        A file that was brought here for this is removed when the context is left in peace, and stays for the next run
-        when it is left by an error.
+        A file that was downloaded for this is removed when the context ends normally. If it ends with an error, the
+        file stays for the next run.
         """
 
     def transfers(self, file_name: str) -> bool:
-        """Whether `fetch` would have to bring the file here from elsewhere."""
+        """Whether `fetch` would have to download the file."""
 
     def prefetch(self, file_name: str) -> None:
-        """Start to bring a file here, so that a later `fetch` of it need not wait. Returns at once."""
+        """Start to download a file in the background, so that a later `fetch` need not wait. Returns at once."""
 
     def discard(self, file_name: str) -> None:
-        """Give up a copy that is not what was published, so that the next `fetch` transfers the file anew.
+        """Remove a copy that differs from the published file, so that the next `fetch` downloads it again.
 
-        Raises CorruptShardError, saying what to delete, for a copy that is not this source's to remove.
+        Raises CorruptShardError, saying what to replace or delete, if the copy does not belong to this source.
         """
 
     def close(self) -> None:
-        """Stop what is under way and leave nothing behind but what a later run can go on from."""
+        """Stop running transfers, and remove everything except partial downloads that a later run can resume."""
 
 
 def checked_file_name(file_name: str) -> str:
-    """The name itself, if it stays inside the source. Raises IndexFileError: no index is to be trusted with paths."""
+    """The name itself, if it stays inside the source. Raises IndexFileError: paths from an index are not trusted."""
     parts = file_name.split("/")
     leaves = PurePosixPath(file_name).is_absolute() or ".." in parts or "\\" in file_name or "\0" in file_name
     if leaves or not all(parts):

@@ -1,15 +1,16 @@
-"""The pickle inside a `.bin`, when it is the state dict that torch.save writes: tensors by name, described.
+"""Reads the pickle inside a `.bin`, if it is a plain state dict as torch.save writes it, into descriptions of tensors.
 
-Owns a reader of that one form. It goes through the opcodes itself, imports nothing, calls nothing and builds nothing
-but tuples, dicts and descriptions, and of these no more than the pickle is long, so that a model's shapes are known
-without torch, which takes a second to import.
-Whatever is not of that form is left to torch's own unpickler (`pickled`), which reads more and says what is wrong.
+It interprets the opcodes itself. It imports and calls nothing, and builds only tuples, dicts and descriptions, whose
+number is bounded by the pickle's length. A model's shapes are thus known without torch, which takes a second to import.
+Any other pickle is left to torch's own unpickler (see `pickled`), which reads more and explains errors.
 """
 
 import math
 import pickletools
 from dataclasses import dataclass
 from typing import Any
+
+from int8cli.checkpoint.tensor import DTYPE_BITS, TORCH_NAMES
 
 _STORAGE_DTYPES = {
     "torch BoolStorage": "bool",
@@ -25,6 +26,7 @@ _STORAGE_DTYPES = {
     "torch ComplexFloatStorage": "complex64",
     "torch.storage UntypedStorage": "",
 }
+_WIDTHS = {torch_name: DTYPE_BITS[name] // 8 for name, torch_name in TORCH_NAMES.items()}
 _LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE"})
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -33,18 +35,20 @@ _LARGEST = 2**63 - 1
 
 
 class NotAStateDictError(Exception):
-    """The pickle is not of the form that is read here; another reader may know it. Never reaches a user."""
+    """The pickle does not have the form that this module reads; torch may read it. Never reaches a user."""
 
 
 @dataclass(frozen=True, slots=True)
 class PickledTensor:
-    """A tensor as torch.save describes it: a view into a storage, offset and strides in elements.
+    """A tensor as torch.save describes it: a view into a storage, with offset and strides in elements.
 
-    `dtype` is torch's name for it, `storage` the name of the record with the bytes.
+    `dtype` is torch's name of the dtype, `storage` the name of the record with its
+    `storage_bytes` bytes.
     """
 
     dtype: str
     storage: str
+    storage_bytes: int
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -55,13 +59,13 @@ class PickledTensor:
 
     @property
     def is_column_major(self) -> bool:
-        """Whether the bytes are those of the row-major transpose, as of a saved `W.t()`."""
+        """Whether the bytes are those of the row-major transpose, as with a saved `W.t()`."""
         return len(self.shape) == 2 and _row_major(self.shape[::-1], self.strides[::-1])
 
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """Something that the pickle would import. It is never looked up."""
+    """A name that the pickle would import. It is never imported."""
 
     text: str
 
@@ -72,23 +76,28 @@ class _Storage:
     key: str
     numel: int
 
+    @property
+    def nbytes(self) -> int:
+        """The length of an untyped storage is in bytes."""
+        return self.numel * _WIDTHS[self.dtype] if self.dtype else self.numel
+
 
 def read_state_dict(pickle: bytes) -> dict[str, PickledTensor]:
-    """The tensors by name. Raises NotAStateDictError for everything but what torch.save makes of a plain state dict."""
+    """The tensors by name. Raises NotAStateDictError for everything except a plain state dict of torch.save."""
     try:
         result = _run(pickle)
-    except (IndexError, KeyError, TypeError, ValueError) as error:  # a damaged pickle, in any of its opcodes
+    except (IndexError, KeyError, TypeError, ValueError) as error:  # a damaged pickle
         raise NotAStateDictError(str(error)) from error
     if not isinstance(result, dict):
         raise NotAStateDictError(f"one {type(result).__name__}")
     for name, tensor in result.items():
         if not isinstance(name, str) or not isinstance(tensor, PickledTensor) or not name.isprintable():
-            raise NotAStateDictError(f"{name!r:.80} is no tensor by a plain name")
+            raise NotAStateDictError(f"{name!r:.80} is not a tensor with a plain name")
     return result
 
 
 def _run(pickle: bytes) -> Any:
-    """What the opcodes leave on the stack at STOP."""
+    """The object that the opcodes leave on the stack at STOP."""
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     storages: dict[str, _Storage] = {}
@@ -111,14 +120,14 @@ def _run(pickle: bytes) -> Any:
 
 
 def _once(value: Any) -> Any:
-    """What may stand in two places: no tuple or dict, which could double with each step."""
+    """The value itself, if it may be in two places. A tuple or dict may not: it could double with each step."""
     if isinstance(value, (tuple, dict)) and value != ():
         raise NotAStateDictError(f"a {type(value).__name__} in two places")
     return value
 
 
 def _tuple(items: list[Any]) -> tuple[Any, ...]:
-    """A tuple that holds at most tuples of what holds nothing: deeper ones end the process when they are hashed."""
+    """A tuple nested at most two deep. Hashing a very deep one crashes the process."""
     for item in items:
         if isinstance(item, tuple) and any(isinstance(inner, tuple) for inner in item):
             raise NotAStateDictError("tuples in tuples in tuples")
@@ -126,7 +135,7 @@ def _tuple(items: list[Any]) -> tuple[Any, ...]:
 
 
 def _step(name: str, argument: Any, stack: list[Any]) -> None:
-    """One opcode that reads or writes the stack alone."""
+    """One opcode that uses only the stack."""
     if name in _LITERALS:
         stack.append(argument)
     elif name in _CONSTANTS:
@@ -148,10 +157,10 @@ def _step(name: str, argument: Any, stack: list[Any]) -> None:
     elif name in ("SETITEM", "SETITEMS"):
         items = _since_mark(stack) if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
         if not all(isinstance(key, str) for key in items[::2]):
-            raise NotAStateDictError("a key that is no name")
+            raise NotAStateDictError("a key that is not a name")
         _dict_on(stack).update(zip(items[::2], items[1::2], strict=True))
     elif name == "BUILD":
-        stack.pop()  # a state dict's `_metadata`, its modules' versions
+        stack.pop()  # a state dict's `_metadata`: the versions of its modules
         _dict_on(stack)
     else:
         raise NotAStateDictError(f"opcode {name}")
@@ -166,21 +175,21 @@ def _since_mark(stack: list[Any]) -> list[Any]:
 
 def _dict_on(stack: list[Any]) -> dict[Any, Any]:
     if not isinstance(stack[-1], dict):
-        raise NotAStateDictError("items of something that is no dict")
+        raise NotAStateDictError("items of something that is not a dict")
     return stack[-1]
 
 
 def _storage(persistent: Any) -> _Storage:
-    """From the tuple that stands for a storage: the word, its type, its record's name, its device, its length."""
+    """The storage in a persistent id: the word `storage`, its type, its record's name, its device, its length."""
     word, kind, key, _, numel = persistent
     plain = isinstance(kind, _Name) and isinstance(key, str) and type(numel) is int and numel >= 0
     if word != "storage" or not plain:
-        raise NotAStateDictError("a persistent id that is no storage's")
+        raise NotAStateDictError("a persistent id that is not a storage")
     return _Storage(_STORAGE_DTYPES[kind.text], key, numel)
 
 
 def _rebuilt(function: Any, arguments: Any) -> Any:
-    """What these functions of torch would return, described; all others are unknown here."""
+    """A description of what these functions of torch would return. Calls of other functions are refused."""
     called = function.text if isinstance(function, _Name) else ""
     if called == "collections OrderedDict" and arguments == ():
         return {}
@@ -199,15 +208,15 @@ def _rebuilt(function: Any, arguments: Any) -> Any:
 
 def _tensor(storage: Any, dtype: str, offset: Any, shape: Any, strides: Any) -> PickledTensor:
     if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple) or not dtype:
-        raise NotAStateDictError("a tensor that is no view into a storage")
+        raise NotAStateDictError("a tensor that is not a view into a storage")
     plain = all(type(number) is int and 0 <= number <= _LARGEST for number in (offset, *shape, *strides))
     if not plain or len(shape) != len(strides):
-        raise NotAStateDictError("a tensor that is no view into a storage")
+        raise NotAStateDictError("a tensor that is not a view into a storage")
     last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    # An untyped storage counts bytes, and they are held against its record.
+    # The length of an untyped storage is in bytes; `pickled` compares it with the record.
     if storage.dtype and math.prod(shape) and last >= storage.numel:
         raise NotAStateDictError("a tensor that goes beyond its storage")
-    return PickledTensor(dtype, storage.key, offset, shape, strides)
+    return PickledTensor(dtype, storage.key, storage.nbytes, offset, shape, strides)
 
 
 def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

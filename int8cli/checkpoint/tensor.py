@@ -1,4 +1,4 @@
-"""What a tensor on disk is: a name, a dtype, a shape and the place of its bytes.
+"""A tensor on disk: its name, dtype, shape and the place of its bytes.
 
 Owns the dtype names (those of the safetensors format) and their widths. Knows no file format.
 """
@@ -32,7 +32,7 @@ DTYPE_BITS = {
     "U64": 64,
 }
 
-# What torch and config.json call them; the packed ones are not torch's.
+# Their names in torch and config.json. torch does not have the packed ones.
 TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -61,7 +61,7 @@ CAST_ON_LOAD = QUANTIZABLE_DTYPES | {"F64", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ",
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor without its place: enough to plan with."""
+    """A tensor without its place, which is enough to plan with."""
 
     name: str
     dtype: str
@@ -78,9 +78,9 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor and where its bytes lie in its file: `nbytes` bytes, little-endian, from `offset_bytes` on.
+    """A tensor and the place of its bytes: `nbytes` bytes of its file, little-endian, from `offset_bytes` on.
 
-    Row-major, unless `column_major`: then the bytes are those of the row-major transpose (a `.bin` that saved `W.t()`).
+    Row-major, unless `column_major`: then the bytes are those of the row-major transpose (a `.bin` of a saved `W.t()`).
     """
 
     spec: TensorSpec
@@ -96,8 +96,8 @@ class StoredTensor:
 class ShardContents:
     """One checkpoint file without its data: its tensors in file order, its metadata, its size.
 
-    `mappable` is false for a legacy `.bin`, which can only be read whole; its offsets count in the concatenation of
-    its tensors.
+    `mappable` is false for a legacy `.bin`, which can only be loaded whole. Its offsets are those in the concatenation
+    of its tensors.
     """
 
     file_name: str

@@ -1,6 +1,6 @@
-"""A checkpoint's tensors by name, read from its shards when asked for, with no more shards held than needed.
+"""A checkpoint's tensors by name, read on demand, with only the needed shards on this machine.
 
-Owns which shards are on this machine at a time and how a stored tensor becomes one of torch. Knows no model.
+Owns which shards are on this machine at a time, and how a stored tensor becomes a torch tensor. Knows no model.
 """
 
 import mmap
@@ -25,7 +25,7 @@ from int8cli.errors import CheckpointError
 
 
 class ShardTensors:
-    """The tensors of one shard file on this machine, read or mapped by name. Close it."""
+    """The tensors of one shard file on this machine, read or mapped by name. Must be closed."""
 
     def __init__(self, path: Path, contents: ShardContents) -> None:
         self._path = path
@@ -34,7 +34,7 @@ class ShardTensors:
         self._reader = FileReader(path) if contents.mappable else None
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own, contiguous."""
+        """A contiguous copy of the tensor in memory."""
         stored = self._places[name]
         if self._legacy is not None:
             return self._legacy[name].contiguous()
@@ -46,7 +46,7 @@ class ShardTensors:
         return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
 
     def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
-        """A matrix in blocks of whole rows of some `elements`, each in the same memory as the one before it."""
+        """A matrix in blocks of whole rows with about `elements` elements. A block may reuse the memory of the last."""
         stored = self._places[name]
         rows, columns = stored.spec.shape
         step = max(1, elements // max(1, columns))
@@ -64,13 +64,13 @@ class ShardTensors:
             yield block[:count]
 
     def map(self, name: str) -> Tensor:
-        """The tensor as a mapping of its file, which stays when this is closed. Not to be written to."""
+        """The tensor as a mapping of its file, which stays valid after `close`. Do not write to it."""
         stored = self._places[name]
         if self._legacy is not None or not stored.spec.nbytes:
             return self.read(name)
         start = stored.offset_bytes - stored.offset_bytes % mmap.ALLOCATIONGRANULARITY
         with reading_errors(self._path), self._path.open("rb") as file:
-            # Private, so that torch may take it for writable; pages that are only read are shared with the page cache.
+            # Private and writable, as torch requires. Pages that are only read are shared with the page cache.
             mapped = mmap.mmap(
                 file.fileno(),
                 stored.end_bytes - start,
@@ -83,6 +83,16 @@ class ShardTensors:
         )
         return _as_stored(memory, stored)
 
+    def read_ahead(self, name: str) -> None:
+        """Have the system start to read a tensor into the page cache."""
+        if self._reader is not None:
+            self._reader.read_ahead(self._places[name].offset_bytes, self._places[name].spec.nbytes)
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        if self._reader is not None:
+            self._reader.forget(self._places[name].offset_bytes, self._places[name].spec.nbytes)
+
     def close(self) -> None:
         self._legacy = None
         if self._reader is not None:
@@ -91,10 +101,10 @@ class ShardTensors:
 
 
 class _OpenShard:
-    """A shard that is on this machine and open for as long as tensors are read from it.
+    """A shard that is on this machine and open while tensors are read from it.
 
-    Its sha256 is checked before anything is read, where the Hub gives one: what a model was run with cannot be taken
-    back when a conversion finds out later.
+    If the Hub published its sha256, that is checked before anything is read: a later check could not undo what a model
+    has computed from it.
     """
 
     def __init__(self, source: Source, contents: ShardContents) -> None:
@@ -110,13 +120,13 @@ class _OpenShard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close it; a fetched copy is removed, but stays for the next run where this ends by an error."""
+        """Close it. A fetched copy is removed, but after an error it stays for the next run."""
         self._stack.__exit__(kind, error, traceback)
 
 
 @contextmanager
 def _fetched_as_published(source: Source, contents: ShardContents) -> Iterator[LocalFile]:
-    """A shard, transferred once more if it is not what the Hub published. Raises DigestMismatchError if it never is."""
+    """A shard, fetched again if its digest differs from the Hub's. Raises DigestMismatchError if it still differs."""
     with ExitStack() as stack:
         local = stack.enter_context(source.fetch(contents.file_name))
         if _sha256_of(local) != local.sha256:
@@ -127,15 +137,15 @@ def _fetched_as_published(source: Source, contents: ShardContents) -> Iterator[L
 
 
 def _sha256_of(local: LocalFile) -> str | None:
-    """The file's own, where there is a published one to compare it with."""
+    """The digest of the file; None if there is no published one to compare with."""
     return sha256_of(local.path) if local.sha256 is not None else None
 
 
 class CheckpointTensors:
     """Reads tensors of a source. Close it, or use it as a context manager.
 
-    `expect` says which tensors are still wanted. A shard is closed, and the fetched copy of one from the Hub removed,
-    once nothing more is wanted of it; what is open when the context ends by an error stays for the next run.
+    `expect` announces which tensors will be read. A shard is closed, and its copy from the Hub removed, once none of
+    them is left in it. If the context ends with an error, the copies of open shards stay for the next run.
     """
 
     def __init__(self, source: Source, shards: Sequence[ShardContents]) -> None:
@@ -146,63 +156,71 @@ class CheckpointTensors:
         }
         self._open: dict[str, _OpenShard] = {}
         self._opening = threading.Lock()
-        self._wanted: Counter[str] = Counter()
+        self._expected: Counter[str] = Counter()  # by shard
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         return {name: stored.spec for name, (_, stored) in self._places.items()}
 
     def expect(self, names: Iterable[str]) -> None:
-        """Count on these tensors being read, once for each time they are named."""
-        self._wanted.update(self._places[name][0] for name in names)
+        """Announce that these tensors will be read, as often as they are named."""
+        self._expected.update(self._places[name][0] for name in names)
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Start to bring here what these tensors lie in."""
+        """Start to fetch the shards of these tensors in the background."""
         for shard in dict.fromkeys(self._places[name][0] for name in names):
             if shard not in self._open:
                 self._source.prefetch(shard)
 
     def read(self, name: str) -> Tensor:
-        """The tensor in memory of its own, contiguous. Raises CorruptShardError, SourceError, CheckpointError."""
+        """A contiguous copy of the tensor in memory. Raises CorruptShardError, SourceError, CheckpointError."""
         return self._shard(name).read(name)
 
     def map(self, name: str) -> Tensor:
-        """The tensor as a mapping of its file: what is never touched never enters memory. Not to be written to."""
+        """The tensor as a mapping of its file: only the parts that are read use memory. Do not write to it."""
         return self._shard(name).map(name)
 
+    def read_ahead(self, name: str) -> None:
+        """Have the system start to read a tensor into the page cache."""
+        self._shard(name).read_ahead(name)
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        self._shard(name).forget(name)
+
     def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
-        """A matrix in blocks of whole rows of some `elements`, each in the same memory as the one before it."""
+        """A matrix in blocks of whole rows with about `elements` elements. A block may reuse the memory of the last."""
         return self._shard(name).row_blocks(name, elements)
 
     def release(self, names: Iterable[str]) -> None:
-        """Done with these tensors, as often as they are named: close the shards of which nothing more is wanted."""
+        """End the use of these tensors, as often as they are named. Closes shards without expected tensors."""
         for _ in self.finished(names):
             pass
 
     def finished(self, names: Iterable[str]) -> Iterator[ShardFile]:
-        """As `release`, but yields each shard before it is closed; its file is there until this is resumed.
+        """As `release`, but yields each shard before it is closed. Its file exists until the generator is resumed.
 
-        Ended in the middle (`close`, `throw`), this leaves the fetched copy of that shard for the next run.
+        If the generator is ended early (`close`, `throw`), the fetched copy of that shard stays for the next run.
         """
         shards = Counter(self._places[name][0] for name in names)
-        self._wanted.subtract(shards)
+        self._expected.subtract(shards)
         for name in shards:
-            if self._wanted[name] <= 0 and name in self._open:
+            if self._expected[name] <= 0 and name in self._open:
                 with self._open.pop(name) as shard:
                     yield ShardFile(name, shard.local)
 
     def peak_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
-        """The most bytes of shards that are here at once if tensors are read in these steps, one ahead.
+        """The most bytes of fetched shards on disk at once, if tensors are read in these steps.
 
-        Only those count that have to be brought from elsewhere.
+        The next step is fetched while one is read. Shards that are on this machine anyway do not count.
         """
         reads = [{self._places[name][0] for name in step} for step in steps]
         last = {shard: place for place, shards in enumerate(reads) for shard in shards}
-        most, held = 0, set[str]()
+        most, present = 0, set[str]()
         for place, shards in enumerate(reads):
-            held |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
-            most = max(most, sum(self._shards[each].file_bytes for each in held if self._source.transfers(each)))
-            held = {shard for shard in held if last[shard] > place}
+            present |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
+            most = max(most, sum(self._shards[each].file_bytes for each in present if self._source.transfers(each)))
+            present = {shard for shard in present if last[shard] > place}
         return most
 
     def close(self) -> None:
@@ -228,9 +246,9 @@ class CheckpointTensors:
 
 
 def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
-    """Bytes as the tensor they are."""
+    """A tensor's bytes as a tensor of its dtype and shape."""
     spec, dtype = stored.spec, _dtype_of(stored)
-    if memory.data_ptr() % dtype.itemsize:  # a header of odd length, which old writers left
+    if memory.data_ptr() % dtype.itemsize:  # old writers did not align the data
         memory = memory.clone()
     values = memory.view(dtype)
     if stored.column_major:
@@ -240,5 +258,5 @@ def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
 
 def _dtype_of(stored: StoredTensor) -> torch.dtype:
     if stored.spec.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{stored.spec.name} is {stored.spec.dtype}, a dtype that no model runs in")
+        raise CheckpointError(f"{stored.spec.name} has the dtype {stored.spec.dtype}, in which no model runs")
     return TORCH_DTYPES[stored.spec.dtype]

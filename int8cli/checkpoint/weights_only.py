@@ -1,32 +1,38 @@
-"""What torch itself makes of a PyTorch file: tensors by name, or why the file holds something else.
+"""Loads a PyTorch file with torch itself: tensors by name, or an error that says what else the file contains.
 
-Owns the calls of torch's unpickler, which is given tensors alone to make, and what its failures mean to a user. Knows
-nothing of where bytes lie.
+Owns the calls of torch's unpickler, which may only build tensors, and what its failures mean to a user. Does not know
+where bytes are.
 """
 
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError, Int8cliError, UnsafePickleError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RETRY_HINT = "The download may be incomplete: run the same command again."
-RESAVE_HINT = "Load it where it was made and save its state_dict() alone, best with save_pretrained()."
+RESAVE_HINT = (
+    "Load it with the program that wrote it, and save only its state_dict(), preferably with save_pretrained()."
+)
 
-# What safetensors calls the dtypes of torch.
+# torch's name of a dtype → the name in safetensors.
 DTYPES = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 
 
 def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
-    """torch.load of tensors alone, its failures told apart: forbidden content, or a broken file."""
+    """torch.load with weights_only.
+
+    Raises UnsafePickleError for forbidden content, CorruptShardError for a damaged file, and CheckpointError for
+    tensors that cannot be described without their data.
+    """
     import torch
 
     try:
         return torch.load(file, weights_only=True, map_location=device, mmap=False)
-    except Int8cliError:  # of the reading, not of the pickle
+    except Int8cliError:  # an error of reading the file, not of the pickle
         raise
     except NotImplementedError as error:
         raise CheckpointError(
@@ -36,29 +42,29 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
     except UnpicklingError as error:
         found = ", ".join(_forbidden_globals(file))
         raise UnsafePickleError(
-            f"{file_name} holds {found or 'what no list of tensors does, or is damaged'}; it is not unpickled",
+            f"{file_name} holds {found or 'something other than tensors, or is damaged'}; it is not unpickled",
             hint=RESAVE_HINT,
         ) from error
-    # What a damaged pickle makes the unpickler and the functions that it may call raise is not for us to list.
+    # For a damaged pickle, the unpickler and the functions that it calls may raise anything.
     except Exception as error:
         raise CorruptShardError(
-            f"{file_name}: its pickle cannot be read: {type(error).__name__}: {str(error)[:200]}", hint=RETRY_HINT
+            f"{file_name}: its pickle cannot be read: {type(error).__name__}: {str(error)[:200]}", hint=GET_IT_AGAIN
         ) from error
 
 
 def _forbidden_globals(file: BinaryIO) -> list[str]:
-    """The names that a zip file's pickle would import beyond those of tensors, read off without running it."""
+    """The names that a zip file's pickle would import besides those for tensors, found without unpickling it."""
     from torch.serialization import get_unsafe_globals_in_checkpoint
 
     file.seek(0)
     try:
         return sorted(get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # a pickle bad enough to fail here has been refused already; only its explanation is lost
+    except Exception:  # the pickle is refused anyway; only the explanation is missing
         return []
 
 
 def named_tensors(loaded: Any, file_name: str) -> dict[str, "Tensor"]:
-    """A state dict and nothing else: what is no plain tensor under a plain name is refused."""
+    """The tensors of a state dict. Raises UnsafePickleError for anything but tensors with plain names."""
     import torch
 
     if not isinstance(loaded, dict):
@@ -78,7 +84,7 @@ def named_tensors(loaded: Any, file_name: str) -> dict[str, "Tensor"]:
 
 
 def spec_of(name: str, tensor: "Tensor", file_name: str) -> TensorSpec:
-    """What safetensors would call the tensor. Raises CheckpointError where it has no word for it."""
+    """The tensor's name, dtype and shape for safetensors. Raises CheckpointError if the format does not support it."""
     import torch
 
     layout = str(tensor.layout).removeprefix("torch.")
@@ -88,5 +94,5 @@ def spec_of(name: str, tensor: "Tensor", file_name: str) -> TensorSpec:
     if tensor.is_quantized or dtype not in DTYPES:
         raise CheckpointError(f"{file_name}: tensor {name!r} has the dtype {dtype}, which safetensors does not know")
     if tensor.is_conj() or tensor.is_neg():
-        raise CheckpointError(f"{file_name}: tensor {name!r} is stored as the conjugate or negative of its values")
+        raise CheckpointError(f"{file_name}: tensor {name!r} is stored as the conjugate or the negative of its values")
     return TensorSpec(name, DTYPES[dtype], tuple(tensor.shape))

@@ -1,4 +1,4 @@
-"""Writing output files so that a final name only ever stands for a whole, durable file.
+"""Writes output files so that a file under its final name is always complete and on disk.
 
 Owns the order of write, fsync and rename.
 """
@@ -18,17 +18,16 @@ from int8cli.checkpoint.reader import FileReader
 from int8cli.errors import OutputError
 
 _COPY_BYTES = 1 << 20
-# How much is written before the disk is told to begin. Measured: an fsync then finds next to nothing left to do, and
-# pages that are let go and used again cost a virtual machine a fifth to a tenth of what ever new ones do.
+# After this many bytes the system is asked to start writing to disk. Measured: the final fsync then has almost nothing
+# left to do, and reusing pages costs a virtual machine a fifth to a tenth of what new pages cost.
 _WRITE_BEHIND_BYTES = 1 << 24
 
 
 class ShardWriter:
-    """One safetensors file under construction: every byte's place is known before the first is written.
+    """One safetensors file that is being written. The place of every byte is known in advance.
 
-    Made aside at `partial`, below the directory `below`, with all its room reserved, filled with `write_at` from any
-    thread and in any order, and given its final name by `commit`. Until then nothing stands under that name; `abandon`
-    leaves nothing at all.
+    The file is created as `partial`, below the directory `below`, with all its space reserved. `write_at` fills it,
+    from any thread and in any order. `commit` gives it its final name; `abandon` removes it.
     """
 
     def __init__(self, partial: Path, total_bytes: int, below: Path) -> None:
@@ -50,13 +49,13 @@ class ShardWriter:
             while view:
                 count = os.pwrite(self._descriptor, view, offset_bytes)
                 offset_bytes, view = offset_bytes + count, view[count:]
-        self._written_bytes += len(data)  # threads may lose each other's counts: that window is a little longer
+        self._written_bytes += len(data)  # threads may overwrite each other's count, which only delays the next flush
         if self._written_bytes >= _WRITE_BEHIND_BYTES:
             self._written_bytes = 0
             _write_out(self._descriptor)
 
     def commit(self, final: Path) -> None:
-        """Make the file durable, then give it its name, which is below the same directory. Replaces what has it."""
+        """Flush the file to disk, then rename it to `final`, below the same directory, replacing any file there."""
         with (
             disk_errors(final),
             opened_directory(self.partial.parent, self._below) as aside,
@@ -69,7 +68,8 @@ class ShardWriter:
             os.fsync(directory)
 
     def abandon(self) -> None:
-        with suppress(OSError, OutputError):  # something else went wrong before, and is being told
+        """Remove the file. Errors are ignored: another one is being raised."""
+        with suppress(OSError, OutputError):
             self._close()
             with opened_directory(self.partial.parent, self._below) as directory:
                 os.unlink(self.partial.name, dir_fd=directory)
@@ -81,13 +81,13 @@ class ShardWriter:
 
 
 def write_file(final: Path, data: bytes, *, below: Path | None = None) -> None:
-    """Write a small file whole or not at all. Links are followed up to the directory `below`: as a rule the file's."""
+    """Write a small file completely or not at all. Links are followed only up to `below`, by default its directory."""
     with new_file(final, len(data), below=below) as file:
         file.write(data)
 
 
 def copy_file(source: Path, final: Path, *, below: Path | None = None) -> str:
-    """Copy a file whole or not at all, durably; returns the sha256 of its bytes, in hex. `below` as in `write_file`."""
+    """Copy a file completely or not at all. Returns the sha256 of its bytes, in hex. `below` as in `write_file`."""
     sha256 = hashlib.sha256()
     with closing(FileReader(source)) as original:
         size_bytes = original.size_bytes
@@ -103,9 +103,10 @@ def copy_file(source: Path, final: Path, *, below: Path | None = None) -> str:
 
 @contextmanager
 def new_file(final: Path, size_bytes: int = 0, *, below: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to be written in this context, and given its name after it: aside, fsync, rename, fsync of the directory.
+    """A file to write in this context, under a temporary name. At the end: fsync, rename, fsync of the directory.
 
-    Left by an error, it leaves nothing. `below` as in `write_file`. Raises DiskSpaceError, OutputError.
+    If the context ends with an error, the file is removed. `below` as in `write_file`. Raises DiskSpaceError,
+    OutputError.
     """
     aside = name_aside(final.name, prefix=".", suffix=".partial")
     within = final.parent if below is None else below
@@ -131,13 +132,13 @@ def existing_parent(directory: Path) -> Path:
 
 
 def free_bytes(directory: Path) -> int:
-    """Room on the disk that holds, or would hold, a directory."""
+    """The free space on the disk of a directory, which need not exist yet."""
     with disk_errors(directory):
         return shutil.disk_usage(existing_parent(directory)).free
 
 
 def _reserve(descriptor: int, total_bytes: int) -> None:
-    """Take the room now, so that a full disk shows before the work and writes never wait for allocation."""
+    """Reserve the space now, so that a full disk is noticed before the work, and writes never wait for allocation."""
     if hasattr(os, "posix_fallocate") and total_bytes:
         try:
             os.posix_fallocate(descriptor, 0, total_bytes)
@@ -149,9 +150,9 @@ def _reserve(descriptor: int, total_bytes: int) -> None:
 
 
 def _write_out(descriptor: int) -> None:
-    """Have the system begin to write what it holds of a file to the disk, and let go of what is there already.
+    """Ask the system to start writing a file's cached pages to disk, and to drop those that are written.
 
-    An output larger than memory would else push everything out of the page cache, the source first.
+    Otherwise an output larger than memory would displace everything else from the page cache, first of all the source.
     """
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

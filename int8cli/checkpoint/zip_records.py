@@ -1,8 +1,8 @@
-"""The directory of a zip archive as torch.save writes it: records stored as they are, below one directory.
+"""The directory of a zip archive as torch.save writes it: uncompressed records, all below one directory.
 
-Owns what an archive must be to be read, which is what torch's own reader asks for and more (PKWARE's APPNOTE, 4.3): all
-of its directory is used, every record begins where the directory has it, and none overlaps another. Bounds what is
-read. Knows no record's meaning.
+Owns what is required of an archive, at least as much as torch's own reader requires (PKWARE's APPNOTE, 4.3): the whole
+directory is used, every record begins where the directory says, and no two overlap. Limits how much is read. Knows no
+record's meaning.
 """
 
 import struct
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.errors import CorruptShardError
 
 LOCAL_MAGIC = b"PK\x03\x04"
@@ -24,21 +25,21 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 _TAIL_BYTES = _END.size + 0xFFFF + _LOCATOR.size
 _DIRECTORY_LIMIT_BYTES = 1 << 25  # about 100 bytes a record
-_PLAIN_FLAGS = 0x8 | 0x800  # sizes follow the data, names are UTF-8; all others tell of encryption and patches (4.4.4)
+_PLAIN_FLAGS = 0x8 | 0x800  # sizes follow the data, names are UTF-8; the others mean encryption and patches (4.4.4)
 _DIRECTORY_ATTRIBUTE = 0x10
 _ZIP64_FIELD = 1
-# Read on the way past them, since a way back is expensive over HTTP: the pickle up to a size, and records of a word.
+# These are read together with their local headers, since going back is expensive over HTTP: the pickle up to this size,
+# and small records.
 _PICKLE = "data.pkl"
-_PICKLE_PASSED_BYTES = 1 << 22
+_EARLY_PICKLE_BYTES = 1 << 22
 _WORD_BYTES = 64
-_RETRY_HINT = "The download may be incomplete: run the same command again."
 
 
 @dataclass(frozen=True, slots=True)
 class ZipRecord:
-    """A record by its name without the archive's directory; its bytes are `size_bytes` from `offset_bytes` on.
+    """A record. `name` is without the archive's directory; the bytes are `size_bytes` from `offset_bytes` on.
 
-    They are those that were packed where it `is_stored`, and neither compressed nor encrypted.
+    `is_stored`: the record is neither compressed nor encrypted.
     """
 
     name: str
@@ -50,7 +51,7 @@ class ZipRecord:
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """What the directory says of a record, whose whole name is `raw_name`."""
+    """The directory's entry for a record. `raw_name` is its full name."""
 
     raw_name: bytes
     header_offset: int
@@ -67,39 +68,40 @@ class _Directory:
 
 
 class ZipRecords:
-    """The records of an archive of `file_bytes` bytes, by name. Raises CorruptShardError for one that is not whole."""
+    """The records of an archive of `file_bytes` bytes, by name. Raises CorruptShardError for a damaged one."""
 
     def __init__(self, file: BinaryIO, file_name: str, file_bytes: int) -> None:
         self._file, self._file_name, self._file_bytes = file, file_name, file_bytes
-        self._passed: dict[str, bytes] = {}
+        self._read_early: dict[str, bytes] = {}
         directory = self._directory()
         entries = list(self._entries(directory))
         self.by_name = {record.name: record for record in self._placed(entries, directory.offset_bytes)}
         if len(self.by_name) != len(entries):
             names = sorted(entry.raw_name for entry in entries)
             twice = next(name for name, after in pairwise(names) if name == after)
-            raise CorruptShardError(f"{file_name}: the record {_shown(twice)} is there twice")
+            raise CorruptShardError(f"{file_name}: the archive has two records named {_shown(twice)}")
 
     def require_stored(self) -> None:
-        """Raise CorruptShardError for an archive with a record that is compressed or encrypted."""
+        """Raise CorruptShardError if a record is compressed or encrypted."""
         packed = next((record.name for record in self.by_name.values() if not record.is_stored), None)
         if packed is not None:
             raise CorruptShardError(
-                f"{self._file_name}: the record {packed!r:.120} is compressed or encrypted, as torch.save never does",
-                hint="Unpack the archive and pack it again without compression, or save the model anew.",
+                f"{self._file_name}: the record {packed!r:.120} is compressed or encrypted; torch.save does neither",
+                hint="Unpack the archive and pack it again without compression, or save the model again.",
             )
 
     def read(self, name: str, limit_bytes: int) -> bytes:
-        """A record's bytes. Raises CorruptShardError where it is larger than the limit, or not as it was written."""
+        """A record's bytes. Raises CorruptShardError if it is larger than the limit or its checksum is wrong."""
         record = self.by_name[name]
         if record.size_bytes > limit_bytes:
             raise CorruptShardError(
-                f"{self._file_name}: the record {name!r} has {record.size_bytes:,} bytes, more than it ever needs"
+                f"{self._file_name}: the record {name!r} has {record.size_bytes:,} bytes, more than it can need"
             )
-        data = self._passed.pop(name, None) or self._bytes(record.offset_bytes, record.size_bytes)
-        if zlib.crc32(data) != record.crc32:
+        data = self._read_early.pop(name, None) or self._bytes(record.offset_bytes, record.size_bytes)
+        # torch.save writes zeros in place of all checksums after torch.serialization.set_crc32_options(False).
+        if record.crc32 and zlib.crc32(data) != record.crc32:
             raise CorruptShardError(
-                f"{self._file_name}: the record {name!r} is not as it was written", hint=_RETRY_HINT
+                f"{self._file_name}: the checksum of the record {name!r} is wrong", hint=GET_IT_AGAIN
             )
         return data
 
@@ -117,13 +119,13 @@ class ZipRecords:
         if locator.startswith(_LOCATOR_MAGIC):
             found, end = self._directory64(found, locator, end - _LOCATOR.size)
         if found.offset_bytes + found.size_bytes != end or found.size_bytes < found.entries * _ENTRY.size:
-            raise self._broken("its directory is not where its end has it")
+            raise self._broken("its directory is not where its end record says")
         if found.size_bytes > _DIRECTORY_LIMIT_BYTES:
             raise self._broken(f"its directory has {found.size_bytes:,} bytes, more than any checkpoint needs")
         return found
 
     def _directory64(self, short: _Directory, locator: bytes, locator_offset: int) -> tuple[_Directory, int]:
-        """The directory by the 64-bit form of its end, which must agree with the short one, and where that form is."""
+        """The directory by the 64-bit end record, which must agree with the short one, and that record's place."""
         _, disk, end, disks = _LOCATOR.unpack(locator)
         if disk or disks != 1 or end + _END64.size > locator_offset:
             raise self._broken("the locator of its directory is damaged")
@@ -156,7 +158,7 @@ class ZipRecords:
         begin = at + _ENTRY.size
         name, extra = data[begin : begin + name_bytes], data[begin + name_bytes : begin + name_bytes + extra_bytes]
         after = begin + name_bytes + extra_bytes + comment_bytes
-        is_directory = attributes & _DIRECTORY_ATTRIBUTE and size  # torch then reads nothing
+        is_directory = attributes & _DIRECTORY_ATTRIBUTE and size  # torch would read nothing
         if magic != _ENTRY_MAGIC or after > len(data) or disk or is_directory:
             raise self._broken("an entry of its directory is damaged")
         size, packed, offset = self._wide(extra, size, packed, offset)
@@ -164,7 +166,7 @@ class ZipRecords:
         return _Entry(name, offset, packed, crc32, is_stored), after
 
     def _wide(self, extra: bytes, *short: int) -> Iterator[int]:
-        """Sizes and offset with those that need 64 bits taken from the extra field that holds them (4.5.3)."""
+        """Sizes and offset. Those that need 64 bits are in an extra field (4.5.3)."""
         wide, at = b"", 0
         while len(extra) - at >= 4:
             tag, length = struct.unpack_from("<2H", extra, at)
@@ -179,7 +181,7 @@ class ZipRecords:
             yield value
 
     def _placed(self, entries: list[_Entry], end_of_records: int) -> Iterator[ZipRecord]:
-        """Each record at its place, in the file's order. They lie below one directory and do not overlap."""
+        """Each record with its place, in file order. Checks that all are in one directory and none overlap."""
         end, before = 0, b""
         for entry in sorted(entries, key=lambda entry: entry.header_offset):
             if entry.header_offset < end:
@@ -192,34 +194,34 @@ class ZipRecords:
                 raise CorruptShardError(
                     f"{self._file_name}: the record {_shown(entry.raw_name)} ends at byte {end:,}, the records end at "
                     f"{end_of_records:,}",
-                    hint=_RETRY_HINT,
+                    hint=GET_IT_AGAIN,
                 )
             directory, _, name = entry.raw_name.partition(b"/")
             if b"/" not in entry.raw_name or directory != entries[0].raw_name.partition(b"/")[0]:
                 raise self._broken(f"the record {_shown(entry.raw_name)} is not in the directory of the others")
             record = ZipRecord(self._decoded(name), begin, entry.size_bytes, entry.crc32, entry.is_stored)
-            if record.size_bytes <= (_PICKLE_PASSED_BYTES if record.name == _PICKLE else _WORD_BYTES):
-                self._passed[record.name] = self._bytes(begin, record.size_bytes)
+            if record.size_bytes <= (_EARLY_PICKLE_BYTES if record.name == _PICKLE else _WORD_BYTES):
+                self._read_early[record.name] = self._bytes(begin, record.size_bytes)
             yield record
 
     def _local_header_bytes(self, entry: _Entry, end_of_records: int) -> int:
-        """The length of the header in front of a record's data. Raises CorruptShardError if it does not stand there."""
-        wanted = _LOCAL.size + len(entry.raw_name)
+        """The length of the header in front of a record's data. Raises CorruptShardError if the header is not there."""
+        length = _LOCAL.size + len(entry.raw_name)
         header = b""
-        if entry.header_offset + wanted <= end_of_records:
-            header = self._bytes(entry.header_offset, wanted)
+        if entry.header_offset + length <= end_of_records:
+            header = self._bytes(entry.header_offset, length)
         if not header.startswith(LOCAL_MAGIC) or header[_LOCAL.size :] != entry.raw_name:
             raise self._displaced(entry)
         _, _, flags, method, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
         if name_bytes != len(entry.raw_name) or (entry.is_stored and (method or flags & ~_PLAIN_FLAGS)):
             raise self._displaced(entry)
-        return wanted + int(extra_bytes)
+        return length + int(extra_bytes)
 
     def _displaced(self, entry: _Entry) -> CorruptShardError:
         return CorruptShardError(
             f"{self._file_name}: the record {_shown(entry.raw_name)} does not begin at byte {entry.header_offset:,}, "
-            "where the archive's directory has it",
-            hint=_RETRY_HINT,
+            "where the archive's directory says",
+            hint=GET_IT_AGAIN,
         )
 
     def _decoded(self, name: bytes) -> str:
@@ -232,11 +234,11 @@ class ZipRecords:
         self._file.seek(offset_bytes)
         data = self._file.read(count)
         if len(data) != count:
-            raise self._broken("it ends before its end")
+            raise self._broken("it is truncated")
         return data
 
     def _broken(self, why: str) -> CorruptShardError:
-        return CorruptShardError(f"{self._file_name}: not a whole zip archive: {why}", hint=_RETRY_HINT)
+        return CorruptShardError(f"{self._file_name}: damaged zip archive: {why}", hint=GET_IT_AGAIN)
 
 
 def _shown(name: bytes) -> str:

@@ -1,7 +1,7 @@
-"""The command line: parses, calls one library function, renders. Nothing else knows typer or exit codes.
+"""The command line: parses, calls one library function, renders. Only this package uses typer and exit codes.
 
-What a command needs is imported when it runs, so that `--help` and `--version` answer at once. A new command is a
-module here, and one line below: its docstring is its help.
+A command imports what it needs when it runs, so that `--help` and `--version` are fast. To add a command, add a module
+here and a line below. The docstring of a command is its help.
 """
 
 import inspect
@@ -13,7 +13,17 @@ from typing import Annotated
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert, estimate_memory, evaluate, inspect_outliers, verify
+from int8cli.cli import (
+    convert,
+    dequantize,
+    env,
+    estimate_memory,
+    evaluate,
+    generate,
+    inspect_outliers,
+    status,
+    verify,
+)
 from int8cli.cli.signals import end_on_signals
 from int8cli.report.text import PrintableStream
 
@@ -24,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # panels cost 0.1 s of CPU time, half of what --help may take
     context_settings={
         "help_option_names": ["-h", "--help"],
-        # typer imports pydantic, 0.08 s, for every flag without a default; with one these are False, not None
+        # For a flag without a default, typer imports pydantic, which takes 0.08 s.
         "default_map": {"help": False, "install_completion": False, "show_completion": False},
     },
 )
@@ -44,18 +54,22 @@ def int8cli(
 ) -> None:
     """Convert 16- and 32-bit transformer checkpoints to LLM.int8(), and measure what the conversion changed.
 
-    Shards are streamed: no tensor and no shard is ever whole in memory. An interrupted run resumes where it stopped.
+    Shards are streamed: no tensor and no shard is ever completely in memory. An interrupted run resumes where it
+    stopped.
     """
 
 
-def _add(name: str, command: Callable[..., None], examples: str) -> None:
-    """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself."""
+def _add(name: str, command: Callable[..., None], examples: str, more: str = "") -> None:
+    """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself.
+
+    `more` is a list that follows the examples.
+    """
     paragraphs = [" ".join(text.split()) for text in inspect.cleandoc(command.__doc__ or "").split("\n\n")]
     app.command(
         name,
         help="\n\n".join(paragraphs),
         short_help=paragraphs[0],
-        epilog=f"Examples:\n\n\b\n{examples}",  # \b: do not wrap these lines
+        epilog=f"Examples:\n\n\b\n{examples}" + (f"\n{more}" if more else ""),  # \b: do not wrap these lines
     )(command)
 
 
@@ -63,14 +77,18 @@ _add("convert", convert.convert, convert.EXAMPLES)
 _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
 _add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
 _add("verify", verify.verify, verify.EXAMPLES)
-_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES)
+_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES, evaluate.METHODS_HELP)
+_add("generate", generate.generate, generate.EXAMPLES)
+_add("dequantize", dequantize.dequantize, dequantize.EXAMPLES)
+_add("status", status.status, status.EXAMPLES)
+_add("env", env.env, env.EXAMPLES)
 
 
 def main() -> None:
     """Entry point of the `int8cli` program."""
     end_on_signals()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or a file name without a character
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack × or characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
-    if sys.stderr is not None:  # it was not closed
+    if sys.stderr is not None:  # None if it was closed before the start
         sys.stderr = PrintableStream(sys.stderr)
     app()

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import typer
 
 from int8cli.checkpoint.disk import system_errors
-from int8cli.cli.signals import EndedBySignal, signal_that_came
+from int8cli.cli.signals import name_of, print_how_to_resume, received_signal
 from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
@@ -18,7 +18,7 @@ EXIT_INTERRUPTED = 130
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-# What the options of a command can do about an error, by the error's class.
+# A hint that names options of a command, by the class of the error.
 Hints = Mapping[type[Int8cliError], str]
 
 
@@ -27,7 +27,7 @@ class ResultNotShownError(Int8cliError):
 
 
 def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Give a command its exit codes. Errors a user can act on show as error and hint; bugs keep their traceback."""
+    """Give a command its exit codes. Errors that a user can fix are shown with a hint; bugs keep their traceback."""
 
     def decorate(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(command)
@@ -45,11 +45,7 @@ def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Calla
             except BrokenPipeError:  # the reader of stdout went away (`| head`)
                 _forget_stdout()
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
-            except (
-                OSError,
-                MemoryError,
-                ImportError,
-            ) as error:  # from outside of the library
+            except (OSError, MemoryError, ImportError) as error:  # raised outside the library functions
                 refusal = _refusal(error)
                 with suppress(OSError):
                     show_error(refusal, hint_for(refusal, hints))
@@ -74,18 +70,14 @@ def writing_result() -> Iterator[None]:
 
 
 def _interrupted(interruption: KeyboardInterrupt) -> int:
-    """Say so, where somebody is left to read it; the exit code."""
-    from int8cli.report.text import printable
-
-    what = interruption.name if isinstance(interruption, EndedBySignal) else "interrupted"
-    with suppress(OSError):  # after a SIGHUP the terminal is gone
-        print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
+    """Print how to resume. Returns the exit code."""
+    print_how_to_resume(name_of(interruption))
     return _ended_by(EXIT_INTERRUPTED)
 
 
 def _ended_by(otherwise: int) -> int:
-    """The exit code: a signal's, also where the end that it asked for met with another error."""
-    number = signal_that_came()
+    """The exit code: that of the signal, if there was one, even if another error occurred while the program ended."""
+    number = received_signal()
     return otherwise if number is None else 128 + number
 
 
@@ -98,7 +90,7 @@ def _refusal(error: OSError | MemoryError | ImportError) -> Int8cliError:
 
 
 def hint_for(error: Int8cliError, hints: Hints) -> str:
-    """The error's own next step, then what the command's options can do, from the nearest class with a hint."""
+    """The error's own hint, followed by the command's hint for the nearest class of the error."""
     own = next((hints[kind] for kind in type(error).__mro__ if kind in hints), "")
     return f"{error.hint} {own}".strip()
 
@@ -109,7 +101,7 @@ def flag_of(option: str) -> str:
 
 
 def _forget_stdout() -> None:
-    """Drop what is left in the buffer; otherwise Python would write it at exit and fail again."""
+    """Discard what is in the buffer of stdout. Otherwise Python would write it at exit and fail again."""
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
 
 

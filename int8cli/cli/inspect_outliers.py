@@ -13,15 +13,19 @@ from int8cli.cli.options import (
     Device,
     Json,
     Model,
+    ModelDevice,
     Quiet,
+    RetryFor,
     Revision,
     Seed,
     SequenceLength,
     TextFile,
+    Tokens,
     WorkDir,
     check_outputs,
+    say_written,
 )
-from int8cli.commands.options import InspectOptions
+from int8cli.commands.options import RETRY_FOR_S, InspectOptions
 
 if TYPE_CHECKING:
     from int8cli.outliers.statistics import OutlierStatistics
@@ -37,7 +41,7 @@ _SUFFIXES = (*_DRAWN, ".safetensors")
 
 
 class Evidence(enum.StrEnum):
-    """Where the answer comes from."""
+    """What the result is based on."""
 
     activations = "activations"
     weights = "weights"
@@ -51,9 +55,9 @@ From = Annotated[
         show_default="activations if the model can be run",
     ),
 ]
-Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=1)]
+
 Threshold = Annotated[float, typer.Option(help="Values of this magnitude or more are outliers.", min=0.0)]
-Where = Annotated[Device, typer.Option(help="Device to run the model on.")]
+
 Outputs = Annotated[
     list[Path] | None,
     typer.Option(
@@ -75,9 +79,10 @@ def inspect_outliers(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     threshold: Threshold = 6.0,
-    device: Where = Device.cpu,
+    device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
+    retry_for: RetryFor = RETRY_FOR_S,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -103,11 +108,13 @@ def inspect_outliers(
         threshold=threshold,
         device=device.value,
         work_dir=work_dir,
+        retry_for=retry_for,
     )
     with shown_progress(quiet=quiet) as progress:
         found = command.inspect_outliers(model, options, progress=progress)
     for path in outputs:
         write(found, path)
+        say_written(path, quiet=quiet)
     with writing_result():
         show(found, as_json=as_json, quiet=quiet)
 
@@ -115,7 +122,8 @@ def inspect_outliers(
 def write(found: "OutlierStatistics | WeightSuspects", path: Path) -> None:
     """Write a page, a picture or a statistics file, depending on the suffix. Raises OutputError."""
     from int8cli.errors import OutputError
-    from int8cli.outliers.statistics import OutlierStatistics, save_statistics
+    from int8cli.outliers.statistics import OutlierStatistics
+    from int8cli.outliers.statistics_file import save_statistics
     from int8cli.report.outlier_charts import write_picture
     from int8cli.report.outlier_page import write_page
 

@@ -1,11 +1,15 @@
 """Options and arguments that several commands share, and their allowed values."""
 
 import enum
+import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class LayoutName(enum.StrEnum):
@@ -22,8 +26,23 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class InputsScheme(enum.StrEnum):
+    """How the inputs of a linear layer become int8."""
+
+    zeropoint = "zeropoint"
+    absmax = "absmax"
+
+
+def parse_duration(text: str | float) -> float:
+    """`90s`, `30m`, `12h`, `2d`, or seconds without a unit, in seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(text))
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a time such as 90s, 30m, 12h or 2d")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 def complete_path(incomplete: str) -> Iterator[str]:
-    """Directories and checkpoint files that begin with what was typed; Hub ids are not completed."""
+    """Directories and checkpoint files that begin with the typed text. Hub ids are not completed."""
     typed = Path(incomplete).expanduser()
     directory, prefix = (typed, "") if incomplete.endswith("/") or not incomplete else (typed.parent, typed.name)
     if not directory.is_dir():
@@ -43,6 +62,15 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+ConvertedDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that int8cli convert wrote.",
+        autocompletion=complete_path,
+        show_default=False,
+    ),
+]
 Revision = Annotated[
     str | None,
     typer.Option("--revision", help="Branch, tag or commit on the Hub.", show_default="main", metavar="REV"),
@@ -51,11 +79,28 @@ TextFile = Annotated[
     Path | None,
     typer.Option("--text", help="UTF-8 text to run the model on.", show_default="a built-in sample", metavar="FILE"),
 ]
+Tokens = Annotated[int, typer.Option("--tokens", help="Tokens to run, in total.", min=1)]
 SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.", min=2)]
 Seed = Annotated[int, typer.Option("--seed", help="Selects the pieces of a long text.")]
+OutlierColumns = Annotated[
+    int | None,
+    typer.Option("--outlier-columns", help="Most columns to store for each linear layer.", show_default="8", min=0),
+]
+QuantizeDevice = Annotated[Device, typer.Option("--device", help="Device to quantize on.")]
+ModelDevice = Annotated[Device, typer.Option("--device", help="Device to run the model on.")]
 WorkDir = Annotated[
     Path | None,
     typer.Option("--work-dir", help="Directory for the state of an unfinished run.", show_default="the user's cache"),
+]
+RetryFor = Annotated[
+    float,
+    typer.Option(
+        "--retry-for",
+        parser=parse_duration,
+        metavar="TIME",
+        help="How long to retry a download that makes no progress: 90s, 30m, 12h, 2d.",
+        show_default="3h",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only: no progress, no report.")]
@@ -70,3 +115,11 @@ def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Coll
         from int8cli.report.vega import require_altair
 
         require_altair()
+
+
+def say_written(path: Path, *, quiet: bool) -> None:
+    """A line on stderr for a file that was asked for and is there now."""
+    if not quiet:
+        from int8cli.report.text import printable
+
+        print(f"wrote {printable(str(path))}", file=sys.stderr)

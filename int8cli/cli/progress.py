@@ -16,7 +16,7 @@ from int8cli.report.terminal import stderr_console
 from int8cli.report.text import printable
 from int8cli.results.units import human_bytes
 
-NAME_WIDTH = 26  # with bytes, rate, time and position before it, 80 columns
+NAME_WIDTH = 26  # leaves room for bytes, rate, time and position in 80 columns
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def shown_progress(*, quiet: bool) -> Iterator[Progress]:
 
 @dataclass(slots=True)
 class _Task:
-    """A task under way: the amount of each part, its unit, and what is finished."""
+    """A running task: the amount of each part, its unit, and the finished parts."""
 
     parts: dict[str, int]
     unit: str
@@ -59,7 +59,7 @@ class ProgressLines:
             self._tasks[task].started_s[part] = time.monotonic()
 
     def note(self, message: str) -> None:
-        print(f"{printable(message)}\n", end="", file=sys.stderr, flush=True)  # at once: other threads print too
+        print(f"{printable(message)}\n", end="", file=sys.stderr, flush=True)  # one write: other threads print too
 
     def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
         if part is None:
@@ -70,7 +70,7 @@ class ProgressLines:
             line = f"[{len(known.finished)}/{len(known.parts)}] {part}"
         if outcome:
             line += f": {outcome}"
-        else:  # only the task's name says what was done
+        else:
             line = f"{task} {line}" + (f": {human_bytes(known.parts[part])}" if known.unit == BYTES else "")
         started_s = known.started_s.get(part)
         self.note(line if started_s is None else f"{line} in {time.monotonic() - started_s:.1f} s")
@@ -99,7 +99,7 @@ class _Rate(bars.ProgressColumn):
 
 
 class ProgressBars:
-    """A bar for each task under way, with its current part, and a line for each outcome."""
+    """A bar for each running task, with its current part, and a line for each outcome."""
 
     def __init__(self) -> None:
         self._console = stderr_console()

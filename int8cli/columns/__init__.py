@@ -1,1 +1,1 @@
-"""Which input columns of each linear a conversion stores exactly: from activations, statistics, or the weights."""
+"""Which input columns of each linear a conversion stores exactly: by activations, statistics, or the weights."""

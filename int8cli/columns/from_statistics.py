@@ -8,18 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import xxhash
 
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.columns.foreseen import statistics_settings
+from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
 from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, predicted_output_error
-from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics, load_statistics
+from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
+from int8cli.outliers.statistics_file import load_statistics
+from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import sidecar_bytes
-from int8cli.planning.plan import Decision
 from int8cli.planning.survey import Survey, model_fingerprint
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, Settings
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 
@@ -32,12 +33,11 @@ def strategy_from_statistics(
     require_same_model(statistics, source, survey)
     columns = StatisticsColumns(survey, wanted.limit)
     columns.learn(statistics.sites)
-    of = xxhash.xxh3_128_hexdigest(path.read_bytes())
     known = {linear.name for site in statistics.sites for linear in site.linears}
     counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
     return ColumnStrategy(
         replace(survey, stored_counts=counts),
-        replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, calibration=f"statistics {of}"),
+        statistics_settings(wanted, settings),
         lambda progress: columns,
     )
 
@@ -65,13 +65,13 @@ def require_same_model(statistics: OutlierStatistics, source: Source, survey: Su
     """Raise StatisticsMismatchError unless the statistics were made from this model."""
     was = statistics.provenance
     identity = source.identity
-    of = f"{was.model}{f' at {was.revision}' if was.revision else ''}"
+    made_from = f"{was.model}{f' at {was.revision}' if was.revision else ''}"
     hint = "Make statistics from this model."
     if identity.on_hub and (was.model, was.revision) != (identity.name, identity.revision):
         wanted = f"{identity.name} at {identity.revision}"
-        raise StatisticsMismatchError(f"the statistics were made from {of}, not from {wanted}", hint=hint)
+        raise StatisticsMismatchError(f"the statistics were made from {made_from}, not from {wanted}", hint=hint)
     if not identity.on_hub and was.model_fingerprint != model_fingerprint(source, survey.shards):
-        raise StatisticsMismatchError(f"the statistics were made from {of}, not from this model", hint=hint)
+        raise StatisticsMismatchError(f"the statistics were made from {made_from}, not from this model", hint=hint)
     shapes = {decision.module: sorted(decision.spec.shape) for decision in survey.plan.quantized}
     for site in statistics.sites:
         for linear in site.linears:
@@ -93,21 +93,15 @@ def stored_columns(site: SiteStatistics, linear: LinearStatistics, decision: Dec
     return StoredColumns(FROM_ACTIVATIONS, columns, sidecar_bytes(decision, len(indices)), predicted, measured)
 
 
-def at_most(decision: Decision, limit: int) -> int:
-    """How many columns a linear gets: `limit`, or all of a narrower one."""
-    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
-    return min(limit, in_features)
-
-
 def _predicted(site: SiteStatistics, linear: LinearStatistics, indices: tuple[int, ...]) -> RelativeOutputError:
-    left = site.inputs.absmax.clone()
-    left[torch.tensor(indices, dtype=torch.long)] = 0.0
-    largest_left = float(left.max()) if left.numel() else 0.0
+    others = site.inputs.absmax.clone()
+    others[torch.tensor(indices, dtype=torch.long)] = 0.0
+    largest_other = float(others.max()) if others.numel() else 0.0
     with_stored = predicted_output_error(
         site.inputs.mean_square,
         linear.weight_error,
         linear.output_mean_square,
-        mean_squared_rowmax=min(site.inputs.mean_squared_rowmax, largest_left**2),
+        mean_squared_rowmax=min(site.inputs.mean_squared_rowmax, largest_other**2),
         weight_sum_squares=linear.weight_sum_squares,
         exact=indices,
     )

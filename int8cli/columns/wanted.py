@@ -1,4 +1,4 @@
-"""Which outlier columns the user wants, and what a strategy to choose them is.
+"""Which outlier columns the user asked for, and what a strategy for choosing them is.
 
 Owns the names of the modes, and the strategy that stores nothing. Needs no torch: a conversion without stored columns
 needs it only in its workers.
@@ -7,12 +7,14 @@ needs it only in its workers.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.model.sampling import Sampling
+from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
 
 AUTO = "auto"
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
@@ -24,16 +26,16 @@ DEFAULT_OUTLIER_COLUMNS = 8
 
 @dataclass(frozen=True, slots=True)
 class ColumnsWanted:
-    """What the user wants: one of MODES or a statistics file, and the most columns for each linear.
+    """What the user asked for: one of MODES or a statistics file, and the most columns for each linear.
 
-    `text` None means the built-in sample. `known` are the settings of an unfinished conversion to resume.
+    A `text` of None means the built-in sample. `known` are the settings of an unfinished conversion to resume.
     """
 
     mode: str
     limit: int
     text: Path | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     model_threads: int = 1
     known: Settings | None = None
 
@@ -50,14 +52,23 @@ class ColumnsWanted:
 
 @dataclass(frozen=True, slots=True)
 class ColumnStrategy:
-    """One way to choose the columns: its survey and settings, and a function that makes its source of columns."""
+    """One way to choose the columns.
+
+    `survey` and `settings` include the stored columns. `columns` makes the source of columns. `arithmetic_s` estimates
+    the time in seconds to choose them, from a matrix product timed on this machine.
+    """
 
     survey: Survey
     settings: Settings
     columns: Callable[[Progress], ColumnSource]
-    arithmetic_s: Callable[[], float] = lambda: 0.0  # time to choose them, from a matrix product timed on this machine
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """The strategy that stores no columns."""
     return ColumnStrategy(survey, settings, lambda progress: NoColumns())
+
+
+def at_most(decision: Decision, limit: int) -> int:
+    """How many columns a linear gets: `limit`, or all of a narrower one."""
+    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
+    return min(limit, in_features)

@@ -1,4 +1,4 @@
-"""Checks options before anything is read. Each invalid value raises an OptionError that names the option."""
+"""Checks of options, before anything is read. An invalid value raises an OptionError that names the option."""
 
 import math
 import os
@@ -10,21 +10,24 @@ from typing import get_args
 from int8cli.columns.wanted import AUTO, MODES
 from int8cli.commands.options import (
     ConvertOptions,
+    DequantizeOptions,
     DeviceName,
     EstimateOptions,
     EvaluateOptions,
+    GenerateOptions,
     InspectOptions,
     VerifyOptions,
 )
 from int8cli.errors import OptionError
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.store import FROM_ACTIVATIONS
+from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.workers.torch_start import start_torch
 
-# The smallest value of each count, by option. None is always allowed.
+# The smallest allowed value of each count, by option. None is always allowed.
 _SMALLEST = {
     "batch": 1,
     "context": 1,
+    "max_new_tokens": 1,
     "outlier_columns": 0,
     "sequence_length": 2,
     "threads": 1,
@@ -40,6 +43,22 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+
+
+def check_dequantize(options: DequantizeOptions) -> None:
+    if options.dtype is not None:
+        _check_choice("dtype", options.dtype, ("float32", "float16", "bfloat16"))
+
+
+def check_generate(options: GenerateOptions) -> None:
+    _check_counts(options)
+    _check_choice("inputs", options.inputs, ("zeropoint", "absmax"))
+    if not (math.isfinite(options.temperature) and options.temperature >= 0.0):
+        raise OptionError("the temperature must be a finite number, 0 or more", option="temperature")
+    for entry in options.max_memory:
+        device, found, size = entry.partition("=")
+        if not found or not size or not (device == "cpu" or device.isdecimal()):
+            raise OptionError(f"{entry!r} is not DEVICE=SIZE, such as cpu=8GB or 0=10GB", option="max_memory")
 
 
 def check_estimate(options: EstimateOptions) -> None:
@@ -65,7 +84,7 @@ def check_evaluate(options: EvaluateOptions) -> None:
 
 
 def check_device(device: DeviceName) -> None:
-    """Raises OptionError for a device that this machine does not have. Imports torch to look for a GPU."""
+    """Raise OptionError for a device that this machine does not have. Imports torch if the device is a GPU."""
     _check_choice("device", device, get_args(DeviceName))
     if device == "cpu":
         return
@@ -77,6 +96,9 @@ def check_device(device: DeviceName) -> None:
 
 
 def _check_counts(options: object) -> None:
+    retry_for = getattr(options, "retry_for", 0.0)
+    if not (math.isfinite(retry_for) and retry_for >= 0.0):
+        raise OptionError("the time must be a finite number of seconds, 0 or more", option="retry_for")
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:

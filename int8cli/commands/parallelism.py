@@ -1,4 +1,4 @@
-"""How many processes and threads a command uses, and their early start."""
+"""How many processes and threads a command uses, and when they start."""
 
 import os
 from contextlib import suppress
@@ -6,27 +6,24 @@ from pathlib import Path
 
 from int8cli.commands.options import ConvertOptions, DeviceName
 from int8cli.conversion import WORKER_PRELOAD
+from int8cli.machine.speed import usable_cores
 from int8cli.model.extra import has_transformers
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.output_files import REPORT_FILE
 from int8cli.planning.survey import Survey
-from int8cli.records.store import FROM_WEIGHTS, NO_OUTLIERS
+from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS
 from int8cli.workers.processes import start_server
 
-# With more workers, the disk is the limit. With fewer bytes, starting the processes costs more than it saves.
+# With more workers, the disk is the bottleneck. With fewer bytes, starting the processes costs more than it saves.
 MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
 
 
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def choose_workers(survey: Survey, device: DeviceName) -> int:
-    """One process per core, since threads of one process slow each other down; one process if the network is the limit.
+    """One process per core, because threads of one process slow each other down.
 
-    A GPU gets one process too: its threads wait more than they compute, and every process would use GPU memory.
+    Only one process if the network is the bottleneck, and for a GPU: its threads mostly wait, and each process would
+    use GPU memory.
     """
     if device == "cuda" or survey.identity.on_hub:
         return 1
@@ -34,16 +31,16 @@ def choose_workers(survey: Survey, device: DeviceName) -> int:
 
 
 def choose_threads(workers: int, device: DeviceName) -> int:
-    """Threads per process. A GPU gets all of them on any number of cores: one reads, one waits for it, one writes."""
+    """Threads per process. With a GPU always the maximum, because the threads mostly wait for the disk or the GPU."""
     if device == "cuda":
         return THREADS_FOR_A_SHARD
     return max(1, min(THREADS_FOR_A_SHARD, usable_cores() // workers))
 
 
 def start_workers_early(model: str, output: Path, options: ConvertOptions) -> None:
-    """Import torch for the workers while this process reads headers, if workers are expected.
+    """Start the server of worker processes, which imports torch while this process reads headers.
 
-    Otherwise torch is imported when workers start. A server that nobody uses ends with this process.
+    Does nothing if workers are unlikely to be needed. A server that is never used ends with this process.
     """
     if options.device != "cpu":
         return
@@ -53,8 +50,8 @@ def start_workers_early(model: str, output: Path, options: ConvertOptions) -> No
     with suppress(OSError):  # the code that needs an unreadable file reports it
         files = list(directory.glob("*.safetensors")) or list(directory.glob("*.bin"))
         size_bytes = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
-        foreseen = options.workers or _workers_over(len(files), size_bytes)
-        if files and foreseen > 1 and not (output / REPORT_FILE).exists():  # which a finished conversion has
+        workers = options.workers or _workers_over(len(files), size_bytes)
+        if files and workers > 1 and not (output / REPORT_FILE).exists():  # a finished conversion has a report
             start_server(WORKER_PRELOAD)
 
 

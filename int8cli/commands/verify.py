@@ -1,4 +1,4 @@
-"""Verify a conversion: it is complete, it loads and, with a source, it matches the source."""
+"""Verify a conversion: it is complete, it loads and, if a source is given, it matches the source."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,11 @@ from int8cli.checkpoint.own_files import remove_tree
 from int8cli.checkpoint.source import Source
 from int8cli.commands.checks import check_device, check_verify
 from int8cli.commands.options import VerifyOptions
-from int8cli.commands.parallelism import usable_cores
+from int8cli.machine.speed import usable_cores
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import SILENT, Progress
-from int8cli.records.store import Conversion, RecordStore
+from int8cli.records.conversion import Conversion
+from int8cli.records.store import RecordStore
 from int8cli.results.verification import Verification
 from int8cli.verification import VerificationRun, conversion_in
 from int8cli.verification import verify as make_checks
@@ -24,11 +25,11 @@ _DEFAULTS = VerifyOptions()
 
 @system_errors()
 def verify(directory: str | Path, options: VerifyOptions = _DEFAULTS, *, progress: Progress = SILENT) -> Verification:
-    """Check that a directory written by `convert` is complete and loads. `passed` of the result is the verdict.
+    """Check that a directory written by `convert` is complete and loads. The verdict is `passed` of the result.
 
     Compares every byte of every file with the digests taken when it was written. With a `source`, fetches its shards
     one at a time, converts them again and compares. Raises OutputError for a directory without a finished conversion,
-    and what opening the source raises. A check that fails is part of the result.
+    and the errors of opening the source. A failed check does not raise; it is part of the result.
     """
     check_verify(options)
     check_device(options.device)
@@ -55,7 +56,9 @@ def _source(
         revision = converted.revision
     incoming = RecordStore(directory).incoming_directory
     try:
-        with opened_source(model, revision=revision, download_dir=incoming, progress=progress) as source:
+        with opened_source(
+            model, revision=revision, download_dir=incoming, retry_for_s=options.retry_for, progress=progress
+        ) as source:
             yield source
     finally:
         remove_tree(incoming, directory)

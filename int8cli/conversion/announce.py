@@ -5,7 +5,7 @@ from collections.abc import Collection
 from int8cli.planning.survey import Survey
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import Progress
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import worst_first
 from int8cli.results.units import counted, human_bytes
 
@@ -13,7 +13,7 @@ TASK = "convert"
 
 
 def begin_conversion(progress: Progress, survey: Survey, finished: Collection[str]) -> None:
-    """Begin the task, its parts the source shards in bytes of their tensors; `finished` an earlier run has done."""
+    """Begin the task. Its parts are the source shards, in tensor bytes; `finished` are those of an earlier run."""
     if finished:
         progress.note(f"resuming: {len(finished)} of {len(survey.shards)} shards already converted")
     for warning in warnings_of(survey):
@@ -23,17 +23,17 @@ def begin_conversion(progress: Progress, survey: Survey, finished: Collection[st
 
 
 def advance(progress: Progress, shard: str, tensor: str, source_bytes: int) -> None:
-    """`source_bytes` more of a shard's tensor are converted."""
+    """Another `source_bytes` bytes of a tensor have been converted."""
     progress.advance(TASK, shard, source_bytes, tensor)
 
 
 def shard_outcome(record: ShardRecord) -> str:
-    """Sizes, layers and the worst error of a finished shard, in a few words."""
+    """The sizes, layers and worst error of a finished shard, in a few words."""
     outcome = f"{human_bytes(record.source.size_bytes)} → {human_bytes(record.files[0].size_bytes)}"
     if record.layers:
         outcome += f", {counted(len(record.layers), 'layer')}"
         worst = worst_first(record.layers)[0].sums
         outcome += f", worst error {worst.relative_frobenius_error:.4f}" if worst is not None else ""
-    if record.kept:
-        outcome += f", {len(record.kept)} not quantized because of NaN or infinity"
+    if record.non_finite:
+        outcome += f", {len(record.non_finite)} not quantized because of NaN or infinity"
     return outcome

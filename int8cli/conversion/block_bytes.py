@@ -1,7 +1,7 @@
-"""One block: from the source's bytes to those of the outputs.
+"""One block: from its bytes in the source to its bytes in the outputs.
 
-Owns what becomes of a block: it is copied, rewritten in another order or dtype, or quantized. Knows no file, no
-thread, and not the order in which blocks come.
+Owns what happens to a block: it is copied, rewritten in another order or dtype, or quantized. Does not know about
+files, threads, or the order of blocks.
 """
 
 from bisect import bisect_left
@@ -21,15 +21,15 @@ from int8cli.planning.blocks import BLOCK_ELEMENTS, Block, CopyBlock, Matrix, Qu
 from int8cli.planning.output_files import outlier_weight_name
 from int8cli.planning.planned_shard import PlannedShard
 
-# For moving bytes around, a dtype's width is all that matters.
+# When bytes are only moved, a dtype's width is all that matters.
 _DTYPE_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-Piece = tuple[str, int, memoryview]  # tensor of an output, offset in its bytes, bytes
+Piece = tuple[str, int, memoryview]  # name of an output tensor, offset in its bytes, the bytes
 
 
 @dataclass(frozen=True, slots=True)
 class NonFiniteValue:
-    """A non-finite value in a tensor, with its position as the source stores it."""
+    """A non-finite value, with its position in the tensor as stored in the source."""
 
     row: int
     column: int
@@ -41,9 +41,9 @@ class NonFiniteValue:
 
 @dataclass(frozen=True, slots=True)
 class BlockBytes:
-    """What one block of the tensor `name` yields. The bytes are the workbench's, and last until its next block.
+    """The result of one block of the tensor `name`. The bytes are in the buffers and valid until the next block.
 
-    `source`, the offset in the file and the bytes, where they are one run there.
+    `source` is the offset of the block in the file and its bytes there, if they are contiguous.
     """
 
     name: str
@@ -54,7 +54,7 @@ class BlockBytes:
 
 
 class BlockConverter:
-    """Converts the blocks of one shard, in any order and from any thread, each with a workbench of its own."""
+    """Converts the blocks of one shard in any order. Each thread uses its own buffers."""
 
     def __init__(self, planned: PlannedShard, reader: ShardReader, options: PassOptions) -> None:
         self._planned = planned
@@ -72,7 +72,7 @@ class BlockConverter:
         return Workbench(self._reader, self._tiles, quantizer)
 
     def convert(self, bench: Workbench, block: Block) -> BlockBytes:
-        """Raises CorruptShardError or SourceError where the source cannot be read."""
+        """Convert one block. Raises CorruptShardError or SourceError if the source cannot be read."""
         if isinstance(block, CopyBlock):
             return self._copy(bench, block)
         if isinstance(block, RewriteBlock):
@@ -139,7 +139,7 @@ class BlockConverter:
         return sums
 
     def _stored_columns(self, bench: Workbench, weight: str, part: Rectangle, loaded: Tensor) -> list[Piece]:
-        """What of the columns to store exactly lies in a rectangle."""
+        """The part of the stored columns that is in a rectangle."""
         columns = self._planned.columns.get(weight, ())
         first, end = (bisect_left(columns, edge) for edge in (part.column, part.column + part.columns))
         if first == end:

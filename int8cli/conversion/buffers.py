@@ -1,7 +1,6 @@
-"""The memory that a pass works in: the buffers of one thread, and what threads share of a tensor that lies awkwardly.
+"""The memory that a pass uses: the buffers of each thread, and tiles that threads share for transposed tensors.
 
-Owns how a rectangle of a tensor comes into memory, whichever way its bytes lie, and on to the device that computes, and
-what that costs in buffers.
+Owns how a rectangle of a tensor is read into memory, in either orientation, and copied to the device that computes.
 """
 
 import ctypes
@@ -23,11 +22,12 @@ _TILES_AT_ONCE = 2
 
 
 class Buffer:
-    """Memory seen both as bytes, for the disk, and as tensors, for the arithmetic. Allocated once.
+    """Memory that can be used as bytes, for I/O, and as tensors, for arithmetic. Allocated once.
 
-    It is mapped: what a block does not reach takes no memory, as with 16-bit weights in room for 64-bit ones, and
-    every buffer lies alike, so that no sum depends on where it happens to lie. A `pinned` one is locked in memory
-    instead, so that a GPU copies from it and to it while the processor does something else.
+    The memory is mapped, for two reasons. Pages that are never touched use no memory: a buffer is large enough for
+    64-bit weights, and 16-bit weights use a quarter of it. And all buffers have the same alignment, so no sum depends
+    on the address. A `pinned` buffer is page-locked instead, so that a GPU can copy while the processor does other
+    work.
     """
 
     def __init__(self, size_bytes: int, *, pinned: bool = False) -> None:
@@ -48,15 +48,16 @@ class Buffer:
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous uint8 tensor, which must outlive the view."""
+    """A view of the memory of a contiguous uint8 tensor. The tensor must outlive the view."""
     return memoryview((ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
 
 
 class CrosswiseTiles:
-    """Tiles of tensors whose bytes are those of the transpose, read once and shared by the threads of a pass.
+    """Tiles of tensors that are stored transposed, read once and shared by the threads of a pass.
 
-    A block of such a tensor is a narrow strip of its file: read one by one, blocks would take a read for every few
-    hundred bytes. A tile spans the strips of many blocks. The last two are kept, since threads straddle their borders.
+    A block of such a tensor is a narrow strip of the file, so reading block by block would need a read for every few
+    hundred bytes. A tile spans the strips of many blocks. The last two tiles stay in memory, because different threads
+    may be on both sides of a border.
     """
 
     def __init__(self, reader: ShardReader) -> None:
@@ -66,12 +67,12 @@ class CrosswiseTiles:
         self._buffers: list[Buffer] = []
 
     def copy(self, matrix: Matrix, part: Rectangle, strip: Tensor) -> None:
-        """Fill `strip` (columns, rows) with a rectangle as it lies in the file."""
+        """Fill `strip` (columns, rows) with a rectangle in the orientation of the file."""
         width_bytes = strip.dtype.itemsize
         tile_rows = max(part.rows, TILE_BYTES // (part.columns * width_bytes))
         first_row = part.row // tile_rows * tile_rows
         last_row = min(matrix.out_features, first_row + tile_rows)
-        if part.row + part.rows > last_row:  # a block that two tiles share is a tile of its own
+        if part.row + part.rows > last_row:  # a block that crosses a border gets a tile of its own
             first_row, last_row = part.row, part.row + part.rows
         area = Rectangle(first_row, last_row - first_row, part.column, part.columns)
         with self._lock:
@@ -79,7 +80,7 @@ class CrosswiseTiles:
             strip.copy_(self._tile(matrix, area, strip.dtype)[:, start : start + part.rows])
 
     def _tile(self, matrix: Matrix, area: Rectangle, dtype: torch.dtype) -> Tensor:
-        """The tile (columns, rows) as it lies in the file, from memory or read into the buffer of the oldest."""
+        """The tile (columns, rows) in the orientation of the file. Reads it if needed, in place of the oldest tile."""
         key = (matrix.stored, area)
         if key not in self._tiles:
             self._tiles[key] = self._read(self._free_buffer(), matrix, area, dtype)
@@ -107,10 +108,10 @@ class CrosswiseTiles:
 
 
 class Workbench:
-    """The buffers of one thread: a block as the source has it, its int8 data, its scales or its cast form.
+    """The buffers of one thread: a block in the source's dtype, its int8 data, and its scales or its cast form.
 
-    Where a GPU computes, they are pinned, and each thread's work goes to the GPU in a stream of its own: while one
-    block is on its way there or back another is computed, and a third comes off the disk.
+    For a GPU, the buffers are pinned, and each thread has its own stream: while one block is copied, another can be
+    computed and a third read from disk.
     """
 
     def __init__(self, reader: ShardReader, tiles: CrosswiseTiles, quantizer: BlockQuantizer) -> None:
@@ -127,11 +128,11 @@ class Workbench:
         self._on_gpu = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8, device=quantizer.device) if on_gpu else None
 
     def in_stream(self) -> AbstractContextManager[object]:
-        """The context that the bench's thread must compute in."""
+        """A context in which this thread must do its arithmetic."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def settle(self) -> None:
-        """Wait until what this thread has asked for is computed, so that others may use it."""
+        """Wait until the GPU has finished this thread's work, so that other threads may use the result."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -145,28 +146,28 @@ class Workbench:
         return self._gathered.bytes[:size_bytes]
 
     def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
-        """Bytes of the source file, in the source buffer."""
+        """Read bytes of the source file into the source buffer."""
         data = self.source.bytes[:size_bytes]
         self._reader.read_into(offset_bytes, data)
         return data
 
     def load(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read a rectangle of floats into the source buffer, and from there to the quantizer's device if it is another.
+        """Read a rectangle of floats: contiguous (rows, columns), on the quantizer's device.
 
-        (rows, columns), contiguous. What was loaded before is overwritten, here and there.
+        Goes through the source buffer. The previous rectangle is overwritten, in the buffer and on the device.
         """
         if self._on_gpu is None:
             return self.load_here(matrix, part, dtype)
-        self.settle()  # the block before may still be on its way from the buffer
+        self.settle()  # the GPU may still be copying the previous block from the buffer
         loaded = self.load_here(matrix, part, dtype)
         there = self._on_gpu[: part.numel * dtype.itemsize].view(dtype).view(loaded.shape)
         return there.copy_(loaded, non_blocking=True)
 
     def load_here(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read a rectangle into the source buffer: (rows, columns), contiguous."""
+        """Read a rectangle into the source buffer: contiguous (rows, columns)."""
         loaded = self.source.tensor(dtype, (part.rows, part.columns))
         if matrix.crosswise:
-            # In two steps: torch turns a whole contiguous matrix ten times faster than a part of a wider one.
+            # In two steps: torch transposes a contiguous matrix ten times faster than a part of a wider one.
             strip = self._strip_buffer().tensor(dtype, (part.columns, part.rows))
             self._tiles.copy(matrix, part, strip)
             loaded.copy_(strip.t())
@@ -175,13 +176,13 @@ class Workbench:
         return loaded
 
     def _strip_buffer(self) -> Buffer:
-        """Few checkpoints have tensors that lie crosswise; for the others there is no second buffer."""
+        """The buffer for transposed tensors. Allocated on first use, because few checkpoints have any."""
         if self._strip is None:
             self._strip = Buffer(BLOCK_ELEMENTS * 8)
         return self._strip
 
     def source_run(self, matrix: Matrix, part: Rectangle) -> tuple[int, memoryview] | None:
-        """Where the rectangle last loaded lies in the file, and its bytes, if they are one run there."""
+        """The offset and the bytes of the last loaded rectangle in the file, if they are contiguous there."""
         if matrix.crosswise:
             return None
         offset_bytes, size_bytes = matrix.run(part)
@@ -189,7 +190,7 @@ class Workbench:
 
 
 class WideRowAbsmax:
-    """The absmax of the row that is being worked on, where a row is wider than a block: found in one scan, kept."""
+    """The absmax of the current row, if rows are wider than a block. One scan per row, shared by all threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -197,7 +198,10 @@ class WideRowAbsmax:
         self._absmax: Tensor | None = None
 
     def get(self, bench: Workbench, matrix: Matrix, row: int) -> Tensor:
-        """float32 (1,). Overwrites the bench's source buffer. Raises NonFiniteWeightError with the row's own column."""
+        """The absmax, float32 (1,). Overwrites the source buffer of `bench`.
+
+        Raises NonFiniteWeightError with a column of the whole row.
+        """
         with self._lock:
             if self._absmax is None or self._row != (matrix.stored, row):
                 self._absmax = _scan(bench, matrix, row)

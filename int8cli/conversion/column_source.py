@@ -1,6 +1,6 @@
-"""The port through which a conversion learns which input columns of each linear to store exactly.
+"""The interface through which a conversion learns which input columns of each linear to store exactly.
 
-Owns the protocol, and the source that stores nothing. Who fills it is above: see `columns`.
+Owns the protocol, and the implementation that stores nothing. The other implementations are in `columns`.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -10,37 +10,38 @@ from int8cli.checkpoint.source import LocalFile, ShardFile
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
-# Asked with the most bytes of shards that are on this machine at once; raises DiskSpaceError.
+# Called with the most bytes of shards that will be on this machine at once. Raises DiskSpaceError.
 RequireRoom = Callable[[int], None]
 
 
 class RunTask(Protocol):
-    """Runs a picklable task where torch is, as executors do, and waits for its result."""
+    """Runs a picklable task in a process that has torch, and returns its result."""
 
     def __call__(self, task: Callable[[OnBytes], Result], /) -> Result: ...
 
 
 class ColumnSource(Protocol):
-    """Tells a conversion the columns to store, by tensor."""
+    """Determines the columns to store for each tensor."""
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
-        """Shards that this reads to know the columns, in its own order, each once its columns are known; else none.
+        """Yield the shards that this source fetches itself, in its own order, each once its columns are known.
 
-        The conversion converts them from here, so that each is fetched once; the others it fetches itself. A file is
-        there until the next one is asked for; a fetched copy is removed then. Whoever stops in the middle closes this:
-        fetched copies stay for the next run. A shard may come twice. `require_room` is asked before the first is here.
+        The conversion converts these shards as they are yielded, so that each is fetched once, and fetches all other
+        shards itself. A file exists until the next one is requested; then a fetched copy is removed. A caller that
+        stops early must close the generator: fetched copies then remain for the next run. A shard may be yielded twice.
+        `require_room` is called before the first fetch.
         """
         yield from ()
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """The columns for the quantized tensors of a source shard that is on this machine.
 
-        What is best done where shards are converted is given to `run`.
+        Work for a process that has torch goes through `run`.
         """
 
 
 class NoColumns(ColumnSource):
-    """Nothing is stored."""
+    """Stores no columns."""
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         return {}

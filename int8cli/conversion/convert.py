@@ -1,7 +1,7 @@
 """Converts a checkpoint: all of its shards, then the files that describe the whole.
 
-Owns the order of the work and what makes it resumable: a shard that stands under its name is recorded, and only then is
-its source let go. Prints nothing; reports to a Progress.
+Owns the order of the work, which makes it resumable: a shard gets its final name, then its record, and only then is its
+fetched source removed. Prints nothing; reports to a Progress.
 """
 
 from collections import Counter
@@ -31,19 +31,20 @@ from int8cli.errors import (
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.survey import Survey, fingerprint, room_needed
 from int8cli.progress import Progress
+from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardSource
 from int8cli.records.manifest import MANIFEST_FILE
-from int8cli.records.store import VIA_FLOAT16, Conversion, RecordStore, Settings, ShardSource
+from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import human_bytes
+from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionRun:
-    """How to convert, besides the settings that decide the result.
+    """How to convert, besides the settings that determine the result.
 
-    `workers` processes convert side by side, each with `threads` threads. `overwrite` starts over in a directory that
-    holds an earlier conversion.
+    `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
+    conversion in the directory.
     """
 
     output: Path
@@ -63,13 +64,13 @@ def convert(
     progress: Progress,
     columns: ColumnSource | None = None,
 ) -> ConversionReport:
-    """Convert what `survey` found in `source` into `options.output`, going on where an earlier run stopped.
+    """Convert a surveyed source into `options.output`, resuming where an earlier run stopped.
 
-    `columns` tells what to store in sidecars, where the survey has any. `render_card` makes the output's README.md
-    from the report. Raises Int8cliError; whatever is raised, no file stands half-written under a final name, and the
-    same call resumes from there.
+    `columns` determines what to store in sidecars, if the survey has any. `render_card` makes the README.md of the
+    output from the report. Raises Int8cliError. After any exception, no file is half-written under its final name, and
+    the same call resumes.
     """
-    _require_layers(survey, settings)
+    _require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
         store.refuse_links()
@@ -86,31 +87,46 @@ def convert(
         for file_name in survey.weights.copied:
             _copy_file(source, file_name, options.output)
         if source.keeps_in is not None:
-            _keep_what_leads_to_the_weights(source, survey)
+            _cache_config_and_index(source, survey)
         executor = _executor(options, len(remaining), lock, progress)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
             loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns())
             records.update(loop.run(partial(_require_room, source, survey, options.output, remaining)))
         except CANNOT_CALIBRATE:
-            if not any(map(store.finished, conversion.shards)):  # the directory is free for another way to do it
+            if not any(map(store.finished, conversion.shards)):  # so that another strategy can use the directory
                 store.clear()
             raise
         finally:
             executor.close()
-            store.remove_partial_files()  # an interrupt may have come before any clean-up
+            store.remove_partial_files()  # an interrupt may have prevented other clean-up
         progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
-        # What a killed run fetched and a later one had no use for would otherwise stay for good.
+        # This includes shards that a killed run fetched and this run did not need.
         store.remove_state()
         return report
 
 
-def _require_layers(survey: Survey, settings: Settings) -> None:
-    """Raise NothingToQuantizeError where the patterns leave nothing, or no matrix is known for a linear layer's.
+def require_possible(source: Source, survey: Survey, settings: Settings, options: ConversionRun) -> None:
+    """Raise now what `convert` would raise before its first byte, as far as that is known without stored columns.
 
-    The output would be a copy of something that was not understood, under the name of int8.
+    `convert` checks all of it again, under the directory's lock.
+    """
+    _require_something_to_quantize(survey, settings)
+    store = RecordStore(options.output)
+    conversion = describe(source, survey, settings)
+    remaining = list(conversion.shards)
+    if not options.overwrite:
+        store.check(conversion, all_files=False)
+        remaining = [shard for shard in conversion.shards if store.finished(shard) is None]
+    _require_room(source, survey, options.output, remaining)
+
+
+def _require_something_to_quantize(survey: Survey, settings: Settings) -> None:
+    """Raise NothingToQuantizeError if the patterns leave nothing, or if no tensor is a known linear layer's weight.
+
+    The output would be a copy of a model that was not understood, under the name of int8.
     """
     if survey.plan.quantized:
         return
@@ -129,7 +145,7 @@ def _require_layers(survey: Survey, settings: Settings) -> None:
 
 
 def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
-    """The conversion as the records hold it: what decides its bytes, and every file that it will write."""
+    """The description of a conversion that the records store: what determines its bytes, and every file it writes."""
     shards = tuple(
         ShardSource(
             contents.file_name,
@@ -173,14 +189,15 @@ def _executor(options: ConversionRun, shards: int, lock: int, progress: Progress
 def _require_room(
     source: Source, survey: Survey, output: Path, remaining: list[ShardSource], peak_shard_bytes: int | None = None
 ) -> None:
-    """Raises DiskSpaceError, before the first byte, if the remaining output and the shards in flight do not fit.
+    """Raise DiskSpaceError if the remaining output and the shards in flight do not fit on their disks.
 
-    `peak_shard_bytes`: the size of the shards in flight, if more than the usual two.
+    `peak_shard_bytes` is the size of the shards in flight, if there are more than the usual two.
     """
     for room in room_needed(source, survey, [shard.file for shard in remaining], output, peak_shard_bytes):
         if room.needed_bytes > room.free_bytes:
+            needed, free = told_apart(room.needed_bytes, room.free_bytes)
             raise DiskSpaceError(
-                f"{room.directory} needs {human_bytes(room.needed_bytes)}, {human_bytes(room.free_bytes)} free",
+                f"{room.directory} needs {needed}, {free} free",
                 hint="Free some space, or choose a directory on another disk.",
             )
 
@@ -195,8 +212,8 @@ def _copy_file(source: Source, file_name: str, output: Path) -> None:
         raise
 
 
-def _keep_what_leads_to_the_weights(source: Source, survey: Survey) -> None:
-    """Fetch the files that were only read, not copied: without them nobody finds the kept shards offline."""
+def _cache_config_and_index(source: Source, survey: Survey) -> None:
+    """Fetch the files that are read but not copied. Without them, the shards in the cache cannot be used offline."""
     for file_name in (CONFIG_FILE if survey.has_config else None, survey.weights.index_file):
         if file_name is not None:
             with source.fetch(file_name):

@@ -1,7 +1,7 @@
 """The files that describe a whole conversion: report, model card, index, digests and config.json.
 
-Owns what these files say and the order in which they appear. config.json comes last: no loader opens a directory that
-has none.
+Owns the content of these files and the order in which they are written. config.json is written last, because loaders
+do not open a directory without one.
 """
 
 import json
@@ -13,12 +13,13 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
+from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
-from int8cli.planning.plan import Plan
 from int8cli.planning.quantized import without_quantization
 from int8cli.planning.survey import Survey, group_by_kind
+from int8cli.records.conversion import Conversion, Settings
 from int8cli.records.manifest import MANIFEST_FILE, write_manifest
-from int8cli.records.store import Conversion, Settings, ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import ConversionReport, worst_first
 
 RenderCard = Callable[[ConversionReport, Survey], str]
@@ -27,9 +28,8 @@ RenderCard = Callable[[ConversionReport, Survey], str]
 def write_conclusion(
     survey: Survey, conversion: Conversion, records: list[ShardRecord], output: Path, render_card: RenderCard
 ) -> ConversionReport:
-    """Write these files into `output`, whose shards are all in place; `records` are in the order of the shards."""
-    kept = [tensor for record in records for tensor, _ in record.kept]
-    plan = survey.plan.keeping(kept)
+    """Write these files into `output`, where all shards are in place. `records` are in the order of the shards."""
+    plan = survey.plan.with_copied([weight.tensor for record in records for weight in record.non_finite])
     report = _report(survey, conversion, records, plan)
     write_file(output / REPORT_FILE, _json_bytes(report.to_json()), below=output)
     write_file(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"), below=output)
@@ -37,7 +37,7 @@ def write_conclusion(
         write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)), below=output)
     config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
     apart = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE}
-    for shard in conversion.shards:  # a sidecar may have turned out to be none: --on-nonfinite keep
+    for shard in conversion.shards:  # a planned sidecar may not exist, if its only layers were not finite
         apart |= {shard.output, sidecar_file_name(shard.output)}
     on_disk = [name for name in conversion.files if name not in apart]
     write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {})
@@ -72,10 +72,10 @@ def _index(survey: Survey, records: list[ShardRecord]) -> dict[str, Any]:
 
 
 def _config(survey: Survey, settings: Settings, plan: Plan) -> dict[str, Any]:
-    """The source's config.json with this quantization_config in place of any other.
+    """The source's config.json with its quantization_config replaced by that of the output.
 
-    A config that does not name its dtype leaves loaders to take that of the first float tensor, which in the output is
-    a float32 scale: the model's is written down for them.
+    If the config does not name a dtype, loaders use that of the first float tensor, which in the output is a float32
+    scale. Therefore the model's dtype is added.
     """
     config = without_quantization(survey.config)
     if config.get("dtype") is None and config.get("torch_dtype") is None and plan.dtype is not None:

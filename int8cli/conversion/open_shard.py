@@ -1,6 +1,6 @@
-"""A source shard that is on this machine, opened to be converted or compared: both pass over it in the same way.
+"""A source shard on this machine, opened to be converted or compared. Both make the same pass over it.
 
-Owns the look that it is the file that was planned, and the digest of the whole of it.
+Owns the check that it is the planned file, and the digest of the whole file.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from int8cli.workers.processes import OnBytes
 
 @dataclass(frozen=True, slots=True)
 class OpenShard:
-    """A shard's file and access to its bytes."""
+    """A shard's file, and access to its bytes."""
 
     file_name: str
     local: LocalFile
@@ -33,10 +33,10 @@ class OpenShard:
     def run_pass(
         self, planned: PlannedShard, options: PassOptions, sinks: Sequence[Sink], on_bytes: OnBytes
     ) -> PassResult:
-        """Give the planned files' bytes to `sinks`, one for each.
+        """Give the bytes of the planned files to `sinks`, one sink per file.
 
-        Where the Hub published a digest of the source, the result has the one that was found; whoever calls compares
-        them. Raises NonFiniteError, CorruptShardError, OutputError.
+        If the Hub published a digest of the source, the result has the computed digest, and the caller must compare
+        the two. Raises NonFiniteError, CorruptShardError, OutputError.
         """
         with ExitStack() as stack:
             digest = None
@@ -50,7 +50,7 @@ class OpenShard:
 
 @contextmanager
 def open_shard(task: ShardTask, local: LocalFile) -> Iterator[OpenShard]:
-    """Open the shard of a task. Raises DigestMismatchError if its header is not the one that the plan was made from."""
+    """Open the shard of a task. Raises DigestMismatchError if its header differs from the one in the plan."""
     with closing(_open_reader(task, local)) as reader:
         yield OpenShard(task.source.file, local, reader)
 

@@ -1,6 +1,6 @@
-"""What a pass adds up: digests, errors and non-finite values, in file order.
+"""The figures of a pass: digests, errors and non-finite values, added up in file order.
 
-Owns every figure that a pass finds, so that they do not depend on how many threads it has. Writes nothing.
+Owns every figure of a pass, so that none depends on the number of threads. Writes nothing.
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from int8cli.planning.planned_shard import PlannedShard
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass saw: the errors, where they were asked for, and the digests of what it wrote, by tensor.
+    """The result of a pass: errors (if they were measured) and digests of the written tensors, by tensor.
 
-    `non_finite` names weights that must be kept; with any, the written file is not the result. `source_sha256`, in
-    hex, is that of the whole source file, where it was asked for.
+    `non_finite` has the weights that must stay in their dtype. If there are any, the written files must be discarded.
+    `source_sha256` is that of the whole source file, in hex, if it was requested.
     """
 
     sums: Mapping[str, ErrorSums]
@@ -28,9 +28,9 @@ class PassResult:
 
 
 class PassLedger:
-    """The sums and digests of one pass so far. To be called from one thread at a time, with blocks in file order.
+    """The sums and digests of one pass so far. Call it from one thread at a time, with blocks in file order.
 
-    `source_digest`, if any, is given every run of the source's bytes as it passes.
+    `source_digest`, if any, receives the bytes of the source as they are read.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class PassLedger:
             self._sums[block.name] = self._sums.get(block.name, ErrorSums()) + block.sums
         for name, _, data in block.outputs:
             self._digests[name].update(data)
-        # What is not mappable was read whole, in another order than the file's: its digest is taken at the end.
+        # A file that is not mappable was read whole, not in file order: its digest is computed at the end.
         if self._source_digest is not None and block.source is not None and self._contents.mappable:
             self._source_digest.update(*block.source)
 
     def add_constant(self, name: str, data: bytes) -> None:
-        """Take down an output tensor that comes out of no block."""
+        """Add an output tensor that no block produces."""
         self._digests[name].update(data)
 
     def is_non_finite(self, name: str) -> bool:
-        """Whether a tensor is known to be kept; of any thread's asking."""
+        """Whether a tensor is known to contain a non-finite value. May be called from any thread."""
         return name in self._non_finite
 
     def result(self) -> PassResult:
-        """What the pass found, once all is added; reads what of the source has not passed."""
+        """The result, after everything has been added. Reads the parts of the source that the pass did not read."""
         digests = {name: digest.hexdigest() for name, digest in self._digests.items()}
         sha256 = self._source_digest.hexdigest() if self._source_digest is not None else None
         return PassResult(self._sums, digests, self._non_finite, sha256)
@@ -74,6 +74,6 @@ class PassLedger:
 
 def _non_finite_error(file_name: str, tensor: str, place: NonFiniteValue) -> NonFiniteError:
     return NonFiniteError(
-        f"{file_name}: {tensor} holds {place}",
+        f"{file_name}: {tensor} contains {place}",
         hint="The checkpoint is damaged there. Such a tensor can stay in its source dtype.",
     )

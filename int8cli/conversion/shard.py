@@ -1,7 +1,7 @@
-"""One shard that is on this machine, from its header to its record.
+"""One shard on this machine, from its header to its record.
 
-Owns when the files it makes may have their names: after every byte was read, the source's digest held, and nothing
-turned up that asks for another plan.
+Owns when its output files get their final names: after every byte has been read, if the source's digest is right and
+no value requires another plan.
 """
 
 from contextlib import ExitStack
@@ -14,27 +14,27 @@ from int8cli.checkpoint.writer import ShardWriter
 from int8cli.conversion.open_shard import OpenShard, open_shard
 from int8cli.conversion.pass_ledger import PassResult
 from int8cli.conversion.task import ShardTask
+from int8cli.planning.decisions import Decision
 from int8cli.planning.layouts import Layout
 from int8cli.planning.output_files import OutputShard, output_specs
-from int8cli.planning.plan import Decision
-from int8cli.records.store import FileRecord, ShardRecord, TensorRecord
+from int8cli.records.shard_record import FileRecord, NonFiniteTensor, ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.stored_columns import NOTHING_STORED, StoredColumns
 from int8cli.workers.processes import OnBytes
 
 
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
-    """Convert one shard that is on this machine and put it under its final name; the caller records it.
+    """Convert one shard on this machine and give it its final name. The caller must record it.
 
-    A weight with non-finite values either raises or, with `keep_non_finite`, is left in its source dtype: the output
-    is then another one, and the shard is done again for it. Raises CheckpointError, OutputError.
+    A weight with non-finite values raises NonFiniteError or, with `keep_non_finite`, is copied in its own dtype. This
+    changes the layout of the output, so the shard is then converted again. Raises CheckpointError, OutputError.
     """
     with open_shard(task, local) as shard:
         result = _attempt(task, shard, on_bytes)
-        kept = result.non_finite
-        if kept:
+        non_finite = result.non_finite
+        if non_finite:
             on_bytes(task.source.file, "", -task.tensor_bytes)
-            task = replace(task, planned=task.planned.keeping(kept))
+            task = replace(task, planned=task.planned.with_copied(non_finite))
             result = _attempt(task, shard, on_bytes)
     return ShardRecord(
         source=task.source,
@@ -42,12 +42,12 @@ def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> Shard
         source_tensors=tuple(decision.spec for decision in task.planned.plan.decisions),
         files=tuple(_file_record(file, result) for file in task.planned.files),
         layers=tuple(_layer(task, decision, result) for decision in task.planned.plan.quantized),
-        kept=tuple((name, str(place)) for name, place in sorted(kept.items())),
+        non_finite=tuple(NonFiniteTensor(name, str(place)) for name, place in sorted(non_finite.items())),
     )
 
 
 def _attempt(task: ShardTask, shard: OpenShard, on_bytes: OnBytes) -> PassResult:
-    """One pass over a shard; commits its files unless weights must be kept that the plan would quantize."""
+    """One pass over a shard. Commits its files, unless a weight that the plan quantizes is not finite."""
     files = task.planned.files
     with ExitStack() as abandoned:
         writers = []
@@ -83,7 +83,7 @@ def _layer(task: ShardTask, decision: Decision, result: PassResult) -> LayerRepo
 def layer_report(
     decision: Decision, target: Layout, result: PassResult, stored: StoredColumns | None = None
 ) -> LayerReport:
-    """What there is to say of a layer after the pass that made or compared it; its errors where that measured them."""
+    """The report on a layer after the pass that wrote or compared it. Includes its errors if they were measured."""
     data, *companions = output_specs(decision, target)
     return LayerReport(
         name=decision.module,

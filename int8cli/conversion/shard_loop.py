@@ -1,7 +1,7 @@
-"""All shards of a conversion: each is fetched, converted, recorded, and only then released.
+"""All shards of a conversion. Each is fetched, converted and recorded, and only then released.
 
-Owns the order of these steps and which shards are under way at once. Does not know how columns are chosen, nor where
-tasks run.
+Owns the order of these steps, and which shards are converted at the same time. Does not know how columns are chosen or
+where tasks run.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,23 +18,23 @@ from int8cli.conversion.task import ShardTask
 from int8cli.errors import DigestMismatchError, WorkerLostError
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import Progress
-from int8cli.records.store import RecordStore, ShardRecord
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
 from int8cli.workers.processes import Executor, OnBytes, Result
 
 
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
-    """A shard that is being converted. `fetched` is left once it is recorded: a fetched copy is removed then."""
+    """A shard that is being converted. Once it is recorded, `fetched` is exited, which removes a fetched copy."""
 
     task: ShardTask
     fetched: ExitStack
 
 
 class ShardLoop:
-    """Converts shards: first those that the source of columns reads itself, then the others, several at a time.
+    """Converts shards: first those that the source of columns fetches itself, then the others, several at a time.
 
-    While shards are converted, the next one is fetched. One whose copy is not what the Hub published is fetched once
-    more.
+    While shards are converted, the next one is fetched. A shard with a wrong digest is fetched once more.
     """
 
     def __init__(
@@ -54,9 +54,10 @@ class ShardLoop:
         self._records: dict[str, ShardRecord] = {}
 
     def run(self, require_room: RequireRoom) -> dict[str, ShardRecord]:
-        """The records by source file. On an error, what is under way is stopped, and nothing of it has a name.
+        """The records by source file.
 
-        Fetched copies of shards that are not recorded stay for the next run then.
+        After an error, work in progress is stopped, and its files do not get their final names. Fetched copies of
+        shards without a record remain for the next run.
         """
         try:
             self._convert_as_read(require_room)
@@ -65,14 +66,14 @@ class ShardLoop:
             self._stop(error)
             if isinstance(error, BrokenExecutor):
                 raise WorkerLostError(
-                    "a worker process ended before its shard was done",
-                    hint="It probably ran out of memory: run the same command again with fewer processes.",
+                    "a worker process ended before its shard was finished",
+                    hint="It probably ran out of memory or open files: run the same command with fewer processes.",
                 ) from error
             raise
         return self._records
 
     def _convert_as_read(self, require_room: RequireRoom) -> None:
-        """Convert each shard that the source of columns reads, in this process, while its file is there."""
+        """Convert, in this process, each shard that the source of columns yields, while its file exists."""
         if not self._waiting:
             return
         with closing(self._columns.shards(require_room)) as shards:
@@ -83,7 +84,7 @@ class ShardLoop:
                     self._record(_convert_shard(task, shard.local, partial(advance, self._progress)))
 
     def _convert_fetched(self) -> None:
-        """Convert what is left, a shard in each slot of the executor."""
+        """Convert the remaining shards, one in each slot of the executor."""
         while self._waiting or self._under_way:
             while self._waiting and len(self._under_way) < self._executor.slots:
                 self._start(self._waiting.pop(next(iter(self._waiting))))
@@ -111,7 +112,7 @@ class ShardLoop:
             self._fetch_again(shard.task)
 
     def _fetch_again(self, task: ShardTask) -> None:
-        """Start at once: the columns found in this shard are for the shards after it."""
+        """Fetch a shard again and start it at once, because its columns also affect the shards after it."""
         self._fetched_again.add(task.source.file)
         self._source.discard(task.source.file)
         self._progress.note(f"{task.source.file}: differs from what the Hub published; downloading it again")
@@ -119,9 +120,9 @@ class ShardLoop:
         self._start(task)
 
     def _prepared(self, task: ShardTask, local: LocalFile, share: float) -> ShardTask:
-        """The task of a shard that is here, with its columns and its share of all threads.
+        """The task of a shard on this machine, with its columns and its share of all threads.
 
-        A large shard among small ones gets more than one process's threads.
+        A large shard among small ones gets more threads than an average process.
         """
         self._progress.advance(TASK, task.source.file, 0)
         stored = self._columns.columns_of(task.source.file, local, self._run_task)
@@ -130,12 +131,12 @@ class ShardLoop:
         return replace(task.storing(stored), options=replace(task.options, threads=threads))
 
     def _bytes_beside(self) -> int:
-        """What may be worked on beside a shard that is about to be started: the largest of all others, a slot each."""
+        """The most bytes that may be converted at the same time as the next shard: the largest others, one per slot."""
         others = [*(shard.task for shard in self._under_way.values()), *self._waiting.values()]
         return sum(nlargest(self._executor.slots - 1, (task.tensor_bytes for task in others)))
 
     def _run_task(self, task: Callable[[OnBytes], Result]) -> Result:
-        """A free slot is there: this is called for a shard that is to be given to it next."""
+        """Run a task in a slot. One is free, because this is called for a shard that is about to be started."""
         return self._executor.submit(task).result()
 
     def _record(self, record: ShardRecord) -> None:
@@ -150,7 +151,7 @@ class ShardLoop:
 
 
 def _convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
-    """Convert a shard in the process that this is called in: torch comes with it, and this one may do without."""
+    """Convert a shard in the current process. Only that process imports torch."""
     from int8cli.conversion.shard import convert_shard
 
     return convert_shard(task, local, on_bytes)

@@ -1,7 +1,7 @@
-"""One pass over a shard: its blocks read, converted and written by several threads.
+"""One pass over a shard: several threads read, convert and write its blocks.
 
-Owns those threads, the order of what they do, and where each output's bytes go. Knows nothing of other shards, of
-records or of the Hub.
+Owns these threads, the order of their work, and where the bytes of each output go. Does not know about other shards,
+records or the Hub.
 """
 
 import struct
@@ -22,17 +22,17 @@ from int8cli.workers.threads import TurnAbandonedError, Turnstile, run_in_thread
 
 
 class Sink(Protocol):
-    """What a pass gives its bytes to: the writer of a file, or a comparison with one that stands."""
+    """Receives the bytes of a pass: the writer of a file, or a comparison with an existing file."""
 
     def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Take bytes of the file; from any thread, in any order. `data` is the caller's, and reused."""
+        """Receive bytes of the file, from any thread, in any order. The caller reuses `data` afterwards."""
 
 
 class ShardPass:
-    """One pass over a shard. Make it, `run` it once.
+    """One pass over a shard. Call `run` once.
 
-    `sinks` take the planned files, in their order. `on_bytes(tensor name, source bytes done)` is called after each
-    block, from one thread at a time, in file order.
+    `sinks` receive the planned files, in their order. `on_bytes(tensor name, source bytes)` is called after each block,
+    from one thread at a time, in file order.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class ShardPass:
         self._error: BaseException | None = None
 
     def run(self, source_digest: SourceDigest | None = None) -> PassResult:
-        """Give the sinks all headers and tensors.
+        """Give all headers and tensors to the sinks.
 
-        `source_digest`, where the source's is wanted, is given its bytes as they pass. Raises NonFiniteError,
-        CorruptShardError, OutputError.
+        `source_digest`, if any, receives the bytes of the source. Raises NonFiniteError, CorruptShardError,
+        OutputError.
         """
         keep = self._options.keep_non_finite
         ledger = PassLedger(self._planned, keep_non_finite=keep, source_digest=source_digest)
@@ -77,12 +77,12 @@ class ShardPass:
         return ledger.result()
 
     def _work(self, ledger: PassLedger) -> None:
-        """What each thread does: blocks in file order, each added to the ledger in its turn."""
+        """The work of one thread: claim blocks in file order, and add each to the ledger in its turn."""
         try:
             bench = self._converter.workbench()
             with bench.in_stream():
                 for ticket, block in self._claim():
-                    if ledger.is_non_finite(block.tensor):  # the pass is made again without it
+                    if ledger.is_non_finite(block.tensor):  # there will be a second pass with another plan
                         converted = BlockBytes(block.tensor)
                     else:
                         converted = self._converter.convert(bench, block)
@@ -97,7 +97,7 @@ class ShardPass:
             self._stop(error)
 
     def _claim(self) -> Iterator[tuple[int, Block]]:
-        """The blocks, shared out among the threads in file order."""
+        """The blocks for this thread. All threads together take them in file order."""
         while True:
             with self._tickets_lock:
                 ticket = next(self._tickets, None)
@@ -117,7 +117,7 @@ class ShardPass:
 
 
 def _constants(planned: PlannedShard) -> Iterator[tuple[str, bytes]]:
-    """The tensors that do not come out of blocks: the layout's marks, and the indices of stored columns."""
+    """The tensors that no block produces: the layout's marks, and the indices of stored columns."""
     for decision in planned.plan.quantized:
         yield from planned.target.marks(decision.spec.name).items()
         if planned.sidecar is not None:

@@ -1,6 +1,6 @@
-"""What a process is given to convert one shard.
+"""The data that a process needs to convert one shard.
 
-Owns nothing but the data: made here without torch, so that a process that only hands tasks out does not need it.
+Needs no torch, so that a process that only sends tasks to others need not import it.
 """
 
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from int8cli.checkpoint.file_kinds import WeightFormat
 from int8cli.checkpoint.own_files import name_aside
 from int8cli.planning.output_files import OutputShard
 from int8cli.planning.planned_shard import PlannedShard
-from int8cli.records.store import ShardSource
+from int8cli.records.conversion import ShardSource
 from int8cli.results.stored_columns import StoredColumns
 
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """How a pass over a shard is made; nothing here changes the bytes it writes, but `float32_via_half`.
+    """How to make a pass over a shard. Only `float32_via_half` changes the bytes it writes.
 
-    `keep_non_finite`: a weight with NaN or an infinity is put down in the result instead of raised. `figures`:
-    the error of what is quantized is measured.
+    `keep_non_finite`: report weights with NaN or infinity in the result instead of raising. `figures`: measure the
+    error of quantized weights.
     """
 
     threads: int = 1
@@ -32,10 +32,10 @@ class PassOptions:
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """All that a process needs to convert one shard that is on this machine. Picklable.
+    """Everything that a process needs to convert one shard on this machine. Picklable.
 
-    Its files go into `directory`, and are made at `partial` until then. `stored` says why its columns are stored, by
-    tensor.
+    Files are written at `partial` first and then moved to `directory`. `stored` has the reasons for the stored columns
+    of each tensor.
     """
 
     source: ShardSource
@@ -51,11 +51,11 @@ class ShardTask:
         return self.planned.tensor_bytes
 
     def partial_of(self, file: OutputShard) -> Path:
-        """Where one of the planned files is made."""
+        """Where one of the planned files is written before it is complete."""
         is_shard = file.file_name == self.planned.output.file_name
         return self.partial if is_shard else self.partial.with_name(name_aside(self.partial.name, suffix=".outliers"))
 
     def storing(self, stored: Mapping[str, StoredColumns]) -> "ShardTask":
-        """The same task with these columns in the sidecar, where there is to be one."""
+        """The same task with these columns in the sidecar, if a sidecar is planned."""
         columns = {name: each.indices for name, each in stored.items()}
-        return replace(self, planned=self.planned.storing(columns), stored=stored)
+        return replace(self, planned=self.planned.with_columns(columns), stored=stored)

@@ -1,1 +1,1 @@
-"""What a model takes, told from headers and config alone: weights, KV cache, cards."""
+"""The memory that a model needs, from headers and config alone: weights, KV cache, and the cards it fits on."""

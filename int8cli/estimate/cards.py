@@ -1,7 +1,7 @@
-"""Graphics cards: what they are called, what of their memory a model can use, and which of its blocks go on which.
+"""Graphics cards: their names, how much of their memory a model can use, and which units of a model fit on each.
 
-Owns the table of cards, the reading of their names, the question to this machine, and the placing of whole units in
-order. Knows no model. 1 GiB is 2^30 bytes and 1 GB is 10^9: a card that is sold with 24 GB has 24 GiB.
+Owns the table of cards, parsing of card names, detection of this machine's cards, and placement of whole units in
+order. Does not know about models. 1 GiB is 2^30 bytes, 1 GB is 10^9 bytes. A card sold as 24 GB has 24 GiB.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from int8cli.errors import OptionError
 
 GIB = 1 << 30
 _MIB = 1 << 20
-# Of the memory that the driver reports torch sees about 1.5 % less; a CUDA context with cuBLAS takes about 0.5 GiB.
+# torch sees about 1.5 % less memory than the driver reports. A CUDA context with cuBLAS takes about 0.5 GiB.
 UNSEEN_SHARE = 0.015
 CONTEXT_BYTES = 512 * _MIB
 USABLE_RULE = "usable: what the driver reports less 1.5 %, less 0.5 GiB for the CUDA context"
@@ -24,7 +24,7 @@ _QUERY_TIMEOUT_S = 5.0
 
 
 class UnknownCardError(OptionError):
-    """What was given as a card names none that is known here."""
+    """The text does not name a card in the table and is not a memory size."""
 
     def __init__(self, message: str, *, hint: str) -> None:
         super().__init__(message, option="gpu", hint=hint)
@@ -32,7 +32,7 @@ class UnknownCardError(OptionError):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One graphics card with the memory that its driver reports."""
+    """One graphics card, with the memory that its driver reports."""
 
     name: str
     total_bytes: int
@@ -44,7 +44,7 @@ class Card:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one unit of a model puts on its card. Units on one card share the largest workspace among them."""
+    """The memory that one unit of a model needs on its card. Units on the same card share the largest workspace."""
 
     name: str
     weight_bytes: int
@@ -54,7 +54,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A card and the units on it, in order."""
+    """A card, and the units on it in order."""
 
     card: Card
     loads: tuple[Load, ...]
@@ -78,7 +78,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Units on cards, in order; `without` are those for which no card was left."""
+    """Units on cards, in order. The units in `without` did not fit on any card."""
 
     cards: tuple[Placed, ...]
     without: tuple[Load, ...]
@@ -120,7 +120,7 @@ CARDS = (
     _card("B200", 183359),
     _card("MI300X", 196592),
 )
-# One of each size, for the table that is shown unasked.
+# One of each size, for the table that is shown by default.
 SHOWN_CARDS = (
     *("RTX 4060", "RTX 3060", "RTX 4080", "RTX 3090", "RTX 5090", "A100 40GB", "L40S", "A100 80GB", "H200", "B200"),
     "MI300X",
@@ -129,12 +129,16 @@ _UNITS = {"gib": GIB, "gb": 10**9, "mib": _MIB, "mb": 10**6}
 
 
 def card_named(name: str) -> Card:
-    """The card of the table with exactly this name."""
+    """The card with exactly this name in the table."""
     return next(card for card in CARDS if card.name == name)
 
 
 def parse_cards(text: str) -> tuple[Card, ...]:
-    """The cards that a text means: `RTX 3090`, `24GiB`, `8x24GiB`, `2x A100 80GB`. Raises UnknownCardError."""
+    """The cards of one machine: `RTX 3090`, `24GiB`, `8x24GiB`, `2x A100 80GB, T4`. Raises UnknownCardError."""
+    return tuple(card for part in text.split(",") for card in _cards_of_a_kind(part))
+
+
+def _cards_of_a_kind(text: str) -> tuple[Card, ...]:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text)
     count = int(match[1] or 1) if match else 0
     if match is None or not 1 <= count <= MOST_CARDS:
@@ -143,7 +147,7 @@ def parse_cards(text: str) -> tuple[Card, ...]:
 
 
 def place(loads: Sequence[Load], cards: Sequence[Card]) -> Placement:
-    """Put units on cards in order, each card filled before the next; a unit is never split and none is moved back."""
+    """Put units on cards in order. Each card is filled before the next. Units are never split or reordered."""
     placed: list[Placed] = []
     waiting = list(loads)
     for card in cards:
@@ -155,7 +159,7 @@ def place(loads: Sequence[Load], cards: Sequence[Card]) -> Placement:
 
 
 def cards_needed(loads: Sequence[Load], card: Card) -> int | None:
-    """How many cards of one kind hold all units; None where one unit alone is too large for it."""
+    """The number of cards of one kind that all units need; None if a single unit is too large for the card."""
     cards, weight_bytes, workspace_bytes = 1, 0, 0
     for load in loads:
         own_bytes = load.weight_bytes + load.kv_bytes
@@ -169,7 +173,7 @@ def cards_needed(loads: Sequence[Load], card: Card) -> int | None:
 
 
 def cards_of_this_machine() -> tuple[Card, ...]:
-    """What nvidia-smi reports; nothing where there is none, or it does not answer."""
+    """The cards that nvidia-smi reports; empty if it is not installed or does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
@@ -206,10 +210,12 @@ def _parse_card(text: str) -> Card:
     close = difflib.get_close_matches(_key(text), {_key(card.name): card for card in CARDS}, n=1, cutoff=0.7)
     near = next((card.name for card in CARDS if close and _key(card.name) == close[0]), "")
     hint = f"Is it {near}? " if near else ""
-    raise UnknownCardError(f"unknown card: {text!r}", hint=f"{hint}Or give its memory, as in 24GiB.")
+    known = ", ".join(card.name for card in CARDS)
+    hint += f"Known cards: {known}. Or give its memory, as in 24GiB."
+    raise UnknownCardError(f"unknown card: {text!r}", hint=hint)
 
 
 def _key(name: str) -> str:
-    """A name without what people leave out: `NVIDIA GeForce RTX 3090` and `3090` are one."""
+    """A name without the parts that people leave out, so that `NVIDIA GeForce RTX 3090` and `3090` are equal."""
     plain = re.sub(r"nvidia|geforce|tesla|amd|instinct|[^a-z0-9]", "", name.lower())
     return plain.removeprefix("rtx")

@@ -1,14 +1,14 @@
-"""Where each family's config.json keeps its numbers: layers, heads, widths, lengths.
+"""Reads config.json, in which each model family has its own names for layers, heads, widths and lengths.
 
-Owns the names that a fact goes by, and which part of a nested config speaks for the language model. Decides nothing;
-knows no memory, no file. A number that is not there raises MissingFieldError, never counts as zero.
+Owns these names, and which part of a nested config describes the language model. Does not compute memory or read files.
+A missing number raises MissingFieldError; it never counts as zero.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# In the order in which they are believed.
+# The alternative names of each field, in order of preference.
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 DECODER_LAYERS = ("decoder_layers", "num_decoder_layers", *LAYERS)
 WIDTH = ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim")
@@ -22,17 +22,17 @@ KEY_VALUE_HEADS = (
 HEAD_WIDTH = ("head_dim", "attention_head_dim", "kv_channels", "d_kv")
 LENGTH = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx", "max_sequence_length")
 DECODER_LENGTH = ("max_target_positions", *LENGTH)
-# The names of a language model inside a larger one.
+# The names of the language model's config inside that of a larger model.
 _NESTED = ("text_config", "llm_config", "language_config", "decoder", "thinker_config", "text_model_config")
 
 
 class MissingFieldError(LookupError):
-    """A config does not say what was asked; the message names what. Never reaches a user as an exception."""
+    """A config lacks a field, which the message names. Always caught inside `estimate`."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """A config, or the part of it that describes the language model, with reading by any of several names."""
+    """A config, or the part of it that describes the language model. Fields can be read by alternative names."""
 
     config: Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class Fields:
         return found if isinstance(found, str) else ""
 
     def has(self, name: str) -> bool:
-        """Whether a field is there and says anything: None, false, zero and empty lists do not."""
+        """Whether a field exists and is not None, false, zero or empty."""
         return bool(self.config.get(name))
 
     def number(self, *names: str, default: int | None = None) -> int:
@@ -70,7 +70,7 @@ class Fields:
         return self.number(*names, default=default)
 
     def words(self, name: str) -> tuple[str, ...] | None:
-        """A list of words, None where there is none."""
+        """A field that is a list of words; None if it is missing, empty or not a list."""
         found = self.config.get(name)
         return tuple(map(str, found)) if isinstance(found, (list, tuple)) and found else None
 
@@ -81,14 +81,14 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """The part of a config that generates text. `cross_attends`: it also attends to what an encoder made."""
+    """The part of a config that describes the text model. `cross_attends`: it also attends to an encoder's output."""
 
     fields: Fields
     cross_attends: bool
 
 
 def language_model(config: Mapping[str, Any]) -> LanguageModel:
-    """The text model of a config, which may be nested, as transformers' `get_text_config(decoder=True)` finds it."""
+    """The text model of a config, which may be nested. Follows transformers' `get_text_config(decoder=True)`."""
     cross_attends = config.get("is_encoder_decoder") is True
     while True:
         nested = next((config[name] for name in _NESTED if _is_model(config.get(name))), None)

@@ -1,7 +1,7 @@
-"""What a model needs, before anything of it is downloaded: weights, cache, workspace, and a conversion's room.
+"""The memory and disk space that a model needs, before its weights are downloaded.
 
-Owns the estimate: it adds up what `loaded`, `kv_cache` and `output` say of a survey, and places nothing, prints
-nothing, knows no card. No torch. All sizes in bytes.
+Owns the estimate: it adds up the weights (`weights`), the KV cache (`kv_cache`), workspaces, and what a conversion
+needs. Does not know about cards. Needs no torch. All sizes are in bytes.
 """
 
 import math
@@ -16,7 +16,7 @@ from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
 from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
-from int8cli.planning.survey import Survey, beside_bytes, room_needed
+from int8cli.planning.survey import Survey, other_files_bytes, room_needed
 
 FLOAT16 = "float16"
 INT8 = "int8"
@@ -27,7 +27,7 @@ WORKSPACE_FORMULA = "T·(in + 6·out + 4) + 2·k·(T + out) bytes: T tokens at o
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How the model is to be used: `batch` sequences of `context` tokens, each read in one pass."""
+    """How the model will be used: `batch` sequences of `context` tokens, all in one forward pass."""
 
     context: int
     batch: int = 1
@@ -36,7 +36,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of the model by its name in `anatomy`, with its weights."""
+    """A part of the model, by its name in `units`, and its weights."""
 
     name: str
     weights: Weights
@@ -44,9 +44,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ConversionNeeds:
-    """What `convert` takes, in bytes. Memory is its buffers', besides Python with torch imported.
+    """What `convert` needs, in bytes.
 
-    Disk is the peak: the output and the shards that are here at once, or all of them with --keep-source.
+    `buffer_bytes` is memory, in addition to Python with torch imported. `disk_bytes` is the peak: the output, and the
+    shards that are on this machine at once. `disk_keeping_source_bytes` is the peak if all source shards are kept.
     """
 
     download_bytes: int
@@ -58,7 +59,7 @@ class ConversionNeeds:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Everything that is known of a model's needs. Weights are counted once where two names share them."""
+    """Everything known about a model's needs. Weights with two names are counted once."""
 
     survey: Survey
     units: tuple[tuple[MemoryUnit, Weights], ...]
@@ -69,7 +70,7 @@ class Estimate:
 
     @property
     def weights(self) -> Weights:
-        """All tensors and the buffers a loader adds, as memory holds them."""
+        """The total over all units, without the buffers that a loader adds."""
         return Weights.total(weights for _, weights in self.units)
 
     @property
@@ -79,31 +80,31 @@ class Estimate:
 
     @property
     def largest_block(self) -> tuple[MemoryUnit, Weights] | None:
-        """The block that is largest in 16 bit; None for a model without blocks."""
+        """The largest block in 16 bit; None for a model without blocks."""
         blocks = [(unit, weights) for unit, weights in self.units if unit.is_block]
         return max(blocks, key=lambda block: block[1].float16_bytes, default=None)
 
     @property
     def stored_dtypes(self) -> dict[str, int]:
-        """Bytes of the source by dtype, the largest share first."""
+        """Bytes of the source by dtype, largest first."""
         sizes: dict[str, int] = {}
         for decision in self.survey.plan.decisions:
             sizes[decision.spec.dtype] = sizes.get(decision.spec.dtype, 0) + decision.spec.nbytes
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
     def kv_bytes(self, use: Use) -> int | None:
-        """The whole cache; None where the config is not understood."""
+        """The size of the whole cache; None if the config is not understood."""
         layers = self.cache.layer_bytes(use.context, use.batch, DTYPE_BYTES[use.kv_dtype])
         return None if layers is None else sum(layers)
 
     def workspace_bytes(self, use: Use, precision: str) -> int:
-        """The largest product's workspace in any unit, all tokens in one pass."""
+        """The largest workspace of any unit, with all tokens in one pass."""
         return max((unit_workspace(unit, precision, use.batch * use.context) for unit, _ in self.units), default=0)
 
     def loads(self, precision: str, use: Use | None) -> tuple[Load, ...]:
-        """What each unit puts on the card that holds it; without a use, its weights and the product of one token.
+        """What each unit needs on its card. Without a `use`, its weights and the workspace for one token.
 
-        A cache that is not understood counts as nothing here: whoever shows the result must say so.
+        An unknown cache counts as zero here. A caller that shows the result must say so.
         """
         kv: dict[str, int] = {}
         layers = use and self.cache.layer_bytes(use.context, use.batch, DTYPE_BYTES[use.kv_dtype])
@@ -125,7 +126,7 @@ class Estimate:
 
 
 def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: int) -> Estimate:
-    """Add up what a survey tells. `output` says on which disk a conversion would write."""
+    """Estimate the needs of a surveyed model. `output` is the directory that a conversion would write."""
     decisions = survey.plan.decisions
     not_in_memory = names_not_in_memory(decisions, survey.config)
     not_in_memory |= _aliases(survey, not_in_memory)
@@ -150,7 +151,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
 
 
 def unit_workspace(unit: MemoryUnit, precision: str, tokens: int) -> int:
-    """What the largest matrix product of a unit needs beside its input and its weight, for `tokens` tokens at once."""
+    """The workspace of a unit's largest matrix product, besides its input and weight, for `tokens` tokens at once."""
     shapes = [
         tuple(reversed(decision.spec.shape)) if decision.transpose else decision.spec.shape
         for decision in unit.decisions
@@ -161,10 +162,10 @@ def unit_workspace(unit: MemoryUnit, precision: str, tokens: int) -> int:
 
 
 def int8_workspace(out_features: int, in_features: int, tokens: int) -> int:
-    """Bytes of one LLM.int8() product: an estimate, `WORKSPACE_FORMULA`.
+    """The estimated workspace of one LLM.int8() product in bytes, by WORKSPACE_FORMULA.
 
-    The inputs in int8 and their scales, the int32 product and its 16-bit result, and the outlier columns of inputs and
-    weight in 16 bit (bitsandbytes, autograd/_functions.py, `MatMul8bitLt.forward`).
+    It consists of the int8 inputs and their scales, the int32 product and its 16-bit result, and the outlier columns of
+    inputs and weight in 16 bit (bitsandbytes, autograd/_functions.py, `MatMul8bitLt.forward`).
     """
     outliers = math.ceil(OUTLIER_SHARE * in_features)
     return tokens * (in_features + 6 * out_features + 4) + 2 * outliers * (tokens + out_features)
@@ -175,7 +176,7 @@ def _float16_workspace(out_features: int, in_features: int, tokens: int) -> int:
 
 
 def _aliases(survey: Survey, not_in_memory: frozenset[str]) -> frozenset[str]:
-    """All names in memory but the first of tensors that share the same bytes of a `.bin`."""
+    """The tensors in memory that share their bytes in a `.bin` with an earlier tensor."""
     found: set[str] = set()
     for contents in survey.shards:
         seen: set[tuple[int, int]] = set()
@@ -198,5 +199,5 @@ def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> C
         survey.output_bytes,
         threads * BUFFER_BYTES_A_THREAD,
         sum(room.needed_bytes for room in rooms),
-        survey.output_bytes + beside_bytes(source, survey) + download_bytes,
+        survey.output_bytes + other_files_bytes(source, survey) + download_bytes,
     )

@@ -1,6 +1,6 @@
-"""Which cards hold a model: how many of each kind, and what given cards hold, block by block.
+"""Whether a model fits: how many cards of each kind it needs, and whether given cards are enough, block by block.
 
-Owns the questions that are asked of a memory estimate and of cards together. Prints nothing.
+Owns everything that combines a memory estimate with cards.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from int8cli.estimate.estimate import PRECISIONS, Estimate, Use
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many cards of a kind hold the weights, and how many the weights in use; None where one block is too large.
+    """How many cards of a kind are needed for the weights alone, and in use. None if one block is too large.
 
-    `in_use` is None also where the cache is not known.
+    `in_use` is also None if the cache size is unknown.
     """
 
     weights: int | None
@@ -23,7 +23,7 @@ class Count:
 
 @dataclass(frozen=True, slots=True)
 class FitRow:
-    """A kind of card, with the count for each precision."""
+    """A kind of card, and how many are needed at each precision."""
 
     card: Card
     counts: dict[str, Count]
@@ -31,11 +31,11 @@ class FitRow:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Whether given cards hold the model in one precision.
+    """Whether the model fits on given cards at one precision.
 
-    `fits`: with everything that the use asks for. `largest_context` is how many tokens of each sequence there is room
-    for, 0 where there is none; None where the cache is not known, and `fits` then speaks of the weights alone.
-    `placement` is that of the use, else that of the largest context, else that of the weights.
+    `fits` means that everything fits, including the context. `largest_context` is the most tokens per sequence that
+    fit, or 0; it is None if the cache size is unknown, and then `fits` is about the weights alone. `placement` is for
+    the requested use if that fits, otherwise for the largest context, otherwise for the weights alone.
     """
 
     precision: str
@@ -46,7 +46,7 @@ class Answer:
 
 
 def fit_table(estimate: Estimate, use: Use, cards: Sequence[Card]) -> tuple[FitRow, ...]:
-    """How many of each card it takes, placing whole units in order."""
+    """How many cards of each kind are needed if whole units are placed in order."""
     known = estimate.cache.layers is not None
     idle = {precision: estimate.loads(precision, None) for precision in PRECISIONS}
     busy = {precision: estimate.loads(precision, use) for precision in PRECISIONS} if known else {}
@@ -80,7 +80,7 @@ def answer(estimate: Estimate, use: Use, cards: Sequence[Card], precision: str) 
 
 
 def _largest_context(estimate: Estimate, use: Use, cards: Sequence[Card], precision: str) -> int:
-    """The longest context up to the model's own, or the one asked for, that these cards hold; 0 where none."""
+    """The longest context that fits on these cards, up to the model's own or the requested one; 0 if none fits."""
     least, most = 0, max(use.context, estimate.cache.own_context or 0)
     while least < most:
         middle = (least + most + 1) // 2

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from int8cli.estimate.units import MemoryUnit, last_stack
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 
 _KEY = re.compile(r"(?:^|\.)(?:k_proj|key|wk|k|key_proj|to_k|k_lin|lin_k)$")
 _VALUE = re.compile(r"(?:^|\.)(?:v_proj|value|wv|v|value_proj|to_v|v_lin|lin_v)$")

@@ -1,8 +1,8 @@
-"""What a model keeps of the tokens it has seen, in bytes, from its config alone.
+"""The size of a model's KV cache in bytes, from its config alone.
 
-Owns the size of a layer's cache in every family: attention with its variants, the state of state-space and linear
-layers, the cross-attention of a decoder. The sizes are those of transformers' own cache after a forward pass (held
-against it in tests). What a config does not tell is not guessed: then there is a reason and no number.
+Owns the size of a layer's cache in every family: attention and its variants, the state of state-space and linear
+layers, the cross-attention of a decoder. The sizes are those of transformers' own cache after a forward pass, and tests
+compare the two. If the config does not determine a size, the result is a reason instead of a guess.
 """
 
 import re
@@ -37,7 +37,7 @@ def _types(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-# These read their input at once, and write nothing token by token.
+# These read their whole input at once and do not generate token by token.
 _ENCODERS = _types(
     "albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm "
     "eurobert flaubert fnet funnel ibert jina_embeddings_v3 layoutlm layoutlmv2 layoutlmv3 longformer luke "
@@ -46,17 +46,18 @@ _ENCODERS = _types(
     "convnext deit dinov2 dinov3_vit hiera hubert ijepa segformer siglip siglip2 swin swinv2 vit vit_mae wav2vec2 "
     "wavlm unispeech data2vec-audio data2vec-vision"
 )
-# No cache in their code: every token is computed from all that came before.
+# Their code has no cache: every token is computed again from all tokens before it.
 _CACHELESS = _types("openai-gpt")
 _CROSS_ATTENDING = _types(
     "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
     "pegasus_x plbart prophetnet speech_to_text switch_transformers t5 t5gemma umt5 whisper"
 )
-# Latent attention whose latents transformers caches as they are (5.23): keys are the latent, values the rotary part.
+# Latent attention whose latents transformers caches as they are: keys are the latent, values the rotary part. Seen in
+# 5.23.0 and 5.24.0; 5.0.0 caches the keys and values of all heads, as it does for the other families.
 _LATENT = _types("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite minicpm3")
-# Memories of their own kinds, or an encoder whose length is not that of a text.
-_UNTOLD = _types("xlnet transfo-xl reformer blip blip-2 git vision-encoder-decoder speech-encoder-decoder")
-# Where configs on the Hub leave a field out and the class has something else than one head for each query.
+# These have another kind of memory, or an encoder whose length is not that of a text.
+_UNKNOWN = _types("xlnet transfo-xl reformer blip blip-2 git vision-encoder-decoder speech-encoder-decoder")
+# Configs on the Hub leave this field out, and the class does not default to one head per query head.
 _CLASS_KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8}
 # Other words for a number of heads that share keys and values.
 _KEY_VALUE_NAME = re.compile(r"(?:^|_)(?:kv|key_value)s?_(?:heads?|groups?)|(?:query|attention|head)_groups?(?:_|$)")
@@ -64,10 +65,10 @@ _KEY_VALUE_NAME = re.compile(r"(?:^|_)(?:kv|key_value)s?_(?:heads?|groups?)|(?:q
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """What one layer keeps of one sequence, counted in elements.
+    """The cache of one layer for one sequence, in elements.
 
-    `token_elements` for each token, of at most `window` tokens; `cross_elements` for each token of the encoder;
-    `state_elements` whatever the length, and `float32_elements` likewise but always in float32.
+    `token_elements` are per token, for at most `window` tokens. `cross_elements` are per token of the encoder.
+    `state_elements` do not depend on the length, nor do `float32_elements`, which are always in float32.
     """
 
     kind: str
@@ -78,8 +79,8 @@ class LayerCache:
     float32_elements: int = 0
 
     def bytes(self, tokens: int, encoder_tokens: int, element_bytes: int) -> int:
-        kept = tokens if self.window is None else min(tokens, self.window)
-        elements = self.token_elements * kept + self.cross_elements * encoder_tokens + self.state_elements
+        cached = tokens if self.window is None else min(tokens, self.window)
+        elements = self.token_elements * cached + self.cross_elements * encoder_tokens + self.state_elements
         return elements * element_bytes + self.float32_elements * _FLOAT32_BYTES
 
 
@@ -87,8 +88,8 @@ class LayerCache:
 class KvCache:
     """The cache of a model by layer, in the order of its (decoder's) blocks.
 
-    `layers` is None where the config is not understood, and `reason` says why; empty where there is no cache, and
-    `reason` says so. `encoder_tokens` is the length of the encoder's output where that is fixed.
+    `layers` is None if the config is not understood, and empty if the model has no cache. In both cases `reason` says
+    why. `encoder_tokens` is the length of the encoder's output if that is fixed.
     """
 
     layers: tuple[LayerCache, ...] | None
@@ -98,18 +99,18 @@ class KvCache:
 
     @property
     def default_context(self) -> int:
-        """The model's own length, but no more than 8192 tokens."""
+        """The model's maximum length, but at most 8192 tokens."""
         return min(self.own_context or CONTEXT_WITHOUT_ONE, CONTEXT_CAP)
 
     def layer_bytes(self, tokens: int, batch: int, element_bytes: int) -> tuple[int, ...] | None:
-        """The bytes that each layer keeps of `batch` sequences of `tokens` tokens."""
+        """The cache of each layer in bytes, for `batch` sequences of `tokens` tokens."""
         if self.layers is None:
             return None
         encoder = tokens if self.encoder_tokens is None else self.encoder_tokens
         return tuple(batch * layer.bytes(tokens, encoder, element_bytes) for layer in self.layers)
 
     def bytes_a_token(self, element_bytes: int) -> int | None:
-        """What one more token costs while no window is full."""
+        """The bytes that one more token adds, as long as no window is full."""
         return None if self.layers is None else element_bytes * sum(layer.token_elements for layer in self.layers)
 
 
@@ -138,7 +139,7 @@ def _read(model: LanguageModel, config: Mapping[str, Any], rows: RowsByLayer) ->
     if "image_size" in fields.config and "vocab_size" not in fields.config:
         return KvCache((), "an image model needs no cache", context)
     for model_type in (fields.model_type, str(config.get("model_type"))):
-        if model_type in _UNTOLD:
+        if model_type in _UNKNOWN:
             raise MissingFieldError(f"the cache of {model_type} is unknown to int8cli")
     cross = model.cross_attends or fields.model_type in _CROSS_ATTENDING
     refuse_foreign(fields, frozenset(_STATES) | _LATENT)
@@ -176,7 +177,7 @@ def _layer(kind: str, fields: Fields, layer: int, rows: int | None, *, cross: bo
 
 
 def _window(kind: str, fields: Fields) -> int | None:
-    """How many tokens a layer keeps: transformers holds one fewer than the window, for the next token to join."""
+    """How many tokens a layer caches: in transformers one fewer than the window, which includes the next token."""
     if kind == SLIDING:
         return fields.number("sliding_window") - 1
     if kind == CHUNKED:
@@ -204,7 +205,7 @@ def _key_value_heads(fields: Fields, heads: int, layer: int) -> int:
     if family == "gpt_bigcode":
         return 1 if fields.flag("multi_query", default=True) else heads
     if family in ("falcon", "RefinedWeb", "RefinedWebModel"):
-        # With the new architecture transformers repeats keys and values for every query head before it caches them.
+        # With the new architecture, transformers repeats keys and values for every query head before it caches them.
         new = family == "RefinedWeb" or fields.flag("new_decoder_architecture", default=False)
         return 1 if not new and fields.flag("multi_query", default=True) else heads
     attention = fields.config.get("attn_config")
@@ -229,7 +230,7 @@ def _state(fields: Fields) -> tuple[int, int]:
 
 def _mamba(fields: Fields) -> tuple[int, int]:
     expanded = fields.number("mamba_expand", "expand", default=2) * fields.number("hidden_size")
-    # Beside attention, intermediate_size is that of the MLP.
+    # In models that also have attention, intermediate_size is that of the MLP.
     inner = fields.number("intermediate_size", default=expanded) if fields.has("state_size") else expanded
     return inner * fields.number("mamba_d_conv", "conv_kernel", default=4), inner * _state_width(fields)
 

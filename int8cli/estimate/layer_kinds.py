@@ -1,8 +1,8 @@
-"""What each layer of a language model keeps of the tokens it has seen, as its config tells it, family by family.
+"""The kind of cache that each layer of a language model has, by its config and model family.
 
-Owns the patterns in which families alternate their layers: full attention, sliding windows, states. Knows names of
-config fields (`dimensions`) and no bytes. The patterns are those of transformers' configuration classes, for configs
-that were written before `layer_types` was.
+Owns the patterns in which families alternate their layers: full attention, sliding windows, states. Knows the names of
+config fields (see `config_fields`) but no sizes. The patterns are those of transformers' configuration classes, for
+configs that are older than `layer_types`.
 """
 
 import re
@@ -18,7 +18,7 @@ STATE = "state"
 HYBRID = "attention and state"
 NOTHING = "nothing"
 
-# transformers' own words, and those from before (configuration_utils.py, `_LEGACY_LAYER_TYPE_REMAP`).
+# The names in transformers, and their older forms (configuration_utils.py, `_LEGACY_LAYER_TYPE_REMAP`).
 _WORDS = {
     "full_attention": FULL,
     "attention": FULL,
@@ -38,10 +38,11 @@ _WORDS = {
     "-": NOTHING,
     "E": NOTHING,
 }
-# Signs of a cache that is not told here: of a model type that is not listed, and of any.
+# Field names that imply another kind of cache, in the config of a model type that is not listed here.
 _FOREIGN = re.compile(
     r"mamba|ssm|(^|_)conv|rwkv|recurren|linear_(?!bias)|state_size|lora_rank|retention|hyena|_mem(_|$)"
 )
+# The same, in the config of any model type.
 _UNSUPPORTED = (
     *("global_head_dim", "num_global_key_value_heads", "attn_type_list", "block_configs", "compress_ratios"),
     *("index_topk", "index_head_dim", "attention_window_size", "kv_sharing_modes", "hybrid_layer_pattern"),
@@ -57,7 +58,7 @@ _PATTERN_FIELDS = (
 _MOST_LAYERS = 10_000
 
 Kinds = tuple[str, ...]
-KindOfLayer = Callable[[Fields, int], str]  # by the config and the layer's index
+KindOfLayer = Callable[[Fields, int], str]  # from the config and the layer's index
 
 
 def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
@@ -76,7 +77,7 @@ def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
 
 
 def refuse_foreign(fields: Fields, known: frozenset[str]) -> None:
-    """Raise MissingFieldError for a model type that is not `known` and whose config shows more than attention."""
+    """Raise MissingFieldError if the model type is not `known` and its config implies more than attention."""
     if fields.model_type in known:
         return
     for name, value in fields.config.items():
@@ -85,7 +86,7 @@ def refuse_foreign(fields: Fields, known: frozenset[str]) -> None:
 
 
 def _stated_kinds(fields: Fields) -> Kinds | None:
-    """The kinds that the config lists, layer by layer."""
+    """The kinds, if the config lists them layer by layer; otherwise None."""
     words = fields.words("layer_types") or fields.words("layers_block_type")
     pattern = fields.config.get("hybrid_override_pattern")
     if words is None and isinstance(pattern, str) and pattern:
@@ -103,12 +104,12 @@ def _kind_by_family(model_type: str) -> KindOfLayer:
 
 
 def _without_shared(kinds: Kinds, fields: Fields) -> Kinds:
-    """Layers that read an earlier layer's cache keep none of their own: the last ones (gemma3n)."""
+    """The last layers of some models (gemma3n) read the cache of an earlier layer and have none of their own."""
     shared = fields.number("num_kv_shared_layers", default=0)
     return kinds[: len(kinds) - shared] + (NOTHING,) * min(shared, len(kinds))
 
 
-# How a layer's kind follows from its index, where the config does not list them.
+# The kind of a layer by its index, if the config does not list the kinds.
 
 
 def _always(kind: str) -> KindOfLayer:
@@ -147,7 +148,7 @@ def _one_full_of_five(fields: Fields, layer: int) -> str:
 
 
 def _one_full_of(default: int, others: str) -> KindOfLayer:
-    """One layer of so many, `default` where the config does not say, keeps everything."""
+    """One layer in every N has full attention. N is from the config, or `default`."""
     return lambda fields, layer: others if (layer + 1) % fields.number(*_PATTERN_FIELDS, default=default) else FULL
 
 
@@ -175,7 +176,7 @@ def _uses_window(fields: Fields) -> bool:
     return fields.has("sliding_window") and fields.flag("use_sliding_window", default=False)
 
 
-# By model type; the first pattern that matches counts.
+# By model type. The first pattern that matches wins.
 _FAMILIES: tuple[tuple[str, KindOfLayer], ...] = (
     ("mamba", _always(STATE)),
     ("falcon_mamba", _always(STATE)),

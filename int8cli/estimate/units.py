@@ -1,7 +1,7 @@
-"""Which part of a model a tensor belongs to: its embeddings, a block, the head; and in which order the parts run.
+"""Which part of a model a tensor belongs to (embeddings, a block, the head), and the order in which the parts run.
 
-Owns the reading of tensor names as a structure. Knows names, the plan's reasons and no bytes. A unit is what a loader
-never splits over cards: one block, the embeddings, the head.
+Owns how tensor names reveal the structure of a model. Uses names and the reasons in the plan, but no sizes. A unit is
+something that a loader never splits over cards: one block, the embeddings, or the head.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from int8cli.planning import architectures as names
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 
 EMBEDDINGS = "embeddings"
 BLOCKS = "blocks"
@@ -21,7 +21,7 @@ HEAD = "head"
 OTHER = "other"
 PARTS = (EMBEDDINGS, TOWER, ENCODER, BLOCKS, DECODER, EXPERTS, OTHER, HEAD)  # in running order
 
-# Lists of modules that are a model's blocks: `h`, `model.layers`, `encoder.block`, `vision_model.encoder.layers`.
+# The names of lists of blocks: `h`, `model.layers`, `encoder.block`, `vision_model.encoder.layers`.
 _BLOCK_LIST = re.compile(r"(?:^|_)(?:h|layers?|blocks?|resblocks|stages|layer_groups)$")
 _TOWER = re.compile(r"vision|visual|image|audio|speech|acoustic")
 _EXPERT = re.compile(r"\.experts(?:\.|$)")
@@ -33,7 +33,7 @@ _HEAD = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class MemoryUnit:
-    """A part of a model that stays on one card, with its tensors. `index` is a block's place in its stack."""
+    """A part of a model that is placed on one card as a whole. `index` is the number of a block in its stack."""
 
     name: str
     part: str
@@ -47,7 +47,7 @@ class MemoryUnit:
 
 
 def units_of(decisions: Iterable[Decision]) -> tuple[MemoryUnit, ...]:
-    """The units of a model in the order in which its tokens pass them: embeddings, blocks, final norms, head."""
+    """The units of a model in the order in which they run: embeddings, blocks, final norms, head."""
     decisions = tuple(decisions)
     stacks = {stack for decision in decisions if (stack := _stack(decision.spec.name))}
     both = any(_is_encoder(stack) for stack in stacks) and any("decoder" in stack.lower() for stack in stacks)
@@ -59,15 +59,15 @@ def units_of(decisions: Iterable[Decision]) -> tuple[MemoryUnit, ...]:
 
 
 def part_of(decision: Decision, unit: MemoryUnit) -> str:
-    """The part that a tensor counts to where parts are shown: experts apart from the rest of their blocks."""
+    """The part that a tensor is shown under. Experts are shown separately from the rest of their blocks."""
     return EXPERTS if unit.is_block and _EXPERT.search(decision.module) else unit.part
 
 
 def cached_units(units: Iterable[MemoryUnit], layers: int) -> Iterator[tuple[str, int]]:
-    """For each layer that a config counts, the unit that holds it, as (unit name, layer).
+    """For each of the `layers` in a config, the unit that contains it, as (unit name, layer).
 
-    Those are the blocks of the longest stack, decoders before all others. Blocks beyond the config's count (multi-token
-    prediction) hold no layer; where blocks are fewer, they are used several times over (ALBERT).
+    The layers are the blocks of the longest stack, or of a decoder if there is one. Blocks beyond the config's number
+    of layers (multi-token prediction) have no cache. If there are fewer blocks, each is used several times (ALBERT).
     """
     last = last_stack(units)
     for layer in range(layers) if last else ():
@@ -109,7 +109,7 @@ def _is_encoder(stack: str) -> bool:
 
 
 def _stack(name: str) -> str:
-    """The list of blocks that a tensor is in, outermost first; empty for one outside of all."""
+    """The name of the outermost list of blocks that contains a tensor; empty if there is none."""
     parts = name.split(".")
     for place in range(1, len(parts)):
         if parts[place].isdigit() and _BLOCK_LIST.search(parts[place - 1]):

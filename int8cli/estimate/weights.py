@@ -1,8 +1,8 @@
-"""What a checkpoint's tensors take in memory once a loader has them, at each precision.
+"""The memory that a checkpoint's tensors need after loading, at each precision.
 
-Owns what loading changes: weights that two names share count once, leftovers of older versions do not count, some
-weights stay in float32, and some tables (rotary frequencies, position ids) are made on the way. Weights are those of
-every version of transformers; tables are an upper bound, since versions make more or fewer of them.
+Owns what loading changes: a weight with two names counts once, leftovers of older versions do not count, some weights
+stay in float32, and some tables (rotary frequencies, position ids) are created. The sizes of weights hold for every
+version of transformers. Those of tables are an upper bound, because versions create more or fewer of them.
 """
 
 import re
@@ -23,26 +23,26 @@ from int8cli.estimate.config_fields import (
 )
 from int8cli.loaders.class_defaults import ties_head
 from int8cli.planning import architectures as names
+from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import output_specs
-from int8cli.planning.plan import Decision
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-# Causal masks and frequencies that older versions saved; today's make them anew or not at all.
+# Causal masks and frequencies that older versions saved. Current versions compute them or do not need them.
 _LEFTOVER = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|(?:^|\.)(?:position_ids|token_type_ids)$")
 # Layers for multi-token prediction: apart (`mtp`), or numbered on after the model's own.
 _PREDICTION = re.compile(r"(?:model\.|language_model\.)*mtp(?:_\w+)?\.")
 _LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.(?P<index>\d+)\.")
 _MASK = re.compile(r"(?:attn|attention)\.bias$")
-# transformers keeps these in float32 whatever else is asked (`_keep_in_fp32_modules_strict`).
+# transformers keeps these in float32 whatever dtype is requested (`_keep_in_fp32_modules_strict`).
 _FLOAT32 = re.compile(r"\.e_score_correction_bias$")
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Sizes of some tensors, in bytes. `stored_bytes` counts them as the files do, all others as memory holds them.
+    """Sizes of some tensors in bytes. `stored_bytes` is the size on disk, all others are sizes in memory.
 
-    Of the LLM.int8() form: the int8 data, its float32 scales, and the rest in the dtype it is written in:
-    transformers leaves a quantized checkpoint in the dtypes of its file, whatever dtype is asked for.
+    An LLM.int8() model consists of the int8 data, its float32 scales, and the rest, which is in the dtype on disk:
+    transformers loads a quantized checkpoint in the dtypes of its file, whatever dtype is requested.
     """
 
     parameters: int = 0
@@ -69,7 +69,7 @@ class Weights:
 
 
 def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
-    """The sizes of one tensor; one that is not `in_memory` counts only on disk."""
+    """The sizes of one tensor. A tensor that is not `in_memory` counts only on disk."""
     spec = decision.spec
     if not in_memory:
         return Weights(stored_bytes=spec.nbytes)
@@ -83,12 +83,12 @@ def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
     if not decision.quantize:
         rest_bytes = float32_bytes if float32_in_memory else sum(written.values())
         return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
-    # The third tensor, weight_format, is read on loading and then dropped.
+    # The third tensor, weight_format, is dropped after loading.
     return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
 
 
 def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors that are in the file but not in memory: second names of a shared weight, and leftovers."""
+    """The tensors that are in the file but not in memory: leftovers, and second names of a shared weight."""
     specs = {decision.spec.name: decision.spec for decision in decisions}
     embeddings = {d.spec.shape for d in decisions if d.reason in (names.EMBEDDING, names.MAYBE_EMBEDDING)}
     tied = ties_head(config, language_model(config).fields.config)
@@ -124,7 +124,7 @@ def _is_prediction(name: str, layers: int | None) -> bool:
 
 
 def _is_second_embedding(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
-    """`encoder.embed_tokens.weight` beside `shared.weight`, as older files of T5 and BART have it."""
+    """Whether this is `encoder.embed_tokens.weight` beside `shared.weight`, as in older files of T5 and BART."""
     prefix, found, _ = spec.name.rpartition(".embed_tokens.weight")
     if not found or prefix.rpartition(".")[2] not in ("encoder", "decoder"):
         return False
@@ -133,16 +133,16 @@ def _is_second_embedding(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> b
 
 
 def _is_second_bias(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
-    """`cls.predictions.decoder.bias` beside `cls.predictions.bias`."""
+    """Whether this is `cls.predictions.decoder.bias` beside `cls.predictions.bias`."""
     first = specs.get(spec.name.replace(".decoder.bias", ".bias"))
     return spec.name.endswith(".decoder.bias") and first is not None and first.shape == spec.shape
 
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Tables that a loader makes beside the weights, in bytes: once for the model, and in each block.
+    """Tables that a loader creates besides the weights, in bytes: once for the model, and once per block.
 
-    The most that any of transformers 5.0 to 5.24 makes. A later version may make others, which are not counted.
+    The largest sizes in transformers 5.0 to 5.24. A later version may create others, which are not counted.
     """
 
     model_bytes: int = 0
@@ -153,7 +153,7 @@ _ROTARY_FIELDS = (
     *("rope_theta", "rope_parameters", "rope_scaling", "rotary_pct", "rotary_emb_base", "rope_local_base_freq"),
     "global_rope_theta",
 )
-# These have rotary positions also where the config leaves the fields out.
+# These have rotary positions even if the config leaves the fields out.
 _ROTARY_FAMILIES = re.compile(
     r"(code_)?llama|mistral|mixtral|qwen[23]|gemma|phi|gpt_neox|falcon$|stablelm|olmo|starcoder2|cohere|granite$|deepseek"
 )
@@ -169,7 +169,7 @@ _SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text"})
 
 
 def buffers_of(config: Mapping[str, Any]) -> Buffers:
-    """The tables of this model type: nothing for a type or a config that does not tell."""
+    """The tables of this model type; zero if the type is unknown or the config lacks a field."""
     fields = language_model(config).fields
     try:
         return _buffers(fields)

@@ -1,4 +1,1 @@
-"""Evaluation: what each int8 method does to a model's predictions and to the outputs of its linear layers.
-
-`methods` lists the methods, `results` holds what is found out about them.
-"""
+"""Evaluation: how each int8 method changes a model's predictions and the outputs of its linear layers."""

@@ -1,6 +1,6 @@
-"""The outlier columns that a layer stores, chosen from a calibration as convert would choose them.
+"""The outlier columns to store for each layer, chosen from a calibration as `convert` would choose them.
 
-Owns how a calibration becomes columns. The text it ran on should not be the one that is evaluated.
+Owns how a calibration becomes columns. Its text should not be the text to evaluate on.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from int8cli.results.evaluation import StoredColumnsSummary
 
 @dataclass(frozen=True, slots=True)
 class ChosenColumns:
-    """The sorted columns to store for each linear layer, and how they were chosen: `calibrated` in this run, or not."""
+    """The sorted columns to store for each linear layer, and how they were chosen. `calibrated`: in this run."""
 
     by_layer: Mapping[str, tuple[int, ...]]
     provenance: StoredColumnsSummary
@@ -33,8 +33,9 @@ def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
         for linear in site.linears
     }
     mean = sum(map(len, chosen.values())) / max(1, len(chosen))
-    of = statistics.provenance
-    return ChosenColumns(chosen, StoredColumnsSummary(limit, of.text, of.text_sha256, of.tokens, mean))
+    made_on = statistics.provenance
+    summary = StoredColumnsSummary(limit, made_on.text, made_on.text_sha256, made_on.tokens, mean)
+    return ChosenColumns(chosen, summary)
 
 
 def calibrated_columns(

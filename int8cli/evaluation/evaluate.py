@@ -1,50 +1,40 @@
-"""Evaluation of a model: all methods in one pass over its weights, with one block of it in memory.
+"""Evaluation of a model: all methods in one pass over its weights, with one block in memory.
 
-Owns the order of the work: every passage by every method through the engine, then the figures. Prints nothing: a
-Progress is reported.
+Owns the order of the work: the engine runs every passage with every method, then the figures are computed. Prints
+nothing; reports to a Progress.
 """
 
-import dataclasses
-import hashlib
-import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CannotRunError, NotEnoughMemoryError, ReferenceModelError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
+from int8cli.evaluation.saved_sums import load_sums, run_identity, save_sums
 from int8cli.evaluation.subject import Subject
-from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation
+from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation, added_sums, layer_errors
 from int8cli.evaluation.weights import LayerWeights
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.memory import available_bytes
-from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
+from int8cli.model.saved_states import SavedStates, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
-from int8cli.model.stream import LoadedUnit, StreamedModel
+from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
-from int8cli.planning.survey import model_fingerprint
 from int8cli.progress import Progress
-from int8cli.results.evaluation import (
-    EvaluatedText,
-    Evaluation,
-    LayerError,
-    MethodResult,
-    StoredColumnsSummary,
-)
-from int8cli.results.units import human_bytes
+from int8cli.results.evaluation import EvaluatedText, Evaluation, MethodResult, StoredColumnsSummary
+from int8cli.results.units import told_apart
 from int8cli.runtime.converted import ConvertedTensors
 
 TASK = "evaluate"
-# Beside a block's weights, what one method's forms of them take: int8 for LLM.int8(), and a restored float copy.
+# The memory for one method's forms of a block's weights, relative to the weights: int8, and a restored float copy.
 _FORMS = 1.5
 
 
@@ -55,12 +45,12 @@ def evaluate(
     options: EvaluationRun,
     progress: Progress,
 ) -> Evaluation:
-    """Run a subject over a text by each method, and compare.
+    """Run a subject on a text with each method, and compare.
 
-    `columns` are those of a model that is not converted, where a method stores some. Raises the errors of a bad
-    checkpoint, text or config, NonFiniteError where a weight or the 16-bit model's predictions are not finite,
-    NotEnoughMemoryError where a block does not fit. A run that was killed resumes after its last finished block, if it
-    is given the same directory for its state.
+    `columns` are the columns to store for a 16-bit model, if a method needs them. With the same state directory, an
+    interrupted run resumes after its last finished block. Raises the errors of a bad checkpoint, text or config,
+    NonFiniteError if a weight or the 16-bit model's predictions are not finite, NotEnoughMemoryError if a block does
+    not fit.
     """
     with (
         model_files(subject.runs, subject.weights) as directory,
@@ -99,11 +89,15 @@ class _Run:
                 f"{type(model).__name__} predicts no text, and measuring output errors needs 16-bit weights",
                 hint="Also give the model it was made from.",
             )
-        # Without predictions nothing that a method does to a layer has to be followed to the next one.
+        # Without predictions, the errors of layers are all there is, and these need only the 16-bit model's inputs.
         run_by = self._wanted.methods if self._predicts else self._wanted.methods[:1]
         measured = min(len(sequences), max(1, options.error_tokens // self._length))
         self._trajectories = Trajectories(run_by, len(sequences), measured)
-        self._saved = SavedStates(options.state_directory, self._identity()) if options.state_directory else None
+        self._saved: SavedStates | None = None
+        if options.state_directory:
+            compared = [method.key for method in self._wanted.methods]
+            identity = run_identity(subject, text, columns, options, self._trajectories, compared)
+            self._saved = SavedStates(options.state_directory, identity)
 
     def run(self) -> Evaluation:
         for _ in resumed_or_started_over(self._units, self._saved, self._progress):
@@ -117,16 +111,16 @@ class _Run:
             self._saved.close()
 
     def _units(self) -> Iterator[str]:
-        """Run each unit of the model, take down what was measured in it, and yield its name."""
+        """Run each unit of the model, record its sums, and yield its name."""
         skeleton = self._build()
         self._start(skeleton)
         self._scorer = Scorer(
             self._passages, len(self._trajectories.methods), has_reference=self._subject.has_reference
         )
-        self._sums = dict(self._recalled())
+        self._sums = dict(load_sums(self._saved)) if self._saved is not None else {}
         with ExitStack() as stack:
             tensors = stack.enter_context(self._subject.open_tensors())
-            _match(tensors, skeleton)
+            _restore_as_needed(tensors, skeleton)
             int8 = self._subject.open_int8()
             if int8 is not None:
                 stack.enter_context(int8)
@@ -135,7 +129,7 @@ class _Run:
             for loaded in stack.enter_context(closing(self._stream(skeleton, tensors).units(inputs))):
                 unit = loaded.unit.name
                 found = self._run_unit(loaded, weights, _has_head(loaded, skeleton))
-                self._sums[unit] = _added(self._sums.get(unit, ()), found)
+                self._sums[unit] = added_sums(self._sums.get(unit, ()), found)
                 yield unit
         self._progress.done(TASK)
 
@@ -149,8 +143,9 @@ class _Run:
         needed = int(largest * (1 + _FORMS))
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block with its int8 forms needs {human_bytes(needed)}, {human_bytes(available)} free",
+                f"one block with its int8 forms needs {wanted}, {free} free",
                 hint="Free some memory, or run this on a machine with more.",
             )
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length
@@ -198,55 +193,16 @@ class _Run:
         found = evaluation.run(has_head=has_head, on_output=take_output)
         weights.release(loaded)
         if unit.is_block:
-            self._put_down(unit.name, found)
+            if self._saved is not None:
+                save_sums(self._saved, unit.name, found)
             progress.done(TASK, unit.name)
         return found
-
-    def _put_down(self, unit: str, found: Sequence[LayerSums]) -> None:
-        """Before the engine puts a block on record as finished, what was measured in it is there."""
-        if self._saved is not None:
-            document = json.dumps([dataclasses.asdict(layer) for layer in found]).encode()
-            saved = self._saved.directory
-            write_file(saved / f"{unit}.json", document, below=saved.parent)
-
-    def _recalled(self) -> Iterator[tuple[str, tuple[LayerSums, ...]]]:
-        for unit in self._saved.finished if self._saved else ():
-            assert self._saved is not None
-            with read_back(self._saved.directory / f"{unit}.json") as path:
-                layers = json.loads(path.read_bytes())
-                found = tuple(LayerSums(**{**layer, "squares": tuple(layer["squares"])}) for layer in layers)
-            yield unit, found
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes the state of another run unusable for this one."""
-        subject, sampling = self._subject, self._options.sampling
-        columns = "" if self._columns is None else json.dumps(sorted(self._columns.by_layer.items()))
-        return {
-            "evaluation": [method.key for method in self._trajectories.methods],
-            "compared": [method.key for method in self._wanted.methods],
-            "model": [subject.runs.identity.name, subject.runs.identity.revision],
-            "fingerprint": model_fingerprint(subject.runs, subject.shards),
-            "converted": self._converted_identity(),
-            "text": self._text.sha256,
-            "sampling": dataclasses.asdict(sampling),
-            "columns": hashlib.sha256(columns.encode()).hexdigest(),
-            "threshold": self._options.threshold,
-            "measured": self._trajectories.measured,
-            "device": self._options.device,
-        }
-
-    def _converted_identity(self) -> list[str | None]:
-        subject, converted = self._subject, self._subject.converted
-        if converted is None:
-            return []
-        mark = model_fingerprint(subject.source, (*converted.shards, *converted.sidecars))
-        return [subject.source.identity.name, subject.source.identity.revision, mark]
 
     def _evaluation(self) -> Evaluation:
         subject, identity = self._subject, self._subject.source.identity
         layers = [layer for unit in sorted(self._sums, key=self._order.index) for layer in self._sums[unit]]
         compared = [method for method in self._wanted.methods if method.product]
-        errors = {method.key: _errors(layers, place) for place, method in enumerate(compared)}
+        errors = {method.key: layer_errors(layers, place) for place, method in enumerate(compared)}
         results = tuple(
             MethodResult(
                 method.key,
@@ -289,8 +245,8 @@ class _Run:
         )
 
 
-def _match(tensors: CheckpointTensors, skeleton: Skeleton) -> None:
-    """Have restored weights read as the model wants them."""
+def _restore_as_needed(tensors: CheckpointTensors, skeleton: Skeleton) -> None:
+    """Have the int8 weights restored in the dtype and orientation of the model."""
     if isinstance(tensors, ConvertedTensors):
         from transformers.pytorch_utils import Conv1D
 
@@ -302,33 +258,10 @@ def _match(tensors: CheckpointTensors, skeleton: Skeleton) -> None:
 
 
 def _has_head(loaded: LoadedUnit, skeleton: Skeleton) -> bool:
+    """Whether a unit contains the output head."""
     head = skeleton.output_head()
     return any(module is head for module in loaded.module.modules())
 
 
-def _added(before: Sequence[LayerSums], found: Sequence[LayerSums]) -> tuple[LayerSums, ...]:
-    """Sums of a unit that is called several times in a forward, over its calls."""
-    earlier = {layer.name: layer for layer in before}
-    return tuple(
-        dataclasses.replace(
-            layer,
-            energy=layer.energy + earlier[layer.name].energy,
-            squares=tuple(map(sum, zip(layer.squares, earlier[layer.name].squares, strict=True))),
-        )
-        if layer.name in earlier
-        else layer
-        for layer in found
-    )
-
-
-def _errors(layers: Sequence[LayerSums], place: int) -> tuple[LayerError, ...]:
-    """Of the method at `place` among those compared; layers whose output is 0 have no relative error."""
-    return tuple(
-        LayerError(sums.name, sums.kind, sums.stack, sums.layer, math.sqrt(sums.squares[place] / sums.energy))
-        for sums in layers
-        if sums.energy > 0.0
-    )
-
-
 def _dropped(_: int, __: Any) -> None:
-    """What an encoder returns is of no use."""
+    """Ignore the output of a model without predictions."""

@@ -1,6 +1,7 @@
-"""A linear layer under evaluation: its weight in the forms that methods multiply with, and what it gets in 16 bit.
+"""A linear layer under evaluation: its weight in the forms that methods multiply with, and its output in 16 bit.
 
-Owns how long a form is kept: each is made once for all sequences of a unit. Knows no model and no file.
+Owns how long a form stays in memory: each is made once for all sequences of a unit. Does not know about models or
+files.
 """
 
 from collections.abc import Iterable
@@ -25,8 +26,8 @@ _CHUNK_ELEMENTS = 1 << 22
 class Layer:
     """One linear layer's weight (out, in) for all methods.
 
-    `weight` is in 16 bit, None where there is int8 alone. `stored` is what a converted model holds for it; without it
-    the weight is quantized as convert does. `exact_columns` are the stored outlier columns, if any.
+    `weight` is the 16-bit weight, None if only int8 is available. `stored` is the int8 data of a converted model;
+    without it, the weight is quantized as in `convert`. `exact_columns` are the stored outlier columns, if any.
     """
 
     def __init__(
@@ -46,18 +47,18 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        assert self._weight is not None, "a method that needs the 16-bit weight was let through without it"
+        assert self._weight is not None, "this method needs the 16-bit weight"
         return self._weight
 
     @property
     def rows(self) -> Int8Data:
-        """int8 with one absmax a row: LLM.int8()'s own form of a weight."""
+        """int8 with one absmax per row: the form of a weight in LLM.int8()."""
         if self._stored is None:
             self._stored = Int8Data(*quantize_weight(self.weight))
         return self._stored
 
     def matrix(self, scheme: InputScheme, span: Span) -> Int8Matrix:
-        """int8 for the methods of one product; of several such forms only the last stays in memory."""
+        """int8 for the methods that multiply two int8 matrices. Only the last such form stays in memory."""
         if scheme == "absmax" and span == "row":
             return Int8Matrix(self.rows.data, self.rows.row_absmax / INT8_MAX)
         if self._matrix is None or self._matrix[:2] != (scheme, span):
@@ -65,13 +66,13 @@ class Layer:
         return self._matrix[2]
 
     def restored(self, dtype: torch.dtype) -> Tensor:
-        """The float weight that the int8 data stands for."""
+        """The float weight that the int8 data represents."""
         if self._restored is None:
             self._restored = restored_weight(self.rows.data, self.rows.row_absmax, dtype)
         return self._restored
 
     def with_columns(self, columns: Tensor | None = None) -> Int8Weight:
-        """int8 beside these columns in 16 bit; beside the stored ones if none are given."""
+        """int8 with these columns in 16 bit, by default the stored columns."""
         if columns is not None:
             return Int8Weight.of(self.rows.data, self.rows.row_absmax, columns, self.weight[:, columns])
         if self._with_columns is None:
@@ -81,14 +82,14 @@ class Layer:
         return self._with_columns
 
     def forget(self) -> None:
-        """Let go of the forms that only one method uses."""
+        """Free the forms that only one method uses."""
         self._matrix = self._restored = self._with_columns = None
 
 
 class ErrorMeter:
-    """The output error of one layer by method, on inputs that the 16-bit model gave it.
+    """The output error of one layer by method, on its inputs in the 16-bit model.
 
-    Inputs are taken down while the 16-bit model runs; each method is then measured on all of them.
+    Inputs are recorded while the 16-bit model runs. Each method is then measured on all of them.
     """
 
     def __init__(self) -> None:
@@ -98,11 +99,11 @@ class ErrorMeter:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What was taken down, one (tokens, in) for each call of the layer."""
+        """The recorded inputs, one (tokens, in) for each call of the layer."""
         return tuple(self._inputs)
 
-    def take(self, inputs: Tensor, weight: Tensor) -> None:
-        """Note an input (tokens, in) and what it gives with the weight, in float32."""
+    def record(self, inputs: Tensor, weight: Tensor) -> None:
+        """Record an input (tokens, in), and its product with the weight in float32."""
         output = float_product(inputs, weight)
         self._inputs.append(inputs)
         self._outputs.append(output)
@@ -119,7 +120,7 @@ class ErrorMeter:
 
 
 def float_product(inputs: Tensor, weight: Tensor) -> Tensor:
-    """X Wᵀ in float32 from 16-bit factors, on blocks of W's rows: (tokens, out)."""
+    """X Wᵀ in float32 from 16-bit factors: (tokens, out). Computed in blocks of rows of W."""
     values = inputs.float()
     rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     blocks = [values @ weight[start : start + rows].float().t() for start in range(0, weight.shape[0], rows)]

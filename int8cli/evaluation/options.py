@@ -1,4 +1,4 @@
-"""What an evaluation is asked for, and what of it can be done for a subject."""
+"""The options of an evaluation, and which methods work for a subject."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,15 +11,16 @@ from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.model.sampling import Sampling
 from int8cli.results.evaluation import REFERENCE
 
-ERROR_TOKENS = 1024  # the layers' errors settle long before: they are means over all values of a layer's output
+ERROR_TOKENS = 1024  # far more than needed: a layer's error is a mean over all values of its output
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRun:
-    """`methods` are those to compare. Those that cannot be computed for the subject are left out, with a note.
+    """How to evaluate.
 
-    `error_tokens`: on how many tokens the layers' errors are measured, in whole sequences and at least one.
-    `state_directory`: for the state between blocks, removed at the end; None keeps all state in memory.
+    `methods` are those to compare. Methods that do not work for the subject are left out, with a note. `error_tokens`
+    is the number of tokens on which the errors of layers are measured, in whole sequences, at least one.
+    `state_directory` is for the state between blocks and is removed at the end; None keeps all state in memory.
     """
 
     methods: tuple[Method, ...] = tuple(method for method in METHODS if method.by_default)
@@ -32,7 +33,7 @@ class EvaluationRun:
 
 @dataclass(frozen=True, slots=True)
 class Applicable:
-    """The methods that can be computed for a subject, the 16-bit model first where it is there; and what to say."""
+    """The methods that work for a subject, with the 16-bit model first if it is available, and notes for the user."""
 
     methods: tuple[Method, ...]
     notes: tuple[str, ...]
@@ -43,21 +44,21 @@ class Applicable:
 
 
 def applicable(subject: Subject, methods: Sequence[Method]) -> Applicable:
-    """What of the methods asked for can be computed. Raises UnsupportedModelError where none is left."""
+    """The requested methods that work for a subject. Raises UnsupportedModelError if there are none."""
     notes = []
-    left = [method for method in methods if method.product is not None]
+    possible = [method for method in methods if method.product is not None]
     if not subject.has_reference:
-        without = [method.label for method in left if method.needs_weight]
-        left = [method for method in left if not method.needs_weight]
+        impossible = [method.label for method in possible if method.needs_weight]
+        possible = [method for method in possible if not method.needs_weight]
         notes.append("without the 16-bit model, perplexities cannot be compared and output errors are unknown")
-        if without:
-            notes.append(f"left out because they need 16-bit weights: {'; '.join(without)}")
-    if subject.converted is not None and not subject.has_columns and any(method.needs_columns for method in left):
-        left = [method for method in left if not method.needs_columns]
-        notes.append("no stored columns: this conversion has none")
-    if not left and not (subject.has_reference and methods):
+        if impossible:
+            notes.append(f"left out because they need 16-bit weights: {'; '.join(impossible)}")
+    if subject.converted is not None and not subject.has_columns and any(method.needs_columns for method in possible):
+        possible = [method for method in possible if not method.needs_columns]
+        notes.append("this conversion has no stored columns")
+    if not possible and not (subject.has_reference and methods):
         raise UnsupportedModelError(
             f"none of these methods works for {subject.source.identity.name}", hint=". ".join(notes)
         )
     reference = [method for method in METHODS if method.key == REFERENCE and subject.has_reference]
-    return Applicable((*reference, *left), tuple(notes))
+    return Applicable((*reference, *possible), tuple(notes))

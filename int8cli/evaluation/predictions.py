@@ -1,7 +1,7 @@
-"""What a model predicts of a text, and how the methods' predictions differ from the 16-bit model's.
+"""The predictions of a model on a text, and how those of each method differ from the 16-bit model's.
 
-Owns which tokens are predicted, and the figures made of logits. Of these only one sequence's are ever held: those of
-the 16-bit model, which the methods' on the same sequence follow.
+Owns which tokens are predicted, and the figures computed from logits. Only the 16-bit model's logits for one sequence
+are in memory: the logits of all methods for the same sequence come next.
 """
 
 import math
@@ -15,22 +15,22 @@ from torch import Tensor
 from int8cli.errors import NonFiniteError, UnsupportedModelError
 from int8cli.results.evaluation import Scores
 
-_CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32, which caches hold: half the time that 16 MB take
+_CHUNK_ELEMENTS = 1 << 19  # 2 MB of float32, which fit in the cache: takes half as long as 16 MB
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A model's inputs, and the tokens that its first logits predict: int64 (positions,). None if it predicts none."""
+    """A model's inputs, and the tokens that its first logits predict, int64 (positions,); None if it predicts none."""
 
     inputs: Mapping[str, Any]
     targets: Tensor | None
 
 
 def passages_of(model: Any, sequences: Sequence[Mapping[str, Any]]) -> list[Passage]:
-    """What is predicted of each sequence.
+    """The inputs and targets for each sequence.
 
     A decoder predicts each token from those before it. An encoder-decoder reads the first half of a sequence and
-    predicts the second. Encoders, and models without an output head, predict nothing.
+    predicts the second half. Encoders and models without an output head predict nothing.
     """
     kind = _kind(model)
     if kind == "decoder":
@@ -71,7 +71,7 @@ def _class_names(mapping: Mapping[str, Any]) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Figures:
-    """Of one sequence: means over its positions; the last two against the 16-bit model, if there is one."""
+    """Means over the positions of one sequence. The last two compare with the 16-bit model, None without it."""
 
     nats: float
     kl_divergence: float | None
@@ -79,9 +79,9 @@ class _Figures:
 
 
 class Scorer:
-    """Takes the logits of every method on every passage, the 16-bit model's first of each passage.
+    """Receives the logits of every method on every passage. For each passage, the first method comes first.
 
-    `methods` counts them; `has_reference` says whether the first is the 16-bit model.
+    `methods` is the number of methods. `has_reference` says whether the first one is the 16-bit model.
     """
 
     def __init__(self, passages: Sequence[Passage], methods: int, *, has_reference: bool) -> None:
@@ -91,7 +91,7 @@ class Scorer:
         self._reference_of = -1
 
     def take(self, passage: int, method: int, output: Any) -> None:
-        """What a forward returned. Raises NonFiniteError where the 16-bit model's logits are not finite."""
+        """Score the output of a forward pass. Raises NonFiniteError if the 16-bit model's logits are not finite."""
         logits: Tensor = output.logits[0] if hasattr(output, "logits") else output[0][0]  # (positions, vocabulary)
         targets = self._passages[passage].targets
         assert targets is not None
@@ -103,7 +103,7 @@ class Scorer:
             self._reference, self._reference_of = logits, passage
         if self._reference is None or self._reference_of != passage:
             raise UnsupportedModelError(
-                "this model returns logits in another order than its sequences, and all of them do not fit in memory"
+                "this model does not return logits in the order of its sequences, and they do not all fit in memory"
             )
         figures = _compare(logits, targets, self._reference if method else None)
         if method == 0 and not math.isfinite(figures.nats):
@@ -114,7 +114,7 @@ class Scorer:
         self._figures[passage, method] = figures
 
     def scores(self, method: int) -> Scores | None:
-        """Over all passages; None where nothing was predicted."""
+        """The scores of a method over all passages; None if nothing was predicted."""
         found = [self._figures.get((passage, method)) for passage in range(len(self._passages))]
         figures = [each for each in found if each is not None]
         if not figures:
@@ -134,7 +134,7 @@ class Scorer:
 
 
 def _compare(logits: Tensor, targets: Tensor, reference: Tensor | None) -> _Figures:
-    """Figures of one sequence from logits (positions, vocabulary), on a few positions at a time."""
+    """The figures of one sequence from logits (positions, vocabulary). Processes a few positions at a time."""
     step = max(1, _CHUNK_ELEMENTS // max(1, logits.shape[1]))
     nats = divergence = same = 0.0
     for start in range(0, targets.numel(), step):
@@ -154,21 +154,21 @@ def _compare(logits: Tensor, targets: Tensor, reference: Tensor | None) -> _Figu
 
 
 def _kl_divergence(exact: Tensor, top: Tensor, log_shares: Tensor) -> float:
-    """Σ p (log p - log q) over positions and vocabulary, with p of the exact logits, whose largest are at `top`.
+    """Σ p (log p - log q) over positions and vocabulary, where p is from the `exact` logits and log q is `log_shares`.
 
-    Overwrites the logits.
+    `top` has the indices of the largest exact logits. Overwrites `exact`.
     """
     shares = torch.softmax(exact, dim=1)
     log_sum = exact.gather(1, top) - torch.log(shares.gather(1, top))  # (positions, 1)
     gaps = exact.sub_(log_sum).sub_(log_shares)
     found = torch.linalg.vecdot(shares, gaps)  # (positions,)
-    if not bool(torch.isfinite(found).all()):  # tokens that a model rules out with -inf on both sides
+    if not bool(torch.isfinite(found).all()):  # both models exclude some tokens with -inf
         found = torch.linalg.vecdot(shares, gaps.masked_fill_(shares == 0, 0.0))
     return float(found.double().sum())
 
 
 def _same_top(scores: Tensor, top: Tensor) -> int:
-    """At how many positions the exact model's most likely token is a most likely one: 16-bit logits often tie."""
+    """At how many positions the exact model's top token has the highest score, or ties for it, as 16-bit logits do."""
     return int((scores.gather(1, top) >= scores.amax(dim=1, keepdim=True)).sum())
 
 
@@ -177,7 +177,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean of independent values; None for one value."""
+    """The standard error of the mean of independent values; None for a single value."""
     if len(values) < 2:
         return None
     mean = _mean(values)

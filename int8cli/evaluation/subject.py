@@ -1,6 +1,6 @@
-"""What is evaluated: a 16- or 32-bit model, or one that convert wrote, alone or beside the model it was made from.
+"""The model to evaluate: a 16- or 32-bit model, or a converted model with or without the model it was made from.
 
-Owns which tensors the model that runs is made of, and which of its linear layers the methods compute in int8.
+Owns which tensors the running model uses, and which of its linear layers the methods compute in int8.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError
 from int8cli.llm_int8.inputs import THRESHOLD
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
 from int8cli.typed_json import InvalidJsonError, read_as
@@ -24,11 +24,11 @@ _THRESHOLD_FIELD = "llm_int8_threshold"
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model to evaluate. `source` is the one named by the user, `runs` the one whose weights are run.
+    """A model to evaluate. `source` is the model that the user named, `runs` the model whose weights are run.
 
-    `survey` is that of the 16-bit model, None where there is none. `specs` are the tensors of the model that runs;
-    `modules` its linear layers that become or are int8, by their names in the checkpoint. `threshold` is the outlier
-    threshold that a converted model's config.json names for its loader.
+    `survey` is that of the 16-bit model, None without one. `specs` are the tensors of the running model, `modules` its
+    linear layers that are or become int8, by their names in the checkpoint. `threshold` is the outlier threshold in a
+    converted model's config.json.
     """
 
     source: Source
@@ -43,30 +43,30 @@ class Subject:
 
     @property
     def has_reference(self) -> bool:
-        """Whether the 16-bit weights are there."""
+        """Whether the 16-bit weights are available."""
         return self.survey is not None
 
     @property
     def has_columns(self) -> bool:
-        """Whether outlier columns are stored beside the int8 weights."""
+        """Whether the conversion has stored columns."""
         return self.converted is not None and bool(self.converted.sidecars)
 
     def open_tensors(self) -> CheckpointTensors:
-        """The tensors that the model runs with."""
+        """The tensors of the running model."""
         if self.survey is None and self.converted is not None:
             return ConvertedTensors(self.runs, self.converted)
         return CheckpointTensors(self.runs, self.shards)
 
     def open_int8(self) -> ConvertedTensors | None:
-        """The int8 tensors of a converted model; None where the methods quantize for themselves."""
+        """The int8 tensors of a converted model; None for a 16-bit model, which the methods quantize themselves."""
         return None if self.converted is None else ConvertedTensors(self.source, self.converted)
 
 
 def find_subject(source: Source, reference: Source | None) -> Subject:
-    """Read the headers of what is to be evaluated. `reference` is the 16-bit model beside a converted one.
+    """Read the headers of the model to evaluate. `reference` is the 16-bit model that a converted one was made from.
 
-    Raises the errors of a bad checkpoint, ReferenceModelError where a reference is given for a model that needs none or
-    is not what the converted model was made from, NothingToQuantizeError where nothing becomes int8.
+    Raises the errors of a bad checkpoint, ReferenceModelError if there is a reference but the model is not converted or
+    was made from another model, NothingToQuantizeError if no layer can become int8.
     """
     weights = find_weights(source)
     shards = read_headers(source, weights)
@@ -96,7 +96,7 @@ def _with_floats(
 
 
 def _threshold(source: Source) -> float:
-    """What config.json says, or the default."""
+    """The outlier threshold in config.json, or the default."""
     if CONFIG_FILE not in source.list_files():
         return THRESHOLD
     declared = read_config(source).get("quantization_config")
@@ -119,7 +119,7 @@ def _planned(survey: Survey) -> frozenset[str]:
 
 
 def _require_same(source: Source, survey: Survey, converted: Converted) -> None:
-    """Every int8 weight must be one of the 16-bit model, of that shape, or of its transpose."""
+    """Raise ReferenceModelError unless the 16-bit model has each int8 weight, in the same shape or transposed."""
     specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
     for name in converted.scales:
         shape = converted.specs[name].shape

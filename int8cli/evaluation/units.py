@@ -1,24 +1,27 @@
-"""One unit of the model under evaluation: its linear layers switched from method to method while sequences pass.
+"""One unit of the model under evaluation. Its linear layers switch from method to method while sequences run.
 
-Owns the switching, the order in which sequences pass, and the output error of each layer. The 16-bit model's sequences
-come first; a method's forms of the weights are made once and forgotten after its last sequence.
+Owns the switching, the order of the sequences, and the output error of each layer. The sequences of the 16-bit model
+run first. The weights for a method are made once, and freed after its last sequence.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from int8cli.evaluation.layers import ErrorMeter, Layer
 from int8cli.evaluation.methods import Method
+from int8cli.model.forwards import Forward
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site
-from int8cli.model.stream import Forward, LoadedUnit
+from int8cli.results.evaluation import LayerError
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSums:
-    """Of one layer: ‖Y‖² in 16 bit, and ‖Y_method - Y‖² for each method but the 16-bit model, in their order."""
+    """The sums for one layer: ‖Y‖² in 16 bit, and ‖Y_method - Y‖² for each other method, in their order."""
 
     name: str
     kind: str
@@ -28,11 +31,35 @@ class LayerSums:
     squares: tuple[float, ...]
 
 
+def added_sums(before: Sequence[LayerSums], now: Sequence[LayerSums]) -> tuple[LayerSums, ...]:
+    """The sums of a unit that is called several times in a forward pass: `now`, plus those of earlier calls."""
+    earlier = {layer.name: layer for layer in before}
+    return tuple(
+        replace(
+            layer,
+            energy=layer.energy + earlier[layer.name].energy,
+            squares=tuple(map(sum, zip(layer.squares, earlier[layer.name].squares, strict=True))),
+        )
+        if layer.name in earlier
+        else layer
+        for layer in now
+    )
+
+
+def layer_errors(layers: Sequence[LayerSums], place: int) -> tuple[LayerError, ...]:
+    """The relative errors by the compared method with index `place`. Layers with zero output have none."""
+    return tuple(
+        LayerError(sums.name, sums.kind, sums.stack, sums.layer, math.sqrt(sums.squares[place] / sums.energy))
+        for sums in layers
+        if sums.energy > 0.0
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectories:
-    """The sequences of the engine: every passage once by each of `methods`, passage after passage.
+    """The sequences of the engine: all methods on the first passage, then all methods on the second, and so on.
 
-    `measured` is the number of passages, from the first, whose 16-bit inputs the layers' errors are measured on.
+    The errors of layers are measured on the 16-bit inputs of the first `measured` passages.
     """
 
     methods: tuple[Method, ...]
@@ -44,19 +71,19 @@ class Trajectories:
         return self.passages * len(self.methods)
 
     def place(self, sequence: int) -> tuple[int, int]:
-        """The passage and the method of one of the engine's sequences, both by their place."""
+        """The indices of the passage and the method of a sequence."""
         return divmod(sequence, len(self.methods))
 
     def by_method(self, sequence: int) -> tuple[int, int]:
-        """A sort key that brings all passages of a method together."""
+        """A sort key that groups sequences by method."""
         passage, method = self.place(sequence)
         return method, passage
 
 
 class UnitEvaluation:
-    """A loaded unit and its int8 layers, by the names of `loaded.linears`.
+    """A loaded unit and its int8 layers, by their names in `loaded.linears`.
 
-    `compared` are the methods whose output errors are measured; none without the 16-bit weights.
+    `compared` are the methods whose output errors are measured. It is empty without the 16-bit weights.
     """
 
     def __init__(
@@ -74,8 +101,11 @@ class UnitEvaluation:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def run(self, *, has_head: bool, on_output: Callable[[Any], None]) -> tuple[LayerSums, ...]:
-        """Bring every sequence through. A unit with the output head keeps their order: logits are compared as they
-        come. Returns what the layers' errors are made of."""
+        """Run every sequence, and return the sums for the errors of layers.
+
+        Sequences are grouped by method, except in the unit with the output head: its logits are compared passage by
+        passage.
+        """
         order = None if has_head or not self._layers else self._trajectories.by_method
         with self._loaded.changed(self._switched):
             sites = self._loaded.run(order=order, on_sequence=self._turn_to, on_output=on_output)
@@ -91,7 +121,7 @@ class UnitEvaluation:
         self._measuring = method.product is None and passage < self._trajectories.measured
 
     def _switched(self, name: str, original: Forward) -> Forward:
-        """A layer's forward that computes what the method of the turn computes."""
+        """A forward for a layer that computes the product of the current method."""
         if name not in self._layers:
             return original
         layer = self._layers[name]
@@ -101,7 +131,7 @@ class UnitEvaluation:
             product = self._method.product
             if product is None or not inputs.numel():
                 if self._measuring and self._meters:
-                    self._meters[name].take(self._copied(inputs), layer.weight)
+                    self._meters[name].record(self._copied(inputs), layer.weight)
                 return original(inputs)
             output = product(layer, inputs.reshape(-1, inputs.shape[-1]), bias)
             return output.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
@@ -115,7 +145,7 @@ class UnitEvaluation:
         return self._last[1]
 
     def _measured(self, sites: Sequence[Site]) -> Iterator[LayerSums]:
-        """Each layer's error by each method, on the inputs that were taken down."""
+        """The error of each layer by each method, on the recorded inputs."""
         kinds = {name: site.kind for site in sites for name in site.linears}
         squares: dict[str, list[float]] = {name: [] for name, meter in self._meters.items() if meter.inputs}
         for method in self._compared if squares else ():

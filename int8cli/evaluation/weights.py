@@ -1,6 +1,7 @@
-"""The int8 layers of a loaded unit: which of its linears are one, and the weights that each is given.
+"""The int8 layers of a loaded unit, with the weights of each.
 
-Owns where a layer's weights come from: the unit's own 16-bit weight, a converted model's int8 tensors, chosen columns.
+Owns where the weights of a layer come from: the 16-bit weight of the unit, the int8 tensors of a converted model, and
+the chosen columns.
 """
 
 import torch
@@ -10,15 +11,15 @@ from int8cli.errors import NonFiniteError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.layers import Layer
 from int8cli.evaluation.subject import Subject
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import weight_of
-from int8cli.model.stream import LoadedUnit
 from int8cli.runtime.converted import ConvertedTensors, ExactColumns, Int8Data
 
 
 class LayerWeights:
-    """Makes the layers of units.
+    """Makes the layers of each unit.
 
-    `int8` are a converted model's own tensors, `columns` those chosen for a 16-bit one.
+    `int8` has the tensors of a converted model, `columns` the columns chosen for a 16-bit model.
     """
 
     def __init__(
@@ -30,12 +31,12 @@ class LayerWeights:
             int8.expect(int8.names_of(sorted(subject.modules)))
 
     def layers(self, loaded: LoadedUnit) -> dict[str, Layer]:
-        """By name, those of the unit's linears that are int8. Raises NonFiniteError."""
+        """The int8 layers of a unit, by name. Raises NonFiniteError for a weight with NaN or infinity."""
         names = [name for name in loaded.linears if name in self._subject.modules]
         return {name: self._layer(name, loaded.linears[name]) for name in names}
 
     def release(self, loaded: LoadedUnit) -> None:
-        """Done with a unit's int8 tensors."""
+        """Release the int8 tensors of a unit."""
         if self._int8 is not None:
             self._int8.release(self._int8.names_of([name for name in loaded.linears if name in self._subject.modules]))
 
@@ -49,11 +50,11 @@ class LayerWeights:
             )
         stored = exact_columns = None
         if self._int8 is not None:
-            found, beside = self._int8.int8(name), self._int8.exact_columns(name)
-            stored = Int8Data(found.data.to(weight.device), found.row_absmax.to(weight.device))
-            exact_columns = beside and ExactColumns(beside.columns.to(weight.device), beside.weight.to(weight.device))
+            data, exact = self._int8.int8(name), self._int8.exact_columns(name)
+            stored = Int8Data(data.data.to(weight.device), data.row_absmax.to(weight.device))
+            exact_columns = exact and ExactColumns(exact.columns.to(weight.device), exact.weight.to(weight.device))
         elif self._columns is not None:
             columns = torch.tensor(self._columns.by_layer.get(name, ()), dtype=torch.int64, device=weight.device)
             exact_columns = ExactColumns(columns, weight[:, columns])
-        exact = weight if self._subject.has_reference else None
-        return Layer(name, exact, stored=stored, exact_columns=exact_columns, threshold=self._threshold)
+        reference = weight if self._subject.has_reference else None
+        return Layer(name, reference, stored=stored, exact_columns=exact_columns, threshold=self._threshold)

@@ -1,8 +1,8 @@
-"""The int8 products that LLM.int8() is measured against, and its own with the outlier columns of each input.
+"""The int8 products that LLM.int8() is compared with, and LLM.int8() with outlier columns found in each input.
 
 Owns quantization by tensor and by row, with and without a zero point [LLM.int8(), eq. 1 to 5 and table 1], and
-LLM.int8() as bitsandbytes computes it. Integer products are exact on every path. LLM.int8() with given columns is
-`matmul.llm_int8_linear`.
+LLM.int8() as bitsandbytes computes it. Integer products are exact on every path. `matmul.llm_int8_linear` is LLM.int8()
+with outlier columns that are chosen in advance.
 """
 
 import math
@@ -18,7 +18,7 @@ from int8cli.llm_int8.quantize import INT8_MAX, quantize_rowwise
 Span = Literal["tensor", "row"]
 
 _LOWEST = -128.0
-# Largest in_features for which a sum of products of two numbers of up to 255 always fits into int32.
+# The largest in_features for which a sum of products of two numbers of up to 255 always fits into int32.
 _INT32_SAFE_FEATURES = (2**31 - 1) // (255 * 255)
 _CHUNK_ELEMENTS = 1 << 22
 # bitsandbytes' own constants for 1 / 127² and 1 / 127 (backends/default/ops.py).
@@ -39,13 +39,13 @@ class Int8Matrix:
 
 
 def quantize_matrix(values: Tensor, scheme: InputScheme, span: Span) -> Int8Matrix:
-    """Quantize inputs or a weight (rows, features) with one scale a row, or one for the whole tensor.
+    """Quantize inputs or a weight (rows, features) with one scale for each row, or one for the whole tensor.
 
     `absmax` maps [-max|x|, max|x|] to [-127, 127] [eq. 1]; `zeropoint` maps [min(x, 0), max(x, 0)] to [-128, 127] with
-    an offset [eq. 2 to 5]. Works on blocks of rows. What is all zeros stays zero.
+    an offset [eq. 2 to 5]. Works on blocks of rows. A row or tensor of zeros stays zero.
     """
     if values.numel() <= _CHUNK_ELEMENTS:
-        values = values.float()  # once for both passes; torch reduces float32 faster than 16 bit too
+        values = values.float()  # once for both passes; torch also reduces float32 faster than 16 bit
     low, high = values.amin(dim=1).float(), values.amax(dim=1).float()  # (rows,)
     if span == "tensor":
         low, high = low.amin().view(1), high.amax().view(1)
@@ -75,7 +75,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def restored_weight(data: Tensor, row_absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that int8 data stands for, data * row_absmax / 127, in a float dtype: (out, in)."""
+    """The weight that int8 data represents, data * row_absmax / 127, in a float dtype: (out, in)."""
     restored = torch.empty(data.shape, dtype=dtype, device=data.device)
     rows = max(1, _CHUNK_ELEMENTS // max(1, data.shape[1]))
     for start in range(0, data.shape[0], rows):
@@ -87,7 +87,7 @@ def restored_weight(data: Tensor, row_absmax: Tensor, dtype: torch.dtype) -> Ten
 def matrix_product(inputs: Int8Matrix, weight: Int8Matrix) -> Tensor:
     """X Wᵀ from X (tokens, in) and W (out, in) in int8: float32 (tokens, out).
 
-    The sum of (q_x - z_x)(q_w - z_w) is computed in integers, without error, and rounded once; then come the two steps.
+    The sum of (q_x - z_x)(q_w - z_w) is computed exactly in integers, rounded once, and multiplied by the two steps.
     """
     product = int8_product(inputs.data, weight.data)  # (tokens, out), int32
     if inputs.zero_point is not None or weight.zero_point is not None:
@@ -97,7 +97,7 @@ def matrix_product(inputs: Int8Matrix, weight: Int8Matrix) -> Tensor:
 
 
 def _shifted(product: Tensor, inputs: Int8Matrix, weight: Int8Matrix) -> Tensor:
-    """Σ (q_x - z_x)(q_w - z_w) from Σ q_x q_w, in place where int32 holds it."""
+    """Σ (q_x - z_x)(q_w - z_w) from Σ q_x q_w; in place if the result fits into int32."""
     features = weight.data.shape[1]
     if features > _INT32_SAFE_FEATURES:
         product = product.long()
@@ -115,9 +115,9 @@ def bitsandbytes_linear(
 ) -> Tensor:
     """X Wᵀ + b as bitsandbytes' `Linear8bitLt` computes it (0.50, CPU), in the inputs' dtype (tokens, out_features).
 
-    Inputs are cast to float16; values of |x| >= threshold are left out of a token's scale; the columns that hold any
-    are taken from int8 and multiplied, in the inputs' dtype, with the columns of W rebuilt from int8. A threshold of 0
-    leaves the decomposition out. Unlike there, a token of zeros gives zeros, not what NaN is in int8.
+    Inputs are cast to float16. Values of |x| >= threshold do not count for a token's scale. Columns with such values
+    are set to zero in int8 and multiplied, in the inputs' dtype, by columns of W rebuilt from int8. With a threshold of
+    0 there is no decomposition. Unlike in bitsandbytes, a token of zeros gives zeros, not NaN cast to int8.
     """
     quantized, absmax, columns = _without_outliers(inputs.half().float(), threshold if threshold > 0.0 else math.inf)
     product = int8_product(quantized, data).to(torch.float32)  # (tokens, out)
@@ -128,14 +128,14 @@ def bitsandbytes_linear(
     output = product.to(inputs.dtype)
     if not columns.numel():
         return output
-    kept = (data[:, columns] * row_absmax[:, None] * _BITSANDBYTES_WEIGHT_STEP).to(inputs.dtype)  # (out, k)
-    return output.addmm(inputs[:, columns].contiguous(), kept.t())
+    rebuilt = (data[:, columns] * row_absmax[:, None] * _BITSANDBYTES_WEIGHT_STEP).to(inputs.dtype)  # (out, k)
+    return output.addmm(inputs[:, columns].contiguous(), rebuilt.t())
 
 
 def exact_columns_linear(inputs: Tensor, data: Tensor, row_absmax: Tensor, weight: Tensor, threshold: float) -> Tensor:
-    """X Wᵀ with the outlier columns of X found as bitsandbytes does, and W's columns exact: float32 (tokens, out).
+    """X Wᵀ with the outlier columns of X found as in bitsandbytes, and W's columns exact: float32 (tokens, out).
 
-    `weight` is what data and row_absmax were made of, (out, in).
+    `weight` (out, in) is the weight that data and row_absmax were made from.
     """
     quantized, absmax, columns = _without_outliers(inputs.float(), threshold)
     product = int8_product(quantized, data).to(torch.float32)  # (tokens, out)
@@ -147,23 +147,24 @@ def exact_columns_linear(inputs: Tensor, data: Tensor, row_absmax: Tensor, weigh
 
 
 def outlier_columns(inputs: Tensor, threshold: float) -> Tensor:
-    """The columns of inputs (tokens, in) that hold any |x| >= threshold: int64 (k,), sorted."""
+    """The columns of inputs (tokens, in) that have any |x| >= threshold: int64 (k,), sorted."""
     return (inputs.abs() >= threshold).any(dim=0).nonzero().squeeze(1)
 
 
 def _without_outliers(values: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize tokens with scales that outlying values do not stretch, and with nothing in the outlier columns.
+    """Quantize tokens with scales that ignore outlier values, and set the outlier columns to zero.
 
-    `values` are float32 (tokens, in). Returns int8 data of that shape, the scales' row_absmax (tokens,), the columns.
+    `values` are float32 (tokens, in). Returns int8 data of that shape, the absmax of each token's scale (tokens,), and
+    the outlier columns (k,).
     """
     magnitude = values.abs()
     columns = (magnitude.amax(dim=0) >= threshold).nonzero().squeeze(1)
     if columns.numel():
-        outlying = magnitude[:, columns]  # no other column holds a value over the threshold
+        outlying = magnitude[:, columns]  # no other column has a value over the threshold
         magnitude[:, columns] = outlying.masked_fill_(outlying >= threshold, 0.0)
     absmax = magnitude.amax(dim=1)
     scale = INT8_MAX / absmax
-    scale.masked_fill_(scale.isinf(), 0.0)  # a token of zeros, or of values so small that they count as zeros
+    scale.masked_fill_(scale.isinf(), 0.0)  # a token of zeros, or of values so small that they are treated as zeros
     quantized = values * scale[:, None]
     quantized[:, columns] = 0.0
     return quantized.round_().to(torch.int8), absmax, columns

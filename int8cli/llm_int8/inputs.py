@@ -1,7 +1,7 @@
 """Statistics of the inputs of linear layers, by dimension.
 
-Owns what is counted of an input, and the threshold from which on a value is an outlier. Knows no model, no layer name
-and no file.
+Owns which statistics are collected, and the threshold from which a value is an outlier. Knows no model, layer name or
+file.
 """
 
 import math
@@ -16,7 +16,7 @@ _MEDIAN_SAMPLE = 1 << 16
 
 
 class NonFiniteInputError(ValueError):
-    """An input holds NaN or an infinity, first at (`position`, `dimension`)."""
+    """An input contains NaN or an infinity, first at (`position`, `dimension`)."""
 
     def __init__(self, position: int, dimension: int, value: float) -> None:
         super().__init__(f"{value} at position {position}, dimension {dimension}")
@@ -25,12 +25,12 @@ class NonFiniteInputError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class InputSummary:
-    """Statistics of all inputs that one site has seen.
+    """Statistics of all inputs of one site.
 
     By dimension, each (features,): `minimum`, `maximum`, `absmax_later` (largest |x| without the first position of
-    each sequence), `mean_square` and `share_over` (share of positions with |x| >= threshold) in float32;
-    `absmax_position`, where in its sequence the largest |x| stood, in int32. `median` is that of |x| over all
-    dimensions, from a sample; `mean_squared_rowmax` the mean square of each position's largest |x|.
+    each sequence), `mean_square` and `share_over` (share of positions with |x| >= threshold) in float32, and in int32
+    `absmax_position`, the position of the largest |x| in its sequence. `median` is the median of |x| over a sample of
+    all dimensions; `mean_squared_rowmax` is the mean square of each position's largest |x|.
     """
 
     positions: int
@@ -83,7 +83,7 @@ class InputStatistics:
         self._sum_medians, self._medians = 0.0, 0
 
     def update(self, inputs: Tensor) -> None:
-        """Take in a batch of inputs (..., positions, features), in any float dtype, each sequence from its start.
+        """Add a batch of inputs (..., positions, features), in any float dtype. Each sequence begins at position 0.
 
         Works in float32 on chunks of a few megabytes. Raises NonFiniteInputError at the first NaN or infinity.
         """
@@ -91,21 +91,21 @@ class InputStatistics:
         rows = inputs.reshape(-1, inputs.shape[-1])  # (positions of all sequences, features)
         step = max(1, _CHUNK_ELEMENTS // max(1, rows.shape[1]))
         for start in range(0, rows.shape[0], step):
-            self._take(rows[start : start + step].float(), start, length)
+            self._add(rows[start : start + step].float(), start, length)
         if rows.numel():
             stride = max(1, rows.numel() // _MEDIAN_SAMPLE)
             self._sum_medians += float(rows.reshape(-1)[::stride].abs().median())
             self._medians += 1
 
-    def _take(self, chunk: Tensor, start: int, length: int) -> None:
-        """A chunk of float32 rows, the first of which is row `start` of a batch of sequences of `length`."""
+    def _add(self, chunk: Tensor, start: int, length: int) -> None:
+        """Add a chunk of float32 rows. The first is row `start` of a batch of sequences with `length` rows each."""
         magnitude = chunk.abs()  # (rows, features)
         rowmax = magnitude.amax(dim=1)
         if not bool(torch.isfinite(rowmax).all()):
             _raise_first_non_finite(chunk, start, length)
         torch.minimum(self._minimum, chunk.amin(dim=0), out=self._minimum)
         torch.maximum(self._maximum, chunk.amax(dim=0), out=self._maximum)
-        self._place_absmax(magnitude, start, length)
+        self._update_absmax(magnitude, start, length)
         self._sum_squares += chunk.square().sum(dim=0).double()
         self._over += (magnitude >= self._threshold).sum(dim=0)
         self._positions += chunk.shape[0]
@@ -113,8 +113,8 @@ class InputStatistics:
         magnitude[-start % length :: length] = 0.0  # the first position of each sequence
         torch.maximum(self._absmax_later, magnitude.amax(dim=0), out=self._absmax_later)
 
-    def _place_absmax(self, magnitude: Tensor, start: int, length: int) -> None:
-        """Note where the dimensions stood that are larger here than ever before."""
+    def _update_absmax(self, magnitude: Tensor, start: int, length: int) -> None:
+        """Update the largest |x| of each dimension, and its position, where this chunk exceeds it."""
         risen = (magnitude.amax(dim=0) > self._absmax).nonzero().squeeze(1)
         if risen.numel():
             largest, row = magnitude[:, risen].max(dim=0)
@@ -122,7 +122,7 @@ class InputStatistics:
             self._absmax_position[risen] = ((row + start) % length).int()
 
     def summary(self) -> InputSummary:
-        """What has been seen so far, on the CPU. Without any input, all figures are 0."""
+        """The statistics so far, on the CPU. All figures are 0 if there was no input."""
         count = max(1, self._positions)
         seen = self._positions > 0
         return InputSummary(

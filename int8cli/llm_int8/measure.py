@@ -1,4 +1,4 @@
-"""The output error of a linear in int8, as measured on some of its inputs."""
+"""The output error of a linear in int8, measured on some of its inputs."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,11 @@ _ROWS_BYTES = 1 << 25
 def measured_output_errors(
     inputs: Tensor, weight: Tensor, stored: Sequence[int], scheme: InputScheme
 ) -> tuple[float, float]:
-    """||error|| / ||X Wᵀ|| of the LLM.int8() product: every column in int8, and with `stored` ones exact.
+    """||error|| / ||X Wᵀ|| of the LLM.int8() product, twice: with every column in int8, and with `stored` ones exact.
 
-    inputs: (positions, in_features), weight: (out_features, in_features), of one device and dtype. The reference is the
-    float32 product. Works on blocks of rows, so that memory does not grow with the weight. 0 where the output is 0.
+    inputs: (positions, in_features), weight: (out_features, in_features), on one device and in one dtype. The reference
+    is the float32 product. Works on blocks of rows, so memory does not grow with the weight. Both errors are 0 if the
+    output is 0.
     """
     columns = torch.tensor(list(stored), dtype=torch.int64, device=weight.device)
     whole = inputs.float()

@@ -1,6 +1,6 @@
-"""What int8 did to a weight: sums that blocks of it contribute to, and the figures that follow from them.
+"""The error of a weight in int8: sums over its blocks, and the figures computed from them.
 
-Owns the definitions of the error figures. Knows no file and no layer name.
+Owns the definitions of the error figures. Knows no file or layer name.
 """
 
 import math
@@ -12,7 +12,7 @@ class ErrorSums:
     """Sums over part of a weight W and its int8 form Ŵ = data * row_absmax / 127; parts add up with `+`.
 
     All sums are float64. `max_abs_error` is max |W - Ŵ|; `sum_abs_data` is the sum of |int8 values|.
-    `row_absmax_min` and `row_absmax_max` are over the scales as stored; a weight without rows has inf and 0.
+    `row_absmax_min` and `row_absmax_max` are over the stored scales; a weight without rows has inf and 0.
     """
 
     numel: int = 0
@@ -36,14 +36,14 @@ class ErrorSums:
 
     @property
     def relative_frobenius_error(self) -> float:
-        """‖W - Ŵ‖ / ‖W‖; 0 for a weight of zeros, which int8 holds exactly."""
+        """‖W - Ŵ‖ / ‖W‖; 0 for a weight of zeros, which int8 represents exactly."""
         if self.sum_squared_weight == 0.0:
             return 0.0
         return math.sqrt(self.sum_squared_error / self.sum_squared_weight)
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to quantization noise, 10 log10(‖W‖² / ‖W - Ŵ‖²), in dB; None where nothing was lost."""
+        """Signal to quantization noise, 10 log10(‖W‖² / ‖W - Ŵ‖²), in dB; None if there is no error."""
         if self.sum_squared_error == 0.0:
             return None
         return 10.0 * math.log10(self.sum_squared_weight / self.sum_squared_error)

@@ -1,7 +1,7 @@
-"""Outliers among the inputs of linear layers: which dimensions carry them, by their statistics.
+"""Which dimensions of the inputs of linear layers have outliers, from their statistics.
 
 Owns the definitions: which dimensions are systematic outlier features [LLM.int8(), section 4], and which values are
-massive activations [Sun et al. 2024, arXiv:2402.17762]. Knows no model, no layer name and no file.
+massive activations [Sun et al. 2024, arXiv:2402.17762]. Knows no model, layer name or file.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from int8cli.llm_int8.inputs import InputSummary
 
 LAYER_SHARE = 0.25
 POSITION_SHARE = 0.06
-# A value is massive from 100 on, where it is also a thousand times the median magnitude around it [Sun et al. 2024].
+# A massive value is at least 100 and a thousand times the median magnitude around it [Sun et al. 2024].
 MASSIVE_MAGNITUDE = 100.0
 MASSIVE_RATIO = 1000.0
 _SHARE_SLACK = 1e-6  # shares are float32
@@ -21,10 +21,10 @@ _SHARE_SLACK = 1e-6  # shares are float32
 
 @dataclass(frozen=True, slots=True)
 class OutlierFeature:
-    """One dimension of the residual stream that carries outliers in many layers, by the paper's criteria.
+    """One dimension of the residual stream that has outliers in many layers, by the paper's criteria.
 
-    `layers` are indices into the layers given; `position_share` is the mean over all sites of the share of positions
-    at which it reaches the threshold, `peak_share` the largest of these; `largest` is the largest |x| anywhere.
+    `layers` are indices into the given layers. `position_share` is the share of positions at which the dimension
+    reaches the threshold, averaged over all sites; `peak_share` is the largest one. `largest` is the largest |x|.
     """
 
     dimension: int
@@ -44,10 +44,10 @@ def systematic_features(
 ) -> tuple[OutlierFeature, ...]:
     """Dimensions with |x| >= threshold in at least `layer_share` of the layers and `position_share` of the positions.
 
-    `layers` holds for each layer the summaries of its norm-fed sites, all over the same index space. A dimension is
-    in a layer where one of these sites has it over the threshold anywhere; positions are counted over all sites of all
-    layers. The most widespread come first. [LLM.int8(), section 4.1, which leaves out the inputs of the second
-    feed-forward layers too]
+    `layers` has, for each layer, the summaries of its norm-fed sites, all over the same index space. A dimension counts
+    for a layer if it reaches the threshold anywhere at one of these sites. Positions are counted over all sites of all
+    layers. The most widespread features come first. [LLM.int8(), section 4.1, which also leaves out the inputs of the
+    second feed-forward layers]
     """
     if not layers:
         return ()
@@ -75,9 +75,9 @@ def systematic_features(
 
 @dataclass(frozen=True, slots=True)
 class MassiveActivation:
-    """A dimension that reaches a magnitude far beyond all around it, as a rule at one position only.
+    """A dimension that reaches a magnitude far beyond all others, usually at one position only.
 
-    `value` is the extreme, `position` where in its sequence it stood, `later` the largest |x| after the first position.
+    `value` is the extreme value, `position` its place in the sequence. `later` is the largest |x| after position 0.
     """
 
     dimension: int

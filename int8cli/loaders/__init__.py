@@ -1,1 +1,1 @@
-"""What loaders do with a checkpoint, by their versions: facts that were seen, and nothing that reads a file."""
+"""What loaders do with a checkpoint, by version: observed facts. Reads no files."""

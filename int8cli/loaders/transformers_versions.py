@@ -1,7 +1,7 @@
-"""What transformers' bitsandbytes path does in one version and not in another, and the versions in which it was seen.
+"""Differences between versions of transformers' bitsandbytes path, and the versions in which they were observed.
 
-The one place for such facts. `architectures` says what holds in every version that was surveyed; the plan follows both,
-so that what is written loads right in all of them. scripts/survey_architectures.py, run in an environment with one
+The only place for such facts. `architectures` has the facts that are true in every surveyed version. The plan follows
+both, so that the output loads correctly in all of them. scripts/survey_architectures.py, run in an environment with one
 version, prints where these tables and that version differ: run it for each new release, and add what it reports.
 """
 
@@ -12,20 +12,17 @@ from dataclasses import dataclass
 # The versions that were surveyed, oldest first. A fact that is "since" one of them was not in the one before.
 SURVEYED = ("4.57.6", "5.0.0", "5.23.0", "5.24.0")
 
-# Running a model block by block, and load_model, take the loader of transformers 5 apart (core_model_loading), which
+# Running a model block by block, and load_model, use parts of transformers 5's loader (core_model_loading), which
 # transformers 4 does not have.
 OLDEST_THAT_RUNS = "5.0.0"
 
-# 4.57.6 and 5.0.0 replace subclasses of nn.Linear too (falcon's, torch's MultiheadAttention), later versions do not:
-# these layers stay floats in the file and are named in `llm_int8_skip_modules`.
-# 4.57.6 also quantizes a float that it finds for an int8 layer; later versions refuse it.
-
-
-# --- which modules an entry of `llm_int8_skip_modules` covers -------------------------------------------------------
+# 4.57.6 and 5.0.0 also replace subclasses of nn.Linear (falcon's, torch's MultiheadAttention); later versions do not.
+# These layers stay floats in the file and are named in `llm_int8_skip_modules`.
+# 4.57.6 also quantizes a float weight that it finds for an int8 layer; later versions refuse it.
 
 
 def covers_by_name(entry: str, module: str) -> bool:
-    """4.57.6: a module of that very name, whole or last component, and all that is inside one (no expressions)."""
+    """4.57.6: a module whose name or last component equals the entry, and everything inside it (no expressions)."""
     return entry in (module, module.rpartition(".")[2]) or f"{entry}." in module
 
 
@@ -42,6 +39,7 @@ def covers_by_component(entry: str, module: str) -> bool:
     return module.endswith(entry) or re.match(rf"(?:{entry}){_BOUNDARY}", module) is not None
 
 
+# (an entry of `llm_int8_skip_modules`, a module's name) → whether the entry covers the module.
 SkipRule = Callable[[str, str], bool]
 
 SKIP_RULES: dict[str, SkipRule] = {
@@ -53,20 +51,17 @@ SKIP_RULES: dict[str, SkipRule] = {
 
 
 def skip_rule(version: str) -> SkipRule:
-    """The rule of a version, or that of the last one before it that was surveyed."""
+    """The rule of a version, or of the last surveyed version before it."""
     known = [each for each in SKIP_RULES if release(each) <= release(version)]
     return SKIP_RULES[known[-1] if known else SURVEYED[0]]
 
 
-# --- what is held in float32 ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, slots=True)
 class Float32Fact:
-    """Modules of some model types whose weights are float32 in memory, whatever the model's dtype.
+    """Modules of some model types whose weights are float32 in memory, even if the model has another dtype.
 
-    `always`: in a bfloat16 model too; else only in a float16 one. `since`: the first of `SURVEYED` that does so.
-    Versions before it hold the same values in the model's dtype, or in float32 where the file has that.
+    `always`: in bfloat16 models too, not only in float16 ones. `since`: the first of `SURVEYED` that does so. Earlier
+    versions hold the same values in the model's dtype, or in float32 if the file has float32.
     """
 
     modules: re.Pattern[str]
@@ -79,27 +74,27 @@ class Float32Fact:
 
 
 def _leaf(names: str) -> re.Pattern[str]:
-    """The last components of a module name, given as regular expressions with blanks between them."""
+    """A pattern for the last components of a module name. `names` are regular expressions separated by spaces."""
     return re.compile(rf"(?:^|\.)(?:{'|'.join(names.split())})$")
 
 
 def _under(names: str) -> re.Pattern[str]:
-    """Any component of a module name: everything inside the modules so named."""
+    """A pattern for any component of a module name: it covers everything inside the modules with these names."""
     return re.compile(rf"(?:^|\.)(?:{'|'.join(names.split())})(?:\.|$)")
 
 
 def float32_of(model_types: Iterable[str]) -> Iterator[Float32Fact]:
-    """The facts that hold for a model with configs of these types."""
+    """The facts about a model whose configs have these types."""
     found = frozenset(model_types)
     return (fact for fact in FLOAT32 if fact.model_types & found)
 
 
 def release(version: str) -> tuple[int, ...]:
-    """A version's numbers, to compare by: (5, 24, 0) for `5.24.0.dev0`."""
+    """A version's numbers, which can be compared: (5, 24, 0) for `5.24.0.dev0`."""
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-# Routers, in families which before 5.24 held the correction bias so, or nothing.
+# Routers of families in which, before 5.24, only the correction bias was float32, or nothing.
 _GATE_SINCE_5_24 = (
     *("axk1", "axk2", "bailing_hybrid", "deepseek_ocr2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1"),
     *("dots3_note", "dots3_note_text", "exaone_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text"),

@@ -1,4 +1,4 @@
-"""The messages about a pass over the blocks of a model. Needs no torch."""
+"""Messages about a pass over the blocks of a model. Needs no torch."""
 
 from collections.abc import Collection, Mapping
 
@@ -16,9 +16,9 @@ def begin_blocks(
     methods: int = 1,
     finished: Collection[str],
 ) -> None:
-    """Begin a task with the blocks as its parts, `steps` each, and announce it.
+    """Begin a task whose parts are the blocks, with `steps` steps each, and announce it.
 
-    `blocks` has the bytes of each block's weights. Each of the `methods` runs all `tokens`.
+    `blocks` maps each block to the bytes of its weights. Each of the `methods` runs all `tokens`.
     """
     largest = human_bytes(max(blocks.values(), default=0))
     work = f"{tokens:,} tokens × {methods} methods" if methods > 1 else f"{tokens:,} tokens"

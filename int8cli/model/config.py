@@ -1,6 +1,6 @@
-"""config.json as transformers reads it, and the model class and dtype that it means.
+"""config.json as transformers reads it, and the model class and dtype that it specifies.
 
-No code but transformers' own is ever run: a config that asks for remote code is refused.
+Only transformers' own code is ever run: a config that needs remote code is refused.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from int8cli.model.extra import require_transformers
 
 
 def read_config(directory: Path) -> Any:
-    """The directory's config.json as transformers reads it, never with code of the model's own.
+    """The directory's config.json as transformers reads it, never with the model's own code.
 
-    Raises CheckpointError for one that is damaged, CannotRunError for one that transformers does not accept.
+    Raises CheckpointError if it is damaged, CannotRunError if it is missing or transformers does not accept it.
     """
     require_transformers()
     from transformers import AutoConfig
@@ -33,10 +33,10 @@ def read_config(directory: Path) -> Any:
     raw = read_config_file(DirectorySource(directory))
     model_type = raw.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        asks = "needs its own code (trust_remote_code), which int8cli never runs" if "auto_map" in raw else ""
+        own_code = "; the model needs its own code (trust_remote_code), which int8cli never runs"
         raise CannotRunError(
             f"the installed transformers does not know the model type {model_type!r}"
-            + (f"; its config.json {asks}" if asks else ""),
+            + (own_code if "auto_map" in raw else ""),
             hint="A newer transformers may support it.",
         )
     try:
@@ -46,7 +46,7 @@ def read_config(directory: Path) -> Any:
 
 
 def model_class_of(config: Any) -> Any:
-    """The class that a config names, or the bare model of its type. Raises CannotRunError."""
+    """The class that a config names, or else the bare model of its type. Raises CannotRunError."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -61,7 +61,7 @@ def model_class_of(config: Any) -> Any:
 
 
 def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:
-    """The dtype of the weights: what the config says, as transformers' `dtype="auto"` has it, or what most are."""
+    """The dtype of the weights: from the config, as with transformers' `dtype="auto"`, or else the most common one."""
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     totals = dict.fromkeys(QUANTIZABLE_DTYPES, 0)

@@ -2,18 +2,20 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from int8cli.errors import MissingTransformersError
 from int8cli.loaders.transformers_versions import OLDEST_THAT_RUNS, release
 
 
 def has_transformers() -> bool:
-    """Whether it seems to be installed; that takes a second less than to import it."""
+    """Whether transformers seems to be installed. Does not import it, which takes a second."""
     return importlib.util.find_spec("transformers") is not None
 
 
 def require_transformers() -> None:
-    """Raise MissingExtraError where transformers is not installed, or too old."""
+    """Raise MissingExtraError if transformers is not installed or is too old."""
     try:
         require_version()
         import transformers  # noqa: F401
@@ -24,12 +26,26 @@ def require_transformers() -> None:
         ) from error
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers' own bars stay away: they write over ours, and come out as one long line in a log."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def require_version() -> None:
-    """Raise MissingExtraError for a transformers that opens int8 checkpoints but lacks what runs a model here."""
+    """Raise MissingExtraError if the installed transformers is too old to run models here."""
     try:
         installed = importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:
-        return  # if it is there all the same, it is on its own
+        return  # a transformers without metadata: no version to compare
     if release(installed) < release(OLDEST_THAT_RUNS):
         raise MissingTransformersError(
             f"running a model needs transformers {OLDEST_THAT_RUNS} or newer; {installed} is installed",

@@ -1,6 +1,5 @@
-"""The small files that transformers wants to find in a directory: config and tokenizer."""
+"""The small files that transformers reads from a directory: config and tokenizer."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,21 +15,15 @@ _LIMIT_BYTES = 100_000_000
 
 @contextmanager
 def model_files(source: Source, weights: WeightFiles) -> Iterator[Path]:
-    """A directory with the source's config and tokenizer while the context lasts. Python files are left out."""
-    wanted = [name for name in weights.copied if "/" not in name and not name.endswith(".py")]
+    """A temporary directory with the source's config and tokenizer, but without its Python files."""
+    names = [name for name in weights.copied if "/" not in name and not name.endswith(".py")]
     if _CONFIG in source.list_files():
-        wanted.append(_CONFIG)
-    with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
-        directory = Path(name)
-        for file in wanted:
-            if source.size_bytes(file) <= _LIMIT_BYTES:
-                with source.fetch(file) as local:
-                    _put(local.path, directory / file)
+        names.append(_CONFIG)
+    with tempfile.TemporaryDirectory(prefix="int8cli-") as temporary:
+        directory = Path(temporary)
+        for name in names:
+            if source.size_bytes(name) <= _LIMIT_BYTES:
+                with source.fetch(name) as local:
+                    # A hard link would be quicker, and would change the time that tells of changes of the source.
+                    shutil.copyfile(local.path, directory / name)
         yield directory
-
-
-def _put(original: Path, place: Path) -> None:
-    try:
-        os.link(original.resolve(), place)
-    except OSError:  # another disk
-        shutil.copyfile(original, place)

@@ -1,8 +1,8 @@
-"""The state between blocks on disk: a killed run resumes from it, and hidden states need no memory.
+"""The outputs of blocks, saved on disk: a killed run resumes from them, and hidden states need no memory.
 
-Owns the files under one directory. A block counts as finished once the record names it, after its outputs for every
-sequence are there. Only the last finished block of each stack stays on disk: earlier outputs are no longer used,
-and when a resumed forward passes them again, the last one's output stands in for theirs.
+Owns the files under one directory. A block is finished once the record names it, which happens after its outputs for
+every sequence are saved. Only the last finished block of each stack stays on disk. A resumed forward passes the earlier
+blocks again, and uses the last one's output in place of theirs.
 """
 
 import contextlib
@@ -20,16 +20,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.lock import hold
-from int8cli.checkpoint.own_files import create_file, opened_directory, remove_tree
+from int8cli.checkpoint.lock import lock_by_name
+from int8cli.checkpoint.own_files import create_file, open_or_create, opened_directory, remove_file, remove_tree
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
+from int8cli.errors import CheckpointError, OutputError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
 from int8cli.progress import Progress
 from int8cli.typed_json import parse_json, read_as
 
 _RECORD = "record.json"
-# What a file that is damaged, cut short or not readable makes of torch.load, safetensors and json.
+# What torch.load, safetensors and json raise for a file that is damaged, truncated or unreadable.
 _UNREADABLE = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError),
     *(UnpicklingError, SafetensorError, CheckpointError),
@@ -40,7 +40,7 @@ Step = TypeVar("Step")
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """What is in the record: whose run it is, the finished blocks in order, and by stack the last of them."""
+    """The record: which run it belongs to, the finished blocks in order, and the last of them in each stack."""
 
     identity: Any
     finished: tuple[str, ...]
@@ -50,17 +50,19 @@ class _Record:
 class SavedStates:
     """Outputs of blocks, by stack, block, visit and sequence.
 
-    A `visit` is the count of calls of a block in one forward, 1 but for models that run a block several times.
-    `identity` says what run this is; the state of another run in the directory is discarded.
+    `visit` counts the calls of a block in one forward; it is 1 unless a model calls a block several times. `identity`
+    identifies the run: if the directory has the state of another run, that is deleted.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, Any], below: Path | None = None) -> None:
+        """Links are followed up to `below`, the directory above this one unless given, and none after it."""
         self._directory = directory
+        self.below = below or directory.parent
         self._identity = json.loads(json.dumps(dict(identity)))
         self._finished: list[str] = []
         self._latest: dict[str, str] = {}
         self._usable = True
-        self._lock = _lock(directory)
+        self._lock = _lock(directory, self.below)
         self._read_record()
         self.resumed = bool(self._finished)
         if not self.resumed:
@@ -79,9 +81,9 @@ class SavedStates:
         return _key(block, visit) in self._finished
 
     def put(self, stack: str, block: str, visit: int, sequence: int, output: Any) -> Any:
-        """Save a block's output; returns it as a mapping of the file, which needs no memory while unused.
+        """Save a block's output. Returns it as a mapping of the file, which needs no memory while it is not used.
 
-        An output that is more than nested tensors cannot be saved; from then on nothing is saved.
+        Only nested tensors and plain values can be saved. After any other output, nothing more is saved.
         """
         if not self._usable or not _is_plain(output):
             self._usable = False
@@ -89,7 +91,7 @@ class SavedStates:
         path = self._path(_key(block, visit), sequence)
         marks = [is_marked(tensor) for tensor in tensors_in(output)]
         owned = map_tensors(output, lambda tensor: tensor.detach().cpu().clone())
-        _save({"output": owned, "marks": marks}, path, self._directory.parent)
+        _save({"output": owned, "marks": marks}, path, self.below)
         del owned
         return output if any(tensor.device.type != "cpu" for tensor in tensors_in(output)) else self._load(path)
 
@@ -105,12 +107,12 @@ class SavedStates:
         self._finished.append(_key(block, visit))
         self._latest[stack] = _key(block, visit)
         record = {"identity": self._identity, "finished": self._finished, "latest": self._latest}
-        write_file(self._directory / _RECORD, json.dumps(record).encode(), below=self._directory.parent)
+        write_file(self._directory / _RECORD, json.dumps(record).encode(), below=self.below)
         if before is not None:
-            remove_tree(self._directory / before, self._directory.parent)
+            remove_tree(self._directory / before, self.below)
 
     def abandon(self) -> None:
-        """Delete everything, and save nothing from now on."""
+        """Delete everything and stop saving."""
         self._usable = False
         self.clear()
 
@@ -119,16 +121,16 @@ class SavedStates:
         if self._lock < 0:
             return
         if not self._directory.exists():
-            _lock_file(self._directory).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # there is something else in it
-                self._directory.parent.rmdir()
+            with contextlib.suppress(OSError, OutputError):
+                remove_file(_lock_file(self._directory), self.below)
+                self._directory.parent.rmdir()  # unless it holds other files
         os.close(self._lock)
         self._lock = -1
 
     def clear(self) -> None:
-        """Remove everything."""
+        """Delete everything that is saved."""
         self._finished, self._latest = [], {}
-        remove_tree(self._directory, self._directory.parent)
+        remove_tree(self._directory, self.below)
 
     def _path(self, key: str, sequence: int) -> Path:
         return self._directory / key / f"{sequence}.pt"
@@ -140,7 +142,7 @@ class SavedStates:
             return map_tensors(saved["output"], lambda tensor: mark(tensor) if next(marks) else tensor)
 
     def _read_record(self) -> None:
-        """Read the record. Ignored if it belongs to another run or cannot be read: then every block runs again."""
+        """Read the record. One of another run, or one that cannot be read, is ignored: every block then runs again."""
         with contextlib.suppress(SavedStateError), read_back(self._directory / _RECORD) as path:
             record = read_as(_Record, parse_json(path.read_bytes()))
             if record.identity == self._identity and all(map(_is_key, (*record.finished, *record.latest.values()))):
@@ -150,17 +152,14 @@ class SavedStates:
 def resumed_or_started_over(
     run: Callable[[], Iterator[Step]], saved: SavedStates | None, progress: Progress
 ) -> Iterator[Step]:
-    """Yield from `run`; if it cannot resume from the saved state, yield from a run that starts over.
-
-    `run` reads the state itself, and is called again after the state was deleted.
-    """
+    """Yield from `run()`. If it cannot resume from the saved state, delete the state and yield from `run()` again."""
     try:
         yield from run()
         return
     except (UnsupportedModelError, SavedStateError) as error:
         if saved is None or not saved.resumed:
             raise
-        # A model that hands more from block to block than their outputs cannot be resumed in the middle.
+        # A model whose blocks share more than their outputs cannot be resumed in the middle.
         why = str(error) if isinstance(error, SavedStateError) else "this model cannot be resumed in the middle"
     progress.note(f"{why}: starting over")
     saved.clear()
@@ -169,7 +168,7 @@ def resumed_or_started_over(
 
 @contextmanager
 def read_back(path: Path) -> Iterator[Path]:
-    """Around the reading of a file that int8cli saved to resume from. Raises SavedStateError if that fails."""
+    """A context for reading a file that int8cli saved to resume from. Raises SavedStateError if reading fails."""
     try:
         yield path
     except _UNREADABLE as error:
@@ -180,7 +179,7 @@ def read_back(path: Path) -> Iterator[Path]:
 
 
 def _save(value: Any, path: Path, below: Path) -> None:
-    """torch.save to a file that is reached by no link after `below`. Raises DiskSpaceError, OutputError."""
+    """torch.save to a file, without following links after `below`. Raises DiskSpaceError, OutputError."""
     with (
         disk_errors(path),
         opened_directory(path.parent, below, make=True) as directory,
@@ -192,9 +191,9 @@ def _save(value: Any, path: Path, below: Path) -> None:
 
 
 class _WatchedFile:
-    """A file for torch.save, which makes a RuntimeError of what goes wrong, or ends the process on the way out.
+    """A file for torch.save that remembers its first error. torch.save itself would raise a RuntimeError or crash.
 
-    After an error nothing more is written; `raise_error` tells it.
+    After an error nothing more is written; `raise_error` raises it.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -210,24 +209,23 @@ class _WatchedFile:
         return len(data)
 
     def flush(self) -> None:
-        """All is flushed when the file is closed."""
+        """Nothing to do: closing the file flushes it."""
 
     def raise_error(self) -> None:
         if self._error is not None:
             raise self._error
 
 
-def _lock(directory: Path) -> int:
+def _lock(directory: Path, below: Path) -> int:
     """Lock the directory for this process. Raises OutputInUseError if another process has it."""
-    with disk_errors(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    hold(
-        descriptor,
-        f"another int8cli process is running this model and uses {directory}",
-        "Wait for it to end, or choose another directory.",
-    )
-    return descriptor
+    file = _lock_file(directory)
+
+    def open_file() -> int:
+        with disk_errors(directory), opened_directory(file.parent, below, make=True) as parent:
+            return open_or_create(file.name, parent)
+
+    in_use = f"another int8cli process is running this model and uses {directory}"
+    return lock_by_name(file, open_file, in_use, "Wait for it to end, or choose another directory.")
 
 
 def _lock_file(directory: Path) -> Path:
@@ -239,7 +237,7 @@ def _key(block: str, visit: int) -> str:
 
 
 def _is_key(name: str) -> bool:
-    """Whether a name may be one that `_key` made: that of a directory here, and of none elsewhere."""
+    """Whether `_key` could have made this name. Such a name cannot lead out of the directory."""
     return "@" in name and os.sep not in name and "\0" not in name
 
 

@@ -1,7 +1,7 @@
-"""Which linear layers of a unit share an input, and of what kind that input is: found by watching it run once.
+"""Which linear layers of a unit share an input, and the kind of that input, found by observing one run.
 
-Owns `Site`. Goes by what feeds what, not by names: two linears that are handed the same memory share a site, an input
-that a norm has made is norm-fed, and attention is where activations are multiplied with each other.
+Owns `Site`. Follows the data, not names: two linears whose inputs are the same memory share a site, an input that a
+norm wrote is norm-fed, and attention is where activations are multiplied by activations.
 """
 
 import itertools
@@ -10,12 +10,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Kind = Literal["norm-fed", "attention output", "second feed-forward"]
 
-# Products of activations with activations; whatever lies between them and the next linear is elementwise.
+# Products of activations by activations. Everything between them and the next linear is elementwise.
 _MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "einsum"})
 _LINEAR = frozenset({"linear", "addmm"})
 _NORM_MARK = "_int8cli_made_by_norm"
@@ -23,9 +24,9 @@ _NORM_MARK = "_int8cli_made_by_norm"
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An input that one or more linear layers of a unit share, by the names that the checkpoint has for them.
+    """An input that one or more linear layers of a unit share. `linears` are their names in the checkpoint.
 
-    `name` is that of the first; `stack` and `layer` are those of the unit.
+    `name` is the first of them; `stack` and `layer` are those of the unit.
     """
 
     name: str
@@ -44,36 +45,36 @@ class _Found:
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers in a module by their names in it: nn.Linear and its subclasses, and GPT-2's Conv1D."""
+    """The linear layers in a module, by their names in it: nn.Linear, its subclasses, and GPT-2's Conv1D."""
     from transformers.pytorch_utils import Conv1D
 
     return {name: child for name, child in module.named_modules() if isinstance(child, (nn.Linear, Conv1D))}
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """A linear's weight as (out_features, in_features): Conv1D has it the other way around."""
+    """A linear's weight as (out_features, in_features). Conv1D stores the transpose."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight if isinstance(linear, nn.Linear) else weight.t()
 
 
 class SiteFinder:
-    """Watches one run of a module and finds its sites.
+    """Observes one run of a module and finds its sites.
 
-    `on_input(linear, x)` is called where a site's first linear gets its input.
+    `on_input(linear, x)` is called when the first linear of a site gets its input.
     """
 
     def __init__(self, on_input: Callable[[nn.Module, Tensor], None] | None = None) -> None:
         self._on_input = on_input
         self._found: dict[tuple[object, ...], _Found] = {}
-        self._known: dict[nn.Module, bool] = {}  # linears met so far; true for the first of a site
+        self._is_first: dict[nn.Module, bool] = {}  # linears called so far: whether each is the first of its site
         self._norm_made: set[int] = set()
         self._weights: set[int] = set()
         self._mixed = False
-        self._held: list[Tensor] = []  # memory that must not be given to other tensors while it is compared
+        self._alive: list[Tensor] = []  # keeps memory from being reused while its addresses are compared
 
     @contextmanager
     def watching(self, module: nn.Module, linears: Iterable[nn.Module], arguments: object) -> Iterator[None]:
-        """Watch these linears while the module that holds them runs once with these arguments."""
+        """Observe these linears while the module that holds them runs once with these arguments."""
         for tensor in tensors_in(arguments):
             if is_marked(tensor):
                 self._norm_made.add(_memory(tensor))
@@ -88,43 +89,43 @@ class SiteFinder:
             yield
 
     def found(self) -> Iterator[tuple[Kind, int, list[nn.Module]]]:
-        """Kind, in_features and linears of each site, in the order they were met."""
+        """Kind, in_features and linears of each site, in the order in which they were first called."""
         for site in self._found.values():
             yield site.kind, site.in_features, site.linears
 
     def made_by_norm(self, tensor: Tensor) -> bool:
-        """Whether a norm made the memory that a tensor lies in; to be asked while the run's tensors are alive."""
+        """Whether a norm wrote the memory of a tensor. Valid only while the tensors of the run are alive."""
         return _memory(tensor) in self._norm_made
 
     def multiplied(self, factors: object, *, by_weights: bool) -> None:
-        """A product was computed: with a weight, if it is a linear one or a factor says so, or of activations alone."""
+        """Record a product. Unless `by_weights` or a factor is a weight, it is one of activations by activations."""
         self._mixed = not (by_weights or any(_memory(factor) in self._weights for factor in tensors_in(factors)))
 
     def _after_norm(self, module: nn.Module, inputs: object, output: object) -> None:
         for tensor in tensors_in(output):
-            self._held.append(tensor)
+            self._alive.append(tensor)
             self._norm_made.add(_memory(tensor))
 
     def _before_linear(self, linear: nn.Module, inputs: tuple[Any, ...]) -> None:
-        given: Tensor = inputs[0]
-        if linear not in self._known:
-            key = (_memory(given), given.storage_offset(), given.numel(), given.shape[-1], given._version)
-            self._known[linear] = key not in self._found
+        x: Tensor = inputs[0]
+        if linear not in self._is_first:
+            key = (_memory(x), x.storage_offset(), x.numel(), x.shape[-1], x._version)
+            self._is_first[linear] = key not in self._found
             if key not in self._found:
-                self._held.append(given)
-                self._found[key] = _Found(self._kind(given), given.shape[-1])
+                self._alive.append(x)
+                self._found[key] = _Found(self._kind(x), x.shape[-1])
             self._found[key].linears.append(linear)
-        if self._known[linear] and self._on_input is not None:
-            self._on_input(linear, given)
+        if self._is_first[linear] and self._on_input is not None:
+            self._on_input(linear, x)
 
-    def _kind(self, given: Tensor) -> Kind:
+    def _kind(self, x: Tensor) -> Kind:
         if self._mixed:
             return "attention output"
-        return "norm-fed" if self.made_by_norm(given) else "second feed-forward"
+        return "norm-fed" if self.made_by_norm(x) else "second feed-forward"
 
 
 class _Products(TorchFunctionMode):
-    """Tells a SiteFinder of products, in the order in which they are computed."""
+    """Reports products to a SiteFinder in the order in which they are computed."""
 
     def __init__(self, finder: SiteFinder) -> None:
         super().__init__()
@@ -141,18 +142,26 @@ class _Products(TorchFunctionMode):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A normalization, by the one name that all of its classes have."""
+    """Whether a module is a norm. The classes of norms have only the word in their names in common."""
     return "norm" in type(module).__name__.lower() and not linears_of(module)
 
 
 def mark(tensor: Tensor) -> Tensor:
-    """Mark a tensor as made by a norm, for the unit that it is handed to."""
+    """Mark a tensor as the output of a norm, for the next unit."""
     setattr(tensor, _NORM_MARK, True)
     return tensor
 
 
 def is_marked(tensor: Tensor) -> bool:
     return bool(getattr(tensor, _NORM_MARK, False))
+
+
+def moved_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, marked if it was marked before."""
+    if tensor.device == device:
+        return tensor
+    moved = tensor.to(device)
+    return mark(moved) if is_marked(tensor) else moved
 
 
 def tensors_in(structure: object) -> Iterator[Tensor]:
@@ -166,7 +175,7 @@ def tensors_in(structure: object) -> Iterator[Tensor]:
 
 
 def map_tensors(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nesting of plain tuples, lists and dicts with each tensor changed; other things as they are."""
+    """The same nesting of plain tuples, lists and dicts with `change` applied to each tensor and to nothing else."""
     if isinstance(structure, Tensor):
         return change(structure)
     if type(structure) is dict:
@@ -181,5 +190,5 @@ def _memory(tensor: Tensor) -> int:
 
 
 def first_hidden(output: object) -> Tensor | None:
-    """The hidden states that a block puts out: its first float tensor."""
+    """The hidden states in a block's output: its first float tensor."""
     return next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)

@@ -1,7 +1,7 @@
-"""A transformers model without its weights: built from config.json on the meta device, and filled unit by unit.
+"""A transformers model without its weights, built from config.json on the meta device. Its weights are loaded by unit.
 
-Owns everything that depends on how transformers builds a model and names its weights. No code but transformers' own is
-ever run: a config that asks for remote code is refused.
+Owns everything that depends on how transformers builds a model and names its weights. Only transformers' own code is
+ever run: a config that needs remote code is refused.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CannotRunError, CheckpointError
+from int8cli.errors import CannotRunError, CheckpointError, Int8cliError
 from int8cli.model.config import dtype_of, model_class_of, read_config
-from int8cli.model.loading import conversions_of, initialize, laid_out, load_weights, name_targets
+from int8cli.model.loading import as_large_as, conversions_of, initialize, laid_out, load_weights, name_targets
 from int8cli.model.units import Unit, find_units, resident_weights
 
 _RESIDENT_TABLE_BYTES = 16 << 20
 
 
 class Skeleton:
-    """The model, on the meta device but for what units have been given, and the way from tensor names to weights."""
+    """The model, on the meta device except for loaded units, and which tensors of a checkpoint become which weights."""
 
     def __init__(self, model: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> None:
         self.model = model
@@ -37,7 +37,7 @@ class Skeleton:
             self._sources_of.setdefault(target, []).append(source)
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         units = [self._unit(*found, specs) for found in find_units(model)]
-        # Small tables stay: some models (DeBERTa) take the weight of one without calling the module.
+        # Small tables stay in memory: some models (DeBERTa) use a table's weight without calling its module.
         head = self.output_head()
         tables = [unit for unit in units if unit.mapped and self.module(unit) is not head]
         small = [unit for unit in tables if unit.weight_bytes <= _RESIDENT_TABLE_BYTES]
@@ -51,17 +51,17 @@ class Skeleton:
         return module
 
     def weight_name(self, module_name: str) -> str:
-        """What the checkpoint calls the module: its weight's name there without `.weight`; its own if it has none."""
+        """The checkpoint's name for a module: its weight's name without `.weight`, or the module's own name."""
         sources = self._sources_of.get(f"{module_name}.weight", [])
         return sources[0].removesuffix(".weight") if len(sources) == 1 else module_name
 
     def output_head(self) -> nn.Module | None:
-        """The layer that makes logits, after which there is nothing to learn about inputs."""
+        """The layer that computes the logits; None if the model has none."""
         head = self.model.get_output_embeddings()
         return head if isinstance(head, nn.Module) else None
 
     def to(self, device: torch.device) -> None:
-        """Move what is not weights, such as rotary frequencies, to the device that units will be loaded on."""
+        """Load units on this device from now on, and move buffers such as rotary frequencies to it."""
         self._device = device
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -69,7 +69,7 @@ class Skeleton:
                     setattr(module, name, buffer.to(device))
 
     def load(self, unit: Unit, tensors: CheckpointTensors) -> None:
-        """Give a unit its weights. Raises CheckpointError for those that the checkpoint does not have."""
+        """Load a unit's weights. Raises CheckpointError if the checkpoint lacks one or its shape is wrong."""
         read = tensors.map if unit.mapped else tensors.read
         lazy = {name: _Lazy(read, name) for name in unit.sources}
         device = "cpu" if unit.mapped else self._device
@@ -85,7 +85,7 @@ class Skeleton:
                 )
 
     def unload(self, unit: Unit) -> None:
-        """Take a unit's weights from it again."""
+        """Move a unit's weights back to the meta device, which frees their memory."""
         for target in {*unit.targets, *map(self._untied, unit.targets)}:
             owner, _, leaf = target.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -94,7 +94,7 @@ class Skeleton:
             setattr(module, leaf, nn.Parameter(meta, requires_grad=False) if leaf in module._parameters else meta)
 
     def _untied(self, target: str) -> str:
-        """The parameter that the checkpoint has tensors for: the target, or what it is tied to, in either direction."""
+        """The parameter whose tensors are in the checkpoint: the target, or one that it is tied to."""
         if target in self._sources_of:
             return target
         partners = [self._tied.get(target)] + [tied for tied, to in self._tied.items() if to == target]
@@ -103,9 +103,9 @@ class Skeleton:
 
     def _tie(self, target: str) -> None:
         owner, _, leaf = target.rpartition(".")
-        given = self._parameter(self._untied(target))
-        if given is not self._parameter(target):
-            setattr(self.model.get_submodule(owner), leaf, given)
+        loaded = self._parameter(self._untied(target))
+        if loaded is not self._parameter(target):
+            setattr(self.model.get_submodule(owner), leaf, loaded)
 
     def _parameter(self, target: str) -> Tensor:
         owner, _, leaf = target.rpartition(".")
@@ -120,7 +120,7 @@ class Skeleton:
     def _unit(self, name: str, stack: str | None, index: int | None, specs: Mapping[str, TensorSpec]) -> Unit:
         module = self.model.get_submodule(name)
         targets = [f"{name}.{key}" for key, weight in module.state_dict().items() if weight.is_meta]
-        # A tensor that is split belongs to its first target; one that is merged from many lists them all.
+        # A tensor that is split on load belongs to its first target. A merged weight has several sources.
         sources = self._sources(targets)
         width = self.dtype.itemsize
         weight_bytes = sum(specs[source].numel * width for source in sources)
@@ -134,17 +134,19 @@ class Skeleton:
 def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton:
     """The model that a directory's config.json describes, for a checkpoint with these tensors.
 
-    The class is the one that config.json names, so that heads are as they were saved, or the bare model of its type.
-    Raises CannotRunError for a model that only remote code can build, MissingExtraError without transformers.
+    The class is the one that config.json names, with its heads, or else the bare model of its type. Raises
+    CannotRunError if only remote code can build the model, MissingExtraError without transformers.
     """
     config = read_config(directory)
     model_class = model_class_of(config)
     dtype = dtype_of(config, specs)
     try:
-        with laid_out(model_class, dtype):
+        with as_large_as(len(specs)), laid_out(model_class, dtype):
             model = model_class(config)
         initialize(model, _computed_weights(model))
-    except Exception as error:  # what a model class makes of a config is not for us to list
+    except Int8cliError:
+        raise
+    except Exception as error:  # a model class may raise anything for an unusual config
         raise CannotRunError(
             f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}"
         ) from error
@@ -152,14 +154,14 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
 
 
 def _computed_weights(model: Any) -> set[str]:
-    """Weights that checkpoints need not have, since the model computes them when it is made (Marian's positions)."""
+    """Weights that a checkpoint may lack, since the model computes them when it is built (Marian's positions)."""
     patterns = model._keys_to_ignore_on_load_missing or ()
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     return {name for name in model.state_dict() if name not in tied and any(re.search(p, name) for p in patterns)}
 
 
 class _Lazy:
-    """A tensor that is read when transformers slices it, as it slices those of safetensors."""
+    """A tensor that is read when transformers slices it, like a slice of a safetensors file."""
 
     def __init__(self, read: Any, name: str) -> None:
         self._read, self._name = read, name
@@ -171,7 +173,7 @@ class _Lazy:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers shows a bar for each load; a unit's takes a moment."""
+    """Hide transformers' progress bar, which would appear for every unit."""
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging

@@ -1,8 +1,8 @@
-"""Functions that can be left standing in the middle: each runs in a thread of its own, one at a time.
+"""Functions that can be suspended in the middle. Each runs in its own thread, and only one runs at a time.
 
-Owns the handing over. A model's forward is not written to be suspended between two blocks, yet that is what it takes to
-bring every sequence through a block before the next block's weights are read. Threads do it with any model code, since
-nothing of it has to be known or repeated; of all strands only the one being waited for ever runs.
+Owns the switch between them. A model's forward is not written to be suspended between two blocks, but every sequence
+must pass a block before the next block's weights are read. Threads make that possible for any model code, without
+knowing it or repeating any of it. Only the strand that the caller waits for ever runs.
 """
 
 import threading
@@ -15,13 +15,13 @@ Answer = TypeVar("Answer")
 
 
 class _Closed(BaseException):
-    """Unwinds a strand that nobody is going to answer; no `except Exception` on the way may stop it."""
+    """Unwinds a strand that gets no more answers. A BaseException, so that no `except Exception` in it stops this."""
 
 
 class Strand(Generic[Question, Answer]):
-    """One function, run until it asks something, left there until it is answered.
+    """One function that is suspended whenever it asks a question, until `advance` gives it the answer.
 
-    `function` gets the strand's own `ask`. `advance` runs it to its next question.
+    `function` is called with the strand's `ask`, which takes a question and returns the answer.
     """
 
     def __init__(self, function: Callable[[Callable[[Question], Answer]], None]) -> None:
@@ -32,9 +32,9 @@ class Strand(Generic[Question, Answer]):
         self.finished = False
 
     def advance(self, answer: Answer | None = None) -> Question | None:
-        """Answer the last question (nothing at the start) and run on. Returns the next question, None at the end.
+        """Answer the last question (or start the function) and return the next question; None at the end.
 
-        What the function raises is raised here.
+        Raises whatever the function raises.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
@@ -50,7 +50,7 @@ class Strand(Generic[Question, Answer]):
         return question
 
     def close(self) -> None:
-        """End the function where it stands, if it has not ended."""
+        """End the function where it is suspended, unless it has ended."""
         if self._thread is not None and not self.finished:
             self.finished = True
             self._answers.put(_Closed())

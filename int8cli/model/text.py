@@ -1,6 +1,6 @@
 """Text into sequences of tokens, as the model's own tokenizer makes them.
 
-Owns which part of a text is used and which texts cannot be used. Chosen by seed, never at random.
+Owns which part of a text is used, and which texts cannot be used. The choice depends on the seed alone.
 """
 
 import hashlib
@@ -8,22 +8,26 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.source import Source
 from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
 
-_BYTES_A_TOKEN = 64  # more than any tokenizer needs; of a longer text only this much is read
+_PUT_FILES = "Put the tokenizer files (tokenizer.json) in the directory of the weights."
+_BYTES_A_TOKEN = 64  # more than any tokenizer needs; the rest of a longer text is not read
 _LEAST_BYTES = 1 << 20
+_MOST_SPECIAL_TOKENS = 16  # what a tokenizer puts around a text
+_LONGEST_MESSAGE = 1000
 _PROBE = "The quick brown fox"
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text and what to call it. `sha256` is that of the bytes used."""
+    """A text and its name. `sha256` is the digest of the bytes that are used."""
 
     name: str
     text: str
@@ -31,7 +35,12 @@ class Text:
 
     @classmethod
     def decode(cls, name: str, data: bytes) -> "Text":
-        """Raises TextError if the bytes are not UTF-8, or nothing but blanks."""
+        """Raises TextError if the bytes are not UTF-8, or only white space."""
+        if b"\0" in data:
+            raise TextError(
+                f"{name} is not text: byte 0x00 at offset {data.index(0):,}",
+                hint="Give a file of plain UTF-8 text.",
+            )
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -40,12 +49,12 @@ class Text:
                 hint="Convert it first: iconv -f LATIN1 -t UTF-8.",
             ) from error
         if not text.strip():
-            raise TextError(f"{name} is empty", hint="Give plain text like that the model is used for.")
+            raise TextError(f"{name} is empty", hint="Give plain text of the kind that the model is used for.")
         return cls(name, text, hashlib.sha256(data).hexdigest())
 
     @classmethod
     def read(cls, path: Path, tokens: int) -> "Text":
-        """As much of a file as `tokens` tokens can need. Raises TextError if it cannot be read or used."""
+        """Read as much of a file as `tokens` tokens can need. Raises TextError if it cannot be read or used."""
         limit = max(_LEAST_BYTES, tokens * _BYTES_A_TOKEN)
         try:
             with path.open("rb") as file:
@@ -58,15 +67,15 @@ class Text:
 
 
 def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -> list[dict[str, Any]]:
-    """Inputs of a model's forward: sequences of exactly the sampling's length, or what the model can take at most.
+    """Inputs of a model's forward: sequences of exactly the sampling's length, or the model's maximum if that is less.
 
-    The text is cut into pieces; as many as wanted are chosen by seed and kept in their order, or all if there are not
-    as many. Each gets the special tokens that the tokenizer puts around a text. Raises TextError where the text does
-    not give one sequence, CannotRunError where there is no tokenizer.
+    The text is cut into pieces. The seed chooses as many as the sampling needs, or all if there are fewer; they stay in
+    order. Each gets the special tokens that the tokenizer puts around a text. Raises TextError if the text is too short
+    for one sequence, CannotRunError without a tokenizer.
     """
     tokenizer = load_tokenizer(directory)
     before, after = _special_tokens(tokenizer)
-    length = min(sampling.sequence_length, _longest(config, sampling.sequence_length))
+    length = _length(config, sampling)
     body = length - len(before) - len(after)
     if body < 1:
         raise TextError(f"sequences of {length} tokens are too short for text and the special tokens of this tokenizer")
@@ -77,38 +86,57 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
             f"{text.name} has {len(ids)} tokens, but a sequence needs {body}",
             hint=f"Give a longer text, or sequences of {max(1, len(ids) + length - body)} tokens.",
         )
-    wanted = max(1, sampling.tokens // length)
-    if len(pieces) > wanted:
-        chosen = sorted(random.Random(sampling.seed).sample(range(len(pieces)), wanted))
+    count = max(1, sampling.tokens // length)
+    if len(pieces) > count:
+        chosen = sorted(random.Random(sampling.seed).sample(range(len(pieces)), count))
         pieces = [pieces[index] for index in chosen]
     return [_inputs([*before, *piece, *after], config) for piece in pieces]
 
 
+def require_bytes_for_a_sequence(text: Text, source: Source, sampling: Sampling) -> None:
+    """Raise TextError for a text of fewer bytes than a sequence has tokens: a tokenizer makes one of each byte at most.
+
+    Needs no tokenizer, and tells at once what `sequences_of` would tell after the import of transformers.
+    """
+    config = SimpleNamespace(**read_config(source)) if CONFIG_FILE in source.list_files() else None
+    length, size = _length(config, sampling), len(text.text.encode(errors="surrogatepass"))
+    if size < length - _MOST_SPECIAL_TOKENS:
+        raise TextError(
+            f"{text.name} has {size:,} bytes, too few for a sequence of {length:,} tokens",
+            hint="Give a longer text, or use shorter sequences.",
+        )
+
+
+def _length(config: Any, sampling: Sampling) -> int:
+    """Tokens of a sequence: no more than the model takes, nor than are wanted in all."""
+    wanted = max(2, min(sampling.sequence_length, sampling.tokens))
+    return min(wanted, _longest(config, wanted))
+
+
 def load_tokenizer(directory: Path) -> Any:
-    """The directory's tokenizer, never with code of its own. Raises CannotRunError where there is none."""
+    """The directory's tokenizer, never with its own code. Raises CannotRunError if there is none."""
     require_transformers()
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-        usable = bool(tokenizer(_PROBE)["input_ids"]) and _knows_words(tokenizer)
-    except Exception as error:  # whatever a tokenizer's files, or their absence, make of this
-        raise CannotRunError(
-            f"the tokenizer cannot be loaded: {_first_line(error)}",
-            hint="Put the tokenizer files (tokenizer.json) in the directory of the weights.",
-        ) from error
-    if not usable:
+        has_words, returns_tokens = _has_words(tokenizer), bool(tokenizer(_PROBE)["input_ids"])
+    except Exception as error:  # damaged or missing tokenizer files may raise anything
+        raise CannotRunError(f"the tokenizer cannot be loaded: {_in_a_line(error)}", hint=_PUT_FILES) from error
+    if not has_words:
+        raise CannotRunError("the tokenizer cannot be loaded: it has no vocabulary", hint=_PUT_FILES)
+    if not returns_tokens:
         raise CannotRunError("the tokenizer returns no tokens for text")
     return tokenizer
 
 
-def _knows_words(tokenizer: Any) -> bool:
-    """False for one that transformers made up without a vocabulary, as 5.0.0 does."""
+def _has_words(tokenizer: Any) -> bool:
+    """False for a tokenizer without a vocabulary, which transformers 5.0.0 returns if the files are missing."""
     return len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - {"▁"}) > 0
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens put before and after a text."""
+    """The tokens that the tokenizer puts before and after a text."""
     plain = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     whole = tokenizer(_PROBE)["input_ids"]
     for start in range(len(whole) - len(plain) + 1):
@@ -117,11 +145,11 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-def _longest(config: Any, wanted: int) -> int:
-    """How many positions a model has. RoBERTa's table has two more than that, its positions begin after padding."""
+def _longest(config: Any, default: int) -> int:
+    """How many positions a model has. RoBERTa's table has two more: its positions begin after the padding index."""
     found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if not isinstance(found, int) or found <= 0:
-        return wanted
+        return default
     padding = getattr(config, "pad_token_id", None)
     return max(1, found - (padding or 0) - 1) if _offset_positions(config) else found
 
@@ -131,7 +159,9 @@ def _offset_positions(config: Any) -> bool:
 
 
 def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
-    """A forward's arguments; an encoder-decoder reads the same text on both sides, shifted by its start token."""
+    """A forward's arguments. A decoder beside an encoder gets the same text, shifted by its start token."""
+    import torch
+
     tokens = torch.tensor([list(ids)])
     if not getattr(config, "is_encoder_decoder", False):
         return {"input_ids": tokens, "use_cache": False}
@@ -147,5 +177,7 @@ def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "decoder_input_ids": shifted, "use_cache": False}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _in_a_line(error: Exception) -> str:
+    """All that an error says, in one line; of a very long one the start."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= _LONGEST_MESSAGE else f"{words[: _LONGEST_MESSAGE - 1]}…"

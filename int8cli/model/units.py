@@ -1,6 +1,6 @@
-"""How a model is cut into units, parts whose weights are in memory together.
+"""How a model is cut into units, whose weights are in memory together.
 
-Owns which modules are a unit. Knows no tensor of a checkpoint but by name.
+Owns which modules are a unit. Knows tensors of a checkpoint only by name.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,11 +11,11 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of the model whose weights are in memory together: a block, or one module outside of the blocks.
+    """A part of the model whose weights are in memory together: a block, or one module outside the blocks.
 
-    `stack` and `index` place a block in its list (`model.layers`, 11); a module outside has None. `sources` are the
-    checkpoint's tensors that its weights are made of, `targets` the parameters they become. `mapped` units are not
-    read: their file is mapped, since only rows of an embedding are ever looked up.
+    `stack` and `index` place a block in its list (`model.layers`, 11); both are None for other modules. `sources` are
+    the checkpoint's tensors for its weights, `targets` the parameters that they become. The weights of a `mapped` unit
+    are a mapping of their file, since only a few rows of an embedding are used.
     """
 
     name: str
@@ -32,10 +32,10 @@ class Unit:
 
 
 def find_units(model: nn.Module) -> Iterator[tuple[str, str | None, int | None]]:
-    """Name, stack and index of each unit: the members of the outermost lists of layers, then what lies outside.
+    """Name, stack and index of each unit, in the model's order.
 
-    Outside, a unit is the outermost module with weights of its own; one with blocks inside it keeps its own weights
-    resident instead.
+    Units are the members of the outermost lists of layers and, outside of them, the outermost modules that own weights.
+    A module with blocks inside it is not a unit: `resident_weights` names its own weights, which stay in memory.
     """
     blocks: dict[str, tuple[str, int]] = {}
     for name, module in model.named_modules():
@@ -48,7 +48,7 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, str | None, int | None]]
     for name, module in model.named_modules():
         if name in blocks:
             yield name, *blocks[name]
-        elif not any(name.startswith(f"{taken}.") for taken in (*blocks, *outside)):
+        elif not any(name.startswith(f"{unit}.") for unit in (*blocks, *outside)):
             owns = any(True for _ in module.parameters(False)) or _persistent_buffers(module)
             if owns and not _has_below(name, blocks):
                 outside.append(name)
@@ -56,7 +56,7 @@ def find_units(model: nn.Module) -> Iterator[tuple[str, str | None, int | None]]
 
 
 def _holds_layers(modules: nn.ModuleList) -> bool:
-    """A list of layers, not one of embeddings or norms."""
+    """Whether a list has layers, rather than embeddings or norms."""
     return any(len(list(child.modules())) > 1 for child in modules)
 
 
@@ -69,7 +69,7 @@ def _persistent_buffers(module: nn.Module) -> bool:
 
 
 def resident_weights(model: nn.Module) -> Iterator[str]:
-    """Weights that belong to modules with blocks inside."""
+    """The names of weights that belong to modules with blocks inside."""
     blocks = {name: None for name, stack, _ in find_units(model) if stack}
     for name, module in model.named_modules():
         if _has_below(name, blocks):

@@ -1,1 +1,1 @@
-"""Statistics of activations, and suspects from the weights."""
+"""Statistics of activations, and suspects by the weights."""

@@ -1,7 +1,6 @@
-"""Outlier statistics of a model: its blocks run over text, and every linear layer's input looked at.
+"""Outlier statistics of a model: its blocks run on text, and the input of every linear layer is measured.
 
-Owns what is asked of the engine and what is made of its answers, and when the state on disk counts. Prints nothing: a
-Progress is reported.
+Owns how the engine in `model` is used for this, and when saved state is valid. Prints nothing; reports to a Progress.
 """
 
 import dataclasses
@@ -17,46 +16,45 @@ from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.skeleton import Skeleton, build_skeleton
-from int8cli.model.stream import LoadedUnit, StreamedModel
+from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
-from int8cli.outliers.statistics import (
-    OutlierStatistics,
-    Provenance,
-    SiteStatistics,
-    load_statistics,
-    save_statistics,
-)
+from int8cli.outliers.statistics import OutlierStatistics, Provenance, SiteStatistics
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.progress import Progress
-from int8cli.results.units import human_bytes
+from int8cli.results.units import human_bytes, told_apart
 
 TASK = "calibrate"
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrateOptions:
-    """`state_directory`: the directory for the state between blocks, None keeps it all in memory.
+    """How to calibrate.
 
-    It is removed at the end but with `leave_state`, which lets the same call come to its end again at once.
-    `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
+    `state_directory` is for the state between blocks; None keeps it in memory. The directory is removed at the end
+    unless `leave_state` is set: then the same call finishes at once. Links are followed up to `state_below`, by default
+    the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
+    alone and with that many columns exact.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
     threshold: float = THRESHOLD
     device: str = "cpu"
     state_directory: Path | None = None
+    state_below: Path | None = None
     leave_state: bool = False
     stored_columns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class UnitStatistics:
-    """What was found in one unit of the model: in this run, or in an earlier one that this one resumes."""
+    """The statistics of one unit of the model, from this run or from the run that it resumes."""
 
     unit: str
     sites: tuple[SiteStatistics, ...]
@@ -65,11 +63,11 @@ class UnitStatistics:
 def calibrate(
     source: Source, survey: Survey, text: Text, options: CalibrateOptions, progress: Progress
 ) -> OutlierStatistics:
-    """Run a source's model over a text, with one block of it in memory, and return the statistics of its outliers.
+    """Run a source's model on a text, with one block in memory, and return the statistics of its outliers.
 
-    Each weight is read once. A run that was killed resumes after its last finished block, if it is given the same
-    directory for its state. Raises the errors of a bad checkpoint, text or config, NonFiniteError where the model or a
-    weight holds NaN, NotEnoughMemoryError where a block does not fit.
+    Each weight is read once. With the same state directory, an interrupted run resumes after its last finished block.
+    Raises the errors of a bad checkpoint, text or config, NonFiniteError if the model or a weight contains NaN or
+    infinity, NotEnoughMemoryError if a block does not fit.
     """
     with Calibration.of(source, survey, text, options, progress) as calibration:
         for _ in calibration.run():
@@ -78,9 +76,9 @@ def calibrate(
 
 
 class Calibration:
-    """A calibration of one source whose shards can be used for something else while they are on this machine.
+    """A calibration of one source, whose shards can be used for something else while they are on this machine.
 
-    To be made by `of` and run once. `peak_shard_bytes`: the most bytes of fetched shards that are here at once.
+    Make it with `of`, and run it once. `peak_shard_bytes` is the most bytes of fetched shards on this machine at once.
     """
 
     def __init__(
@@ -92,7 +90,7 @@ class Calibration:
         options: CalibrateOptions,
         progress: Progress,
     ) -> None:
-        """`directory` holds config.json and the tokenizer. Raises NotEnoughMemoryError where a block does not fit."""
+        """`directory` contains config.json and the tokenizer. Raises NotEnoughMemoryError if a block does not fit."""
         self._source, self._shards, self._directory = source, shards, directory
         self._options, self._progress = options, progress
         self._specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
@@ -107,14 +105,15 @@ class Calibration:
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        self._saved = SavedStates(options.state_directory, identity) if options.state_directory else None
+        below = options.state_below
+        self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 
     @classmethod
     @contextmanager
     def of(
         cls, source: Source, survey: Survey, text: Text, options: CalibrateOptions, progress: Progress
     ) -> "Iterator[Calibration]":
-        """A calibration of what `survey` found; the directory for its state is locked while the context lasts."""
+        """A calibration of a surveyed source. Its state directory is locked while the context is open."""
         with model_files(source, survey.weights) as directory:
             calibration = cls(source, survey.shards, directory, text, options, progress)
             try:
@@ -125,16 +124,16 @@ class Calibration:
 
     @property
     def statistics(self) -> OutlierStatistics:
-        """What has been found so far."""
+        """The statistics so far."""
         units = sorted(self._found, key=self._order.index)
         return OutlierStatistics(self._provenance, tuple(site for unit in units for site in self._found[unit]))
 
     def run(self) -> Generator[UnitStatistics | ShardFile]:
-        """Run the model. Yields what is found in each unit, and each shard once all that is wanted of it has been read.
+        """Run the model. Yields the statistics of each unit, and each shard once the model needs no more of it.
 
-        A shard comes after the statistics of all units that read it. Its file is there until the next step is asked
-        for, and a fetched copy is removed then. Whoever stops in the middle closes this: the fetched copies of the
-        shards that are open stay for the next run. A run that starts over yields both again.
+        A shard comes after the statistics of all units that read it. Its file exists until the next step is requested;
+        then a fetched copy is removed. A caller that stops early must close this generator: the fetched copies of open
+        shards then remain for the next run. A run that starts over yields statistics and shards again.
         """
         yield from resumed_or_started_over(self._pass, self._saved, self._progress)
         if self._saved is not None and not self._options.leave_state:
@@ -161,7 +160,7 @@ class Calibration:
         self._progress.done(TASK)
 
     def _run_unit(self, loaded: LoadedUnit, watches: "dict[str, UnitWatch]") -> UnitStatistics:
-        """`watches` are those of the units met so far: one that is called several times is watched over all calls."""
+        """`watches` has one entry per unit, so a unit that is called several times is watched over all calls."""
         unit = loaded.unit
         if unit.is_block:
             self._progress.advance(TASK, unit.name, 0)
@@ -183,9 +182,10 @@ class Calibration:
         return max((unit.weight_bytes for unit in self._blocks), default=0)
 
     def _save(self, unit: str, sites: tuple[SiteStatistics, ...]) -> None:
-        """Before the engine puts a block on record as finished, its statistics are there."""
+        """Called before the engine records that a block is finished, so a finished block always has statistics."""
         if self._saved is not None:
-            save_statistics(OutlierStatistics(self._provenance, sites), self._saved.directory / f"{unit}.safetensors")
+            path = self._saved.directory / f"{unit}.safetensors"
+            save_statistics(OutlierStatistics(self._provenance, sites), path, below=self._saved.below)
 
     def _recalled(self) -> Iterator[tuple[str, tuple[SiteStatistics, ...]]]:
         for unit in self._saved.finished if self._saved else ():
@@ -210,7 +210,7 @@ class Calibration:
         )
 
     def _require_memory(self, skeleton: Skeleton) -> None:
-        """Raise NotEnoughMemoryError if a block and a sequence in it are more than there is."""
+        """Raise NotEnoughMemoryError if a block with one sequence in it does not fit in memory."""
         length, block_bytes = self._provenance.sequence_length, self._largest_bytes
         shapes = [self._specs[name].shape for unit in self._blocks for name in unit.sources]
         widest = max((max(shape) for shape in shapes if shape), default=0)
@@ -220,15 +220,16 @@ class Calibration:
         needed = block_bytes + activations + whole_files
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block needs {human_bytes(needed)} ({human_bytes(block_bytes)} of weights, "
-                f"{human_bytes(needed - block_bytes)} of working memory), {human_bytes(available)} free",
+                f"one block needs {wanted} ({human_bytes(block_bytes)} of weights, "
+                f"{human_bytes(needed - block_bytes)} of working memory), {free} free",
                 hint="Free some memory, or use shorter sequences.",
             )
 
 
 def _read_in_order(skeleton: Skeleton) -> list[tuple[str, ...]]:
-    """The tensors that are read together, in the order in which they are: all but those of the output head."""
+    """The groups of tensors that are read together, in reading order, without those of the output head."""
     head = skeleton.output_head()
     units = [skeleton.resident, *(unit for unit in skeleton.units if skeleton.module(unit) is not head)]
     return [unit.sources for unit in units]

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint tell what its residual stream carries, by their names and shapes alone.
+"""Which tensors of a checkpoint determine its residual stream, by their names and shapes alone.
 
-Owns the names: of the norms that feed from the stream, of the layers that write into it and of the embedding that it
-begins with. Knows nothing of what they hold, and needs no torch.
+Owns the names of the norms that read from the stream, of the layers that write to it, and of the embedding at its
+start. Reads no values, and needs no torch.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from int8cli.checkpoint.tensor import ShardContents
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
 
 _WRITER = re.compile(
@@ -25,7 +25,7 @@ _GAIN_PLUS_ONE = frozenset({"gemma", "gemma2", "gemma3", "gemma3_text", "recurre
 
 @dataclass(frozen=True, slots=True)
 class InBlock:
-    """Where a module of a block is: `model.layers`, 11, `self_attn.o_proj`."""
+    """The place of a module in a block: `model.layers`, 11, `self_attn.o_proj`."""
 
     stack: str
     index: int
@@ -34,9 +34,9 @@ class InBlock:
 
 @dataclass(frozen=True, slots=True)
 class ResidualStream:
-    """The tensors of interest, in the checkpoint's order, of a stream of `width` dimensions. Picklable.
+    """The tensors that determine a stream of `width` dimensions, in the checkpoint's order. Picklable.
 
-    `width` is 0 where no norms are recognised. `gain_plus_one`: a norm multiplies by one more than its weight.
+    `width` is 0 if no norms are recognised. With `gain_plus_one`, a norm multiplies by 1 + its weight.
     """
 
     width: int
@@ -46,16 +46,16 @@ class ResidualStream:
     @classmethod
     def of(cls, survey: Survey) -> "ResidualStream":
         width = _width(survey)
-        wanted = {each.spec.name: each for each in survey.plan.decisions if _tells(each, width)}
+        wanted = {each.spec.name: each for each in survey.plan.decisions if _determines_stream(each, width)}
         return cls(width, survey.config.get("model_type") in _GAIN_PLUS_ONE, wanted)
 
     def within(self, contents: ShardContents) -> "ResidualStream":
-        """What of it lies in one shard."""
+        """Only the tensors that are in one shard."""
         names = (stored.spec.name for stored in contents.tensors)
         return replace(self, tensors={name: self.tensors[name] for name in names if name in self.tensors})
 
     def feeds(self, decision: Decision) -> bool:
-        """Whether a linear of a block reads the stream through a norm."""
+        """Whether a linear is in a block and reads the stream through a norm."""
         shape = decision.spec.shape
         in_features = shape[0] if decision.transpose else shape[-1]
         return (
@@ -64,13 +64,13 @@ class ResidualStream:
 
 
 def in_block(module: str) -> InBlock | None:
-    """None for a module outside of the blocks."""
+    """The place of a module in its block; None for a module outside the blocks."""
     found = _IN_BLOCK.match(module)
     return InBlock(found.group(1), int(found.group(2)), found.group(3)) if found is not None else None
 
 
 def _width(survey: Survey) -> int:
-    """The commonest length of a norm's weight inside a block."""
+    """The most common length of a norm's weight in a block."""
     widths = [
         decision.spec.numel
         for decision in survey.plan.decisions
@@ -79,7 +79,8 @@ def _width(survey: Survey) -> int:
     return max(sorted(set(widths)), key=widths.count) if widths else 0
 
 
-def _tells(decision: Decision, width: int) -> bool:
+def _determines_stream(decision: Decision, width: int) -> bool:
+    """Whether a tensor is an embedding, a norm of the stream, or the weight of a layer that writes to it."""
     spec, module = decision.spec, decision.module
     if not spec.name.endswith(".weight") or width not in spec.shape:
         return False

@@ -1,11 +1,12 @@
-"""Dimensions of the residual stream that may carry outliers, as far as weights can tell: suspects, never outliers.
+"""Dimensions of the residual stream that the weights alone suggest might carry outliers: suspects, never outliers.
 
-Owns the one predictor that was found to be worth something, and the precision that was measured for it. One pass over
-the shards, in blocks, without any model code; `residual_stream` knows the tensors that it needs by their names.
+Owns the one predictor that proved useful, and its measured precision. It takes one pass over the shards, in blocks,
+without model code. `residual_stream` recognises the tensors it needs by name.
 
-Predictor, for dimension j of a norm's output: |gain_j| times what the layers before it write into the dimension,
-sqrt( mean_v E[v, j]² + Σ ||row_j||² ) over the attention outputs and second feed-forward layers upstream, with E the
-token embedding; divided by the root mean square over the dimensions, since the norm divides by it.
+The score of dimension j in a norm's output is |gain_j| times what the layers before it write to the dimension,
+sqrt( mean_v E[v, j]² + Σ ||row_j||² ), divided by the root mean square of this over the dimensions, because the norm
+divides by that. The sum is over the attention outputs and second feed-forward layers upstream; E is the token
+embedding.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,8 +30,8 @@ from int8cli.planning.blocks import BLOCK_ELEMENTS
 from int8cli.planning.survey import Survey
 from int8cli.workers.torch_threads import torch_threads
 
-# On SmolLM2-135M-Instruct, whose outliers are known from its activations (scripts/measure_outliers.py): the one feature
-# comes first of the ranking, and over the norms that have outliers the average precision has this mean.
+# Measured on SmolLM2-135M-Instruct, whose outliers are known from its activations (scripts/measure_outliers.py). Its
+# only outlier feature is ranked first. This is the mean of the average precision over the norms that have outliers.
 MEASURED_AVERAGE_PRECISION = 0.76
 MEASURED_ON = "SmolLM2-135M-Instruct"
 MOST_SUSPECTS = 20
@@ -39,7 +40,7 @@ MEASURED_PRECISION_OF_ALL = 1 / MOST_SUSPECTS
 
 @dataclass(frozen=True, slots=True)
 class SuspectSite:
-    """The output of one norm, with the predicted magnitude of each dimension relative to the rest: float32 (width,)."""
+    """A norm, with the predicted magnitude of each dimension of its output relative to the rest: float32 (width,)."""
 
     name: str
     stack: str
@@ -49,7 +50,7 @@ class SuspectSite:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A dimension, its score (mean over the norms), and the layers in which it is among the first ones."""
+    """A dimension, its score (mean over the norms), and the layers in which it is among the top suspects."""
 
     dimension: int
     score: float
@@ -59,7 +60,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class WeightSuspects:
-    """What the weights of a model make suspect, most suspect first; the scores of all norms for the heatmap."""
+    """The suspects of a model, most suspect first, and the scores at all norms for the heatmap."""
 
     model: str
     revision: str | None
@@ -68,10 +69,10 @@ class WeightSuspects:
 
 
 class SuspectScan:
-    """The suspects by what has been seen of a checkpoint so far: a figure by dimension for each tensor of interest."""
+    """The suspects by the tensors read so far. For each tensor of interest, it stores one figure per dimension."""
 
     def __init__(self, stream: ResidualStream, on_block: Callable[[], None] = lambda: None) -> None:
-        """`on_block` is called after each block that is read."""
+        """`on_block` is called after each block has been read."""
         self._stream, self._on_block = stream, on_block
         self._figures: dict[str, Tensor] = {}
         self._embeddings: list[str] = []
@@ -89,14 +90,14 @@ class SuspectScan:
         decision, width = self._stream.tensors[name], self._stream.width
         if len(decision.spec.shape) == 1:
             return tensors.read(name).double() + (1.0 if self._stream.gain_plus_one else 0.0)
-        blocks, rows = self._announced(tensors.row_blocks(name, BLOCK_ELEMENTS)), decision.spec.shape[0]
+        blocks, rows = self._reported(tensors.row_blocks(name, BLOCK_ELEMENTS)), decision.spec.shape[0]
         if in_block(decision.module) is None:
             return _column_squares(blocks, width) / max(1, rows)
-        # Of a Conv1D weight, (in, out), what is written into a dimension is a column.
+        # A Conv1D weight is (in, out): the weights that write to a dimension are a column.
         return _column_squares(blocks, width) if decision.transpose else _row_squares(blocks)
 
     def scan(self, contents: ShardContents, local: LocalFile) -> dict[str, Tensor]:
-        """The figures of a shard that is on this machine, in pieces of a few megabytes."""
+        """The figures of a shard that is on this machine. Reads it in pieces of a few megabytes."""
         names = [stored.spec.name for stored in contents.tensors if stored.spec.name in self._stream.tensors]
         if not names:
             return {}
@@ -104,7 +105,7 @@ class SuspectScan:
             return {name: self.figure(name, tensors) for name in names}
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
-        """What the figures of a layer change is scored again, with the layers after it; those before it are not."""
+        """Add figures. Their layers and all layers after them are scored again, but not the layers before them."""
         self._figures.update(figures)
         for name in figures:
             place = in_block(self._stream.tensors[name].module)
@@ -115,20 +116,20 @@ class SuspectScan:
                     stack.changed(-1)
 
     def sites(self) -> tuple[SuspectSite, ...]:
-        """Each norm's prediction, in the checkpoint's order, whichever was seen first."""
+        """The prediction for each norm, in the checkpoint's order, whatever the order of reading was."""
         seen = [self._figures[name] for name in self._embeddings if name in self._figures]
         embedding = seen[-1].double() if seen else torch.zeros(self._stream.width, dtype=torch.float64)
         return tuple(site for stack in self._stacks.values() for site in stack.sites(self._figures, embedding))
 
     def suspects(self, most: int) -> tuple[tuple[int, float], ...]:
-        """The most suspect dimensions and their scores, sorted by dimension; none before a norm was seen."""
+        """The most suspect dimensions and their scores, sorted by dimension; empty until a norm has been read."""
         sites = self.sites()
         if not sites:
             return ()
         mean = _mean_score(sites)
         return tuple(sorted((dimension, float(mean[dimension])) for dimension in _largest(mean, most)))
 
-    def _announced(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def _reported(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
         for block in blocks:
             yield block
             self._on_block()
@@ -136,7 +137,7 @@ class SuspectScan:
 
 @dataclass(frozen=True, slots=True)
 class _InLayer:
-    """A tensor of interest in a block: a norm's gain, or what writes into the residual stream."""
+    """A tensor of interest in a block: a norm's gain, or the weight of a layer that writes to the residual stream."""
 
     name: str
     index: int
@@ -146,7 +147,7 @@ class _InLayer:
 
 @dataclass(frozen=True, slots=True)
 class _ScoredLayer:
-    """The predictions for a layer's norms, and what is written by all layers up to it: float64 (width,)."""
+    """The predictions for a layer's norms, and the sum of what all layers up to it write: float64 (width,)."""
 
     index: int
     sites: tuple[SuspectSite, ...]
@@ -154,7 +155,7 @@ class _ScoredLayer:
 
 
 class _Stack:
-    """The layers of one stack. Each is scored once, unless figures of it or of a layer before it come later."""
+    """The layers of one stack. A layer is scored again only if figures for it or for a layer before it arrive."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -163,18 +164,18 @@ class _Stack:
         self._unscored: set[int] = set()
 
     def expect(self, tensor: _InLayer) -> None:
-        """In the checkpoint's order."""
+        """Add a tensor. Call in the checkpoint's order."""
         self._tensors.setdefault(tensor.index, []).append(tensor)
 
     def changed(self, index: int) -> None:
-        """There are figures of a layer; -1 for the embedding."""
+        """Figures for a layer have arrived. The index of the embedding is -1."""
         while self._scored and self._scored[-1].index >= index:
             self._unscored.add(self._scored.pop().index)
         if index >= 0:
             self._unscored.add(index)
 
     def sites(self, figures: Mapping[str, Tensor], embedding: Tensor) -> Iterator[SuspectSite]:
-        """The predictions for all norms of the layers that there are figures of."""
+        """The predictions for all norms in layers that have figures."""
         for index in sorted(self._unscored):
             written = self._scored[-1].written if self._scored else embedding
             seen = [tensor for tensor in self._tensors[index] if tensor.name in figures]
@@ -183,13 +184,13 @@ class _Stack:
         return (site for layer in self._scored for site in layer.sites)
 
 
-def save_figures(figures: Mapping[str, Tensor], path: Path) -> None:
-    """Write a scan's figures down, whole or not at all, in a directory of ours. Raises OutputError."""
-    write_file(path, serialize(figures), below=path.parent.parent)
+def save_figures(figures: Mapping[str, Tensor], path: Path, *, below: Path | None = None) -> None:
+    """Save the figures of a scan, whole or not at all; `below` as in `write_file`. Raises OutputError."""
+    write_file(path, serialize(figures), below=below)
 
 
 def load_figures(path: Path) -> dict[str, Tensor]:
-    """The figures that were written down. Raises SavedStateError, also where there are none."""
+    """The saved figures. Raises SavedStateError if they are missing or damaged."""
     with read_back(path):
         return load(path.read_bytes())
 
@@ -201,10 +202,10 @@ def find_suspects(
     most: int = MOST_SUSPECTS,
     on_tensor: Callable[[str, int], None] = lambda name, size: None,
 ) -> WeightSuspects:
-    """Rank the dimensions of a checkpoint's residual stream; at most `most` suspects.
+    """Rank the dimensions of a checkpoint's residual stream. Returns at most `most` suspects.
 
     Reads each tensor of interest once, in pieces of a few megabytes. `on_tensor(name, bytes)` is called after each.
-    Raises NoSuspectsError where no norms or no layers that write to the residual stream are recognised.
+    Raises NoSuspectsError if no norms, or no layers that write to the residual stream, are recognised.
     """
     stream = ResidualStream.of(survey)
     scan = SuspectScan(stream)
@@ -226,7 +227,10 @@ def find_suspects(
 def _score(
     stack: str, index: int, tensors: Sequence[_InLayer], figures: Mapping[str, Tensor], written: Tensor
 ) -> _ScoredLayer:
-    """A layer's norms, by what is `written` before it; a norm within the block also sees what attention writes."""
+    """Score the norms of a layer. `written` is what the layers before it write.
+
+    The first norm of a block sees only that. A later norm also sees what the attention of the block writes.
+    """
     attention, rest = _in_order({each.inner: figures[each.name] for each in tensors if not each.is_gain})
     sites = []
     for place, gain in enumerate(each for each in tensors if each.is_gain):
@@ -238,7 +242,7 @@ def _score(
 
 
 def _in_order(writes: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Squared row norms written by attention, and by the rest of a block."""
+    """Squared row norms of what attention writes, and of what the rest of the block writes."""
     zero = torch.zeros(1, dtype=torch.float64)
     attention = [value for name, value in writes.items() if "att" in name]
     rest = [value for name, value in writes.items() if "att" not in name]

@@ -1,7 +1,7 @@
-"""What is taken down of one unit of a model while sequences pass through it.
+"""The measurements on one unit of a model while sequences pass through it.
 
-Owns what is asked of the engine for a unit, and which figures its statistics are made of. Knows nothing of shards or of
-state on disk.
+Owns which hooks of the engine are used, and which figures make up the statistics of a unit. Does not know about shards
+or saved state.
 """
 
 import dataclasses
@@ -18,22 +18,23 @@ from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInpu
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
 from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, first_hidden, weight_of
-from int8cli.model.stream import LoadedUnit
 from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteStatistics
 
 _STEP_ELEMENTS = 1 << 22
-# Positions of the last sequence on which a linear is run in int8 to measure its error, spread over it.
+# How many positions of the last sequence, evenly spaced, are used to measure the error of a linear in int8.
 _EXAMPLES = 128
 
 
 class UnitWatch:
-    """What is taken down of one unit; of one that is called several times in a forward, over all calls."""
+    """Measures one unit. If a unit is called several times in a forward pass, measures over all calls."""
 
     def __init__(self, loaded: LoadedUnit, threshold: float, stored_columns: int = 0) -> None:
-        """`threshold`: from which magnitude a value is an outlier.
+        """A value of magnitude `threshold` or more is an outlier.
 
-        `stored_columns`: measure each linear's output error in int8, alone and with so many columns of it exact.
+        With `stored_columns`, the output error of each linear is measured, in int8 alone and with that many columns
+        exact.
         """
         self._threshold, self._stored_columns = threshold, stored_columns
         self._unit = loaded.unit
@@ -45,9 +46,9 @@ class UnitWatch:
         self._biases: dict[str, Tensor | None] = {}
 
     def run(self, loaded: LoadedUnit, on_sequence: Callable[[], None]) -> tuple[SiteStatistics, ...]:
-        """Run all sequences through and return the unit's sites, a residual one for the output of a block.
+        """Run all sequences through the unit and return its sites. A block also gets a residual site for its output.
 
-        `on_sequence` is called after each.
+        `on_sequence` is called after each sequence.
         """
         self._biases = {name: getattr(linear, "bias", None) for name, linear in loaded.linears.items()}
 
@@ -102,7 +103,7 @@ class UnitWatch:
     def _measured(
         self, linear: LinearStatistics, summary: InputSummary, examples: Tensor, weight: Tensor
     ) -> LinearStatistics:
-        """The linear run in int8 on some of its inputs, without and with the columns that its statistics choose."""
+        """The linear with its error measured in int8 on some inputs, without and with the columns to store."""
         stored = choose_columns(summary, linear.weight_error, self._stored_columns)
         without, with_stored = measured_output_errors(examples, weight, stored, DEFAULT_INPUTS)
         return dataclasses.replace(linear, stored=stored, measured_error=without, measured_error_stored=with_stored)
@@ -131,12 +132,12 @@ class _MeanSquare:
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Say of what a non-finite value was part."""
+    """Turn NonFiniteInputError into an error that says what the value was found in."""
     try:
         yield
     except NonFiniteInputError as error:
         raise NonFiniteRunError(
-            f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
+            f"{what} contains {error.value} at position {error.position:,}, dimension {error.dimension:,}",
             hint="The model overflows there, or a weight before it is damaged.",
         ) from error
 
@@ -147,7 +148,7 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
         errors, sum_squares = column_errors(weight)
     except NonFiniteWeightError as error:
         raise NonFiniteRunError(
-            f"{name}: its weight holds {error.value} in input column {error.column:,}",
+            f"{name}: its weight contains {error.value} in input column {error.column:,}",
             hint="The checkpoint is damaged there: download the file again.",
         ) from error
     return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)

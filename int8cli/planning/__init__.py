@@ -1,1 +1,1 @@
-"""All that is decided before a weight is read. Needs no torch."""
+"""Everything that is decided before a weight is read. Needs no torch."""

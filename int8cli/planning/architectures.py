@@ -1,9 +1,9 @@
-"""What a tensor's name tells about the module that holds it, in general and family by family.
+"""What a tensor's name says about its module, in general and by model family.
 
-Owns the reasons that a plan gives, the vocabulary of module names, and the exceptions of single model types and model
-classes. Holds tables only: `plan` applies them. What holds for some versions of transformers only stands in
-`transformers_versions`. Both are compared with an installed transformers by scripts/survey_architectures.py; add to
-them what it reports.
+Owns the reasons that a plan gives, the vocabulary of module names, and the exceptions for single model types and model
+classes. Has only tables: `plan` applies them. Facts about single versions of transformers are in
+`transformers_versions`. scripts/survey_architectures.py compares both with an installed transformers; add what it
+reports.
 """
 
 import re
@@ -25,8 +25,8 @@ LAST = "last layer, which transformers leaves alone"
 ROUTER = "MoE router"
 EXPERT = "expert, fused by transformers"
 FUSED = "split or merged by transformers on load"
-FLOAT32 = "kept in float32 by transformers"  # where the model is float16
-FLOAT32_ALWAYS = "always kept in float32 by transformers"  # where it is bfloat16 too
+FLOAT32 = "kept in float32 by transformers"  # in a float16 model
+FLOAT32_ALWAYS = "always kept in float32 by transformers"  # in a bfloat16 model too
 SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
 UNKNOWN = "not recognised as a linear layer"
@@ -42,9 +42,9 @@ LINEAR_LEFT_ALONE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Modules whose name `pattern` finds, and why they are left alone (or `LINEAR`: they are not).
+    """Modules whose name contains `pattern`, and why they are left alone (or `LINEAR` if they are linear layers).
 
-    `biasless` rules speak only of modules that have no bias in the checkpoint.
+    `biasless` rules apply only to modules that have no bias in the checkpoint.
     """
 
     pattern: re.Pattern[str]
@@ -53,12 +53,12 @@ class Rule:
 
 
 def _leaf(names: str, reason: str, *, biasless: bool = False) -> Rule:
-    """A rule on the last components of a module name, given as regular expressions with blanks between them."""
+    """A rule on the last components of a module name. `names` are regular expressions separated by spaces."""
     return Rule(re.compile(rf"(?:^|\.)(?:{'|'.join(names.split())})$"), reason, biasless)
 
 
 def _under(names: str, reason: str) -> Rule:
-    """A rule on any component of a module name: everything inside the modules so named."""
+    """A rule on any component of a module name: it covers everything inside the modules with these names."""
     return Rule(re.compile(rf"(?:^|\.)(?:{'|'.join(names.split())})(?:\.|$)"), reason)
 
 
@@ -67,7 +67,7 @@ def _top(names: str, reason: str, *, biasless: bool = False) -> Rule:
     return Rule(re.compile(rf"^(?:{'|'.join(names.split())})$"), reason, biasless)
 
 
-# The names which output heads go by, whole or behind a prefix.
+# Names of output heads, with or without a prefix.
 HEAD_NAMES = (
     "lm_head",
     "lm_head.decoder",
@@ -84,7 +84,7 @@ HEAD_NAMES = (
     "lm_loss",
     "lm_head.linear",
 )
-# The same where they are the whole name; inside a block these are ordinary layers.
+# Names of output heads only as the whole name: inside a block they are ordinary layers.
 TOP_HEAD_NAMES = ("proj_out", "unembedding_projection", "decoder", "output")
 
 _EMBEDDING_NAMES = r"""
@@ -122,7 +122,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
     _top("score classifier text_projection", LAST, biasless=True),
 )
 
-# A matrix without a bias could be an embedding, so its name has to be one that linear layers go by.
+# A matrix without a bias could be an embedding, so its name must be one that linear layers have.
 LINEAR_NAME = re.compile(
     r"""(?:^|\.)(?:
         \w*proj(?:_\w+|\d*) | \w*projections? | \w*projector | proj\w*      # q_proj, kv_a_proj_with_mqa
@@ -136,7 +136,7 @@ LINEAR_NAME = re.compile(
     re.VERBOSE,
 )
 
-# Matrices of transformers' Conv1D, stored (in, out); told from its other uses by the shape of a bias.
+# Matrices of transformers' Conv1D, stored (in, out). The shape of the bias shows whether a module is one.
 CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_fc|c_proj)$")
 
 _LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate gate\.wg", LINEAR),)
@@ -194,8 +194,8 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "unlimited_ocr": (_leaf(r"transformer\.layers\.\d+\.self_attn\.qkv_proj projector\.layers", FUSED),),
 }
 
-# Exceptions by the class named in config.json's "architectures", as a regular expression. Most name the layer that
-# happens to come last in that class, when it has no bias: the loader leaves the module of the last parameter alone.
+# Exceptions by the class named in config.json's "architectures", as a regular expression. Most name the last layer of
+# that class, if it has no bias: the loader leaves the module of the last parameter alone.
 ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     (r"\w+ForCTC", (_top("lm_head", LINEAR),)),
     (r"\w+VisionModelWithProjection", (_top("visual_projection", LAST),)),
@@ -223,8 +223,8 @@ ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("XCLIPModel", (_top("text_projection", LINEAR),)),
 )
 
-# Output heads that are not called lm_head, by model type. A file does not hold a tied head, but
-# `llm_int8_skip_modules` must name it all the same.
+# Output heads that are not called lm_head, by model type. A tied head is not in the file, but `llm_int8_skip_modules`
+# must still name it.
 TIED_HEADS: dict[str, tuple[str, ...]] = {
     "cls.predictions.decoder": (
         *("bert", "big_bird", "blip", "deberta", "deberta-v2", "encoder-decoder", "ernie", "fnet", "layoutlm"),
@@ -252,17 +252,17 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
     "^output$": ("git",),
 }
 
-# Heads of other tasks, which a class of the same family makes anew where the checkpoint has none. The loader can do
-# that for a plain linear layer only.
+# Heads of other tasks. A class of the same family creates one that the checkpoint lacks. The loader supports that only
+# for plain linear layers.
 TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
 
-# Families whose base class has a pooler that a checkpoint of the masked language model does not hold. The loader makes
-# one up, which it can only do for a plain linear layer.
+# Families whose base class has a pooler that checkpoints of the masked language model lack. The loader creates it, but
+# only as a plain linear layer.
 POOLED = frozenset(TIED_HEADS["cls.predictions.decoder"] + TIED_HEADS["lm_head.decoder"])
 POOLER = "pooler.dense"
 
-# Other linear layers that transformers leaves alone and that a file does not hold under their own name: those that are
-# tied to another, or made from a weight that is split on load. Entries for `llm_int8_skip_modules`, by model type.
+# Other linear layers that transformers leaves alone, whose own names are not in the file: they are tied to others, or
+# made from a weight that is split on load. Entries for `llm_int8_skip_modules`, by model type.
 _SELF_ATTENTION = (r".*\.self_attn\.[qkv]_proj",)
 ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("d_fine", "deimv2", "rt_detr_v2"), ("class_embed", "bbox_embed")),

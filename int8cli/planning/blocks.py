@@ -1,25 +1,25 @@
-"""How a shard is cut into blocks, so that no tensor is ever held whole.
+"""How a shard is cut into blocks, so that no whole tensor is ever in memory.
 
-Owns the block size and the shape of a block. A block is a rectangle of one tensor as the output holds it; the cut
-depends on the tensor alone, never on the number of threads, so that every run adds up the same sums in the same order.
+Owns the size and shape of a block, which is a rectangle of one tensor in the shape of the output. The cut depends on
+the tensor alone, not on the number of threads, so every run adds the same sums in the same order.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor
-from int8cli.planning.plan import Decision
+from int8cli.planning.decisions import Decision
 
 # 512K elements: the buffers of one block (1 MB of 16-bit input, twice 2 MB of float32, 512 KB of int8) stay in the
-# last-level cache, and a write of 512 KB is the largest that the page cache takes at full speed.
+# last-level cache, and 512 KB is the largest write that reaches the page cache's full speed.
 BLOCK_ELEMENTS = 1 << 19
 COPY_BYTES = 1 << 19
-# What is read at once of a tensor that lies crosswise; two such tiles are held.
+# Bytes read at once of a tensor that is stored transposed. Two such tiles are in memory.
 TILE_BYTES = 1 << 24
-# Over the blocks of one shard, at most. With more, they wait for each other: for Python's lock, and the file's.
+# The most threads over the blocks of one shard. More would wait for the interpreter's lock and the file's.
 THREADS_FOR_A_SHARD = 4
-# What one thread holds, in bytes an element of a block: source 8 (the widest dtype), float32 scaled and rounded 4 + 4,
-# int8 data 1, scales 4 (a block may be one column).
+# The buffers of one thread, in bytes for each element of a block: source 8 (the widest dtype), float32 scaled and
+# rounded 4 + 4, int8 data 1, scales 4 (a block may have one column).
 BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
 
 
@@ -39,10 +39,10 @@ class Rectangle:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A 2-D tensor as the output wants it, and how its bytes lie in the source.
+    """A 2-D tensor in the shape of the output, and the order of its bytes in the source.
 
-    `out_features` x `in_features`, row-major in the output. `crosswise`: the source's bytes are those of the transpose,
-    as for a Conv1D weight, or a linear weight that a `.bin` stores transposed.
+    `out_features` x `in_features`, row-major in the output. `crosswise`: the source stores the transpose, as with a
+    Conv1D weight, or a linear weight that a `.bin` stores transposed.
     """
 
     stored: StoredTensor
@@ -62,13 +62,13 @@ class Matrix:
         return cls(stored, 1, stored.spec.numel, False)
 
     def run(self, part: Rectangle) -> tuple[int, int]:
-        """Offset and size in bytes of a rectangle that is one run in the file: whole rows, or part of a single one."""
+        """Offset and size in bytes of a rectangle that is contiguous in the file: whole rows, or part of one row."""
         width_bytes = self.stored.spec.nbytes // self.stored.spec.numel
         start = part.row * self.in_features + part.column
         return self.stored.offset_bytes + start * width_bytes, part.numel * width_bytes
 
     def rectangles(self) -> Iterator[Rectangle]:
-        """Whole rows, as many as fit a block; a row wider than a block is cut by columns."""
+        """Rectangles of whole rows, as many as fit into a block. A row wider than a block is cut by columns."""
         if self.in_features > BLOCK_ELEMENTS:
             for row in range(self.out_features):
                 yield from self.row_pieces(row)
@@ -94,7 +94,7 @@ class _MatrixBlock:
 
     @property
     def source_bytes(self) -> int:
-        """How many bytes of the source it covers."""
+        """The number of source bytes in the block."""
         return self.matrix.run(self.part)[1]
 
 
@@ -105,7 +105,7 @@ class QuantizeBlock(_MatrixBlock):
 
 
 class RewriteBlock(_MatrixBlock):
-    """Read a rectangle of a tensor that lies crosswise or changes its dtype, write it as the output has it."""
+    """Read a rectangle of a tensor that is stored transposed or changes its dtype, write it in the output's form."""
 
     __slots__ = ()
 
@@ -124,7 +124,7 @@ class CopyBlock:
 
     @property
     def source_bytes(self) -> int:
-        """How many bytes of the source it covers."""
+        """The number of source bytes in the block."""
         return self.size_bytes
 
 

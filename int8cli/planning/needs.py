@@ -1,4 +1,4 @@
-"""What a conversion takes, and the whole of what is known of it beforehand. No torch."""
+"""The download, disk space and memory that a conversion needs. Needs no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from int8cli.planning.survey import Room, Survey, room_needed
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a conversion takes, in bytes. Memory is what its buffers hold besides Python with torch imported."""
+    """What a conversion needs, in bytes. `buffer_bytes` is its memory besides Python with torch imported."""
 
     download_bytes: int
     disks: tuple[Room, ...]

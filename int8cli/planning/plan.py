@@ -1,16 +1,15 @@
-"""The plan: which tensors of a checkpoint become int8, and why each of the others does not.
+"""Makes the plan: which tensors of a checkpoint become int8, and why each of the others does not.
 
-Decided from names, shapes and config.json alone; knows no model code, no file format, no layout and no torch. The
-measure is what transformers' bitsandbytes path holds in int8 on load: modules of the exact type `nn.Linear` or `Conv1D`
-but output embeddings, tied weights, modules kept in float32, and the module of the very last parameter
-(transformers, quantizers/base.py, `get_keys_to_not_convert`). Where names cannot tell, a tensor is left alone: that
-costs bytes, the other mistake costs the model.
+Decides from names, shapes and config.json alone. Knows no model code, file format or layout, and needs no torch. The
+reference is what transformers' bitsandbytes path holds in int8 after loading: modules of the exact type `nn.Linear` or
+`Conv1D`, except output embeddings, tied weights, modules in float32, and the module of the very last parameter
+(transformers, quantizers/base.py, `get_keys_to_not_convert`). If a name is not clear, the tensor is left alone: that
+costs bytes, while the opposite mistake breaks the model.
 """
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,123 +17,16 @@ from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSp
 from int8cli.loaders.transformers_versions import float32_of
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
+from int8cli.planning.decisions import Decision, Plan, PlanOptions
 
 _WEIGHT = ".weight"
 _FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
 
 
-@dataclass(frozen=True, slots=True)
-class Acceptance:
-    """What a loader holds in int8 beside plain linear layers: experts stored one by one, transformers' Conv1D.
-
-    The defaults are those of transformers' bitsandbytes path.
-    """
-
-    experts: bool = False
-    conv1d: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """What the user asked for: glob patterns on module names (a tensor's name without `.weight`), for which loader."""
-
-    skip: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    loader: Acceptance = Acceptance()
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What becomes of one tensor, and why.
-
-    `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
-    expert index replaced by `*`. `written_dtype` is what a tensor that does not become int8 is written in. `float32`
-    says when loaders hold it in float32 (`names.FLOAT32`, `names.FLOAT32_ALWAYS`), None if never.
-    """
-
-    spec: TensorSpec
-    quantize: bool
-    transpose: bool
-    kind: str
-    reason: str
-    written_dtype: str
-    float32: str | None = None
-
-    @property
-    def module(self) -> str:
-        """Name of the module that holds the tensor."""
-        return self.spec.name.rpartition(".")[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """A decision for each tensor of a checkpoint, in the order the tensors were given.
-
-    `absent` covers linear layers that the loader must leave alone although the checkpoint has no tensor of that name,
-    since they are tied to one it has, or made from one: entries for `llm_int8_skip_modules`. `dtype` is the float dtype
-    that loaders give the model, None where there is no config or no float.
-    """
-
-    decisions: tuple[Decision, ...]
-    options: PlanOptions = PlanOptions()
-    absent: tuple[str, ...] = ()
-    dtype: str | None = None
-
-    @property
-    def quantized(self) -> tuple[Decision, ...]:
-        return tuple(decision for decision in self.decisions if decision.quantize)
-
-    @property
-    def copied(self) -> tuple[Decision, ...]:
-        return tuple(decision for decision in self.decisions if not decision.quantize)
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all tensors, as stored: a tied weight counts as often as the checkpoint holds it."""
-        return sum(decision.spec.numel for decision in self.decisions)
-
-    @property
-    def quantized_parameters(self) -> int:
-        return sum(decision.spec.numel for decision in self.quantized)
-
-    @property
-    def percent_quantized(self) -> float:
-        return 100.0 * self.quantized_parameters / self.parameters if self.parameters else 0.0
-
-    @property
-    def has_linear_layers(self) -> bool:
-        """Whether any tensor is known for a linear layer's weight, also if this loader or the user leaves it alone."""
-        return any(decision.quantize or decision.reason in names.LINEAR_LEFT_ALONE for decision in self.decisions)
-
-    @property
-    def unmatched_patterns(self) -> tuple[str, ...]:
-        """The patterns that changed nothing, most likely typos.
-
-        Those of `--skip` that name no module with a weight, and those of `--only` that name none that became int8:
-        `--only` narrows, it cannot make an embedding a linear layer.
-        """
-        weights = [d.module for d in self.decisions if d.spec.name.endswith(_WEIGHT)]
-        quantized = [d.module for d in self.quantized]
-        skips = (p for p in self.options.skip if not any(fnmatchcase(module, p) for module in weights))
-        onlys = (p for p in self.options.only if not any(fnmatchcase(module, p) for module in quantized))
-        return tuple(dict.fromkeys((*skips, *onlys)))
-
-    def keeping(self, tensor_names: Collection[str]) -> "Plan":
-        """The plan in which these tensors, found to hold NaN or infinity, are copied as they are."""
-        kept = frozenset(tensor_names)
-        decisions = (
-            replace(d, quantize=False, transpose=False, reason=names.NON_FINITE, written_dtype=d.spec.dtype)
-            if d.quantize and d.spec.name in kept
-            else d
-            for d in self.decisions
-        )
-        return replace(self, decisions=tuple(decisions))
-
-
 def make_plan(specs: Iterable[TensorSpec], config: Mapping[str, Any], options: PlanOptions) -> Plan:
-    """Decide on every tensor of a checkpoint; `specs` must be all of them, since a layer is also told by its bias.
+    """Decide on every tensor of a checkpoint. `specs` must be all of them, since a bias helps to recognise a layer.
 
-    `config` is config.json as read; an empty one costs only the exceptions that go by model type.
+    `config` is the parsed config.json. Without it, the exceptions for single model types do not apply.
     """
     specs = tuple(specs)
     checkpoint = _Checkpoint({spec.name: spec for spec in specs}, config)
@@ -148,7 +40,7 @@ def kind_of(tensor_name: str) -> str:
 
 
 class _Checkpoint:
-    """What the rules need to know of the whole checkpoint beside the one tensor."""
+    """What the rules need to know of the whole checkpoint."""
 
     def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
         self._specs = specs
@@ -164,11 +56,11 @@ class _Checkpoint:
         self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
 
     def bias_length(self, module: str) -> int | None:
-        """Length of the module's bias, None where it has none."""
+        """The length of the module's bias; None if it has none."""
         bias = self._specs.get(f"{module}.bias")
         return bias.numel if bias is not None and len(bias.shape) == 1 else None
 
-    def holds(self, tensor_name: str) -> bool:
+    def has(self, tensor_name: str) -> bool:
         return tensor_name in self._specs
 
     def is_head(self, spec: TensorSpec) -> bool:
@@ -191,16 +83,16 @@ class _Checkpoint:
         return rows > columns and any(rows in (size, *_padded(size)) for size in self._vocabularies)
 
     def is_conv1d(self, spec: TensorSpec) -> bool:
-        """Whether a matrix is stored (in, out): a square one does not show it, but others of its block do."""
+        """Whether a matrix is stored (in, out). A square one does not show it, but others of its block do."""
         return bool(names.CONV1D_NAME.search(_module(spec))) and _block(spec.name) in self._conv1d_blocks
 
     def float32(self, module: str) -> str | None:
-        """When some loader holds the module in float32: always, in a float16 model, or never."""
+        """When any loader holds the module in float32: FLOAT32_ALWAYS, FLOAT32 (in float16 models), or None."""
         always = {fact.always for fact in self._float32 if fact.covers(module)}
         return (names.FLOAT32_ALWAYS if True in always else names.FLOAT32) if always else None
 
     def stays_float(self, module: str) -> bool:
-        """Whether a linear layer is left alone for its float32: what is always float32 becomes int8 all the same."""
+        """Whether a linear layer is left alone because of its float32. One that is always float32 becomes int8."""
         return self.float32(module) == names.FLOAT32
 
     def _shows_conv1d(self, spec: TensorSpec) -> bool:
@@ -225,11 +117,11 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
 
 
 def _written_dtype(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
-    """The dtype in which a tensor that stays a float has to stand in the file.
+    """The dtype in which a tensor that stays a float is written.
 
-    On load, transformers casts every float of a checkpoint to the model's dtype, or to float32 where a model wants it;
-    but of one that is int8 already most versions cast no `X.weight`. So those are written as a load of the source would
-    hold them: nearly always as they are, and in float32 where any version wants that, which loses nothing.
+    On load, transformers casts every float of a checkpoint to the model's dtype, or to float32 for some modules. In an
+    int8 checkpoint, most versions do not cast any `X.weight`. So these are written in the dtype that they would have
+    after loading the source: nearly always unchanged, and in float32 if any version uses that, which loses nothing.
     (transformers, quantizers/base.py, `get_new_dtype`)
     """
     if spec.dtype not in CAST_ON_LOAD or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
@@ -256,7 +148,7 @@ def _vocabularies(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _dtype_in(config: Mapping[str, Any]) -> str | None:
-    """The dtype that config.json gives the model, under its name of today or of transformers 4."""
+    """The model's dtype in config.json, under its current key or that of transformers 4."""
     named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     return _FLOAT_DTYPES.get(named)
 
@@ -270,7 +162,7 @@ def _most_common_float(specs: Iterable[TensorSpec]) -> str | None:
 
 
 def _why_not_linear(spec: TensorSpec) -> str | None:
-    """Why dtype, shape or the last part of the name rule out the weight of a linear layer; None if they do not."""
+    """Why a tensor cannot be the weight of a linear layer, by its dtype, shape and suffix; None if it can."""
     if spec.dtype not in QUANTIZABLE_DTYPES:
         return names.NOT_FLOAT
     if len(spec.shape) < 2:
@@ -283,7 +175,7 @@ def _why_not_linear(spec: TensorSpec) -> str | None:
 
 
 def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
-    """What the module is by its name, its family, and its bias: `LINEAR`, or why it is left alone."""
+    """Whether a module is a linear layer, by its name, its family and its bias: `LINEAR`, or why it is left alone."""
     module = _module(spec)
     bias_length = checkpoint.bias_length(module)
     for rule in checkpoint.rules:
@@ -296,7 +188,7 @@ def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
         return names.TIED_HEAD if checkpoint.tied else names.HEAD
     if checkpoint.stays_float(module):
         return names.FLOAT32
-    if module.endswith(".out_proj") and checkpoint.holds(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
+    if module.endswith(".out_proj") and checkpoint.has(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
         return names.SUBCLASS  # torch.nn.MultiheadAttention's NonDynamicallyQuantizableLinear
     if bias_length is None:
         return names.LINEAR if names.LINEAR_NAME.search(module) else names.UNKNOWN
@@ -313,7 +205,7 @@ def _reason_by_options(module: str, options: PlanOptions) -> str:
 
 
 def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
-    """The rules that hold for a model, the most particular first: its class, its model types, then all models."""
+    """The rules for a model, the most specific first: those of its class, its model types, then all models."""
     for pattern, rules in names.ARCHITECTURE_RULES:
         if any(re.fullmatch(pattern, architecture) for architecture in config.get("architectures") or ()):
             yield from rules
@@ -323,7 +215,7 @@ def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
-    """Entries for linear layers that are left alone without being in the file; all heads where the type is unknown."""
+    """Entries for linear layers that are left alone and not in the file; all heads if the model type is unknown."""
     types = tuple(model_types(config))
     for head, owners in names.TIED_HEADS.items():
         if not types or any(model_type in owners for model_type in types):

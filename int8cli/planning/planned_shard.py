@@ -1,24 +1,24 @@
-"""What becomes of one source shard: the decision on each of its tensors, and the files that they are written to.
+"""What one source shard becomes: the decision on each of its tensors, and the files that they are written to.
 
-Owns how the two go together, and how the files change with the columns to store and with weights that must be left
-alone. Picklable, and needs no torch: what hands a shard out need not be what converts it.
+Owns how decisions and files fit together, and how the files change with the stored columns and with weights that
+cannot be quantized. Picklable and without torch, so that a process which plans a shard need not be able to convert it.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from int8cli.checkpoint.tensor import ShardContents
+from int8cli.planning.decisions import Decision, Plan
 from int8cli.planning.layouts import LAYOUTS, Layout
 from int8cli.planning.output_files import OutputShard, plan_output_shard, plan_sidecar
-from int8cli.planning.plan import Decision, Plan
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedShard:
     """One source shard and its outputs, planned to the byte.
 
-    `plan` holds the decisions on this shard's tensors, in their order in the file. `layout` names the format of
-    `output`. `sidecar` is to hold the input columns `columns`, by tensor, each sorted; None where there is to be none.
+    `plan` has the decisions on this shard's tensors, in file order. `layout` names the format of `output`. `sidecar`
+    is the file for the input columns `columns`, sorted, by tensor; None if the shard gets no sidecar.
     """
 
     contents: ShardContents
@@ -34,7 +34,7 @@ class PlannedShard:
 
     @property
     def decisions(self) -> dict[str, Decision]:
-        """The decisions by tensor; made anew at each call."""
+        """The decisions by tensor name. Each call builds a new dict."""
         return {decision.spec.name: decision for decision in self.plan.decisions}
 
     @property
@@ -47,16 +47,16 @@ class PlannedShard:
         """The size of the source's tensors."""
         return sum(stored.spec.nbytes for stored in self.contents.tensors)
 
-    def storing(self, columns: Mapping[str, tuple[int, ...]]) -> "PlannedShard":
-        """The same shard with these columns in its sidecar; itself where it has none."""
+    def with_columns(self, columns: Mapping[str, tuple[int, ...]]) -> "PlannedShard":
+        """The same shard with these columns in its sidecar; unchanged if it has no sidecar."""
         if self.sidecar is None:
             return self
         return plan_shard(self.contents, self.plan, self.output.file_name, self.target, columns)
 
-    def keeping(self, tensor_names: Collection[str]) -> "PlannedShard":
-        """The shard with these tensors, found to hold NaN or infinity, copied as they are; it may lose its sidecar."""
+    def with_copied(self, tensor_names: Collection[str]) -> "PlannedShard":
+        """The same shard with these tensors, which hold NaN or infinity, copied unchanged. It may lose its sidecar."""
         columns = self.columns if self.sidecar is not None else None
-        plan = self.plan.keeping(tensor_names)
+        plan = self.plan.with_copied(tensor_names)
         return plan_shard(self.contents, plan, self.output.file_name, self.target, columns)
 
 
@@ -67,9 +67,10 @@ def plan_shard(
     target: Layout,
     columns: Mapping[str, tuple[int, ...]] | None = None,
 ) -> PlannedShard:
-    """Plan the files of a shard that becomes `file_name`. With `columns`, None for no sidecar, those to store exactly.
+    """Plan the files of a shard that becomes `file_name`.
 
-    Of a tensor that is not quantized no column is stored. Where none is quantized there is no sidecar.
+    `columns` are the input columns to store exactly, by tensor; None for no sidecar. Columns of a tensor that is not
+    quantized are ignored. A shard without quantized tensors has no sidecar.
     """
     decisions = {decision.spec.name: decision for decision in plan.decisions}
     output = plan_output_shard(contents, decisions, file_name, target)

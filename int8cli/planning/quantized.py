@@ -36,7 +36,7 @@ _FLOATS_ARE_NOT_THE_WEIGHTS = frozenset({"bitnet"})
 def refuse_own_output(name: str, files: Iterable[str]) -> None:
     """Raise AlreadyConvertedError for the files of a conversion of ours."""
     if _CONVERSION_FILE in files:
-        raise AlreadyConvertedError(f"{name} is already quantized: int8cli wrote it")
+        raise AlreadyConvertedError(f"{name} is already int8: int8cli wrote it")
 
 
 def refuse_quantized(config: Mapping[str, Any], shards: Sequence[ShardContents]) -> None:

@@ -1,6 +1,6 @@
-"""All that is known of a conversion before the first weight byte is read: headers, plan, sizes, room needed.
+"""Everything that is known about a conversion before the first weight is read: headers, plan, sizes, disk space.
 
-Owns what `convert` starts from and what `--dry-run` shows. Reads config.json, the index and the headers; no torch
+Owns what `convert` starts from and what `--dry-run` shows. Reads config.json, the index and the headers. Needs no torch
 for safetensors sources.
 """
 
@@ -20,26 +20,27 @@ from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
-from int8cli.planning.plan import Decision, Plan, PlanOptions, make_plan
+from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.planning.quantized import declared_methods, refuse_own_output, refuse_quantized
 from int8cli.results.conversion import TensorGroup
 
 _EDGE_BYTES = 1 << 16
-# Measured on SmolLM2: what is written beside the weights comes to 684 bytes for each of their tensors.
+# Measured on SmolLM2: record, report and index need 684 bytes for each tensor.
 _RECORD_BYTES_A_TENSOR = 1000
-# And 289 bytes for each stored column, in record and report, where it comes with reasons.
+# And 289 bytes for each stored column with its figures.
 _RECORD_BYTES_A_COLUMN = 500
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A source as it stands and what it will become. `config` is empty where the source has no config.json.
+    """A source and the plan of its conversion. `config` is empty if the source has no config.json.
 
-    `target` is the layout of the output; the plan holds what its loaders accept. `stored_counts` says how many columns
-    of each quantized tensor its sidecar holds at most; None where there are no sidecars.
+    `target` is the layout of the output. `stored_counts` is the most columns that a sidecar stores, by quantized
+    tensor; None without sidecars.
     """
 
     identity: SourceIdentity
@@ -57,7 +58,7 @@ class Survey:
 
     @cached_property
     def outputs(self) -> dict[str, OutputShard]:
-        """The output shard for each source shard's file name."""
+        """Source shard's file name → output shard."""
         names = output_file_names([contents.file_name for contents in self.shards], self.weights.copied)
         return {
             contents.file_name: plan_output_shard(contents, self.decisions, names[contents.file_name], self.target)
@@ -66,7 +67,7 @@ class Survey:
 
     @cached_property
     def sidecars(self) -> dict[str, OutputShard]:
-        """The sidecar for each source shard's file name that will have one."""
+        """Source shard's file name → sidecar, for the shards that have one."""
         if self.stored_counts is None:
             return {}
         planned = {
@@ -78,7 +79,7 @@ class Survey:
         return {name: sidecar for name, sidecar in planned.items() if sidecar is not None}
 
     def planned(self, file_name: str) -> PlannedShard:
-        """What becomes of one source shard. Its sidecar has room for the most columns that there may be."""
+        """The plan of one source shard. Its sidecar has the largest possible number of columns."""
         contents = next(each for each in self.shards if each.file_name == file_name)
         decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
         plan = replace(self.plan, decisions=decisions)
@@ -86,7 +87,7 @@ class Survey:
 
     @property
     def plan_digest(self) -> str:
-        """A digest, in hex, of every header that will be written: of what becomes of each tensor."""
+        """A digest, in hex, of all output headers. It changes if any tensor's decision changes."""
         digest = xxhash.xxh3_128()
         for output in self.outputs.values():
             digest.update(output.header)
@@ -98,17 +99,17 @@ class Survey:
 
     @property
     def output_bytes(self) -> int:
-        """Size of all output shards, headers included, to the byte."""
+        """The size of all output shards with their headers, to the byte."""
         return sum(output.file_bytes for output in self.outputs.values())
 
     @property
     def sidecar_bytes(self) -> int:
-        """Size of all sidecars, to the byte; less only where a linear turns out to have no columns to store."""
+        """The size of all sidecars, to the byte. The real size is smaller if a linear has fewer columns to store."""
         return sum(sidecar.file_bytes for sidecar in self.sidecars.values())
 
     @property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
-        """Everything of the source that is neither converted nor copied, with the reason."""
+        """Everything in the source that is neither converted nor copied, with the reason."""
         stale = (
             f"{CONFIG_FILE}: quantization_config",
             "of another quantization method; these weights are not quantized",
@@ -116,8 +117,8 @@ class Survey:
         return self.weights.passed_over + ((stale,) if any(declared_methods(self.config)) else ())
 
 
-def _told_reason(decision: Decision) -> str:
-    """The reason, and the cast where a tensor is not written in the dtype it came in."""
+def _reason_with_cast(decision: Decision) -> str:
+    """The reason, and the cast if a tensor is written in another dtype."""
     if decision.written_dtype == decision.spec.dtype:
         return decision.reason
     return f"{decision.reason}; {decision.spec.dtype} cast to {decision.written_dtype}, as loaders would"
@@ -125,7 +126,7 @@ def _told_reason(decision: Decision) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a disk, named by a directory on it, must have free, and what it has."""
+    """The free space that a disk needs, and what it has. `directory` is on that disk."""
 
     directory: Path
     needed_bytes: int
@@ -133,9 +134,9 @@ class Room:
 
 
 def survey_source(source: Source, options: PlanOptions, target: Layout = bitsandbytes) -> Survey:
-    """Read what decides a conversion. Raises the errors of a bad checkpoint; nothing is written anywhere.
+    """Read everything that determines a conversion, and make the plan for the loaders of `target`. Writes nothing.
 
-    What the loaders of `target` accept goes into the plan's options.
+    Raises the errors of an invalid checkpoint.
     """
     files = source.list_files()
     refuse_own_output(source.identity.name, files)
@@ -157,7 +158,7 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
     """Tensors by kind and reason, the largest groups first."""
     groups: dict[tuple[str, str], list[Decision]] = {}
     for decision in decisions:
-        groups.setdefault((decision.kind, _told_reason(decision)), []).append(decision)
+        groups.setdefault((decision.kind, _reason_with_cast(decision)), []).append(decision)
     grouped = [
         TensorGroup(
             kind,
@@ -174,25 +175,25 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
 def room_needed(
     source: Source, survey: Survey, remaining: Sequence[str], output: Path, peak_shard_bytes: int | None = None
 ) -> tuple[Room, ...]:
-    """The free space that each disk needs to write these shards; one entry per disk.
+    """The free space that each disk needs to convert the `remaining` shards; one entry for each disk.
 
-    That is their output and, for a Hub source, the downloaded shards that exist at once: `peak_shard_bytes`, or else
-    the one being converted and the next, or all if the source keeps them. Shards already in the cache need nothing.
+    Counts the output and, for a Hub source, the downloaded shards that exist at once: the one being converted and the
+    next, at least `peak_shard_bytes`, or all if the source keeps them. Shards in the Hub cache need nothing.
     """
     sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
-    wanted = [
+    needed = [
         (output, sum(survey.outputs[name].file_bytes for name in remaining)),
         (output, sum(survey.sidecars[name].file_bytes for name in remaining if name in survey.sidecars)),
-        (output, beside_bytes(source, survey)),
+        (output, other_files_bytes(source, survey)),
     ]
     if source.keeps_in is not None:
-        wanted.append((source.keeps_in, sum(transferred)))
+        needed.append((source.keeps_in, sum(transferred)))
     else:
         two = max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)
-        wanted.append((output, two if peak_shard_bytes is None else max(two, peak_shard_bytes)))
+        needed.append((output, two if peak_shard_bytes is None else max(two, peak_shard_bytes)))
     by_disk: dict[int, list[tuple[Path, int]]] = {}
-    for directory, size_bytes in wanted:
+    for directory, size_bytes in needed:
         existing = existing_parent(directory)
         with disk_errors(existing):
             disk = existing.stat().st_dev
@@ -203,8 +204,8 @@ def room_needed(
     )
 
 
-def beside_bytes(source: Source, survey: Survey) -> int:
-    """Room for what is not weights: copied files as they are, records, report and index by the number of tensors."""
+def other_files_bytes(source: Source, survey: Survey) -> int:
+    """The size of all files without weights: exact for copied files, estimated for records, report and index."""
     copied = sum(source.size_bytes(name) for name in survey.weights.copied)
     files = (*survey.outputs.values(), *survey.sidecars.values())
     columns = sum((survey.stored_counts or {}).values())
@@ -212,10 +213,10 @@ def beside_bytes(source: Source, survey: Survey) -> int:
 
 
 def fingerprint(source: Source, file_name: str) -> str:
-    """A mark of a local shard's state that notices retrained or replaced weights without reading them all.
+    """A digest that detects retrained or replaced weights of a local shard without reading all of it.
 
-    xxh3_128 over its first and last 64 KiB: the header, and with a `.bin` the zip directory with every record's CRC.
-    A Hub file needs none, its revision says it.
+    xxh3_128 of its first and last 64 KiB: the header, or for a `.bin` the zip directory with every record's CRC. Empty
+    for a Hub file, which its revision identifies.
     """
     if source.identity.on_hub:
         return ""
@@ -228,6 +229,6 @@ def fingerprint(source: Source, file_name: str) -> str:
 
 
 def model_fingerprint(source: Source, shards: Sequence[ShardContents]) -> str:
-    """A mark of a local checkpoint's state; empty for the Hub's, whose revision says it."""
+    """A digest of a local checkpoint's fingerprints; empty for a Hub repository, which its revision identifies."""
     marks = [fingerprint(source, contents.file_name) for contents in shards]
     return hashlib.sha256("\n".join(marks).encode()).hexdigest() if any(marks) else ""

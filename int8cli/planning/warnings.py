@@ -1,4 +1,4 @@
-"""What of a plan the user may not have meant, or may want to know beforehand."""
+"""Warnings about a plan: likely mistakes, and what the user should know before converting."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from int8cli.planning.survey import Survey
 
 
 def warnings_of(survey: Survey) -> Iterator[str]:
-    """A line each."""
+    """Warnings about a survey, one line each."""
     for pattern in survey.plan.unmatched_patterns:
         yield f"warning: no module matches {pattern!r}"
     if not survey.plan.quantized:

@@ -15,8 +15,8 @@ STEPS = "steps"
 class Progress(Protocol):
     """Receives progress reports. Calls may come from any thread, and from several at once.
 
-    A task has a name, such as "convert" or "read", and parts, such as shards, blocks or files. A command may have
-    several tasks under way at once. A task that fails never gets its `done`.
+    A task has a name, such as "convert" or "read", and parts, such as shards, blocks or files. A command may run
+    several tasks at once. A task that fails never gets its `done`.
     """
 
     def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:

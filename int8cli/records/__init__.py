@@ -1,1 +1,1 @@
-"""What of a conversion is finished: what resuming and verifying trust."""
+"""Which parts of a conversion are finished, as recorded on disk. Resuming and verifying rely on it."""

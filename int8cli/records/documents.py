@@ -1,6 +1,7 @@
 """The JSON files under `int8/`, read as input like any other.
 
-Owns what is the same for all of them: size, schema, names and sizes that can be. Knows none of them.
+Owns what they have in common: the size limit, the schema field, and which names and shapes are valid. Knows no document
+by name.
 """
 
 import os
@@ -15,7 +16,7 @@ from int8cli.typed_json import InvalidJsonError, parse_json, shown
 
 _LIMIT_BYTES = 1 << 30  # a record of 10,000 tensors has 7 MB
 _LARGEST_TENSOR_BITS = 2**63 - 1
-# What lies in our directory beside the files that a conversion consists of.
+# Entries of our directory that are not files of a conversion.
 _STATE = frozenset({"conversion.json", "records", "partial", "incoming", "calibration"})
 
 Read = TypeVar("Read")
@@ -29,9 +30,9 @@ class TensorDescription(Protocol):
 
 
 def read_document(path: Path, parse: Callable[[Any], Read], hint: str = "") -> Read | None:
-    """What `parse` makes of a JSON file; None where there is none.
+    """Read a JSON file and return what `parse` returns for it; None if there is no such file.
 
-    Raises OutputError for what cannot be read, and where `parse` raises InvalidJsonError, naming file and field.
+    Raises OutputError if the file cannot be read, or, naming file and field, if `parse` raises InvalidJsonError.
     """
     try:
         with path.open("rb") as file:
@@ -49,31 +50,31 @@ def read_document(path: Path, parse: Callable[[Any], Read], hint: str = "") -> R
 
 
 def without_schema(document: Any, *known: str) -> dict[str, Any]:
-    """The document's other fields. Raises InvalidJsonError unless its schema is one of those known."""
+    """The document's other fields. Raises InvalidJsonError unless its schema is in `known`."""
     if not isinstance(document, dict):
         raise InvalidJsonError(f"is {shown(document)}, not an object")
     if document.get("schema") not in known:
         raise InvalidJsonError(
-            f"is {shown(document.get('schema'))}, this version reads {' and '.join(known)}", "schema"
+            f"is {shown(document.get('schema'))}, but this version reads {' and '.join(known)}", "schema"
         )
     return {name: value for name, value in document.items() if name != "schema"}
 
 
 def check_file_name(name: str, place: str) -> None:
-    """Raise InvalidJsonError unless this is the name of a file that a conversion may consist of."""
+    """Raise InvalidJsonError unless `name` can be a file of a conversion. `place` is the field it was read from."""
     state = is_own(name) and (name.split("/")[0] != OWN_DIRECTORY or [*name.split("/"), ""][1] in {"", *_STATE})
     if not is_output_name(name) or state:
         raise InvalidJsonError(f"is {shown(name)}, which is not a file of a conversion", place)
 
 
 def check_shard_name(name: str, place: str) -> None:
-    """The same for a shard, which lies outside of our own directory."""
+    """The same for a shard, which is never in our own directory."""
     if not is_output_name(name) or is_own(name) or not name.endswith(".safetensors"):
         raise InvalidJsonError(f"is {shown(name)}, which is not a shard of a conversion", place)
 
 
 def check_tensor(tensor: TensorDescription, place: str) -> None:
-    """Raise InvalidJsonError for an unknown dtype or a shape of more bits than a file can hold."""
+    """Raise InvalidJsonError for an unknown dtype, or for a shape with more bits than fit in a file."""
     bits = DTYPE_BITS.get(tensor.dtype)
     if bits is None:
         raise InvalidJsonError(f"has the unknown dtype {shown(tensor.dtype)}", place)

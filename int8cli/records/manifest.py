@@ -1,7 +1,7 @@
-"""`int8/files.json`: what a finished conversion holds beside its shards, with digests.
+"""`int8/files.json`: the files of a finished conversion other than its shards, with digests.
 
-Owns its schema. It is written when everything but config.json stands, so that a directory without it is unfinished.
-The model card is not in it: a card is there to be edited.
+Owns its schema. It is written after everything but config.json, so a directory without it is unfinished. The model card
+is not in it, since users edit it.
 """
 
 import json
@@ -25,7 +25,7 @@ _PIECE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class SideFile:
-    """A file as it was put down, by its name in the output directory."""
+    """A file as it was written, by its name in the output directory."""
 
     file: str
     size_bytes: int
@@ -57,7 +57,7 @@ class _ManifestFields:
 
 
 def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str, bytes]) -> None:
-    """Put down the digests of files that stand in `output`, and of those that will be written last."""
+    """Write the digests of files that are in `output`, and of those in memory that will be written after this."""
     files = [SideFile.of_path(name, output / name) for name in on_disk]
     files += [SideFile.of_bytes(name, data) for name, data in in_memory.items()]
     document = {"schema": MANIFEST_SCHEMA, "files": [asdict(file) for file in sorted(files, key=lambda f: f.file)]}
@@ -65,8 +65,8 @@ def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str,
 
 
 def read_manifest(output: Path) -> tuple[SideFile, ...] | None:
-    """What `write_manifest` put down; None where it did not come to that. Raises OutputError for anything else."""
-    return read_document(output / MANIFEST_FILE, _from_json, "Run the same convert command again: it is written again.")
+    """The manifest; None if there is none. Raises OutputError if it is damaged."""
+    return read_document(output / MANIFEST_FILE, _from_json, "Run the same convert command again to rewrite it.")
 
 
 def _from_json(document: Any) -> tuple[SideFile, ...]:

@@ -17,7 +17,7 @@ from int8cli.results.units import decibels, human_bytes, human_count
 WORST_LAYERS = 10
 COLUMNS_SHOWN = 8  # of one layer
 TAGS = ["int8", "8-bit", "llm.int8()"]
-# The auto class for the end of an architecture's name. Any other architecture is loaded with its own class.
+# The auto class for each suffix of an architecture's name. Any other architecture is loaded with its own class.
 _AUTO_CLASSES = {
     "ForCausalLM": "AutoModelForCausalLM",
     "LMHeadModel": "AutoModelForCausalLM",
@@ -97,14 +97,14 @@ def _loading(survey: Survey) -> Iterator[str]:
 
 
 def _loader(survey: Survey) -> str:
-    """The auto class for the model's architecture, or the architecture's own class where its name can be one."""
+    """The auto class for the model's architecture, or its own class if its name can be that of a Python class."""
     architecture = next(iter(survey.config.get("architectures") or ()), "")
     loader = next((auto for end, auto in _AUTO_CLASSES.items() if architecture.endswith(end)), architecture)
     return markdown.python_class(loader, otherwise="AutoModel")
 
 
 def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Survey) -> Iterator[str]:
-    """What they are, where they are, who reads them, and the output error with and without them."""
+    """What the stored columns are, where they are, how to use them, and the output error with and without them."""
     more = percent_more(report.sidecar_bytes, report.output_bytes)
     yield "## Stored columns\n"
     yield (
@@ -180,7 +180,7 @@ def _kinds_with_errors(report: ConversionReport) -> Iterator[str]:
 
 def _kinds_by_size(report: ConversionReport) -> Iterator[str]:
     yield "## Quantized, by kind of layer\n"
-    yield "The error of the weights was not measured (`int8cli convert --no-figures`).\n"
+    yield "The error of the weights was not measured.\n"
     yield "| kind | layers | original | here |"
     yield "|---|---:|---:|---:|"
     for kind in summarize_kinds(report.layers):

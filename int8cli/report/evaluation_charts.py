@@ -18,7 +18,7 @@ _SMALLEST_TICK = 1e-5
 
 
 def perplexity_by_method(found: Evaluation) -> Any:
-    """The nats that each method adds to the 16-bit model, with standard errors; perplexities if that was not run."""
+    """The nats that each method adds to the 16-bit model, with standard errors; perplexities without that model."""
     if any(_over(method) is not None for method in found.methods):
         return _increases(found)
     return _perplexities(found)

@@ -19,7 +19,7 @@ from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
 from int8cli.results.units import perplexity_text
 
 MOST_LAYERS = 1500
-_WEIGHTS_ONLY = "int8-weights"  # its inputs stay in 16 bit, so nothing is multiplied in int8
+_WEIGHTS_ONLY = "int8-weights"  # inputs stay in 16 bit
 
 
 def write_evaluation(found: Evaluation, path: Path) -> None:
@@ -77,8 +77,11 @@ def verdict_lines(found: Evaluation) -> list[str]:
 
 
 def _distance(method: MethodResult) -> tuple[int, float] | None:
-    """How far a method is from 16 bit, by the best figure known: KL divergence, which separates methods with less text
-    than perplexity; otherwise perplexity; otherwise the error of the layers."""
+    """How far a method is from 16 bit, by the best known figure, and which one that is.
+
+    KL divergence is the best, because it separates methods with less text than perplexity, which is second. The error
+    of the layers is third.
+    """
     scores = method.scores
     known = (None, None) if scores is None else (scores.kl_divergence, scores.nats)
     for place, value in enumerate((*known, method.mean_error)):
@@ -156,13 +159,14 @@ def _error_cells(method: MethodResult) -> Iterator[markup.Cell]:
 
 
 def _layers_table(found: Evaluation) -> Iterator[str]:
-    """Layers by methods; of very many layers, those with the largest errors."""
+    """The error of each layer by each method. If there are very many layers, those with the largest errors."""
     methods = [method for method in compared(found) if method.layers]
     layers = list(zip(*(method.layers for method in methods), strict=True))
     if len(layers) > MOST_LAYERS:
         largest = sorted(layers, key=lambda of: max(error.error for error in of), reverse=True)[:MOST_LAYERS]
         shown = {of[0].name for of in largest}
-        yield f'<p class="note">The {MOST_LAYERS:,} largest errors of {len(layers):,} layers; --json has all.</p>'
+        note = f"The {MOST_LAYERS:,} largest errors of {len(layers):,} layers. The JSON output has all."
+        yield f'<p class="note">{note}</p>'
         layers = [of for of in layers if of[0].name in shown]
     heads = ("layer", "input", *(method.label for method in methods))
     rows = [(of[0].name, of[0].kind, *(_cell(error.error, ".4f") for error in of)) for of in layers]

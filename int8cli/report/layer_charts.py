@@ -100,7 +100,7 @@ def _panel(found: Evaluation, rows: Sequence[Row], chosen: Any) -> Any:
 
 
 def _layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool) -> Any:
-    """Block numbers. Layers outside the blocks have meaningless numbers, which are not shown."""
+    """The axis of block numbers. Layers outside the blocks have no block number, and get no labels."""
     alt = require_altair()
     scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False)
     span = max(numbers) - min(numbers) + 1

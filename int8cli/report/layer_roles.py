@@ -1,6 +1,6 @@
-"""Which place in its block a linear layer has: `model.layers.7.mlp.up_proj` is the `mlp.up_proj` of block 7.
+"""The role of a linear layer in its block: `model.layers.7.mlp.up_proj` is the `mlp.up_proj` of block 7.
 
-Owns how layers are grouped into series that can be followed from block to block.
+Owns how layers are grouped into series, with one point per block.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ OUTSIDE = "outside the blocks, in order"
 
 @dataclass(frozen=True, slots=True)
 class LayerPlace:
-    """A series, and the position in it. The experts of a block share a place."""
+    """A series, and the position in it. The experts of a block share a position."""
 
     role: str
     number: int

@@ -1,7 +1,7 @@
-"""One HTML page that fetches nothing: charts by Vega, which is in the page, and sortable tables.
+"""A self-contained HTML page: charts by Vega, which is part of the page, and sortable tables.
 
-Owns the page's markup, style and script, in light and dark, and that a name is text in them and nothing else. Knows
-nothing of what is reported.
+Owns the page's markup, style and script, in light and dark, and that names from a checkpoint appear only as text. Does
+not know what is reported.
 """
 
 import html
@@ -35,7 +35,7 @@ th button:focus-visible { outline: 2px solid #2a78d6; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 tbody tr:nth-child(even) { background: var(--stripe); } .scroll { overflow: auto; max-height: 560px; }
 """
-# Charts set no colors for text, axes and background: these follow the reader's color scheme.
+# Charts set no colors for text, axes and background. These follow the reader's color scheme.
 _SCRIPT = """
 const ink = '#c3cad5', dark = matchMedia('(prefers-color-scheme: dark)');
 const onDark = {
@@ -104,29 +104,31 @@ def page(title: str, body: Sequence[str], drawn: Mapping[str, Any]) -> str:
 
 
 def escape(text: str) -> str:
-    """The text for an element or a quoted attribute: printable, and nothing in it is markup."""
+    """The text for an element or a quoted attribute: printable, and without markup."""
     return html.escape(printable(text))
 
 
 def _json_in_script(value: Any) -> str:
-    """JSON for a script element. In JSON, `<` only stands in strings."""
+    """JSON for a script element. In JSON, `<` occurs only in strings."""
     return json.dumps(value).replace("<", "\\u003c")
 
 
 def _safe(script: str) -> str:
-    """Script text that cannot close the element around it."""
+    """Script text that cannot close its own element."""
     return re.sub(r"</(?=script)", r"<\\/", script, flags=re.IGNORECASE).replace("<!--", "<\\!--")
 
 
 def section(title: str, chart: str, note: str) -> str:
-    """A heading, a note where there is one, and the place of the chart of that name."""
+    """A heading, a note if it is not empty, and the place for the chart with that name."""
     shown = f'<p class="note">{escape(note)}</p>' if note else ""
     return f'<h2>{escape(title)}</h2>{shown}<div class="chart" id="{chart}"></div>'
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[Cell]], otherwise: str) -> str:
-    """A table that sorts by a click on a head; without rows, the sentence `otherwise`. The first row decides which
-    columns are numbers."""
+    """A table that sorts by a click on a heading; without rows, the sentence `otherwise`.
+
+    The cells of the first row determine which columns are numbers.
+    """
     rows = list(rows)
     if not rows:
         return f'<p class="note">{escape(otherwise)}</p>'
@@ -146,7 +148,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _sortable(value: float) -> str:
-    """A number as JavaScript reads it; NaN counts as the largest."""
+    """A number in JavaScript's notation. NaN is sorted as the largest."""
     return repr(value) if math.isfinite(value) else "-Infinity" if value == -math.inf else "Infinity"
 
 

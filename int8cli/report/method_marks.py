@@ -1,6 +1,6 @@
 """How a method looks in every chart of an evaluation: its color, its shape, its row.
 
-Owns that a method looks the same in every chart, on the page and in pictures.
+Because of this module, a method looks the same on the page and in pictures.
 """
 
 import math
@@ -82,7 +82,7 @@ def written(rows: Sequence[Row], width: int, *, named: bool = True) -> Any:
 
 
 def _legend(found: Evaluation) -> Any:
-    """All but the 16-bit model, which has no errors."""
+    """The legend. It leaves out the 16-bit model, which has no errors."""
     return require_altair().Legend(
         title=None,
         orient="top",

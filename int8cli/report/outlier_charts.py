@@ -1,6 +1,6 @@
 """Charts of outlier statistics, as Vega-Lite by altair; the heatmap as a picture too.
 
-Owns what is drawn and how. Reads result objects; the numbers in the tooltips are those of the statistics.
+Owns what is drawn and how. Reads result objects only.
 """
 
 from collections.abc import Iterator, Sequence

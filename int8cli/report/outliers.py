@@ -1,9 +1,8 @@
-"""Outlier statistics and suspects on the terminal, in 80 columns: the summary first, then the details."""
+"""Outlier statistics and suspects on the terminal: the summary first, then the details."""
 
 import statistics as stats
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from int8cli.llm_int8.outliers import LAYER_SHARE, POSITION_SHARE
@@ -35,12 +34,12 @@ def show_statistics(found: OutlierStatistics) -> None:
     tables += [_massive_table(massive)] if massive else []
     for table in (*tables, _kinds_table(found.linear_sites), _sites_table(found.linear_sites)):
         console.print()
-        console.print(table)
+        console.print_table(table)
 
 
 def show_suspects(found: WeightSuspects) -> None:
     """Print the suspects, and how reliable they are."""
-    console: Console = stdout_console()
+    console = stdout_console()
     console.print(f"[bold]{escape(found.model)}[/bold]: suspects, from the weights alone", soft_wrap=True)
     console.print(suspects_caveat(), soft_wrap=True)
     table = titled_table("Suspects, by predicted magnitude")
@@ -55,22 +54,21 @@ def show_suspects(found: WeightSuspects) -> None:
             ranges(suspect.layers),
         )
     table.caption = "score: predicted magnitude after a norm, mean over the norms"
-    console.print(table)
+    console.print_table(table)
 
 
 def suspects_caveat() -> str:
     return (
         f"This is a guess. On {MEASURED_ON} the one true feature was ranked first, but it was the only one of "
         f"{round(1 / MEASURED_PRECISION_OF_ALL)}\nsuspects that was true (precision {MEASURED_PRECISION_OF_ALL:.2f}; "
-        f"average precision over norms {MEASURED_AVERAGE_PRECISION:.2f}).\nTo be certain, run the model: "
-        "--from activations."
+        f"average precision over norms {MEASURED_AVERAGE_PRECISION:.2f}).\nTo be certain, run the model."
     )
 
 
 def summary_lines(
     found: OutlierStatistics, features: Sequence[LocatedFeature], massive: Sequence["MassiveGroup"]
 ) -> list[str]:
-    """The summary, line by line: the model and the text, then the result."""
+    """The lines of the summary: the model and the text, then the result."""
     of = found.provenance
     named = ", ".join(str(located.feature.dimension) for located in features)
     plural = "" if len(features) == 1 else "s"
@@ -96,7 +94,7 @@ def summary_lines(
 
 
 class MassiveGroup:
-    """A massive activation in one dimension of one kind of site: the residual stream carries it through many blocks."""
+    """A massive activation in one dimension of one kind of site. It often occurs in many consecutive blocks."""
 
     def __init__(self, kind: str, dimension: int) -> None:
         self.kind, self.dimension = kind, dimension
@@ -232,4 +230,4 @@ def _median_and_worst(sites: Sequence[SiteStatistics], *, int8_inputs: bool) -> 
 
 
 def _more(count: int) -> str:
-    return f" · {count - MOST_ROWS} more in --json" if count > MOST_ROWS else ""
+    return f" · {count - MOST_ROWS} more in the JSON output" if count > MOST_ROWS else ""

@@ -18,7 +18,7 @@ LARGEST_DIMENSIONS = 16
 def statistics_to_json(statistics: OutlierStatistics) -> dict[str, Any]:
     """Features, massive activations and sites, and the dimensions of each site with the largest |x|.
 
-    The statistics of all dimensions are in the .safetensors file that --output writes.
+    The statistics of all dimensions are in the statistics file only.
     """
     of = statistics.provenance
     return {
@@ -62,7 +62,7 @@ def statistics_to_json(statistics: OutlierStatistics) -> dict[str, Any]:
 
 
 def suspects_to_json(found: WeightSuspects) -> dict[str, Any]:
-    """Suspects; every key calls them suspects."""
+    """The suspects, with their measured precision."""
     return {
         "schema": OUTLIERS_SCHEMA,
         "from": "weights",

@@ -1,23 +1,28 @@
-"""What `--dry-run` shows: the plan by kind of tensor, the output size, and what the conversion needs."""
+"""The plan of a conversion: tensors by kind, output sizes, and what the conversion needs."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.tensor import ShardContents
+from int8cli.estimate.ways import Way
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
-from int8cli.records.store import NO_OUTLIERS, Settings
+from int8cli.records.conversion import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
 from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
-from int8cli.results.units import counted, human_bytes, human_count
+from int8cli.report.ways import ways_table
+from int8cli.results.units import counted, human_bytes, human_count, told_apart
 
 PLAN_SCHEMA = "int8cli.plan/1"
 
 
-def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:
+def plan_to_json(
+    survey: Survey, needs: Needs, settings: Settings | None = None, ways: Sequence[Way] = ()
+) -> dict[str, Any]:
     """The plan as JSON. `output_bytes` counts the shards; `settings` say how stored columns will be chosen.
 
     `figures` says whether the error of every layer will be measured, null if that is not decided.
@@ -59,6 +64,7 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
                 for room in needs.disks
             ],
             "buffer_bytes": needs.buffer_bytes,
+            "ways": [way.to_json() for way in ways],
         },
     }
 
@@ -90,7 +96,9 @@ def _stored_to_json(survey: Survey, settings: Settings | None) -> dict[str, Any]
     }
 
 
-def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | None = None) -> None:
+def show_plan(
+    survey: Survey, needs: Needs, output: Path, settings: Settings | None = None, ways: Sequence[Way] = ()
+) -> None:
     """Print what a conversion would do, and that this was a dry run."""
     console = stdout_console()
     plan = survey.plan
@@ -103,16 +111,17 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
         *_stored_lines(survey),
         f"download  {needs.download_bytes:>19,} bytes  {human_bytes(needs.download_bytes):>10}",
         *(_disk_line(room) for room in needs.disks),
-        f"buffers   {needs.buffer_bytes:>19,} bytes  {human_bytes(needs.buffer_bytes):>10}  of memory, besides torch",
         f"{plan.percent_quantized:.1f} % of {human_count(plan.parameters)} parameters become int8",
     ):
         console.print(line, soft_wrap=True)
     if settings is not None:
         console.print(_chosen_by(survey, settings))
         if not settings.figures:
-            console.print("weight error: not measured (--no-figures)")
-    console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
-    console.print(groups_table("Not quantized", group_by_kind(plan.copied)))
+            console.print("weight error: not measured")
+    if ways:
+        console.print_table(ways_table(ways, "Time and memory on this machine", needs.download_bytes))
+    console.print_table(groups_table("Becomes int8", group_by_kind(plan.quantized)))
+    console.print_table(groups_table("Not quantized", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
@@ -127,13 +136,13 @@ def _stored_lines(survey: Survey) -> list[str]:
 def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
-    told = asdict(settings)
-    columns = counted(sum(survey.stored_counts.values()), columns_word(told))
-    by = escape(chosen_by(told))
+    values = asdict(settings)
+    columns = counted(sum(survey.stored_counts.values()), columns_word(values))
+    by = escape(chosen_by(values))
     return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}"
 
 
 def _disk_line(room: Room) -> str:
     fits = "fits" if room.needed_bytes <= room.free_bytes else "[red]does not fit[/red]"
-    free = human_bytes(room.free_bytes)
+    _, free = told_apart(room.needed_bytes, room.free_bytes)
     return f"disk      {room.needed_bytes:>19,} bytes  {human_bytes(room.needed_bytes):>10}  {fits}: {free} free"

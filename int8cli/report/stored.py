@@ -6,7 +6,7 @@ Owns the phrases that the terminal, the card and the dry run share.
 from collections.abc import Mapping
 from typing import Any
 
-from int8cli.records.store import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.stored_columns import StoredSummary
 from int8cli.results.units import counted

@@ -1,46 +1,45 @@
-"""Names that come from a checkpoint, made safe for a terminal.
+"""Makes names from a checkpoint safe for a terminal.
 
-Owns what of them may be shown: a name is data, but its control characters would be commands to the terminal, and its
-brackets commands to rich. `markup` makes text safe for HTML, `markdown` for Markdown and Python.
+Control characters in a name would be commands to the terminal, and brackets would be commands to rich. `markup` does
+the same for HTML, and `markdown` for Markdown and Python.
 """
 
 import io
-from collections.abc import Iterator
 from typing import TextIO
 
-# What rich's markup reads as its own, and the private characters that stand for it until rich has read the markup.
-# rich's own escape() looks for whole tags, and misses those in `[a[/]` and those that two names make together.
+# Characters with a meaning in rich's markup, and private characters that replace them until rich has parsed the markup.
+# rich's own escape() looks for complete tags. It misses those in `[a[/]`, and those that two names form together.
 _STAND_INS = {"[": "\ue000", "\\": "\ue001"}
 _TO_STAND_INS = str.maketrans(_STAND_INS)
 _FROM_STAND_INS = str.maketrans({stand_in: character for character, stand_in in _STAND_INS.items()})
 
 
 def printable(name: str) -> str:
-    """The name with everything that is no printable character written out, as in `\\x1b`."""
+    """The name with every character that is not printable shown as an escape, such as `\\x1b`."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
 
 
 def escape(name: str) -> str:
-    """The name for rich's markup: printable, and no part of it is a tag. To be shown by a console of `terminal`."""
+    """The name for rich's markup: printable, and without tags. Only consoles of `terminal` show it correctly."""
     return printable(name).translate(_TO_STAND_INS)
 
 
 def unescaped(text: str) -> str:
-    """What a console shows of text that rich has read: printable lines, with the characters that were stood in for."""
+    """Text that rich has parsed, ready to show: printable lines, with the real characters instead of stand-ins."""
     return printable_lines(text.translate(_FROM_STAND_INS))
 
 
 def printable_lines(text: str) -> str:
-    """The text with every line made printable."""
+    """The text with each line made printable."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 class PrintableStream(io.TextIOBase):
-    """A text stream that only takes printable lines: for stderr, where other libraries write names too.
+    """A text stream that makes all lines printable. Used for stderr, where other libraries write names too.
 
-    It has no `buffer`, which would be a way around it. `stream` is for a console, whose sequences are its own.
+    It has no `buffer`, which would bypass it. Consoles write to `stream` directly, because they need control sequences.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -69,16 +68,3 @@ class PrintableStream(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
-
-
-def broken_at_dots(name: str, width: int) -> str:
-    """The name as rich markup, in lines of at most `width` characters, broken after a dot if possible."""
-    return "\n".join(escape(line) for line in _lines(printable(name), width))
-
-
-def _lines(name: str, width: int) -> Iterator[str]:
-    while len(name) > width:
-        cut = name.rfind(".", 1, width) + 1 or width
-        yield name[:cut]
-        name = name[cut:]
-    yield name

@@ -1,6 +1,6 @@
-"""What charts share: altair if it is installed, their look, and PNG and SVG by vl-convert, without a browser.
+"""What all charts share: access to altair, their look, and PNG and SVG files by vl-convert, without a browser.
 
-Owns the look of every chart. Knows nothing about the data.
+Owns the look of every chart. Does not know about the data.
 """
 
 import io
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def require_altair() -> Any:
-    """altair and vl-convert, or MissingExtraError."""
+    """The altair module. Raises MissingExtraError if altair or vl-convert is not installed."""
     try:
         import altair
         import vl_convert  # noqa: F401
@@ -25,7 +25,7 @@ def require_altair() -> Any:
         raise MissingExtraError(
             f"charts need {error.name}, which is not installed", hint="pip install 'int8cli[plots]'."
         ) from error
-    # Every row is embedded, however many there are: the report limits their number.
+    # Embed all rows, however many. The reports limit their number.
     altair.data_transformers.disable_max_rows()
     return altair
 
@@ -46,7 +46,7 @@ def save_chart(chart: Any, path: Path) -> None:
 
 
 def printable_spec(chart: Any) -> dict[str, Any]:
-    """The chart as Vega-Lite. Names in it are printable, the same everywhere; XML cannot hold control characters."""
+    """The chart as Vega-Lite, with all text made printable, because XML cannot contain control characters."""
     return {key: _printable(value) for key, value in chart.to_dict().items()}
 
 
@@ -78,7 +78,10 @@ def finished(chart: Any) -> Any:
 
 
 def logarithmic(values: Sequence[float], room: float) -> dict[str, Any]:
-    """A logarithmic scale for the values, with the factor `room` at both ends. Ticks at decades, more if few."""
+    """A logarithmic scale for the values, with a margin of the factor `room` at both ends.
+
+    Ticks are at powers of ten, and between them if the range is small.
+    """
     alt = require_altair()
     low, high = min(values, default=1.0) / room, max(values, default=1.0) * room
     steps = (1, 3) if high <= 1000 * low else (1,)
@@ -89,5 +92,5 @@ def logarithmic(values: Sequence[float], room: float) -> dict[str, Any]:
 
 
 def short(value: float) -> float:
-    """Five significant digits: enough for a tooltip, and they keep the page small."""
+    """The value with five significant digits: enough for a tooltip, and the page stays small."""
     return float(f"{value:.5g}")

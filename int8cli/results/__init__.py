@@ -1,1 +1,1 @@
-"""What commands found, as plain objects with JSON forms. Needs no torch."""
+"""The results of commands, as plain objects with JSON forms. Needs no torch."""

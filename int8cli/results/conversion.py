@@ -1,6 +1,6 @@
-"""What a conversion found out: figures by layer, by kind of layer and in total, and their JSON form.
+"""The results of a conversion: figures by layer, by kind of layer and in total, and their JSON form.
 
-Owns the schema of the report. Written by convert, kept in the records, read by everything that shows it.
+Owns the schema of the report, and of the layers in a shard's record.
 """
 
 import math
@@ -18,10 +18,10 @@ from int8cli.results.stored_columns import (
 )
 from int8cli.typed_json import InvalidJsonError, read_as
 
-# 2: the figures are null where they were not measured.
+# 2: figures that were not measured are null.
 REPORT_SCHEMA = "int8cli.report/2"
 
-# The figures of a layer, of what layers make together, and those that all others follow from.
+# The figures of a layer, those of several layers together, and the sums that all figures are computed from.
 _LAYER_FIGURES = (
     "row_absmax_min",
     "row_absmax_max",
@@ -33,21 +33,20 @@ _LAYER_FIGURES = (
     "sum_squared_weight",
     "sum_abs_data",
 )
-_FIGURES_TOGETHER = ("relative_frobenius_error", "sqnr_db", "max_abs_error", "mean_range_use")
-_ADDED_UP = tuple(name for name in ErrorSums.__slots__ if name != "numel")
+_TOTAL_FIGURES = ("relative_frobenius_error", "sqnr_db", "max_abs_error", "mean_range_use")
+_SUMS = tuple(name for name in ErrorSums.__slots__ if name != "numel")
 
 
 def _figures(sums: ErrorSums | None, names: tuple[str, ...]) -> dict[str, float | None]:
-    """These figures by name; None for each where nothing was measured."""
+    """These figures by name; all are None if nothing was measured."""
     return {name: getattr(sums, name) if sums is not None else None for name in names}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """One quantized linear. `shape` is (out_features, in_features); bytes are those of its tensors that loaders see.
+    """One quantized linear. `shape` is (out_features, in_features). Bytes count the tensors that loaders read.
 
-    `sums` is None where its error was not measured. `stored` speaks of its sidecar, None where the conversion makes
-    none.
+    `sums` is None if the error was not measured. `stored` are the columns in its sidecar, None without sidecars.
     """
 
     name: str
@@ -73,7 +72,7 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, value: Any) -> "LayerReport":
-        """Raises InvalidJsonError for anything that `to_json` does not make."""
+        """Raises InvalidJsonError for anything that `to_json` does not write."""
         found = read_as(_LayerFields, value)
         sizes = found.bytes_before, found.bytes_after
         sums = found.sums()
@@ -82,7 +81,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class _LayerFields:
-    """A layer as `LayerReport.to_json` writes it. What follows from other figures is not read."""
+    """A layer as `LayerReport.to_json` writes it. Figures that are computed from others are not checked."""
 
     name: str
     kind: str
@@ -102,18 +101,18 @@ class _LayerFields:
     stored_columns: StoredColumns | None = None
 
     def sums(self) -> ErrorSums | None:
-        figures = {name: getattr(self, name) for name in _ADDED_UP}
+        figures = {name: getattr(self, name) for name in _SUMS}
         if all(value is None for value in figures.values()):
             return None
         for name, value in figures.items():
             if value is None:
-                raise InvalidJsonError("is null beside figures that are not", name)
+                raise InvalidJsonError("is null, but other figures are not", name)
         return ErrorSums(math.prod(self.shape), **figures)
 
 
 @dataclass(frozen=True, slots=True)
 class KindSummary:
-    """All layers of one kind together: their errors over all their weights, and the worst of them, if measured."""
+    """All layers of one kind: the error over all their weights, and the worst of them, if errors were measured."""
 
     kind: str
     layers: int
@@ -130,14 +129,14 @@ class KindSummary:
             "parameters": self.parameters,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            **_figures(self.sums, _FIGURES_TOGETHER),
+            **_figures(self.sums, _TOTAL_FIGURES),
             "worst_layer": self.worst.name if self.worst is not None else None,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class TensorGroup:
-    """Tensors of one kind that share their fate, and the reason for it. `bytes` are those of the source."""
+    """Tensors of one kind that are left alone for the same reason. `bytes` counts their bytes in the source."""
 
     kind: str
     reason: str
@@ -157,12 +156,12 @@ class TensorGroup:
 
 @dataclass(frozen=True, slots=True)
 class ConversionReport:
-    """The whole report of a conversion. Holds nothing that differs between two runs of the same conversion.
+    """The report of a conversion. Two runs of the same conversion give equal reports.
 
-    `layers` come worst first, by relative Frobenius error, or by name where that was not measured. `passed_over` names
-    each file of the source that was neither converted nor copied, with the reason. `unmatched_patterns` are the --skip
-    and --only patterns that named nothing.
-    `output_bytes` are those of the shards, `sidecar_bytes` those of the files beside them that hold stored columns.
+    `layers` are sorted by relative Frobenius error, the largest first, or by name if that was not measured.
+    `passed_over` names each file of the source that was neither converted nor copied, with the reason.
+    `unmatched_patterns` are the --skip and --only patterns that matched nothing. `output_bytes` counts the output
+    shards, `sidecar_bytes` the files of stored columns.
     """
 
     model: str
@@ -188,12 +187,12 @@ class ConversionReport:
 
     @property
     def sums(self) -> ErrorSums | None:
-        """Over all layers; None where the errors were not to be measured."""
+        """The error sums over all layers; None if errors were not measured."""
         return _total(self.layers) if self.settings["figures"] else None
 
     @property
     def stored(self) -> StoredSummary | None:
-        """What was stored exactly; None where the conversion makes no sidecars."""
+        """The stored columns; None without sidecars."""
         return summarize_stored(self.layers)
 
     def to_json(self) -> dict[str, Any]:
@@ -212,19 +211,19 @@ class ConversionReport:
                 "quantized_parameters": self.quantized_parameters,
                 "percent_quantized": self.percent_quantized,
                 "quantized_layers": len(self.layers),
-                **_figures(self.sums, _FIGURES_TOGETHER),
+                **_figures(self.sums, _TOTAL_FIGURES),
             },
             "stored_columns": stored.to_json() if stored is not None else None,
             "kinds": [kind.to_json() for kind in summarize_kinds(self.layers)],
             "layers": [layer.to_json() for layer in self.layers],
-            "left_alone": [kept.to_json() for kept in self.left_alone],
+            "left_alone": [group.to_json() for group in self.left_alone],
             "passed_over": [{"file": file, "reason": reason} for file, reason in self.passed_over],
             "unmatched_patterns": list(self.unmatched_patterns),
         }
 
 
 def worst_first(layers: Iterable[LayerReport]) -> tuple[LayerReport, ...]:
-    """The layers by their errors, the largest first; by name where these were not measured."""
+    """The layers sorted by error, the largest first, or by name if errors were not measured."""
     return tuple(sorted(layers, key=lambda layer: (-_error(layer.sums), layer.name)))
 
 
@@ -235,13 +234,13 @@ def _error(sums: ErrorSums | None) -> float:
 def worst_by_output_error(
     layers: Iterable[LayerReport], basis: ErrorBasis
 ) -> tuple[tuple[LayerReport, RelativeOutputError], ...]:
-    """The layers whose output error is known, the largest with all columns in int8 first."""
+    """The layers whose output error is known, with that error; the largest one with all columns in int8 comes first."""
     known = [(each, error) for each in layers if each.stored and (error := each.stored.output_error(basis))]
     return tuple(sorted(known, key=lambda pair: (-pair[1].all_int8, pair[0].name)))
 
 
 def summarize_kinds(layers: Iterable[LayerReport]) -> tuple[KindSummary, ...]:
-    """Group layers by kind, the kind with the largest error first; by name where none was measured."""
+    """Group layers by kind. The kind with the largest error comes first; without errors, kinds are sorted by name."""
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault(layer.kind, []).append(layer)
@@ -250,7 +249,7 @@ def summarize_kinds(layers: Iterable[LayerReport]) -> tuple[KindSummary, ...]:
 
 
 def summarize_stored(layers: Iterable[LayerReport]) -> StoredSummary | None:
-    """The stored columns of these layers; None where there are no sidecars."""
+    """The stored columns of these layers; None without sidecars."""
     by_name = sorted(layers, key=lambda layer: layer.name)
     return summarize_columns([(layer.kind, layer.stored) for layer in by_name if layer.stored])
 
@@ -269,9 +268,9 @@ def _summarize(kind: str, members: list[LayerReport]) -> KindSummary:
 
 
 def _total(layers: Iterable[LayerReport]) -> ErrorSums | None:
-    """The sums over layers; None where one of them was not measured."""
+    """The sums over layers; None if one of them was not measured."""
     total = ErrorSums()
-    # Sorted by name: a float sum depends on its order, and a report must not depend on which shard finished first.
+    # Sorted by name: a float sum depends on the order, and the report must not depend on which shard finished first.
     for layer in sorted(layers, key=lambda layer: layer.name):
         if layer.sums is None:
             return None

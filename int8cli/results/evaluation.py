@@ -1,6 +1,6 @@
-"""What an evaluation found, as result objects and as one JSON document.
+"""The results of an evaluation, as objects and as one JSON document.
 
-Owns the terms: what is compared with what, over which positions. Computes nothing but means of what it holds.
+Owns the definitions: what is compared with what, over which positions. Computes only means of these results.
 """
 
 import math
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 EVALUATION_SCHEMA = "int8cli.evaluation/1"
-REFERENCE = "16-bit"  # the key of the model as it is, in its own dtype
+REFERENCE = "16-bit"  # the key of the unchanged model, in its own dtype
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedText:
-    """The text, and what of it was used. `positions` are those at which the next token was predicted; 0 without."""
+    """The text, and how much of it was used. `positions` counts those at which the next token was predicted."""
 
     name: str
     sha256: str
@@ -27,10 +27,10 @@ class EvaluatedText:
 
 @dataclass(frozen=True, slots=True)
 class StoredColumnsSummary:
-    """Where the outlier columns come from that are stored with the weights.
+    """The outlier columns that are stored with the weights.
 
-    `limit` is how many a linear layer keeps at most; None where a converted model brought its own. `text`, `tokens`:
-    what they were calibrated on; empty and 0 where that is not known. `mean_columns`: how many a layer keeps.
+    `limit` is the most columns of one linear layer; None if they are those of a converted model. `text` and `tokens`:
+    what they were calibrated on; empty and 0 if unknown. `mean_columns`: how many a layer has on average.
     """
 
     limit: int | None
@@ -42,12 +42,12 @@ class StoredColumnsSummary:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What a method predicts, over all positions of all sequences.
+    """How well a method predicts the text, over all positions of all sequences.
 
-    `nats`: the mean negative log-likelihood of the text's tokens; `perplexity` is exp(nats). The others hold a method
-    against the 16-bit model on the same sequences, and are None for that model itself and where it was not run:
-    `nats_over_reference` the difference of nats, `standard_error` its standard error over sequences (None with fewer
-    than two), `kl_divergence` the mean over positions of KL(16 bit ‖ method) in nats, `same_top_share` the share of
+    `nats`: the mean negative log-likelihood of the tokens; `perplexity` is exp(nats). The others compare a method
+    with the 16-bit model on the same sequences. They are None for that model itself, and if it was not run:
+    `nats_over_reference`, the difference of nats; `standard_error`, its standard error over sequences (None with fewer
+    than two); `kl_divergence`, the mean over positions of KL(16 bit ‖ method) in nats; `same_top_share`, the share of
     positions where the most likely token is the same.
     """
 
@@ -60,7 +60,7 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats); infinite where that is beyond a float."""
+        """exp(nats); infinite if that overflows a float."""
         return math.exp(self.nats) if self.nats < 709.0 else math.inf
 
 
@@ -68,8 +68,8 @@ class Scores:
 class LayerError:
     """The output error of one linear layer, ‖Y_method - Y‖ / ‖Y‖ over all its inputs, Y = X Wᵀ without the bias.
 
-    X is what the layer gets in the 16-bit model: errors of layers before it are not in it. `kind` is the kind of its
-    input (norm-fed, attention output, second feed-forward); `stack` and `layer` place its block, None outside of them.
+    X is the layer's input in the 16-bit model, without the errors of earlier layers. `kind` is the kind of its input
+    (norm-fed, attention output, second feed-forward). `stack` and `layer` place its block; None outside the blocks.
     """
 
     name: str
@@ -81,8 +81,11 @@ class LayerError:
 
 @dataclass(frozen=True, slots=True)
 class MethodResult:
-    """One method: its key and label, and what was found. `scores` is None for models that predict no next token;
-    `layers`, in the model's order, is empty for the 16-bit model and where there is none to compare with."""
+    """The results of one method. `key` identifies it, `label` is for people.
+
+    `scores` is None for models that predict no next token. `layers`, in the model's order, is empty for the 16-bit
+    model, and if there is no 16-bit model to compare with.
+    """
 
     key: str
     label: str
@@ -101,11 +104,11 @@ class MethodResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All methods on one model and text, in the order of the table; the 16-bit model first where it was run.
+    """All methods on one model and text, in the order of the table. The 16-bit model comes first, if it was run.
 
     `converted`: the int8 tensors are those of a converted model, named `model`; `reference` is then the 16-bit model
-    given beside it, None without. `int8_layers` are the linear layers that the methods compute in int8.
-    `error_tokens`: how many tokens the layers' errors were measured on. `notes` are sentences for the reader.
+    that was given, or None. `int8_layers` counts the linear layers that the methods compute in int8. `error_tokens`
+    counts the tokens on which the layers' errors were measured. `notes` are sentences for the reader.
     """
 
     model: str
@@ -127,12 +130,12 @@ class Evaluation:
 
     @property
     def predicts(self) -> bool:
-        """Whether there are perplexities: an encoder has output errors only."""
+        """Whether there are perplexities. An encoder has only output errors."""
         return any(method.scores is not None for method in self.methods)
 
 
 def evaluation_to_json(found: Evaluation) -> dict[str, Any]:
-    """One JSON document; numbers are not rounded, what is not finite is null."""
+    """One JSON document. Numbers are not rounded; NaN and infinities become null."""
     text, columns = found.text, found.columns
     return {
         "schema": EVALUATION_SCHEMA,

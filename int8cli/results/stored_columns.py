@@ -1,4 +1,4 @@
-"""The input columns that a conversion stores exactly: of a linear, of a kind of layer, in all; and their JSON form."""
+"""The input columns that a conversion stores exactly, by linear, by kind of layer and in total, and their JSON form."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ ErrorBasis = Literal["measured", "predicted"]
 
 @dataclass(frozen=True, slots=True)
 class StoredColumn:
-    """An input column kept exact, and what speaks for it, as far as that is known.
+    """An input column that is stored exactly, and the evidence for it, where known.
 
-    `absmax` is the largest |x| that was seen in it; `error_share` the part of the layer's squared output error, with
-    int8 weights, that its rounding makes; `suspicion` a score from weights alone.
+    `absmax` is the largest |x| in it. `error_share` is its rounding's share of the layer's squared output error with
+    int8 weights. `suspicion` is a score from the weights alone.
     """
 
     index: int
@@ -26,8 +26,8 @@ class StoredColumn:
 class RelativeOutputError:
     """Relative error of a linear's output, ||error|| / ||X Wᵀ||: every column in int8, or the stored ones exact.
 
-    The inputs are int8 too. A prediction for the stored ones is an upper bound: it takes the largest value left in the
-    inputs for the largest of every token.
+    The inputs are int8 too. A predicted `with_stored` is an upper bound: it assumes that every token reaches the
+    largest value that is left in the inputs.
     """
 
     all_int8: float
@@ -36,9 +36,9 @@ class RelativeOutputError:
 
 @dataclass(frozen=True, slots=True)
 class StoredColumns:
-    """The columns of a linear that its sidecar holds in the source's dtype; `chosen_from` says what they were told by.
+    """The columns of a linear that its sidecar stores in the source's dtype. `chosen_from` names the strategy.
 
-    `bytes` are those of both sidecar tensors. Without calibration there is no prediction, and nothing was measured.
+    `bytes` counts both sidecar tensors. `predicted` and `measured` are None without a calibration.
     """
 
     chosen_from: str
@@ -53,7 +53,7 @@ class StoredColumns:
 
     @property
     def heaviest_first(self) -> tuple[StoredColumn, ...]:
-        """The columns by their share of the error or their suspicion, whatever is known."""
+        """The columns sorted by their share of the error or their suspicion, whichever is known."""
         return tuple(sorted(self.columns, key=lambda column: -(column.error_share or column.suspicion or 0.0)))
 
     def output_error(self, basis: "ErrorBasis") -> RelativeOutputError | None:
@@ -68,9 +68,9 @@ NOTHING_STORED = StoredColumns("", (), 0)
 
 @dataclass(frozen=True, slots=True)
 class StoredKind:
-    """The stored columns of the layers of one kind; of `layers`, those are counted that have any.
+    """The stored columns of the layers of one kind. `layers` counts only layers that have stored columns.
 
-    `bytes` are those of the sidecar tensors. `error` is the mean over the layers where one is known.
+    `bytes` counts the sidecar tensors. `error` is the mean over the layers whose error is known.
     """
 
     kind: str
@@ -85,10 +85,10 @@ class StoredKind:
 
 @dataclass(frozen=True, slots=True)
 class StoredSummary:
-    """The stored columns of a conversion: in all, and by kind with the largest output error first.
+    """The stored columns of a conversion: in total, and by kind with the largest output error first.
 
-    `basis` says what all errors here are: measured where every layer of which anything is known was measured, or else
-    predicted; None where nothing is known of the activations.
+    `basis` says whether all errors here are measured or predicted. They are measured only if every layer with a known
+    error was measured. None without a calibration.
     """
 
     total: StoredKind
@@ -102,9 +102,9 @@ class StoredSummary:
 
 
 def summarize_columns(found: Sequence[tuple[str, StoredColumns]]) -> StoredSummary | None:
-    """The stored columns of layers, each with the kind of its layer; None where there are none.
+    """The summary of stored columns, given with the kinds of their layers; None if there are none.
 
-    Float sums depend on the order: it must be that of the layers' names.
+    They must be sorted by the layers' names, since float sums depend on the order.
     """
     if not found:
         return None

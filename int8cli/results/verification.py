@@ -1,4 +1,4 @@
-"""The result of verify: checks that passed, failed (with every failure) or were not made, and their JSON form.
+"""The result of verify: checks that passed, failed (with every failure) or were skipped, and their JSON form.
 
 Owns the schema of the result.
 """

@@ -1,5 +1,4 @@
-"""Running what `convert` wrote: the transformers model, its linear layers computing LLM.int8() with stored columns.
+"""Running a converted model: the transformers model, whose linear layers compute LLM.int8() with stored columns.
 
-`load.load_model` is what the package offers as `int8cli.load_model`; `stored` reads a converted directory, `linear` is
-the layer.
+`load.load_model` is exported as `int8cli.load_model`, `stored` reads a converted directory, and `linear` is the layer.
 """

@@ -1,6 +1,7 @@
-"""A model that `convert` wrote, read for evaluation: its int8 tensors, and the floats they stand for.
+"""A model that `convert` wrote, read for evaluation: its int8 tensors, and the floats they represent.
 
-Owns how the layouts' names and scales become `Int8Data`, and where stored outlier columns lie. Knows no method.
+Owns how the names and scales of each layout become `Int8Data`, and where stored outlier columns are. Does not know
+about evaluation methods.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +26,7 @@ _AGAIN = "Convert the model again, or remove int8/outliers to run without stored
 
 @dataclass(frozen=True, slots=True)
 class Int8Data:
-    """int8 data (out, in) and float32 row_absmax (out,) of a weight, as a checkpoint holds them or as it would."""
+    """int8 data (out, in) and float32 row_absmax (out,) of a weight, as stored in a checkpoint or freshly quantized."""
 
     data: Tensor
     row_absmax: Tensor
@@ -33,7 +34,7 @@ class Int8Data:
 
 @dataclass(frozen=True, slots=True)
 class ExactColumns:
-    """The input columns that a layer keeps exact: int64 (k,), sorted; and their weights (out, k)."""
+    """The input columns that a layer computes exactly, int64 (k,), sorted; and their weights (out, k)."""
 
     columns: Tensor
     weight: Tensor
@@ -41,7 +42,7 @@ class ExactColumns:
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """Where a weight's scales are, and whether they are steps, row_absmax / 127."""
+    """The tensor with a weight's scales, and whether these are steps (row_absmax / 127) or row_absmax itself."""
 
     name: str
     is_step: bool
@@ -49,9 +50,9 @@ class _Scale:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What of a converted model is where. `specs` are the tensors that the model is made of, without scales and marks.
+    """A converted model's files and tensors. `specs` are the tensors of the model itself, without scales and marks.
 
-    `scales` are by the int8 weight's name; `sidecars` the files of stored outlier columns, empty without.
+    `scales` is keyed by the name of the int8 weight. `sidecars` are the files with stored outlier columns, if any.
     """
 
     shards: tuple[ShardContents, ...]
@@ -61,39 +62,40 @@ class Converted:
 
     @property
     def exact_column_counts(self) -> tuple[int, ...]:
-        """How many columns each layer has stored, for the layers that have any."""
+        """The number of stored columns of each layer that has any."""
         stored = [tensor.spec for contents in self.sidecars for tensor in contents.tensors]
         return tuple(spec.numel for spec in stored if spec.name.endswith(outlier_cols_name("")))
 
     @property
     def stored(self) -> dict[str, TensorSpec]:
-        """What the sidecars hold, by name."""
+        """The tensors in the sidecars, by name."""
         return {tensor.spec.name: tensor.spec for contents in self.sidecars for tensor in contents.tensors}
 
     @property
     def modules(self) -> frozenset[str]:
-        """The linear layers that are int8, by their names in the checkpoint."""
+        """The names of the int8 linear layers in the checkpoint."""
         return frozenset(name.removesuffix(_WEIGHT) for name in self.scales)
 
 
 def find_converted(source: Source, shards: Sequence[ShardContents]) -> Converted | None:
-    """The int8 weights of a checkpoint in one of our layouts; None where there are none.
+    """The int8 weights of a checkpoint in one of our layouts; None if there are none.
 
-    Raises CheckpointError for one that is no matrix with a scale for each row, and for stored columns that do not fit.
+    Raises CheckpointError if an int8 weight is not a matrix with one scale per row, or if stored columns do not fit
+    their layer.
     """
     specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
     scales: dict[str, _Scale] = {}
-    beside: set[str] = set()
+    extras: set[str] = set()  # scales and marks
     for layout in LAYOUTS.values():
         for name, spec in specs.items():
             if name.endswith(_WEIGHT) and spec.dtype == "I8" and layout.scale_name(name) in specs:
                 _check_scale(spec, specs[layout.scale_name(name)])
                 scales[name] = _Scale(layout.scale_name(name), layout.SCALES == "step")
-                beside |= {layout.scale_name(name), *layout.marks(name)}
+                extras |= {layout.scale_name(name), *layout.marks(name)}
     if not scales:
         return None
-    left = {name: spec for name, spec in specs.items() if name not in beside}
-    converted = Converted(tuple(shards), tuple(_sidecars(source)), left, scales)
+    model_specs = {name: spec for name, spec in specs.items() if name not in extras}
+    converted = Converted(tuple(shards), tuple(_sidecars(source)), model_specs, scales)
     _check_columns(converted)
     return converted
 
@@ -125,8 +127,8 @@ def _check_columns(converted: Converted) -> None:
 
 
 def _fits(columns: TensorSpec, weights: TensorSpec, out_features: int) -> bool:
-    whole = columns.dtype == "I32" and weights.dtype in QUANTIZABLE_DTYPES
-    return whole and len(columns.shape) == 1 and weights.shape == (out_features, columns.numel)
+    dtypes_fit = columns.dtype == "I32" and weights.dtype in QUANTIZABLE_DTYPES
+    return dtypes_fit and len(columns.shape) == 1 and weights.shape == (out_features, columns.numel)
 
 
 def _shown(spec: TensorSpec | None) -> str:
@@ -141,7 +143,7 @@ def _sidecars(source: Source) -> Iterable[ShardContents]:
 
 
 def check_indices(module: str, indices: Sequence[int], in_features: int) -> None:
-    """Raise CheckpointError unless a layer's stored columns ascend and are among its inputs."""
+    """Raise CheckpointError unless a layer's stored columns are ascending indices of its inputs."""
     if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
         raise CheckpointError(
             f"{module}: its stored columns {str(indices)[:80]} are not ascending indices below {in_features}",
@@ -150,9 +152,9 @@ def check_indices(module: str, indices: Sequence[int], in_features: int) -> None
 
 
 class ConvertedTensors(CheckpointTensors):
-    """Reads a converted model as the 16-bit model that it stands for, and its int8 tensors as they are.
+    """Reads a converted model with its int8 weights restored to floats, and also the int8 tensors as they are.
 
-    `dtype` is that of restored weights; those of `transposed` modules are given (in, out), as Conv1D wants them.
+    `dtype` is the dtype of restored weights. Those of `transposed` modules have the shape (in, out), as in Conv1D.
     """
 
     def __init__(self, source: Source, converted: Converted) -> None:
@@ -174,8 +176,12 @@ class ConvertedTensors(CheckpointTensors):
     def map(self, name: str) -> Tensor:
         return self.read(name) if name in self._scales else super().map(name)
 
+    def map_stored(self, name: str) -> Tensor:
+        """A tensor as the checkpoint has it, int8 too, as a mapping of its file. Not to be written to."""
+        return super().map(name)
+
     def names_of(self, modules: Iterable[str]) -> list[str]:
-        """The tensors that are read for these linear layers, one of each file they lie in."""
+        """For each of these linear layers, one of its tensors in each file: its weight, and its outlier_cols if any."""
         found = []
         for module in modules:
             found.append(f"{module}{_WEIGHT}")
@@ -185,13 +191,16 @@ class ConvertedTensors(CheckpointTensors):
 
     def int8(self, module: str) -> Int8Data:
         """The int8 data and row_absmax of a linear layer."""
-        name = f"{module}{_WEIGHT}"
-        scale = self._scales[name]
+        return Int8Data(super().read(f"{module}{_WEIGHT}"), self.row_absmax(module))
+
+    def row_absmax(self, module: str) -> Tensor:
+        """The scales of a linear layer: float32 (out,)."""
+        scale = self._scales[f"{module}{_WEIGHT}"]
         values = super().read(scale.name).float().reshape(-1)
-        return Int8Data(super().read(name), values * INT8_MAX if scale.is_step else values)
+        return values * INT8_MAX if scale.is_step else values
 
     def exact_columns(self, module: str) -> ExactColumns | None:
-        """The outlier columns stored for a linear layer, if there are any. Raises CheckpointError."""
+        """The outlier columns stored for a linear layer; None if it has none. Raises CheckpointError for bad ones."""
         columns = outlier_cols_name(module)
         if columns not in self._known:
             return None

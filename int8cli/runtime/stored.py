@@ -1,6 +1,6 @@
-"""A converted directory as a state dict whose tensors are read when a loader asks for them.
+"""A converted directory as a state dict. Each tensor is read when a loader asks for it.
 
-Owns which linear layers are int8, and how the layouts' scales become row_absmax. Knows no model.
+Owns which linear layers are int8, and how the scales of each layout become row_absmax. Does not know about models.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
 
 
 class LoadedTensor:
-    """A tensor that is read when a loader slices it, as loaders slice those of safetensors."""
+    """A tensor that is read when a loader slices it, like those of safetensors."""
 
     def __init__(self, read: Callable[[], Tensor], dtype: str) -> None:
         self._read, self._dtype = read, dtype
@@ -31,13 +31,13 @@ class LoadedTensor:
         return self._read()
 
     def get_dtype(self) -> str:
-        """The dtype as safetensors calls it."""
+        """The dtype by its safetensors name."""
         return self._dtype
 
 
 @dataclass(frozen=True, slots=True)
 class StoredLinear:
-    """A linear layer in int8, by its name in the checkpoint; `columns_dtype` as safetensors calls it."""
+    """A linear layer in int8, by its name in the checkpoint. `columns_dtype` is a safetensors name."""
 
     name: str
     in_features: int
@@ -51,10 +51,13 @@ class StoredLinear:
 
 
 class StoredModel:
-    """The tensors of a converted directory. Close it when they have been read."""
+    """The tensors of a converted directory. Close it when they have been read.
+
+    Of those in `left_on_disk` the state dict gives a stand-in of the same shape that takes no memory.
+    """
 
     def __init__(self, directory: Path) -> None:
-        """Raises ModelNotFoundError, UnsupportedModelError where nothing is int8, CheckpointError for bad columns."""
+        """Raises ModelNotFoundError, UnsupportedModelError if nothing is int8, CheckpointError for bad columns."""
         if not directory.is_dir():
             raise ModelNotFoundError(f"{directory} is not a directory", hint="Give a directory that convert wrote.")
         source = DirectorySource(directory)
@@ -66,6 +69,7 @@ class StoredModel:
                 hint="Convert the model first, and load the output: int8cli convert MODEL.",
             )
         self._converted = converted
+        self.left_on_disk: set[str] = set()
         self._tensors = CheckpointTensors(source, (*shards, *converted.sidecars))
         try:
             self.linears = tuple(_linears(converted, self._tensors))
@@ -75,11 +79,11 @@ class StoredModel:
 
     @property
     def float_specs(self) -> Mapping[str, TensorSpec]:
-        """The weights that were left in floats, which tell the model's dtype."""
+        """The weights that are not int8. Their dtype is the model's."""
         return {name: spec for name, spec in self._converted.specs.items() if spec.dtype in QUANTIZABLE_DTYPES}
 
     def state_dict(self) -> dict[str, LoadedTensor]:
-        """Every tensor by its name in the checkpoint; those of int8 layers as Int8Linear calls them."""
+        """Every tensor by its name in the checkpoint, and those of int8 layers by their names in Int8Linear."""
         found = {name: self._tensor(name, spec.dtype) for name, spec in self._converted.specs.items()}
         for linear in self.linears:
             found[f"{linear.name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")
@@ -87,11 +91,25 @@ class StoredModel:
             found[f"{linear.name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
         return found
 
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        self._tensors.forget(name)
+
     def close(self) -> None:
         self._tensors.close()
 
     def _tensor(self, name: str, dtype: str) -> LoadedTensor:
-        return LoadedTensor(lambda: self._tensors.read(name), dtype)
+        return LoadedTensor(lambda: self._read(name), dtype)
+
+    def _read(self, name: str) -> Tensor:
+        if name in self.left_on_disk:
+            return torch.zeros((), dtype=torch.int8).expand(self._converted.specs[name].shape)
+        return self._tensors.read(name)
+
+    def map(self, name: str) -> Tensor:
+        """A tensor as a mapping of its shard, which is read ahead. Not to be written to."""
+        self._tensors.read_ahead(name)
+        return self._tensors.map(name)
 
     def _columns(self, linear: StoredLinear, kind: str, dtype: str) -> LoadedTensor:
         if linear.columns:

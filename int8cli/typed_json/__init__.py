@@ -1,41 +1,51 @@
-"""JSON from a file that anybody may have written: parsed within bounds, and read into dataclasses by their annotations.
+"""JSON from untrusted files: parsed with limits, and read into dataclasses by their annotations.
 
-Owns what is JSON here, how deep it may nest, and how a value that is not as declared is named. Knows no format.
+Owns which JSON is accepted, how deep it may nest, and how an error names the invalid value. Knows no document.
 """
 
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 MOST_NESTED = 100
-_LARGEST = 2**63 - 1  # what sizes and offsets of files can be
+_LARGEST = 2**63 - 1  # the largest size or offset of a file
 
 Declared = TypeVar("Declared")
 
 
 class InvalidJsonError(ValueError):
-    """What is wrong with a value, and its place, as `shards[0].output`. Callers say in which file."""
+    """What is wrong with a value, and its place, such as `shards[0].output`. Callers add the file's name."""
 
     def __init__(self, problem: str, place: str = "") -> None:
         super().__init__(f"{place} {problem}".strip())
         self.problem, self.place = problem, place
 
     def inside(self, outer: str) -> "InvalidJsonError":
-        """The same, seen from the value that holds the one that is wrong: `outer` is a field's name or an `[index]`."""
+        """The same error with a longer place: `outer` is the field or `[index]` that contains the invalid value."""
         dot = "" if not self.place or self.place.startswith("[") else "."
         return InvalidJsonError(self.problem, f"{outer}{dot}{self.place}")
 
 
-def parse_json(text: bytes, *, unique_keys: bool = True) -> Any:
-    """The document in `text`, which is UTF-8 and nests at most MOST_NESTED deep. Raises InvalidJsonError.
+@contextmanager
+def inside(outer: str) -> Iterator[None]:
+    """Add `outer` to the place in an InvalidJsonError raised in this context."""
+    try:
+        yield
+    except InvalidJsonError as error:
+        raise error.inside(outer) from None
 
-    NaN and infinities are let through, as Python writes them. Where keys need not be unique, the last counts.
+
+def parse_json(text: bytes, *, unique_keys: bool = True) -> Any:
+    """Parse UTF-8 text that nests at most MOST_NESTED deep. Raises InvalidJsonError.
+
+    NaN and infinities are accepted, as Python writes them. If keys need not be unique, the last value counts.
     """
     try:
         document = json.loads(text.decode(), object_pairs_hook=_unique if unique_keys else None)
@@ -50,11 +60,11 @@ def parse_json(text: bytes, *, unique_keys: bool = True) -> Any:
 
 
 def read_as(declared: type[Declared], value: Any) -> Declared:
-    """An object of the declared type from a parsed document. Raises InvalidJsonError at the first value that is not it.
+    """Convert a parsed document to the declared type. Raises InvalidJsonError at the first value that does not match.
 
-    Understood are dataclasses (each field there, unless it has a default, and no other), `tuple`, `dict` and `Mapping`
-    with text as keys, `Literal`, `X | None`, `str`, `bool`, `int`, `float`, and `Any`. Numbers count something: none is
-    negative or NaN, whole ones fit into 63 bits, and a whole one may stand for a float.
+    Supported are dataclasses (every field without a default must be there, and no others may), `tuple`, `dict` and
+    `Mapping` with text keys, `Literal`, `X | None`, `str`, `bool`, `int`, `float`, and `Any`. Numbers must not be
+    negative or NaN, and integers must fit into 63 bits. An integer is accepted for a float.
     """
     return cast(Declared, _reader(cast(Any, declared))(value))
 
@@ -84,7 +94,7 @@ def _refuse_deep(document: Any) -> None:
 
 @cache
 def _reader(declared: Any) -> Callable[[Any], Any]:
-    """What reads a value of one type. Made once for each type."""
+    """A function that reads a value of one type. Built once for each type."""
     origin, arguments = get_origin(declared), get_args(declared)
     if declared is Any:
         return lambda value: value
@@ -113,9 +123,9 @@ def _dataclass_reader(declared: type) -> Callable[[Any], Any]:
         unknown = next((name for name in value if name not in readers), None)
         if unknown is not None:
             raise InvalidJsonError(f"has the unknown field {shown(unknown)}")
-        lacking = next((name for name in required if name not in value), None)
-        if lacking is not None:
-            raise InvalidJsonError(f"has no field {lacking!r}")
+        missing = next((name for name in required if name not in value), None)
+        if missing is not None:
+            raise InvalidJsonError(f"has no field {missing!r}")
         return declared(**{name: _read_inside(readers[name], each, name) for name, each in value.items()})
 
     return read
@@ -168,7 +178,7 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise InvalidJsonError(f"is {shown(value)}, not str")
     try:
-        os.fsencode(value)  # half a surrogate pair, which no file and no terminal takes
+        os.fsencode(value)  # fails for half a surrogate pair, which no file name or terminal accepts
     except UnicodeEncodeError:
         raise InvalidJsonError(f"is {shown(value)}, which is not text") from None
     return value

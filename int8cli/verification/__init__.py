@@ -1,4 +1,4 @@
-"""Verify: whether an output is complete, loads, and is what its source becomes."""
+"""Checks of a conversion: it is complete, it loads, and it matches its source."""
 
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.run import conversion_in, verify

@@ -1,7 +1,7 @@
-"""Whether an output is what its source becomes: every shard is converted once more and compared instead of written.
+"""Checks that a conversion matches its source: every shard is converted again, and compared instead of written.
 
-Owns the comparison; the work itself is that of convert. The decisions are those that were recorded, so that a later
-version with other rules still tells whether these bytes are right.
+Owns the comparison; the conversion itself is in `conversion`. It uses the recorded decisions, so the check also works
+in a later version that decides differently.
 """
 
 import math
@@ -22,27 +22,28 @@ from int8cli.conversion.shard import layer_report
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
+from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
-from int8cli.planning.plan import Decision, Plan, PlanOptions
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
 from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
+from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
 from int8cli.records.manifest import SideFile
-from int8cli.records.store import VIA_FLOAT16, Conversion, ShardRecord, ShardSource
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import column_problem
 
-# Two machines may add up the same float64 sums in another order.
+# Two machines may add the same float64 values in different orders.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
 
 COMPARE = "compare"
 
 
 class Comparison:
-    """Takes what a pass writes and compares it with the file that stands; safe to call from several threads."""
+    """Compares the bytes that a pass writes with an existing file. Safe to call from several threads."""
 
     def __init__(self, path: Path, output: OutputShard) -> None:
         self._reader = FileReader(path)
@@ -55,15 +56,15 @@ class Comparison:
         self._lock = threading.Lock()
 
     def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Raises CorruptShardError where the file ends early."""
+        """Compare bytes of the file. Raises CorruptShardError if the file is too short."""
         wanted, found = memoryview(data), self._buffer(len(data))
         self._reader.read_into(offset_bytes, found)
         # bytes compare with memcmp, memoryviews item by item.
         if bytes(found) != bytes(wanted):
-            self._take_down(offset_bytes, wanted, found)
+            self._record(offset_bytes, wanted, found)
 
     def differences(self) -> Iterator[Failure]:
-        """Each tensor that differs and where it first does, and the header if it does."""
+        """The tensors that differ, with the position of the first difference, and the header if it differs."""
         places = {place.spec.name: place for place in self._places}
         for name, offset_bytes in self._first.items():
             if name is None:
@@ -81,7 +82,7 @@ class Comparison:
             buffer = self._buffers.view = memoryview(bytearray(size_bytes))
         return buffer[:size_bytes]
 
-    def _take_down(self, offset_bytes: int, wanted: memoryview, found: memoryview) -> None:
+    def _record(self, offset_bytes: int, wanted: memoryview, found: memoryview) -> None:
         first = offset_bytes + next(place for place in range(len(wanted)) if wanted[place] != found[place])
         name = None
         if offset_bytes >= self._header_bytes:
@@ -91,13 +92,13 @@ class Comparison:
 
 
 def survey_for(source: Source, conversion: Conversion) -> Survey:
-    """The source as it stands, planned with the settings of the conversion."""
+    """The source in its current state, planned with the settings of the conversion."""
     settings = conversion.settings
     return survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
 
 
 def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:
-    """Whether this is the source that was converted, by names, sizes and, in a directory, its shards' edges."""
+    """Check that this is the source that was converted: by names and sizes, and in a directory by fingerprints."""
     found = {
         contents.file_name: (contents.file_bytes, fingerprint(source, contents.file_name)) for contents in survey.shards
     }
@@ -108,7 +109,7 @@ def check_source(source: Source, survey: Survey, conversion: Conversion) -> Chec
     for shard in conversion.shards:
         size_bytes, mark = found.pop(shard.file, (None, ""))
         if size_bytes is None:
-            failures.append(Failure(shard.file, "is missing in the source"))
+            failures.append(Failure(shard.file, "is missing from the source"))
         elif size_bytes != shard.size_bytes:
             failures.append(Failure(shard.file, f"has {size_bytes:,} bytes in the source; it had {shard.size_bytes:,}"))
         elif source.identity.on_hub == conversion.source.on_hub and mark != shard.fingerprint:
@@ -126,12 +127,17 @@ def check_weights(
     options: VerificationRun,
     progress: Progress,
 ) -> tuple[Check, Check]:
-    """Convert every shard once more and compare bytes and figures. One shard of a Hub source is here at a time."""
+    """Convert every shard again and compare bytes and figures. Fetches one shard at a time from the Hub."""
     weights: list[Failure] = []
     figures: list[Failure] = []
     layers = copied = columns = 0
-    present = {contents.file_name for contents in survey.shards}
-    shards = [shard for shard in conversion.shards if shard.file in present and shard.file in records]
+    present = {contents.file_name: contents.file_bytes for contents in survey.shards}
+    # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
+    alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
+    if conversion.shards and not alike:
+        why = "no shard of this source is one that was converted"
+        return Check.not_made("weights", why), Check.not_made("figures", why)
+    shards = [shard for shard in alike if shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = _task(directory, shard, survey, conversion, record, options)
@@ -160,7 +166,7 @@ def _figures_detail(layers: int, conversion: Conversion) -> str:
 
 
 def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
-    """Whether the files that are taken along as they are equal the source's, byte for byte."""
+    """Check that the copied files equal those of the source, byte for byte."""
     failures = []
     for name in survey.weights.copied:
         try:
@@ -180,7 +186,7 @@ def _task(
     record: ShardRecord,
     options: VerificationRun,
 ) -> ShardTask:
-    """The task by which the shard was converted, as its record has it."""
+    """The task that converts the shard as its record says it was converted."""
     contents = next(each for each in survey.shards if each.file_name == shard.file)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
     stored = None
@@ -200,7 +206,7 @@ def _task(
 
 
 def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
-    """Whether there is a sidecar whose record makes sense; where it makes none, a check of its own says so."""
+    """Whether there is a sidecar with a plausible record. If it is implausible, the check of sidecars reports that."""
     known = {stored.spec.name for stored in contents.tensors}
     most = conversion.settings.outlier_columns
     sound = (f"{layer.name}.weight" in known and column_problem(layer, most) is None for layer in record.layers)
@@ -237,12 +243,12 @@ def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[Pas
         for comparison in comparisons:
             failures += comparison.differences()
     for name, place in result.non_finite.items():
-        failures.append(Failure(task.source.output, f"is in int8, but holds {place.value} in the source", name))
+        failures.append(Failure(task.source.output, f"is in int8, but contains {place.value} in the source", name))
     return result, failures
 
 
 def _comparable(task: ShardTask) -> tuple[PlannedShard, list[Failure]]:
-    """What the source gives; without a sidecar, and why, if the file that stands cannot be that by its size."""
+    """The planned files to compare. If the existing sidecar has the wrong size, leaves it out and adds a failure."""
     sidecar = task.planned.sidecar
     if sidecar is None:
         return task.planned, []
@@ -262,19 +268,19 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
         if decision.spec.name in result.non_finite:
             continue
         before = recorded[decision.module]
-        anew = layer_report(decision, task.planned.target, result, before.stored)
-        if replace(anew, sums=before.sums) != before:
+        recomputed = layer_report(decision, task.planned.target, result, before.stored)
+        if replace(recomputed, sums=before.sums) != before:
             yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
-        if anew.sums is None or before.sums is None:
-            continue  # as the settings have it, or else the check of the records says so
+        if recomputed.sums is None or before.sums is None:
+            continue  # not measured; if it should have been, the check of the records reports that
         for name in ErrorSums.__slots__:
-            now, was = getattr(anew.sums, name), getattr(before.sums, name)
+            now, was = getattr(recomputed.sums, name), getattr(before.sums, name)
             if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
                 yield Failure(record.files[0].file, f"{name} is {now!r}, the report has {was!r}", decision.module)
 
 
 def _position(place: StoredTensor, offset_bytes: int) -> str:
-    """Where in a tensor a byte lies, by the index of its element."""
+    """The index of the element that contains a byte of the file."""
     element = (offset_bytes - place.offset_bytes) * 8 // DTYPE_BITS[place.spec.dtype]
     index: list[int] = []
     for extent in reversed(place.spec.shape):

@@ -1,10 +1,10 @@
-"""The check "loads" in a process of its own, beside all other checks.
+"""Runs the check "loads" in its own process, in parallel with all other checks.
 
-Owns that process: its start, its answer, its end. Knows nothing of what the check does.
+Owns that process: its start, its answer, its end. Does not know what the check does.
 
-To import the loader takes seconds, the check itself hardly any time. A process rather than a thread: an import cannot
-be interrupted, it holds the interpreter's lock against the threads that read, and what silences the loader would
-silence this program's progress too. It also saves the second that torch takes to shut down.
+Importing the loader takes seconds, the check itself almost no time. It runs in a process and not in a thread because an
+import cannot be interrupted and blocks the threads that read, and because silencing the loader would silence this
+program's progress too. A process also saves the second that torch needs to shut down.
 """
 
 import gc
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.loads import NAME, absent_packages, check_loads, is_imported
 
@@ -36,10 +36,10 @@ _PROGRAM = (
 
 @contextmanager
 def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardRecord]) -> Iterator[Callable[[], Check]]:
-    """Begin the check. Yields what waits for its result; leaving the context ends it, done or not.
+    """Start the check. Yields a function that waits for its result. Leaving the context ends the check.
 
-    Where the loader is not installed, that is the result. Where it is imported already, the check is made here, when
-    the result is asked for: a process would spend seconds on importing it again.
+    If the loader is not installed, the result says so. If this process has already imported the loader, the check runs
+    here when the result is requested, because another process would need seconds to import it again.
     """
     absent = absent_packages(layout)
     if absent:
@@ -48,14 +48,14 @@ def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardReco
         yield partial(check_loads, directory, layout, records)
     else:
         with _started() as (process, pipe):
-            with suppress(OSError):  # it has ended already: the call for its answer reports how
+            with suppress(OSError):  # the process has already ended: _answer_of reports how
                 pipe.send((directory, layout, records))
             yield partial(_answer_of, process, pipe)
 
 
 @contextmanager
 def _started() -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
-    """The process, and a connection to it. It is killed at the end; it leaves nothing behind."""
+    """The process, and a connection to it. It is killed at the end, and leaves nothing behind."""
     ours, theirs = multiprocessing.Pipe()
     with ours:
         with theirs:
@@ -91,11 +91,11 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 def answer(descriptor: int) -> NoReturn:
-    """What the process does: take a request, send the check, or the traceback of an error, and end.
+    """The program of the process: receive a request, send the check or a traceback, and exit.
 
-    The memory of the loader is freed at once: hours of reading may follow.
+    It exits at once to free the loader's memory, because the other checks may read for hours.
     """
-    gc.disable()  # it looks again and again at all that was imported: a fifth of the time, for 8 MB of 390
+    gc.disable()  # collecting takes a fifth of the time, and frees 8 of 390 MB
     pipe = Connection(descriptor)
     request = pipe.recv()
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
@@ -107,5 +107,5 @@ def answer(descriptor: int) -> NoReturn:
 
 
 def _end_with_parent(pipe: Connection) -> None:
-    connection.wait([pipe])  # it returns when the other side has closed
+    connection.wait([pipe])  # returns when the other side is closed
     os._exit(1)

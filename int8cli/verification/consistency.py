@@ -1,6 +1,6 @@
-"""Whether the files that describe the shards agree with them: records, index, config.json, report and others.
+"""Checks that the files that describe the shards agree with them: records, index, config.json, report and others.
 
-Owns the comparison of JSON with JSON; reads no weights.
+Owns the comparison of JSON documents. Reads no weights.
 """
 
 import json
@@ -13,20 +13,21 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
+from int8cli.planning.decisions import Plan
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
-from int8cli.planning.plan import Plan
+from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile
-from int8cli.records.store import Conversion, ShardRecord, TensorRecord
+from int8cli.records.shard_record import ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
 from int8cli.results.verification import Failure
-from int8cli.typed_json import InvalidJsonError, parse_json, read_as
+from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
 
 
 def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) -> Iterator[Failure]:
-    """Whether the records are those of this conversion: each shard has its own, and each file is in one only."""
+    """Check that each shard of the conversion has its record, and that no tensor is in two of them."""
     seen: dict[str, str] = {}
     for shard in conversion.shards:
         record = records.get(shard.file)
@@ -53,7 +54,7 @@ def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) 
 
 
 def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
-    """Whether each tensor of the source became what the layout makes of it: none missing, none invented."""
+    """Check that each tensor of the source became the right tensors of the layout: none missing, none extra."""
     target = LAYOUTS[conversion.settings.layout]
     for record in records:
         shard = record.files[0]
@@ -69,7 +70,7 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
             made = target.quantized_specs(spec, transpose=_is_transposed(spec, layer)) if layer else (spec,)
             expected.update((each.name, each) for each in made)
         for name in layers:
-            yield Failure(shard.file, "is reported as quantized, but is missing in the source", name)
+            yield Failure(shard.file, "is reported as quantized, but is missing from the source", name)
         for tensor in shard.tensors:
             due = expected.pop(tensor.name, None)
             if due is None:
@@ -82,7 +83,7 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
 
 
 def _is_cast(source: TensorSpec, written: TensorRecord) -> bool:
-    """Whether a float tensor stands in another float dtype, as convert writes those that loaders would cast."""
+    """Whether a float tensor is in another float dtype. `convert` casts those that loaders would cast anyway."""
     return source.shape == written.shape and source.dtype in CAST_ON_LOAD and written.dtype in QUANTIZABLE_DTYPES
 
 
@@ -91,7 +92,7 @@ def _is_transposed(source: TensorSpec, layer: LayerReport | None) -> bool:
 
 
 def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[Failure]:
-    """Whether the index, where there must be one, names every tensor of the shards, where it is, and nothing else."""
+    """Check that the index, if there must be one, lists every tensor with the right shard, and nothing else."""
     shards = [record.files[0] for record in records]
     if len(shards) == 1:
         return
@@ -104,15 +105,15 @@ def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
     if not isinstance(named, dict):
         yield Failure(INDEX_FILE, "has no weight_map")
         return
-    held = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
+    actual = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     for extra in sorted({str(file) for file in named.values()} - {shard.file for shard in shards}):
         yield Failure(INDEX_FILE, f"names {extra}, which does not belong to this conversion")
-    for name, file in held.items():
+    for name, file in actual.items():
         if name not in named:
             yield Failure(INDEX_FILE, "is missing", name)
         elif named[name] != file:
             yield Failure(INDEX_FILE, f"should be in {file}, but is listed in {named[name]}", name)
-    for name in named.keys() - held.keys():
+    for name in named.keys() - actual.keys():
         yield Failure(INDEX_FILE, "is listed, but no shard has it", name)
     total = sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for shard in shards for t in shard.tensors)
     metadata = index.get("metadata")
@@ -122,7 +123,7 @@ def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
 
 
 def config_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
-    """Whether the quantization_config is that of the settings, and leaves alone no layer that is in int8."""
+    """Check that quantization_config follows from the settings and does not skip any int8 layer."""
     settings, target = conversion.settings, LAYOUTS[conversion.settings.layout]
     try:
         stated = _read_object(directory / CONFIG_FILE).get("quantization_config")
@@ -148,7 +149,7 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
 
 
 def report_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
-    """Whether the report says what the records say: source, settings, every layer's figures, totals."""
+    """Check that the report agrees with the records: source, settings, totals, and the figures of every layer."""
     try:
         report = _read_report(directory / REPORT_FILE)
     except Int8cliError as error:
@@ -188,7 +189,7 @@ def _differences(wanted: Mapping[str, Any], stated: Mapping[str, Any]) -> Iterat
 
 
 def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequence[SideFile]) -> Iterator[Failure]:
-    """Whether the other files are unchanged since they were written, and there are no extra weights."""
+    """Check that the other files are unchanged since they were written, and that there are no extra weights."""
     for recorded in manifest:
         if not os.path.lexists(directory / recorded.file):
             yield Failure(recorded.file, "is missing")
@@ -212,27 +213,23 @@ def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequen
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    """The report with what is compared by field: settings and totals, objects, and layers, each with a name.
-
-    Raises Int8cliError.
-    """
+    """The report. Its settings and totals are objects, and each of its layers has a name. Raises Int8cliError."""
     report = _read_object(path)
     try:
         for name in ("settings", "totals"):
-            _part(report, name, dict[str, Any])
-        layers = _part(report, "layers", tuple[dict[str, Any], ...])
+            _field(report, name, dict[str, Any])
+        layers = _field(report, "layers", tuple[dict[str, Any], ...])
         for index, layer in enumerate(layers):
-            _part(layer, "name", str, f"layers[{index}].")
+            with inside(f"layers[{index}]"):
+                _field(layer, "name", str)
     except InvalidJsonError as error:
         raise Int8cliError(f"is damaged or was edited: {error}") from error
     return report
 
 
-def _part(value: dict[str, Any], name: str, declared: Any, place: str = "") -> Any:
-    try:
+def _field(value: dict[str, Any], name: str, declared: Any) -> Any:
+    with inside(name):
         return read_as(declared, value.get(name))
-    except InvalidJsonError as error:
-        raise error.inside(f"{place}{name}") from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:

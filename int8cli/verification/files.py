@@ -1,6 +1,6 @@
-"""Whether every byte of the shards is the one that was written: one read of each file, in pieces, by several threads.
+"""Checks that every byte of the shards is as it was written. Several threads read each file once, in pieces.
 
-Owns the reading. Goes by the records alone, so that a header that lies cannot hide a tensor that changed.
+Owns the reading. It relies on the records alone, so that a manipulated header cannot hide a changed tensor.
 """
 
 import threading
@@ -16,19 +16,19 @@ from int8cli.checkpoint.reader import FileReader, open_to_read
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.progress import Progress
-from int8cli.records.store import FileRecord
+from int8cli.records.shard_record import FileRecord
 from int8cli.results.verification import Failure
 from int8cli.workers.threads import run_in_threads
 
 READ = "read"
 PIECE_BYTES = 1 << 20
-_REPORT_EVERY_BYTES = 1 << 24  # whoever draws a bar takes longer over it than a piece takes to read
+_REPORT_EVERY_BYTES = 1 << 24  # drawing a progress bar takes longer than reading one piece
 NOT_AS_WRITTEN = "its bytes differ from those that were written"
 
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """A tensor's bytes in a file, and the digest that was recorded for them."""
+    """The place of a tensor's bytes in a file, and their recorded digest."""
 
     file: str
     tensor: str
@@ -38,9 +38,9 @@ class _Span:
 
 
 class DigestPass:
-    """One pass over files, compared with their records: the task READ of a progress, begun by the caller.
+    """One pass over files that compares them with their records. Call `run` once.
 
-    Make it, `run` it once.
+    Advances the task READ of `progress`, which the caller must begin.
     """
 
     def __init__(self, directory: Path, records: Sequence[FileRecord], threads: int, progress: Progress) -> None:
@@ -65,7 +65,7 @@ class DigestPass:
         return sorted(self._failures, key=lambda failure: (order[failure.file], failure.tensor or ""))
 
     def _is_worth_reading(self, record: FileRecord) -> bool:
-        """Look at a file's size and header. False where it is another file altogether: one failure says it all."""
+        """Check the size and header of a file. False if it is a different file: then one failure is enough."""
         path = self._directory / record.file
         try:
             size_bytes = path.stat().st_size
@@ -79,11 +79,12 @@ class DigestPass:
             problem = f"has {size_bytes:,} bytes; {record.size_bytes:,} were written"
             self._failures.append(Failure(record.file, problem))
             return False
-        return self._has_a_header_of_its_own(path, record)
+        return self._has_its_own_header(path, record)
 
-    def _has_a_header_of_its_own(self, path: Path, record: FileRecord) -> bool:
+    def _has_its_own_header(self, path: Path, record: FileRecord) -> bool:
+        """Check the header. False if it is the header of another recorded file."""
         try:
-            other = _really(path, record, self._records)
+            other = _file_with_this_header(path, record, self._records)
             problem = f"is {other} under another name" if other else _header_problem(path, record)
         except Int8cliError as error:
             other, problem = None, str(error)
@@ -144,7 +145,7 @@ class DigestPass:
 
 
 def header_bytes(record: FileRecord) -> int:
-    """The size of a file's header: what its tensors leave of it."""
+    """The size of a file's header: the size of the file minus that of its tensors."""
     return record.size_bytes - sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for t in record.tensors)
 
 
@@ -157,21 +158,21 @@ def _spans(record: FileRecord) -> Iterator[_Span]:
 
 
 def _header_problem(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file's header, from its digest and from what it says. Raises Int8cliError."""
+    """What is wrong with a file's header, by its digest and its content; None if it is right. Raises Int8cliError."""
     if _header_digest(path, record) != record.header_xxh3_128:
         return "its header differs from the one that was written"
     with open_to_read(path, record.file) as file:
         tensors = read_header(file, record.file, record.size_bytes).tensors
     # By name, not in order: empty tensors share an offset with others.
-    held = {t.spec.name: (t.spec.dtype, t.spec.shape, t.offset_bytes) for t in tensors}
+    actual = {t.spec.name: (t.spec.dtype, t.spec.shape, t.offset_bytes) for t in tensors}
     spans = {span.tensor: span.offset_bytes for span in _spans(record)}
-    if held != {t.name: (t.dtype, t.shape, spans[t.name]) for t in record.tensors}:
+    if actual != {t.name: (t.dtype, t.shape, spans[t.name]) for t in record.tensors}:
         return "its header and its record name different tensors"
     return None
 
 
-def _really(path: Path, record: FileRecord, all_records: Sequence[FileRecord]) -> str | None:
-    """The recorded file, not its own, that a file of this size is by its header."""
+def _file_with_this_header(path: Path, record: FileRecord, all_records: Sequence[FileRecord]) -> str | None:
+    """The name of another recorded file with the same size and header as this file; None if there is none."""
     alike = [other for other in all_records if other.size_bytes == record.size_bytes]
     if len(alike) == 1 or _header_digest(path, record) == record.header_xxh3_128:
         return None
@@ -179,7 +180,7 @@ def _really(path: Path, record: FileRecord, all_records: Sequence[FileRecord]) -
 
 
 def _header_digest(path: Path, record: FileRecord) -> str:
-    """The digest of as many bytes as the recorded file's header has."""
+    """The digest of the file's first bytes, as many as the recorded header has."""
     header = memoryview(bytearray(max(header_bytes(record), 0)))
     with closing(FileReader(path)) as reader:
         reader.read_into(0, header)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, TORCH_NAMES, TensorSpec
-from int8cli.records.store import ShardRecord
+from int8cli.records.shard_record import ShardRecord
 
 # Digits of the significand, and then bits: what a cast may lose.
 _PRECISION = {"float64": (53, 64), "float32": (24, 32), "float16": (11, 16), "bfloat16": (8, 16)}

@@ -1,6 +1,6 @@
-"""With what a verification is made.
+"""The options of a verification.
 
-Owns nothing but the data; needs no torch, so that whoever only reads and compares digests does not import it.
+Needs no torch, so that a verification that only compares digests does not import it.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class VerificationRun:
-    """With how many threads to read, and with what to convert once more; nothing here changes a result."""
+    """The number of threads to read and convert with, and the device to convert on. Neither changes the result."""
 
     threads: int
     device: str = "cpu"

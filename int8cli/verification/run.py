@@ -1,10 +1,9 @@
-"""All checks of an output, in order: is it complete, does it load, and is it what its source becomes.
+"""All checks of an output, in order: it is complete, it loads, and it matches its source.
 
-Owns that order. Reads only; prints nothing: reports to a Progress. Imports torch only to compare with a source;
-what loads the model is imported in a process of its own, beside the reading.
+Owns that order. Writes nothing and prints nothing; reports to a Progress. Imports torch only to compare with a source.
+The loader is imported in its own process, in parallel with the other checks.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,10 @@ from int8cli.checkpoint.source import Source
 from int8cli.errors import Int8cliError, OutputError
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.progress import Progress
+from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
-from int8cli.records.store import Conversion, RecordStore, ShardRecord
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
 from int8cli.results.verification import Check, Failure, Verification
 from int8cli.typed_json import shown
 from int8cli.verification.beside import check_loads_beside
@@ -33,11 +34,11 @@ from int8cli.verification.files import READ, DigestPass, header_bytes
 from int8cli.verification.loads import NAME
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import check_sidecars
-from int8cli.workers.torch_start import start_torch
+from int8cli.workers.torch_start import start_torch_unless_started
 
 
 def conversion_in(directory: Path) -> Conversion:
-    """The finished conversion in a directory. Raises OutputError without one, naming what is missing."""
+    """The finished conversion in a directory. Raises OutputError if there is none, and says what is missing."""
     store = RecordStore(directory)
     conversion = store.conversion()
     if conversion is None:
@@ -61,9 +62,9 @@ def conversion_in(directory: Path) -> Conversion:
 
 
 def verify(directory: Path, source: Source | None, options: VerificationRun, progress: Progress) -> Verification:
-    """Make every check that can be made. Raises OutputError for a directory that holds no finished conversion.
+    """Run all checks that are possible. Raises OutputError for a directory without a finished conversion.
 
-    With a source, its shards are fetched one at a time, converted once more and compared.
+    With a source, its shards are fetched one at a time, converted again and compared.
     """
     conversion = conversion_in(directory)
     records, unreadable = _read_records(RecordStore(directory), conversion)
@@ -82,7 +83,7 @@ def verify(directory: Path, source: Source | None, options: VerificationRun, pro
 def _loads_beside(
     directory: Path, conversion: Conversion, records: Mapping[str, ShardRecord]
 ) -> Iterator[Callable[[], Check]]:
-    """The check "loads", under way beside what is done in this context; yields what waits for it."""
+    """Run the check "loads" in parallel with the body of this context. Yields a function that waits for its result."""
     if CONFIG_FILE not in conversion.files:
         yield lambda: Check.not_made(NAME, "the source had no config.json")
         return
@@ -140,8 +141,7 @@ def _check_against(
     options: VerificationRun,
     progress: Progress,
 ) -> Iterator[Check]:
-    if "torch" not in sys.modules:  # whoever has imported it has decided on its threads
-        start_torch()
+    start_torch_unless_started()
     from int8cli.verification.against_source import COMPARE, check_copies, check_source, check_weights, survey_for
 
     survey = survey_for(source, conversion)
@@ -154,7 +154,7 @@ def _check_against(
 
 
 def _read_records(store: RecordStore, conversion: Conversion) -> tuple[dict[str, ShardRecord], list[Failure]]:
-    """The records by source shard, and those that cannot be read."""
+    """The records by source shard, and a failure for each record that cannot be read."""
     records: dict[str, ShardRecord] = {}
     failures = []
     for shard in conversion.shards:

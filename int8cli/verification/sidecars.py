@@ -1,6 +1,7 @@
-"""Whether the sidecars match what the records say about stored columns, and there are no extra sidecars.
+"""Checks that the sidecars match the records about stored columns, and that there are no extra sidecars.
 
-Owns the checks for sidecars only; the digests of their bytes are checked with all others. Reads only indices.
+Owns the checks that are specific to sidecars. The digests of their bytes are checked with those of all other files.
+Reads only indices.
 """
 
 import struct
@@ -13,7 +14,8 @@ from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
-from int8cli.records.store import NO_OUTLIERS, Conversion, FileRecord, ShardRecord
+from int8cli.records.conversion import NO_OUTLIERS, Conversion
+from int8cli.records.shard_record import FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.files import header_bytes
@@ -22,7 +24,7 @@ NAME = "sidecars"
 
 
 def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Check:
-    """Each int8 layer has its entry in the sidecar of its shard, with the columns that are reported, ascending."""
+    """Check that each int8 layer has its entry in the sidecar, with the reported columns in ascending order."""
     failures = list(_stray_files(directory, conversion, records))
     for record in records:
         failures += _record_failures(directory, conversion, record)
@@ -35,7 +37,7 @@ def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[Sh
 
 
 def column_problem(layer: LayerReport, most: int) -> str | None:
-    """What is wrong with the reported columns of a layer, of which `most` are allowed."""
+    """What is wrong with the reported columns of a layer, at most `most`; None if nothing is."""
     if layer.stored is None:
         return "has no entry for stored columns in the report"
     indices = list(layer.stored.indices)
@@ -59,7 +61,7 @@ def _stray_files(directory: Path, conversion: Conversion, records: Sequence[Shar
 
 
 def _record_failures(directory: Path, conversion: Conversion, record: ShardRecord) -> Iterator[Failure]:
-    """What one record says of its sidecar, and whether that is there."""
+    """Check that the sidecar of one record exists and matches the record."""
     name = sidecar_file_name(record.source.output)
     due = conversion.settings.outliers != NO_OUTLIERS and bool(record.layers)
     sidecars = [file for file in record.files[1:] if file.file == name]
@@ -71,7 +73,7 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
             yield Failure(name, "has a record, but this conversion stores no columns")
         return
     if not sidecars:
-        yield Failure(name, f"is missing in the record of {record.source.output}")
+        yield Failure(name, f"is missing from the record of {record.source.output}")
         return
     yield from _tensor_failures(record, sidecars[0])
     problems = [(layer, column_problem(layer, conversion.settings.outlier_columns)) for layer in record.layers]
@@ -81,16 +83,16 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
 
 
 def _tensor_failures(record: ShardRecord, sidecar: FileRecord) -> Iterator[Failure]:
-    """Whether the recorded tensors are those of the layers, by names, shapes and dtypes: none missing, none added."""
+    """Check that the recorded tensors are those of the layers, by name, shape and dtype: none missing, none extra."""
     sources = {spec.name: spec for spec in record.source_tensors}
-    held = {tensor.name: tensor for tensor in sidecar.tensors}
+    unmatched = {tensor.name: tensor for tensor in sidecar.tensors}
     for layer in record.layers:
         source = sources.get(f"{layer.name}.weight")
         if source is None or layer.stored is None:
-            continue  # named elsewhere
+            continue  # reported by another check
         due = stored_specs(layer.name, source.dtype, layer.shape[0], len(layer.stored.columns))
         for spec in due:
-            tensor = held.pop(spec.name, None)
+            tensor = unmatched.pop(spec.name, None)
             if tensor is None:
                 yield Failure(sidecar.file, "is missing", spec.name)
             elif (tensor.dtype, tensor.shape) != (spec.dtype, spec.shape):
@@ -100,12 +102,12 @@ def _tensor_failures(record: ShardRecord, sidecar: FileRecord) -> Iterator[Failu
         if layer.stored.bytes != size_bytes:
             problem = f"its stored columns are reported as {layer.stored.bytes:,} bytes, but have {size_bytes:,}"
             yield Failure(sidecar.file, problem, layer.name)
-    for name in held:
+    for name in unmatched:
         yield Failure(sidecar.file, "does not belong to an int8 layer", name)
 
 
 def _index_failures(directory: Path, sidecar: FileRecord, layers: Sequence[LayerReport]) -> Iterator[Failure]:
-    """Whether the indices in the file are those reported. A file of another size or none is named with the digests."""
+    """Check that the indices in the file are the reported ones. The digest check reports a missing or resized file."""
     path = directory / sidecar.file
     if not path.is_file() or path.stat().st_size != sidecar.size_bytes:
         return

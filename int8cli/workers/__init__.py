@@ -1,1 +1,1 @@
-"""Threads and processes that run tasks and know none of them."""
+"""Threads and processes that run tasks, without knowing what the tasks do."""

@@ -1,7 +1,7 @@
-"""Where shards are converted: in this process, or in several on this machine.
+"""Where tasks run: in this process, or in several on this machine.
 
-Owns processes, their lock on the output and their end when the parent dies. Knows nothing of what a task does but that
-it takes a progress callback.
+Owns the processes, their lock on the output, and their exit when the parent dies. Knows of a task only that it takes a
+progress callback.
 """
 
 import multiprocessing
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -24,24 +24,24 @@ from typing import Any, Protocol, TypeVar
 from int8cli.workers.torch_start import start_torch
 
 Result = TypeVar("Result")
-# Shard, tensor, bytes of the source done since the last call. With none it only asks, by returning, whether to go on:
-# nobody is told.
+# Called with shard, tensor and the bytes of the source done since the last call. A call with 0 bytes is not reported:
+# it only raises StoppedError if the task should stop.
 OnBytes = Callable[[str, str, int], None]
 
-# A server that has imported what the tasks need, and forks: one import and one copy of it for all processes. It has one
-# thread when it forks, which this process may not. Apple's libraries do not bear a fork.
+# The fork server imports what the tasks need, once for all processes. It is single-threaded when it forks, which this
+# process may not be. Apple's libraries do not survive a fork.
 _START_METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 
 
 class Executor(Protocol):
-    """Runs tasks `task(on_bytes)`, each to a Future; `slots` is how many it can have under way at once."""
+    """Runs tasks `task(on_bytes)` and returns a Future for each; `slots` is the most that run at once."""
 
     slots: int
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]": ...
 
     def close(self) -> None:
-        """Stop what is under way, at its next block, and wait for it."""
+        """Stop running tasks at their next block, and wait for them."""
 
 
 class InlineExecutor:
@@ -69,11 +69,11 @@ class InlineExecutor:
 
 
 class ProcessExecutor:
-    """Runs tasks in `slots` processes of their own; tasks and results are pickled.
+    """Runs tasks in `slots` worker processes. Tasks and results are pickled.
 
-    Each process holds a duplicate of the output directory's lock, so that a killed parent does not let a second run in
-    while one of them still writes, and ends as soon as its parent has ended. `preload` names the module that the server
-    of the processes imports, once for all of them.
+    Each worker has a duplicate of the output directory's lock: if the parent is killed, no second run can start while a
+    worker still writes. Workers exit as soon as their parent has ended. `preload` names the module that the fork server
+    imports.
     """
 
     def __init__(self, slots: int, lock: int, on_bytes: OnBytes, preload: str) -> None:
@@ -81,19 +81,23 @@ class ProcessExecutor:
         self._on_bytes = on_bytes
         context = multiprocessing.get_context(_START_METHOD)
         context.set_forkserver_preload([preload])
-        # A pipe rather than a queue, a byte rather than an Event: no lock that we wait for may die with a worker.
+        # A pipe instead of a queue, and a byte instead of an Event: a killed worker must not take a lock with it.
         self._reports, self._reporter = context.Pipe(duplex=False)
         self._stop = context.RawValue("b", 0)
-        with _starting_processes():  # a lock may start one that cleans up after it
-            turn = context.Lock()
-        start = partial(_start_worker, _Lock(lock), self._reporter, turn, self._stop)
+        with _starting_processes():  # a lock may start the resource tracker
+            send_lock = context.Lock()
+        start = partial(_start_worker, _InheritedLock(lock), self._reporter, send_lock, self._stop)
         self._pool = ProcessPoolExecutor(slots, mp_context=context, initializer=start)
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
-        with _starting_processes():
-            return self._pool.submit(_run, task)
+        """Raises BrokenExecutor if a worker or the fork server ends while a worker is started, or has ended before."""
+        try:
+            with _starting_processes():
+                return self._pool.submit(_run, task)
+        except (EOFError, ConnectionError) as error:  # from the pipe to the new worker, or from the fork server's
+            raise BrokenExecutor("a worker process ended while it was started") from error
 
     def close(self) -> None:
         self._stop.value = 1
@@ -102,16 +106,16 @@ class ProcessExecutor:
         self._listener.join()
 
     def _listen(self) -> None:
-        """Pass progress on until no process is left that could send any."""
+        """Report progress until the last worker has closed its end of the pipe."""
         with suppress(EOFError):
             while True:
                 self._on_bytes(*self._reports.recv())
 
 
 def start_server(preload: str) -> None:
-    """Start the server that processes are forked from, unless it runs: it imports `preload` in the background.
+    """Start the fork server, unless it runs already. It imports `preload` in the background and ends with this process.
 
-    It ends with this process.
+    Does nothing on systems whose workers are not forked.
     """
     if _START_METHOD == "forkserver":
         with _starting_processes():
@@ -121,13 +125,13 @@ def start_server(preload: str) -> None:
 
 @contextmanager
 def _starting_processes() -> Iterator[None]:
-    """Around what may start a process.
+    """A context for calls that may start a process.
 
-    `__main__` is hidden from it, which multiprocessing would run anew: no task is defined there.
+    Hides `__main__`, which multiprocessing would otherwise run again in the process: no task is defined there.
     """
     main = sys.modules["__main__"]
-    with _own_modules_only(), _blocked(signal.SIGHUP):  # what is started inherits that, and outlives the terminal
-        resource_tracker.ensure_running()  # ahead of the mask: to start it ends with SIGINT unblocked
+    with _own_modules_only(), _blocked(signal.SIGHUP):  # inherited, so that a process outlives the terminal
+        resource_tracker.ensure_running()  # before SIGINT is blocked, since starting the tracker unblocks it
         with _uninterrupted():
             try:
                 sys.modules["__main__"] = ModuleType("__main__")
@@ -138,28 +142,29 @@ def _starting_processes() -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A Ctrl-C counts at the end, as do SIGTERM and SIGHUP where this process has handlers for them.
+    """Delay Ctrl-C to the end of the context, and SIGTERM and SIGHUP too if this process handles them.
 
-    A process that is started meanwhile inherits the mask, so that one, which a terminal sends to all of them, cannot
-    hit it before it ignores the signal. In this process another thread may take the signal, and the main one would then
-    stop with a process started that nobody knows of, and wait for it for good: hence the handler.
+    A process that starts meanwhile inherits the blocked SIGINT, so a Ctrl-C, which a terminal sends to all processes,
+    cannot end it before it ignores the signal. Blocking is not enough in this process: another thread may receive the
+    signal, and Python would then interrupt the main thread while it starts a process that nobody ends. So the handlers
+    are replaced as well.
     """
-    came: list[int] = []
+    received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     replaced = {number: handler for number, handler in handlers.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread():
         replaced = {}
     for number in replaced:
-        signal.signal(number, lambda number, frame: came.append(number))
-    # SIGTERM is not blocked: with it a pool ends its processes.
+        signal.signal(number, lambda number, frame: received.append(number))
+    # SIGTERM is not blocked: a pool uses it to end its processes.
     try:
         with _blocked(signal.SIGINT):
             yield
     finally:
         for number, handler in replaced.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
 @contextmanager
@@ -173,9 +178,9 @@ def _blocked(number: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def _own_modules_only() -> Iterator[None]:
-    """A process finds modules where this one does, and not first of all in the working directory.
+    """Let a started process import modules from this one's paths only, not from the working directory.
 
-    That may be a checkpoint's, and nothing of a checkpoint is ever run.
+    The working directory may be a checkpoint, and no code of a checkpoint is ever run.
     """
     paths = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     before = {name: os.environ.get(name) for name in paths}
@@ -194,8 +199,8 @@ class StoppedError(Exception):
     """The parent asked this worker to stop."""
 
 
-class _Lock:
-    """A descriptor that a spawned process gets a duplicate of."""
+class _InheritedLock:
+    """The descriptor of a lock. Pickled to a worker, it becomes a duplicate there."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -212,9 +217,9 @@ def _detach(duplicate: Any) -> int:
 _report: OnBytes
 
 
-def _start_worker(lock: "_Lock", reporter: Connection, turn: Lock, stop: Any) -> None:
+def _start_worker(lock: "_InheritedLock", reporter: Connection, send_lock: Lock, stop: Any) -> None:
     global _report
-    for number in (signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all: the parent decides what they mean
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all processes; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     start_torch()
@@ -223,7 +228,7 @@ def _start_worker(lock: "_Lock", reporter: Connection, turn: Lock, stop: Any) ->
         if stop.value:
             raise StoppedError
         if count:
-            with turn:
+            with send_lock:
                 reporter.send((shard, tensor, count))
 
     _report = report

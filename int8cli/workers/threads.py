@@ -1,7 +1,7 @@
-"""Threads over the pieces of one pass.
+"""Threads that share the work of one pass.
 
-Owns their start, their end (also where an interrupt comes at an awkward instant) and their order where what they do
-must happen in one. Knows nothing of what they do.
+Owns how they start, how they end (even if an interrupt arrives while they start), and turns for work that must happen
+in order. Knows nothing of the work.
 """
 
 import threading
@@ -12,8 +12,9 @@ from contextlib import contextmanager
 def run_in_threads(work: Callable[[], None], count: int, stop: Callable[[BaseException], None]) -> None:
     """Run `work` in `count` threads and wait for all of them.
 
-    What interrupts the wait is given to `stop`, which must make `work` end soon, and raised once it has. The threads
-    are no daemons: one that is in a tensor operation while the interpreter goes down aborts the process.
+    If the wait is interrupted, `stop` is called with the exception and must make `work` end soon; the exception is
+    raised after all threads have ended. They are not daemons: a daemon that is in a tensor operation while the
+    interpreter shuts down aborts the process.
     """
     stopped = threading.Event()
 
@@ -28,7 +29,7 @@ def run_in_threads(work: Callable[[], None], count: int, stop: Callable[[BaseExc
         for thread in threads:
             thread.join()
     except BaseException as interruption:
-        stopped.set()  # for one whose start was interrupted: it may not run yet, and cannot be joined
+        stopped.set()  # for a thread whose start was interrupted: it may not run yet, and cannot be joined
         stop(interruption)
         for thread in threads:
             if thread.is_alive():
@@ -37,7 +38,7 @@ def run_in_threads(work: Callable[[], None], count: int, stop: Callable[[BaseExc
 
 
 class TurnAbandonedError(Exception):
-    """Another thread failed; there will be no more turns."""
+    """Another thread failed, so there are no more turns."""
 
 
 class Turnstile:

@@ -1,7 +1,7 @@
-"""How many threads of its own torch uses, for a while.
+"""A temporary number of threads for torch.
 
-A model wants all cores; passes over blocks want one, since they bring threads of their own, and since torch's, woken
-for each small operation, cost fifteen times the work where anything else runs.
+A model needs all cores. A pass over blocks needs one torch thread: it has its own threads, and torch's, which are woken
+for each small operation, cost fifteen times the work if anything else runs.
 """
 
 from collections.abc import Iterator

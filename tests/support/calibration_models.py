@@ -1,4 +1,4 @@
-"""Tiny models that can be run over text: checkpoints with a tokenizer beside them, and calibrations of them."""
+"""Tiny models that can run on text: checkpoints with a tokenizer, and calibrations of them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
-from int8cli.planning.plan import PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import survey_source
 from int8cli.progress import SILENT, Progress
 from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny

@@ -1,6 +1,6 @@
 """A checkpoint on the Hugging Face Hub.
 
-huggingface_hub is imported where it is used: it takes longer to import than `--help` may last.
+huggingface_hub is imported inside functions: importing it takes longer than `--help` may.
 """
 
 from int8cli.checkpoint.hub.options import HubOptions

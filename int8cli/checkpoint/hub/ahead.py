@@ -1,6 +1,6 @@
-"""The next file, fetched in the background while another is worked on.
+"""Fetches the next file in the background while another one is used.
 
-Owns the thread. Knows nothing of how a file is fetched.
+Owns the thread. Does not know how a file is fetched.
 """
 
 from collections.abc import Callable
@@ -11,50 +11,51 @@ _CLOSE_WAIT_S = 2.0
 
 
 @dataclass(slots=True)
-class _OnItsWay:
+class _BackgroundFetch:
     file_name: str
     thread: Thread
     error: BaseException | None = None
 
 
 class FetchAhead:
-    """Fetches at most one file at a time; `bring(file_name)` fetches it, and `stop` ends that early."""
+    """Fetches at most one file at a time with `fetch(file_name)`, which must end soon after `stop` is set."""
 
-    def __init__(self, bring: Callable[[str], object], stop: Event) -> None:
-        self._bring = bring
+    def __init__(self, fetch: Callable[[str], object], stop: Event) -> None:
+        self._fetch = fetch
         self._stop = stop
-        self._ahead: _OnItsWay | None = None
+        self._current: _BackgroundFetch | None = None
         self._lock = Lock()
 
     def start(self, file_name: str) -> None:
-        """Begin to fetch a file; while one is on its way, a call for another does nothing."""
+        """Start to fetch a file. Does nothing while another file is being fetched."""
         with self._lock:
-            if self._stop.is_set() or (self._ahead is not None and self._ahead.thread.is_alive()):
+            if self._stop.is_set() or (self._current is not None and self._current.thread.is_alive()):
                 return
-            ahead = _OnItsWay(file_name, Thread(target=lambda: self._fetch(ahead), daemon=True))
-            self._ahead = ahead
-            ahead.thread.start()
+            current = _BackgroundFetch(file_name, Thread(target=lambda: self._run(current), daemon=True))
+            self._current = current
+            current.thread.start()
 
     def wait_for(self, file_name: str) -> None:
-        """Wait for a file that is on its way; one that is not, is not waited for. Raises what went wrong with it."""
+        """Wait for a file if it is being fetched, and raise the error of its fetch. Returns at once for other files."""
         with self._lock:
-            ahead = self._ahead
-            if ahead is None or ahead.file_name != file_name:
+            current = self._current
+            if current is None or current.file_name != file_name:
                 return
-            self._ahead = None
-        ahead.thread.join()
-        if ahead.error is not None:
-            raise ahead.error
+            self._current = None
+        current.thread.join()
+        if current.error is not None:
+            raise current.error
 
     def close(self) -> None:
         """Wait a moment for the thread to notice `stop`."""
         with self._lock:
-            ahead = self._ahead
-        if ahead is not None:
-            ahead.thread.join(_CLOSE_WAIT_S)  # a stalled read may last longer; the thread is a daemon and ends with us
+            current = self._current
+        if current is not None:
+            # A stalled read may last longer; the thread is a daemon and ends with the process.
+            current.thread.join(_CLOSE_WAIT_S)
 
-    def _fetch(self, ahead: _OnItsWay) -> None:
+    def _run(self, current: _BackgroundFetch) -> None:
         try:
-            self._bring(ahead.file_name)
-        except BaseException as error:  # raised again by whoever waits for this file
-            ahead.error = error
+            self._fetch(current.file_name)
+        except BaseException as error:  # `wait_for` raises it
+            current.error = error

@@ -1,6 +1,6 @@
 """A repository's files in the Hub cache, which other programs share.
 
-Owns how a file gets there in huggingface_hub's own way, and which of them this program brought and may remove.
+Owns how a file is added to the cache as huggingface_hub does it, and which files this program added and may remove.
 """
 
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.download_directory import part_of
 from int8cli.checkpoint.hub.options import HubOptions
-from int8cli.checkpoint.hub.remote_files import SHA256, RemoteFiles
+from int8cli.checkpoint.hub.published import SHA256
+from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import PLAIN_NAME, Repository
 from int8cli.errors import CorruptShardError, TransferError
 
@@ -21,10 +22,10 @@ class HubCache:
         self._repository = repository
         self._remote = remote
         self._options = options
-        self._brought: set[str] = set()
+        self._downloaded: set[str] = set()
 
     def find(self, file_name: str) -> Path | None:
-        """The file, if it is there."""
+        """The file; None if it is not in the cache."""
         from huggingface_hub import try_to_load_from_cache
 
         repository = self._repository
@@ -33,10 +34,10 @@ class HubCache:
         )
         return Path(found) if isinstance(found, str) else None
 
-    def bring(self, file_name: str) -> Path:
-        """Fetch the blob to where huggingface_hub keeps it, and let huggingface_hub make the snapshot's link to it.
+    def download(self, file_name: str) -> Path:
+        """Download the blob to its place in the cache, and let huggingface_hub link it into the snapshot.
 
-        The lock is the one that huggingface_hub takes itself.
+        Uses the same lock as huggingface_hub.
         """
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # public, not marked so
 
@@ -53,25 +54,25 @@ class HubCache:
             if not blob.exists():
                 self._remote.download(file_name, part_of(blob), blob.parent)
                 os.replace(part_of(blob), blob)
-                self._brought.add(file_name)
+                self._downloaded.add(file_name)
         path = self._remote.retries(file_name).call(lambda: self._link_to_blob(file_name))
         self._remember_revision()
         return path
 
     def discard(self, file_name: str, cached: Path) -> None:
-        """Remove a file that this object brought. Raises CorruptShardError for another, which others may use."""
-        if file_name not in self._brought:
+        """Remove a file that this object downloaded. Raises CorruptShardError for others, which programs may use."""
+        if file_name not in self._downloaded:
             raise CorruptShardError(
-                f"{self._repository.label(file_name)}: the copy in the Hub cache differs from what was published",
+                f"{self._repository.label(file_name)}: the copy in the Hub cache differs from the published file",
                 hint=f"Delete {cached.resolve()} and run the same command again.",
             )
         cached.unlink()
         self._blob(self._remote.published(file_name).etag).unlink(missing_ok=True)
-        self._brought.discard(file_name)
+        self._downloaded.discard(file_name)
 
     @property
     def _folder(self) -> Path:
-        """The repository's: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
+        """The repository's directory: https://huggingface.co/docs/huggingface_hub/guides/manage-cache."""
         return self._options.hub_cache / f"models--{self._repository.repo_id.replace('/', '--')}"
 
     def _blob(self, etag: str) -> Path:
@@ -96,11 +97,11 @@ class HubCache:
                     library_name="int8cli",
                 )
             )
-        except LocalEntryNotFoundError as error:  # wraps what went wrong on the network, which decides about a retry
+        except LocalEntryNotFoundError as error:  # wraps the network's error, which decides whether to retry
             raise error.__cause__ or error from None
 
     def _remember_revision(self) -> None:
-        """Note which commit the revision names, as huggingface_hub does: offline runs look a model up by it."""
+        """Record which commit the revision names, as huggingface_hub does. Offline runs find the model by it."""
         revision, commit = self._repository.revision or "main", self._repository.commit
         if revision == commit or not all(map(PLAIN_NAME.fullmatch, revision.split("/"))):
             return
@@ -111,9 +112,9 @@ class HubCache:
 
 
 def blob_sha256(cached: Path) -> str | None:
-    """The sha256 that a cached LFS file was published with: the name of the blob which its link in a snapshot names.
+    """The published sha256 of a cached LFS file, which is the name of the blob that its link in the snapshot names.
 
-    The link alone is read: a blob may itself be a link into a store that goes by other hashes.
+    Only this link is read: a blob may itself be a link into a store that uses other hashes.
     """
     if not cached.is_symlink():
         return None

@@ -1,7 +1,7 @@
-"""Downloads that are retried and go on where they stopped.
+"""Downloads that are retried and resume where they stopped.
 
-Owns the loop around a body. huggingface_hub's own download starts from zero after each failure (a temporary name per
-attempt since 2.x), which is why that loop is here.
+Owns the loop of attempts. huggingface_hub's own download starts from zero after each failure (since 2.x, every attempt
+has its own temporary file).
 """
 
 import os
@@ -25,11 +25,11 @@ def download(
     *,
     below: Path,
 ) -> None:
-    """Bring `part` to the file's `size_bytes`, going on from the bytes it already holds.
+    """Download a file of `size_bytes` bytes to `part`, resuming after the bytes that `part` already has.
 
-    `on_bytes` hears of each piece as it arrives. No link is followed after the directory `below`. Raises TransferError
-    after too many failures in a row without progress, and then leaves the part for the next run; DiskSpaceError or
-    OutputError if it cannot be written.
+    `on_bytes` is called with the size of each piece that arrives. Links are not followed after the directory `below`.
+    Raises TransferError after too many failures in a row without progress, and leaves the part for the next run;
+    DiskSpaceError or OutputError if the part cannot be written.
     """
     with _Part.opened(part, below) as out:
         if out.size_bytes > size_bytes:
@@ -39,30 +39,30 @@ def download(
             failure: Exception = ShortBodyError("the body ended early")
             try:
                 _append(remote, out, size_bytes, retries, on_bytes)
-            except Exception as error:  # `failed` raises whatever is not transient
+            except Exception as error:  # `failed` raises every error that is not transient
                 failure = error
-            held = out.size_bytes
-            # A server without ranges starts from zero each time: only new ground counts as progress.
-            if held > furthest:
-                furthest = held
+            received = out.size_bytes
+            # A server without ranges starts from zero each time: only bytes beyond the furthest count as progress.
+            if received > furthest:
+                furthest = received
                 retries.progressed()
-            if held < size_bytes:
+            if received < size_bytes:
                 retries.failed(failure)
 
 
 def _append(
     remote: RemoteFile, out: "_Part", size_bytes: int, retries: Retries, on_bytes: Callable[[int], None] | None
 ) -> None:
-    held = out.size_bytes
-    with get(remote, f"bytes={held}-" if held else None) as response:
-        if held and not answers_range(response, held):
+    received = out.size_bytes
+    with get(remote, f"bytes={received}-" if received else None) as response:
+        if received and not answers_range(response, received):
             out.empty()
-            held = 0
-        # Pieces as they come from the socket: what has arrived before a failure is then in the file.
+            received = 0
+        # Each piece is written as it arrives, so that after a failure the file has everything that was received.
         for piece in response.iter_bytes():
             retries.check_stopped()
-            held += len(piece)
-            if held > size_bytes:
+            received += len(piece)
+            if received > size_bytes:
                 out.empty()
                 raise ShortBodyError(f"the body is longer than the {size_bytes:,} bytes announced")
             out.append(piece)
@@ -71,7 +71,7 @@ def _append(
 
 
 class _Part:
-    """A file that grows until it is whole. Every method raises DiskSpaceError or OutputError."""
+    """A file that grows until it is complete. Every method may raise DiskSpaceError or OutputError."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path

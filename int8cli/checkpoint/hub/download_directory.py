@@ -1,38 +1,44 @@
-"""Where files lie that are here only while they are used.
+"""The directory for files that are on this machine only while they are used.
 
-Owns a directory of ours: parts until they are whole, files until nobody wants them any more.
+Owns its paths: partial files until they are complete, and files until they are no longer needed.
 """
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
-from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
+from int8cli.checkpoint.own_files import (
+    OwnPath,
+    name_aside,
+    opened_directory,
+    remove_empty_directories,
+    remove_file,
+    remove_tree,
+)
 from int8cli.checkpoint.reader import size_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class DownloadDirectory:
-    """The files of one repository in a directory that is this source's alone."""
+    """The files of one repository, in a directory that only this source uses."""
 
-    def __init__(self, root: Path, repository: Repository, remote: RemoteFiles) -> None:
-        self._root = root
-        self._below = root.parent
+    def __init__(self, root: OwnPath, repository: Repository, remote: RemoteFiles) -> None:
+        self._root = root.path
+        self._below = root.below
         self._repository = repository
         self._remote = remote
 
     def path(self, file_name: str) -> Path:
-        """Where a file lies once it is whole."""
-        # The commit stands in the path, so that no part of another revision is ever gone on from.
+        """The place of a file once it is complete."""
+        # The path contains the commit, so that a part of another revision is never resumed.
         return self._root / self._repository.commit / file_name
 
-    def bring(self, file_name: str) -> Path:
-        """Download the file, unless it is here, whole, from a run that was killed."""
+    def download(self, file_name: str) -> Path:
+        """Download the file, unless an earlier run that was killed has downloaded all of it."""
         path = self.path(file_name)
         if not (os.path.isfile(path) and size_of(path) == self._remote.published(file_name).size_bytes):
             part = part_of(path)
@@ -45,33 +51,23 @@ class DownloadDirectory:
     def remove(self, file_name: str) -> None:
         path = self.path(file_name)
         for each in (path, part_of(path)):
-            with (
-                disk_errors(each),
-                suppress(FileNotFoundError),
-                opened_directory(each.parent, self._below) as directory,
-            ):
-                os.unlink(each.name, dir_fd=directory)
+            with disk_errors(each):
+                remove_file(each, self._below)
 
     def remove_empty_directories(self) -> None:
-        """Only rmdir: whatever still holds a part, or anything we did not put there, stays.
+        """Remove only empty directories: parts, and files that are not ours, stay.
 
-        Left to the end, since before that a download in the background may be about to write into one.
+        Call this last, since a download in the background may be about to write into one of them.
         """
-        root = self._root
-        if root.is_symlink():
-            return
-        below = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if root.is_dir() else []
-        for directory in [*below, root]:
-            with suppress(OSError):
-                directory.rmdir()
+        remove_empty_directories(self._root, self._below)
 
     def _remove_other_commits(self) -> None:
-        """Parts of another revision can never be gone on from; they would only take up the disk."""
+        """Remove parts of other revisions. They can never be resumed, and only use disk space."""
         for directory in self._root.iterdir() if self._root.is_dir() else ():
             if _COMMIT.fullmatch(directory.name) and directory.name != self._repository.commit:
                 remove_tree(directory, self._below)
 
 
 def part_of(path: Path) -> Path:
-    """Where a file lies until it is whole."""
+    """The place of a file until it is complete."""
     return path.with_name(name_aside(path.name, suffix=".incomplete"))

@@ -1,6 +1,6 @@
-"""What can go wrong on the way to the Hub: which failures pass, and what to say of the others.
+"""Failures of requests to the Hub: which are transient, and which errors to raise for the others.
 
-Owns the translation of huggingface_hub's and httpx's errors into our tree. Makes no request.
+Owns the translation of huggingface_hub's and httpx's errors into our tree. Makes no requests.
 """
 
 import re
@@ -24,39 +24,39 @@ _LONGEST_WAIT_S = 600.0
 
 
 class ShortBodyError(Exception):
-    """A body ended before its end, without the connection saying so."""
+    """A body is shorter than announced, although the connection ended normally."""
 
 
 class WrongRangeError(Exception):
-    """A server answered with other bytes than it was asked for."""
+    """A server answered with another range than the requested one."""
 
 
-class OddAnswerError(Exception):
-    """An answer is not what a Hub, or any server, answers: a size that is none, a redirect to no address."""
+class MalformedAnswerError(Exception):
+    """A server's answer is invalid: a size that is not a number, a redirect to nowhere."""
 
 
 def is_foreign(error: Exception) -> bool:
-    """Whether network, server or huggingface_hub caused the error; anything else is a bug and stays one."""
+    """Whether the network, the server or huggingface_hub caused the error. Any other error is a bug."""
     httpx = _httpx()
     return isinstance(
-        error, (ShortBodyError, WrongRangeError, OddAnswerError, httpx.HTTPError, httpx.InvalidURL, OSError)
+        error, (ShortBodyError, WrongRangeError, MalformedAnswerError, httpx.HTTPError, httpx.InvalidURL, OSError)
     )
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether the same request may well succeed later: dropped connections, timeouts, 408, 429 and 5xx."""
+    """Whether the same request may succeed later: dropped connections, timeouts, 408, 429 and 5xx."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if isinstance(error, HfHubHTTPError):
         status: int = error.response.status_code
         return status in (408, 429) or status >= 500
     httpx = _httpx()
-    passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
-    return isinstance(error, (ShortBodyError, WrongRangeError, OddAnswerError, *passing))
+    transient = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+    return isinstance(error, (ShortBodyError, WrongRangeError, MalformedAnswerError, *transient))
 
 
 def asked_pause_s(error: Exception) -> float | None:
-    """How long the server asked to wait: Retry-After in seconds or as a date, or the Hub's `RateLimit: …;t=55`."""
+    """The pause that the server requests: Retry-After in seconds or as a date, or the Hub's `RateLimit: …;t=55`."""
     from huggingface_hub.errors import HfHubHTTPError
 
     if not isinstance(error, HfHubHTTPError):
@@ -74,17 +74,17 @@ def asked_pause_s(error: Exception) -> float | None:
 
 
 def _seconds_until(http_date: str) -> float | None:
-    """None for what is no date."""
+    """None if the text is not a date."""
     try:
         moment = parsedate_to_datetime(http_date)
-    except (ValueError, TypeError, IndexError, OverflowError):  # by what is wrong with it, and by Python's release
+    except (ValueError, TypeError, IndexError, OverflowError):  # depends on the fault and on Python's release
         return None
     aware = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
     return (aware - datetime.now(UTC)).total_seconds()
 
 
 def described(error: Exception) -> str:
-    """A failure in a few words, without the URL (which may carry a signature)."""
+    """A failure in a few words, without the URL, which may contain a signature."""
     from huggingface_hub.errors import HfHubHTTPError
 
     httpx = _httpx()
@@ -102,12 +102,12 @@ def described(error: Exception) -> str:
 
 
 def translated(error: Exception, what: str) -> Int8cliError:
-    """The error of our tree for one that huggingface_hub or httpx raised and that no retry will mend."""
+    """The error of our tree for an error of huggingface_hub or httpx that is not transient."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.OfflineModeIsEnabled):
         return TransferError(
-            f"{what}: cannot ask the Hub in offline mode", hint="Unset HF_HUB_OFFLINE, or download the model first."
+            f"{what}: cannot reach the Hub in offline mode", hint="Unset HF_HUB_OFFLINE, or download the model first."
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return ModelNotFoundError(f"{what}: no such revision", hint="Give a branch, a tag or a full commit hash.")
@@ -135,7 +135,7 @@ def translated(error: Exception, what: str) -> Int8cliError:
 def next_step(error: Exception) -> str:
     httpx = _httpx()
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses only the Hub cache."
+        return f"Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses only the Hub cache. {TRY_AGAIN}"
     return TRY_AGAIN
 
 
@@ -151,7 +151,7 @@ def _refused(status: int, description: str, what: str) -> SourceError:
 
 
 def _httpx() -> ModuleType:
-    """The HTTP library that this huggingface_hub is built on: httpx, or its successor httpx2."""
+    """The HTTP library of the installed huggingface_hub: httpx, or its successor httpx2."""
     from huggingface_hub.errors import HfHubHTTPError
 
     base = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")

@@ -1,6 +1,6 @@
-"""Ranges of a file on the Hub, and a file made of them.
+"""Ranges of a file on the Hub, and a file object that reads them.
 
-Owns that no more bytes travel than were asked for.
+Owns the promise that no more bytes are transferred than were requested.
 """
 
 import errno
@@ -18,13 +18,13 @@ from int8cli.errors import SourceError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-# Where a server ignores Range, a header near the start of the file can still be had by reading up to it.
+# If a server ignores Range, a header near the start of the file can still be read by skipping what is before it.
 _MAX_SKIPPED_BYTES = 16 << 20
 
 
 @dataclass(slots=True)
 class ByteRange:
-    """Bytes of a file from `start` on. `total_bytes` is the file's size, once the server has said it."""
+    """Bytes of a file from `start` on. `total_bytes` is the file's size, once the server has sent it."""
 
     start: int
     data: bytearray = field(default_factory=bytearray)
@@ -32,13 +32,13 @@ class ByteRange:
 
 
 def read_range(remote: RemoteFile, start: int, length: int, retries: Retries) -> ByteRange:
-    """At most `length` bytes from `start` on, fewer only at the file's end; nothing beyond them is transferred."""
+    """Read `length` bytes from `start` on, or fewer at the file's end. Nothing beyond them is transferred."""
     received = ByteRange(start)
     while len(received.data) < length:
         before = len(received.data)
         try:
             _receive(remote, received, length)
-        except Exception as error:  # `failed` raises whatever is not transient
+        except Exception as error:  # `failed` raises every error that is not transient
             if len(received.data) > before:
                 retries.progressed()
             retries.failed(error)
@@ -52,7 +52,7 @@ def read_range(remote: RemoteFile, start: int, length: int, retries: Retries) ->
 
 
 def _is_complete(received: ByteRange) -> bool:
-    """Whether the server has no more of what was asked for, where it has said how much there is."""
+    """Whether the server has no more of the requested bytes. Unknown sizes count as complete."""
     return received.total_bytes is None or received.start + len(received.data) >= received.total_bytes
 
 
@@ -68,20 +68,20 @@ def _receive(remote: RemoteFile, received: ByteRange, length: int) -> None:
         if skip > _MAX_SKIPPED_BYTES:
             raise SourceError("The server sends only whole files (it ignores Range); this read starts far inside one")
         for piece in response.iter_bytes():
-            kept = piece[skip:]
-            skip -= len(piece) - len(kept)
-            received.data += kept
-            # An exact answer is read to its end, which keeps the connection; a longer one is cut off.
+            requested = piece[skip:]
+            skip -= len(piece) - len(requested)
+            received.data += requested
+            # An exact answer is read to its end, so that the connection can be reused; a longer one is cut off.
             if len(received.data) > length or (whole_file and len(received.data) == length):
                 break
     del received.data[length:]
 
 
 class RangeReader(io.RawIOBase):
-    """A file on the Hub as a seekable stream: each read is one ranged request for what was asked, no more.
+    """A file on the Hub as a seekable stream. Each read is one request for exactly that range.
 
-    Wrap it in a BufferedReader, whose buffer is then the read-ahead. `size_bytes` is asked for where a read or a seek
-    needs the end before the server has mentioned it.
+    For read-ahead, wrap it in a BufferedReader. `size_bytes` is called if a read or a seek needs the file's end before
+    the server has sent the size.
     """
 
     def __init__(self, remote: RemoteFile, retries: Retries, size_bytes: Callable[[], int]) -> None:
@@ -113,7 +113,7 @@ class RangeReader(io.RawIOBase):
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         view = memoryview(buffer).cast("B")
         length = len(view)
-        if self._position and length:  # a first read at the start learns the size from its own answer
+        if self._position and length:  # a first read from the start gets the size with its own answer
             length = max(0, min(length, self._end() - self._position))
         if not length:
             return 0

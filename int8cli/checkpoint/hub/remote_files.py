@@ -1,62 +1,37 @@
-"""The files of a repository over the network: what the Hub says of each, ranges of it, and all of its bytes.
+"""The files of a repository over the network: their metadata, ranges and contents.
 
-Owns what is asked of the Hub for a file. Knows nothing of where files go on this machine.
+Owns the requests for a file. Does not know where files are stored on this machine.
 """
 
-import re
-from dataclasses import dataclass
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from int8cli.checkpoint.digest import git_sha1, git_sha1_of
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.download import download
 from int8cli.checkpoint.hub.options import HubOptions
+from int8cli.checkpoint.hub.published import Published, ask
 from int8cli.checkpoint.hub.ranges import RangeReader, read_range
 from int8cli.checkpoint.hub.repository import Repository
-from int8cli.checkpoint.hub.requests import RemoteFile, odd_answers
+from int8cli.checkpoint.hub.requests import RemoteFile
 from int8cli.checkpoint.hub.retries import Retries
+from int8cli.checkpoint.own_files import remove_file
 from int8cli.errors import DigestMismatchError, TransferError
 
-if TYPE_CHECKING:
-    from huggingface_hub.file_download import HfFileMetadata
-
-SHA256 = re.compile(r"[0-9a-f]{64}")
-_SHA1 = re.compile(r"[0-9a-f]{40}")
-# A safetensors header is two reads, each of which knows its length: nothing is read ahead, so that no weight travels.
-# What else is read piecemeal, a `.bin`'s directory and pickle, would take a request for every few bytes.
+# A safetensors header is two reads of known length. Nothing is read ahead, so that no weights are transferred. The
+# directory and pickle of a `.bin` are read in small pieces, each of which would be a request without read-ahead.
 _EXACT_SUFFIX = ".safetensors"
 _READ_AHEAD_BYTES = 128 << 10
-# What is read for what it says, a config or an index, is read whole and compared with its digest.
+# A config or an index is read completely and compared with its digest.
 _WHOLE_SUFFIX = ".json"
 _WHOLE_LIMIT_BYTES = 256 << 20
-_COPIES = 2  # how often a file is fetched whose bytes turn out to be others
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What the Hub says of a file: its size, and its etag.
-
-    That is the sha256 of a file in LFS, and of another the sha1 that git gives a blob of its bytes; other servers have
-    other etags, which say nothing of the bytes.
-    """
-
-    size_bytes: int
-    etag: str
-
-    @property
-    def sha256(self) -> str | None:
-        return self.etag if SHA256.fullmatch(self.etag) else None
-
-    @property
-    def git_sha1(self) -> str | None:
-        return self.etag if _SHA1.fullmatch(self.etag) else None
+_ATTEMPTS = 2  # how often a file with a wrong digest is downloaded
 
 
 class RemoteFiles:
-    """Access to a repository's files by name. Every method raises ModelNotFoundError where offline mode forbids it."""
+    """Access to a repository's files by name. Every method raises ModelNotFoundError in offline mode."""
 
     def __init__(self, repository: Repository, options: HubOptions, stop: Event) -> None:
         self._repository = repository
@@ -65,17 +40,17 @@ class RemoteFiles:
         self._published: dict[str, Published] = {}
 
     def published(self, file_name: str) -> Published:
-        """What the Hub says of the file; asked once."""
+        """The Hub's size and etag of the file. The Hub is asked only once."""
         if file_name not in self._published:
             self._repository.require_online(file_name)
             self._published[file_name] = self._ask(file_name)
         return self._published[file_name]
 
     def open(self, file_name: str) -> BinaryIO:
-        """A seekable view of the file of which only the ranges that are read are transferred."""
+        """A seekable view of the file. Only the ranges that are read are transferred."""
         self._repository.require_online(file_name)
         if file_name.endswith(_WHOLE_SUFFIX) and self.published(file_name).size_bytes <= _WHOLE_LIMIT_BYTES:
-            return BytesIO(self._whole(file_name))
+            return BytesIO(self._read_all(file_name))
         reader = RangeReader(
             self._remote(file_name), self.retries(file_name), lambda: self.published(file_name).size_bytes
         )
@@ -84,24 +59,24 @@ class RemoteFiles:
         return BufferedReader(reader, _READ_AHEAD_BYTES)
 
     def download(self, file_name: str, part: Path, below: Path) -> None:
-        """Bring `part`, below a directory, to the whole of the file, going on from what it holds."""
-        heard = self._options.on_bytes
-        on_bytes = None if heard is None else lambda n: heard(file_name, n)
+        """Download the file to `part`, inside the directory `below`, resuming after the bytes that `part` has."""
+        report = self._options.on_bytes
+        on_bytes = None if report is None else lambda n: report(file_name, n)
         published = self.published(file_name)
-        for _ in range(_COPIES):
+        for _ in range(_ATTEMPTS):
             download(
                 self._remote(file_name), part, published.size_bytes, self.retries(file_name), on_bytes, below=below
             )
             if published.git_sha1 is None or git_sha1_of(part) == published.git_sha1:
                 return
             with disk_errors(part):
-                part.unlink()
+                remove_file(part, below)
         raise self._not_as_published(file_name)
 
-    def _whole(self, file_name: str) -> bytes:
-        """A small file's bytes."""
+    def _read_all(self, file_name: str) -> bytes:
+        """All bytes of a small file."""
         published = self.published(file_name)
-        for _ in range(_COPIES):
+        for _ in range(_ATTEMPTS):
             data = bytes(read_range(self._remote(file_name), 0, published.size_bytes, self.retries(file_name)).data)
             if len(data) == published.size_bytes and published.git_sha1 in (None, git_sha1(data)):
                 return data
@@ -109,41 +84,29 @@ class RemoteFiles:
 
     def _not_as_published(self, file_name: str) -> DigestMismatchError:
         return DigestMismatchError(
-            f"{self._repository.label(file_name)}: the server gives other bytes than those that were published",
-            hint="If there is a log-in page or a proxy between here and the Hub, get past it and try again.",
+            f"{self._repository.label(file_name)}: the server sends other bytes than those that were published",
+            hint="Check whether there is a log-in page or a proxy between here and the Hub.",
         )
 
     def retries(self, file_name: str) -> Retries:
-        """The failures of a transfer of the file that is about to begin."""
+        """A new count of failures, for one transfer of the file."""
         return Retries(self._options.retry, self._repository.label(file_name), self._stop, self._options.on_wait)
 
     def _ask(self, file_name: str) -> Published:
         retries = self.retries(file_name)
-        metadata = retries.call(lambda: self._head(file_name))
-        size_bytes = metadata.size
-        if size_bytes is None or not 0 <= size_bytes < 1 << 62:
+        answer = retries.call(lambda: ask(self._remote(file_name)))
+        size_bytes = answer.size_bytes
+        if size_bytes is None:
             size_bytes = read_range(self._remote(file_name), 0, 1, retries).total_bytes
         label = self._repository.label(file_name)
-        if metadata.commit_hash is None:  # all servers of the Hub's kind name the commit; log-in pages do not
+        if answer.commit is None:  # all servers with the Hub's API send the commit; log-in pages do not
             raise TransferError(
                 f"{label}: the server does not answer like a Hub",
                 hint="Check HF_ENDPOINT, and whether there is a log-in page or a proxy between here and the Hub.",
             )
-        if size_bytes is None or size_bytes < 0:
+        if size_bytes is None:
             raise TransferError(f"{label}: the server does not send the size of the file")
-        return Published(size_bytes, metadata.etag or "")
-
-    def _head(self, file_name: str) -> "HfFileMetadata":
-        from huggingface_hub import get_hf_file_metadata
-
-        with odd_answers():
-            return get_hf_file_metadata(
-                self._url(file_name),
-                token=self._options.token,
-                timeout=self._options.request_timeout_s,
-                library_name="int8cli",
-                endpoint=self._options.endpoint,
-            )
+        return Published(size_bytes, answer.etag)
 
     def _remote(self, file_name: str) -> RemoteFile:
         return RemoteFile(self._url(file_name), self._options.request_headers(), self._options.request_timeout_s)

@@ -1,6 +1,6 @@
-"""What a repository is: the commit that is read, and its files.
+"""A repository: the commit that is read, and its list of files.
 
-Owns the first contact with the Hub, and the snapshot in the Hub cache that stands in for it offline.
+Owns the first request to the Hub, and the snapshot in the Hub cache that replaces it offline.
 """
 
 import logging
@@ -13,7 +13,7 @@ from threading import Event
 from urllib.parse import quote
 
 from int8cli.checkpoint.hub.options import HubOptions
-from int8cli.checkpoint.hub.requests import odd_answers, raise_for_status
+from int8cli.checkpoint.hub.requests import malformed_answers, raise_for_status
 from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
 from int8cli.checkpoint.source import is_hidden
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
@@ -21,11 +21,12 @@ from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 _FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
+_PROBABLY_A_PATH_ATTEMPTS = 2  # and a mistyped directory in a second
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A repository at one commit. `offline`: the Hub cache is all there is of it."""
+    """A repository at one commit. `offline`: only the files in the Hub cache are available."""
 
     commit: str
     files: tuple[str, ...]
@@ -33,10 +34,10 @@ class Snapshot:
 
 
 class Repository:
-    """A repository at one commit: whatever the revision named when it was first asked, it stays that."""
+    """A repository at one commit: the one that the revision named at the first request, even if it moves later."""
 
     def __init__(self, repo_id: str, revision: str | None, options: HubOptions, stop: Event) -> None:
-        """Asks the Hub for nothing yet. `stop` ends a wait for it."""
+        """Makes no request. `stop` ends a wait for the Hub."""
         self.repo_id = repo_id
         self.revision = revision
         self._options = options
@@ -44,7 +45,10 @@ class Repository:
 
     @cached_property
     def snapshot(self) -> Snapshot:
-        """Found at first use. Raises ModelNotFoundError, AccessDeniedError or TransferError."""
+        """The commit and its files, requested at first use.
+
+        Raises ModelNotFoundError, AccessDeniedError or TransferError.
+        """
         from huggingface_hub import constants
 
         _quiet_huggingface_hub()
@@ -55,11 +59,11 @@ class Repository:
         return self.snapshot.commit
 
     def label(self, file_name: str) -> str:
-        """What to call a file of it in messages."""
+        """The name of a file in messages."""
         return f"{self.repo_id}: {file_name}"
 
     def require_online(self, file_name: str) -> None:
-        """Raises ModelNotFoundError where the Hub, which would have the file, may not be asked."""
+        """Raise ModelNotFoundError in offline mode, for a file that is not in the Hub cache."""
         if self.snapshot.offline:
             raise ModelNotFoundError(
                 f"{self.label(file_name)} is not in the Hub cache, and cannot be downloaded in offline mode",
@@ -75,24 +79,25 @@ class Repository:
         except HFValidationError as error:
             raise ModelNotFoundError(f"{self.repo_id!r} is not a valid name of a Hub repository") from error
         policy = self._options.retry
-        attempts = min(policy.attempts, _FIRST_CONTACT_ATTEMPTS)
+        most = _PROBABLY_A_PATH_ATTEMPTS if self._options.probably_a_path else _FIRST_CONTACT_ATTEMPTS
+        attempts = min(policy.attempts, most)
         first_contact = RetryPolicy(attempts, policy.first_pause_s, policy.max_pause_s)
         what = self.repo_id if self.revision is None else f"{self.repo_id} at revision {self.revision!r}"
         headers = self._options.request_headers()
         answer = Retries(first_contact, what, self._stop, self._options.on_wait).call(lambda: self._ask(headers))
         try:
             return _snapshot_of(answer)
-        except InvalidJsonError as error:  # a web page, say, where JSON was to be
+        except InvalidJsonError as error:  # for example a web page instead of JSON
             raise self._no_hub() from error
 
     def _ask(self, headers: Mapping[str, str]) -> bytes:
-        """What the Hub says of the repository: https://huggingface.co/docs/hub/api."""
+        """The Hub's description of the repository, in JSON: https://huggingface.co/docs/hub/api."""
         from huggingface_hub import constants, get_session
 
         url = f"{self._options.endpoint or constants.ENDPOINT}/api/models/{self.repo_id}"
         if self.revision is not None:
             url += f"/revision/{quote(self.revision, safe='')}"
-        with odd_answers():
+        with malformed_answers():
             response = get_session().get(
                 url, headers=headers, timeout=self._options.request_timeout_s, follow_redirects=True
             )
@@ -113,7 +118,7 @@ class Repository:
                 revision=self.revision,
                 cache_dir=self._options.cache_dir,
                 local_files_only=True,
-                allow_patterns=["config.json"],  # whether the weights are there, whoever asks for them will see
+                allow_patterns=["config.json"],  # missing weights are reported when they are read
             )
         except (LocalEntryNotFoundError, HFValidationError) as error:
             at = f" at revision {self.revision!r}" if self.revision else ""
@@ -127,13 +132,13 @@ class Repository:
 
 
 def _snapshot_of(answer: bytes) -> Snapshot:
-    """The commit and the files in what the Hub says of a repository. Raises InvalidJsonError."""
+    """The commit and the files in the Hub's description of a repository. Raises InvalidJsonError."""
     document = parse_json(answer)
     if not isinstance(document, dict):
         raise InvalidJsonError(f"is {shown(document)}, not an object")
     commit, siblings = document.get("sha"), document.get("siblings")
     if not isinstance(commit, str) or not PLAIN_NAME.fullmatch(commit):
-        raise InvalidJsonError(f"is {shown(commit)}, no commit", "sha")
+        raise InvalidJsonError(f"is {shown(commit)}, not a commit", "sha")
     if not isinstance(siblings, list):
         raise InvalidJsonError(f"is {shown(siblings)}, not a list", "siblings")
     names = [each.get("rfilename") if isinstance(each, dict) else None for each in siblings]
@@ -145,7 +150,7 @@ def _visible(names: Iterator[str]) -> tuple[str, ...]:
 
 
 def _quiet_huggingface_hub() -> None:
-    """Its warnings would come between our own lines on stderr; a verbosity that somebody asked for stays."""
+    """Silence its warnings, which would mix with our output on stderr. A verbosity that the user set is not changed."""
     logger = logging.getLogger("huggingface_hub")
     if logger.level == logging.WARNING:
         logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""One GET of a file on the Hub, of all of it or of a range.
+"""One GET of a file on the Hub, or of a range of it.
 
-Owns what is asked and how the answer is read. huggingface_hub brings session, headers and error classes.
+Owns the request and how the answer is read. huggingface_hub provides the session, headers and error classes.
 """
 
 import re
@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from int8cli.checkpoint.hub.failures import OddAnswerError, WrongRangeError
+from int8cli.checkpoint.hub.failures import MalformedAnswerError, WrongRangeError
 
 _A_SIZE = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file at a URL, and how to ask for it. `headers` carry the token; redirects to another host drop it."""
+    """A file at a URL, and how to request it. `headers` contain the token; redirects to another host drop it."""
 
     url: str
     headers: Mapping[str, str] = field(repr=False)
@@ -32,10 +32,10 @@ def get(remote: RemoteFile, byte_range: str | None) -> Iterator[Any]:
     headers = {**remote.headers, "Accept-Encoding": "identity"}
     if byte_range is not None:
         headers["Range"] = byte_range
-    # The URL is asked anew each time, not the place it redirects to: signed addresses run out within the hour. The
-    # session follows redirects and leaves the token behind when the host changes.
+    # Every request starts at this URL, not at its redirect's target: signed addresses expire within the hour. The
+    # session follows redirects and drops the token if the host changes.
     with ExitStack() as stack:
-        with odd_answers():
+        with malformed_answers():
             response = stack.enter_context(
                 get_session().stream(
                     "GET", remote.url, headers=headers, timeout=remote.timeout_s, follow_redirects=True
@@ -47,16 +47,18 @@ def get(remote: RemoteFile, byte_range: str | None) -> Iterator[Any]:
 
 
 @contextmanager
-def odd_answers() -> Iterator[None]:
-    """Raise OddAnswerError for what httpx and huggingface_hub raise over an answer that they cannot make sense of."""
+def malformed_answers() -> Iterator[None]:
+    """Raise MalformedAnswerError for the errors of httpx and huggingface_hub about an answer that they cannot parse."""
     try:
         yield
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-        raise OddAnswerError(f"the server's answer makes no sense ({type(error).__name__}: {error!s:.100})") from error
+        raise MalformedAnswerError(
+            f"the server's answer is malformed ({type(error).__name__}: {error!s:.100})"
+        ) from error
 
 
 def raise_for_status(response: Any) -> None:
-    """Raise huggingface_hub's error for a refusal, whatever page comes with it."""
+    """Raise huggingface_hub's error for a status that is not a success, whatever the body is."""
     from huggingface_hub import hf_raise_for_status
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -64,7 +66,7 @@ def raise_for_status(response: Any) -> None:
         hf_raise_for_status(response)
     except HfHubHTTPError:
         raise
-    except Exception as error:  # it reads and decodes the page: not UTF-8, JSON of another kind, cut off
+    except Exception as error:  # it decodes the body, which may be anything
         raise HfHubHTTPError(f"HTTP {response.status_code}", response=response) from error
 
 
@@ -75,12 +77,12 @@ def answers_range(response: Any, first: int) -> bool:
     stated = response.headers.get("Content-Range", f"bytes {first}-")
     match = re.match(r"bytes ([0-9]{1,19})-", stated)
     if response.status_code != 206 or match is None or int(match[1]) != first:
-        raise WrongRangeError(f"asked for bytes from {first:,} on, got HTTP {response.status_code} with others")
+        raise WrongRangeError(f"HTTP {response.status_code} without the requested bytes from {first:,} on")
     return True
 
 
 def total_bytes(response: Any) -> int | None:
-    """The size of the whole file, if the answer says it."""
+    """The size of the whole file, if the answer contains it."""
     stated = response.headers.get("Content-Range", "").rpartition("/")[2]
     if not stated and response.status_code == 200 and "Content-Encoding" not in response.headers:
         stated = response.headers.get("Content-Length", "")

@@ -1,6 +1,6 @@
 """A checkpoint on the Hugging Face Hub as a `Source`.
 
-Owns from where a file is taken (the Hub cache or a download), and when it goes again. Knows no file format.
+Owns where a file comes from (the Hub cache or a download), and when it is removed. Knows no file format.
 """
 
 from collections.abc import Iterator
@@ -20,24 +20,24 @@ from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_na
 
 
 class HubSource:
-    """A repository on the Hub at one commit: whatever the revision named when it was first asked, it stays that.
+    """A repository on the Hub at one commit: the one that the revision named at the first request.
 
-    Files that are in the Hub cache at that commit are used from there and never removed. With HF_HUB_OFFLINE the
-    cached snapshot is the whole source.
+    Files that are in the Hub cache at that commit are used from there and never removed. With HF_HUB_OFFLINE, only
+    cached files are available.
     """
 
     def __init__(self, repo_id: str, revision: str | None, options: HubOptions) -> None:
-        """Asks the Hub for nothing yet."""
+        """Makes no request."""
         self._options = options
         self._stop = Event()
         self._repository = Repository(repo_id, revision, options, self._stop)
         self._remote = RemoteFiles(self._repository, options, self._stop)
         self._cache = HubCache(self._repository, self._remote, options)
-        self._downloads = DownloadDirectory(options.download_dir, self._repository, self._remote)
-        self._ahead = FetchAhead(self._bring, self._stop)
+        self._downloads = DownloadDirectory(options.downloads, self._repository, self._remote)
+        self._ahead = FetchAhead(self._local_file, self._stop)
 
     def resolve(self) -> None:
-        """Find the commit now rather than at first use.
+        """Request the commit now instead of at first use.
 
         Raises ModelNotFoundError, AccessDeniedError or TransferError.
         """
@@ -65,7 +65,7 @@ class HubSource:
     @contextmanager
     def fetch(self, file_name: str) -> Iterator[LocalFile]:
         self._ahead.wait_for(checked_file_name(file_name))
-        local = self._bring(file_name)
+        local = self._local_file(file_name)
         yield local
         if local.path == self._downloads.path(file_name):
             self._downloads.remove(file_name)
@@ -74,7 +74,7 @@ class HubSource:
         return self._cache.find(file_name) is None
 
     def prefetch(self, file_name: str) -> None:
-        """At most one file is on its way at a time: while one is, a call for another does nothing."""
+        """At most one file is fetched at a time: during a fetch, a call for another file does nothing."""
         self._ahead.start(checked_file_name(file_name))
 
     def discard(self, file_name: str) -> None:
@@ -85,16 +85,17 @@ class HubSource:
             self._cache.discard(file_name, cached)
 
     def close(self) -> None:
-        """Stop a transfer in the background, which keeps its part; without parts the download directory goes too."""
+        """Stop a transfer in the background. Its part stays; without parts the download directory is removed."""
         self._stop.set()
         self._ahead.close()
         self._downloads.remove_empty_directories()
 
-    def _bring(self, file_name: str) -> LocalFile:
+    def _local_file(self, file_name: str) -> LocalFile:
+        """The file in the Hub cache, or else downloaded."""
         cached = self._cache.find(file_name)
         if cached is None:
-            bring = self._cache.bring if self._options.keep_source else self._downloads.bring
-            return LocalFile(bring(file_name), self._remote.published(file_name).sha256)
+            download = self._cache.download if self._options.keep_source else self._downloads.download
+            return LocalFile(download(file_name), self._remote.published(file_name).sha256)
         sha256 = blob_sha256(cached)
         if sha256 is None and not self._repository.snapshot.offline:
             sha256 = self._remote.published(file_name).sha256

@@ -1,33 +1,33 @@
 """Output layouts: the names, dtypes and config keys that each loader expects.
 
-A layout is a module that satisfies `Layout`; the tensors of a quantized `X.weight` are always `X.weight` in int8
-(out, in), one scale a row, and marks that are the same for every layer.
+A layout is a module that satisfies `Layout`. In every layout, a quantized `X.weight` becomes `X.weight` in int8
+(out, in), one scale for each row, and marks that are the same for every layer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, Protocol
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts import bitsandbytes, compressed_tensors
-from int8cli.planning.plan import Acceptance, Plan
 
 
 class Layout(Protocol):
-    """What stands in an output for a quantized weight, and what config.json says of it."""
+    """The tensors of a quantized weight in an output, and its entries in config.json."""
 
     NAME: str
-    ACCEPTS: Acceptance  # what its loaders hold in int8
+    ACCEPTS: Acceptance  # which layers its loaders support in int8
     SCALES: Literal["row_absmax", "step"]  # row_absmax undivided, or the quantization step row_absmax / 127
     AS_ON_LOAD: bool  # whether the int8 weights are those that loaders make of the same source
-    SKIP_KEY: str  # of quantization_config: where it names what was left alone
+    SKIP_KEY: str  # the key of quantization_config that lists what was left alone
 
     def quantized_specs(self, source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, ...]:
-        """What the output holds for a weight, int8 data first. `transpose`: the source is (in, out)."""
+        """The output's tensors for a weight, int8 data first. `transpose`: the source is (in, out)."""
 
     def scale_name(self, weight_name: str) -> str: ...
 
     def marks(self, weight_name: str) -> Mapping[str, bytes]:
-        """Tensors beside data and scales whose bytes are the same for every weight."""
+        """Further tensors, whose bytes are the same for every weight."""
 
     def quantization_config(self, plan: Plan, threshold: float) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -36,7 +36,7 @@ class Layout(Protocol):
         """Whether transformers loads a model of these tensors in this layout."""
 
     def caveats(self, plan: Plan) -> Iterator[str]:
-        """What a user should know of loading what this plan makes."""
+        """What a user should know about loading the result of this plan."""
 
     def leaves_alone(self, entry: str, module: str) -> bool:
         """Whether the loaders leave `module` alone because of an entry under `SKIP_KEY`."""

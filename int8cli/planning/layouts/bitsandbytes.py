@@ -1,7 +1,7 @@
-"""The `bitsandbytes` layout: the names, dtypes and config with which transformers opens int8 weights as they are.
+"""The `bitsandbytes` layout: the names, dtypes and config with which transformers loads int8 weights directly.
 
-Owns what stands in the output for a quantized `X.weight`: `X.weight` int8 (out, in), `X.SCB` float32 (out,) holding
-row_absmax undivided, `X.weight_format` uint8 scalar 0 (row-major). Format: bitsandbytes' `Linear8bitLt` state dict.
+A quantized `X.weight` becomes `X.weight` int8 (out, in), `X.SCB` float32 (out,) with the undivided row_absmax, and
+`X.weight_format` uint8 scalar 0 (row-major). Format: the state dict of bitsandbytes' `Linear8bitLt`.
 """
 
 import re
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
-from int8cli.planning.plan import Acceptance, Plan
 
 NAME = "bitsandbytes"
 ACCEPTS = Acceptance()
@@ -34,7 +34,7 @@ def weight_format_name(weight_name: str) -> str:
 
 
 def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
-    """What the output holds for a weight: int8 data, scales, format mark. `transpose`: the source is (in, out)."""
+    """The output's tensors for a weight: int8 data, scales, format mark. `transpose`: the source is (in, out)."""
     out_features, in_features = reversed(source.shape) if transpose else source.shape
     return (
         TensorSpec(source.name, "I8", (out_features, in_features)),
@@ -72,4 +72,4 @@ def leaves_alone(entry: str, module: str) -> bool:
     try:
         return covers(entry, module)
     except re.error:
-        return False  # the loader will say so itself
+        return False  # the loader reports it

@@ -1,12 +1,11 @@
-"""The `compressed-tensors` layout: int8 weights by channel as vLLM and transformers + compressed-tensors read them.
+"""The `compressed-tensors` layout: int8 weights by channel, for vLLM, and for transformers with compressed-tensors.
 
-Owns what stands in the output for a quantized `X.weight`: `X.weight` int8 (out, in) and `X.weight_scale` float32
-(out, 1), the quantization step row_absmax / 127. Format: `int-quantized` of github.com/vllm-project/compressed-tensors.
+A quantized `X.weight` becomes `X.weight` int8 (out, in) and `X.weight_scale` float32 (out, 1), the quantization step
+row_absmax / 127. Format: `int-quantized` of github.com/vllm-project/compressed-tensors.
 
-The scale is float32 whatever the model's dtype: vLLM holds it so (compressed_tensors_w8a8_int8.py), and transformers
-casts it to the model's dtype on load, so that nothing is lost before a loader chooses to lose it. Where a row holds
-only zeros the scale is float32's epsilon, as compressed-tensors' own observers have it: nobody who divides by it gets
-NaN.
+The scale is float32 for every dtype of the model. vLLM uses it so (compressed_tensors_w8a8_int8.py), and transformers
+casts it to the model's dtype on load. For a row of zeros the scale is float32's epsilon, as in compressed-tensors' own
+observers, so that dividing by it never gives NaN.
 """
 
 import re
@@ -15,12 +14,12 @@ from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import covers_by_component
+from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts.skip_modules import skip_modules
-from int8cli.planning.plan import Acceptance, Plan
 
 NAME = "compressed-tensors"
-# The loaders replace what is an `nn.Linear` or, in vLLM, made of them: experts that are stored one by one too.
-# transformers' Conv1D is neither, and vLLM turns what it reads for one.
+# The loaders replace every `nn.Linear`; vLLM also replaces layers made of them, such as separate experts. transformers'
+# Conv1D is not one, and vLLM transposes the weights that it reads for it.
 ACCEPTS = Acceptance(experts=True, conv1d=False)
 SCALES: Literal["row_absmax", "step"] = "step"
 AS_ON_LOAD = False
@@ -40,7 +39,7 @@ def marks(weight_name: str) -> dict[str, bytes]:
 
 
 def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, TensorSpec]:
-    """What the output holds for a weight: int8 data, scales. `transpose`: the source is (in, out)."""
+    """The output's tensors for a weight: int8 data, scales. `transpose`: the source is (in, out)."""
     out_features, in_features = reversed(source.shape) if transpose else source.shape
     return (
         TensorSpec(source.name, "I8", (out_features, in_features)),
@@ -49,7 +48,7 @@ def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec,
 
 
 def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
-    """The `quantization_config` of config.json. This format has no place for an outlier threshold."""
+    """The `quantization_config` of config.json. This format has no field for an outlier threshold."""
     group = {
         "targets": ["Linear"],
         "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
@@ -67,22 +66,22 @@ def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
 
 
 def ignore(plan: Plan) -> list[str]:
-    """The entries that make the loaders leave alone every linear layer that the plan leaves alone, and no other.
+    """The entries that make the loaders leave alone exactly the linear layers that the plan leaves alone.
 
-    An entry covers a module when it is its name or, after `re:`, a regular expression that matches from its start
-    (compressed_tensors, utils/match.py, `match_name`; vLLM, compressed_tensors/utils.py). Subclasses of `nn.Linear`
-    are replaced too.
+    An entry covers a module if it is the module's name or, after `re:`, a regular expression that matches from the
+    name's start (compressed_tensors, utils/match.py, `match_name`; vLLM, compressed_tensors/utils.py). The loaders also
+    replace subclasses of `nn.Linear`.
     """
     return [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component, _covers))]
 
 
 def transformers_reads(tensor_names: Iterable[str]) -> bool:
-    """False for mixtures of experts stored one by one: what transformers merges of this format is packed int4."""
+    """False for mixtures of experts that are stored separately: transformers merges them only in packed int4."""
     return not any(_EXPERT.search(name) for name in tensor_names)
 
 
 def caveats(plan: Plan) -> Iterator[str]:
-    """That transformers does not read a mixture, and layers that vLLM merges into one but cannot in two precisions."""
+    """Warns of mixtures of experts, and of layers that vLLM merges into one although only some of them are int8."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
         yield "transformers cannot read mixtures of experts in this layout; vLLM can"
     fates: dict[str, set[bool]] = {}
@@ -101,7 +100,7 @@ def leaves_alone(entry: str, module: str) -> bool:
     try:
         return re.match(entry.removeprefix("re:"), module) is not None
     except re.error:
-        return False  # the loader will say so itself
+        return False  # the loader reports it
 
 
 def _covers(entry: str, module: str) -> bool:
@@ -110,7 +109,7 @@ def _covers(entry: str, module: str) -> bool:
 
 
 def _as_pattern(entry: str) -> str:
-    """An entry of `llm_int8_skip_modules`, a suffix or a pattern up to a dot or the end, in this format's terms."""
+    """An entry of `llm_int8_skip_modules` (a suffix, or a pattern up to a dot or the end) in this format's syntax."""
     if _PLAIN_ENTRY.fullmatch(entry):
         return rf"re:(?:.*\.)?{re.escape(entry)}$"
     return rf"re:(?:{entry})(?:\.|$)" if not entry.endswith("$") else f"re:{entry}"

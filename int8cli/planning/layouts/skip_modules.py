@@ -1,8 +1,8 @@
-"""`llm_int8_skip_modules`: telling transformers which linear layers a plan left alone.
+"""`llm_int8_skip_modules`: the list in config.json that tells transformers which linear layers a plan left alone.
 
-Owns the one list in config.json that makes the loader build plain layers where the file holds plain weights. Given such
-a list, the loader drops its own default (output head, tied weights), so the heads are always named here: the model's
-own, and those that another class of the same family makes anew.
+For a module on the list, the loader builds a plain layer. If there is a list, the loader drops its own default (output
+head, tied weights), so the list always names the heads: the model's own, and those that another class of the same
+family creates.
 """
 
 import re
@@ -11,22 +11,21 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from int8cli.loaders.older_names import names_on_load
 from int8cli.loaders.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 from int8cli.planning import architectures as names
-from int8cli.planning.plan import Decision, Plan
+from int8cli.planning.decisions import Decision, Plan
 
 EXPERTS_PATTERN = r".*\.experts"
-ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first, whose entries hold most widely
+ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first: its entries work most widely
 
-# Where only whole names count, a router's would be one for each layer: that version quantizes them on load instead.
+# A version that compares whole names would need one entry for each of these; it quantizes them on load instead.
 _NOT_BY_NAME = frozenset({names.ROUTER, names.EXPERT})
 
 
 def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]:
-    """The entries that make transformers leave alone every linear layer that the plan leaves alone, and no other.
+    """The entries that make transformers leave alone exactly the linear layers that the plan leaves alone, sorted.
 
-    `rules` say which modules an entry covers: those of all versions, which differ. No entry covers a quantized module
-    by any of them; what the plan leaves alone is covered by each, as far as such entries exist. Entries are suffixes
-    wherever a suffix tells the module from all quantized ones: those hold with and without the base model's prefix.
-    Sorted.
+    `rules` say which modules an entry covers; they differ between versions. No entry covers a quantized module by any
+    rule. Every layer that the plan leaves alone is covered by each rule, if such an entry exists. An entry is a suffix
+    if one distinguishes the module from all quantized ones: a suffix works with and without the base model's prefix.
 
     The loader matches its own names. Where transformers renames more than whole parts of a model on load, an entry made
     from the file's name may miss; for what is left alone by default the tables of `architectures` give the loader's.
@@ -50,25 +49,25 @@ def _may_be_linear(decision: Decision) -> bool:
 
 
 def covers(entry: str, module: str) -> bool:
-    """Whether today's transformers leaves `module` alone because of `entry`, as its `should_convert_module` has it."""
+    """Whether current transformers leaves `module` alone because of `entry` (its `should_convert_module`)."""
     return covers_by_component(entry, module)
 
 
 def _always_named(plan: Plan) -> Iterator[str]:
-    """What the checkpoint may not hold under that name: tied heads, heads of other tasks, experts by the thousand."""
+    """Entries for layers that the checkpoint may not name: tied heads, heads of other tasks, and fused experts."""
     yield "lm_head"
     for entry in plan.absent:
         yield entry
         if re.fullmatch(r"\^\w+\$", entry):
-            yield entry[1:-1]  # for the version that takes no expressions
-    held = {part for decision in plan.decisions for part in decision.module.split(".")}
-    yield from (head for head in names.TASK_HEADS if head not in held)
+            yield entry[1:-1]  # for the version that does not support expressions
+    present = {part for decision in plan.decisions for part in decision.module.split(".")}
+    yield from (head for head in names.TASK_HEADS if head not in present)
     if any(decision.reason == names.EXPERT for decision in plan.copied):
         yield EXPERTS_PATTERN
 
 
 def _safe_form(entry: str, quantized: Collection[str], rules: Sequence[SkipRule]) -> list[str]:
-    """The entry, or an expression that begins with the name if only that covers no quantized module; else nothing."""
+    """The entry; or, if it covers a quantized module, an expression that matches from the name's start; or nothing."""
     forms = (entry, rf"^(?:{entry})(?:\.|$)")
     return next(([form] for form in forms if not _covers_any(form, quantized, rules)), [])
 
@@ -76,7 +75,7 @@ def _safe_form(entry: str, quantized: Collection[str], rules: Sequence[SkipRule]
 def _missing_entries(
     module: str, reason: str, entries: Iterable[str], quantized: Collection[str], rules: Sequence[SkipRule]
 ) -> list[str]:
-    """What to add to `entries` so that each rule covers a module: the shortest that cover no quantized one."""
+    """What to add to `entries` so that every rule covers a module: the shortest entries that cover no quantized one."""
     added = list[str]()
     for rule in rules:
         if rule is covers_by_name and reason in _NOT_BY_NAME:
@@ -88,9 +87,9 @@ def _missing_entries(
 
 
 def _candidates(module: str) -> Iterator[str]:
-    """Entries that cover a module: suffixes of its name, then its whole name with any one prefix or none."""
+    """Entries that cover a module: suffixes of its name, then its whole name with or without a prefix."""
     parts = module.split(".")
-    if re.fullmatch(r"[\w.]+", module):  # else it would not be read as a pattern for itself
+    if re.fullmatch(r"[\w.]+", module):  # otherwise the name is not a pattern that matches itself
         yield from (".".join(parts[start:]) for start in reversed(range(len(parts))) if not parts[start].isdigit())
     if len(parts) > 1 and re.fullmatch(r"\w+", parts[0]):
         yield rf"^(?:\w+\.)?{re.escape('.'.join(parts[1:]))}$"
@@ -103,7 +102,7 @@ def _covers_any(entry: str, modules: Collection[str], rules: Sequence[SkipRule])
 
 
 def _with_and_without_prefix(modules: Iterator[str]) -> frozenset[str]:
-    """The names themselves, and what they become when the loader takes a base model's prefix off."""
+    """The names, and what they become when the loader removes a base model's prefix."""
     found: set[str] = set()
     for module in modules:
         found.update((module, module.partition(".")[2] or module))

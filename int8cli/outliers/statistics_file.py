@@ -1,0 +1,164 @@
+"""The .safetensors file that stores the statistics of a calibration.
+
+Owns its format. Each site has the tensors `<site>.minimum`, `.maximum`, `.absmax_later`, `.absmax_position`,
+`.mean_square` and `.share_over`, and each linear layer has `<linear>.weight_error`. Everything else, including model,
+revision and text, is one JSON document in the metadata.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from int8cli.checkpoint.serialize import serialize
+from int8cli.checkpoint.writer import write_file
+from int8cli.errors import StatisticsFileError
+from int8cli.llm_int8.inputs import InputSummary
+from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, Provenance, SiteStatistics
+from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as, shown
+
+STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
+
+_KEY = "int8cli"
+_BY_DIMENSION = ("minimum", "maximum", "absmax_later", "absmax_position", "mean_square", "share_over")
+_BY_SITE = ("positions", "mean_squared_rowmax", "median")
+
+
+def save_statistics(statistics: OutlierStatistics, path: Path, *, below: Path | None = None) -> None:
+    """Write a statistics file, whole or not at all; `below` as in `write_file`. Raises OutputError."""
+    document = {
+        "schema": STATISTICS_SCHEMA,
+        "provenance": _fields(statistics.provenance),
+        "sites": [_site_to_json(site) for site in statistics.sites],
+    }
+    tensors = dict(_tensors(statistics))
+    write_file(path, serialize(tensors, {_KEY: json.dumps(document)}), below=below)
+
+
+def load_statistics(path: Path) -> OutlierStatistics:
+    """Read a statistics file. Raises StatisticsFileError for any other file, with the reason."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get(_KEY)
+            if metadata is None:
+                raise InvalidJsonError(f"has no {_KEY} in its metadata")
+            found = _read_document(parse_json(metadata.encode()), path)
+            sites = tuple(
+                _site(f"sites[{index}]", site, file.get_tensor, found.provenance.threshold)
+                for index, site in enumerate(found.sites)
+            )
+    except (SafetensorError, OSError, InvalidJsonError) as error:
+        raise StatisticsFileError(
+            f"{path.name} is not a file of outlier statistics: {error!s:.200}",
+            hint="Running the model makes such a file.",
+        ) from error
+    return OutlierStatistics(found.provenance, sites)
+
+
+@dataclass(frozen=True, slots=True)
+class _LinearFields:
+    """A linear layer in the document. Its weight error is a tensor of the file."""
+
+    name: str
+    out_features: int
+    in_features: int
+    weight_sum_squares: float
+    output_mean_square: float
+    stored: tuple[int, ...] = ()
+    measured_error: float | None = None
+    measured_error_stored: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _SiteFields:
+    """A site in the document. Its figures by dimension are tensors of the file."""
+
+    name: str
+    kind: Literal["norm-fed", "attention output", "second feed-forward", "residual"]
+    stack: str | None
+    layer: int | None
+    positions: int
+    mean_squared_rowmax: float
+    median: float
+    linears: tuple[_LinearFields, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    schema: str
+    provenance: Provenance
+    sites: tuple[_SiteFields, ...]
+
+
+def _read_document(document: Any, path: Path) -> _Document:
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if isinstance(schema, str) and schema != STATISTICS_SCHEMA:
+        raise StatisticsFileError(
+            f"{path.name}: its schema is {shown(schema)}; this version reads {STATISTICS_SCHEMA!r}",
+            hint="Make the file again with this version.",
+        )
+    return read_as(_Document, document)
+
+
+def _site(place: str, site: _SiteFields, tensor: Callable[[str], Tensor], threshold: float) -> SiteStatistics:
+    with inside(place):
+        by_dimension = {name: _vector(tensor, f"{site.name}.{name}") for name in _BY_DIMENSION}
+        figures: dict[str, Any] = {**{name: getattr(site, name) for name in _BY_SITE}, **by_dimension}
+        inputs = InputSummary(threshold=threshold, **figures)
+        for name, found in by_dimension.items():
+            if len(found) != inputs.features:
+                raise InvalidJsonError(f"{site.name}.{name} has {len(found)} values, not {inputs.features}")
+        linears = tuple(
+            _linear(f"linears[{index}]", linear, tensor, inputs.features) for index, linear in enumerate(site.linears)
+        )
+    return SiteStatistics(site.name, site.kind, site.stack, site.layer, inputs, linears)
+
+
+def _linear(place: str, linear: _LinearFields, tensor: Callable[[str], Tensor], features: int) -> LinearStatistics:
+    with inside(place):
+        weight_error = _vector(tensor, f"{linear.name}.weight_error")
+        if not linear.in_features == features == len(weight_error):
+            raise InvalidJsonError(
+                f"{linear.name} has {linear.in_features} inputs, {len(weight_error)} errors and a site of {features}"
+            )
+        if any(column >= features for column in linear.stored):
+            raise InvalidJsonError(f"{shown(list(linear.stored))} are not all among {features} inputs", "stored")
+    return LinearStatistics(weight_error=weight_error, **_fields(linear))
+
+
+def _vector(tensor: Callable[[str], Tensor], name: str) -> Tensor:
+    found = tensor(name)
+    if found.dim() != 1:
+        raise InvalidJsonError(f"{name} has the shape {list(found.shape)}, not one dimension")
+    return found
+
+
+def _tensors(statistics: OutlierStatistics) -> Iterator[tuple[str, Tensor]]:
+    for site in statistics.sites:
+        for name in _BY_DIMENSION:
+            yield f"{site.name}.{name}", getattr(site.inputs, name).contiguous()
+        for linear in site.linears:
+            yield f"{linear.name}.weight_error", linear.weight_error.contiguous()
+
+
+def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "stack": site.stack,
+        "layer": site.layer,
+        **{name: getattr(site.inputs, name) for name in _BY_SITE},
+        "linears": [
+            {name: value for name, value in _fields(linear).items() if name != "weight_error"}
+            for linear in site.linears
+        ],
+    }
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a slotted dataclass, without copying their values."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -1,0 +1,104 @@
+"""The record of one finished shard: `int8/records/<shard>.json`.
+
+Owns the schema of the file. Reads and writes nothing.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.records.conversion import ShardSource
+from int8cli.records.documents import check_file_name, check_shard_name, check_tensor, without_schema
+from int8cli.results.conversion import LayerReport
+from int8cli.typed_json import InvalidJsonError, inside, read_as
+
+RECORD_SCHEMA = "int8cli.record/2"  # 2: the figures of a layer are null where they were not measured
+_RECORD_SCHEMAS = ("int8cli.record/1", RECORD_SCHEMA)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor as written: `xxh3_128` is the digest of its bytes, in hex."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    xxh3_128: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file as written, by its name in the output directory. `header_xxh3_128` covers the safetensors header."""
+
+    file: str
+    size_bytes: int
+    header_xxh3_128: str
+    tensors: tuple[TensorRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NonFiniteTensor:
+    """A weight that holds NaN or an infinity; `place` says where the first one is."""
+
+    tensor: str
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class _RecordFields:
+    """The fields of a record on disk, without its schema. The layers are parsed separately."""
+
+    source: ShardSource
+    source_sha256: str | None
+    source_tensors: tuple[TensorSpec, ...]
+    files: tuple[FileRecord, ...]
+    layers: tuple[Any, ...]
+    kept: tuple[NonFiniteTensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A finished shard: its source, every file made from it, and what int8 did to its layers.
+
+    `files` lists the shard itself first, then its sidecar if there is one. `source_tensors` are all tensors of the
+    source shard. `non_finite` lists the weights that were copied instead of quantized; the file calls them `kept`.
+    """
+
+    source: ShardSource
+    source_sha256: str | None
+    source_tensors: tuple[TensorSpec, ...]
+    files: tuple[FileRecord, ...]
+    layers: tuple[LayerReport, ...]
+    non_finite: tuple[NonFiniteTensor, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": RECORD_SCHEMA,
+            "source": asdict(self.source),
+            "source_sha256": self.source_sha256,
+            "source_tensors": [asdict(spec) for spec in self.source_tensors],
+            "files": [asdict(file) for file in self.files],
+            "layers": [layer.to_json() for layer in self.layers],
+            "kept": [asdict(weight) for weight in self.non_finite],
+        }
+
+    @classmethod
+    def from_json(cls, document: Any) -> "ShardRecord":
+        """Raises InvalidJsonError for values or file names that no record has."""
+        found = read_as(_RecordFields, without_schema(document, *_RECORD_SCHEMAS))
+        if not found.files:
+            raise InvalidJsonError("does not name a file", "files")
+        check_shard_name(found.source.output, "source.output")
+        for index, tensor in enumerate(found.source_tensors):
+            check_tensor(tensor, f"source_tensors[{index}]")
+        for index, file in enumerate(found.files):
+            check_file_name(file.file, f"files[{index}].file")
+            for place, record in enumerate(file.tensors):
+                check_tensor(record, f"files[{index}].tensors[{place}]")
+        layers = tuple(_layer(layer, f"layers[{index}]") for index, layer in enumerate(found.layers))
+        return cls(found.source, found.source_sha256, found.source_tensors, found.files, layers, found.kept)
+
+
+def _layer(value: Any, place: str) -> LayerReport:
+    with inside(place):
+        return LayerReport.from_json(value)
