@@ -104,6 +104,20 @@ def test_a_listed_architecture_opens_as_if_quantized_on_load(name: str, dtype: t
     assert any(tensor.dtype == torch.int8 for tensor in state.values()) == (name not in LEFT_ALONE_ENTIRELY)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_a_file_with_more_digits_than_the_config_names_opens_as_if_quantized_on_load(
+    name: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    build_tiny(LISTED[name], stored).save_pretrained(source)
+    config = read_json(source / "config.json")
+    config.pop("torch_dtype", None)
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    convert(source, output, ConvertOptions(outliers="none", float32="float16"))
+    assert_opens_as_quantized_on_load(source, output, LISTED[name].model)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_another_head_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
     source, output = converted(HEADS[name], tmp_path)

@@ -489,7 +489,7 @@ def test_a_quantization_config_over_plain_weights_is_replaced_and_named(tmp_path
 def test_an_output_of_ours_is_not_converted_again(tmp_path: Path) -> None:
     source = save_tiny("llama", tmp_path / "source")
     convert(source, tmp_path / "output", WITHOUT_COLUMNS)
-    with pytest.raises(UnsupportedModelError, match="already quantized"):
+    with pytest.raises(UnsupportedModelError, match="already int8"):
         convert(tmp_path / "output", tmp_path / "again", WITHOUT_COLUMNS)
     assert not (tmp_path / "again").exists() or no_weights_in(tmp_path / "again")
 
