@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from int8cli.commands.options import GenerateOptions as GenerateOptions
     from int8cli.commands.options import InspectOptions as InspectOptions
     from int8cli.commands.options import VerifyOptions as VerifyOptions
+    from int8cli.commands.status import status as status
     from int8cli.commands.verify import verify as verify
     from int8cli.errors import Int8cliError as Int8cliError
     from int8cli.progress import Progress as Progress
@@ -56,6 +57,7 @@ _HOME = {
     "inspect_outliers": "int8cli.commands.inspect_outliers",
     "load_model": "int8cli.runtime.load",
     "plan_conversion": "int8cli.commands.convert",
+    "status": "int8cli.commands.status",
     "verify": "int8cli.commands.verify",
 }
 __all__ = ["__version__", *_HOME]

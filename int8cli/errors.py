@@ -6,11 +6,16 @@ shown with its traceback.
 
 
 class Int8cliError(Exception):
-    """Base of all errors a user can act on. `hint` is the next step, as one sentence."""
+    """Base of all errors a user can act on. `hint` is the next step, as one sentence.
+
+    `usual_hint` is that of the errors of a class which name none.
+    """
+
+    usual_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class OptionError(Int8cliError):
@@ -47,6 +52,8 @@ class CheckpointError(Int8cliError):
 
 class CorruptShardError(CheckpointError):
     """A shard is truncated, does not match its own header, or differs from the published file."""
+
+    usual_hint = "Get another copy of the file, and run the same command again."
 
 
 class DigestMismatchError(CorruptShardError):

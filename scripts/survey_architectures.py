@@ -111,7 +111,7 @@ class BuiltModel:
         return f"{self.model_type}/{self.class_name}{self.variant}"
 
 
-# --- building, in a child process ------------------------------------------------------------------------------------
+# Building, in a child process
 
 
 def class_names_by_model_type() -> dict[str, list[str]]:
@@ -279,7 +279,7 @@ def collect(only: set[str], path: Path, processes: int) -> None:
         child.join()
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
+# Comparing
 
 
 def as_built_model(record: dict[str, Any]) -> BuiltModel:

@@ -1,6 +1,6 @@
-"""Conversion on a GPU, where there is one: the bytes are those of the processor, the figures equal but for their order.
+"""Conversion on a GPU, if there is one: the bytes equal those of the CPU, the figures up to the order of summation.
 
-Without one, only what a GPU's buffers rest on is tested.
+Without one, only the basis of the GPU's buffers is tested.
 """
 
 import math
@@ -64,7 +64,7 @@ def test_a_gpu_writes_the_bytes_of_the_processor(dtype: torch.dtype, options: tu
 
 
 @on_gpu
-def test_rows_wider_than_a_block_and_tensors_of_many_blocks_come_out_alike(tmp_path: Path) -> None:
+def test_rows_wider_than_a_block_and_large_tensors_give_the_same_output(tmp_path: Path) -> None:
     rows_of_every_size = normal(3000, 700, dtype=torch.float32, std=1.0) * torch.logspace(-8, 4, 3000)[:, None]
     tensors = {
         "layers.0.mlp.up_proj.weight": normal(3, BLOCK_ELEMENTS + 9),
@@ -77,7 +77,7 @@ def test_rows_wider_than_a_block_and_tensors_of_many_blocks_come_out_alike(tmp_p
 
 
 @on_gpu
-def test_conv1d_weights_come_out_alike(tmp_path: Path) -> None:
+def test_conv1d_weights_give_the_same_output(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source", torch.float16)
     assert_alike(convert_on("cuda", source), convert_on("cpu", source))
 

@@ -82,7 +82,7 @@ def text_of(model: Path) -> list[str | Path]:
     return ["--text", model.parent / f"text{EVIL_FILE}.txt", "--tokens", "64"]
 
 
-# How each reader sees it
+# Checks for each kind of output
 
 
 def raw_characters(text: str) -> list[str]:
@@ -243,7 +243,7 @@ def test_a_conversion_and_what_it_writes(source: Path, nursery: Nursery, tmp_pat
     ],
     ids=lambda arguments: " ".join(arguments)[:40].encode("ascii", "ignore").decode().replace("\x1b", ""),
 )
-def test_a_command_over_a_hostile_checkpoint(
+def test_commands_print_hostile_names_safely(
     arguments: list[str], source: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     output: list[str] = ["-o", f"out{EVIL_FILE}"] if arguments[0] == "convert" else []
@@ -398,7 +398,7 @@ def test_what_the_hub_answers(status: int, source: Path, nursery: Nursery, tmp_p
     check_lines(outcome, 1, named=False)
 
 
-# The rules that keep it so
+# Rules for the code
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -411,7 +411,7 @@ MODULES = [*sorted((PACKAGE / "report").rglob("*.py")), *sorted((PACKAGE / "cli"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_there_is_one_way_to_each_reader(path: Path) -> None:
+def test_each_reader_is_reached_in_one_way(path: Path) -> None:
     """Consoles are made in terminal.py, HTML is escaped in markup.py, and print takes JSON or what is printable."""
     text = path.read_text()
     assert "rich.markup" not in text

@@ -1,4 +1,4 @@
-"""The LLM.int8() product, against the same definitions in float64 and Python integers."""
+"""The LLM.int8() product, compared with the same definitions in float64 and Python integers."""
 
 import pytest
 import torch
@@ -133,13 +133,13 @@ def test_zeropoint_uses_the_whole_range_of_one_sided_inputs() -> None:
     assert quantized.data[0].tolist() == [-128, -127, 127]
     assert torch.equal(quantized.data[1].float(), quantized.zero_point[1].expand(3))  # (data - zero_point) is 0
     assert quantized.data[2].min() == -128
-    # Zero itself is always a whole number of steps, so that a column that was taken out adds nothing.
+    # Zero is always a whole number of steps, so that a column that was removed adds nothing.
     assert torch.equal(quantized.zero_point, quantized.zero_point.round())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_outlier_columns_are_exact_and_stretch_no_scale(scheme: InputScheme, dtype: torch.dtype) -> None:
+def test_outlier_columns_are_exact_and_do_not_enlarge_scales(scheme: InputScheme, dtype: torch.dtype) -> None:
     inputs, weight = random(16, 128).to(dtype), random(24, 128, seed=2).to(dtype)
     inputs[:, [7, 90]] *= 200
     exact = inputs.double() @ weight.double().t()
@@ -150,13 +150,13 @@ def test_outlier_columns_are_exact_and_stretch_no_scale(scheme: InputScheme, dty
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_with_all_columns_kept_the_product_is_that_of_float(scheme: InputScheme) -> None:
+def test_with_all_columns_exact_the_product_is_that_of_float(scheme: InputScheme) -> None:
     inputs, weight = random(5, 12), random(7, 12, seed=3)
     result = llm_int8_linear(inputs, with_columns(weight, list(range(12))), scheme)
     torch.testing.assert_close(result, inputs @ weight.t(), rtol=1e-5, atol=1e-5)
 
 
-def test_zeropoint_is_closer_where_inputs_lean_to_one_side() -> None:
+def test_zeropoint_is_closer_for_one_sided_inputs() -> None:
     inputs, weight = random(64, 256).abs(), random(32, 256, seed=4)
     exact = inputs.double() @ weight.double().t()
     kept = Int8Weight.of(weight.mul(0).to(torch.int8), torch.zeros(32))

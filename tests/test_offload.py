@@ -85,7 +85,7 @@ def offloaded(directory: Path, **options: Any) -> Any:
     """With all blocks on the disk: these models have two, which would both be in memory while one is read ahead."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("int8cli.runtime.placement._BLOCKS_AT_ONCE", 0)
-        limit = {"cpu": fixed_bytes(directory)}
+        limit: dict[int | str, int | str] = {"cpu": fixed_bytes(directory)}
         return int8cli.load_model(directory, device="cpu", device_map="auto", max_memory=limit, **options)
 
 

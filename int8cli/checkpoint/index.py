@@ -201,7 +201,7 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
     if shard not in files:
         raise IndexFileError(
             f"{index_file} names {shard!r}, which is missing",
-            hint="The download may be incomplete: fetch the missing file and run the same command again.",
+            hint="Get the missing file, then run the same command again.",
         )
 
 

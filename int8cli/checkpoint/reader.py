@@ -52,7 +52,9 @@ class FileReader:
 
     def require_unchanged(self) -> None:
         """Raise CorruptShardError if the file was written to since it was opened."""
-        self._state.require_same(os.fstat(self._descriptor), self._path.name)
+        with reading_errors(self._path):
+            status = os.fstat(self._descriptor)
+        self._state.require_same(status, self._path.name)
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         done = 0

@@ -96,6 +96,9 @@ def check_device(device: DeviceName) -> None:
 
 
 def _check_counts(options: object) -> None:
+    retry_for = getattr(options, "retry_for", 0.0)
+    if not (math.isfinite(retry_for) and retry_for >= 0.0):
+        raise OptionError("the time must be a finite number of seconds, 0 or more", option="retry_for")
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:

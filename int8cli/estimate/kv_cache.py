@@ -49,7 +49,8 @@ _CROSS_ATTENDING = _types(
     "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
     "pegasus_x plbart prophetnet speech_to_text switch_transformers t5 t5gemma umt5 whisper"
 )
-# Latent attention. transformers (5.23) caches the latents themselves: as keys the latent, as values the rotary part.
+# Latent attention whose latents transformers caches as they are: keys are the latent, values the rotary part. Seen in
+# 5.23.0 and 5.24.0; 5.0.0 caches the keys and values of all heads, as it does for the other families.
 _LATENT = _types("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite minicpm3")
 # These have another kind of memory, or an encoder whose length is not that of a text.
 _UNKNOWN = _types("xlnet transfo-xl reformer blip blip-2 git vision-encoder-decoder speech-encoder-decoder")

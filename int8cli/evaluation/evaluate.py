@@ -30,7 +30,7 @@ from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.progress import Progress
 from int8cli.results.evaluation import EvaluatedText, Evaluation, MethodResult, StoredColumnsSummary
-from int8cli.results.units import human_bytes
+from int8cli.results.units import told_apart
 from int8cli.runtime.converted import ConvertedTensors
 
 TASK = "evaluate"
@@ -143,8 +143,9 @@ class _Run:
         needed = int(largest * (1 + _FORMS))
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block with its int8 forms needs {human_bytes(needed)}, {human_bytes(available)} free",
+                f"one block with its int8 forms needs {wanted}, {free} free",
                 hint="Free some memory, or run this on a machine with more.",
             )
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length

@@ -65,8 +65,8 @@ class Subject:
 def find_subject(source: Source, reference: Source | None) -> Subject:
     """Read the headers of the model to evaluate. `reference` is the 16-bit model that a converted one was made from.
 
-    Raises the errors of a bad checkpoint, ReferenceModelError if the model is not converted or was made from another
-    model than the reference, NothingToQuantizeError if no layer can become int8.
+    Raises the errors of a bad checkpoint, ReferenceModelError if there is a reference but the model is not converted or
+    was made from another model, NothingToQuantizeError if no layer can become int8.
     """
     weights = find_weights(source)
     shards = read_headers(source, weights)

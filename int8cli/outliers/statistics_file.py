@@ -28,15 +28,15 @@ _BY_DIMENSION = ("minimum", "maximum", "absmax_later", "absmax_position", "mean_
 _BY_SITE = ("positions", "mean_squared_rowmax", "median")
 
 
-def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
-    """Write a statistics file, whole or not at all. Raises OutputError."""
+def save_statistics(statistics: OutlierStatistics, path: Path, *, below: Path | None = None) -> None:
+    """Write a statistics file, whole or not at all; `below` as in `write_file`. Raises OutputError."""
     document = {
         "schema": STATISTICS_SCHEMA,
         "provenance": _fields(statistics.provenance),
         "sites": [_site_to_json(site) for site in statistics.sites],
     }
     tensors = dict(_tensors(statistics))
-    write_file(path, serialize(tensors, {_KEY: json.dumps(document)}))
+    write_file(path, serialize(tensors, {_KEY: json.dumps(document)}), below=below)
 
 
 def load_statistics(path: Path) -> OutlierStatistics:

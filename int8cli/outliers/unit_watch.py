@@ -137,7 +137,7 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except NonFiniteInputError as error:
         raise NonFiniteRunError(
-            f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
+            f"{what} contains {error.value} at position {error.position:,}, dimension {error.dimension:,}",
             hint="The model overflows there, or a weight before it is damaged.",
         ) from error
 
@@ -148,7 +148,7 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
         errors, sum_squares = column_errors(weight)
     except NonFiniteWeightError as error:
         raise NonFiniteRunError(
-            f"{name}: its weight holds {error.value} in input column {error.column:,}",
+            f"{name}: its weight contains {error.value} in input column {error.column:,}",
             hint="The checkpoint is damaged there: download the file again.",
         ) from error
     return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)

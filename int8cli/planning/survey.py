@@ -17,10 +17,12 @@ import xxhash
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
+from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.errors import AlreadyQuantizedError
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
@@ -28,6 +30,7 @@ from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.results.conversion import TensorGroup
 
+MARK_OF_OURS = f"{OWN_DIRECTORY}/conversion.json"
 _EDGE_BYTES = 1 << 16
 # Measured on SmolLM2: record, report and index need 684 bytes for each tensor.
 _RECORD_BYTES_A_TENSOR = 1000
@@ -142,7 +145,12 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     has_config = CONFIG_FILE in source.list_files()
     config = read_config(source) if has_config else {}
     shards = read_headers(source, weights)
-    refuse_quantized(config, shards)
+    try:
+        refuse_quantized(config, shards)
+    except AlreadyQuantizedError as error:
+        if MARK_OF_OURS in source.list_files():
+            raise AlreadyQuantizedError(f"{source.identity.name} is already int8: int8cli wrote it") from error
+        raise
     specs = [stored.spec for contents in shards for stored in contents.tensors]
     plan = make_plan(specs, config, replace(options, loader=target.ACCEPTS))
     return Survey(source.identity, has_config, config, weights, shards, plan, target)

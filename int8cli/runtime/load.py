@@ -5,7 +5,8 @@ weights, each linear layer that is int8 in the directory is replaced by an Int8L
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import nn
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import CheckpointError, MissingExtraError, OptionError, UnsupportedModelError
+from int8cli.errors import CheckpointError, Int8cliError, MissingExtraError, OptionError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, INPUT_SCHEMES, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_version
-from int8cli.model.loading import name_targets
+from int8cli.model.loading import as_large_as, name_targets
 from int8cli.progress import SILENT, Progress
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.offload import Offload
@@ -117,18 +118,20 @@ def _load(
     from int8cli.runtime.quantizer import Int8cliConfig
 
     model_class = model_class_of(config)
-    model, info = model_class.from_pretrained(
-        None,  # a directory and a state dict exclude each other
-        config=config,
-        generation_config=_generation_config(model_class, directory),
-        state_dict=stored.state_dict(),
-        quantization_config=Int8cliConfig(_Replacing(stored, inputs, offload)),
-        dtype=dtype,
-        device_map={"": device if offload is None else "cpu"},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    tensors = stored.state_dict()
+    with _rejections(model_class), as_large_as(len(tensors)):
+        model, info = model_class.from_pretrained(
+            None,  # a directory and a state dict exclude each other
+            config=config,
+            generation_config=_generation_config(model_class, directory),
+            state_dict=tensors,
+            quantization_config=Int8cliConfig(_Replacing(stored, inputs, offload)),
+            dtype=dtype,
+            device_map={"": device if offload is None else "cpu"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     for name, found, wanted in info["mismatched_keys"]:
         raise CheckpointError(f"{name} has the shape {tuple(found)}, but config.json requires {tuple(wanted)}")
     for name, module in model.named_modules():
@@ -140,6 +143,19 @@ def _load(
                 module.prepare()
     model.name_or_path = model.config._name_or_path = str(directory)  # what finds the tokenizer
     return model
+
+
+@contextmanager
+def _rejections(model_class: Any) -> Iterator[None]:
+    """Raise UnsupportedModelError for whatever transformers raises over a config that it cannot use."""
+    try:
+        yield
+    except (Int8cliError, OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot load this directory as {model_class.__name__}: {error!s:.300}"
+        ) from error
 
 
 def _generation_config(model_class: Any, directory: Path) -> Any:

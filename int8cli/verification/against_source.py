@@ -131,8 +131,13 @@ def check_weights(
     weights: list[Failure] = []
     figures: list[Failure] = []
     layers = copied = columns = 0
-    present = {contents.file_name for contents in survey.shards}
-    shards = [shard for shard in conversion.shards if shard.file in present and shard.file in records]
+    present = {contents.file_name: contents.file_bytes for contents in survey.shards}
+    # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
+    alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
+    if conversion.shards and not alike:
+        why = "no shard of this source is one that was converted"
+        return Check.not_made("weights", why), Check.not_made("figures", why)
+    shards = [shard for shard in alike if shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = _task(directory, shard, survey, conversion, record, options)
@@ -238,7 +243,7 @@ def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[Pas
         for comparison in comparisons:
             failures += comparison.differences()
     for name, place in result.non_finite.items():
-        failures.append(Failure(task.source.output, f"is in int8, but holds {place.value} in the source", name))
+        failures.append(Failure(task.source.output, f"is in int8, but contains {place.value} in the source", name))
     return result, failures
 
 
@@ -263,13 +268,13 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
         if decision.spec.name in result.non_finite:
             continue
         before = recorded[decision.module]
-        anew = layer_report(decision, task.planned.target, result, before.stored)
-        if replace(anew, sums=before.sums) != before:
+        recomputed = layer_report(decision, task.planned.target, result, before.stored)
+        if replace(recomputed, sums=before.sums) != before:
             yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
-        if anew.sums is None or before.sums is None:
+        if recomputed.sums is None or before.sums is None:
             continue  # not measured; if it should have been, the check of the records reports that
         for name in ErrorSums.__slots__:
-            now, was = getattr(anew.sums, name), getattr(before.sums, name)
+            now, was = getattr(recomputed.sums, name), getattr(before.sums, name)
             if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
                 yield Failure(record.files[0].file, f"{name} is {now!r}, the report has {was!r}", decision.module)
 

@@ -8,16 +8,16 @@ is never run.
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
@@ -37,7 +37,7 @@ class _UnknownModelError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _LaidOut:
+class _BuiltModel:
     """A model on the meta device, with the loader's lists of parameters and tensors that do not match."""
 
     model: Any
@@ -68,11 +68,11 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except Exception as error:  # a broken installation says nothing about the model
             return Check.not_made(NAME, f"transformers cannot be imported here: {_first_line(error)}")
         loader = f"transformers {transformers.__version__}"
-        held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
-        reads = LAYOUTS[layout].transformers_reads(spec.name for spec in held)
+        specs = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
+        reads = LAYOUTS[layout].transformers_reads(spec.name for spec in specs)
         try:
             model_class, config = _class_of(directory)
-            laid_out = _lay_out(model_class, config, held)
+            built = _build(model_class, config, specs)
         except _UnknownModelError as error:
             return Check.not_made(NAME, f"{loader} {error}; the model's own code is not run")
         except ImportError as error:
@@ -81,12 +81,12 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
-        source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
-    landed, failures = _compare(laid_out, source)
+        source = _built_from_source(model_class, config, [s for record in records for s in record.source_tensors])
+    in_place, failures = _compare(built, source, {spec.name: spec.dtype for spec in specs})
     if failures and not reads:  # some versions ignore tensors that they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
-    detail = f"{loader}, {model_class.__name__}: {landed:,} of {wanted:,} int8 layers in place"
+    detail = f"{loader}, {model_class.__name__}: {in_place:,} of {wanted:,} int8 layers in place"
     shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
     return Check.of(NAME, detail, [Failure(shards.get(name, CONFIG_FILE), what, name) for name, what in failures])
 
@@ -95,7 +95,7 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
     """The model's class in transformers, and its config. Raises _UnknownModelError."""
     import transformers
 
-    stated = json.loads((directory / CONFIG_FILE).read_bytes())
+    stated = read_config(DirectorySource(directory))
     if stated.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _UnknownModelError(f"does not know the model type {stated.get('model_type')!r}")
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -109,39 +109,42 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
     return model_class, config
 
 
-def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+def _build(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _BuiltModel:
     """The model that `from_pretrained` builds from these tensors, all of them on the meta device."""
     import torch
 
     from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+    from int8cli.model.loading import as_large_as
 
     def empty(spec: TensorSpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
 
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict={spec.name: empty(spec) for spec in specs},
-        device_map={"": "meta"},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    state_dict = {spec.name: empty(spec) for spec in specs}
+    with as_large_as(len(state_dict)):
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     mismatched = tuple(tuple(each) for each in info["mismatched_keys"])
-    return _LaidOut(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+    return _BuiltModel(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
 
 
-def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+def _built_from_source(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _BuiltModel:
     """The same for the source. If the loader rejects the source, there are no differences to subtract."""
     plain = type(config).from_dict({**config.to_dict(), "quantization_config": None})
     del plain.quantization_config
     try:
-        return _lay_out(model_class, plain, specs)
+        return _build(model_class, plain, specs)
     except Exception:
-        return _LaidOut(None, frozenset(), frozenset(), ())
+        return _BuiltModel(None, frozenset(), frozenset(), ())
 
 
-def _compare(output: _LaidOut, source: _LaidOut) -> tuple[int, list[tuple[str, str]]]:
+def _compare(output: _BuiltModel, source: _BuiltModel, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
     """The number of int8 modules, and the differences of the output that the source does not have."""
     failures = [(name, "is missing, but the model needs it") for name in sorted(output.missing - source.missing)]
     for name in sorted(output.unexpected):
@@ -149,28 +152,37 @@ def _compare(output: _LaidOut, source: _LaidOut) -> tuple[int, list[tuple[str, s
             failures.append((name, "does not exist in the model"))
     for name, found, wanted in output.mismatched:
         failures.append((name, f"is {list(found)}, the model needs {list(wanted)}"))
-    modules = list(_modules(output.model))
+    modules = list(_modules(output.model, dtypes))
     failures += [(name, problem) for name, problem in modules if problem is not None]
     return sum(1 for _, problem in modules if problem is None), failures
 
 
-def _modules(model: Any) -> Iterator[tuple[str, str | None]]:
-    """Each weight that is int8 in the file or for the loader, and what is wrong with it, None if nothing is."""
+def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Each weight that is int8 in the file or for the loader, and what is wrong with it, None if nothing is.
+
+    `dtypes` are those of the output's tensors. They take precedence over those of the model: a parameter on the meta
+    device may keep the dtype of the model's definition (transformers 5.0.0).
+    """
     import torch
 
+    from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for module_name, module in model.named_modules():
         takes_int8 = type(module).__name__ == "Linear8bitLt" or hasattr(module, "quantization_scheme")
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
+            stored = dtypes.get(full_name) or dtypes.get(full_name.removeprefix(prefix))
+            dtype = parameter.dtype if stored is None else TORCH_DTYPES[stored]
             if takes_int8 and name == "weight":
                 wanted = (module.out_features, module.in_features)
-                if parameter.dtype != torch.int8:
-                    yield full_name, f"is {parameter.dtype}, but the loader expects int8"
+                if dtype != torch.int8:
+                    yield full_name, f"is {dtype}, but the loader expects int8"
                 elif tuple(parameter.shape) != wanted:
                     yield full_name, f"is {list(parameter.shape)}, the model needs {list(wanted)}"
                 else:
                     yield full_name, None
-            elif parameter.dtype == torch.int8:
+            elif dtype == torch.int8:
                 yield full_name, f"is int8, which a {type(module).__name__} does not support"
 
 
