@@ -456,11 +456,13 @@ def test_each_reader_is_reached_in_one_way(path: Path) -> None:
 
 
 def is_safe(argument: ast.expr) -> bool:
-    """A constant, JSON in ASCII, or a text in which every value is made printable."""
+    """A constant, JSON in ASCII, or a text in which every value is made printable, or either of two."""
+    if isinstance(argument, ast.BoolOp):
+        return all(is_safe(each) for each in argument.values)
     if isinstance(argument, ast.JoinedStr):
         return all(is_safe(value.value) for value in argument.values if isinstance(value, ast.FormattedValue))
     if isinstance(argument, ast.Call):
-        return ast.unparse(argument.func) in ("printable", "json.dumps")
+        return ast.unparse(argument.func) in ("printable", "printable_lines", "json.dumps")
     return isinstance(argument, ast.Constant)
 
 
