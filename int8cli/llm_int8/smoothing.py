@@ -6,11 +6,12 @@ x_j / 2^k and w_j * 2^k, which leaves X Wᵀ as it is, bit for bit, as long as n
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.inputs import InputSummary
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
 from int8cli.llm_int8.quantize import quantize_rowwise
 
@@ -111,6 +112,18 @@ def smoothing_exponents(
     logarithm = logarithm - logarithm[known].mean()
     exponents = torch.where(known, logarithm, 0.0).round().long()
     return allowed.clamp(exponents).to(torch.int8)
+
+
+def smoothed_summary(summary: InputSummary, exponents: Tensor) -> InputSummary:
+    """The statistics of the divided inputs, by dimension. Figures over all dimensions are those of the originals."""
+    factors = powers_of_two(-exponents, torch.float32)
+    return replace(
+        summary,
+        minimum=summary.minimum * factors,
+        maximum=summary.maximum * factors,
+        absmax_later=summary.absmax_later * factors,
+        mean_square=summary.mean_square * factors * factors,
+    )
 
 
 def column_absmax(weights: Sequence[Tensor]) -> Tensor:

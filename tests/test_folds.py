@@ -1,0 +1,137 @@
+"""Folds of real architectures: found, proved, and exact in the whole model; left alone where they would not be."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.calibration_models import make_model, some_text
+from torch import Tensor
+
+from int8cli.checkpoint.locate import opened_source
+from int8cli.llm_int8.smoothing import powers_of_two
+from int8cli.model.sampling import Sampling
+from int8cli.outliers.calibrate import CalibrateOptions, calibrate
+from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
+from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.survey import survey_source
+from int8cli.progress import SILENT
+
+# The kinds of sites that a block of each architecture can have smoothed, and what divides the input of each.
+NORM, VALUES, SECOND = "norm-fed", "attention output", "second feed-forward"
+FOLDS = {
+    "llama": {NORM, VALUES, SECOND},  # RMSNorm, grouped values, up_proj
+    "mistral": {NORM, VALUES, SECOND},
+    "qwen2": {NORM, VALUES, SECOND},  # with biases of q, k and v
+    "phi3": {NORM, VALUES, SECOND},  # queries, keys and values in one linear, gate and up in another
+    "opt": {NORM, VALUES, SECOND},  # LayerNorm with bias, ReLU
+    "bloom": {NORM, VALUES},  # fused by head; GELU is not homogeneous
+    "gpt_neox": {NORM, VALUES},  # parallel attention, two norms
+    "gpt2": {NORM, VALUES},  # Conv1D
+    "gptj": {NORM, VALUES},  # one norm feeds attention and feed-forward
+    "gemma2": {VALUES, SECOND},  # a gain of 1 + w cannot take the division
+}
+
+
+def spread(model: Any) -> None:
+    """Gains and columns of unequal sizes, so that there is something to smooth."""
+    generator = torch.Generator().manual_seed(7)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embed" not in name and "wte" not in name:
+            weight.mul_(8.0)
+            weight.mul_(2.0 ** torch.randint(-2, 3, (1, weight.shape[1]), generator=generator))
+        elif weight.dim() == 1:
+            weight.copy_(torch.randn(weight.shape, generator=generator) + weight)
+
+
+def smoothed_statistics(directory: Path, **options: Any) -> OutlierStatistics:
+    with opened_source(str(directory), revision=None, download_dir=directory / "incoming") as source:
+        how = CalibrateOptions(Sampling(48, 16, 0), smooth=True, **options)
+        return calibrate(source, survey_source(source, PlanOptions()), some_text(), how, SILENT)
+
+
+def apply(directory: Path, output: Path, statistics: OutlierStatistics, transposed: bool) -> None:
+    """Write the smoothed 16-bit model, straight from the statistics."""
+    tensors = load_file(directory / "model.safetensors")
+    for site in statistics.sites:
+        if site.smoothing is None:
+            continue
+        for linear in site.linears:
+            scale(tensors, f"{linear.name}.weight", site.smoothing.exponents, 0 if transposed else 1)
+        for scaled in site.smoothing.scaled:
+            matrix = tensors[scaled.tensor].dim() == 2
+            scale(tensors, scaled.tensor, scaled.exponents, 1 if matrix and transposed else 0)
+    output.mkdir()
+    for file in directory.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            (output / file.name).write_bytes(file.read_bytes())
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+
+
+def scale(tensors: dict[str, Tensor], name: str, exponents: Tensor, dim: int) -> None:
+    tensor = tensors[name]
+    shape = [-1 if place == dim else 1 for place in range(tensor.dim())]
+    tensors[name] = tensor * powers_of_two(exponents, tensor.dtype).reshape(shape)
+
+
+def logits(directory: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    ids = torch.randint(4, 90, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found: Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize("architecture", FOLDS)
+def test_folds_are_found_and_the_smoothed_model_computes_the_same_bits(architecture: str, tmp_path: Path) -> None:
+    model = make_model(architecture, tmp_path / "model", spread)
+    statistics = smoothed_statistics(model)
+    smoothed = {site.kind for site in statistics.sites if site.smoothing is not None}
+    assert smoothed == FOLDS[architecture]
+    apply(model, tmp_path / "smoothed", statistics, architecture == "gpt2")
+    before, after = logits(model), logits(tmp_path / "smoothed")
+    assert torch.equal(before, after)
+    assert float(before.float().std()) > 0.01
+
+
+def test_float16_is_smoothed_exactly_too(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", spread, dtype=torch.float16)
+    statistics = smoothed_statistics(model)
+    assert any(site.smoothing is not None for site in statistics.sites)
+    apply(model, tmp_path / "smoothed", statistics, False)
+    assert torch.equal(logits(model), logits(tmp_path / "smoothed"))
+
+
+def test_statistics_with_smoothing_survive_their_file(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", spread)
+    statistics = smoothed_statistics(model, stored_columns=2)
+    save_statistics(statistics, tmp_path / "statistics.safetensors")
+    found = load_statistics(tmp_path / "statistics.safetensors")
+    for before, after in zip(statistics.sites, found.sites, strict=True):
+        assert (before.smoothing is None) == (after.smoothing is None)
+        assert [linear.smoothed_stored for linear in before.linears] == [
+            linear.smoothed_stored for linear in after.linears
+        ]
+        if before.smoothing is not None and after.smoothing is not None:
+            assert torch.equal(before.smoothing.exponents, after.smoothing.exponents)
+            assert [scaled.tensor for scaled in before.smoothing.scaled] == [
+                scaled.tensor for scaled in after.smoothing.scaled
+            ]
+
+
+def test_a_calibration_that_smooths_finds_the_same_figures(tmp_path: Path) -> None:
+    """The weights are as they were after the proofs: what the model computes afterwards does not change."""
+    model = make_model("llama", tmp_path / "model", spread)
+    with opened_source(str(model), revision=None, download_dir=model / "incoming") as source:
+        survey = survey_source(source, PlanOptions())
+        plain = calibrate(source, survey, some_text(), CalibrateOptions(Sampling(48, 16, 0)), SILENT)
+    smoothed = smoothed_statistics(model)
+    for one, other in zip(plain.sites, smoothed.sites, strict=True):
+        assert torch.equal(one.inputs.mean_square, other.inputs.mean_square)
+        assert [linear.output_mean_square for linear in one.linears] == [
+            linear.output_mean_square for linear in other.linears
+        ]
