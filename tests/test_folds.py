@@ -1,19 +1,16 @@
 """Folds of real architectures: found, proved, and exact in the whole model; left alone where they would not be."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from support.calibration_models import make_model, some_text
+from support.smoothing import smoothed_copy, smoothed_statistics, spread
 from torch import Tensor
 
 from int8cli.checkpoint.locate import opened_source
-from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.model.sampling import Sampling
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
-from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.statistics_file import load_statistics, save_statistics
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import survey_source
@@ -24,56 +21,17 @@ NORM, VALUES, SECOND = "norm-fed", "attention output", "second feed-forward"
 FOLDS = {
     "llama": {NORM, VALUES, SECOND},  # RMSNorm, grouped values, up_proj
     "mistral": {NORM, VALUES, SECOND},
-    "qwen2": {NORM, VALUES, SECOND},  # with biases of q, k and v
+    "llama-biased": {NORM, VALUES, SECOND},  # with biases everywhere
     "phi3": {NORM, VALUES, SECOND},  # queries, keys and values in one linear, gate and up in another
     "opt": {NORM, VALUES, SECOND},  # LayerNorm with bias, ReLU
     "bloom": {NORM, VALUES},  # fused by head; GELU is not homogeneous
     "gpt_neox": {NORM, VALUES},  # parallel attention, two norms
     "gpt2": {NORM, VALUES},  # Conv1D
     "gptj": {NORM, VALUES},  # one norm feeds attention and feed-forward
+    "falcon": {NORM, VALUES},  # one key and value for all heads
+    "mixtral": {NORM, VALUES},  # experts are no linears
     "gemma2": {VALUES, SECOND},  # a gain of 1 + w cannot take the division
 }
-
-
-def spread(model: Any) -> None:
-    """Gains and columns of unequal sizes, so that there is something to smooth."""
-    generator = torch.Generator().manual_seed(7)
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2 and "embed" not in name and "wte" not in name:
-            weight.mul_(8.0)
-            weight.mul_(2.0 ** torch.randint(-2, 3, (1, weight.shape[1]), generator=generator))
-        elif weight.dim() == 1:
-            weight.copy_(torch.randn(weight.shape, generator=generator) + weight)
-
-
-def smoothed_statistics(directory: Path, **options: Any) -> OutlierStatistics:
-    with opened_source(str(directory), revision=None, download_dir=directory / "incoming") as source:
-        how = CalibrateOptions(Sampling(48, 16, 0), smooth=True, **options)
-        return calibrate(source, survey_source(source, PlanOptions()), some_text(), how, SILENT)
-
-
-def apply(directory: Path, output: Path, statistics: OutlierStatistics, transposed: bool) -> None:
-    """Write the smoothed 16-bit model, straight from the statistics."""
-    tensors = load_file(directory / "model.safetensors")
-    for site in statistics.sites:
-        if site.smoothing is None:
-            continue
-        for linear in site.linears:
-            scale(tensors, f"{linear.name}.weight", site.smoothing.exponents, 0 if transposed else 1)
-        for scaled in site.smoothing.scaled:
-            matrix = tensors[scaled.tensor].dim() == 2
-            scale(tensors, scaled.tensor, scaled.exponents, 1 if matrix and transposed else 0)
-    output.mkdir()
-    for file in directory.iterdir():
-        if file.is_file() and file.suffix != ".safetensors":
-            (output / file.name).write_bytes(file.read_bytes())
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-
-
-def scale(tensors: dict[str, Tensor], name: str, exponents: Tensor, dim: int) -> None:
-    tensor = tensors[name]
-    shape = [-1 if place == dim else 1 for place in range(tensor.dim())]
-    tensors[name] = tensor * powers_of_two(exponents, tensor.dtype).reshape(shape)
 
 
 def logits(directory: Path) -> Tensor:
@@ -92,7 +50,7 @@ def test_folds_are_found_and_the_smoothed_model_computes_the_same_bits(architect
     statistics = smoothed_statistics(model)
     smoothed = {site.kind for site in statistics.sites if site.smoothing is not None}
     assert smoothed == FOLDS[architecture]
-    apply(model, tmp_path / "smoothed", statistics, architecture == "gpt2")
+    smoothed_copy(model, tmp_path / "smoothed", statistics, architecture == "gpt2")
     before, after = logits(model), logits(tmp_path / "smoothed")
     assert torch.equal(before, after)
     assert float(before.float().std()) > 0.01
@@ -102,7 +60,7 @@ def test_float16_is_smoothed_exactly_too(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model", spread, dtype=torch.float16)
     statistics = smoothed_statistics(model)
     assert any(site.smoothing is not None for site in statistics.sites)
-    apply(model, tmp_path / "smoothed", statistics, False)
+    smoothed_copy(model, tmp_path / "smoothed", statistics, False)
     assert torch.equal(logits(model), logits(tmp_path / "smoothed"))
 
 
