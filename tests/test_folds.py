@@ -9,6 +9,7 @@ from support.smoothing import smoothed_copy, smoothed_statistics, spread
 from torch import Tensor
 
 from int8cli.checkpoint.locate import opened_source
+from int8cli.model.folds import same_bits
 from int8cli.model.sampling import Sampling
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics_file import load_statistics, save_statistics
@@ -93,3 +94,11 @@ def test_a_calibration_that_smooths_finds_the_same_figures(tmp_path: Path) -> No
         assert [linear.output_mean_square for linear in one.linears] == [
             linear.output_mean_square for linear in other.linears
         ]
+
+
+def test_same_bits_tells_zeros_apart_and_knows_nan() -> None:
+    nan, zeros = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(zeros, -zeros)
+    assert not same_bits(zeros, zeros.half())
+    assert not same_bits(zeros, torch.zeros(3))

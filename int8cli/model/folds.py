@@ -39,7 +39,7 @@ class Fold:
     @property
     def group(self) -> Tensor | None:
         """The columns that share a row, as `smoothing_exponents` wants them; None if no two do."""
-        return self.rows if len(self.rows.unique()) < len(self.rows) else None
+        return self.rows if len(set(self.rows.tolist())) < len(self.rows) else None
 
     def row_exponents(self, exponents: Tensor, size: int) -> Tensor:
         """The exponents of the producer's rows, int8 (size,): each is multiplied by 2^k."""

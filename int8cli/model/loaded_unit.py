@@ -58,7 +58,7 @@ class LoadedUnit:
         head = skeleton.output_head()
         self._weight_name = skeleton.weight_name
         self._example: UnitCall | None = None
-        self._modules = {module: name for name, module in self.module.named_modules()}
+        self._modules: dict[nn.Module, str] = {module: name for name, module in self.module.named_modules()}
         self._names = {
             module: skeleton.weight_name(f"{unit.name}.{name}" if name else unit.name)
             for name, module in linears_of(self.module).items()
