@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.calibration_models import make_model, some_text
+from support.calibration_models import make_model, save_tokenizer, some_text
+from support.checkpoints import Tiny, build_tiny
 from support.smoothing import smoothed_copy, smoothed_statistics, spread
 from torch import Tensor
 
@@ -94,6 +95,19 @@ def test_a_calibration_that_smooths_finds_the_same_figures(tmp_path: Path) -> No
         assert [linear.output_mean_square for linear in one.linears] == [
             linear.output_mean_square for linear in other.linears
         ]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, {VALUES, SECOND}), (1e4, set[str]())])
+def test_where_values_are_limited_no_rows_divide(limit: float | None, expected: set[str], tmp_path: Path) -> None:
+    """The limit is far above all values, so that no run reaches it. OLMo's norms have no gain."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4}
+    model = build_tiny(Tiny("OlmoForCausalLM", "OlmoConfig", {**sizes, "num_hidden_layers": 2, "clip_qkv": limit}))
+    with torch.no_grad():
+        spread(model)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    statistics = smoothed_statistics(tmp_path)
+    assert {site.kind for site in statistics.sites if site.smoothing is not None} == expected
 
 
 def test_same_bits_tells_zeros_apart_and_knows_nan() -> None:

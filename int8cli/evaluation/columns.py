@@ -65,7 +65,7 @@ def calibrated_columns(
             hint="Choose another text, or give statistics made from another text.",
         )
     assert subject.survey is not None
-    progress.note("Step 1 of 2: choosing exact columns")
+    progress.note(f"Step 1 of 2: choosing exact columns{' and what to smooth' if options.smooth else ''}")
     statistics = calibrate(subject.runs, subject.survey, text, options, progress)
     smoothing = smoothing_from(statistics) if options.smooth else None
     return replace(columns_from(statistics, limit), calibrated=True, smoothing=smoothing)

@@ -51,13 +51,16 @@ class Fold:
 def folds_of(loaded: LoadedUnit, site: Site, earlier: Sequence[str]) -> Iterator[Fold]:
     """The ways that are worth a proof, the likeliest first. `earlier` are the linears called before the site.
 
-    Only parameters that are tensors of the checkpoint are scaled, one to one.
+    Only parameters that are tensors of the checkpoint are scaled, one to one. In a unit that limits values, only norms
+    can divide: a limit that the run does not reach would not be seen.
     """
     if not all(f"{name}.weight" in loaded.unit.sources for name in site.linears):
         return
     if site.norm is not None:
         rows = torch.arange(site.in_features)
         yield from _sound(loaded, site, site.norm, rows, "norm")
+        return
+    if loaded.limits:
         return
     heads = _head_sizes(loaded.module) if site.kind == "attention output" else ()
     for name in reversed(earlier):

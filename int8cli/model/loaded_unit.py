@@ -50,6 +50,7 @@ class LoadedUnit:
         self.unit = unit
         self.module: nn.Module = skeleton.module(unit)
         self.done = False
+        self.limits = False  # whether the unit limits values (clip_qkv): one run cannot prove what happens at the limit
         self._model = skeleton.model
         self._waiting = waiting
         self._forwards = forwards
@@ -103,6 +104,7 @@ class LoadedUnit:
                     self._example = _copied(call)
                 output = self._compute(call, finder if turn == 0 else None)
                 if turn == 0:
+                    self.limits = finder.limits
                     sites = tuple(self._site(*found) for found in finder.found())
                     del finder
                     for linear in (self.linears[site.name] for site in sites):

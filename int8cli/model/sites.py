@@ -19,6 +19,8 @@ Kind = Literal["norm-fed", "attention output", "second feed-forward"]
 # Products of activations by activations. Everything between them and the next linear is elementwise.
 _MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "einsum"})
 _LINEAR = frozenset({"linear", "addmm"})
+# Functions that are the identity on most values. A run that reaches no limit cannot tell them from it.
+_LIMITING = frozenset({"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "hardtanh", "hardtanh_", "relu6"})
 _NORM_MARK = "_int8cli_made_by_norm"
 
 
@@ -73,6 +75,7 @@ class SiteFinder:
         self._norm_made: dict[int, nn.Module | None] = {}  # memory, and the norm of this unit that wrote it
         self._weights: set[int] = set()
         self._mixed = False
+        self.limits = False  # whether the run called a function that limits values
         self._alive: list[Tensor] = []  # keeps memory from being reused while its addresses are compared
 
     @contextmanager
@@ -139,6 +142,8 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         result = func(*args, **(kwargs or {}))
+        if name in _LIMITING:
+            self._finder.limits = True
         if name in _LINEAR or name in _MIXING:
             self._finder.multiplied(args, by_weights=name in _LINEAR)
         return result
