@@ -3,6 +3,7 @@
 Knows no rules: `plan` makes the decisions.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,14 +15,24 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
+class FloatLayers:
+    """Linear layers that a loader does not read in int8: module names, in models of these types (empty: of any type)."""
+
+    pattern: re.Pattern[str]
+    model_types: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Acceptance:
     """Which layers a loader supports in int8 besides plain linear layers: separate experts, transformers' Conv1D.
 
-    The defaults are those of transformers' bitsandbytes path.
+    `floats` are linear layers that it does not support in int8. The defaults are those of transformers' bitsandbytes
+    path.
     """
 
     experts: bool = False
     conv1d: bool = True
+    floats: tuple[FloatLayers, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

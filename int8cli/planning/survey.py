@@ -24,6 +24,7 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
 from int8cli.errors import AlreadyQuantizedError
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
+from int8cli.planning.experts import split_experts
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import make_plan
@@ -42,7 +43,8 @@ _RECORD_BYTES_A_COLUMN = 500
 class Survey:
     """A source and the plan of its conversion. `config` is empty if the source has no config.json.
 
-    `target` is the layout of the output. `stored_counts` is the most columns that a sidecar stores, by quantized
+    `target` is the layout of the output. `shards` have the matrices of fused experts, where the layout stores those in
+    int8, in place of the tensors of the file. `stored_counts` is the most columns that a sidecar stores, by quantized
     tensor; None without sidecars.
     """
 
@@ -87,6 +89,11 @@ class Survey:
         decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
         plan = replace(self.plan, decisions=decisions)
         return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
+
+    @property
+    def source_shards(self) -> tuple[ShardContents, ...]:
+        """The shards with the tensors that they have as files."""
+        return tuple(contents.as_in_file() for contents in self.shards)
 
     @property
     def plan_digest(self) -> str:
@@ -151,8 +158,10 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
         if MARK_OF_OURS in source.list_files():
             raise AlreadyQuantizedError(f"{source.identity.name} is already int8: int8cli wrote it") from error
         raise
+    options = replace(options, loader=target.ACCEPTS)
+    shards = split_experts(shards, config, options)
     specs = [stored.spec for contents in shards for stored in contents.tensors]
-    plan = make_plan(specs, config, replace(options, loader=target.ACCEPTS))
+    plan = make_plan(specs, config, options)
     return Survey(source.identity, has_config, config, weights, shards, plan, target)
 
 
