@@ -16,7 +16,7 @@ _WEIGHT = ".weight"
 
 @dataclass(frozen=True, slots=True)
 class FloatLayers:
-    """Linear layers that a loader does not read in int8: module names, in models of these types (empty: of any type)."""
+    """Linear layers that a loader does not read in int8, by module name and model type (empty: every type)."""
 
     pattern: re.Pattern[str]
     model_types: frozenset[str] = frozenset()

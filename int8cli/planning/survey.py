@@ -90,6 +90,12 @@ class Survey:
         plan = replace(self.plan, decisions=decisions)
         return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
 
+    def in_layout(self, target: Layout) -> "Survey":
+        """The same source planned for another layout, without stored columns."""
+        return _planned_survey(
+            self.identity, self.config, self.weights, self.source_shards, self.plan.options, target, self.has_config
+        )
+
     @property
     def source_shards(self) -> tuple[ShardContents, ...]:
         """The shards with the tensors that they have as files."""
@@ -158,11 +164,23 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
         if MARK_OF_OURS in source.list_files():
             raise AlreadyQuantizedError(f"{source.identity.name} is already int8: int8cli wrote it") from error
         raise
+    return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
+
+
+def _planned_survey(
+    identity: SourceIdentity,
+    config: Mapping[str, Any],
+    weights: WeightFiles,
+    shards: tuple[ShardContents, ...],
+    options: PlanOptions,
+    target: Layout,
+    has_config: bool,
+) -> Survey:
+    """`shards` have the tensors of the files."""
     options = replace(options, loader=target.ACCEPTS)
     shards = split_experts(shards, config, options)
     specs = [stored.spec for contents in shards for stored in contents.tensors]
-    plan = make_plan(specs, config, options)
-    return Survey(source.identity, has_config, config, weights, shards, plan, target)
+    return Survey(identity, has_config, config, weights, shards, make_plan(specs, config, options), target)
 
 
 def decisions_by_name(plan: Plan) -> dict[str, Decision]:
