@@ -261,7 +261,7 @@ def test_a_directory_without_a_model_is_an_error_that_lists_its_files(
 def test_a_conversion_is_not_converted_again(model: Path, nursery: Nursery) -> None:
     assert nursery.run(*CONVERT, model, "-o", "once", "-q", cwd=model.parent).code == 0
     outcome = nursery.run(*CONVERT, "once", "-o", "twice", cwd=model.parent)
-    assert_refused(outcome, "already quantized", "hint:")
+    assert_refused(outcome, "already int8", "hint:")
     assert not (model.parent / "twice").exists()
 
 

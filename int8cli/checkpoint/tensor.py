@@ -55,6 +55,8 @@ TORCH_NAMES = {
     "U64": "uint64",
 }
 QUANTIZABLE_DTYPES = frozenset({"F32", "F16", "BF16"})
+# The floats that loaders cast to the model's dtype.
+CAST_ON_LOAD = QUANTIZABLE_DTYPES | {"F64", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from int8cli.checkpoint.source import Source
 from int8cli.estimate.cards import Load
+from int8cli.estimate.key_value_rows import key_value_rows
 from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
 from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
@@ -137,7 +138,8 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
     not_in_memory = names_not_in_memory(decisions, survey.config)
     not_in_memory |= _aliases(survey, not_in_memory)
     units, parts = [], dict[str, Weights]()
-    for unit in units_of(decisions):
+    found = units_of(decisions)
+    for unit in found:
         weights = Weights()
         for decision in unit.decisions:
             size = weights_of(decision, in_memory=decision.spec.name not in not_in_memory)
@@ -149,7 +151,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
         survey,
         tuple(units),
         tuple(Part(name, parts[name]) for name in PARTS if name in parts),
-        read_kv_cache(survey.config),
+        read_kv_cache(survey.config, key_value_rows(found)),
         _conversion(source, survey, output, threads),
         not_in_memory,
     )

@@ -103,6 +103,11 @@ class Plan:
         return 100.0 * self.quantized_parameters / self.parameters if self.parameters else 0.0
 
     @property
+    def has_linear_layers(self) -> bool:
+        """Whether any tensor is recognised as a linear layer's weight, even one that is left alone."""
+        return any(decision.quantize or decision.reason in names.LINEAR_LEFT_ALONE for decision in self.decisions)
+
+    @property
     def unmatched_patterns(self) -> tuple[str, ...]:
         """The patterns that have no effect, probably typos.
 

@@ -17,21 +17,18 @@ import xxhash
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
-from int8cli.checkpoint.output_names import OWN_DIRECTORY
-from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
-from int8cli.errors import AlreadyQuantizedError
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
+from int8cli.planning.quantized import declared_methods, refuse_own_output, refuse_quantized
 from int8cli.results.conversion import TensorGroup
 
-MARK_OF_OURS = f"{OWN_DIRECTORY}/conversion.json"
 _EDGE_BYTES = 1 << 16
 # Measured on SmolLM2: record, report and index need 684 bytes for each tensor.
 _RECORD_BYTES_A_TENSOR = 1000
@@ -130,7 +127,7 @@ class Survey:
             f"{CONFIG_FILE}: quantization_config",
             "of another quantization method; these weights are not quantized",
         )
-        return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
+        return self.weights.passed_over + ((stale,) if any(declared_methods(self.config)) else ())
 
 
 def _reason_with_cast(decision: Decision) -> str:
@@ -154,16 +151,13 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
 
     Raises the errors of an invalid checkpoint.
     """
+    files = source.list_files()
+    refuse_own_output(source.identity.name, files)
     weights = find_weights(source)
-    has_config = CONFIG_FILE in source.list_files()
+    has_config = CONFIG_FILE in files
     config = read_config(source) if has_config else {}
     shards = read_headers(source, weights)
-    try:
-        refuse_quantized(config, shards)
-    except AlreadyQuantizedError as error:
-        if MARK_OF_OURS in source.list_files():
-            raise AlreadyQuantizedError(f"{source.identity.name} is already int8: int8cli wrote it") from error
-        raise
+    refuse_quantized(config, shards)
     return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
 
 

@@ -32,6 +32,7 @@ ACCEPTS = Acceptance(
     ),
 )
 SCALES: Literal["row_absmax", "step"] = "step"
+AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -84,7 +85,7 @@ def ignore(plan: Plan) -> list[str]:
     name's start (compressed_tensors, utils/match.py, `match_name`; vLLM, compressed_tensors/utils.py). The loaders also
     replace subclasses of `nn.Linear`.
     """
-    entries = [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component,))]
+    entries = [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component, _covers))]
     return entries + ([FUSED_EXPERTS_ENTRY] if _has_fused_floats(plan) else [])
 
 
@@ -136,6 +137,11 @@ def leaves_alone(entry: str, module: str) -> bool:
         return re.match(entry.removeprefix("re:"), module) is not None
     except re.error:
         return False  # the loader reports it
+
+
+def _covers(entry: str, module: str) -> bool:
+    """Whether an entry of `llm_int8_skip_modules` covers a module once it is written as this format has it."""
+    return leaves_alone(_as_pattern(entry), module)
 
 
 def _as_pattern(entry: str) -> str:
