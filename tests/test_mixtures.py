@@ -9,7 +9,7 @@ from support.program import llama, run
 
 from int8cli.planning.layouts import LAYOUTS
 
-BETTER = "The compressed-tensors layout, for vLLM: "
+BETTER = "The compressed-tensors layout, for vLLM and load_model: "
 
 
 def test_convert_says_first_and_last_what_stays_float_and_which_layout_does_better(tmp_path: Path) -> None:

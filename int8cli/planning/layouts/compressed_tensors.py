@@ -104,7 +104,7 @@ def transformers_reads(tensor_names: Iterable[str]) -> bool:
 def caveats(plan: Plan) -> Iterator[str]:
     """Warns of mixtures of experts, and of layers that vLLM merges into one although only some of them are int8."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
-        yield "transformers cannot read mixtures of experts in this layout; vLLM can"
+        yield "transformers cannot read mixtures of experts in this layout; vLLM and load_model can"
     for (merged, leaf), parents in _mixed(plan).items():
         siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)
         where = parents[0] if len(parents) == 1 else f"{len(parents)} layers, the first {parents[0]},"
