@@ -44,7 +44,8 @@ def about_experts(shares: tuple[LayoutShare, ...]) -> str | None:
     )
     if best.percent_int8 <= here.percent_int8:
         return f"{said}. No other layout does better."
-    return f"{said}. The {best.layout} layout, for vLLM and load_model: {best.percent_int8:.1f} %, {human_bytes(best.output_bytes)}."
+    better = f"{best.percent_int8:.1f} %, {human_bytes(best.output_bytes)}"
+    return f"{said}. The {best.layout} layout, for vLLM and load_model: {better}."
 
 
 def _share(survey: Survey) -> LayoutShare:

@@ -1,14 +1,16 @@
 """Mixtures of experts in int8: transformers' fused experts, computed by one Int8Linear for each matrix.
 
 transformers keeps the experts of a layer in two 3-D parameters, and lets other implementations compute them
-(`ExpertsInterface`). Owns which int8 layers of a checkpoint are such experts, the module that replaces the parameters,
-and the implementation: each expert gets its tokens in one int8 product, exact like that of any other layer.
+(`ExpertsInterface`). Llama 4's class does not take part in that, so its forward is replaced. Owns which int8 layers of
+a checkpoint are such experts, the module that replaces the parameters, and the implementation: each expert gets its
+tokens in one int8 product, exact like that of any other layer.
 """
 
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -82,7 +84,17 @@ def find_experts(model_class: Any, config: Any, linears: Iterable[StoredLinear])
 def _is_computable(module: nn.Module) -> bool:
     """Whether transformers lets others compute this module, and whether it has the matrices and nothing else."""
     gated = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
-    return bool(gated) and not getattr(module, "has_bias", True) and hasattr(module, "_apply_gate")
+    in_interface = bool(gated) and not getattr(module, "has_bias", True) and hasattr(module, "_apply_gate")
+    return in_interface or _is_llama4(module)
+
+
+def _is_llama4(module: nn.Module) -> bool:
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether the fused parameters are (experts, in, out)."""
+    return _is_llama4(module) or bool(module.is_transposed)
 
 
 def replace_experts(
@@ -105,12 +117,15 @@ def replace_experts(
         del module.gate_up_proj, module.down_proj
         module.add_module(INSIDE, nn.ModuleList(matrices))
         module._is_hf_initialized = True  # the class would initialise the parameters that are gone
-        _use_implementation(module)
+        if _is_llama4(module):
+            module.forward = MethodType(int8_llama4_forward, module)
+        else:
+            _use_implementation(module)
 
 
 def _check_shapes(name: str, module: Any, linears: Mapping[tuple[int, str], StoredLinear]) -> None:
     fused = {"gate_up": tuple(module.gate_up_proj.shape), "down": tuple(module.down_proj.shape)}
-    if module.is_transposed:
+    if _is_transposed(module):
         fused = {each: (shape[0], shape[2], shape[1]) for each, shape in fused.items()}
     count, together, width = fused["gate_up"]
     expected = {"gate": (together // 2, width), "up": (together // 2, width), "down": fused["down"][1:]}
@@ -162,6 +177,20 @@ def int8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, 
     return result
 
 
+def int8_llama4_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """(experts x tokens, hidden) in and out: every token for each expert, zeros where it did not choose that one."""
+    experts = getattr(self, INSIDE)
+    rows_by_expert = hidden_states.view(len(experts), -1, self.hidden_size)
+    result = torch.zeros_like(rows_by_expert)
+    for expert, rows, place in zip(experts, rows_by_expert, result, strict=True):
+        tokens = rows.any(dim=-1).nonzero().flatten()
+        if tokens.numel():
+            chosen = rows[tokens]
+            output = expert.down(expert.up(chosen) * self.act_fn(expert.gate(chosen)))
+            place.index_copy_(0, tokens, output.to(place.dtype))
+    return result.view(-1, self.hidden_size)
+
+
 def experts_in_floats(model: Any, dtype: torch.dtype) -> None:
     """Give every experts module its fused parameters back, with the weights that the int8 layers compute with."""
     for module in list(model.modules()):
@@ -172,8 +201,10 @@ def experts_in_floats(model: Any, dtype: torch.dtype) -> None:
         down = torch.stack([e.down.dequantize(dtype) for e in experts])
         delattr(module, INSIDE)
         for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
-            oriented = weight.transpose(1, 2).contiguous() if module.is_transposed else weight
+            oriented = weight.transpose(1, 2).contiguous() if _is_transposed(module) else weight
             module.register_parameter(name, nn.Parameter(oriented, requires_grad=False))
-        if hasattr(module.config, "_int8cli_replaced"):
+        if _is_llama4(module):
+            del module.forward
+        elif hasattr(module.config, "_int8cli_replaced"):
             module.config._experts_implementation = module.config._int8cli_replaced
             del module.config._int8cli_replaced
