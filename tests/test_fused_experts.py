@@ -159,6 +159,8 @@ def test_a_layer_of_which_an_expert_is_skipped_stays_fused(pattern: str, tmp_pat
     written = read_tensors(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
     assert written[ATTENTION].dtype == torch.int8
+    unmatched = read_json(tmp_path / "out" / "int8" / "report.json")["unmatched_patterns"]
+    assert unmatched == ([] if ".1." not in pattern else [pattern])
 
 
 def test_threads_and_processes_change_no_byte(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ class Plan:
         cannot turn an embedding into a linear layer.
         """
         weights = [d.module for d in self.decisions if d.spec.name.endswith(_WEIGHT)]
+        if self.options.loader.experts:  # a pattern that covers fused experts keeps them from being split
+            weights += [name for d in self.copied if len(d.spec.shape) == 3 for name in (d.module, d.spec.name)]
         quantized = [d.module for d in self.quantized]
         skips = (p for p in self.options.skip if not any(fnmatchcase(module, p) for module in weights))
         onlys = (p for p in self.options.only if not any(fnmatchcase(module, p) for module in quantized))
