@@ -30,6 +30,10 @@ _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 class ExpertMatrices(nn.Module):
     """The three matrices of one expert."""
 
+    gate: Int8Linear
+    up: Int8Linear
+    down: Int8Linear
+
     def __init__(self, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> None:
         super().__init__()
         self.gate, self.up, self.down = gate, up, down
@@ -145,9 +149,9 @@ def _check_shapes(name: str, module: Any, linears: Mapping[tuple[int, str], Stor
 
 
 def _use_implementation(module: Any) -> None:
-    from transformers.integrations.moe import ExpertsInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
-    if IMPLEMENTATION not in ExpertsInterface():
+    if IMPLEMENTATION not in ALL_EXPERTS_FUNCTIONS:
         ExpertsInterface.register(IMPLEMENTATION, int8_experts_forward)
     if module.config._experts_implementation != IMPLEMENTATION:
         module.config._int8cli_replaced = module.config._experts_implementation
@@ -164,7 +168,7 @@ def int8_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, 
         in_floats: Tensor = type(self).forward.__wrapped__(self, hidden_states, top_k_index, top_k_weights)
         return in_floats
     result = torch.zeros_like(hidden_states)
-    for number in top_k_index.unique().tolist():
+    for number in sorted(set(top_k_index.flatten().tolist())):
         if number >= len(experts):  # marks a token of another process
             continue
         tokens, choice = torch.where(top_k_index == number)
@@ -197,8 +201,9 @@ def experts_in_floats(model: Any, dtype: torch.dtype) -> None:
         experts = getattr(module, INSIDE, None)
         if not isinstance(experts, nn.ModuleList):
             continue
-        gate_up = torch.stack([torch.cat([e.gate.dequantize(dtype), e.up.dequantize(dtype)]) for e in experts])
-        down = torch.stack([e.down.dequantize(dtype) for e in experts])
+        each = [expert for expert in experts if isinstance(expert, ExpertMatrices)]
+        gate_up = torch.stack([torch.cat([e.gate.dequantize(dtype), e.up.dequantize(dtype)]) for e in each])
+        down = torch.stack([e.down.dequantize(dtype) for e in each])
         delattr(module, INSIDE)
         for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
             oriented = weight.transpose(1, 2).contiguous() if _is_transposed(module) else weight

@@ -36,7 +36,7 @@ AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_MERGED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MERGED_IN_VLLM: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # vLLM takes fused experts for quantized layers unless an entry covers the names of single ones.
 FUSED_EXPERTS_ENTRY = r"re:.*\.experts(\.|$)"
 _FUSED_EXPERTS = re.compile(r"(?:^|\.)experts\.(?!\d+\.)|\.block_sparse_moe\.(?:in|out)put_linear\.weight$")
