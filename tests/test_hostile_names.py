@@ -413,7 +413,7 @@ def test_all_commands_on_a_terminal(source: Path, runnable: Path, tmp_path: Path
 )
 def test_a_revision_and_an_id_that_no_hub_has(arguments: list[str], nursery: Nursery, tmp_path: Path) -> None:
     model = ["org/m"] if arguments[0] == "--revision" else []
-    with HubStandIn(cdn=False) as hub:
+    with HubStandIn(cdn=None) as hub:
         for command in ("convert", "estimate-memory", "inspect-outliers"):
             env = {"HF_ENDPOINT": hub.endpoint}
             outcome = nursery.run(command, *model, *arguments, cwd=tmp_path, env=env)
