@@ -88,6 +88,10 @@ class AlreadyQuantizedError(UnsupportedModelError):
     """The weights are already quantized."""
 
 
+class AlreadyConvertedError(AlreadyQuantizedError):
+    """The weights are int8 already, and int8cli wrote them."""
+
+
 class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
 

@@ -37,6 +37,12 @@ EXPLANATION = (
     "otherwise. Architectures whose source that version does not open either are not counted.",
 )
 
+# Why some outcomes are as they are, by version and architecture.
+REASONS = {
+    ("4.57.6", "git"): "its head `output` becomes int8 when it is loaded: this version reads no expressions in "
+    "`llm_int8_skip_modules`, and the plain name would cover layers that are in int8",
+}
+
 Outcome = dict[str, Any]
 
 
@@ -124,7 +130,10 @@ def remarks(environments: list[tuple[dict[str, str | None], list[Outcome]]]) -> 
             for remark in remarks_on(outcome):
                 names.setdefault(remark, []).append(outcome["case"].rpartition("-")[0])
         for remark, found in names.items():
-            yield f"- {', '.join(dict.fromkeys(found))}: {remark}"
+            architectures = list(dict.fromkeys(found))
+            known = [REASONS.get((packages["transformers"] or "", each)) for each in architectures]
+            reasons = "".join(f" ({reason})" for reason in dict.fromkeys(known) if reason is not None)
+            yield f"- {', '.join(architectures)}: {remark}{reasons}"
         if not names:
             yield "No remarks."
         yield ""

@@ -28,8 +28,6 @@ from int8cli import ConvertOptions, convert
 from int8cli.loaders.transformers_versions import SURVEYED, float32_of, release, skip_rule
 from int8cli.planning.plan import model_types
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
-
 LEFT_ALONE_ENTIRELY = ("falcon",)
 IS_NEWEST = release(transformers.__version__) >= release(SURVEYED[-1])
 BOTH_HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -104,6 +102,20 @@ def test_a_listed_architecture_opens_as_if_quantized_on_load(name: str, dtype: t
     source, output = converted(LISTED[name], tmp_path, dtype)
     state = assert_opens_as_quantized_on_load(source, output, LISTED[name].model)
     assert any(tensor.dtype == torch.int8 for tensor in state.values()) == (name not in LEFT_ALONE_ENTIRELY)
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_a_file_with_more_digits_than_the_config_names_opens_as_if_quantized_on_load(
+    name: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    build_tiny(LISTED[name], stored).save_pretrained(source)
+    config = read_json(source / "config.json")
+    config.pop("torch_dtype", None)
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    convert(source, output, ConvertOptions(outliers="none", float32="float16"))
+    assert_opens_as_quantized_on_load(source, output, LISTED[name].model)
 
 
 @pytest.mark.parametrize("name", HEADS)

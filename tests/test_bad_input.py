@@ -261,7 +261,7 @@ def test_a_directory_without_a_model_is_an_error_that_lists_its_files(
 def test_a_conversion_is_not_converted_again(model: Path, nursery: Nursery) -> None:
     assert nursery.run(*CONVERT, model, "-o", "once", "-q", cwd=model.parent).code == 0
     outcome = nursery.run(*CONVERT, "once", "-o", "twice", cwd=model.parent)
-    assert_refused(outcome, "already quantized", "hint:")
+    assert_refused(outcome, "already int8", "hint:")
     assert not (model.parent / "twice").exists()
 
 
@@ -305,7 +305,7 @@ def test_an_output_that_cannot_be_accessed_is_an_error(nursery: Nursery) -> None
         closed.mkdir(0o000)
         line = (*CONVERT, model, "--workers", "2", "-o", closed / "out")
         outcome = nursery.run(*line, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
-        assert_refused(outcome, "cannot be read (Permission denied)", "hint:")
+        assert_refused(outcome, "cannot be written (Permission denied)", "hint:")
 
 
 # Outputs

@@ -59,6 +59,15 @@ def test_a_prompt_is_continued_and_its_text_comes_in_pieces(root: Path, words: s
     assert found.stopped == ("length" if len(expected) == 6 else "end")
 
 
+def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> None:
+    from transformers import pipeline
+
+    model, tokenizer = int8cli.load_model(root / "out", device="cpu"), AutoTokenizer.from_pretrained(root / "out")
+    speak: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    [found] = speak(words, max_new_tokens=6, do_sample=False, return_full_text=False)
+    assert found["generated_text"] == generate(root / "out", words, SHORT).text
+
+
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str) -> None:
     template = generate(root / "chatty", words, SHORT)
     raw = generate(root / "chatty", words, GenerateOptions(raw=True, max_new_tokens=6, device="cpu"))

@@ -418,3 +418,19 @@ def test_what_is_written_is_never_more_than_is_read(monkeypatch: pytest.MonkeyPa
     encode_header(specs[:2], {})
     with pytest.raises(CheckpointError, match="the most are 100,000,000 bytes and 2 tensors"):
         encode_header(specs, {})
+
+
+@pytest.mark.parametrize(("depth", "is_read"), [(125, True), (126, False), (500, False)])
+@pytest.mark.parametrize("brackets", ["[]", "{}"])
+def test_an_unused_field_nests_as_deep_as_safetensors_reads(
+    depth: int, is_read: bool, brackets: str, tmp_path: Path
+) -> None:
+    opening = "[" if brackets == "[]" else '{"[":'
+    nested = opening * (depth - 1) + brackets + brackets[1] * (depth - 1)
+    content = packed('{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":' + nested + "}}")
+    assert (described_by_safetensors(content, tmp_path / "x.safetensors") is not None) == is_read
+    if is_read:
+        assert [stored.spec.name for stored in read(content).tensors] == ["a"]
+    else:
+        with pytest.raises(CorruptShardError, match="nests too deeply"):
+            read(content)

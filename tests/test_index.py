@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
-from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.errors import (
     CorruptShardError,
     IndexFileError,
@@ -295,56 +294,3 @@ def test_a_broken_shard_is_named(content: bytes, error: type[Int8cliError], tmp_
     source = DirectorySource(tmp_path)
     with pytest.raises(error, match=r"pytorch_model\.bin"):
         read_headers(source, find_weights(source))
-
-
-WEIGHT8, PACKED = torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 4, dtype=torch.uint8)
-FLOAT8 = WEIGHT8.to(torch.float8_e4m3fn)
-FLOAT16 = torch.ones(4, 4, dtype=torch.float16)
-DECLARED = {"quantization_config": {"quant_method": "some_method"}}
-
-
-def refuse(tensors: dict[str, torch.Tensor], config: dict[str, Any], root: Path) -> None:
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, root / "model.safetensors")
-    source = DirectorySource(root)
-    refuse_quantized(config, read_headers(source, find_weights(source)))
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"l.weight": WEIGHT8, "l.SCB": torch.ones(4)},
-        {"l.weight": PACKED, "l.weight.absmax": torch.ones(4), "l.weight.quant_state.bitsandbytes__nf4": PACKED},
-        {"l.qweight": WEIGHT8.int(), "l.scales": FLOAT16},
-        {"l.weight_packed": WEIGHT8.int(), "l.weight_scale": FLOAT16},
-        {"l.weight": FLOAT8, "l.weight_scale_inv": torch.ones(1, 1)},
-        {"l.weight": WEIGHT8, "l.weight_scale": torch.ones(4, 1)},
-        {"l.experts.up_blocks": PACKED, "l.experts.up_scales": PACKED},
-    ],
-)
-def test_a_quantized_checkpoint_is_recognised_by_extra_tensors(
-    tensors: dict[str, torch.Tensor], tmp_path: Path
-) -> None:
-    with pytest.raises(UnsupportedModelError, match="already quantized"):
-        refuse(tensors, {}, tmp_path)
-
-
-@pytest.mark.parametrize("weight", [WEIGHT8, FLOAT8, PACKED])
-def test_a_declared_quantization_with_small_weights_is_named(weight: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="some_method"):
-        refuse({"l.weight": weight}, DECLARED, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config"),
-    [
-        ({"l.weight": FLOAT16}, DECLARED),
-        ({"l.weight": FLOAT16, "l.weight_scale": torch.ones(4)}, {}),
-        ({"l.weight": FLOAT16, "position_ids": torch.arange(4)[None].clone(), "attn.bias": PACKED}, DECLARED),
-        ({"l.weight": FLOAT16, "codes": WEIGHT8}, {"quantization_config": None}),
-        ({"l.weight": FLOAT16, "up_blocks.0.weight": FLOAT16}, {}),
-    ],
-)
-def test_plain_weights_are_not_refused(
-    tensors: dict[str, torch.Tensor], config: dict[str, Any], tmp_path: Path
-) -> None:
-    refuse(tensors, config, tmp_path)

@@ -40,7 +40,7 @@ def inspect(model: Path, *arguments: str | Path, tmp_path: Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in every])
 
 
-def test_the_summary_comes_first_and_fits_eighty_columns(model: Path, tmp_path: Path) -> None:
+def test_the_summary_comes_first(model: Path, tmp_path: Path) -> None:
     result = inspect(model, "-q", "--json", tmp_path=tmp_path)
     assert result.exit_code == 0
     result = inspect(model, tmp_path=tmp_path)
@@ -50,7 +50,6 @@ def test_the_summary_comes_first_and_fits_eighty_columns(model: Path, tmp_path: 
     assert lines[2].startswith("2 systematic outlier features: ")
     for title in ("Outlier features", "Inputs of linear layers, by kind", "Inputs with the largest predicted error"):
         assert any(line.startswith(title) for line in lines)
-    assert max(map(len, lines[5:])) <= 80
     assert "[1/2] model.layers.0" in result.stderr
     assert "[2/2] model.layers.1" in result.stderr
     assert not list((tmp_path / "work").iterdir())
@@ -128,7 +127,7 @@ def test_if_the_model_cannot_run_the_weights_are_used_and_a_note_says_so(model: 
     assert "suspects" in result.stdout
     refused = inspect(copied, "--from", "activations", tmp_path=tmp_path)
     assert refused.exit_code == 1
-    assert refused.stderr.startswith("error: the tokenizer cannot be loaded")
+    assert "\nerror: the tokenizer cannot be loaded" in refused.stderr
     assert "hint: " in refused.stderr
 
 

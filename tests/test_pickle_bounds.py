@@ -184,7 +184,6 @@ TIED = torch.nn.Parameter(torch.ones(3))
     ids=range(6),
 )
 @pytest.mark.parametrize("form", [True, False], ids=["zip", "legacy"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_torch_saves_is_within_the_bounds(usual: Any, form: bool) -> None:
     buffer = io.BytesIO()
     torch.save(usual, buffer, _use_new_zipfile_serialization=form)

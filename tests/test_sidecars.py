@@ -77,7 +77,6 @@ def test_columns_are_the_sources_and_loaders_see_no_difference(architecture: str
     assert planned.output_bytes == report.output_bytes
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "bart", "bert"])
 def test_transformers_loads_it_with_nothing_unexpected(architecture: str, tmp_path: Path) -> None:
     import transformers

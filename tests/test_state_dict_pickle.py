@@ -99,7 +99,6 @@ def test_the_tensors_are_those_that_torch_finds(name: str, by_torch: Any) -> Non
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_everything_else_is_left_to_torch(obj: Any) -> None:
     with pytest.raises(NotAStateDictError):
         read_state_dict(pickle_of(saved(obj)))

@@ -14,7 +14,7 @@ _TEXT = "--text FILE and --sequence-length N select the text to run."
 _PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
-    errors.AlreadyQuantizedError: "To check a conversion: int8cli verify DIR.",
+    errors.AlreadyConvertedError: "To check a conversion: int8cli verify DIR.",
     errors.CannotRunError: _BY_WEIGHTS,
     errors.DiskSpaceError: "--output DIR can be on another disk.",
     errors.MissingTransformersError: _BY_WEIGHTS,

@@ -4,6 +4,7 @@ Owns the order of the work, which makes it resumable: a shard gets its final nam
 fetched source removed. Prints nothing; reports to a Progress.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -123,10 +124,23 @@ def require_possible(source: Source, survey: Survey, settings: Settings, options
 
 
 def _require_something_to_quantize(survey: Survey, settings: Settings) -> None:
-    if settings.only and not survey.plan.quantized:
+    """Raise NothingToQuantizeError if the patterns leave nothing, or if no tensor is a known linear layer's weight.
+
+    The output would be a copy of a model that was not understood, under the name of int8.
+    """
+    if survey.plan.quantized:
+        return
+    if settings.only:
         raise NothingToQuantizeError(
             "no module that could be quantized matches the patterns",
             hint="The plan lists the modules with the reason for each.",
+        )
+    if not survey.plan.has_linear_layers:
+        reasons = Counter(each.reason for each in survey.plan.copied if len(each.spec.shape) >= 2)
+        found = ", ".join(f"{count:,} {reason!r}" for reason, count in reasons.most_common(3))
+        raise NothingToQuantizeError(
+            f"{survey.identity.name}: no tensor is recognised as the weight of a linear layer, so nothing becomes int8",
+            hint=f"What its matrices are: {found}." if found else "It holds no matrices.",
         )
 
 

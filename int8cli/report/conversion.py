@@ -20,6 +20,7 @@ from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSumma
 from int8cli.results.units import counted, decibels, human_bytes, human_count, percent
 
 WORST_LAYERS = 10
+COLUMNS_SHOWN = 8  # of one layer
 
 
 def show_report(report: ConversionReport, output: Path) -> None:
@@ -141,7 +142,8 @@ def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> T
 
 
 def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
-    return " ".join(str(column.index) for column in columns)
+    text = " ".join(str(column.index) for column in columns[:COLUMNS_SHOWN])
+    return f"{text} …" if len(columns) > COLUMNS_SHOWN else text
 
 
 def _kinds_table(report: ConversionReport) -> Table:

@@ -22,6 +22,7 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
+from int8cli.verification.float_dtypes import cast_problems, rounding_problems
 
 NAME = "loads"
 _READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
@@ -81,14 +82,25 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
-        source = _built_from_source(model_class, config, [s for record in records for s in record.source_tensors])
-    in_place, failures = _compare(built, source, {spec.name: spec.dtype for spec in specs})
+        source_specs = [spec for record in records for spec in record.source_tensors]
+        source = _built_from_source(model_class, config, source_specs)
+
+        def missing_without(rest: Sequence[TensorSpec]) -> frozenset[str]:
+            return _built_from_source(model_class, config, rest).missing - source.missing
+
+        in_place, failures = _compare(built, source, {spec.name: spec.dtype for spec in specs})
+        if source.model is not None:
+            failures += cast_problems(built.model, source.model)
+            failures += rounding_problems(source.model, records, missing_without)
     if failures and not reads:  # some versions ignore tensors that they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
+    if in_place > wanted and not failures:
+        failures = [("", f"{in_place:,} layers of the model are in int8, {wanted:,} were quantized")]
     detail = f"{loader}, {model_class.__name__}: {in_place:,} of {wanted:,} int8 layers in place"
     shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
-    return Check.of(NAME, detail, [Failure(shards.get(name, CONFIG_FILE), what, name) for name, what in failures])
+    found = [Failure(shards.get(name, CONFIG_FILE), what, name or None) for name, what in failures]
+    return Check.of(NAME, detail, found)
 
 
 def _class_of(directory: Path) -> tuple[Any, Any]:
@@ -119,7 +131,8 @@ def _build(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _Built
     def empty(spec: TensorSpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
 
-    state_dict = {spec.name: empty(spec) for spec in specs}
+    # Of the packed floats no torch has all; none of them is a weight here.
+    state_dict = {spec.name: empty(spec) for spec in specs if spec.dtype in TORCH_DTYPES}
     with as_large_as(len(state_dict)):
         model, info = model_class.from_pretrained(
             None,
@@ -173,7 +186,7 @@ def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str |
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             stored = dtypes.get(full_name) or dtypes.get(full_name.removeprefix(prefix))
-            dtype = parameter.dtype if stored is None else TORCH_DTYPES[stored]
+            dtype = TORCH_DTYPES.get(stored or "", parameter.dtype)
             if takes_int8 and name == "weight":
                 wanted = (module.out_features, module.in_features)
                 if dtype != torch.int8:
