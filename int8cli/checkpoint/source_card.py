@@ -25,7 +25,7 @@ class SourceCard:
     pipeline_tag: str | None = None
 
     @property
-    def fields(self) -> dict[str, str]:
+    def fields(self) -> dict[str, Any]:
         """The fields that are there."""
         known = {name: getattr(self, name) for name in self.__slots__}
         return {name: value for name, value in known.items() if value is not None}
@@ -54,7 +54,8 @@ def source_card_of(text: str) -> SourceCard:
         return NO_CARD
     yaml: Any = importlib.import_module("yaml")  # a dependency of huggingface_hub, which parses cards with it
     try:
-        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+        found = data.to_dict()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{SOURCE_CARD_FILE}: its front matter is not valid YAML") from error
     return SourceCard(**{name: _believed(found.get(name)) for name in SourceCard.__slots__})

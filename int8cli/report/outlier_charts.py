@@ -130,7 +130,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
             known = furthest.get(key)
             if known is None or site.inputs.absmax.max() > known.inputs.absmax.max():
                 furthest[key] = site
-    rows = [
+    rows: list[Row] = [
         {
             "layer": layer,
             "kind": kind,
@@ -155,7 +155,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
 def errors_by_layer(statistics: OutlierStatistics) -> Any:
     """The predicted output error of each linear, by layer: with int8 weights alone, and vector-wise."""
     alt = require_altair()
-    rows = [
+    rows: list[Row] = [
         {
             "layer": site.layer,
             "kind": site.kind,
