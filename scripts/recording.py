@@ -20,7 +20,7 @@ WIDTH = 100
 MOST_LINES = 32
 PLAYS_S = 9.0
 OMITTED = "…"
-PROGRESS = re.compile(r"^block \d+/\d+ ")
+PROGRESS = re.compile(r"^(?:block \d+/\d+|calibrate \[\d+/\d+\]) ")
 THEME = TerminalTheme(
     (22, 27, 34),
     (230, 237, 243),

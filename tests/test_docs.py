@@ -145,8 +145,9 @@ def test_a_recording_has_every_line_at_its_time_and_fetches_nothing() -> None:
     assert "url(http" not in svg
 
 
-def test_a_recording_shortens_progress_visibly() -> None:
-    blocks = [Line(f"block {number}/9 h.{number} in 1.0 s", float(number)) for number in range(1, 10)]
+@pytest.mark.parametrize("progress", ["block {}/9 h in 1.0 s", "calibrate [{}/9] h in 1.0 s"])
+def test_a_recording_shortens_progress_visibly(progress: str) -> None:
+    blocks = [Line(progress.format(number), float(number)) for number in range(1, 10)]
     svg = to_svg("program", [*blocks, Line("done", 10.0)])
     assert [f"{number}/9" in svg for number in range(1, 10)] == [True, *[False] * 7, True]
     assert ">…<" in svg
