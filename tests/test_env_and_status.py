@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import torch
-from support.program import CONVERT, Nursery, llama, run, start, wait_until
+from support.program import CONVERT, Nursery, llama, outcome_of, run, start, wait_until
 
 
 def test_env_names_versions_and_no_secret(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_status_before_during_and_after(nursery: Nursery, tmp_path: Path) -> Non
     finally:
         os.killpg(process.pid, signal.SIGCONT)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        outcome_of(process)
     if not (tmp_path / "out/int8/files.json").exists():
         stopped = status()
         assert (stopped["state"], stopped["model"], stopped["shards"]) == ("unfinished", "model", 6)

@@ -120,7 +120,7 @@ class Calibration:
     ) -> "Iterator[Calibration]":
         """A calibration of a surveyed source. Its state directory is locked while the context is open."""
         with model_files(source, survey.weights) as directory:
-            calibration = cls(source, survey.shards, directory, text, options, progress)
+            calibration = cls(source, survey.source_shards, directory, text, options, progress)
             try:
                 yield calibration
             finally:
