@@ -11,6 +11,7 @@ import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.disk import disk_errors
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
@@ -56,7 +57,7 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
     """Those of a choice by the statistics file that is wanted. Raises OutputError if it cannot be read."""
     path = Path(wanted.mode)
     with disk_errors(path):
-        digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        digest = xxhash.xxh3_128_hexdigest(read_small(path))
     chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit)
     return replace(chosen, calibration=f"statistics {digest}")
 
