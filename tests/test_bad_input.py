@@ -305,7 +305,7 @@ def test_an_output_that_cannot_be_accessed_is_an_error(nursery: Nursery) -> None
         closed.mkdir(0o000)
         line = (*CONVERT, model, "--workers", "2", "-o", closed / "out")
         outcome = nursery.run(*line, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
-        assert_refused(outcome, "cannot be read (Permission denied)", "hint:")
+        assert_refused(outcome, "cannot be written (Permission denied)", "hint:")
 
 
 # Outputs

@@ -16,8 +16,8 @@ from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.commands.options import LayoutName
-from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.layouts import LAYOUTS, compressed_tensors
+from int8cli.planning.decisions import Acceptance, PlanOptions
+from int8cli.planning.layouts import LAYOUTS, bitsandbytes, compressed_tensors
 from int8cli.planning.plan import make_plan
 from int8cli.planning.survey import survey_source
 
@@ -197,9 +197,58 @@ def test_the_report_says_if_vllm_could_not_merge_layers() -> None:
     specs = [TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in (0, 1) for p in "qkvo"]
     assert caveats(*specs) == caveats(*specs, skip=("*.layers.0.*", "*.o_proj")) == []
     assert caveats(*specs, skip=("*.layers.1.self_attn.k_proj",)) == [
-        "vLLM merges model.layers.1.self_attn.(q_proj|k_proj|v_proj) into one layer, which cannot mix int8 and "
-        "float weights"
+        "vLLM merges q_proj, k_proj, v_proj of model.layers.1.self_attn into one layer, which cannot mix int8 and "
+        "float weights; leave the others alone too: *.self_attn.q_proj, *.self_attn.v_proj"
     ]
+
+
+def test_the_layers_to_leave_alone_too_are_named_once_for_all_blocks() -> None:
+    specs = [
+        TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in range(9) for p in "qkvo"
+    ]
+    (said,) = caveats(*specs, skip=("*.self_attn.k_proj",))
+    assert "9 layers, the first model.layers.0.self_attn," in said
+    assert caveats(*specs, skip=("*.self_attn.k_proj", "*.self_attn.q_proj", "*.self_attn.v_proj")) == []
+
+
+FUSED = {
+    "dbrx": ("transformer.blocks.0.ffn.experts.mlp.w1", (256, 32), "transformer.blocks.0.ffn.experts.0.w1"),
+    "gpt_oss": ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 64), "model.layers.0.mlp.experts.0.gate_proj"),
+    "novel": ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 64), "model.layers.0.mlp.experts.0.gate_proj"),
+}
+
+
+@pytest.mark.parametrize("model_type", FUSED)
+def test_fused_experts_that_stay_floats_are_ignored_under_the_names_that_vllm_asks_for(model_type: str) -> None:
+    fused, shape, asked = FUSED[model_type]
+    specs = [TensorSpec(fused, "BF16", shape), TensorSpec("model.layers.0.self_attn.o_proj.weight", "BF16", (32, 32))]
+    plan = make_plan(specs, {"model_type": model_type}, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    entries = compressed_tensors.ignore(plan)
+    assert ignored(entries, asked)
+    assert ignored(entries, asked.rpartition(".experts.")[0] + ".experts")
+    assert not ignored(entries, "model.layers.0.self_attn.o_proj")
+    assert not ignored(entries, asked.replace(".experts.0", ".shared_expert"))
+
+
+def test_a_dense_model_and_one_with_int8_experts_have_no_entry_for_experts(tmp_path: Path) -> None:
+    for architecture in ("llama", "mixtral"):
+        source = save_tiny(architecture, tmp_path / architecture)
+        convert(source, tmp_path / f"{architecture}-int8", ConvertOptions(outliers="none", layout=LAYOUT))
+        config = read_json(tmp_path / f"{architecture}-int8" / "config.json")
+        assert not [entry for entry in config["quantization_config"]["ignore"] if "experts" in entry]
+
+
+def test_layers_that_vllm_builds_as_floats_are_left_alone_in_this_layout() -> None:
+    modules = ["mlp.shared_expert_gate", "mamba.dt_proj", "mamba.in_proj", "mamba.out_proj", "self_attn.o_proj"]
+    specs = [TensorSpec(f"model.layers.0.{module}.weight", "BF16", (8, 8)) for module in modules]
+
+    def int8(model_type: str, loader: Acceptance) -> list[str]:
+        plan = make_plan(specs, {"model_type": model_type}, PlanOptions(loader=loader))
+        return [decision.module.removeprefix("model.layers.0.") for decision in plan.quantized]
+
+    assert int8("jamba", compressed_tensors.ACCEPTS) == ["self_attn.o_proj"]
+    assert int8("bamba", compressed_tensors.ACCEPTS) == modules[2:]
+    assert int8("jamba", bitsandbytes.ACCEPTS) == modules  # as transformers quantizes on load
 
 
 def test_the_report_says_that_transformers_does_not_read_mixtures(tmp_path: Path) -> None:

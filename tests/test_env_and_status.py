@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.program import CONVERT, Nursery, llama, run, start, wait_until
+from support.program import CONVERT, Nursery, llama, outcome_of, run, start, wait_until
 
 from int8cli.commands.env import env
 
@@ -55,7 +55,7 @@ def test_status_before_during_and_after(nursery: Nursery, tmp_path: Path) -> Non
     finally:
         os.killpg(process.pid, signal.SIGCONT)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        outcome_of(process)
     if not (tmp_path / "out/int8/files.json").exists():
         stopped = status()
         assert (stopped["state"], stopped["model"], stopped["shards"]) == ("unfinished", "model", 6)

@@ -13,6 +13,7 @@ from test_plan import plan_of, spec
 from torch import Tensor
 
 from int8cli import ConvertOptions, VerifyOptions, convert, verify
+from int8cli.commands.options import LayoutName
 from int8cli.errors import UnsupportedModelError
 from int8cli.loaders import transformers_versions
 from int8cli.loaders.older_names import names_on_load
@@ -37,7 +38,7 @@ def loads(output: Path) -> Check:
     return next(check for check in verify(output).checks if check.name == "loads")
 
 
-# --- floats of other widths ------------------------------------------------------------------------------------------
+# floats of other widths
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
@@ -68,7 +69,7 @@ def test_a_copied_tensor_of_any_dtype_is_sound(dtype: str, tmp_path: Path) -> No
     assert [(check.name, check.failures) for check in found.checks if check.failures] == []
 
 
-# --- skip lists ------------------------------------------------------------------------------------------------------
+# skip lists
 
 
 def test_what_is_named_like_an_embedding_and_may_be_linear_is_in_the_list() -> None:
@@ -111,7 +112,7 @@ def test_names_on_load(module: str, beside: tuple[str, ...], expected: set[str])
     assert set(names_on_load(module, (module, *beside))) == expected
 
 
-# --- output heads ----------------------------------------------------------------------------------------------------
+# output heads
 
 BLOCK = ("model.layers.0.attention.wo.weight", 32, 32)
 
@@ -141,7 +142,7 @@ def test_a_head_of_a_padded_vocabulary_is_told_and_a_layer_of_that_width_in_bloc
     assert [decision.reason for decision in plan.decisions[1:]] == [names.HEAD, names.LINEAR, names.LINEAR]
 
 
-# --- a judge that shares no table ------------------------------------------------------------------------------------
+# a judge that shares no table
 
 
 def with_router_in_float32(directory: Path) -> Path:
@@ -168,7 +169,7 @@ def test_verify_finds_what_was_rounded_though_loaders_hold_it_in_float32(
             "float32") in found  # fmt: skip
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# files
 
 
 def test_folders_that_loaders_read_go_along(tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_one_shard_of_several_is_no_model_and_the_hint_leads_to_one(tmp_path: Pa
     assert not (tmp_path / "output").exists()
 
 
-# --- digits that a load does not keep --------------------------------------------------------------------------------
+# digits that a load does not keep
 
 
 @pytest.mark.parametrize("width", [24, 600_000], ids=["narrow", "wider than a block"])
@@ -239,7 +240,8 @@ def test_a_float16_weight_is_rounded_to_the_bfloat16_of_its_config_as_on_load(wi
     weight = torch.randn(3, width).mul(0.05).half()
     config = {"model_type": "llama", "torch_dtype": "bfloat16"}
     source = save_by_hand(tmp_path / "source", {f"{name}.weight": weight}, config)
-    for layout, rounded in (("bitsandbytes", weight.bfloat16()), ("compressed-tensors", weight)):
+    layouts: dict[LayoutName, torch.Tensor] = {"bitsandbytes": weight.bfloat16(), "compressed-tensors": weight}
+    for layout, rounded in layouts.items():
         convert(source, tmp_path / layout, ConvertOptions(outliers="none", layout=layout))
         data, _ = quantize_with_bitsandbytes(rounded)
         assert torch.equal(read_all(tmp_path / layout)[f"{name}.weight"], data)

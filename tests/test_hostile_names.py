@@ -413,7 +413,7 @@ def test_all_commands_on_a_terminal(source: Path, runnable: Path, tmp_path: Path
 )
 def test_a_revision_and_an_id_that_no_hub_has(arguments: list[str], nursery: Nursery, tmp_path: Path) -> None:
     model = ["org/m"] if arguments[0] == "--revision" else []
-    with HubStandIn(cdn=False) as hub:
+    with HubStandIn(cdn=None) as hub:
         for command in ("convert", "estimate-memory", "inspect-outliers"):
             env = {"HF_ENDPOINT": hub.endpoint}
             outcome = nursery.run(command, *model, *arguments, cwd=tmp_path, env=env)
@@ -456,11 +456,13 @@ def test_each_reader_is_reached_in_one_way(path: Path) -> None:
 
 
 def is_safe(argument: ast.expr) -> bool:
-    """A constant, JSON in ASCII, or a text in which every value is made printable."""
+    """A constant, JSON in ASCII, or a text in which every value is made printable, or either of two."""
+    if isinstance(argument, ast.BoolOp):
+        return all(is_safe(each) for each in argument.values)
     if isinstance(argument, ast.JoinedStr):
         return all(is_safe(value.value) for value in argument.values if isinstance(value, ast.FormattedValue))
     if isinstance(argument, ast.Call):
-        return ast.unparse(argument.func) in ("printable", "json.dumps")
+        return ast.unparse(argument.func) in ("printable", "printable_lines", "json.dumps")
     return isinstance(argument, ast.Constant)
 
 

@@ -507,8 +507,8 @@ def test_figures_that_cannot_be_read_are_an_error_and_never_no_columns(tmp_path:
     whole = convert(made, tmp_path / "whole", options("weights")).output
     output, save_figures = tmp_path / "out", suspects.save_figures
 
-    def save_unreadably(figures: Mapping[str, torch.Tensor], path: Path) -> None:
-        save_figures(figures, path)
+    def save_unreadably(figures: Mapping[str, torch.Tensor], path: Path, **options: Any) -> None:
+        save_figures(figures, path, **options)
         if path.name == "1.safetensors":
             path.unlink()
             path.mkdir()  # root may read any file

@@ -10,6 +10,7 @@ import typer
 
 from int8cli.estimate.ways import Way
 from int8cli.report.terminal import stderr_console
+from int8cli.report.text import printable
 from int8cli.report.ways import time_of, ways_table
 
 
@@ -18,7 +19,8 @@ def choose_way(ways: Sequence[Way]) -> Way:
     if sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty():
         return _asked(ways)
     shorter = ", ".join(f"--outliers {way.outliers} {time_of(way)}" for way in ways[1:])
-    print(f"Choosing outlier columns by running the model takes {time_of(ways[0])} here: {shorter}.", file=sys.stderr)
+    note = f"Choosing outlier columns by running the model takes {time_of(ways[0])} here: {shorter}."
+    print(printable(note), file=sys.stderr)
     return ways[0]
 
 

@@ -197,4 +197,4 @@ def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: boo
         cost = Cost(found.seconds, found.peak_memory_bytes)
         tables = "its tables are above" if details else "--details shows its tables"
         commands = after_convert(found.report, model, found.output)
-        show_summary(found.report, found.output, cost, tables=tables, next_commands=commands)
+        show_summary(found.report, found.output, cost, tables=tables, next_commands=commands, layouts=found.layouts)

@@ -60,7 +60,5 @@ def dequantize(
             print(json.dumps(found.to_json(), indent=2))
         elif not quiet:
             print(f"{printable(found.source)} → {printable(found.output)}")
-            print(
-                f"{found.restored_layers} layers are {' and '.join(found.dtypes)} again; "
-                f"{found.shards} shards, {human_bytes(found.output_bytes)}"
-            )
+            restored = f"{found.restored_layers} layers are {' and '.join(found.dtypes)} again"
+            print(printable(f"{restored}; {found.shards} shards, {human_bytes(found.output_bytes)}"))

@@ -80,6 +80,7 @@ def estimate_memory(
     from int8cli.commands import estimate_memory as command
     from int8cli.report.memory import show_memory
     from int8cli.report.memory_json import memory_to_json
+    from int8cli.report.text import printable
 
     options = EstimateOptions(revision, context, batch, kv_dtype.value, tuple(gpu or ()), layout.value)
     with shown_progress(quiet=False) as progress:
@@ -89,4 +90,6 @@ def estimate_memory(
             print(json.dumps(memory_to_json(report), indent=2))
         else:
             show_memory(report)
-            print("Next:", *after_estimate(report, model), sep="\n  ")
+            print("Next:")
+            for command_line in after_estimate(report, model):
+                print(f"  {printable(command_line)}")

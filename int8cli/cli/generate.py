@@ -154,11 +154,18 @@ def _show(text: str) -> None:
     from int8cli.report.text import printable_lines
 
     with writing_result():
+<<<<<<< HEAD
         print(printable_lines(text) or "\n", end="")
+=======
+        print(printable_lines(text) or "\n", end="", flush=True)
+>>>>>>> main
 
 
 def _show_figures(found: "Generation", *, quiet: bool) -> None:
     from int8cli.report.generation import generation_lines
+    from int8cli.report.text import printable
 
     if not quiet:
-        print("\n" + "\n".join(generation_lines(found)), file=sys.stderr)
+        print(file=sys.stderr)
+        for line in generation_lines(found):
+            print(printable(line), file=sys.stderr)

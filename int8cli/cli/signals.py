@@ -11,6 +11,8 @@ import time
 from contextlib import suppress
 from types import FrameType
 
+from int8cli.report.text import printable
+
 # Python runs a handler between two steps of the main thread. A step can take long: the product of a large layer, a read
 # from a disk that does not respond. After this time the process ends immediately, as if killed; a run can be resumed.
 _CLEAN_END_S = 1.5
@@ -54,7 +56,7 @@ def print_how_to_resume(what: str) -> None:
     """Print why the program ends, and how to resume. Only the first call prints."""
     if _printed.acquire(blocking=False):
         with suppress(OSError, ValueError):  # after SIGHUP the terminal may be closed
-            print(f"\n{what}: run the same command again to resume", file=sys.stderr, flush=True)
+            print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
 
 
 def name_of(interruption: KeyboardInterrupt) -> str:

@@ -10,12 +10,16 @@ from pathlib import Path
 import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
+<<<<<<< HEAD
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.reader import read_small
+=======
+>>>>>>> main
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
 from int8cli.data import SAMPLE_NAME, sample_text
+from int8cli.errors import StatisticsFileError
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
@@ -54,10 +58,20 @@ def planned_calibration(wanted: ColumnsWanted, survey: Survey, settings: Setting
 
 
 def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
-    """Those of a choice by the statistics file that is wanted. Raises OutputError if it cannot be read."""
+    """Those of a choice by the statistics file that is wanted. Raises StatisticsFileError if it cannot be read."""
     path = Path(wanted.mode)
+<<<<<<< HEAD
     with disk_errors(path):
         digest = xxhash.xxh3_128_hexdigest(read_small(path))
+=======
+    try:
+        digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    except OSError as error:
+        raise StatisticsFileError(
+            f"{path} is not a file of outlier statistics: {error.strerror or error}",
+            hint="Running the model makes such a file.",
+        ) from error
+>>>>>>> main
     chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit)
     return replace(chosen, calibration=f"statistics {digest}")
 

@@ -99,7 +99,7 @@ def _require_text_model(survey: Survey) -> None:
     with tempfile.TemporaryDirectory(prefix="int8cli-") as name:
         if survey.has_config:
             (Path(name) / CONFIG_FILE).write_text(json.dumps(dict(survey.config)))
-        specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
+        specs = {stored.spec.name: stored.spec for contents in survey.source_shards for stored in contents.tensors}
         model = build_skeleton(Path(name), specs).model
     if model.main_input_name != "input_ids":
         raise CannotRunError(f"{type(model).__name__} needs {model.main_input_name}, not text")

@@ -33,6 +33,7 @@ from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
@@ -54,13 +55,15 @@ _DEFAULTS = ConvertOptions()
 class ConversionResult:
     """A finished conversion: the directory that was written, the report in it, and what this run took.
 
-    `peak_memory_bytes` is that of this process, None where other processes did the work.
+    `peak_memory_bytes` is that of this process, None where other processes did the work. `layouts` say what each layout
+    does with a mixture of experts, this conversion's first; empty for other models.
     """
 
     output: Path
     report: ConversionReport
     seconds: float
     peak_memory_bytes: int | None
+    layouts: tuple[LayoutShare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ def convert(
             job = job.chosen(choose)
         report = job.convert()
         peak = peak_memory_bytes() if job.run.workers == 1 else None
-        return ConversionResult(output, report, time.monotonic() - begun_s, peak)
+        return ConversionResult(output, report, time.monotonic() - begun_s, peak, layout_shares(job.survey))
 
 
 @system_errors()
@@ -182,6 +185,7 @@ class _Job:
         strategy = next(self._strategies())
         for warning in warnings_of(strategy.survey):
             self.progress.note(warning)
+        self._note_experts()
         threads = self.run.threads * self.run.workers
         needs = Needs.of(self.source, strategy.survey, self.run.output, threads=threads)
         return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs, self._ways())
@@ -191,6 +195,7 @@ class _Job:
         foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
         require_possible(self.source, self.survey, foreseen, self.run)
         self.progress.note(self._first_line())
+        self._note_experts()
         if isinstance(self.source, DirectorySource) and self.source.contains_output:
             self.progress.note(f"warning: {self.run.output} lies inside the directory of the source")
 
@@ -227,6 +232,11 @@ class _Job:
         run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
         speed = speed_here(self.wanted.device) if here else speed_without_torch(self.progress)
         return ways_to_convert(self.source, self.survey, run.output, self.wanted, speed, run.threads * run.workers)
+
+    def _note_experts(self) -> None:
+        said = about_experts(layout_shares(self.survey))
+        if said is not None:
+            self.progress.note(said)
 
     def _first_line(self) -> str:
         survey = self.survey

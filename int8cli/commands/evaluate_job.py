@@ -12,6 +12,7 @@ from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
 from int8cli.commands.options import EvaluateOptions
 from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
+from int8cli.errors import StatisticsMismatchError
 from int8cli.estimate.ways import calibration_s, forwards_s
 from int8cli.evaluation.columns import ChosenColumns, calibrated_columns, columns_from
 from int8cli.evaluation.evaluate import evaluate as run_methods
@@ -58,8 +59,9 @@ class EvaluationJob:
             return
         found, speed = applicable(subject, methods), speed_here(self.options.device)
         seconds = forwards_s(subject.survey, speed, self.sampling.tokens, len(found.methods))
-        if found.needs_columns and subject.converted is None and self.options.outliers is None:
-            seconds += calibration_s(subject.survey, speed, Sampling())
+        needed = found.needs_columns or found.needs_smoothing
+        if needed and subject.converted is None and self.options.outliers is None:
+            seconds += calibration_s(subject.survey, speed, Sampling()) * (2 if found.needs_smoothing else 1)
         self.progress.note(f"about {human_seconds(seconds)} on this machine")
 
     def _require_long_enough(self, subject: Subject) -> None:
@@ -70,17 +72,28 @@ class EvaluationJob:
     def _columns(self, subject: Subject, methods: tuple[Method, ...]) -> ChosenColumns | None:
         """The columns to store for a 16-bit model, if a method needs them: from statistics or from a calibration."""
         options = self.options
-        if subject.converted is not None or not applicable(subject, methods).needs_columns:
+        found = applicable(subject, methods)
+        if subject.converted is not None or not (found.needs_columns or found.needs_smoothing):
             return None
         assert subject.survey is not None
         limit = DEFAULT_OUTLIER_COLUMNS if options.outlier_columns is None else options.outlier_columns
         if options.outliers is not None:
             statistics = load_statistics(options.outliers)
             require_same_model(statistics, subject.runs, subject.survey)
+            if found.needs_smoothing:
+                raise StatisticsMismatchError(
+                    "the smoothed methods need a calibration of their own, not statistics from a file",
+                    hint="Leave the statistics out, or the smoothed methods.",
+                )
             if statistics.provenance.text_sha256 == self.text.sha256:
                 self.progress.note("warning: the statistics were made from the same text that is evaluated")
             return columns_from(statistics, limit)
         self._require_long_enough(subject)
-        how = CalibrateOptions(device=options.device, state_directory=self.work / "blocks")
+        how = CalibrateOptions(
+            device=options.device,
+            state_directory=self.work / "blocks",
+            stored_columns=limit if found.needs_smoothing else 0,
+            smooth=found.needs_smoothing,
+        )
         sample = Text.decode(SAMPLE_NAME, sample_text())
         return calibrated_columns(subject, sample, self.text, limit, how, self.progress)

@@ -31,6 +31,7 @@ from int8cli.conversion.float_blocks import FloatTensor, float_blocks, written_s
 from int8cli.conversion.recorded import require_as_recorded
 from int8cli.errors import DiskSpaceError, OutputError, SettingsMismatchError, UnsupportedModelError
 from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.experts import were_fused
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE
 from int8cli.planning.plan import make_plan
 from int8cli.progress import Progress
@@ -135,6 +136,12 @@ def _shards(
 ) -> Iterator[_Shard]:
     """What each shard becomes. The records say what its source held: dtypes, shapes, by the names what is turned."""
     specs = [spec for record in records for spec in record.source_tensors]
+    if were_fused((spec.name for spec in specs), config):
+        raise UnsupportedModelError(
+            "the source stored its experts fused in one tensor, and this output has them one by one: writing them as "
+            "one tensor again is not supported",
+            hint="Use the 16-bit model that was converted.",
+        )
     turned = {each.spec.name for each in make_plan(specs, config, PlanOptions()).decisions if each.transpose}
     by_name = {each.file_name: each for each in contents}
     for record in records:

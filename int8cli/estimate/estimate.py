@@ -7,6 +7,7 @@ needs. Does not know about cards. Needs no torch. All sizes are in bytes.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
@@ -16,6 +17,7 @@ from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
 from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.mixtures import LayoutShare, layout_shares
 from int8cli.planning.survey import Survey, other_files_bytes, room_needed
 
 FLOAT16 = "float16"
@@ -67,6 +69,11 @@ class Estimate:
     cache: KvCache
     conversion: ConversionNeeds
     not_in_memory: frozenset[str]
+
+    @cached_property
+    def layouts(self) -> tuple[LayoutShare, ...]:
+        """What each layout does with a mixture of experts, that of the survey first; empty for other models."""
+        return layout_shares(self.survey)
 
     @property
     def weights(self) -> Weights:

@@ -31,6 +31,7 @@ class Method:
     """One row of the table. `product(layer, inputs (tokens, in), bias)` returns the layer's output (tokens, out).
 
     `needs_weight`: int8 data and row_absmax alone are not enough. `needs_columns`: it uses stored columns.
+    `needs_smoothing`: it uses the exponents of a calibration.
     """
 
     key: str
@@ -39,6 +40,7 @@ class Method:
     needs_weight: bool = True
     needs_columns: bool = False
     by_default: bool = True
+    needs_smoothing: bool = False
 
 
 def _by_scale(scheme: InputScheme, inputs_by: Span, weight_by: Span) -> Product:
@@ -79,6 +81,18 @@ def _weights_only(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(inputs, layer.restored(inputs.dtype), bias)
 
 
+def _smoothed(product: Product) -> Product:
+    """The product of the smoothed layer: what the product computes in a model whose folds are in its weights.
+
+    There the producer divides the input. Both divisions are exact, so the layer gets the same bits.
+    """
+
+    def smoothed(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        return product(layer.smoothed, layer.divided(inputs), bias)
+
+    return smoothed
+
+
 def _biased(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output.add_(bias.to(torch.float32))
 
@@ -98,9 +112,22 @@ _PRODUCTS: dict[str, Product | None] = {
     "llm-int8-stored": _stored("absmax"),
     "zeropoint-llm-int8-stored": _stored("zeropoint"),
     "int8-weights": _weights_only,
+    "smoothed-vector-wise": _smoothed(_by_scale("absmax", "row", "row")),
+    "smoothed-zeropoint": _smoothed(_by_scale("zeropoint", "row", "row")),
+    "smoothed-bitsandbytes": _smoothed(_bitsandbytes),
+    "smoothed-stored": _smoothed(_stored("zeropoint")),
+    "smoothed-int8-weights": _smoothed(_weights_only),
 }
 METHODS = tuple(
-    Method(name.key, name.label, _PRODUCTS[name.key], name.needs_weight, name.needs_columns, name.by_default)
+    Method(
+        name.key,
+        name.label,
+        _PRODUCTS[name.key],
+        name.needs_weight,
+        name.needs_columns,
+        name.by_default,
+        name.needs_smoothing,
+    )
     for name in METHOD_NAMES
 )
 

@@ -25,6 +25,7 @@ from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.statistics import OutlierStatistics, Provenance, SiteStatistics
 from int8cli.outliers.statistics_file import load_statistics, save_statistics
+from int8cli.outliers.unit_smoothing import UnitSmoother
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.progress import Progress
@@ -40,7 +41,8 @@ class CalibrateOptions:
     `state_directory` is for the state between blocks; None keeps it in memory. The directory is removed at the end
     unless `leave_state` is set: then the same call finishes at once. Links are followed up to `state_below`, by default
     the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
-    alone and with that many columns exact.
+    alone and with that many columns exact. With `smooth`, the smoothing of each site is found and proved, which takes
+    about as long as the rest.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -50,6 +52,7 @@ class CalibrateOptions:
     state_below: Path | None = None
     leave_state: bool = False
     stored_columns: int = 0
+    smooth: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,9 @@ class Calibration:
         self._require_memory(skeleton)
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
+        self._smoother = UnitSmoother() if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
+        identity |= {"smooth": True} if options.smooth else {}
         below = options.state_below
         self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 
@@ -115,7 +120,7 @@ class Calibration:
     ) -> "Iterator[Calibration]":
         """A calibration of a surveyed source. Its state directory is locked while the context is open."""
         with model_files(source, survey.weights) as directory:
-            calibration = cls(source, survey.shards, directory, text, options, progress)
+            calibration = cls(source, survey.source_shards, directory, text, options, progress)
             try:
                 yield calibration
             finally:
@@ -165,7 +170,9 @@ class Calibration:
         if unit.is_block:
             self._progress.advance(TASK, unit.name, 0)
         if unit.name not in watches:
-            watches[unit.name] = UnitWatch(loaded, self._options.threshold, self._options.stored_columns)
+            watches[unit.name] = UnitWatch(
+                loaded, self._options.threshold, self._options.stored_columns, self._smoother
+            )
 
         def on_sequence() -> None:
             if unit.is_block:

@@ -29,6 +29,7 @@ FLOAT32 = "kept in float32 by transformers"  # in a float16 model
 FLOAT32_ALWAYS = "always kept in float32 by transformers"  # in a bfloat16 model too
 SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
+LOADER_FLOAT = "not supported in int8 by the loaders of this layout"
 UNKNOWN = "not recognised as a linear layer"
 SKIPPED = "left alone by --skip"
 NOT_NAMED = "not named by --only"
@@ -36,7 +37,10 @@ NON_FINITE = "holds NaN or infinity"
 
 # These are linear layers all the same.
 LINEAR_LEFT_ALONE = frozenset(
-    {TIED, ROUTER, EXPERT, FUSED, FLOAT32, FLOAT32_ALWAYS, SUBCLASS, CONV1D, SKIPPED, NOT_NAMED, NON_FINITE}
+    {
+        *(TIED, ROUTER, EXPERT, FUSED, FLOAT32, FLOAT32_ALWAYS, SUBCLASS, CONV1D, LOADER_FLOAT, SKIPPED, NOT_NAMED),
+        NON_FINITE,
+    }
 )
 
 

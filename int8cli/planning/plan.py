@@ -17,7 +17,7 @@ from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSp
 from int8cli.loaders.transformers_versions import float32_of
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
-from int8cli.planning.decisions import Decision, Plan, PlanOptions
+from int8cli.planning.decisions import Acceptance, Decision, Plan, PlanOptions
 
 _WEIGHT = ".weight"
 _FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
@@ -45,6 +45,7 @@ class _Checkpoint:
     def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
         self._specs = specs
         self.rules = tuple(_rules_for(config))
+        self._model_types = frozenset(model_types(config))
         self._float32 = tuple(float32_of(model_types(config)))
         self.tied = bool(config.get("tie_word_embeddings", False))
         self._vocabularies = frozenset(_vocabularies(config))
@@ -95,6 +96,11 @@ class _Checkpoint:
         """Whether a linear layer is left alone because of its float32. One that is always float32 becomes int8."""
         return self.float32(module) == names.FLOAT32
 
+    def is_float_for(self, loader: Acceptance, module: str) -> bool:
+        """Whether a loader does not support this linear layer in int8."""
+        concerned = (each for each in loader.floats if not each.model_types or each.model_types & self._model_types)
+        return any(each.pattern.search(module) for each in concerned)
+
     def _shows_conv1d(self, spec: TensorSpec) -> bool:
         if len(spec.shape) != 2 or not names.CONV1D_NAME.search(_module(spec)):
             return False
@@ -107,6 +113,8 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = names.LINEAR
     if reason == names.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
         reason = names.CONV1D
+    if reason == names.LINEAR and checkpoint.is_float_for(options.loader, _module(spec)):
+        reason = names.LOADER_FLOAT
     if reason == names.LINEAR:
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == names.LINEAR

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from int8cli.planning.mixtures import LayoutShare, about_experts
 from int8cli.planning.output_files import REPORT_FILE
 from int8cli.records.conversion import FROM_WEIGHTS
 from int8cli.report.conversion import groups_table
@@ -25,9 +26,18 @@ class Cost:
 
 
 def show_summary(
-    report: ConversionReport, output: Path, cost: Cost, *, tables: str, next_commands: Sequence[str]
+    report: ConversionReport,
+    output: Path,
+    cost: Cost,
+    *,
+    tables: str,
+    next_commands: Sequence[str],
+    layouts: tuple[LayoutShare, ...] = (),
 ) -> None:
-    """Print the verdict, sizes, errors, cost and next commands. `tables` says where its tables are."""
+    """Print the verdict, sizes, errors, cost and next commands.
+
+    `tables` says where its tables are, `layouts` what each layout does with a mixture of experts.
+    """
     console = stdout_console()
     console.print(_verdict(report, output), soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 1))
@@ -36,6 +46,9 @@ def show_summary(
     for name, text in _rows(report, output, cost, tables):
         table.add_row(name, text)
     console.print_table(table)
+    experts = about_experts(layouts)
+    if experts is not None:
+        console.print(f"[yellow]{escape(experts)}[/yellow]", soft_wrap=True)
     if not report.layers:
         console.print_table(groups_table("Not quantized", report.left_alone))
     console.print("Next:")

@@ -31,6 +31,12 @@ def show_memory(report: MemoryReport) -> None:
         soft_wrap=True,
     )
     console.print(f"{estimate.survey.plan.percent_quantized:.1f} % become int8; a dry run of convert lists the rest")
+    for share in estimate.layouts:
+        console.print(
+            f"  in the {share.layout} layout: {share.percent_int8:.1f} % int8, {share.percent_float_experts:.1f} % "
+            f"experts in floats, {human_bytes(share.output_bytes)}",
+            soft_wrap=True,
+        )
     console.print()
     console.print_table(_precision_table(estimate))
     console.print()

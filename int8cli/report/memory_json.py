@@ -1,5 +1,6 @@
 """A memory estimate as one JSON document. All sizes are bytes; null means unknown."""
 
+from dataclasses import asdict
 from typing import Any
 
 from int8cli.estimate.answers import MachineAnswer, MemoryReport
@@ -31,6 +32,7 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
         "units": [{"unit": unit.name, "part": unit.part, **_weights(weights)} for unit, weights in estimate.units],
         "largest_block": estimate.largest_block[0].name if estimate.largest_block else None,
         "not_held_in_memory": sorted(estimate.not_in_memory),
+        "layouts": [asdict(share) for share in estimate.layouts],
         "kv_cache": _cache(report),
         "workspace": {
             "formula": WORKSPACE_FORMULA,

@@ -18,6 +18,7 @@ class MethodName:
     """A method: `key` is its name on the command line and in tables, `label` says in words what it is.
 
     `needs_weight`: it cannot be computed from int8 data and row_absmax alone. `needs_columns`: it uses stored ones.
+    `needs_smoothing`: it uses exponents that a calibration finds and proves.
     """
 
     key: str
@@ -25,6 +26,11 @@ class MethodName:
     needs_weight: bool = True
     needs_columns: bool = False
     by_default: bool = True
+    needs_smoothing: bool = False
+
+
+def _smoothed(key: str, label: str, *, needs_columns: bool = False) -> MethodName:
+    return MethodName(f"smoothed-{key}", f"smoothed, {label}", True, needs_columns, False, True)
 
 
 # "By row" is by row of X, one scale a token, with one scale for all of W, as in the paper's table 1.
@@ -43,6 +49,11 @@ METHOD_NAMES = (
     MethodName("llm-int8-stored", "LLM.int8(), stored columns", needs_weight=False, needs_columns=True),
     MethodName("zeropoint-llm-int8-stored", "zero-point, stored columns", needs_weight=False, needs_columns=True),
     MethodName("int8-weights", "int8 weights, 16-bit inputs", needs_weight=False),
+    _smoothed("vector-wise", "vector-wise"),
+    _smoothed("zeropoint", "zero-point vector-wise"),
+    _smoothed("bitsandbytes", "LLM.int8(), bitsandbytes"),
+    _smoothed("stored", "zero-point, stored columns", needs_columns=True),
+    _smoothed("int8-weights", "int8 weights, 16-bit inputs"),
 )
 METHOD_KEYS = tuple(method.key for method in METHOD_NAMES)
 

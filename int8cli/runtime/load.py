@@ -8,6 +8,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_version
 from int8cli.model.loading import as_large_as, name_targets
 from int8cli.progress import SILENT, Progress
+from int8cli.runtime.experts import ExpertPlace, find_experts, replace_experts
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.offload import Offload
 from int8cli.runtime.placement import MaxMemory, memory_limits
@@ -119,14 +121,16 @@ def _load(
     from int8cli.runtime.quantizer import Int8cliConfig
 
     model_class = model_class_of(config)
-    tensors = stored.state_dict()
+    with _rejections(model_class):
+        experts = find_experts(model_class, config, stored.linears)
+    tensors = stored.state_dict({name: place.name for name, place in experts.items()})
     with _rejections(model_class), as_large_as(len(tensors)):
         model, info = model_class.from_pretrained(
             None,  # a directory and a state dict exclude each other
             config=config,
             generation_config=_generation_config(model_class, directory),
             state_dict=tensors,
-            quantization_config=Int8cliConfig(_Replacing(stored, inputs, offload)),
+            quantization_config=Int8cliConfig(_Replacing(stored, inputs, offload, experts)),
             dtype=dtype,
             device_map={"": device if offload is None else "cpu"},
             ignore_mismatched_sizes=True,
@@ -175,19 +179,26 @@ def _generation_config(model_class: Any, directory: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Replacing:
-    """Replaces each linear layer that is stored in int8 by an Int8Linear."""
+    """Replaces each linear layer that is stored in int8 by an Int8Linear. `experts` are those that are fused."""
 
     stored: StoredModel
     inputs: InputScheme
     offload: Offload | None
+    experts: Mapping[str, ExpertPlace]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Replacing":
         return self  # transformers copies the config that this is handed over in
 
     def __call__(self, model: Any) -> None:
-        modules = _modules_of(model, {linear.weight_name: linear for linear in self.stored.linears})
+        linears = {linear.weight_name: linear for linear in self.stored.linears if linear.name not in self.experts}
+        modules = _modules_of(model, linears)
         for module_name, linear in modules.items():
             model.set_submodule(module_name, self._replacement(model.get_submodule(module_name), linear))
+        fused = {
+            each.name: (self.experts[each.name], each) for each in self.stored.linears if each.name in self.experts
+        }
+        replace_experts(model, fused, partial(self._new_linear, None, conv1d=False, device=model.device))
+        modules |= {place.path: linear for place, linear in fused.values()}
         if self.offload is not None:
             self.stored.left_on_disk |= self.offload.plan(model, modules)
 
@@ -206,15 +217,21 @@ class _Replacing:
                 f"config.json requires {shape}",
                 hint=_CHECK_CONFIG,
             )
+        conv1d = isinstance(module, Conv1D)
+        return self._new_linear(module.bias, linear, conv1d=conv1d, device=module.weight.device)
+
+    def _new_linear(
+        self, bias: nn.Parameter | None, linear: StoredLinear, *, conv1d: bool, device: torch.device
+    ) -> Int8Linear:
         return Int8Linear(
             linear.in_features,
             linear.out_features,
-            module.bias,
+            bias,
             inputs=self.inputs,
             columns=linear.columns,
             columns_dtype=TORCH_DTYPES[linear.columns_dtype],
-            conv1d=isinstance(module, Conv1D),
-            device=module.weight.device,
+            conv1d=conv1d,
+            device=device,
         )
 
 

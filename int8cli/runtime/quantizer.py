@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from int8cli.errors import UnsupportedOperationError
+from int8cli.runtime.experts import experts_in_floats
 from int8cli.runtime.linear import Int8Linear
 
 _METHOD = "int8cli"
@@ -50,6 +51,7 @@ class Int8cliQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        experts_in_floats(model, dtype or model.dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Linear):
                 model.set_submodule(name, linear_in_floats(module, dtype or model.dtype))

@@ -6,6 +6,7 @@ Owns which linear layers are int8, and how the scales of each layout become row_
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -82,13 +83,18 @@ class StoredModel:
         """The weights that are not int8. Their dtype is the model's."""
         return {name: spec for name, spec in self._converted.specs.items() if spec.dtype in QUANTIZABLE_DTYPES}
 
-    def state_dict(self) -> dict[str, LoadedTensor]:
-        """Every tensor by its name in the checkpoint, and those of int8 layers by their names in Int8Linear."""
+    def state_dict(self, renamed: Mapping[str, str] = MappingProxyType({})) -> dict[str, LoadedTensor]:
+        """Every tensor by its name in the checkpoint, and those of int8 layers by their names in Int8Linear.
+
+        `renamed` gives other names to some of the int8 layers.
+        """
         found = {name: self._tensor(name, spec.dtype) for name, spec in self._converted.specs.items()}
         for linear in self.linears:
-            found[f"{linear.name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")
-            found[f"{linear.name}.{COLUMNS}"] = self._columns(linear, COLUMNS, "I32")
-            found[f"{linear.name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
+            name = renamed.get(linear.name, linear.name)
+            found[f"{name}.weight"] = found.pop(linear.weight_name)
+            found[f"{name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")
+            found[f"{name}.{COLUMNS}"] = self._columns(linear, COLUMNS, "I32")
+            found[f"{name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
         return found
 
     def forget(self, name: str) -> None:

@@ -25,8 +25,9 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
+from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
-from int8cli.planning.survey import Survey, fingerprint, survey_source
+from int8cli.planning.survey import Survey, decisions_by_name, fingerprint, survey_source
 from int8cli.progress import Progress
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
 from int8cli.records.manifest import SideFile
@@ -187,7 +188,7 @@ def _task(
     options: VerificationRun,
 ) -> ShardTask:
     """The task that converts the shard as its record says it was converted."""
-    contents = next(each for each in survey.shards if each.file_name == shard.file)
+    contents = _contents_as_recorded(survey, shard, record)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
     stored = None
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
@@ -205,6 +206,13 @@ def _task(
     )
 
 
+def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecord) -> ShardContents:
+    """The shard's tensors, with fused experts split if they were split when it was converted."""
+    contents = next(each for each in survey.shards if each.file_name == shard.file)
+    recorded = {spec.name for spec in record.source_tensors}
+    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.as_in_file()
+
+
 def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
     """Whether there is a sidecar with a plausible record. If it is implausible, the check of sidecars reports that."""
     known = {stored.spec.name for stored in contents.tensors}
@@ -215,7 +223,11 @@ def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, c
 
 def _plan_as_recorded(survey: Survey, contents: ShardContents, record: ShardRecord) -> Plan:
     layers = {f"{layer.name}.weight": layer for layer in record.layers}
-    own = (survey.decisions[stored.spec.name] for stored in contents.tensors)
+    decisions = survey.decisions
+    if any(stored.spec.name not in decisions for stored in contents.tensors):
+        whole = [stored.spec for each in survey.source_shards for stored in each.tensors]
+        decisions = decisions_by_name(make_plan(whole, survey.config, survey.plan.options))
+    own = (decisions[stored.spec.name] for stored in contents.tensors)
     return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
 
 
