@@ -154,11 +154,7 @@ def _show(text: str) -> None:
     from int8cli.report.text import printable_lines
 
     with writing_result():
-<<<<<<< HEAD
-        print(printable_lines(text) or "\n", end="")
-=======
         print(printable_lines(text) or "\n", end="", flush=True)
->>>>>>> main
 
 
 def _show_figures(found: "Generation", *, quiet: bool) -> None:

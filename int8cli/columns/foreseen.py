@@ -10,11 +10,7 @@ from pathlib import Path
 import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
-<<<<<<< HEAD
-from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.reader import read_small
-=======
->>>>>>> main
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
@@ -60,18 +56,13 @@ def planned_calibration(wanted: ColumnsWanted, survey: Survey, settings: Setting
 def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
     """Those of a choice by the statistics file that is wanted. Raises StatisticsFileError if it cannot be read."""
     path = Path(wanted.mode)
-<<<<<<< HEAD
-    with disk_errors(path):
-        digest = xxhash.xxh3_128_hexdigest(read_small(path))
-=======
     try:
-        digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        digest = xxhash.xxh3_128_hexdigest(read_small(path))
     except OSError as error:
         raise StatisticsFileError(
             f"{path} is not a file of outlier statistics: {error.strerror or error}",
             hint="Running the model makes such a file.",
         ) from error
->>>>>>> main
     chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit)
     return replace(chosen, calibration=f"statistics {digest}")
 
