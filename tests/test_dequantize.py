@@ -223,3 +223,11 @@ def test_our_own_directory_is_no_place_for_a_model(tmp_path: Path) -> None:
     output = converted("llama", tmp_path)
     with pytest.raises(OutputError, match="is inside"):
         dequantize(output, output / "int8/floats")
+
+
+def test_a_run_killed_before_it_claimed_the_directory_is_resumed(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    (tmp_path / "floats/int8").mkdir(parents=True)
+    (tmp_path / "floats/int8/.dequantization.json.partial").write_text("{")
+    assert dequantize(output, tmp_path / "floats").shards == 1
+    assert not (tmp_path / "floats/int8/.dequantization.json.partial").exists()

@@ -22,7 +22,7 @@ from int8cli.checkpoint.header import encode_header
 from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
-from int8cli.checkpoint.own_files import remove_tree
+from int8cli.checkpoint.own_files import name_aside, remove_tree
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import TORCH_NAMES, ShardContents, StoredTensor, TensorSpec
 from int8cli.checkpoint.writer import ShardWriter, copy_file, free_bytes, write_file
@@ -202,6 +202,8 @@ def _claim(output: Path, directory: Path, records: Sequence[ShardRecord], dtype:
             )
         return
     there = [name for name in os.listdir(output) if name != OWN_DIRECTORY] + os.listdir(output / OWN_DIRECTORY)
+    unfinished = name_aside(path.name, prefix=".", suffix=".partial")  # of a run that was killed here
+    there = [name for name in there if name != unfinished]
     if there:
         raise OutputError(f"{output} is not empty: it holds {there[0]}", hint="Choose another directory.")
     write_file(path, _json_bytes(state), below=output)

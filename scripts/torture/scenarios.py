@@ -75,7 +75,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     ),
     Scenario(
         "dequantize",
-        ("dequantize", "out", "-o", "back", "--json"),
+        ("dequantize", "out", "-o", "back", "-q"),
         before=("convert", "SOURCE", "-o", "out", "-q", "--outliers", "weights"),
         every=2,
     ),
