@@ -11,6 +11,7 @@ difference is one of these:
     missed   we leave alone a linear that the loader quantizes: loads, but is larger than it need be
     wide     a float is written in float32, since another version holds it so
     loaded   a float that the loader quantizes as it loads it, as transformers 4 does
+    lost     transformers does not find a tensor of its own under the name that it saves it by: no output can load
 
     python scripts/survey_architectures.py                    everything: ten minutes, no weights, no network
     python scripts/survey_architectures.py --only llama,bert  some model types
@@ -51,6 +52,7 @@ from int8cli.planning.layouts.skip_modules import skip_modules
 from int8cli.planning.plan import kind_of, make_plan
 
 BUILD_LIMIT_S = 60
+LOST = "other:?"
 TIE_FLIPPED = " (tie_word_embeddings flipped)"
 MEMORY_LIMIT_BYTES = 6 << 30
 
@@ -87,7 +89,7 @@ class BuiltModel:
     """What transformers makes of one class: its config, its tensors as saved, and what becomes of each on load.
 
     `fate` maps a saved name to "int8", "kept" (a linear left alone), "converted" (computed from on load, so that int8
-    cannot stand there) or "other:<module class>"; `targets` maps it to the model's parameter. `linears`,
+    cannot stand there) or "other:<module class>", LOST for none; `targets` maps it to the model's parameter. `linears`,
     `left_alone` and `conv1d` are modules of the model.
     """
 
@@ -310,6 +312,9 @@ def differences(model: BuiltModel, plan: Plan) -> Iterator[tuple[str, str, str, 
     """(severity, kind, what the loader makes of it, our reason) for each tensor on which plan and loader differ."""
     for decision in plan.decisions:
         fate = model.fate[decision.spec.name]
+        if fate == LOST:
+            yield "lost", decision.kind, fate, decision.reason
+            continue
         conv1d = model.targets[decision.spec.name].removesuffix(".weight") in model.conv1d
         if decision.quantize and decision.transpose != conv1d:
             yield "FATAL", decision.kind, "Conv1D" if conv1d else "nn.Linear", "transposed the wrong way"
@@ -326,6 +331,8 @@ def skip_differences(model: BuiltModel, plan: Plan, rule: SkipRule) -> Iterator[
     skips = skip_modules(plan)
     planned = {model.targets[d.spec.name].removesuffix(".weight") for d in plan.quantized}
     floats = {model.targets[d.spec.name].removesuffix(".weight") for d in plan.copied}
+    if LOST in model.fate.values():  # which modules the others would fill is not known
+        return
     for name in model.linears:
         converts = not any(rule(entry, name) for entry in skips)
         if converts and name not in planned:
@@ -355,7 +362,7 @@ def dtype_differences(model: BuiltModel) -> Iterator[tuple[str, str, str, str]]:
 
 
 def report(built: list[BuiltModel], unbuilt: list[dict[str, str]], version: str, quiet: bool) -> int:
-    severities = ("FATAL", "narrow", "refused", "missed", "wide", "loaded")
+    severities = ("FATAL", "lost", "narrow", "refused", "missed", "wide", "loaded")
     rule = skip_rule(version)
     by_class: dict[str, str] = {}
     rows: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
