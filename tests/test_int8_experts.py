@@ -95,6 +95,16 @@ def test_stored_columns_of_experts_are_exact(tmp_path: Path) -> None:
     assert torch.equal(expert.gate.dequantize()[:, [1, 3]], source[name][:, [1, 3]])
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 11, 22, 33, 200])
+def test_the_output_of_a_layer_is_contiguous_like_that_of_a_float_layer(tokens: int) -> None:
+    layer = Int8Linear(32, 24, None, inputs="zeropoint")
+    layer.weight.random_(-127, 128)
+    layer.row_absmax.fill_(1.0)
+    layer.prepare()
+    with torch.no_grad():
+        assert layer(torch.randn(1, tokens, 32)).is_contiguous()
+
+
 def test_a_model_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

@@ -114,7 +114,8 @@ class Int8Linear(nn.Linear):
             product = llm_int8_linear(rows, Int8Weight(*weight), self.inputs)  # (tokens, out), float32
         if self.bias is not None:
             product = product + self.bias
-        result: Tensor = product.to(inputs.dtype).reshape(*inputs.shape[:-1], self.out_features)
+        # Contiguous like nn.Linear's, which models rely on: Llama 4 views it as complex numbers.
+        result: Tensor = product.to(inputs.dtype).contiguous().reshape(*inputs.shape[:-1], self.out_features)
         return result
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
