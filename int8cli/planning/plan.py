@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
-from int8cli.loaders.transformers_versions import float32_of
+from int8cli.loaders.transformers_versions import float32_of, is_misread
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
@@ -83,6 +83,8 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = names.LINEAR
     if reason == names.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
         reason = names.CONV1D
+    if reason == names.LINEAR and is_misread(_module(spec)):
+        reason = names.MISREAD
     if reason == names.LINEAR:
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == names.LINEAR
