@@ -1,11 +1,11 @@
-# `make demo` shows int8cli at work on a real model, `make test` runs every check, `make benchmark` measures speed and
-# memory beside `cp` and other converters. Each sets up what it needs, in the versions of requirements.lock.
+# `make demo` runs int8cli on a real model, `make test` runs every check, `make benchmark` compares speed and memory with
+# `cp` and other converters. Each installs what it needs, in the versions of requirements.lock.
 # `make torture SECONDS=600` tries for that long to make it lose data. `make test-oldest` and `make test-newest` run the
-# tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without what only the tests
-# install, `make lock` makes the lock anew. See docs/development.md.
+# tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without test dependencies,
+# `make lock` updates the lock files. See docs/development.md.
 
 PYTHON ?= python3
-# Which versions: locked, oldest or newest. Each has a virtual environment of its own.
+# Which versions: locked, oldest or newest. Each has its own virtual environment.
 END ?= locked
 VENV := .venv$(if $(filter-out locked,$(END)),-$(END))
 BIN := $(VENV)/bin
@@ -13,8 +13,8 @@ READY := $(VENV)/.ready
 PINS := $(VENV)/pins.txt
 BARE := .venv-bare$(if $(filter-out locked,$(END)),-$(END))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# A torch release in place of the locked one: `make test TORCH=2.14.0`. Its ends are not those of the rest, since not
-# everywhere a CPU build of every release is to be had: `make test-oldest TORCH_OLDEST=oldest` takes the lower bound.
+# A torch release instead of the locked one: `make test TORCH=2.14.0`. By default, all ends use the locked torch, because
+# CPU builds are not available everywhere. `make test-oldest TORCH_OLDEST=oldest` uses the lower bound.
 TORCH ?=
 TORCH_OLDEST ?= $(TORCH)
 TORCH_NEWEST ?= $(TORCH)
@@ -22,11 +22,11 @@ TORCH_OPTION = $(addprefix --torch ,$(TORCH_$(END)))
 TORCH_locked = $(TORCH)
 TORCH_oldest = $(TORCH_OLDEST)
 TORCH_newest = $(TORCH_NEWEST)
-# pip's torch for Linux comes with gigabytes of CUDA unless pip is configured to find a CPU build;
-# `make test TORCH_BACKEND=cpu` takes the CPU build with uv.
+# For Linux, pip installs torch with gigabytes of CUDA libraries, unless it is configured to find a CPU build.
+# `make test TORCH_BACKEND=cpu` installs the CPU build with uv.
 TORCH_BACKEND ?=
 
-# An hour on two cores, most of it the other converters; `make benchmark BENCHMARK="--gigabytes 8"` leaves them out.
+# Takes an hour on two cores, mostly for other converters. `make benchmark BENCHMARK="--gigabytes 8"` leaves them out.
 BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
 
 SECONDS ?= 600
@@ -40,7 +40,7 @@ DEMO_INT8 := $(DEMO_MODEL)-int8
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
 	$(BIN)/int8cli convert $(DEMO_MODEL) --output $(DEMO_INT8)
-	$(BIN)/python scripts/continue_sentence.py $(DEMO_MODEL) $(DEMO_INT8)
+	$(BIN)/int8cli generate $(DEMO_INT8) "The moon rose over the quiet harbour, and" --raw --max-new-tokens 24 --compare $(DEMO_MODEL)
 
 test: lint types pytest
 
@@ -53,6 +53,8 @@ torture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive int8cli scripts
+	$(BIN)/python scripts/audit.py
 
 types: $(READY)
 	$(BIN)/mypy
@@ -62,14 +64,14 @@ types: $(READY)
 pytest: $(READY)
 	$(BIN)/pytest $(if $(filter-out locked,$(END)),-W default)
 
-# Ends that are not locked say so by running pytest alone: linters and types are checked once, in the locked versions.
+# Linters and types are checked only in the locked versions.
 test-oldest:
 	$(MAKE) pytest END=oldest
 
 test-newest:
 	$(MAKE) pytest END=newest
 
-# The package as users install it, without what only the tests need.
+# The package as users install it, without test dependencies.
 test-bare: $(READY)
 	$(PYTHON) -m venv --clear $(BARE)
 	$(BARE)/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements.lock pip
@@ -79,7 +81,7 @@ test-bare: $(READY)
 lock: .venv-lock/.ready
 	.venv-lock/bin/python scripts/lock.py $(PACKAGE) $(if $(TORCH),--torch $(TORCH))
 
-# The newest versions are looked up in every run.
+# The newest versions are looked up every time.
 $(READY): pyproject.toml requirements.lock requirements-oldest.lock $(if $(filter newest,$(END)),always)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -qq --constraint requirements.lock hatchling packaging pip
@@ -97,7 +99,7 @@ else
 install_torch = $(1)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) torch
 endif
 
-# Apart from the others, so that a lock which cannot be installed can be made anew.
+# A separate environment, so that lock files can be updated even if they cannot be installed.
 .venv-lock/.ready: requirements.lock
 	$(PYTHON) -m venv --clear .venv-lock
 	.venv-lock/bin/python -m pip install -qq --disable-pip-version-check --constraint requirements.lock packaging uv

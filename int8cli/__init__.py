@@ -9,14 +9,20 @@ if TYPE_CHECKING:
     from int8cli.commands.convert import ConversionResult as ConversionResult
     from int8cli.commands.convert import convert as convert
     from int8cli.commands.convert import plan_conversion as plan_conversion
+    from int8cli.commands.dequantize import dequantize as dequantize
     from int8cli.commands.estimate_memory import estimate_memory as estimate_memory
     from int8cli.commands.evaluate import evaluate as evaluate
+    from int8cli.commands.generate import chat as chat
+    from int8cli.commands.generate import generate as generate
     from int8cli.commands.inspect_outliers import inspect_outliers as inspect_outliers
     from int8cli.commands.options import ConvertOptions as ConvertOptions
+    from int8cli.commands.options import DequantizeOptions as DequantizeOptions
     from int8cli.commands.options import EstimateOptions as EstimateOptions
     from int8cli.commands.options import EvaluateOptions as EvaluateOptions
+    from int8cli.commands.options import GenerateOptions as GenerateOptions
     from int8cli.commands.options import InspectOptions as InspectOptions
     from int8cli.commands.options import VerifyOptions as VerifyOptions
+    from int8cli.commands.status import status as status
     from int8cli.commands.verify import verify as verify
     from int8cli.errors import Int8cliError as Int8cliError
     from int8cli.progress import Progress as Progress
@@ -33,19 +39,25 @@ _HOME = {
     "ConversionPlan": "int8cli.commands.convert",
     "ConversionResult": "int8cli.commands.convert",
     "ConvertOptions": "int8cli.commands.options",
+    "DequantizeOptions": "int8cli.commands.options",
     "EstimateOptions": "int8cli.commands.options",
     "EvaluateOptions": "int8cli.commands.options",
+    "GenerateOptions": "int8cli.commands.options",
     "InspectOptions": "int8cli.commands.options",
     "Int8cliError": "int8cli.errors",
     "Progress": "int8cli.progress",
     "SilentProgress": "int8cli.progress",
     "VerifyOptions": "int8cli.commands.options",
+    "chat": "int8cli.commands.generate",
     "convert": "int8cli.commands.convert",
+    "dequantize": "int8cli.commands.dequantize",
     "estimate_memory": "int8cli.commands.estimate_memory",
     "evaluate": "int8cli.commands.evaluate",
+    "generate": "int8cli.commands.generate",
     "inspect_outliers": "int8cli.commands.inspect_outliers",
     "load_model": "int8cli.runtime.load",
     "plan_conversion": "int8cli.commands.convert",
+    "status": "int8cli.commands.status",
     "verify": "int8cli.commands.verify",
 }
 __all__ = ["__version__", *_HOME]

@@ -6,11 +6,16 @@ shown with its traceback.
 
 
 class Int8cliError(Exception):
-    """Base of all errors a user can act on. `hint` is the next step, as one sentence."""
+    """Base of all errors a user can act on. `hint` is the next step, as one sentence.
+
+    `usual_hint` is that of the errors of a class which name none.
+    """
+
+    usual_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class OptionError(Int8cliError):
@@ -48,6 +53,8 @@ class CheckpointError(Int8cliError):
 class CorruptShardError(CheckpointError):
     """A shard is truncated, does not match its own header, or differs from the published file."""
 
+    usual_hint = "Get another copy of the file, and run the same command again."
+
 
 class DigestMismatchError(CorruptShardError):
     """A file differs from the published one, or changed after its header was read. A fresh copy may be correct."""
@@ -81,8 +88,16 @@ class AlreadyQuantizedError(UnsupportedModelError):
     """The weights are already quantized."""
 
 
+class AlreadyConvertedError(AlreadyQuantizedError):
+    """The weights are int8 already, and int8cli wrote them."""
+
+
 class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
+
+
+class UnsupportedOperationError(UnsupportedModelError):
+    """A loaded int8 model cannot do this: be saved, or have its weights changed."""
 
 
 class NothingToQuantizeError(UnsupportedModelError):

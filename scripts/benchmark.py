@@ -1,13 +1,13 @@
-"""Measure int8cli against `cp` of the same files and against other converters, in turn, and print tables in Markdown.
+"""Compare int8cli with `cp` of the same files and with other converters, in turn, and print tables in Markdown.
 
-Makes its own checkpoints: blocks of BLOOM for what is held against `cp`, blocks of Llama-2-7B for what is held against
-other converters, which must know the model. A conversion ends when its output is on the disk, as `cp` does with `sync`.
+Makes its own checkpoints: blocks of BLOOM for the comparison with `cp`, and blocks of Llama-2-7B, which other
+converters support, for the comparison with them. A conversion ends when its output is on disk, like `cp` with `sync`.
 
     python scripts/benchmark.py --gigabytes 8 --runs 5
     python scripts/benchmark.py --peers 2 --runs 3
     python scripts/benchmark.py --growth 0.1 0.3 1 3 10
 
-It wants a machine that does nothing else, and three times the checkpoint's size free on the disk, twice in memory.
+Needs an idle machine, with three times the checkpoint's size free on the disk and twice its size in memory.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarking.cases import Bench, Section
 from benchmarking.machine import describe_machine
 from benchmarking.tables import against_copy, growth, peers
 
-BUILD = Path("build")  # which git ignores and `make clean` removes
+BUILD = Path("build")  # git ignores it, and `make clean` removes it
 
 
 def main() -> None:
@@ -47,15 +47,15 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=0, help="size of the checkpoint that is held against cp")
-    parser.add_argument("--peers", type=float, default=0, metavar="GIGABYTES", help="and against other converters")
+    parser.add_argument("--gigabytes", type=float, default=0, help="compare with cp, on a checkpoint of this size")
+    parser.add_argument("--peers", type=float, default=0, metavar="GIGABYTES", help="compare with other converters")
     parser.add_argument("--growth", type=float, nargs="+", default=[], metavar="GIGABYTES", help="cost at these sizes")
-    parser.add_argument("--runs", type=int, default=5, help="of everything, in turn; medians are shown")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each command; the tables show medians")
     parser.add_argument("--directory", type=Path, default=BUILD, help="where to write (build)")
     parser.add_argument(
-        "--environments", type=Path, default=BUILD / "peers", help="where peers are installed (build/peers)"
+        "--environments", type=Path, default=BUILD / "peers", help="where to install other converters (build/peers)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run here, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run to this file")
     arguments = parser.parse_args()
     if not (arguments.gigabytes or arguments.peers or arguments.growth):
         parser.error("say what to measure: --gigabytes, --peers or --growth")

@@ -1,9 +1,9 @@
-"""How fast `int8cli verify` reads a conversion, held against cat.
+"""Compare the speed of `int8cli verify` with that of cat.
 
     python scripts/benchmark_verify.py DIR
 
-DIR is what `int8cli convert` wrote; take one of some GB that fits the page cache. Reads every shard in turn with
-`cat > /dev/null` and with the pass of verify, and prints the medians and the median of the ratios.
+DIR is a conversion of some GB that fits in the page cache. Reads all shards with `cat > /dev/null` and with the pass of
+verify, in turn, and prints the medians and the median of the ratios.
 """
 
 import argparse
@@ -20,14 +20,14 @@ RUNS = 9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How fast verify reads, held against cat.")
+    parser = argparse.ArgumentParser(description="Compare the speed of verify with that of cat.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     store = RecordStore(options.directory)
     conversion = store.conversion()
     if conversion is None:
-        parser.error(f"{options.directory} is no conversion")
+        parser.error(f"{options.directory} is not a conversion")
     records = [record for shard in conversion.shards if (record := store.record(shard)) is not None]
     files = [file for record in records for file in record.files]
     paths = [str(options.directory / file.file) for file in files]

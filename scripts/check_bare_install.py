@@ -1,10 +1,10 @@
-"""Install the package as a user does, without what only the tests need, and run every command on a tiny model.
+"""Install the package as a user does, without test dependencies, and run every command on a tiny model.
 
     python scripts/check_bare_install.py .venv-bare locked
 
-Three installations, one after the other in one virtual environment: the package alone, with `plots`, with `calibrate`.
-Each command must do what it says or say which extra it needs; nothing may print a traceback, nor torch's warning that
-it has no numpy. The model is made here from bytes, so that nothing is imported that the package may lack.
+Makes three installations, one after the other in one virtual environment: the package alone, with `plots`, and with
+`calibrate`. Each command must either work or say which extra it needs. None may print a traceback, or torch's warning
+about missing numpy. The model is made here from bytes, without imports that the package might lack.
 """
 
 import argparse
@@ -42,7 +42,7 @@ NEVER = re.compile(r"Traceback|numpy", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A command line of int8cli: with exit 0 where the extra that it needs is there, else with a hint at that extra."""
+    """A command line of int8cli. It must exit with 0 if the extra that it `needs` is installed, otherwise name it."""
 
     arguments: tuple[str, ...]
     needs: str = ""
@@ -50,11 +50,13 @@ class Check:
     def fault(self, python: Path, extra: str, directory: Path) -> str | None:
         command = [str(python), "-m", "int8cli", *self.arguments]
         done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=300)
-        said = done.stdout + done.stderr
+        printed = done.stdout + done.stderr
         works = self.needs in ("", extra)
-        if NEVER.search(said) or done.returncode != (0 if works else 1):
+        if NEVER.search(printed) or done.returncode != (0 if works else 1):
             return f"{self}: exit {done.returncode}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
-        return None if works or f"int8cli[{self.needs}]" in said else f"{self}: no hint at its extra\n{done.stderr}"
+        if works or f"int8cli[{self.needs}]" in printed:
+            return None
+        return f"{self}: does not name its extra\n{done.stderr}"
 
     def __str__(self) -> str:
         return f"int8cli {' '.join(self.arguments)}"
@@ -80,9 +82,9 @@ CHECKS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("environment", type=Path, help="a new virtual environment, with torch or without it")
+    parser.add_argument("environment", type=Path, help="a new virtual environment, with or without torch")
     parser.add_argument("end", choices=["locked", "oldest", "newest"])
-    parser.add_argument("--torch", help="a version of torch, oldest or newest in place of the locked one")
+    parser.add_argument("--torch", help="a version of torch, or oldest or newest, instead of the locked one")
     arguments = parser.parse_args()
     pip = Pip(arguments.environment.absolute() / "bin" / "python")
     with tempfile.TemporaryDirectory() as scratch:
@@ -119,7 +121,7 @@ class Pip:
 
 
 def build_wheel(directory: Path) -> Path:
-    """The package as users get it, made with the build backend of the environment that runs this."""
+    """Build the wheel that users install, with the build backend of this environment."""
     command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(directory)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = directory.glob("*.whl")
@@ -129,8 +131,8 @@ def build_wheel(directory: Path) -> Path:
 def limits(end: str, extra: str, torch: str | None) -> list[str]:
     """Constraints for the package with one extra.
 
-    The oldest end has the lower bounds of the package and `plots` themselves, which may be lower than those of the
-    oldest lock file, where transformers wants newer ones; with `calibrate` it is that file.
+    For the oldest end without `calibrate`, these are the lower bounds in pyproject.toml. They may be lower than the
+    versions in the oldest lock file, which also has to satisfy transformers.
     """
     if end != "oldest" or extra == "calibrate":
         return constraints(end, torch)
@@ -145,19 +147,19 @@ def lowest(requirement: Requirement) -> str:
 
 
 def check(python: Path, extra: str) -> None:
-    """Run every check; exits with what went wrong, if anything did."""
+    """Run every check. Exits with a message if any fails."""
     with tempfile.TemporaryDirectory() as directory:
         write_model(Path(directory, "model"))
         faults = [fault for one in CHECKS if (fault := one.fault(python, extra, Path(directory)))]
     print(
-        f"int8cli{f'[{extra}]' if extra else ''} alone: {len(CHECKS)} command lines, {len(faults)} at fault", flush=True
+        f"int8cli{f'[{extra}]' if extra else ''} alone: {len(CHECKS)} command lines, {len(faults)} failed", flush=True
     )
     if faults:
         sys.exit("\n".join(faults))
 
 
 def unchecked(python: Path) -> set[str]:
-    """Commands that int8cli has and no check runs."""
+    """The commands of int8cli that no check runs."""
     code = "from int8cli.cli import app; print(*(command.name for command in app.registered_commands))"
     names = subprocess.run([str(python), "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
     return set(names) - {one.arguments[0] for one in CHECKS}
@@ -196,7 +198,7 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def tokenizer() -> dict[str, Any]:
-    """Byte-level BPE without merges: bytes that do not print stand as characters from 256 on, as in GPT-2."""
+    """Byte-level BPE without merges. As in GPT-2, bytes that are not printable become characters from 256 on."""
     printing = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printing]
     characters = {byte: chr(byte) for byte in printing} | {byte: chr(256 + i) for i, byte in enumerate(others)}

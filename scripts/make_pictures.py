@@ -1,10 +1,10 @@
 """Make the pictures of README.md and docs/ again, in docs/images/.
 
-    python scripts/make_pictures.py                         all of them
-    python scripts/make_pictures.py recording benchmark     these
+    python scripts/make_pictures.py                         all pictures
+    python scripts/make_pictures.py recording benchmark     only these
 
-`recording` records a conversion of the demo model as it happens. `evaluation` and `outliers` are pictures that the
-commands themselves write of that model, which `make demo` makes. `benchmark` draws the figures of docs/benchmarks.json.
+`recording` records a conversion of the demo model. `evaluation` and `outliers` are pictures of that model that the
+commands write themselves. `benchmark` draws the figures of docs/benchmarks.json. `make demo` makes the demo model.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LIMIT_S = 3600
 
 
 def draw_recording(path: Path) -> None:
-    """A conversion of the demo model, from its first line to its last."""
+    """A complete conversion of the demo model."""
     shutil.rmtree(ROOT / CONVERTED, ignore_errors=True)
     command = ["int8cli", "convert", MODEL, "--output", CONVERTED]
     lines = record([str(PROGRAM), *command[1:]], ROOT, LIMIT_S)
@@ -37,7 +37,7 @@ def draw_recording(path: Path) -> None:
 
 
 def draw_evaluation(path: Path) -> None:
-    """Perplexity by method and output error by layer, on the text and tokens that evaluate takes by default."""
+    """Perplexity by method and output error by layer, with the default text and tokens of evaluate."""
     _run("evaluate", MODEL, "--quiet", "--output", path)
     path.write_text(slimmed(path.read_text()))
 
@@ -67,7 +67,7 @@ def draw_benchmark(path: Path) -> None:
 
 
 def _bars(runs: list[Mapping[str, Any]], figure: str, title: str, form: str) -> Any:
-    """A panel: one bar for each converter, in the order of the file, with its figure written at its end."""
+    """A panel with one bar for each converter, in the order of the file, labelled with its figure."""
     import altair as alt
 
     rows = [
@@ -99,9 +99,7 @@ PICTURES: Mapping[str, Callable[[Path], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "pictures", nargs="*", metavar="PICTURE", help=f"of {', '.join(PICTURES)}; all if none is named"
-    )
+    parser.add_argument("pictures", nargs="*", metavar="PICTURE", help=f"{', '.join(PICTURES)}; all of them by default")
     wanted = parser.parse_args().pictures or list(PICTURES)
     if unknown := sorted(set(wanted) - set(PICTURES)):
         parser.error(f"there is no picture {', '.join(unknown)}")

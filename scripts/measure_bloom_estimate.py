@@ -1,9 +1,9 @@
-"""What estimate-memory says of BLOOM-176B, and what it costs: requests, bytes, seconds.
+"""Show the memory estimate of BLOOM-176B, and what it costs: requests, bytes, seconds.
 
     python scripts/measure_bloom_estimate.py [DIRECTORY] [--latency-ms 50] [-- ARGUMENTS OF estimate-memory]
 
-Makes the 72 shards of bigscience/bloom at their true shapes as sparse files (352 GB that take no room), serves them
-from a Hub stand-in on this machine, and runs the command against it as a user would.
+Makes the 72 shards of bigscience/bloom with their true shapes as sparse files (352 GB that use no disk space), serves
+them from a Hub stand-in on this machine, and runs the command as a user would.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def block(layer: int) -> Shapes:
 
 
 def write_sparse(path: Path, tensors: Shapes) -> int:
-    """A bfloat16 safetensors file whose data is a hole; returns the bytes of its tensors."""
+    """Write a bfloat16 safetensors file whose data is a hole. Returns the bytes of its tensors."""
     header, end = {}, 0
     for name, shape in tensors.items():
         begin, count = end, 2
@@ -96,15 +96,15 @@ def make_bloom(directory: Path) -> None:
     (directory / "tokenizer.json").write_text("{}")
 
 
-def spare_the_digests(directory: Path) -> None:
-    """Tell the stand-in a sha256 for each shard: it would read 352 GB of zeros to work them out."""
+def preset_digests(directory: Path) -> None:
+    """Give the stand-in a sha256 for each shard. To compute them, it would have to read 352 GB of zeros."""
     for path in directory.glob("*.safetensors"):
         state = (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         hub_stand_in._sha256_by_state[state] = path.stem.encode().hex().ljust(64, "0")[:64]
 
 
 def slow_down(latency_s: float) -> None:
-    """Let every answer come as late as over a real network."""
+    """Delay every answer, like a real network."""
     answer_at_once = hub_stand_in._Handler._route
 
     def answer_late(handler: hub_stand_in._Handler) -> None:
@@ -135,7 +135,7 @@ def main() -> None:
     split = ours.index("--") if "--" in ours else len(ours)
     options = parser.parse_args(ours[:split])
     make_bloom(options.directory)
-    spare_the_digests(options.directory)
+    preset_digests(options.directory)
     measure(options.directory, options.latency_ms, ours[split + 1 :])
 
 

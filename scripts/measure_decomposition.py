@@ -1,13 +1,14 @@
-"""What stored columns are worth: bytes, perplexity and output error beside bitsandbytes' own int8 of the same model.
+"""Measure the benefit of stored columns: size, perplexity and output error, compared with bitsandbytes.
 
     python scripts/measure_decomposition.py demo/SmolLM2-135M-Instruct
 
-For the model, and for a copy with outliers planted in six dimensions (times 256: the same function in floats), converts
-with some numbers of stored columns and runs each result over text that is not the one calibrated with. Prints by
-method: bytes over plain int8, difference of the mean negative log-likelihood from the float model and divergence from
-its predictions, in nats a token with standard errors, and the mean relative output error of all int8 layers, each given
-the float model's inputs. Needs the extra `calibrate`, and bitsandbytes for its line (whose loader keeps all that is
-not int8 in bfloat16, where the others have float32). `--columns 8 --sequences 2 --length 256` takes 200 s of CPU time.
+Uses the model, and a copy with outliers planted in six dimensions (times 256, which is the same function in floats).
+Converts each with several numbers of stored columns, and runs the results on a text that was not used for calibration.
+Prints for each method: the bytes over plain int8; the difference of the mean negative log-likelihood from the float
+model, and the divergence from its predictions, in nats per token with standard errors; and the mean relative output
+error of all int8 layers on the float model's inputs. Needs the extra `calibrate`. The line for bitsandbytes needs
+bitsandbytes, whose loader uses bfloat16 for everything that is not int8, while the others use float32.
+`--columns 8 --sequences 2 --length 256` takes 200 s of CPU time.
 """
 
 import argparse
@@ -44,13 +45,13 @@ def main() -> None:
     sequences = read_sequences(arguments.model, arguments.text, arguments.sequences, arguments.length)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        measure("the model as it is", arguments.model, sequences, arguments.columns, work / "plain")
+        measure("the original model", arguments.model, sequences, arguments.columns, work / "plain")
         planted = plant(arguments.model, work / "model", SCALE)
         measure(f"six dimensions times {SCALE}", planted, sequences, arguments.columns, work / "planted")
 
 
 def read_sequences(model: Path, text: Path | None, count: int, length: int) -> Tensor:
-    """Token ids (count, length), evenly spaced over the text."""
+    """Token ids (count, length) of sequences that are evenly spaced in the text."""
     from transformers import AutoTokenizer
 
     topics = pydoc_data.topics.topics
@@ -106,7 +107,7 @@ def subjects(directories: dict[int, Path]) -> Iterator[tuple[str, Path, Any]]:
 
 
 def log_probabilities(model: Any, sequences: Tensor) -> Iterator[Tensor]:
-    """Of each sequence, (length - 1, vocabulary): what is predicted for all tokens but the first."""
+    """The predictions for all tokens of each sequence but the first: (length - 1, vocabulary)."""
     for sequence in sequences:
         with torch.no_grad():
             logits = model(sequence[None], use_cache=False).logits[0, :-1]
@@ -135,7 +136,7 @@ class Mean:
 
 
 def compare(expected: list[Tensor], quantized: Any, sequences: Tensor) -> tuple[Mean, Mean]:
-    """Paired difference in loss, and divergence KL(float, quantized), by token."""
+    """The mean paired difference in loss, and the mean divergence KL(float, quantized), per token."""
     predicted = list(log_probabilities(quantized, sequences))
     divergences = [(e.exp() * (e - p)).sum(dim=-1) for e, p in zip(expected, predicted, strict=True)]
     loss = losses(predicted, sequences) - losses(expected, sequences)
@@ -143,7 +144,7 @@ def compare(expected: list[Tensor], quantized: Any, sequences: Tensor) -> tuple[
 
 
 def mean_output_error(reference: Any, quantized: Any, sequences: Tensor) -> float:
-    """Mean over the int8 layers of ||y - y_float|| / ||y_float||, both given the float model's inputs."""
+    """The mean over the int8 layers of ||y - y_float|| / ||y_float||, on the float model's inputs."""
     errors: list[float] = []
 
     def comparing(layer: Any) -> Any:

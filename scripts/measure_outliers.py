@@ -1,10 +1,10 @@
-"""What inspect-outliers finds on a real model, and on copies of it with outliers planted: reproduces shared figures.
+"""Run inspect-outliers on a real model, and on copies with planted outliers: reproduces the figures in the docs.
 
     python scripts/measure_outliers.py demo/SmolLM2-135M-Instruct
 
-Prints: the systematic features and massive activations; predicted against measured output error of every linear;
-planted dimensions found; the suspects' average precision; peak memory of a streamed run against loading the model.
-About ten minutes on two cores.
+Prints the systematic features and massive activations, the predicted and measured output errors of the linears, which
+planted dimensions were found, the average precision of the suspects, and the peak memory of a streamed run compared
+with loading the model. Takes about ten minutes on two cores.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def show_found(found: OutlierStatistics) -> None:
 
 
 def show_suspects(model: Path, found: OutlierStatistics) -> None:
-    """Mean over norms with outliers of the average precision of the ranking by weights."""
+    """Print the average precision of the ranking by weights, as a mean over the norms with outliers."""
     source = open_source(str(model), revision=None, download_dir=model / "incoming")
     suspects = find_suspects(source, survey_source(source, PlanOptions()))
     [layers] = found.norm_fed_layers().values()
@@ -106,7 +106,7 @@ def show_suspects(model: Path, found: OutlierStatistics) -> None:
 
 
 def show_predictions(model: Path, found: OutlierStatistics) -> None:
-    """Predicted output errors against those of real int8 products of the same inputs."""
+    """Compare predicted output errors with those of real int8 products of the same inputs."""
     sites = {linear.name: site for site in found.sites for linear in site.linears}
     linears = {linear.name: linear for site in found.sites for linear in site.linears}
     measured = dict(measured_errors(model, found.provenance.tokens))
@@ -124,7 +124,7 @@ def show_predictions(model: Path, found: OutlierStatistics) -> None:
 
 
 def measured_errors(model: Path, tokens: int) -> Iterator[tuple[str, tuple[float, float]]]:
-    """By linear: relative output error with int8 weights, and with int8 inputs too, in float32 products."""
+    """The relative output error of each linear with int8 weights, and with int8 inputs too, in float32 products."""
     source = open_source(str(model), revision=None, download_dir=model / "incoming")
     survey = survey_source(source, PlanOptions())
     with model_files(source, survey.weights) as directory, CheckpointTensors(source, survey.shards) as tensors:
@@ -165,7 +165,7 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> float:
 
 
 def plant(model: Path, output: Path, scale: int) -> Path:
-    """A copy with gains times `scale` in some dimensions, and the columns they feed divided: the same function."""
+    """Make a copy that computes the same function: some gains are multiplied by `scale`, the next columns divided."""
     shutil.copytree(model, output)
     columns, norms = list(PLANTED), ("input_layernorm.weight", "post_attention_layernorm.weight")
     fed = tuple(f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up"))
@@ -214,7 +214,7 @@ IMPORTS = "import torch, transformers, transformers.models.llama.modeling_llama,
 
 
 def show_memory(model: Path) -> None:
-    """Peak resident memory of processes of their own; the first is what the imports alone take."""
+    """Print the peak resident memory of separate processes. The first one only imports."""
     imports = peak_bytes([sys.executable, "-c", IMPORTS])
     print(f"  memory: imports alone {imports / 1e6:,.0f} MB")
     for tokens in (2048, 8192):
@@ -242,7 +242,7 @@ def show_memory(model: Path) -> None:
 
 
 def peak_bytes(command: list[str]) -> int:
-    """Peak resident memory of a command, as the kernel counted it."""
+    """The peak resident memory of a command, as counted by the kernel."""
     runner = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, "
         "stderr=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"

@@ -1,7 +1,7 @@
-"""How the time of a conversion grows with the number of shards: `--outliers none` beside `--outliers weights`.
+"""Measure how the time of a conversion grows with the number of shards, with `--outliers none` and `weights`.
 
-Checkpoints of one tiny block a shard, so that what each shard costs beside its weights is what is measured. CPU time in
-proportion to the shards is right; more says that a shard looks at those before it again. Wall time is mostly fsync.
+Each shard of these checkpoints is one tiny block, so the overhead per shard dominates. CPU time should be proportional
+to the number of shards. If it grows faster, each shard causes work on earlier shards. Wall time is mostly fsync.
 
     python scripts/measure_shard_growth.py 100 400 --workers 1
 """
@@ -37,7 +37,7 @@ LINEARS = (
 
 
 def make_model(directory: Path, shards: int) -> None:
-    """A Llama with as many blocks as shards, written without transformers, which would hold it in memory."""
+    """Write a Llama with one block per shard. transformers would need the whole model in memory."""
     directory.mkdir()
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
@@ -59,7 +59,7 @@ def make_model(directory: Path, shards: int) -> None:
 
 
 def measure(model: Path, output: Path, outliers: str, workers: int) -> tuple[float, float]:
-    """Seconds of wall time, and of CPU time; that of worker processes is not in it."""
+    """Wall time and CPU time in seconds. CPU time does not include worker processes."""
     command = ["convert", model, "--outliers", outliers, "--workers", workers, "-q", "-o", output]
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-m", "int8cli", *map(str, command)], check=True)

@@ -1,11 +1,11 @@
-"""Which version of each package an environment of this repository has: what the lock files say, and whether that is so.
+"""The package versions of an environment: what the lock files say, and whether the environment agrees.
 
-    python scripts/pins.py print locked --torch 2.13.0     # the constraints that `make` gives to pip
-    python scripts/pins.py check locked --torch 2.13.0     # does the environment that runs this have those versions?
+    python scripts/pins.py print locked --torch 2.13.0     # print the constraints that `make` gives to pip
+    python scripts/pins.py check locked --torch 2.13.0     # check the versions in the environment that runs this
 
-Three ends: `locked` has the versions of requirements.lock; `oldest` those of requirements-oldest.lock, the lower bounds
-in pyproject.toml; `newest` what the index offers, save the tools that check the code, which stay at their locked
-version in all three. Reads files and installed metadata only; lock.py writes the lock files.
+There are three ends. `locked` has the versions of requirements.lock, `oldest` those of requirements-oldest.lock (the
+lower bounds in pyproject.toml), and `newest` the newest in the index. In all three, the tools that check the code have
+their locked versions. Only reads files and installed metadata; lock.py writes the lock files.
 """
 
 import argparse
@@ -28,9 +28,9 @@ PYPROJECT = ROOT / "pyproject.toml"
 LOCKED = ROOT / "requirements.lock"
 OLDEST = ROOT / "requirements-oldest.lock"
 
-# At their locked version in every environment: a new linter is no reason for a red test of an old torch.
+# Always at their locked versions, so that a new linter cannot fail a test of an old torch.
 HELD_GROUPS = ("tools", "install", "lock")
-# The package itself, as uv names what pyproject.toml asks for.
+# How uv names the package itself, for requirements in pyproject.toml.
 ASKED_FOR = "int8cli (pyproject.toml"
 
 
@@ -45,12 +45,12 @@ class Pin:
 
     @property
     def asked_for(self) -> bool:
-        """Is it named in pyproject.toml, rather than only needed by another package?"""
+        """Whether pyproject.toml names it. Otherwise only another package needs it."""
         return any(who.startswith(ASKED_FOR) for who in self.via)
 
 
 def read_pins(text: str) -> list[Pin]:
-    """The pins in a lock file's text; ValueError names a line that is none."""
+    """The pins in the text of a lock file. Raises ValueError with the first invalid line."""
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     return [_pin(line) for line in lines]
 
@@ -70,7 +70,7 @@ def read_project(path: Path = PYPROJECT) -> dict[str, Any]:
 
 
 def requirements(project: dict[str, Any]) -> list[Requirement]:
-    """Everything that pyproject.toml asks for: to run, to build, for each extra and each dependency group."""
+    """All requirements in pyproject.toml: to run, to build, and those of each extra and dependency group."""
     table = project["project"]
     lists = [project["build-system"]["requires"], table["dependencies"], *table["optional-dependencies"].values()]
     asked = [Requirement(line) for lines in lists for line in lines]
@@ -78,17 +78,17 @@ def requirements(project: dict[str, Any]) -> list[Requirement]:
 
 
 def group(project: dict[str, Any], name: str) -> list[Requirement]:
-    """What a dependency group lists itself, without the groups that it includes."""
+    """The requirements of a dependency group, without those of groups that it includes."""
     return [Requirement(line) for line in project["dependency-groups"][name] if isinstance(line, str)]
 
 
 def held(project: dict[str, Any]) -> set[str]:
-    """Names of the packages that have their locked version in every environment."""
+    """The packages that have their locked version in every environment."""
     return {canonicalize_name(item.name) for name in HELD_GROUPS for item in group(project, name)}
 
 
 def constraints(end: str, torch: str | None) -> list[str]:
-    """The lines of the constraints file of an end; for `torch` see `torch_line`."""
+    """The lines of the constraints file for an end. For `torch`, see `torch_line`."""
     lines = {"locked": LOCKED, "oldest": OLDEST, "newest": LOCKED}[end].read_text().splitlines()
     if end == "newest":
         names = held(read_project())
@@ -98,9 +98,9 @@ def constraints(end: str, torch: str | None) -> list[str]:
 
 
 def torch_line(torch: str | None) -> list[str]:
-    """The constraint on torch: its version, `oldest`, `newest`, or None for the locked one, in whichever end.
+    """The constraint on torch. `torch` is a version, "oldest", "newest", or None for the locked version.
 
-    Its CPU builds are not everywhere to be had in every version, so the end does not decide it.
+    It does not depend on the end, because CPU builds are not available everywhere in every version.
     """
     if torch == "newest":
         return []
@@ -115,9 +115,9 @@ def _name(line: str) -> str | None:
 
 
 def disagreements(project: dict[str, Any], text: str) -> Iterator[str]:
-    """What in a lock file's text is not what pyproject.toml asks for: missing, out of range, or asked for by nobody.
+    """The differences between a lock file and pyproject.toml: packages that are missing, out of range, or not needed.
 
-    Whatever only another package asks for is taken at its word: uv has written who it was.
+    For a package that only other packages need, the names that uv has written are believed.
     """
     pins = read_pins(text)
     names = {pin.name for pin in pins}
@@ -137,14 +137,14 @@ def disagreements(project: dict[str, Any], text: str) -> Iterator[str]:
 
 
 def environments(project: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """What markers may ask about: each Python that the package is declared for, on Linux and on macOS."""
+    """The environments to evaluate markers in: each declared version of Python, on Linux and on macOS."""
     for python in pythons(project):
         for platform in ("linux", "darwin"):
             yield {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": platform}
 
 
 def pythons(project: dict[str, Any]) -> list[str]:
-    """The Python versions, as in 3.11, that the package is declared for."""
+    """The Python versions that the package declares, such as 3.11."""
     classifiers = project["project"]["classifiers"]
     return [match[1] for line in classifiers if (match := re.fullmatch(r".* :: Python :: (3\.\d+)", line))]
 
@@ -154,7 +154,7 @@ def _admits(requirement: Requirement, pin: Pin) -> bool:
 
 
 def not_as_pinned(pins: Iterable[Pin], complete: bool) -> Iterator[str]:
-    """What is installed here in another version than its pin; if the pins are `complete`, also what has none."""
+    """The installed packages with another version than their pin and, if pins are `complete`, those without a pin."""
     pinned = {pin.name: pin.version for pin in pins if pin.marker is None or pin.marker.evaluate()}
     for distribution in importlib.metadata.distributions():
         name, version = canonicalize_name(distribution.name), Version(distribution.version)
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["print", "check"])
     parser.add_argument("end", choices=["locked", "oldest", "newest"])
-    parser.add_argument("--torch", help="a version of torch, oldest or newest in place of the locked one")
+    parser.add_argument("--torch", help="a version of torch, or oldest or newest, instead of the locked one")
     arguments = parser.parse_args()
     lines = constraints(arguments.end, arguments.torch)
     if arguments.action == "print":

@@ -1,4 +1,4 @@
-"""A command recorded line by line as it runs, and the recording as an SVG that plays once and then stands still."""
+"""Records the output of a command line by line, and renders the recording as an SVG that plays once."""
 
 import io
 import os
@@ -49,14 +49,14 @@ THEME = TerminalTheme(
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of output with its colors as ANSI sequences, and when it came, in seconds from the start."""
+    """A line of output with its colors as ANSI sequences, and its time in seconds from the start."""
 
     text: str
     seconds: float
 
 
 def record(command: Sequence[str], directory: Path, limit_s: float) -> list[Line]:
-    """Run a command and take down what it prints, progress and result, as it comes. Raises CalledProcessError."""
+    """Run a command and record its output with the time of each line. Raises CalledProcessError."""
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "PYTHONUNBUFFERED": "1"}
     started = time.monotonic()
     with subprocess.Popen(
@@ -73,9 +73,9 @@ def record(command: Sequence[str], directory: Path, limit_s: float) -> list[Line
 
 
 def to_svg(command: str, lines: Sequence[Line]) -> str:
-    """The recording: lines appear in the order and at the pace in which they came, in PLAYS_S seconds in all.
+    """The recording as an SVG. Lines appear at their original pace, scaled to at most PLAYS_S seconds.
 
-    What does not animate SVG shows the last state. It fetches no font.
+    Viewers without animation show the last state. The SVG fetches no font.
     """
     shown = list(_shortened([Line(f"\x1b[1m$ {command}\x1b[0m", 0.0), *lines]))
     console = Console(record=True, width=WIDTH, file=io.StringIO(), color_system="truecolor", legacy_windows=False)
@@ -89,7 +89,7 @@ def to_svg(command: str, lines: Sequence[Line]) -> str:
 
 
 def _shortened(lines: Sequence[Line]) -> Iterator[Line]:
-    """The lines with a run of progress told by its ends, and no more of them than a picture has room for."""
+    """The lines, with each run of progress lines reduced to the first and last, and cut at MOST_LINES."""
     found: list[Line] = []
     for progress, run in groupby(lines, lambda line: bool(PROGRESS.match(line.text))):
         group = list(run)
@@ -102,13 +102,13 @@ def _shortened(lines: Sequence[Line]) -> Iterator[Line]:
 
 
 def _format() -> str:
-    """rich's own, without the fonts that it would fetch."""
+    """rich's format for SVG, without the fonts that it would fetch."""
     without_fonts = re.sub(r"@font-face \{\{.*?\}\}", "", _export_format.CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     return without_fonts.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace")
 
 
 def _animated(svg: str, rows: Sequence[float]) -> str:
-    """Each row of the terminal appears when its line came, `rows` in seconds."""
+    """Make each row of the terminal appear at its time. `rows` are the times in seconds."""
     pace = PLAYS_S / max(rows[-1], PLAYS_S)
     rules = [
         f'[clip-path$="line-{row})"] {{ animation: appear 0.01s {seconds * pace:.2f}s backwards }}'

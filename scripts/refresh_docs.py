@@ -1,6 +1,6 @@
-"""Run the commands whose output README.md and docs/ show, and put in what they print today.
+"""Run the commands whose output README.md and docs/ show, and replace it by what they print now.
 
-A block of output stands between two comments; the first says what to run:
+A block of output is between two comments. The first one says what to run:
 
     <!-- output: int8cli verify demo/SmolLM2-135M-Instruct-int8
          lines: 1-6 16-18
@@ -9,14 +9,14 @@ A block of output stands between two comments; the first says what to run:
     …
     <!-- end of output -->
 
-`lines` picks lines of the output by number, 1 being the first ("last" is the last); what is left out shows as `…`.
-`stderr: yes` shows progress as well. `without` names a directory below demo/ that is deleted before the command runs,
-so that a conversion is shown from its start. `run` is a command to run instead, where the one that is shown would need
-the Hub. Commands run from the root of the repository, in the order in which they
-stand; one that stands several times runs once. They need the model that `make demo` makes.
+`lines` selects lines of the output, from 1 to `last`. Omitted lines become `…`. `stderr: yes` also shows progress.
+`without` names a directory in demo/ that is deleted before the command runs, so that a conversion starts from the
+beginning. `run` is the command to run, if the one that is shown would need the Hub. Commands run in the root of the
+repository, in the order of the pages. A command that is shown several times runs once. They need the model that
+`make demo` makes.
 
     python scripts/refresh_docs.py            all pages
-    python scripts/refresh_docs.py README.md  these pages
+    python scripts/refresh_docs.py README.md  only this page
 """
 
 import argparse
@@ -38,7 +38,7 @@ LIMIT_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A block of output: the command, which lines of it are shown, and how it is run."""
+    """A block of output: the command, the lines that are shown, and how to run it."""
 
     command: str
     lines: str
@@ -48,7 +48,7 @@ class Shown:
 
     @classmethod
     def of(cls, fields: str) -> "Shown":
-        """Read the fields of a comment. Raises ValueError for one that is not known."""
+        """Parse the fields of a comment. Raises ValueError for an unknown field."""
         command, *others = (line.strip() for line in fields.splitlines())
         values = {"lines": "1-last", "stderr": "no", "without": "", "run": command}
         for line in others:
@@ -68,7 +68,7 @@ def blocks_of(text: str) -> list[Shown]:
 
 
 def picked(output: list[str], lines: str) -> list[str]:
-    """The lines that `lines` names, `…` where some are left out. Raises ValueError past the end of the output."""
+    """The selected lines, with `…` for omitted lines. Raises ValueError if a number is beyond the end of the output."""
     found: list[str] = []
     reached = 0
     for part in lines.split():
@@ -82,13 +82,13 @@ def picked(output: list[str], lines: str) -> list[str]:
 
 
 def run(shown: Shown) -> list[str]:
-    """The lines that a command prints into a pipe. Raises CalledProcessError."""
+    """The lines that a command prints to a pipe. Raises CalledProcessError."""
     if shown.without:
         shutil.rmtree(ROOT / "demo" / Path(shown.without).name, ignore_errors=True)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     result = subprocess.run(
         shown.run,
-        shell=True,
+        shell=True,  # nosec B602  # command lines of our own documentation, with pipes
         cwd=ROOT,
         env={**os.environ, "PATH": path, "COLUMNS": "80", "NO_COLOR": "1"},
         stdin=subprocess.DEVNULL,
@@ -102,7 +102,7 @@ def run(shown: Shown) -> list[str]:
 
 
 class Outputs:
-    """What commands printed. A command runs once, for the first block that shows it."""
+    """The output of each command. A command runs once, for the first block that shows it."""
 
     def __init__(self) -> None:
         self._outputs: dict[tuple[str, bool], list[str]] = {}
@@ -116,7 +116,7 @@ class Outputs:
 
 
 def refreshed(text: str, outputs: Outputs) -> str:
-    """The page with the output of today in every block."""
+    """The page with the current output in every block."""
 
     def replaced(match: re.Match[str]) -> str:
         shown = Shown.of(match["fields"])
@@ -131,7 +131,7 @@ def refreshed(text: str, outputs: Outputs) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pages", type=Path, nargs="*", help="README.md and every page of docs/ if none is named")
+    parser.add_argument("pages", type=Path, nargs="*", help="README.md and every page of docs/ by default")
     outputs = Outputs()
     for page in parser.parse_args().pages or pages():
         text = page.read_text()

@@ -1,7 +1,7 @@
-"""An SVG that Vega wrote, with the same picture in a fifth of the bytes.
+"""Reduces an SVG by Vega to a fifth of its size, with the same picture.
 
-A page shows it by an alternative text of its own, so that labels for screen readers on each of thousands of marks say
-nothing; coordinates need one decimal; and a mark that is drawn many times needs to be described once.
+Pages give it an alternative text, so it needs no labels for screen readers on thousands of marks. Coordinates need one
+decimal. A mark that is drawn many times is defined once.
 """
 
 import re

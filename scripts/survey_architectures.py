@@ -113,7 +113,7 @@ class BuiltModel:
         return f"{self.model_type}/{self.class_name}{self.variant}"
 
 
-# --- building, in a child process ------------------------------------------------------------------------------------
+# Building, in a child process
 
 
 def class_names_by_model_type() -> dict[str, list[str]]:
@@ -281,7 +281,7 @@ def collect(only: set[str], path: Path, processes: int) -> None:
         child.join()
 
 
-# --- comparing -------------------------------------------------------------------------------------------------------
+# Comparing
 
 
 def as_built_model(record: dict[str, Any]) -> BuiltModel:

@@ -1,13 +1,13 @@
-"""Try what `convert` writes in several versions of transformers, and write docs/versions.md.
+"""Open the output of `convert` in several versions of transformers, and write docs/versions.md.
 
-Tiny models of many architectures, in float16 and bfloat16, are saved and converted by the environment that runs this
-script, and opened in each of the others, where the source is also quantized on load: the two must hold the same.
+The environment that runs this script saves and converts tiny models of many architectures, in float16 and bfloat16.
+Each of the other environments opens them, and also quantizes the source on load: the two must be equal.
 
     python scripts/table_of_versions.py .venv-457/bin/python .venv-500/bin/python .venv/bin/python
     python scripts/table_of_versions.py --only llama,bert .venv/bin/python    a few architectures, printed only
 
-An environment needs torch, transformers, bitsandbytes and accelerate; for the last two columns also int8cli itself,
-compressed-tensors for the layout of that name. About five minutes for each environment on two cores.
+An environment needs torch, transformers, bitsandbytes and accelerate, for the last two columns also int8cli itself, and
+for compressed-tensors also that package. Takes about five minutes per environment on two cores.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def tried(python: str, cases: Path, outcomes: Path) -> tuple[dict[str, str | None], list[Outcome]]:
-    """The packages of one environment, and what became of each case in it."""
+    """The packages of one environment, and the outcome of each case in it."""
     saved = outcomes / f"{python.strip('./').replace('/', '_')}.jsonl"
     if not saved.exists():
         runs = subprocess.run([python, "-c", "import int8cli.cli"], capture_output=True, check=False).returncode == 0
@@ -121,7 +121,7 @@ def share(outcomes: list[Outcome], key: str) -> str:
 
 
 def remarks(environments: list[tuple[dict[str, str | None], list[Outcome]]]) -> Iterator[str]:
-    """What did not go as it should, by version, and the layers in another precision: architectures by what befell."""
+    """For each version, the problems and the layers in another precision, with the architectures that have them."""
     for packages, outcomes in environments:
         yield f"## transformers {packages['transformers']}"
         yield ""
@@ -135,7 +135,7 @@ def remarks(environments: list[tuple[dict[str, str | None], list[Outcome]]]) -> 
             reasons = "".join(f" ({reason})" for reason in dict.fromkeys(known) if reason is not None)
             yield f"- {', '.join(architectures)}: {remark}{reasons}"
         if not names:
-            yield "Nothing to remark."
+            yield "No remarks."
         yield ""
 
 

@@ -1,5 +1,5 @@
-"""What every test shares: a Hub client that cannot see this machine's cache, token or network settings, Ctrl-C, and a
-nursery of processes for each module that asks for one.
+"""What all tests share: a Hub client that ignores this machine's cache, token and settings, a working Ctrl-C, and a
+nursery of processes for each module that uses one.
 """
 
 import os
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from int8cli.commands.places import cache_directory
+from int8cli.machine.speed import Speed, remember
+
 if TYPE_CHECKING:
     from support.program import Nursery
 
-# huggingface_hub reads these when it is first imported, so they are set before any test module can import it.
+# huggingface_hub reads these when it is first imported, so they are set before any test module imports it.
 _home = tempfile.TemporaryDirectory(prefix="int8cli-hf-home-")
 for _name in (
     "HF_TOKEN",
@@ -26,8 +29,11 @@ for _name in (
     os.environ.pop(_name, None)
 os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# The user's cache is nobody's here. It knows a speed, so that no test measures this machine but the one that means to.
+os.environ["XDG_CACHE_HOME"] = os.path.join(_home.name, "cache")
+remember(Speed(bfloat16=1e11, float16=1e10, float32=5e10, quantized_bytes=4e9), cache_directory())
 
-# A shell gives what it runs in the background an ignored SIGINT, and every process started from there with it.
+# A shell ignores SIGINT for background jobs, and all their child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

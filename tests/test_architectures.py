@@ -1,4 +1,4 @@
-"""What transformers makes of a converted checkpoint: in every tensor the bits of the source quantized on load."""
+"""A converted checkpoint opens in transformers, with exactly the tensors of the source quantized on load."""
 
 import json
 from collections.abc import Callable
@@ -27,8 +27,6 @@ from torch import Tensor
 from int8cli import ConvertOptions, convert
 from int8cli.loaders.transformers_versions import SURVEYED, float32_of, release, skip_rule
 from int8cli.planning.plan import model_types
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 
 LEFT_ALONE_ENTIRELY = ("falcon",)
 IS_NEWEST = release(transformers.__version__) >= release(SURVEYED[-1])
@@ -106,6 +104,20 @@ def test_a_listed_architecture_opens_as_if_quantized_on_load(name: str, dtype: t
     assert any(tensor.dtype == torch.int8 for tensor in state.values()) == (name not in LEFT_ALONE_ENTIRELY)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_a_file_with_more_digits_than_the_config_names_opens_as_if_quantized_on_load(
+    name: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "source", tmp_path / "output"
+    build_tiny(LISTED[name], stored).save_pretrained(source)
+    config = read_json(source / "config.json")
+    config.pop("torch_dtype", None)
+    (source / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    convert(source, output, ConvertOptions(outliers="none", float32="float16"))
+    assert_opens_as_quantized_on_load(source, output, LISTED[name].model)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_another_head_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
     source, output = converted(HEADS[name], tmp_path)
@@ -113,12 +125,12 @@ def test_another_head_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_an_architecture_nobody_named_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
+def test_an_unlisted_architecture_opens_as_if_quantized_on_load(name: str, tmp_path: Path) -> None:
     source, output = converted(OTHERS[name], tmp_path)
     assert_opens_as_quantized_on_load(source, output, OTHERS[name].model)
 
 
-# --- as checkpoints are found in the wild ----------------------------------------------------------------------------
+# Checkpoints in the wild
 
 
 def rewrite(source: Path, rename: Callable[[str], str]) -> dict[str, Tensor]:
@@ -152,7 +164,7 @@ def test_the_checkpoint_of_a_language_model_opens_as_its_base_model(name: str, t
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_a_config_that_names_no_dtype_keeps_that_of_the_weights(name: str, tmp_path: Path) -> None:
+def test_a_config_without_dtype_gets_that_of_the_weights(name: str, tmp_path: Path) -> None:
     source = save_tiny(name, tmp_path / "source")
     edit_config(source, "dtype", "torch_dtype")
     convert(source, tmp_path / "output", WITHOUT_COLUMNS)
@@ -206,7 +218,7 @@ def test_of_experts_and_routers_nothing_is_int8_and_the_report_says_so(tmp_path:
     assert {r for kind, r in reasons.items() if kind.endswith(".gate.weight")} == {"MoE router"}
 
 
-def test_falcon_is_left_alone_and_says_so(tmp_path: Path) -> None:
+def test_falcon_is_not_quantized_and_the_report_says_so(tmp_path: Path) -> None:
     report = convert(save_tiny("falcon", tmp_path / "source"), tmp_path / "output", WITHOUT_COLUMNS).report
     assert report.percent_quantized == 0.0
     assert any("linear class of the model's own" in group.reason for group in report.left_alone)

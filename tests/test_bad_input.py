@@ -1,4 +1,4 @@
-"""What a user can hand in that is broken: each gets an error that names it, and nothing stands half-written."""
+"""Broken input: each kind is an error that names the problem, and no file is half-written."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def assert_refused(outcome: Outcome, *words: str) -> None:
 
 
 def weights_in(output: Path) -> set[str]:
-    """What stands under a final name, or would be taken for it by a loader."""
+    """The files with final names, or names that a loader would read."""
     if not output.exists():
         return set()
     return {name for name in tree(output) if name.endswith((".safetensors", "config.json", ".index.json", "README.md"))}
@@ -100,7 +100,7 @@ def twice(header: dict) -> str:
     ],
     ids=["overlap", "beyond", "negative", "shape", "dtype", "unknown dtype", "duplicate", "no json", "no object"],
 )
-def test_a_header_that_lies_is_refused(
+def test_a_false_header_is_refused(
     change: Callable[[dict], dict | str], word: str, model: Path, nursery: Nursery
 ) -> None:
     rewrite_header(model / SECOND, change)
@@ -110,7 +110,7 @@ def test_a_header_that_lies_is_refused(
 
 
 @pytest.mark.parametrize("claimed", [100_000_001, 2**63, 1_000_000], ids=["over 100 MB", "absurd", "over the file"])
-def test_a_header_longer_than_may_be_is_refused(claimed: int, model: Path, nursery: Nursery) -> None:
+def test_a_header_that_is_too_long_is_refused(claimed: int, model: Path, nursery: Nursery) -> None:
     with (model / FIRST).open("r+b") as file:
         file.write(claimed.to_bytes(8, "little"))
     assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), FIRST, f"{claimed:,}", "hint:")
@@ -139,7 +139,7 @@ def test_a_truncated_shard_is_refused(size: int, model: Path, nursery: Nursery) 
         ("model.norm.weight", 7, ["7"]),
     ],
 )
-def test_an_index_that_leads_nowhere_is_refused(
+def test_an_index_that_names_a_missing_file_is_refused(
     name: str, shard: object, words: list[str], model: Path, nursery: Nursery
 ) -> None:
     save_file({"model.norm.weight": torch.zeros(64)}, model.parent / "outside.safetensors")
@@ -151,7 +151,7 @@ def test_an_index_that_leads_nowhere_is_refused(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\0"])
-def test_an_index_that_is_none_is_refused(text: str, model: Path, nursery: Nursery) -> None:
+def test_an_invalid_index_is_refused(text: str, model: Path, nursery: Nursery) -> None:
     (model / INDEX).write_text(text)
     assert_refused(nursery.run(*CONVERT, model, cwd=model.parent), INDEX)
 
@@ -167,7 +167,7 @@ def test_a_broken_config_is_refused(text: str, model: Path, nursery: Nursery) ->
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_no_number_is_named_with_its_place(value: float, model: Path, nursery: Nursery) -> None:
+def test_an_invalid_number_is_named_with_its_place(value: float, model: Path, nursery: Nursery) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     index = json.loads((model / INDEX).read_text())
     shard = index["weight_map"][name]
@@ -175,12 +175,12 @@ def test_a_value_that_is_no_number_is_named_with_its_place(value: float, model: 
     tensors[name][5, 7] = value
     save_file(tensors, model / shard, metadata={"format": "pt"})
     outcome = nursery.run(*CONVERT, model, cwd=model.parent)
-    assert_refused(outcome, f"{shard}: {name} holds {value} at row 5, column 7", "--on-nonfinite keep")
+    assert_refused(outcome, f"{shard}: {name} contains {value} at row 5, column 7", "--on-nonfinite keep")
     output = model.parent / "model-int8"
     assert shard not in weights_in(output)
     assert "config.json" not in weights_in(output)
     assert not any((output / "int8/partial").glob("*"))
-    # The way out that the hint names goes on in the same directory.
+    # The option that the hint names resumes in the same directory.
     kept = nursery.run(*CONVERT, model, "--on-nonfinite", "keep", cwd=model.parent)
     assert kept.code == 0, kept.err
     assert load_file(output / shard)[name].dtype == torch.bfloat16
@@ -234,7 +234,7 @@ def test_a_truncated_archive_is_refused(nursery: Nursery, tmp_path: Path) -> Non
     assert_refused(nursery.run(*CONVERT, directory, cwd=tmp_path), "pytorch_model.bin")
 
 
-# What is no model
+# Directories that are not models
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_truncated_archive_is_refused(nursery: Nursery, tmp_path: Path) -> Non
         ({"flax_model.msgpack": "x", "tf_model.h5": "x"}, ["flax_model.msgpack"]),
     ],
 )
-def test_a_directory_without_a_model_says_what_is_there(
+def test_a_directory_without_a_model_is_an_error_that_lists_its_files(
     files: dict[str, str], words: list[str], nursery: Nursery, tmp_path: Path
 ) -> None:
     directory = tmp_path / "thing"
@@ -258,15 +258,15 @@ def test_a_directory_without_a_model_says_what_is_there(
     assert not (tmp_path / "thing-int8").exists()
 
 
-def test_what_was_converted_is_not_converted_again(model: Path, nursery: Nursery) -> None:
+def test_a_conversion_is_not_converted_again(model: Path, nursery: Nursery) -> None:
     assert nursery.run(*CONVERT, model, "-o", "once", "-q", cwd=model.parent).code == 0
     outcome = nursery.run(*CONVERT, "once", "-o", "twice", cwd=model.parent)
-    assert_refused(outcome, "already quantized", "hint:")
+    assert_refused(outcome, "already int8", "hint:")
     assert not (model.parent / "twice").exists()
 
 
 @pytest.mark.parametrize("name", ["nothing", "./nothing", "../nothing/", "model.safetensors", "mdoel"])
-def test_a_model_that_is_not_there_is_an_error(name: str, model: Path, nursery: Nursery) -> None:
+def test_a_missing_model_is_an_error(name: str, model: Path, nursery: Nursery) -> None:
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(model.parent / "hf")}
     assert_refused(nursery.run(*CONVERT, name, cwd=model.parent, env=environment), "hint:")
 
@@ -276,7 +276,7 @@ def test_a_revision_of_a_directory_is_refused(model: Path, nursery: Nursery) -> 
 
 
 @pytest.mark.parametrize("file", [FIRST, "config.json", "tokenizer_config.json", INDEX])
-def test_a_file_that_may_not_be_read_is_an_error(file: str, nursery: Nursery) -> None:
+def test_a_file_without_read_permission_is_an_error(file: str, nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = llama(Path(directory) / "model")
         (model / file).chmod(0)
@@ -287,7 +287,7 @@ def test_a_file_that_may_not_be_read_is_an_error(file: str, nursery: Nursery) ->
         assert "config.json" not in weights_in(Path(directory) / "model-int8")
 
 
-def test_a_directory_that_may_not_be_written_is_an_error(nursery: Nursery) -> None:
+def test_a_directory_without_write_permission_is_an_error(nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = llama(Path(directory) / "model")
         Path(directory).chmod(0o555)
@@ -297,7 +297,7 @@ def test_a_directory_that_may_not_be_written_is_an_error(nursery: Nursery) -> No
         assert not (Path(directory) / "model-int8").exists()
 
 
-def test_an_output_that_may_not_be_looked_at_is_an_error(nursery: Nursery) -> None:
+def test_an_output_that_cannot_be_accessed_is_an_error(nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = llama(Path(directory) / "model")
         Path(directory).chmod(0o755)
@@ -305,10 +305,10 @@ def test_an_output_that_may_not_be_looked_at_is_an_error(nursery: Nursery) -> No
         closed.mkdir(0o000)
         line = (*CONVERT, model, "--workers", "2", "-o", closed / "out")
         outcome = nursery.run(*line, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
-        assert_refused(outcome, "cannot be read (Permission denied)", "hint:")
+        assert_refused(outcome, "cannot be written (Permission denied)", "hint:")
 
 
-# Where it is to go
+# Outputs
 
 
 @pytest.mark.parametrize("output", ["file", "file/below", "/proc/nowhere"])
@@ -323,7 +323,7 @@ DISK_BYTES = 48 << 20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, small enough to fill."""
+    """A separate file system that is small enough to fill."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)]
@@ -334,7 +334,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all the room there is."""
+    """A file that uses all free space."""
     filler = disk / "filler"
     with suppress(OSError), filler.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
@@ -342,7 +342,7 @@ def fill(disk: Path) -> Path:
     return filler
 
 
-def test_too_little_room_is_said_with_both_figures_before_the_first_byte(
+def test_too_little_disk_space_is_an_error_before_the_first_byte(
     small_disk: Path, model: Path, nursery: Nursery
 ) -> None:
     fill(small_disk).rename(small_disk / "other")
@@ -358,7 +358,7 @@ def test_too_little_room_is_said_with_both_figures_before_the_first_byte(
     assert "does not fit" in dry.out
 
 
-def test_a_disk_without_a_byte_left_is_said(small_disk: Path, model: Path, nursery: Nursery) -> None:
+def test_a_full_disk_is_reported(small_disk: Path, model: Path, nursery: Nursery) -> None:
     filler = fill(small_disk)
     assert_refused(nursery.run(*CONVERT, model, "-o", small_disk / "out", cwd=model.parent), "out", "hint:")
     assert not weights_in(small_disk / "out")
@@ -366,7 +366,7 @@ def test_a_disk_without_a_byte_left_is_said(small_disk: Path, model: Path, nurse
     assert nursery.run(*CONVERT, model, "-o", small_disk / "out", cwd=model.parent).code == 0
 
 
-def test_a_disk_that_fills_up_half_way_is_said_and_the_next_run_goes_on(
+def test_a_disk_that_fills_up_is_reported_and_the_next_run_resumes(
     small_disk: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     model = llama(tmp_path / "model", layers=4, hidden=768, intermediate=2048, vocabulary=1024, shards=6)
@@ -388,7 +388,7 @@ def test_a_disk_that_fills_up_half_way_is_said_and_the_next_run_goes_on(
     assert tree(output) == reference
 
 
-def test_a_file_larger_than_the_system_allows_is_said(model: Path) -> None:
+def test_a_file_larger_than_the_system_allows_is_an_error(model: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 

@@ -1,4 +1,4 @@
-"""Each method's product against float64, against integers that float32 cannot hold, and against bitsandbytes itself."""
+"""The product of each method, compared with float64, with integers beyond float32, and with bitsandbytes itself."""
 
 import pytest
 import torch
@@ -33,9 +33,7 @@ def inputs_with_outliers(tokens: int, features: int, dtype: torch.dtype = torch.
 
 @pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
 @pytest.mark.parametrize(("inputs_by", "weight_by"), SPANS)
-def test_a_product_is_that_of_the_values_which_int8_stands_for(
-    scheme: InputScheme, inputs_by: Span, weight_by: Span
-) -> None:
+def test_a_product_equals_that_of_the_dequantized_values(scheme: InputScheme, inputs_by: Span, weight_by: Span) -> None:
     inputs, weight = some(9, 40) + 0.7, some(13, 40, seed=2) * 0.1 - 0.02
     left, right = quantize_matrix(inputs, scheme, inputs_by), quantize_matrix(weight, scheme, weight_by)
     meant = []

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says: real checkpoints, commands in turn, and for what cannot be had a reason."""
+"""The benchmark: real checkpoints, commands in turn, and a reason for everything that is left out."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def test_a_checkpoint_is_a_model_that_converts(model, layers: int, tmp_path: Pat
     assert weights.float().std().item() == pytest.approx(0.02, rel=0.02)
 
 
-def test_checkpoints_have_the_size_asked_for_and_blocks_no_wider_than_the_originals() -> None:
+def test_checkpoints_have_the_requested_size_and_blocks_no_wider_than_the_originals() -> None:
     for gigabytes, hidden, blocks in [(4.93, 14336, 1), (8, 12928, 2), (9.87, 14336, 2), (1, 6400, 1)]:
         config = bloom(gigabytes).config
         assert (config["hidden_size"], config["n_layer"]) == (hidden, blocks)
@@ -43,7 +43,7 @@ def case(name: str, script: str, tmp_path: Path, **options) -> Case:
     return Case(name, ("sh", "-c", script), tmp_path / "source", tmp_path / "log", **options)
 
 
-def test_cases_take_turns_and_each_begins_without_its_output(tmp_path: Path) -> None:
+def test_cases_take_turns_and_each_starts_without_its_output(tmp_path: Path) -> None:
     journal, output = tmp_path / "journal", tmp_path / "out"
     cases = [
         case(
@@ -58,7 +58,7 @@ def test_cases_take_turns_and_each_begins_without_its_output(tmp_path: Path) -> 
     assert not output.exists()
 
 
-def test_the_start_of_a_process_is_told_apart(tmp_path: Path) -> None:
+def test_the_start_time_of_a_process_is_shown_separately(tmp_path: Path) -> None:
     start = case("", "sleep 0.3", tmp_path)
     runs, _ = take_turns([case("a", "sleep 0.5", tmp_path, start=start)], 1)
     (run,) = runs["a"]
@@ -75,7 +75,7 @@ def test_peak_memory_and_cpu_time_are_those_of_the_command(tmp_path: Path) -> No
     assert run.cpu_s > 0.03
 
 
-def test_what_fails_is_left_out_with_its_last_word_and_takes_no_further_turn(tmp_path: Path) -> None:
+def test_a_failing_case_is_left_out_with_its_last_output(tmp_path: Path) -> None:
     failing = case("bad", f"echo tried >> {tmp_path}/tries; echo no such thing >&2; exit 3", tmp_path)
     runs, failures = take_turns([failing, case("good", "true", tmp_path)], 2)
     assert failures == {"bad": "ended with 3: no such thing"}
@@ -84,7 +84,7 @@ def test_what_fails_is_left_out_with_its_last_word_and_takes_no_further_turn(tmp
     assert (tmp_path / "tries").read_text() == "tried\n"
 
 
-def test_a_peer_that_cannot_be_installed_says_so(tmp_path: Path) -> None:
+def test_a_peer_that_cannot_be_installed_is_left_out_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     with pytest.raises(InstallError, match="cannot be installed: Error: "):
         installed(Peer("nobody", "nobody.py", ()), tmp_path / "a file")
@@ -119,7 +119,7 @@ def test_ratios_are_medians_of_the_ratios_of_each_turn() -> None:
     assert f"Left out: {COLD_CONVERT}: no disk." in table
 
 
-def test_peers_are_held_against_ours_without_their_starts() -> None:
+def test_peers_are_compared_without_their_start_times() -> None:
     taken = {
         IMPORT_TORCH: runs(1),
         COPY: runs(1),
@@ -135,7 +135,7 @@ def test_peers_are_held_against_ours_without_their_starts() -> None:
     assert "`--no-figures` leaves that out as the other converters do" in table
 
 
-def test_growth_is_a_row_a_size() -> None:
+def test_growth_has_one_row_per_size() -> None:
     taken = {IMPORT_TORCH: runs(1), "1": runs(3, start_s=2, peak=240), "10": runs(12, start_s=2, peak=241)}
     table = growth(Section({"1": 10**9, "10": 10**10}, taken, {}, {}))
     assert row(table, "1.00 GB")[1:] == ["3.00", "1.00", "1.00", "1.50", "1.00", "40 MB"]
@@ -149,7 +149,7 @@ def test_sizes_are_of_all_files_below(tmp_path: Path) -> None:
     assert size_of(tmp_path) == 7
 
 
-def test_what_a_command_starts_and_does_not_wait_for_counts_too(tmp_path: Path) -> None:
+def test_processes_that_a_command_does_not_wait_for_count_too(tmp_path: Path) -> None:
     burn = "import time; a = bytearray(50 << 20); t = time.process_time()\nwhile time.process_time() - t < 0.3: pass"
     program = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {burn!r}])"
     case = Case("orphan", (sys.executable, "-c", program), reads=tmp_path, log=tmp_path / "log")

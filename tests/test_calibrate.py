@@ -1,4 +1,4 @@
-"""A model run block by block: the same numbers, one block in memory, and what is found on the way."""
+"""A model that runs block by block: the same numbers, one block in memory, and the statistics."""
 
 import io
 import json
@@ -207,7 +207,7 @@ def calibrate_inputs(directory: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def plant(model: torch.nn.Module, dimensions: list[int], scale: float) -> None:
-    """Outliers that leave the model's function as it is: gains times a power of two, columns divided by it."""
+    """Plant outliers without changing the model's function: gains times a power of two, columns divided by it."""
     for layer in model.model.layers:
         fed = {
             layer.input_layernorm: ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -234,7 +234,7 @@ def test_planted_outliers_are_found_at_every_norm_fed_site(tmp_path: Path) -> No
 
 
 class Killed(BaseException):
-    """Ends a calibration as a signal would, with nothing cleaned up but what is cleaned up on every way out."""
+    """Ends a calibration as a signal would."""
 
 
 class KilledAfter(SilentProgress):
@@ -255,7 +255,7 @@ class KilledAfter(SilentProgress):
 
 
 @pytest.mark.parametrize("family", ["llama", "t5", "bart", "gpt2", "deberta-v2"])
-def test_a_killed_run_goes_on_to_the_same_statistics(tmp_path: Path, family: str) -> None:
+def test_a_killed_run_resumes_with_the_same_statistics(tmp_path: Path, family: str) -> None:
     make_model(family, tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
@@ -277,7 +277,7 @@ def test_a_killed_run_goes_on_to_the_same_statistics(tmp_path: Path, family: str
     assert not kept.parent.exists()
 
 
-def test_other_text_starts_anew(tmp_path: Path) -> None:
+def test_another_text_starts_over(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
     with pytest.raises(Killed):
@@ -287,7 +287,7 @@ def test_other_text_starts_anew(tmp_path: Path) -> None:
     assert progress.run == ["model.layers.0", "model.layers.1"]
 
 
-def test_a_model_that_repeats_its_block_is_not_resumed_wrongly(tmp_path: Path) -> None:
+def test_a_model_that_repeats_its_block_resumes_correctly(tmp_path: Path) -> None:
     make_model("albert", tmp_path / "model")
     kept = tmp_path / "work" / "blocks"
     whole = saved(calibrated(tmp_path / "model"), tmp_path / "whole.safetensors")
@@ -335,9 +335,7 @@ def test_state_that_cannot_be_read_back_is_made_again(
         lambda record, elsewhere: record.clear(),
     ],
 )
-def test_a_record_of_blocks_that_leads_elsewhere_or_is_none_is_not_gone_by(
-    change: Callable[[Any, str], object], tmp_path: Path
-) -> None:
+def test_an_invalid_record_of_blocks_is_ignored(change: Callable[[Any, str], object], tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     kept, precious = tmp_path / "work" / "blocks", tmp_path / "precious@1" / "0.pt"
     precious.parent.mkdir()
@@ -386,7 +384,7 @@ def saved(statistics: OutlierStatistics, path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_statistics_file_reads_back_as_it_was(tmp_path: Path) -> None:
+def test_a_statistics_file_is_read_back_unchanged(tmp_path: Path) -> None:
     statistics = calibrated(make_model("gpt2", tmp_path / "model"))
     data = saved(statistics, tmp_path / "a.safetensors")
     read = load_statistics(tmp_path / "a.safetensors")
@@ -396,7 +394,7 @@ def test_a_statistics_file_reads_back_as_it_was(tmp_path: Path) -> None:
     assert read.linear_sites[0].linears[0].out_features == 96  # Conv1D stores it the other way around
 
 
-def test_what_is_no_statistics_file_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_not_read_as_statistics(tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("no")
     make_model("llama", tmp_path / "model")
     for path in (tmp_path / "text.safetensors", tmp_path / "model/model.safetensors", tmp_path / "none.safetensors"):
@@ -408,7 +406,9 @@ def test_a_nan_in_a_weight_names_the_layer(tmp_path: Path) -> None:
     def spoil(model: Any) -> None:
         model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
 
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj: its weight holds nan in input column 5"):
+    with pytest.raises(
+        NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj: its weight contains nan in input column 5"
+    ):
         calibrated(make_model("llama", tmp_path, spoil))
 
 
@@ -416,7 +416,9 @@ def test_a_model_that_makes_nan_names_the_layer(tmp_path: Path) -> None:
     def spoil(model: Any) -> None:
         model.model.layers[1].post_attention_layernorm.weight[7] = torch.nan
 
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input holds nan at .*dimension 7"):
+    with pytest.raises(
+        NonFiniteError, match=r"model\.layers\.1\.mlp\.gate_proj: its input contains nan at .*dimension 7"
+    ):
         calibrated(make_model("llama", tmp_path, spoil))
 
 
@@ -429,7 +431,7 @@ def test_bad_text_is_refused(data: bytes, message: str) -> None:
         Text.decode("story.txt", data)
 
 
-def test_a_text_too_short_for_one_sequence_is_refused_with_what_would_do(tmp_path: Path) -> None:
+def test_a_text_too_short_for_one_sequence_is_refused_with_a_hint(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     with pytest.raises(TextError, match="has 11 tokens, but a sequence needs 16") as caught:
         calibrated(tmp_path, text=some_text(11))
@@ -444,7 +446,7 @@ def test_the_seed_chooses_the_pieces(tmp_path: Path) -> None:
     assert not torch.equal(first, other)
 
 
-def test_no_tokenizer_is_told_with_the_file_that_is_missing(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported_with_the_missing_file(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
@@ -475,7 +477,9 @@ def test_a_tensor_that_is_missing_is_named(tmp_path: Path) -> None:
         calibrated(tmp_path)
 
 
-def test_too_little_memory_says_how_much_a_block_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_an_error_with_the_size_of_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_model("llama", tmp_path)
     monkeypatch.setattr(calibrate_module, "available_bytes", lambda device: 1000)
     # q, o 32 x 32; k, v 16 x 32; gate, up, down 56 x 32; two norms: 8,512 weights of 2 bytes
@@ -483,7 +487,7 @@ def test_too_little_memory_says_how_much_a_block_takes(tmp_path: Path, monkeypat
         calibrated(tmp_path)
 
 
-def test_a_vision_model_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_vision_model_is_refused_with_a_message(tmp_path: Path) -> None:
     build_tiny(ALL["vit"]).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     with pytest.raises(CannotRunError, match="text"):
@@ -505,7 +509,7 @@ def test_a_strand_stands_still_between_questions() -> None:
     assert heard == [10]
 
 
-def test_what_a_strand_raises_is_raised_where_it_is_waited_for() -> None:
+def test_an_exception_in_a_strand_is_raised_in_the_waiting_thread() -> None:
     def fail(ask) -> None:
         ask(1)
         raise ValueError("within")
@@ -515,3 +519,12 @@ def test_what_a_strand_raises_is_raised_where_it_is_waited_for() -> None:
     with pytest.raises(ValueError, match="within"):
         strand.advance(2)
     assert strand.finished
+
+
+def test_a_config_of_a_model_without_end_is_refused(tmp_path: Path) -> None:
+    """As many layers as may be, each of many parts: more than tensors that are there could ever fill."""
+    directory = make_model("llama", tmp_path)
+    config = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": 10_000}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CannotRunError, match="far more parts than the 0 tensors here"):
+        build_skeleton(directory, {})

@@ -1,4 +1,4 @@
-"""The report's page and pictures: whole, self-contained, and alive in a browser."""
+"""The page and pictures of the report: complete, self-contained, and working in a browser."""
 
 import re
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_the_heatmap_has_a_cell_for_each_layer_and_dimension_with_its_value() ->
 
 
 def markup(page: str) -> str:
-    """The page without what its scripts hold."""
+    """The page without the content of its scripts."""
     return re.sub(r"(<script>).*?(</script>)", r"\1\2", page, flags=re.DOTALL)
 
 
@@ -67,7 +67,7 @@ def test_the_page_fetches_nothing() -> None:
     assert not re.search(r"@import|url\(|https?:", markup(page))
 
 
-def test_the_page_names_what_was_found() -> None:
+def test_the_page_names_the_outliers() -> None:
     page = statistics_page(made_up())
     assert "1 systematic outlier feature: 11" in page
     assert "1 massive activation, the largest 9,000" in page
@@ -133,7 +133,7 @@ hover();
 
 
 @needs_browser
-def test_in_a_browser_the_page_has_no_error_and_a_cell_tells_its_value(tmp_path: Path) -> None:
+def test_in_a_browser_the_page_has_no_error_and_a_cell_shows_its_value(tmp_path: Path) -> None:
     write_page(made_up(), tmp_path / "report.html")
     seen = seen_by(PROBE, tmp_path / "report.html")
     assert seen["errors"] == []

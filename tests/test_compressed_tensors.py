@@ -1,4 +1,4 @@
-"""The compressed-tensors layout: its tensors, what its loaders make of them, and what of a model it takes."""
+"""The compressed-tensors layout: its tensors, how loaders use them, and which parts of a model it supports."""
 
 import json
 import re
@@ -16,8 +16,8 @@ from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.commands.options import LayoutName
-from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.layouts import LAYOUTS, compressed_tensors
+from int8cli.planning.decisions import Acceptance, PlanOptions
+from int8cli.planning.layouts import LAYOUTS, bitsandbytes, compressed_tensors
 from int8cli.planning.plan import make_plan
 from int8cli.planning.survey import survey_source
 
@@ -36,7 +36,7 @@ def converted(directory: Path, tensors: dict[str, Tensor], layout: LayoutName = 
     return read_tensors(directory / layout / "model.safetensors")
 
 
-# --- tensors ----------------------------------------------------------------------------------------------------------
+# Tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -52,7 +52,7 @@ def test_data_is_that_of_the_other_layout_and_the_scale_is_a_step(dtype: torch.d
     assert torch.equal(ours[f"{WEIGHT}_scale"][:, 0], other[WEIGHT.replace(".weight", ".SCB")] / 127)
 
 
-def test_rows_of_zeros_are_zeros_under_a_scale_that_one_can_divide_by(tmp_path: Path) -> None:
+def test_rows_of_zeros_stay_zero_with_a_nonzero_scale(tmp_path: Path) -> None:
     weight = normal(5, 33)
     weight[[1, 4]] = 0
     written = converted(tmp_path, {WEIGHT: weight})
@@ -77,7 +77,7 @@ def test_processes_and_threads_change_no_byte(tmp_path: Path) -> None:
     assert tree(tmp_path / "one") == tree(tmp_path / "many")
 
 
-def test_sizes_are_known_beforehand(tmp_path: Path) -> None:
+def test_sizes_are_predicted_exactly(tmp_path: Path) -> None:
     source = llama(tmp_path / "source")
     opened = open_source(str(source), revision=None, download_dir=tmp_path)
     survey = survey_source(opened, PlanOptions(), LAYOUTS[LAYOUT])
@@ -100,7 +100,7 @@ def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
     assert estimate["percent_quantized"] == report.percent_quantized
 
 
-# --- the config -------------------------------------------------------------------------------------------------------
+# The config
 
 
 def test_the_config_is_what_compressed_tensors_writes_for_dynamic_int8(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def ignored(entries: list[str], module: str) -> bool:
     return any(compressed_tensors.leaves_alone(entry, module) for entry in entries)
 
 
-def test_the_ignore_list_covers_what_was_left_alone_and_nothing_else(tmp_path: Path) -> None:
+def test_the_ignore_list_covers_exactly_the_unquantized_modules(tmp_path: Path) -> None:
     source = save_tiny("qwen3_moe", tmp_path / "source")
     convert(
         source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, skip=("*layers.1.self_attn.o_proj",))
@@ -149,7 +149,7 @@ def test_matching_is_that_of_the_package() -> None:
             assert compressed_tensors.leaves_alone(entry, module) == expected
 
 
-# --- what becomes int8 ------------------------------------------------------------------------------------------------
+# What becomes int8
 
 
 def reasons(directory: Path, architecture: str, layout: str) -> dict[str, str]:
@@ -172,18 +172,18 @@ def test_experts_become_int8_and_routers_do_not(architecture: str, tmp_path: Pat
     assert {reason for name, reason in ours.items() if name.endswith(".gate.weight")} == {"MoE router"}
 
 
-def test_a_conv1d_is_left_alone(tmp_path: Path) -> None:
+def test_a_conv1d_is_not_quantized(tmp_path: Path) -> None:
     ours = reasons(tmp_path, "gpt2", LAYOUT)
     assert ours["transformer.h.0.attn.c_attn.weight"] == "a Conv1D, which this layout's loaders do not replace"
     assert "int8" not in ours.values()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5", "bert", "bloom"])
-def test_dense_models_are_planned_as_for_the_other_layout(architecture: str, tmp_path: Path) -> None:
+def test_dense_models_are_planned_alike_for_both_layouts(architecture: str, tmp_path: Path) -> None:
     assert reasons(tmp_path, architecture, LAYOUT) == reasons(tmp_path, architecture, "bitsandbytes")
 
 
-def test_patterns_hold_for_experts_too() -> None:
+def test_patterns_apply_to_experts_too() -> None:
     specs = [TensorSpec(f"model.layers.0.mlp.experts.{n}.up_proj.weight", "BF16", (8, 4)) for n in range(2)]
     options = PlanOptions(skip=("*.experts.1.*",), loader=compressed_tensors.ACCEPTS)
     assert [decision.quantize for decision in make_plan(specs, {}, options).decisions] == [True, False]
@@ -193,16 +193,65 @@ def caveats(*specs: TensorSpec, skip: tuple[str, ...] = ()) -> list[str]:
     return list(compressed_tensors.caveats(make_plan(specs, {}, PlanOptions(skip, loader=compressed_tensors.ACCEPTS))))
 
 
-def test_it_is_told_when_vllm_could_not_merge_layers() -> None:
+def test_the_report_says_if_vllm_could_not_merge_layers() -> None:
     specs = [TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in (0, 1) for p in "qkvo"]
     assert caveats(*specs) == caveats(*specs, skip=("*.layers.0.*", "*.o_proj")) == []
     assert caveats(*specs, skip=("*.layers.1.self_attn.k_proj",)) == [
-        "vLLM merges model.layers.1.self_attn.(q_proj|k_proj|v_proj) into one layer, which cannot mix int8 and "
-        "float weights"
+        "vLLM merges q_proj, k_proj, v_proj of model.layers.1.self_attn into one layer, which cannot mix int8 and "
+        "float weights; leave the others alone too: *.self_attn.q_proj, *.self_attn.v_proj"
     ]
 
 
-def test_it_is_told_that_transformers_does_not_read_mixtures(tmp_path: Path) -> None:
+def test_the_layers_to_leave_alone_too_are_named_once_for_all_blocks() -> None:
+    specs = [
+        TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in range(9) for p in "qkvo"
+    ]
+    (said,) = caveats(*specs, skip=("*.self_attn.k_proj",))
+    assert "9 layers, the first model.layers.0.self_attn," in said
+    assert caveats(*specs, skip=("*.self_attn.k_proj", "*.self_attn.q_proj", "*.self_attn.v_proj")) == []
+
+
+FUSED = {
+    "dbrx": ("transformer.blocks.0.ffn.experts.mlp.w1", (256, 32), "transformer.blocks.0.ffn.experts.0.w1"),
+    "gpt_oss": ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 64), "model.layers.0.mlp.experts.0.gate_proj"),
+    "novel": ("model.layers.0.mlp.experts.gate_up_proj", (4, 32, 64), "model.layers.0.mlp.experts.0.gate_proj"),
+}
+
+
+@pytest.mark.parametrize("model_type", FUSED)
+def test_fused_experts_that_stay_floats_are_ignored_under_the_names_that_vllm_asks_for(model_type: str) -> None:
+    fused, shape, asked = FUSED[model_type]
+    specs = [TensorSpec(fused, "BF16", shape), TensorSpec("model.layers.0.self_attn.o_proj.weight", "BF16", (32, 32))]
+    plan = make_plan(specs, {"model_type": model_type}, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    entries = compressed_tensors.ignore(plan)
+    assert ignored(entries, asked)
+    assert ignored(entries, asked.rpartition(".experts.")[0] + ".experts")
+    assert not ignored(entries, "model.layers.0.self_attn.o_proj")
+    assert not ignored(entries, asked.replace(".experts.0", ".shared_expert"))
+
+
+def test_a_dense_model_and_one_with_int8_experts_have_no_entry_for_experts(tmp_path: Path) -> None:
+    for architecture in ("llama", "mixtral"):
+        source = save_tiny(architecture, tmp_path / architecture)
+        convert(source, tmp_path / f"{architecture}-int8", ConvertOptions(outliers="none", layout=LAYOUT))
+        config = read_json(tmp_path / f"{architecture}-int8" / "config.json")
+        assert not [entry for entry in config["quantization_config"]["ignore"] if "experts" in entry]
+
+
+def test_layers_that_vllm_builds_as_floats_are_left_alone_in_this_layout() -> None:
+    modules = ["mlp.shared_expert_gate", "mamba.dt_proj", "mamba.in_proj", "mamba.out_proj", "self_attn.o_proj"]
+    specs = [TensorSpec(f"model.layers.0.{module}.weight", "BF16", (8, 8)) for module in modules]
+
+    def int8(model_type: str, loader: Acceptance) -> list[str]:
+        plan = make_plan(specs, {"model_type": model_type}, PlanOptions(loader=loader))
+        return [decision.module.removeprefix("model.layers.0.") for decision in plan.quantized]
+
+    assert int8("jamba", compressed_tensors.ACCEPTS) == ["self_attn.o_proj"]
+    assert int8("bamba", compressed_tensors.ACCEPTS) == modules[2:]
+    assert int8("jamba", bitsandbytes.ACCEPTS) == modules  # as transformers quantizes on load
+
+
+def test_the_report_says_that_transformers_does_not_read_mixtures(tmp_path: Path) -> None:
     source = save_tiny("mixtral", tmp_path / "source")
     convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -211,7 +260,7 @@ def test_it_is_told_that_transformers_does_not_read_mixtures(tmp_path: Path) -> 
     assert "from_pretrained" not in card
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def load(directory: Path, architecture: str, **options: Any) -> Any:
@@ -255,7 +304,7 @@ class ExactLinear(nn.Module):
 
 
 @pytest.mark.parametrize("architecture", LOADED)
-def test_transformers_holds_exactly_what_was_written(architecture: str, tmp_path: Path) -> None:
+def test_transformers_loads_exactly_what_was_written(architecture: str, tmp_path: Path) -> None:
     convert(
         save_tiny(architecture, tmp_path / "s", torch.float32),
         tmp_path / "out",
@@ -343,7 +392,7 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
     assert seen == {name.removesuffix(".weight_scale") for name in written if name.endswith(".weight_scale")}
 
 
-# --- verify -----------------------------------------------------------------------------------------------------------
+# Verify
 
 
 @pytest.mark.parametrize("architecture", ["llama", "bert", "t5", "gpt2", "falcon"])

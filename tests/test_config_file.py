@@ -1,4 +1,4 @@
-"""config.json may say anything: what a plan needs of it is checked, the rest is the model's own."""
+"""config.json may contain anything. Only what a plan needs is checked."""
 
 import json
 from pathlib import Path
@@ -46,6 +46,8 @@ def source_with(config: str, directory: Path) -> DirectorySource:
         ("model_type", ["llama"], r"model_type is \['llama'\], not str"),
         ("model_type", {"a": 1}, r"model_type is \{'a': 1\}, not str"),
         ("text_config", {"model_type": 5}, r"text_config\.model_type is 5, not str"),
+        ("num_hidden_layers", 10**7, "num_hidden_layers is 10000000; no model has more than 10,000 layers"),
+        ("vision_config", {"depth": 10**9}, r"vision_config\.depth is 1000000000; no model has more"),
     ],
 )
 def test_a_field_of_another_type_is_named(field: str, value: Any, message: str, tmp_path: Path) -> None:
@@ -62,18 +64,18 @@ def test_a_field_of_another_type_is_named(field: str, value: Any, message: str, 
         ('{"text_config": ' * 900 + "{}" + "}" * 900, "nests more than"),
     ],
 )
-def test_what_is_no_config_is_an_error(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_config_is_an_error(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_config(source_with(text, tmp_path))
 
 
-def test_what_transformers_takes_is_taken(tmp_path: Path) -> None:
-    """Mamba's time_step_limit holds Infinity; a repeated key counts as it stands last."""
+def test_everything_that_transformers_accepts_is_accepted(tmp_path: Path) -> None:
+    """Mamba's time_step_limit contains Infinity. The last of repeated keys wins."""
     source = source_with('{"time_step_limit": [0.0, Infinity], "architectures": null, "a": 1, "a": 2}', tmp_path)
     assert read_config(source) == {"time_step_limit": [0.0, float("inf")], "architectures": None, "a": 2}
 
 
-def test_no_more_is_asked_for_than_the_file_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_is_requested_than_the_file_contains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read of a gigabyte from a file of a few bytes sets a gigabyte aside."""
     asked: list[int] = []
 
@@ -100,7 +102,7 @@ def test_no_more_is_asked_for_than_the_file_holds(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: f"{value!r:.10}")
 @pytest.mark.parametrize("model_type", ["llama", "jamba", "bamba", "lfm2", "mpt", "qwen2", "gemma3_text", "mamba2"])
-def test_a_memory_estimate_comes_to_an_end_whatever_a_number_is(model_type: str, value: Any, tmp_path: Path) -> None:
+def test_a_memory_estimate_ends_for_any_numbers_in_the_config(model_type: str, value: Any, tmp_path: Path) -> None:
     fields = ("hidden_size", "num_hidden_layers", "attn_layer_offset", "attn_layer_indices", "full_attn_idxs")
     more = ("attn_config", "max_window_layers", "partial_rotary_factor", "rope_parameters", "sliding_window")
     for field in (*fields, *more):

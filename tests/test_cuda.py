@@ -1,6 +1,6 @@
-"""Conversion on a GPU, where there is one: the bytes are those of the processor, the figures equal but for their order.
+"""Conversion on a GPU, if there is one: the bytes equal those of the CPU, the figures up to the order of summation.
 
-Without one, only what a GPU's buffers rest on is tested.
+Without one, only the basis of the GPU's buffers is tested.
 """
 
 import math
@@ -11,8 +11,12 @@ import torch
 from support.checkpoints import read_json, save_by_hand, save_tiny
 from support.program import CONVERT, run
 
+import int8cli
 from int8cli.conversion.buffers import bytes_of
+from int8cli.llm_int8.matmul import INPUT_SCHEMES, Int8Weight, int8_product, llm_int8_linear
+from int8cli.llm_int8.quantize import quantize_rowwise
 from int8cli.planning.blocks import BLOCK_ELEMENTS
+from int8cli.runtime.linear import Int8Linear
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 FIGURES = ("max_abs_error", "sum_squared_error", "sum_squared_weight", "sum_abs_data")
@@ -60,7 +64,7 @@ def test_a_gpu_writes_the_bytes_of_the_processor(dtype: torch.dtype, options: tu
 
 
 @on_gpu
-def test_rows_wider_than_a_block_and_tensors_of_many_blocks_come_out_alike(tmp_path: Path) -> None:
+def test_rows_wider_than_a_block_and_large_tensors_give_the_same_output(tmp_path: Path) -> None:
     rows_of_every_size = normal(3000, 700, dtype=torch.float32, std=1.0) * torch.logspace(-8, 4, 3000)[:, None]
     tensors = {
         "layers.0.mlp.up_proj.weight": normal(3, BLOCK_ELEMENTS + 9),
@@ -73,6 +77,57 @@ def test_rows_wider_than_a_block_and_tensors_of_many_blocks_come_out_alike(tmp_p
 
 
 @on_gpu
-def test_conv1d_weights_come_out_alike(tmp_path: Path) -> None:
+def test_conv1d_weights_give_the_same_output(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source", torch.float16)
     assert_alike(convert_on("cuda", source), convert_on("cpu", source))
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 8, 17, 40])
+def test_the_product_on_a_gpu_is_that_of_the_processor(tokens: int) -> None:
+    """Integers are equal; what follows rounds in the same order, but sums over stored columns in another."""
+    inputs, weight = normal(tokens, 1032, std=1.0), normal(77, 1032)
+    stored = Int8Weight.of(*quantize_rowwise(weight), torch.tensor([3, 900]), weight[:, [3, 900]])
+    parts = (stored.data, stored.step, stored.row_sums, stored.outlier_cols, stored.outlier_weight)
+    there = Int8Weight(*(each.cuda() for each in parts))
+    for scheme in INPUT_SCHEMES:
+        found = llm_int8_linear(inputs.cuda(), there, scheme).cpu()
+        torch.testing.assert_close(found, llm_int8_linear(inputs, stored, scheme), rtol=1e-5, atol=1e-5)
+    left = stored.data[:tokens]
+    assert torch.equal(int8_product(left.cuda(), there.data).cpu(), int8_product(left, stored.data))
+
+
+@on_gpu
+def test_a_model_whose_blocks_are_brought_to_a_gpu_computes_what_one_on_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_tiny("llama-biased", tmp_path / "source", torch.float32)
+    output = convert_on("cpu", source, "--outliers", "none")
+    ids = torch.arange(5, 12, device="cuda")[None]
+    whole = int8cli.load_model(output)
+    int8 = sum(module.weight.numel() for module in whole.modules() if isinstance(module, Int8Linear))
+    monkeypatch.setattr("int8cli.runtime.placement._BLOCKS_AT_ONCE", 0)
+    fixed = whole.get_memory_footprint() - int8
+    with torch.no_grad():
+        expected = whole(ids).logits
+        for ram in (int8, 0):  # all in RAM, all on the disk
+            limits = {0: fixed, "cpu": ram}
+            model = int8cli.load_model(output, device_map="auto", max_memory=limits)
+            assert set(model.hf_device_map.values()) == {"cuda", "cpu" if ram else "disk"}
+            for _ in range(2):
+                assert torch.equal(model(ids).logits, expected)
+
+
+@on_gpu
+def test_gradients_on_a_gpu_are_those_of_the_processor(tmp_path: Path) -> None:
+    source = save_tiny("llama-biased", tmp_path / "source", torch.float32)
+    output = convert_on("cpu", source, "--outliers", "none")
+    layer = next(m for m in int8cli.load_model(output, device="cpu").modules() if isinstance(m, Int8Linear))
+    inputs = normal(5, layer.in_features, dtype=torch.float32, std=1.0)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = inputs.to(device).requires_grad_()
+        layer.to(device)(leaf).sum().backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad.cpu())
+    torch.testing.assert_close(*found)

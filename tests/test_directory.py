@@ -1,4 +1,4 @@
-"""Checkpoints on this machine, and what an argument is taken for."""
+"""Checkpoints on this machine, and how an argument is interpreted."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_a_directory_is_called_by_its_own_name(tmp_path, monkeypatch):
         assert (identity.name, identity.revision, identity.on_hub) == ("bloom-560m", None, False)
 
 
-def test_a_link_to_a_directory_is_called_as_the_link(tmp_path):
+def test_a_link_to_a_directory_has_its_own_name(tmp_path):
     write(tmp_path / "0a1b2c", "config.json")
     (tmp_path / "mine").symlink_to(tmp_path / "0a1b2c")
     source = DirectorySource(tmp_path / "mine")
@@ -53,7 +53,7 @@ def test_a_single_file_comes_with_its_companions_but_no_other_weights(tmp_path):
     assert source.identity.name == "a.safetensors"
 
 
-def test_a_file_is_read_where_it_lies_and_stays(tmp_path):
+def test_a_local_file_is_read_in_place_and_not_removed(tmp_path):
     source = DirectorySource(write(tmp_path, "model.safetensors"))
     assert source.size_bytes("model.safetensors") == len("model.safetensors")
     with source.open("model.safetensors") as file:
@@ -84,7 +84,7 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path):
         assert file.read() == b"blobs/abc"
 
 
-def test_a_link_to_nothing_is_no_file(tmp_path):
+def test_a_broken_link_is_not_a_file(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("gone")
     source = DirectorySource(tmp_path)
     assert source.list_files() == ()
@@ -104,7 +104,7 @@ def test_a_local_copy_is_never_discarded(tmp_path):
     "model",
     ["./nope", "~/nope-of-int8cli", "/nope", "a/b/c", "nope/", "nope.safetensors", "", "https://huggingface.co/a/b"],
 )
-def test_what_looks_like_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, model):
+def test_a_path_is_never_looked_up_on_the_hub(tmp_path, monkeypatch, model):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # a request would fail otherwise
@@ -113,7 +113,7 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch,
     assert caught.value.hint
 
 
-def test_a_typing_error_in_a_path_suggests_what_is_there(tmp_path):
+def test_a_misspelt_path_gets_a_suggestion(tmp_path):
     write(tmp_path, "bloom-560m/config.json", "other/config.json")
     with pytest.raises(ModelNotFoundError) as caught:
         open_here(f"{tmp_path}/blom-560m", tmp_path)

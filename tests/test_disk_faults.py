@@ -1,4 +1,4 @@
-"""Faults of the disk and of limits, wherever they come: an error of ours, nothing half-written, and a rerun goes on."""
+"""Failures of the disk and of limits: each is an error of ours, no file is half-written, and the next run resumes."""
 
 import errno
 import fcntl
@@ -94,7 +94,7 @@ def test_a_system_call_that_fails_is_an_error_of_ours(
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EIO, errno.EOPNOTSUPP])
-def test_a_disk_that_locks_nothing_is_told(
+def test_a_disk_without_locks_is_reported(
     number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(descriptor: int, operation: int) -> None:
@@ -118,7 +118,7 @@ def test_reading_a_config_that_the_disk_does_not_give(model: Path, monkeypatch: 
         estimate_memory(str(model), EstimateOptions())
 
 
-def test_the_library_tells_of_memory_in_its_own_words(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_errors_become_int8cli_errors(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def greedy(*_: Any, **__: Any) -> None:
         raise MemoryError
 
@@ -127,7 +127,7 @@ def test_the_library_tells_of_memory_in_its_own_words(model: Path, monkeypatch: 
         estimate_memory(str(model), EstimateOptions())
 
 
-def test_a_full_disk_between_blocks_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_between_blocks_is_reported(tmp_path: Path) -> None:
     states = SavedStates(tmp_path / "blocks", {"run": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -157,7 +157,7 @@ def test_few_descriptors_are_no_traceback(limit: int, model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "~nobody-of-this-name/m", "loop"])
-def test_a_model_that_no_disk_can_hold_is_not_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_that_cannot_exist_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(Int8cliError):
@@ -165,7 +165,7 @@ def test_a_model_that_no_disk_can_hold_is_not_found(name: str, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("output", ["n" * 300, "file/out", "loop/out"])
-def test_an_output_that_no_disk_can_hold_is_an_error(output: str, model: Path, tmp_path: Path) -> None:
+def test_an_output_path_that_cannot_exist_is_an_error(output: str, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "loop").symlink_to("loop")
     for run in (lambda: convert(model, tmp_path / output, PLAIN), lambda: verify(tmp_path / output, VerifyOptions())):
@@ -173,7 +173,7 @@ def test_an_output_that_no_disk_can_hold_is_an_error(output: str, model: Path, t
             run()
 
 
-def test_a_library_that_the_limit_does_not_let_in_is_told() -> None:
+def test_a_library_that_does_not_fit_under_a_memory_limit_is_reported() -> None:
     loading = ImportError("libx.so: failed to map segment from shared object", path="/site/x.cpython-311.so")
     wrapped = ImportError("advice")
     wrapped.__cause__ = loading

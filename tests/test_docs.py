@@ -1,4 +1,4 @@
-"""The pages speak of what is there: command lines parse, options exist, links lead somewhere, Python examples run."""
+"""The pages are correct: command lines parse, options exist, links have targets, Python examples run."""
 
 import json
 import re
@@ -29,8 +29,8 @@ HEADING = re.compile(r"^#+ +(.+)$", re.MULTILINE)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 REDIRECTIONS = ("|", ">", "2>", "&&", ";")
-# Options of other programs that the pages speak of.
-OF_OTHERS = {"--torch-backend", "--strict"}
+# Options of other programs that the pages mention.
+OF_OTHERS = {"--torch-backend", "--strict", "--install-completion"}  # the last is not of one command
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(path.relative_to(ROOT)) for path in PAGES])
@@ -41,7 +41,7 @@ def without_code(text: str) -> str:
 
 
 def command_lines(text: str) -> Iterator[str]:
-    """What a reader could copy: lines of code blocks that begin with `int8cli`."""
+    """The command lines that a reader could copy: lines of code blocks that begin with `int8cli`."""
     blocks = [match["body"] for match in FENCE.finditer(text)]
     for line in [*"".join(blocks).splitlines(), *INDENTED.findall(FENCE.sub("", text))]:
         command = line.strip().removeprefix("$ ")
@@ -89,7 +89,7 @@ def test_options_exist(page: Path) -> None:
     assert named - known_options() - OF_OTHERS == set()
 
 
-def test_an_option_that_is_not_there_is_noticed() -> None:
+def test_a_missing_option_is_detected() -> None:
     assert "--no-such-option" not in known_options()
     [line] = command_lines("```console\n$ int8cli convert org/name --no-such-option\n```")
     with pytest.raises(Exception, match="no-such-option"):
@@ -97,7 +97,7 @@ def test_an_option_that_is_not_there_is_noticed() -> None:
 
 
 @pages
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_have_targets(page: Path) -> None:
     for match in LINK.finditer(without_code(page.read_text())):
         target, _, anchor = match["target"].partition("#")
         if re.match(r"\w+:", target):
@@ -125,7 +125,7 @@ def test_outputs_are_filled_in(page: Path) -> None:
         assert f"```console\n$ {shown.command}\n" in text
 
 
-def test_lines_are_picked_and_the_rest_is_marked() -> None:
+def test_lines_are_selected_and_omissions_marked() -> None:
     output = [f"line {number}" for number in range(1, 7)]
     assert picked(output, "1-last") == output
     assert picked(output, "1 3-4") == ["line 1", "…", "line 3", "line 4", "…"]
@@ -134,7 +134,7 @@ def test_lines_are_picked_and_the_rest_is_marked() -> None:
         picked(output, "5-9")
 
 
-def test_a_recording_has_every_line_when_it_came_and_fetches_nothing() -> None:
+def test_a_recording_has_every_line_at_its_time_and_fetches_nothing() -> None:
     program = "import time; print('first', flush=True); time.sleep(0.2); print('\\x1b[1msecond\\x1b[0m')"
     first, second = record([sys.executable, "-c", program], ROOT, 60)
     assert (first.text, second.text) == ("first", "\x1b[1msecond\x1b[0m")
@@ -145,14 +145,14 @@ def test_a_recording_has_every_line_when_it_came_and_fetches_nothing() -> None:
     assert "url(http" not in svg
 
 
-def test_a_recording_shortens_progress_and_says_so() -> None:
+def test_a_recording_shortens_progress_visibly() -> None:
     blocks = [Line(f"block {number}/9 h.{number} in 1.0 s", float(number)) for number in range(1, 10)]
     svg = to_svg("program", [*blocks, Line("done", 10.0)])
     assert [f"{number}/9" in svg for number in range(1, 10)] == [True, *[False] * 7, True]
     assert ">…<" in svg
 
 
-def test_a_slim_picture_rounds_coordinates_only_and_describes_a_repeated_mark_once() -> None:
+def test_a_slim_picture_rounds_only_coordinates_and_defines_repeated_marks_once() -> None:
     marks = "".join(f'<path transform="translate({x}.128,1)" d="M4.1833,0Z" fill="red"/>' for x in range(6))
     svg = slimmed(
         f'<svg width="9"><g aria-label="point">{marks}<text opacity="0.123">0.003 and 1.2345</text></g></svg>'
@@ -187,7 +187,7 @@ def python_pages() -> list[Path]:
 
 @pytest.mark.parametrize("page", python_pages(), ids=lambda page: page.name)
 def test_python_examples_run(page: Path, tmp_path: Path) -> None:
-    """In order, as one program, beside a tiny model where the demo's would be."""
+    """They run in order, as one program, with a tiny model in place of the demo model."""
     make_model("llama", tmp_path / "demo" / "SmolLM2-135M-Instruct")
     program = "\n".join(match["body"] for match in FENCE.finditer(page.read_text()) if match["language"] == "python")
     (tmp_path / "example.py").write_text(program)

@@ -1,4 +1,4 @@
-"""Evaluation of tiny real models, held against transformers, bitsandbytes and float64."""
+"""Evaluation of tiny real models, compared with transformers, bitsandbytes and float64."""
 
 import dataclasses
 import json
@@ -94,7 +94,7 @@ def scores_of(found: Evaluation, key: str) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Products this small take longer to share out than to compute."""
+    """Products this small take longer to distribute over threads than to compute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -186,7 +186,7 @@ def test_output_errors_are_of_each_layer_given_its_16_bit_input(llama: Path, tab
     assert table.error_tokens == 48
 
 
-def test_every_method_is_there_and_better_methods_err_less(table: Evaluation) -> None:
+def test_every_method_is_shown_and_better_methods_have_smaller_errors(table: Evaluation) -> None:
     assert [method.key for method in table.methods] == [method.key for method in METHODS]
     errors = {method.key: method.mean_error or 0.0 for method in table.methods}
     assert errors["absmax-tensor"] > errors["absmax-row"] > errors["vector-wise"] > errors["llm-int8-exact"]
@@ -250,7 +250,7 @@ def test_encoder_decoders_predict_the_second_half_from_the_first(tmp_path: Path,
 @pytest.mark.parametrize(
     ("family", "layout"), [("llama", "bitsandbytes"), ("llama", "compressed-tensors"), ("gpt2", "bitsandbytes")]
 )
-def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, family: str, layout: LayoutName) -> None:
+def test_a_converted_model_is_evaluated_with_its_own_tensors(tmp_path: Path, family: str, layout: LayoutName) -> None:
     model = make_model(family, tmp_path / "model")
     output = tmp_path / "int8"
     convert(model, output, ConvertOptions(outliers="none", layout=layout))
@@ -273,8 +273,8 @@ def test_a_converted_model_is_evaluated_by_its_own_tensors(tmp_path: Path, famil
         assert beside.method("vector-wise") == plain.method("vector-wise")
 
 
-def test_a_changed_int8_tensor_shows(tmp_path: Path) -> None:
-    """What is evaluated is what is in the files, not what they were made from."""
+def test_a_changed_int8_tensor_is_detected(tmp_path: Path) -> None:
+    """The evaluation uses the tensors in the files, not those that they were made from."""
     model = make_model("llama", tmp_path / "model")
     convert(model, tmp_path / "int8", WITHOUT_COLUMNS)
     file = tmp_path / "int8" / "model.safetensors"
@@ -316,7 +316,7 @@ def test_stored_columns_of_a_conversion_are_used(tmp_path: Path, llama: Path) ->
 
 
 class StopsAfter(SilentProgress):
-    """Interrupts an evaluation when so many blocks are done; counts what a later one runs."""
+    """Interrupts an evaluation after some blocks, and counts the blocks of a later one."""
 
     def __init__(self, blocks: int) -> None:
         self.blocks, self.begun, self.finished = blocks, 0, -1
@@ -335,7 +335,7 @@ class StopsAfter(SilentProgress):
             self.begun += 1
 
 
-def test_an_interrupted_run_goes_on_after_its_last_block(tmp_path: Path, llama: Path) -> None:
+def test_an_interrupted_run_resumes_after_its_last_block(tmp_path: Path, llama: Path) -> None:
     methods = ("absmax-tensor", "bitsandbytes")
     kept = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
@@ -363,7 +363,7 @@ def test_state_that_cannot_be_read_back_is_made_again(tmp_path: Path, llama: Pat
     assert dataclasses.replace(found, seconds=0.0) == dataclasses.replace(unbroken, seconds=0.0)
 
 
-def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, llama: Path) -> None:
+def test_the_state_of_another_evaluation_is_not_resumed(tmp_path: Path, llama: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         evaluated(llama, "absmax-tensor", progress=StopsAfter(1), state_directory=tmp_path / "state")
     again = StopsAfter(9)
@@ -371,7 +371,7 @@ def test_the_state_of_another_evaluation_is_not_gone_on_from(tmp_path: Path, lla
     assert (again.finished, again.begun) == (0, 2)
 
 
-def test_unknown_methods_name_the_nearest() -> None:
+def test_unknown_methods_get_a_suggestion() -> None:
     with pytest.raises(UnknownMethodError, match="vectorwise") as raised:
         chosen_methods(["vectorwise"])
     assert raised.value.hint.startswith("Did you mean vector-wise?")
@@ -435,9 +435,12 @@ def test_the_table_fits_eighty_columns(tmp_path: Path, llama: Path, words: Path)
     )
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert max(map(len, lines[2:])) <= 80
-    for label in ("16 bit", "absmax by tensor", "LLM.int8(), bitsandbytes", "int8 weights, 16-bit inputs"):
-        assert sum(line.lstrip().startswith(label) for line in lines) == (1 if label == "16 bit" else 2)
+    for key in ("16-bit", "absmax-tensor", "bitsandbytes", "int8-weights"):
+        assert sum(line.split()[:1] == [key] for line in lines) == (1 if key == "16-bit" else 2)
+    assert lines[-2].startswith(
+        "Verdict: with transformers and bitsandbytes (bitsandbytes) the text's perplexity changes"
+    )
+    assert lines[-1].startswith("Took ")
     assert "[2/2] model.layers.1" in result.stderr
     assert not list(tmp_path.rglob("*.pt"))
 

@@ -1,4 +1,4 @@
-"""The page and the pictures of an evaluation: whole, self-contained, and alive in a browser."""
+"""The page and pictures of an evaluation: complete, self-contained, and working in a browser."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def changed(found: Evaluation, of: str, **fields: Any) -> Evaluation:
     return dataclasses.replace(found, methods=methods)
 
 
-def test_the_page_says_first_what_it_comes_to() -> None:
+def test_the_page_starts_with_the_result() -> None:
     page = markup(evaluation_page(made_up()))
     first, second, third, fourth = re.findall(r"<p>(.*?)</p>", page)[:4]
     assert first == "Perplexity 20.09 in 16 bit."
@@ -71,7 +71,7 @@ def test_the_page_says_first_what_it_comes_to() -> None:
     assert "Note: Be careful." in page
 
 
-def test_the_page_holds_every_method_and_every_layers_errors() -> None:
+def test_the_page_contains_every_method_and_the_errors_of_every_layer() -> None:
     methods, layers = re.findall(r"<tbody>(.*?)</tbody>", markup(evaluation_page(made_up())), re.DOTALL)
     assert re.findall(r"<tr><td>(.*?)</td>", methods) == ["16 bit", *OVER]
     assert f'data-value="{math.exp(11.25)!r}">7.69e+04<' in methods
@@ -98,7 +98,7 @@ def test_no_name_can_break_out_of_the_page() -> None:
     assert "<script>alert" not in evaluation_page(found)
 
 
-def test_a_method_that_is_off_by_orders_of_magnitude_leaves_room_for_the_others() -> None:
+def test_a_very_bad_method_does_not_squeeze_the_others_in_the_chart() -> None:
     """On the axis that is drawn, linear near 0 and logarithmic from there, 0.06 nats are a third of the way to 8."""
     spec = perplexity_by_method(made_up()).to_dict()
     scale = spec["layer"][2]["encoding"]["x"]["scale"]
@@ -122,7 +122,7 @@ def test_bars_are_one_standard_error_to_each_side() -> None:
     assert (bars["vector-wise"]["low"], bars["vector-wise"]["high"]) == (0.0525, 0.0725)
 
 
-def test_what_is_not_finite_is_written_and_not_drawn() -> None:
+def test_non_finite_values_are_shown_as_text_only() -> None:
     scores = Scores(math.nan, (math.nan, math.nan), math.nan, math.nan, math.nan, 0.0)
     found = changed(made_up(), "absmax by tensor", scores=scores, layers=layer_errors(math.nan))
     rows = {row["method"]: row for row in perplexity_by_method(found).to_dict()["layer"][2]["data"]["values"]}
@@ -132,7 +132,7 @@ def test_what_is_not_finite_is_written_and_not_drawn() -> None:
     assert 'data-value="Infinity">not finite<' in page
 
 
-def test_without_the_16_bit_model_there_are_perplexities_alone() -> None:
+def test_without_the_16_bit_model_there_are_only_perplexities() -> None:
     methods = tuple(
         dataclasses.replace(method, scores=Scores(3.0, (3.0,)), layers=()) for method in made_up().methods[2:]
     )
@@ -157,7 +157,7 @@ def drawn_panels(found: Evaluation) -> list[dict[str, Any]]:
     return [{"title": panel["title"]["text"], "rows": panel.get("data", shared)["values"]} for panel in whole["concat"]]
 
 
-def test_a_panel_has_a_place_in_the_block_with_the_errors_of_all_methods() -> None:
+def test_each_panel_shows_the_errors_of_all_methods_for_one_role() -> None:
     panels = drawn_panels(made_up())
     assert [panel["title"] for panel in panels] == ["attn.qkv", "mlp.down"]
     found = {(row["layer"], row["method"]): row["value"] for row in panels[1]["rows"]}
@@ -174,7 +174,7 @@ def test_experts_share_a_place_and_the_worst_is_drawn() -> None:
     assert [row["layer"] for row in panel["rows"]] == ["h.0.experts.2.up, the worst of 4"] * len(OVER)
 
 
-def test_stacks_are_told_apart_and_layers_outside_are_counted() -> None:
+def test_stacks_are_distinguished_and_layers_outside_are_counted() -> None:
     layers = [
         LayerError("encoder.block.1.layer.0.q", "", "encoder.block", 1, 0.1),
         LayerError("decoder.block.1.layer.0.q", "", "decoder.block", 1, 0.1),
@@ -263,7 +263,7 @@ hover();
 
 
 @needs_browser
-def test_in_a_browser_the_page_has_no_error_and_a_point_tells_its_layer(tmp_path: Path) -> None:
+def test_in_a_browser_the_page_has_no_error_and_a_point_shows_its_layer(tmp_path: Path) -> None:
     write_evaluation(made_up(), tmp_path / "report.html")
     seen = seen_by(PROBE, tmp_path / "report.html")
     assert seen["errors"] == []

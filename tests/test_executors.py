@@ -1,12 +1,15 @@
-"""Worker processes: what they are told and tell, what they do without, and what they never run."""
+"""Worker processes: tasks, reports, imports, and what they never run."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,20 @@ def test_a_task_tells_of_bytes_and_not_of_none(in_a_process: Callable[[OnBytes],
         assert told == [("shard", "first", 3), ("shard", "third", 4)]
 
 
+@pytest.mark.parametrize("error", [EOFError, ConnectionRefusedError, BrokenPipeError])
+def test_a_server_that_has_ended_breaks_the_executor(
+    error: type[Exception], in_a_process: Callable[[OnBytes], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(descriptors: object) -> None:
+        raise error
+
+    monkeypatch.setattr(forkserver, "connect_to_new_process", gone)
+    executor = in_a_process(lambda *report: None)
+    with pytest.raises(BrokenExecutor):
+        executor.submit(tell)
+    executor.close()
+
+
 def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Executor]) -> None:
     begun = threading.Event()
     executor = in_a_process(lambda *report: begun.set())
@@ -63,9 +80,27 @@ def test_a_task_that_only_asks_is_stopped(in_a_process: Callable[[OnBytes], Exec
     assert isinstance(future.exception(), StoppedError)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked from a server on Linux only")
+def test_a_worker_that_ends_while_it_starts_breaks_the_executor(
+    in_a_process: Callable[[OnBytes], Executor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent reads a new worker's number from a pipe, which ends early if the fork server is killed."""
+    read_number = forkserver.read_signed  # type: ignore[attr-defined]
+
+    def killed(pipe: int) -> int:
+        os.kill(read_number(pipe), signal.SIGKILL)
+        raise EOFError
+
+    monkeypatch.setattr(forkserver, "read_signed", killed)
+    executor = in_a_process(lambda *report: None)
+    with pytest.raises(BrokenExecutor):
+        executor.submit(tell)
+    executor.close()
+
+
 @dataclass
 class TwoSlots:
-    """An executor with room for two that takes down how many threads each shard has."""
+    """An executor with two slots that records the number of threads of each shard."""
 
     threads: list[int] = field(default_factory=list)
     slots = 2
@@ -86,7 +121,7 @@ class TwoSlots:
 def test_shards_have_threads_by_their_part_of_the_work(
     rows: tuple[int, ...], threads: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two are given out and done before the third, which has all threads to itself."""
+    """Two run at the same time and finish before the third, which gets all threads."""
     source = tmp_path / "source"
     source.mkdir()
     weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.ones(count, 8) for i, count in enumerate(rows)}
@@ -101,7 +136,7 @@ def test_shards_have_threads_by_their_part_of_the_work(
     assert executor.threads == threads
 
 
-# The program that starts them
+# The parent process
 
 AT_THE_END = """
 import multiprocessing.forkserver, sys
@@ -123,7 +158,7 @@ TORCH = "'torch' in sys.modules"
 
 
 @pytest.mark.parametrize("outliers", ["none", "weights", "auto"])
-def test_the_process_that_hands_shards_out_needs_no_torch(outliers: str, tmp_path: Path) -> None:
+def test_the_process_that_distributes_shards_needs_no_torch(outliers: str, tmp_path: Path) -> None:
     command = ("convert", llama(tmp_path / "model"), "-q", "--outliers", outliers)  # there is no tokenizer
     assert at_the_end(TORCH, *command, "-o", "two", "--workers", "2", cwd=tmp_path) == ["False", "0"]
     assert (tmp_path / "two/int8/outliers").exists() == (outliers != "none")
@@ -154,9 +189,7 @@ SERVER = "multiprocessing.forkserver._forkserver._forkserver_pid is not None"
         (["--outliers", "weights"], False),
     ],
 )
-def test_the_server_starts_before_anything_is_read_where_workers_are_foreseen(
-    options: list[str], expected: bool, tmp_path: Path
-) -> None:
+def test_the_server_starts_early_if_workers_are_expected(options: list[str], expected: bool, tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     (model / "config.json").write_text("no JSON")  # the end comes before any task
     assert at_the_end(SERVER, "convert", model, "-o", "out", *options, cwd=tmp_path) == [str(expected), "1"]

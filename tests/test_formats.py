@@ -1,4 +1,4 @@
-"""Every form a checkpoint comes in gives the same int8 bytes as its safetensors."""
+"""Every format of a checkpoint gives the same int8 bytes as safetensors."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from int8cli.errors import IndexFileError
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as safetensors, and in `int8` beside it what it is converted to."""
+    """A tiny Llama as safetensors, and its conversion in the directory `int8` beside it."""
     directory = tmp_path_factory.mktemp("tiny")
     convert(save_tiny("llama", directory / "source"), directory / "int8", WITHOUT_COLUMNS)
     return directory
@@ -61,7 +61,7 @@ def write_index(directory: Path, name: str, shards: dict[str, dict[str, Tensor]]
     (directory / name).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
 
 
-# --- PyTorch files ---------------------------------------------------------------------------------------------------
+# PyTorch files
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -98,7 +98,7 @@ def test_bin_shards_become_safetensors_shards(
         (("int8/outliers/a.bin", "b.bin"), "int8/outliers/a.bin would become int8/outliers/a.safetensors"),
     ],
 )
-def test_shards_that_would_take_one_anothers_place_or_ours_are_refused(
+def test_shards_with_conflicting_output_names_are_refused(
     names: tuple[str, ...], message: str, source: Path, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     shards = dict(zip(names, split(state, len(names)), strict=True))
@@ -111,7 +111,7 @@ def test_shards_that_would_take_one_anothers_place_or_ours_are_refused(
     assert not list((tmp_path / "output").rglob("*.safetensors"))
 
 
-def test_what_lies_in_a_directory_named_like_ours_is_not_copied(tiny: Path, tmp_path: Path) -> None:
+def test_files_in_a_directory_named_like_ours_are_not_copied(tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "source", tmp_path / "model")
     (tmp_path / "model/int8").mkdir()
     (tmp_path / "model/int8/report.py").write_text("theirs")
@@ -122,7 +122,7 @@ def test_what_lies_in_a_directory_named_like_ours_is_not_copied(tiny: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "some.bin"])
-def test_a_pytorch_file_is_a_model_by_itself(
+def test_a_single_pytorch_file_is_a_model(
     name: str, source: Path, state: dict[str, Tensor], tiny: Path, tmp_path: Path
 ) -> None:
     torch.save(state, source / name)
@@ -145,7 +145,7 @@ def test_tied_tensors_of_a_bin_are_written_under_each_name(tmp_path: Path) -> No
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
-def test_slices_of_one_storage_are_told_apart(tmp_path: Path) -> None:
+def test_slices_of_one_storage_are_distinguished(tmp_path: Path) -> None:
     (source := tmp_path / "source").mkdir()
     fused = torch.randn(30, 16, generator=torch.Generator().manual_seed(0)).half()
     parts = {f"h.0.attn.{n}_proj.weight": fused[10 * i : 10 * i + 10] for i, n in enumerate("qkv")}
@@ -190,7 +190,7 @@ def test_transposes_larger_than_a_block_are_read_the_right_way_round(tmp_path: P
     assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_conv1d_that_a_bin_stores_transposed_is_turned_twice(tmp_path: Path) -> None:
+def test_a_conv1d_stored_transposed_in_a_bin_is_transposed_twice(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source")
     convert(source, tmp_path / "expected", WITHOUT_COLUMNS)
     state = {n: t.t().contiguous().t() if t.dim() == 2 else t for n, t in read_all(source).items()}
@@ -217,7 +217,7 @@ def test_what_float16_models_keep_in_float32_is_widened_and_keeps_its_values(for
     assert all(torch.equal(written[name], state[name].float()) for name in widened)
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
+# Safetensors
 
 
 def test_a_safetensors_file_is_a_model_with_the_config_beside_it(tiny: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_of_both_formats_only_the_safetensors_are_opened(tiny: Path, source: Pat
     assert not (tmp_path / "output" / "pytorch_model.bin").exists()
 
 
-def test_metadata_of_the_source_is_kept(tiny: Path, source: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_metadata_of_the_source_is_copied(tiny: Path, source: Path, state: dict[str, Tensor], tmp_path: Path) -> None:
     from safetensors import safe_open
 
     save_file(state, source / "model.safetensors", metadata={"trained_by": "someone"})

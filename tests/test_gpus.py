@@ -30,7 +30,7 @@ BLOOM_INT8 = (
 
 
 def a_card(usable_bytes: int) -> Card:
-    """A card of which exactly so much can be used."""
+    """A card with exactly this much usable memory."""
     total = int((usable_bytes + CONTEXT_BYTES) / (1 - UNSEEN_SHARE)) - 2
     while Card("", total).usable_bytes < usable_bytes:
         total += 1
@@ -78,7 +78,7 @@ def test_gib_and_gb_are_two_things() -> None:
         ("8x", "8x"),
     ],
 )
-def test_what_names_no_card_is_refused(text: str, word: str) -> None:
+def test_an_unknown_card_is_refused(text: str, word: str) -> None:
     with pytest.raises(UnknownCardError, match=word) as caught:
         parse_cards(text)
     assert caught.value.hint
@@ -98,7 +98,7 @@ def test_every_card_in_the_table_is_found_by_its_own_name() -> None:
     )
 
 
-def test_a_card_is_never_wholly_usable() -> None:
+def test_a_card_is_never_completely_usable() -> None:
     assert card_named("RTX 3090").usable_bytes < 24 * GIB - GIB // 2
     assert Card("tiny", 100 << 20).usable_bytes == 0
 
@@ -125,14 +125,14 @@ def test_units_on_one_card_share_the_largest_workspace_and_keep_their_own_cache(
     assert placed.left_bytes == 17 << 20
 
 
-def test_a_unit_too_large_for_a_card_is_held_by_no_number_of_them() -> None:
+def test_a_unit_too_large_for_a_card_fits_on_no_number_of_cards() -> None:
     loads = (Load("a", 10 << 20), Load("b", 90 << 20, 0, 20 << 20))
     assert cards_needed(loads, a_card(100 << 20)) is None
     assert not place(loads, [a_card(100 << 20)] * 9).fits
 
 
 @pytest.mark.parametrize("usable_mib", range(60, 200, 7))
-def test_the_count_of_cards_is_what_placing_on_them_shows(usable_mib: int) -> None:
+def test_the_number_of_cards_agrees_with_their_placement(usable_mib: int) -> None:
     loads = tuple(Load(f"h.{n}", (17 + 5 * (n % 7)) << 20, n << 18, (n % 3) << 20) for n in range(20))
     card = a_card(usable_mib << 20)
     needed = cards_needed(loads, card)

@@ -23,7 +23,7 @@ from int8cli.errors import CheckpointError, CorruptShardError
 
 
 def packed(header: Mapping[str, Any] | str | bytes, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file of exactly this header, true or not."""
+    """A safetensors file with exactly this header, valid or not."""
     text = header if isinstance(header, bytes) else (header if isinstance(header, str) else json.dumps(header)).encode()
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
@@ -46,7 +46,7 @@ def accepted_by_safetensors(content: bytes, path: Path) -> bool:
     return True
 
 
-# The reference knows every type of the format from this release on: older ones are asked about what they know.
+# From this release on, the reference supports every dtype of the format. Older ones are tested with what they support.
 KNOWS_EVERY_DTYPE = Version(safetensors.__version__) >= Version("0.8")
 
 TENSORS = {
@@ -117,7 +117,7 @@ def test_an_encoded_header_opens_in_safetensors_with_every_dtype(tmp_path: Path)
     assert read(content).metadata == {"a": "1", "b": "2"}
 
 
-def test_a_header_for_no_tensors_is_a_whole_file(tmp_path: Path) -> None:
+def test_a_header_without_tensors_is_a_complete_file(tmp_path: Path) -> None:
     head, stored = encode_header([], {})
     assert stored == ()
     (tmp_path / "none.safetensors").write_bytes(head)
@@ -153,7 +153,7 @@ def test_a_valid_file_is_read(case: str, tmp_path: Path) -> None:
     assert [tensor.offset_bytes for tensor in layout.tensors] == sorted(t.offset_bytes for t in layout.tensors)
 
 
-def test_a_header_padded_by_its_writer_reads_as_before() -> None:
+def test_a_padded_header_is_read() -> None:
     plain, padded = packed({"t": entry()}, bytes(16)), packed(json.dumps({"t": entry()}) + " " * 40, bytes(16))
     assert read(padded).tensors[0].offset_bytes == read(plain).tensors[0].offset_bytes + 40
 
@@ -173,7 +173,7 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "a size that is not the shape's": (packed({"test": entry(0, 4)}, bytes(4)), "16 bytes"),
     "a shape that overflows": (packed({"test": entry(shape=[2, 2**64 - 2])}, bytes(16)), "overflows"),
     "a size that overflows": (packed({"test": entry(shape=[2, 2**63 - 1])}, bytes(16)), "overflows"),
-    "half a byte of 4-bit floats": (packed({"f": entry(0, 1, [1], "F4")}, bytes(1)), "inside a byte"),
+    "half a byte of 4-bit floats": (packed({"f": entry(0, 1, [1], "F4")}, bytes(1)), "not a whole number of bytes"),
     # And what else a header can get wrong.
     "seven bytes": (bytes(7), "7 bytes"),
     "a header just too long": (packed("{}", length=100_000_001), "the format allows 100,000,000"),
@@ -218,7 +218,7 @@ STRICTER = {"an entry that is a list", "a tensor named twice"}
 
 
 @pytest.mark.parametrize("case", INVALID)
-def test_a_false_header_is_refused_with_file_and_fault(case: str, tmp_path: Path) -> None:
+def test_a_bad_header_is_refused_with_file_and_reason(case: str, tmp_path: Path) -> None:
     content, fault = INVALID[case]
     with pytest.raises(CorruptShardError, match=r"^model\.safetensors: ") as caught:
         read(content)
@@ -232,7 +232,7 @@ def test_a_false_header_is_refused_with_file_and_fault(case: str, tmp_path: Path
     [{"a": {**entry(), "stride": 1}}, {"__metadata__": None, "a": entry()}],
     ids=["a field more", "no metadata"],
 )
-def test_what_the_reference_reader_passes_over_is_passed_over(header: dict[str, Any], tmp_path: Path) -> None:
+def test_tensors_that_the_reference_reader_ignores_are_ignored(header: dict[str, Any], tmp_path: Path) -> None:
     content = packed(header, bytes(16))
     assert accepted_by_safetensors(content, tmp_path / "x.safetensors")
     layout = read(content)
@@ -240,7 +240,7 @@ def test_what_the_reference_reader_passes_over_is_passed_over(header: dict[str, 
     assert layout.metadata == {}
 
 
-def test_a_truncated_file_says_how_much_is_there_and_what_to_do(tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error_with_its_size_and_a_hint(tmp_path: Path) -> None:
     whole = packed({"test": entry()}, bytes(16))
     with pytest.raises(CorruptShardError) as caught:
         read(whole[:-3])
@@ -248,13 +248,13 @@ def test_a_truncated_file_says_how_much_is_there_and_what_to_do(tmp_path: Path) 
     assert "run the same command again" in caught.value.hint
 
 
-def test_a_crowd_of_tensors_over_the_same_bytes_are_refused_at_once() -> None:
+def test_many_tensors_over_the_same_bytes_are_refused_quickly() -> None:
     content = packed({f"weight_{i}": entry() for i in range(20_000)}, bytes(16))
     with pytest.raises(CorruptShardError, match="overlaps"):
         read(content)
 
 
-def test_a_git_lfs_pointer_is_called_one() -> None:
+def test_a_git_lfs_pointer_is_recognised() -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     with pytest.raises(CorruptShardError, match="git-lfs pointer") as caught:
         read(pointer)
@@ -262,7 +262,7 @@ def test_a_git_lfs_pointer_is_called_one() -> None:
 
 
 @pytest.mark.parametrize("page", [b"<!DOCTYPE html><html>", b"\n <html><body>404</body>", b"<?xml version='1.0'?>"])
-def test_a_web_page_is_called_one(page: bytes) -> None:
+def test_a_web_page_is_recognised(page: bytes) -> None:
     with pytest.raises(CorruptShardError, match="web page"):
         read(page)
 
@@ -296,7 +296,7 @@ def test_whatever_a_damaged_byte_leaves_acceptable_safetensors_accepts_too(tmp_p
 
 
 def described_by_safetensors(content: bytes, path: Path) -> dict[str, tuple[str, list[int], bytes]] | None:
-    """Each tensor's dtype, shape and bytes as the format's own reader has them; None where it refuses the file."""
+    """The dtype, shape and bytes of each tensor by the format's own reader; None if it refuses the file."""
     path.write_bytes(content)
     try:
         with path.open("rb") as file:
@@ -329,7 +329,7 @@ STRANGE = (
 TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\d.+-]+|[{}\[\],:]')
 
 
-def test_a_header_changed_in_any_token_is_never_read_otherwise_than_by_safetensors(tmp_path: Path) -> None:
+def test_a_header_changed_in_any_token_is_read_like_safetensors_or_refused(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "e": torch.zeros(0, 2)}
     whole = save(tensors, {"format": "pt"})
     length = int.from_bytes(whole[:8], "little")
@@ -378,7 +378,7 @@ def test_a_header_changed_in_any_token_is_never_read_otherwise_than_by_safetenso
         '{"a":' * 100_000,
     ],
 )
-def test_a_description_in_another_place_is_refused_as_by_safetensors(header: str, tmp_path: Path) -> None:
+def test_a_misplaced_description_is_refused_as_by_safetensors(header: str, tmp_path: Path) -> None:
     content = len(header).to_bytes(8, "little") + header.encode()
     assert described_by_safetensors(content, tmp_path / "x.safetensors") is None
     with pytest.raises(CorruptShardError):
@@ -418,3 +418,19 @@ def test_what_is_written_is_never_more_than_is_read(monkeypatch: pytest.MonkeyPa
     encode_header(specs[:2], {})
     with pytest.raises(CheckpointError, match="the most are 100,000,000 bytes and 2 tensors"):
         encode_header(specs, {})
+
+
+@pytest.mark.parametrize(("depth", "is_read"), [(125, True), (126, False), (500, False)])
+@pytest.mark.parametrize("brackets", ["[]", "{}"])
+def test_an_unused_field_nests_as_deep_as_safetensors_reads(
+    depth: int, is_read: bool, brackets: str, tmp_path: Path
+) -> None:
+    opening = "[" if brackets == "[]" else '{"[":'
+    nested = opening * (depth - 1) + brackets + brackets[1] * (depth - 1)
+    content = packed('{"a":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"x":' + nested + "}}")
+    assert (described_by_safetensors(content, tmp_path / "x.safetensors") is not None) == is_read
+    if is_read:
+        assert [stored.spec.name for stored in read(content).tensors] == ["a"]
+    else:
+        with pytest.raises(CorruptShardError, match="nests too deeply"):
+            read(content)

@@ -1,4 +1,4 @@
-"""Hints belong to the command that shows them: each names only options that this command has."""
+"""The hints of a command name only options that the command has."""
 
 import re
 from collections.abc import Iterator
@@ -13,9 +13,13 @@ from int8cli.cli.errors import flag_of, hint_for
 
 HINTS = {
     "convert": hints.CONVERT,
+    "dequantize": hints.DEQUANTIZE,
     "estimate-memory": hints.ESTIMATE_MEMORY,
     "evaluate": hints.EVALUATE,
+    "generate": hints.GENERATE,
     "inspect-outliers": hints.INSPECT_OUTLIERS,
+    "status": hints.STATUS,
+    "env": hints.ENV,
     "verify": hints.VERIFY,
 }
 COMMANDS: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
@@ -63,7 +67,7 @@ def test_an_option_that_does_not_exist_would_be_found() -> None:
     assert "--from" not in options_of("convert")
 
 
-def test_the_hint_of_the_nearest_class_is_shown_after_the_own_one() -> None:
+def test_the_hint_of_the_nearest_class_follows_the_errors_own_hint() -> None:
     own = hint_for(errors.DiskSpaceError("full", hint="Make room."), hints.CONVERT)
     assert own == "Make room. --output DIR can be on another disk."
     assert hint_for(errors.OutputError("no"), hints.CONVERT) == "--output DIR names another directory."

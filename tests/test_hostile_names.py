@@ -82,7 +82,7 @@ def text_of(model: Path) -> list[str | Path]:
     return ["--text", model.parent / f"text{EVIL_FILE}.txt", "--tokens", "64"]
 
 
-# How each reader sees it
+# Checks for each kind of output
 
 
 def raw_characters(text: str) -> list[str]:
@@ -243,7 +243,7 @@ def test_a_conversion_and_what_it_writes(source: Path, nursery: Nursery, tmp_pat
     ],
     ids=lambda arguments: " ".join(arguments)[:40].encode("ascii", "ignore").decode().replace("\x1b", ""),
 )
-def test_a_command_over_a_hostile_checkpoint(
+def test_commands_print_hostile_names_safely(
     arguments: list[str], source: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     output: list[str] = ["-o", f"out{EVIL_FILE}"] if arguments[0] == "convert" else []
@@ -388,6 +388,38 @@ def test_reports_on_a_terminal(source: Path, tmp_path: Path) -> None:
         check_drawn(drawn)
 
 
+def test_all_commands_on_a_terminal(source: Path, runnable: Path, tmp_path: Path) -> None:
+    """Progress of every command, its result, and an error."""
+    out = f"o{EVIL_FILE}"
+    run("convert", source, "-o", out, "--outliers", "none", cwd=tmp_path)
+    text = [str(argument) for argument in text_of(runnable)]
+    commands = (
+        (0, ["verify", out, "--source", str(source)]),
+        (0, ["inspect-outliers", str(source), "--from", "weights", "--work-dir", f"w{EVIL_FILE}"]),
+        (0, ["inspect-outliers", str(runnable), *text, "--sequence-length", "16", "--work-dir", f"w{EVIL_FILE}"]),
+        (0, ["evaluate", str(runnable), *text, "--sequence-length", "16", "--work-dir", f"w{EVIL_FILE}"]),
+        (0, ["convert", str(runnable), "-o", f"a{EVIL_FILE}", "--outliers", "activations", *text]),
+        (1, ["verify", f"no{EVIL_FILE}"]),
+        (1, ["convert", str(source), "-o", out, "--outliers", f"no/{EVIL_FILE}.safetensors"]),
+    )
+    for expected, arguments in commands:
+        code, drawn = on_terminal(*arguments, cwd=tmp_path)
+        assert code == expected, drawn
+        check_drawn(drawn)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--revision", EVIL], [f"org/m{EVIL_FILE}"], [f"org/{EVIL_FILE}/x"]], ids=range(3)
+)
+def test_a_revision_and_an_id_that_no_hub_has(arguments: list[str], nursery: Nursery, tmp_path: Path) -> None:
+    model = ["org/m"] if arguments[0] == "--revision" else []
+    with HubStandIn(cdn=None) as hub:
+        for command in ("convert", "estimate-memory", "inspect-outliers"):
+            env = {"HF_ENDPOINT": hub.endpoint}
+            outcome = nursery.run(command, *model, *arguments, cwd=tmp_path, env=env)
+            check_lines(outcome, 1, named=False)
+
+
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_the_hub_answers(status: int, source: Path, nursery: Nursery, tmp_path: Path) -> None:
     with HubStandIn(cdn=None) as hub:
@@ -398,7 +430,7 @@ def test_what_the_hub_answers(status: int, source: Path, nursery: Nursery, tmp_p
     check_lines(outcome, 1, named=False)
 
 
-# The rules that keep it so
+# Rules for the code
 
 
 def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
@@ -411,7 +443,7 @@ MODULES = [*sorted((PACKAGE / "report").rglob("*.py")), *sorted((PACKAGE / "cli"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_there_is_one_way_to_each_reader(path: Path) -> None:
+def test_each_reader_is_reached_in_one_way(path: Path) -> None:
     """Consoles are made in terminal.py, HTML is escaped in markup.py, and print takes JSON or what is printable."""
     text = path.read_text()
     assert "rich.markup" not in text
@@ -424,11 +456,13 @@ def test_there_is_one_way_to_each_reader(path: Path) -> None:
 
 
 def is_safe(argument: ast.expr) -> bool:
-    """A constant, JSON in ASCII, or a text in which every value is made printable."""
+    """A constant, JSON in ASCII, or a text in which every value is made printable, or either of two."""
+    if isinstance(argument, ast.BoolOp):
+        return all(is_safe(each) for each in argument.values)
     if isinstance(argument, ast.JoinedStr):
         return all(is_safe(value.value) for value in argument.values if isinstance(value, ast.FormattedValue))
     if isinstance(argument, ast.Call):
-        return ast.unparse(argument.func) in ("printable", "json.dumps")
+        return ast.unparse(argument.func) in ("printable", "printable_lines", "json.dumps")
     return isinstance(argument, ast.Constant)
 
 

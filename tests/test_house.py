@@ -1,4 +1,4 @@
-"""The floors of the house: imports go down only, and what is slow or foreign stays where it is needed."""
+"""The floors of the house: imports go down only, and slow or foreign packages are imported only where needed."""
 
 import ast
 import re
@@ -11,13 +11,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "int8cli"
 
-# One folder (or module at the root) for each thing that the tool does or knows. A room may import from floors below its
-# own; those of one floor do not know each other.
+# One folder (or module at the root) for each thing that the tool does or knows. A room may import from lower floors.
+# Rooms on the same floor do not import each other.
 FLOORS = (
     {"errors"},
     {"llm_int8", "loaders", "workers", "data", "progress", "typed_json"},
     {"checkpoint", "results"},
-    {"model", "planning", "records"},
+    {"machine", "model", "planning", "records"},
     {"runtime", "outliers", "estimate"},
     {"conversion", "evaluation", "report"},
     {"columns", "verification"},
@@ -25,6 +25,7 @@ FLOORS = (
     {"cli"},
     {"__main__"},
 )
+COMMANDS = ("convert", "env", "estimate-memory", "evaluate", "inspect-outliers", "status", "verify")
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 ONLY_IN_ROOMS = {"typer": {"cli"}, "rich": {"report", "cli"}, "click": set[str]()}  # typer carries its own click
 NAMES_A_MODULE = re.compile(r"\bint8cli(?:\.\w+)+(?![\w/])")  # but not a schema such as int8cli.report/2
@@ -57,7 +58,7 @@ def exists(module: str) -> bool:
 
 
 def room_of(module: str) -> str:
-    """The folder that a module is in; of the package itself, which offers what lies above by lazy import, nothing."""
+    """The folder of a module; empty for the package itself, whose lazy imports may come from any floor."""
     return f"{module}.".split(".")[1]
 
 
@@ -87,7 +88,7 @@ def test_no_two_classes_have_one_name() -> None:
     assert [name for name, count in classes.items() if count > 1] == []
 
 
-# Reasons that stand in reports on disk, and the options of another program.
+# Reasons in reports on disk, and the options of another program.
 FLAGS_IN_THE_LIBRARY = {"left alone by --skip", "not named by --only", "--query-gpu=name,memory.total"}
 NAMES_A_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+(?!=)\b")
 CSS_VARIABLE = re.compile(r"var\(--[\w-]+\)|--[\w-]+: #\w+")
@@ -95,7 +96,7 @@ CSS_VARIABLE = re.compile(r"var\(--[\w-]+\)|--[\w-]+: #\w+")
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
 def test_the_library_names_no_flag(module: str, path: Path) -> None:
-    """What an option of the command line can do about an error, that command says: see cli/hints.py."""
+    """Hints that name options belong to the command line: see cli/hints.py."""
     if room_of(module) == "cli":
         return
     tree = ast.parse(path.read_text())
@@ -113,7 +114,7 @@ def test_the_library_names_no_flag(module: str, path: Path) -> None:
 
 def test_no_command_imports_another() -> None:
     """Neither on the command line nor in the library below it."""
-    commands = ("convert", "estimate_memory", "evaluate", "inspect_outliers", "verify")
+    commands = tuple(command.replace("-", "_") for command in COMMANDS)
     for room in ("cli", "commands"):
         for command in commands:
             names = imports(PACKAGE / room / f"{command}.py")
@@ -122,7 +123,7 @@ def test_no_command_imports_another() -> None:
 
 
 def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
-    allowed = {"torch", "int8cli", "dataclasses", "math", "collections", "typing"}
+    allowed = {"torch", "int8cli", "dataclasses", "math", "collections", "time", "typing"}
     for module, path in modules():
         if module.startswith("int8cli.llm_int8"):
             assert {name.split(".")[0] for name in imports(path)} <= allowed, module
@@ -133,7 +134,20 @@ def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
     [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("convert", "estimate-memory", "evaluate", "inspect-outliers", "verify")),
+        *(
+            [command, "--help"]
+            for command in (
+                "convert",
+                "dequantize",
+                "env",
+                "estimate-memory",
+                "evaluate",
+                "generate",
+                "inspect-outliers",
+                "status",
+                "verify",
+            )
+        ),
     ],
 )
 def test_help_and_version_import_nothing_large(arguments: list[str]) -> None:

@@ -91,10 +91,10 @@ def wait_until(happened: Callable[[], bool], within_s: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-# What a repository is
+# Repositories
 
 
-def test_a_repository_is_its_commit_and_its_visible_files(hub, tmp_path):
+def test_a_repository_has_a_commit_and_its_visible_files(hub, tmp_path):
     source = source_of(hub, tmp_path)
     identity = source.identity
     assert (identity.name, identity.revision, identity.on_hub) == (REPO, hub.repo(REPO).commit, True)
@@ -152,14 +152,14 @@ def test_any_place_of_a_remote_file_can_be_read(hub, model, tmp_path):
         assert file.read() == whole
 
 
-def test_a_dropped_header_read_goes_on(hub, model, tmp_path):
+def test_a_dropped_header_read_resumes(hub, model, tmp_path):
     hub.fail(SHARD, Fault(drop_after_bytes=40_000, times=2))
     with source_of(hub, tmp_path).open(SHARD) as file:
         assert file.read(131_072) == (model / SHARD).read_bytes()[:131_072]
     assert hub.bytes_sent(SHARD) == 131_072
 
 
-def test_a_server_without_ranges_does_not_make_a_header_cost_the_file(model, tmp_path):
+def test_a_header_from_a_server_without_ranges_does_not_download_the_file(model, tmp_path):
     (model / SHARD).write_bytes(noise(5, 60_000_000))
     with HubStandIn(ranges=False) as hub:
         hub.add_repo(REPO, model)
@@ -182,7 +182,7 @@ def test_the_size_is_known_without_the_file(hub, tmp_path):
 # Fetching
 
 
-def test_a_fetched_file_is_there_while_it_is_used_and_then_gone(hub, model, tmp_path):
+def test_a_fetched_file_exists_while_it_is_used_and_is_removed_afterwards(hub, model, tmp_path):
     source = source_of(hub, tmp_path)
     with source.fetch(SHARD) as local:
         assert local.path.name == SHARD
@@ -199,14 +199,14 @@ def test_a_file_outside_lfs_has_no_sha256(hub, tmp_path):
         assert local.sha256 is None
 
 
-def test_nothing_but_what_was_asked_for_is_transferred(hub, tmp_path):
+def test_only_requested_bytes_are_transferred(hub, tmp_path):
     source = source_of(hub, tmp_path)
     fetched(source, SHARD)
     assert hub.files_asked() == {SHARD}
     assert hub.bytes_sent(SHARD) == 300_000
 
 
-def test_bytes_are_told_as_they_come(hub, tmp_path):
+def test_received_bytes_are_reported_as_they_arrive(hub, tmp_path):
     heard: list[tuple[str, int]] = []
     fetched(source_of(hub, tmp_path, on_bytes=lambda name, n: heard.append((name, n))), SHARD)
     assert {name for name, _ in heard} == {SHARD}
@@ -239,7 +239,7 @@ def test_an_error_while_a_file_is_used_keeps_it_for_the_next_run(hub, tmp_path):
     assert hub.bytes_sent(SHARD) == 300_000
 
 
-def test_a_discarded_file_is_transferred_anew(hub, model, tmp_path):
+def test_a_discarded_file_is_downloaded_again(hub, model, tmp_path):
     hub.fail(SHARD, Fault(corrupt_at=1234))
     source = source_of(hub, tmp_path)
     with source.fetch(SHARD) as local:
@@ -260,17 +260,17 @@ def test_a_file_in_a_subdirectory_is_fetched(hub, model, tmp_path):
     assert not (tmp_path / "out" / "incoming").exists()
 
 
-def test_a_part_that_is_too_long_is_started_anew(hub, model, tmp_path):
+def test_a_part_that_is_too_long_is_downloaded_again(hub, model, tmp_path):
     part = tmp_path / "out" / "incoming" / hub.repo(REPO).commit / f"{SHARD}.incomplete"
     part.parent.mkdir(parents=True)
     part.write_bytes(bytes(300_001))
     assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
 
 
-# Failures that pass
+# Temporary failures
 
 
-def test_a_dropped_connection_goes_on_where_it_stopped(hub, model, tmp_path):
+def test_a_dropped_connection_resumes_where_it_stopped(hub, model, tmp_path):
     hub.fail(SHARD, Fault(drop_after_bytes=100_000, times=2))
     waits = Waits()
     assert fetched(source_of(hub, tmp_path, on_wait=waits), SHARD) == (model / SHARD).read_bytes()
@@ -297,9 +297,20 @@ def test_pauses_grow_until_it_gives_up_and_says_what_happened(hub, tmp_path):
     assert "same command again" in caught.value.hint
 
 
+def test_patience_is_counted_in_time_from_the_first_failure_in_a_row(hub, model, tmp_path):
+    hub.fail(SHARD, Fault(status=503, times=30))
+    patient = RetryPolicy(attempts=2, first_pause_s=0.001, max_pause_s=0.002, patience_s=3600.0)
+    assert fetched(source_of(hub, tmp_path, retry=patient), SHARD) == (model / SHARD).read_bytes()
+    hub.fail(NEXT_SHARD, Fault(status=503, times=9999))
+    short = RetryPolicy(attempts=9999, first_pause_s=0.01, max_pause_s=0.02, patience_s=0.1)
+    with pytest.raises(TransferError, match=r"failed \d+ times in a row: the server answered 503") as caught:
+        fetched(source_of(hub, tmp_path, retry=short), NEXT_SHARD)
+    assert "same command again" in caught.value.hint
+
+
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 @pytest.mark.parametrize("on", ["GET", "HEAD"])
-def test_errors_of_a_busy_server_are_waited_out(hub, model, tmp_path, status, on):
+def test_errors_of_a_busy_server_are_retried(hub, model, tmp_path, status, on):
     hub.fail(SHARD, Fault(status=status, times=2, on=on))
     assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
 
@@ -313,7 +324,7 @@ def test_the_api_is_asked_again_too(hub, tmp_path):
 @pytest.mark.parametrize(
     "headers", [{"Retry-After": "1"}, {"RateLimit": '"resolvers";r=0;t=1', "RateLimit-Policy": '"resolvers";q=1;w=300'}]
 )
-def test_the_server_says_how_long_to_wait(hub, model, tmp_path, headers):
+def test_the_server_decides_how_long_to_wait(hub, model, tmp_path, headers):
     hub.fail(SHARD, Fault(status=429, headers=headers))
     waits = Waits()
     began = time.monotonic()
@@ -322,7 +333,7 @@ def test_the_server_says_how_long_to_wait(hub, model, tmp_path, headers):
     assert time.monotonic() - began >= 1.0
 
 
-def test_a_silent_server_is_left_and_asked_again(hub, model, tmp_path):
+def test_a_silent_server_is_disconnected_and_asked_again(hub, model, tmp_path):
     hub.fail(SHARD, Fault(drop_after_bytes=100_000, stall_s=1.0))
     assert fetched(source_of(hub, tmp_path, timeout_s=0.3), SHARD) == (model / SHARD).read_bytes()
     assert hub.bytes_sent(SHARD) == 300_000
@@ -338,7 +349,7 @@ def test_a_server_without_ranges_is_read_from_the_start_again(model, tmp_path):
             fetched(source_of(hub, tmp_path), NEXT_SHARD)
 
 
-def test_a_hub_that_is_not_there_is_told(tmp_path):
+def test_an_unreachable_hub_is_reported(tmp_path):
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{held.getsockname()[1]}"
@@ -348,14 +359,14 @@ def test_a_hub_that_is_not_there_is_told(tmp_path):
         assert "HF_HUB_OFFLINE=1" in caught.value.hint
 
 
-def test_what_is_no_hub_is_told(tmp_path):
+def test_a_server_that_is_not_a_hub_is_reported(tmp_path):
     options = HubOptions(tmp_path / "in", endpoint="not a url", retry=QUICK)
     with pytest.raises(TransferError) as caught:
         HubSource(REPO, None, options).resolve()
     assert "HF_ENDPOINT" in caught.value.hint
 
 
-def test_a_full_disk_is_told(hub, tmp_path):
+def test_a_full_disk_is_an_error(hub, tmp_path):
     source = source_of(hub, tmp_path)
     with largest_file(1000), pytest.raises(DiskSpaceError, match=r"safetensors.*: not enough disk space"):
         fetched(source, SHARD)
@@ -398,7 +409,7 @@ def test_a_download_directory_that_is_a_link_is_refused(hub, tmp_path, level):
     assert [path.name for path in elsewhere.iterdir()] == ["empty"]
 
 
-# Failures that stay
+# Permanent failures
 
 
 @pytest.mark.parametrize(
@@ -410,7 +421,7 @@ def test_a_download_directory_that_is_a_link_is_refused(hub, tmp_path, level):
         ("org/private", None, ModelNotFoundError, "private"),
     ],
 )
-def test_what_is_not_there_is_not_asked_for_twice(hub, model, tmp_path, repo, revision, error, words):
+def test_missing_files_are_not_requested_twice(hub, model, tmp_path, repo, revision, error, words):
     hub.add_repo("org/private", model, token="hf_secret")
     with pytest.raises(error, match=words) as caught:
         source_of(hub, tmp_path, revision, repo).resolve()
@@ -418,7 +429,7 @@ def test_what_is_not_there_is_not_asked_for_twice(hub, model, tmp_path, repo, re
     assert len(hub.requests) <= 1
 
 
-def test_a_file_that_is_not_there_is_named(hub, tmp_path):
+def test_a_missing_file_is_named(hub, tmp_path):
     source = source_of(hub, tmp_path)
     with pytest.raises(ModelNotFoundError, match=r"model-9\.safetensors"):
         fetched(source, "model-9.safetensors")
@@ -426,7 +437,7 @@ def test_a_file_that_is_not_there_is_named(hub, tmp_path):
         source.open("model-9.safetensors").read(8)
 
 
-def test_a_gated_repository_says_how_to_get_in(hub, model, tmp_path):
+def test_a_gated_repository_is_an_error_that_says_how_to_get_access(hub, model, tmp_path):
     hub.add_repo("org/gated", model, gated=True, token="hf_secret")
     source = source_of(hub, tmp_path, repo="org/gated")
     assert SHARD in source.list_files()
@@ -449,11 +460,11 @@ def test_the_token_opens_a_gated_repository_and_stays_with_the_hub(hub, model, t
     assert all(request.authorization for request in hub.requests if request.host == "hub")
 
 
-# Where the bytes lie
+# Storage
 
 
 @pytest.mark.parametrize("cdn", get_args(Cdn))
-def test_the_digest_is_the_hubs_wherever_it_sends_us_for_the_bytes(cdn, model, tmp_path):
+def test_the_digest_is_the_hubs_even_after_a_redirect(cdn, model, tmp_path):
     with HubStandIn(cdn=cdn) as hub:
         hub.add_repo(REPO, model)
         with source_of(hub, tmp_path).fetch(SHARD) as local:
@@ -464,7 +475,7 @@ def test_the_digest_is_the_hubs_wherever_it_sends_us_for_the_bytes(cdn, model, t
 # The next file
 
 
-def test_the_next_file_comes_while_the_present_one_is_used(hub, model, tmp_path):
+def test_the_next_file_is_fetched_while_the_current_one_is_used(hub, model, tmp_path):
     source = source_of(hub, tmp_path)
     with source.fetch(SHARD):
         source.prefetch(NEXT_SHARD)
@@ -482,7 +493,7 @@ def test_only_one_file_is_fetched_ahead(hub, tmp_path):
     assert hub.files_asked() == {SHARD}
 
 
-def test_a_failure_in_the_background_is_raised_where_the_file_is_wanted(hub, tmp_path):
+def test_a_failure_in_the_background_is_raised_when_the_file_is_needed(hub, tmp_path):
     hub.fail(SHARD, Fault(status=500, times=4))
     source = source_of(hub, tmp_path)
     source.prefetch(SHARD)
@@ -520,7 +531,7 @@ def test_close_ends_a_pause(hub, tmp_path):
 # The cache
 
 
-def test_kept_files_go_to_the_cache_as_huggingface_hub_has_them(hub, model, tmp_path):
+def test_keep_source_caches_files_like_huggingface_hub(hub, model, tmp_path):
     from huggingface_hub import hf_hub_download
 
     source = source_of(hub, tmp_path, keep_source=True)
@@ -536,7 +547,7 @@ def test_kept_files_go_to_the_cache_as_huggingface_hub_has_them(hub, model, tmp_
 
 
 @pytest.mark.parametrize("keep_source", [False, True])
-def test_a_file_in_the_cache_is_used_from_there_and_stays(hub, model, tmp_path, keep_source):
+def test_a_file_in_the_cache_is_used_and_not_removed(hub, model, tmp_path, keep_source):
     from huggingface_hub import hf_hub_download
 
     cache = tmp_path / "cache"
@@ -555,7 +566,7 @@ def test_a_file_in_the_cache_is_used_from_there_and_stays(hub, model, tmp_path, 
     assert hub.files_asked() == set()
 
 
-def test_a_cache_without_links_serves_too(hub, model, tmp_path, monkeypatch):
+def test_a_cache_without_links_works_too(hub, model, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", True, raising=False)  # where the client has this setting
@@ -572,7 +583,7 @@ def test_a_cache_without_links_serves_too(hub, model, tmp_path, monkeypatch):
             assert local.path.read_bytes() == (model / SHARD).read_bytes()
 
 
-def test_a_corrupt_file_in_the_cache_is_not_deleted_but_named(hub, tmp_path):
+def test_a_corrupt_file_in_the_cache_is_named_and_not_deleted(hub, tmp_path):
     from huggingface_hub import hf_hub_download
 
     cached = Path(hf_hub_download(REPO, SHARD, cache_dir=tmp_path / "cache", endpoint=hub.endpoint))
@@ -582,7 +593,7 @@ def test_a_corrupt_file_in_the_cache_is_not_deleted_but_named(hub, tmp_path):
     assert cached.exists()
 
 
-def test_a_kept_file_that_came_corrupt_is_transferred_anew(hub, model, tmp_path):
+def test_a_corrupt_file_in_the_cache_is_downloaded_again_with_keep_source(hub, model, tmp_path):
     hub.fail(SHARD, Fault(corrupt_at=7))
     source = source_of(hub, tmp_path, keep_source=True)
     assert fetched(source, SHARD) != (model / SHARD).read_bytes()
@@ -590,7 +601,7 @@ def test_a_kept_file_that_came_corrupt_is_transferred_anew(hub, model, tmp_path)
     assert fetched(source, SHARD) == (model / SHARD).read_bytes()
 
 
-def test_parts_of_another_revision_are_not_gone_on_from(hub, model, tmp_path):
+def test_parts_of_another_revision_are_not_resumed(hub, model, tmp_path):
     hub.fail(SHARD, Fault(drop_after_bytes=100_000, times=1))
     hub.fail(SHARD, Fault(status=500, times=4))
     with pytest.raises(TransferError):
@@ -643,7 +654,7 @@ def test_the_environment_is_honoured_and_stderr_left_alone(hub, model, tmp_path)
 
 
 @pytest.mark.parametrize("keep", ["", "keep"])
-def test_after_kill_9_the_next_run_goes_on_from_the_part(hub, tmp_path, keep):
+def test_after_kill_9_the_next_run_resumes_the_part(hub, tmp_path, keep):
     hub.fail(SHARD, Fault(bytes_per_s=300_000))
     process = run(hub, tmp_path, REPO, keep, SHARD)
     wait_until(lambda: hub.bytes_sent(SHARD) >= 120_000)
@@ -671,7 +682,7 @@ def test_offline_serves_what_the_cache_holds(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_an_unknown_name_points_at_the_directory_that_was_meant(hub, model, tmp_path, monkeypatch):
+def test_an_unknown_name_suggests_a_directory(hub, model, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
@@ -679,6 +690,23 @@ def test_an_unknown_name_points_at_the_directory_that_was_meant(hub, model, tmp_
     with pytest.raises(ModelNotFoundError, match="modle") as caught:
         open_source("modle", revision=None, download_dir=tmp_path / "incoming")
     assert "On this machine there is model" in caught.value.hint
+
+
+@pytest.mark.parametrize(("name", "asked"), [("modle", 2), ("models/opt", 2), ("org/name", 5)])
+def test_a_name_that_may_be_a_mistyped_directory_is_not_asked_for_again_and_again(name, asked, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(RetryPolicy, "pause_s", lambda self, failures: 0.001)
+    monkeypatch.chdir(tmp_path)
+    for directory in ("model", "models"):
+        (tmp_path / directory).mkdir()
+    waits = Waits()
+    with pytest.raises(TransferError, match="could not be reached") as caught:
+        open_source(name, revision=None, download_dir=tmp_path / "incoming", on_wait=waits)
+    assert len(waits.seen) == asked - 1
+    assert str(caught.value).startswith(f"there is no directory or file {name} here") == (name != "org/name")
+    assert ("On this machine there is model" in caught.value.hint) == (name == "modle")
 
 
 def test_a_server_that_gives_only_commit_and_files_is_enough(hub, model, tmp_path):

@@ -1,4 +1,4 @@
-"""Answers that a Hub does not give: proxies, log-in pages, odd headers. Each ends in the file or in our error."""
+"""Answers that a real Hub does not give: proxies, login pages, odd headers. Each ends in the file or in our error."""
 
 import hashlib
 import http.server
@@ -99,7 +99,7 @@ def source(hub: OddHub, tmp_path: Path) -> HubSource:
 
 
 def everything(source: HubSource) -> dict[str, bytes]:
-    """All files, each read in the way that is usual for it."""
+    """All files, each read in the usual way."""
     found = {}
     for name in source.list_files():
         with source.fetch(name) as local:
@@ -122,7 +122,7 @@ API, HEAD, GET = ("GET", ""), ("HEAD", "tokenizer_config.json"), ("GET", "tokeni
 RIGHT = {"X-Repo-Commit": COMMIT, "ETag": f'"{blob(WORDS)}"'}
 
 
-def test_a_hub_is_read(source: HubSource) -> None:
+def test_a_model_on_the_hub_is_read(source: HubSource) -> None:
     assert everything(source) == FILES
 
 
@@ -135,7 +135,7 @@ def test_a_hub_is_read(source: HubSource) -> None:
     [PAGE, b"[1]", b'{"error": 5, "errors": [5]}', b"[" * 100_000, b"\xff\xfe", b""],
     ids=["latin-1", "list", "other types", "deep", "no text", "empty"],
 )
-def test_a_page_of_any_kind_with_503_is_a_reason_to_try_again(
+def test_any_page_with_status_503_is_tried_again(
     kind: tuple[str, str], page: bytes, hub: OddHub, source: HubSource
 ) -> None:
     hub.odd = once(kind, (503, {"Content-Type": "text/html; charset=iso-8859-1"}, page))
@@ -149,7 +149,7 @@ def test_a_page_of_any_kind_with_503_is_a_reason_to_try_again(
         *("soon", "-5", "\xb2", "0.5", "1e9", ",", "", "Wed, 99 Foo 2015"),
     ],
 )
-def test_a_server_may_ask_for_any_pause(pause: str, hub: OddHub, source: HubSource) -> None:
+def test_any_retry_after_header_is_accepted(pause: str, hub: OddHub, source: HubSource) -> None:
     hub.odd = once(GET, (503, {"Retry-After": pause}, b""))
     assert everything(source) == FILES
 
@@ -158,7 +158,7 @@ def test_a_server_may_ask_for_any_pause(pause: str, hub: OddHub, source: HubSour
 
 
 @pytest.mark.parametrize("size", ["-5", "many", "\xb2", "9" * 30, "0x10", "1.5"])
-def test_a_size_that_is_none_is_an_error_or_is_asked_for_again(size: str, hub: OddHub, source: HubSource) -> None:
+def test_an_invalid_size_is_an_error_or_is_requested_again(size: str, hub: OddHub, source: HubSource) -> None:
     hub.odd = always(HEAD, (200, {**RIGHT, "X-Linked-Size": size}, WORDS))
     ends_in_the_files_or_an_error(source)
 
@@ -171,7 +171,7 @@ def test_a_size_that_is_wrong_is_an_error(length: int, hub: OddHub, source: HubS
 
 
 @pytest.mark.parametrize("total", ["-1", "many", "*", "\xb2", "9" * 30, "1", ""])
-def test_a_total_may_be_anything(total: str, hub: OddHub, source: HubSource) -> None:
+def test_any_total_in_a_content_range_ends_in_the_files_or_an_error(total: str, hub: OddHub, source: HubSource) -> None:
     stated = {**RIGHT, "Content-Range": f"bytes 0-{len(CONFIG) - 1}/{total}", "ETag": f'"{blob(CONFIG)}"'}
     hub.odd = always(("GET", "config.json"), (206, stated, CONFIG))
     ends_in_the_files_or_an_error(source)
@@ -190,7 +190,7 @@ def ends_in_the_files_or_an_error(source: HubSource) -> None:
 
 @pytest.mark.parametrize("kind", [API, HEAD, GET])
 @pytest.mark.parametrize("location", ["http://[", "http://", "ftp://x/y", "http://\xe4:x/", "//", ":", "http://a b/"])
-def test_a_redirect_to_no_address_is_an_error(
+def test_a_redirect_without_address_is_an_error(
     kind: tuple[str, str], location: str, hub: OddHub, source: HubSource
 ) -> None:
     hub.odd = always(kind, (302, {**RIGHT, "Location": location}, b""))
@@ -208,7 +208,7 @@ STORED = (200, {"ETag": '"5f-abc"', "Content-Length": str(len(SHARD))}, SHARD)
 
 @pytest.mark.parametrize("location", ["/storage/model", "{endpoint}/storage/model", "http://elsewhere.invalid/model"])
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_redirect_that_names_the_digest_is_believed_over_the_storage(
+def test_a_digest_in_the_redirect_wins_over_that_of_the_storage(
     location: str, ends: bool, hub: OddHub, source: HubSource
 ) -> None:
     redirect = {"X-Repo-Commit": COMMIT, "Location": location.format(endpoint=hub.endpoint), **NAMED}  # type: ignore[attr-defined]
@@ -249,14 +249,14 @@ def test_redirects_in_a_circle_are_an_error(hub: OddHub, source: HubSource) -> N
     + ["[" * 100_000, "<html>Please log in</html>", '{"sha": "\\ud800", "siblings": []}'],
     ids=lambda answer: answer[:40],
 )
-def test_an_api_that_says_something_else_is_no_hubs(answer: str, hub: OddHub, source: HubSource) -> None:
+def test_an_api_with_other_answers_is_not_a_hub(answer: str, hub: OddHub, source: HubSource) -> None:
     hub.odd = always(API, (200, {}, answer.encode()))
     with pytest.raises(TransferError, match="does not answer like a Hub"):
         source.resolve()
 
 
 @pytest.mark.parametrize("token", ["hf_ä", "hf_\u200bx"])
-def test_a_token_that_is_none_is_told(token: str, hub: OddHub, tmp_path: Path) -> None:
+def test_an_invalid_token_is_reported(token: str, hub: OddHub, tmp_path: Path) -> None:
     options = HubOptions(tmp_path / "in", endpoint=hub.endpoint, token=token, retry=QUICK)  # type: ignore[attr-defined]
     with pytest.raises(AccessDeniedError, match="token") as caught:
         HubSource("org/m", None, options).resolve()
@@ -276,7 +276,7 @@ def test_other_bytes_under_the_right_etag_are_fetched_once_more(name: str, hub: 
 
 @pytest.mark.parametrize("read", [lambda source, name: source.open(name), lambda source, name: fetch(source, name)])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_other_bytes_are_not_taken(
+def test_other_bytes_are_not_accepted(
     name: str, read: Callable[[HubSource, str], object], hub: OddHub, source: HubSource, tmp_path: Path
 ) -> None:
     changed = FILES[name].replace(b"i", b"o")
@@ -286,7 +286,7 @@ def test_other_bytes_are_not_taken(
     assert not [path for path in (tmp_path / "in").rglob("*") if path.is_file()]
 
 
-def test_a_log_in_page_is_no_file(hub: OddHub, source: HubSource) -> None:
+def test_a_login_page_is_not_a_file(hub: OddHub, source: HubSource) -> None:
     hub.odd = lambda method, file, before: (200, {"Content-Type": "text/html"}, PAGE) if file == GET[1] else None
     with pytest.raises(TransferError, match="does not answer like a Hub"):
         fetch(source, GET[1])

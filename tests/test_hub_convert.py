@@ -86,7 +86,7 @@ def transferred_over(hub: HubStandIn, published: Path, file: str) -> int:
     return hub.bytes_sent(file) - size - min(size, 128 << 10)
 
 
-# What comes out
+# Results
 
 
 def test_the_result_is_that_of_the_local_directory(
@@ -167,7 +167,7 @@ def source_shards_present(output: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("workers", [[], ["--workers", "2"]])
-def test_no_more_than_the_shards_in_flight_lie_on_the_disk(
+def test_only_shards_in_flight_are_on_the_disk(
     workers: list[str], user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail("*.safetensors", Fault(times=100, bytes_per_s=1_500_000))
@@ -192,7 +192,7 @@ def test_no_more_than_the_shards_in_flight_lie_on_the_disk(
     assert not (user.output / "int8/incoming").exists()
 
 
-def test_kept_shards_serve_a_second_conversion(
+def test_cached_shards_are_used_by_a_second_conversion(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     assert user.convert(REPO, "--keep-source", "-q").code == 0
@@ -235,7 +235,7 @@ def test_offline_without_a_cache_says_so(user: User, hub: HubStandIn) -> None:
     ],
     ids=lambda fault: f"{fault.status or 'drop'}-{fault.times}",
 )
-def test_failures_that_pass_cost_no_byte_twice(
+def test_temporary_failures_transfer_no_byte_twice(
     fault: Fault, user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail("*.safetensors", fault)
@@ -247,7 +247,7 @@ def test_failures_that_pass_cost_no_byte_twice(
         assert transferred_over(hub, published, shard) <= 128 << 10, shard
 
 
-def test_a_server_that_falls_silent_is_asked_again(
+def test_a_server_that_stops_answering_is_asked_again(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail(SHARD, Fault(drop_after_bytes=150_000, stall_s=4))
@@ -257,7 +257,7 @@ def test_a_server_that_falls_silent_is_asked_again(
     assert_converted(user, reference)
 
 
-def test_a_file_that_vanished_is_an_error_and_the_next_run_goes_on(
+def test_a_file_that_disappears_is_an_error_and_the_next_run_resumes(
     user: User, hub: HubStandIn, reference: dict[str, bytes]
 ) -> None:
     hub.fail("tokenizer_config.json", Fault(status=404))
@@ -269,7 +269,7 @@ def test_a_file_that_vanished_is_an_error_and_the_next_run_goes_on(
     assert_converted(user, reference)
 
 
-def test_bytes_that_changed_on_the_way_are_fetched_once_more(
+def test_bytes_that_changed_in_transit_are_fetched_again(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail(SHARD, Fault(corrupt_at=180_000))
@@ -289,7 +289,7 @@ def test_bytes_that_change_each_time_are_an_error(user: User, hub: HubStandIn) -
     assert not any((user.output / "int8/partial").glob("*"))
 
 
-def test_corrupt_bytes_do_not_come_back_from_the_part_of_an_earlier_run(
+def test_corrupt_bytes_in_the_part_of_an_earlier_run_are_not_used(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail(SHARD, Fault(corrupt_at=180_000, times=2))
@@ -299,7 +299,7 @@ def test_corrupt_bytes_do_not_come_back_from_the_part_of_an_earlier_run(
     assert_converted(user, reference)
 
 
-def test_a_copied_file_that_arrives_damaged_is_never_left_there(
+def test_a_copied_file_that_arrives_damaged_is_removed(
     user: User, hub: HubStandIn, published: Path, tmp_path: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail("tokenizer_config.json", Fault(drop_after_bytes=3))
@@ -311,7 +311,7 @@ def test_a_copied_file_that_arrives_damaged_is_never_left_there(
 # Kills
 
 
-def test_a_transfer_that_was_killed_goes_on_from_where_it_stopped(
+def test_a_killed_transfer_resumes_where_it_stopped(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     hub.fail(SHARD, Fault(times=3, bytes_per_s=300_000))  # two for the header, one for the transfer
@@ -351,7 +351,7 @@ def test_kills_at_any_instant_leave_no_trace(
     assert_converted(user, reference)
 
 
-def test_what_a_killed_run_fetched_for_a_finished_shard_does_not_stay(
+def test_shards_that_a_killed_run_fetched_needlessly_are_removed(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes]
 ) -> None:
     assert user.convert(REPO).code == 0
@@ -362,10 +362,24 @@ def test_what_a_killed_run_fetched_for_a_finished_shard_does_not_stay(
     assert_converted(user, reference)
 
 
-# Which state of the repository
+def test_an_outage_longer_than_the_patience_says_that_the_same_command_resumes(
+    user: User, hub: HubStandIn, reference: dict[str, bytes]
+) -> None:
+    hub.fail(SHARDS[3], Fault(status=503, times=9999, on="GET"))
+    outcome = user.convert(REPO, "--retry-for", "1s")
+    assert outcome.code == 1
+    assert "the server answered 503" in outcome.err
+    assert outcome.err.endswith("hint: Run the same command again: it resumes where this run stopped.\n")
+    hub.recover()
+    outcome = user.convert(REPO)
+    assert outcome.code == 0, outcome.err
+    assert_converted(user, reference)
 
 
-def test_a_push_between_two_runs_is_noticed(
+# Revisions
+
+
+def test_a_push_between_two_runs_is_detected(
     user: User, hub: HubStandIn, published: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
     old = hub.repo(REPO).commit
@@ -383,10 +397,10 @@ def test_a_push_between_two_runs_is_noticed(
     assert_converted(user, reference)
 
 
-# Doors that stay shut
+# Access
 
 
-def test_what_is_not_there_or_not_ours_is_said_plainly(user: User, hub: HubStandIn, published: Path) -> None:
+def test_missing_and_foreign_files_are_clear_errors(user: User, hub: HubStandIn, published: Path) -> None:
     hub.add_repo("org/gated", published, gated=True, token="hf_key")
     hub.add_repo("org/private", published, token="hf_key")
     expected = {
@@ -414,7 +428,7 @@ def test_a_token_opens_a_gated_repository(
     assert not any(b"hf_key" in data for data in tree(user.output).values())
 
 
-def test_an_interrupted_transfer_ends_at_once_and_can_go_on(
+def test_an_interrupted_transfer_ends_at_once_and_can_be_resumed(
     user: User, hub: HubStandIn, reference: dict[str, bytes]
 ) -> None:
     hub.fail(SHARD, Fault(times=2, bytes_per_s=200_000))

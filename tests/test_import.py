@@ -1,4 +1,4 @@
-"""The package is found as itself, wherever Python is started and whatever else is installed."""
+"""The package can be imported in any directory, whatever else is installed."""
 
 import subprocess
 import sys
@@ -13,8 +13,8 @@ def test_the_directory_above_a_clone_imports_the_package_and_not_an_empty_one(tm
     assert done.returncode == 0, done.stderr
 
 
-def test_torch_without_numpy_is_no_warning_of_ours() -> None:
-    """numpy is no dependency; torch warns of its absence when it is first imported."""
+def test_torch_without_numpy_gives_no_warning() -> None:
+    """numpy is not a dependency. torch warns about this when it is first imported."""
     code = "import sys; sys.modules['numpy'] = None; import int8cli.llm_int8"
     done = subprocess.run([sys.executable, "-c", f"{code}, torch"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

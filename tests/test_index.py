@@ -1,4 +1,4 @@
-"""Which files of a checkpoint are converted, which go along, which are left behind, and what is refused."""
+"""Which files of a checkpoint are converted, copied, or left out, and what is refused."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
-from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.errors import (
     CorruptShardError,
     IndexFileError,
@@ -24,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def make(root: Path, *names: str) -> DirectorySource:
-    """A directory of files that are never opened: what they are called is all that matters."""
+    """A directory of files that are never opened. Only their names matter."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +51,7 @@ PREFERENCE = ["model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bi
 
 
 @pytest.mark.parametrize("first", range(len(PREFERENCE)))
-def test_weights_are_chosen_in_the_order_of_transformers(first: int, tmp_path: Path) -> None:
+def test_weight_files_are_chosen_in_the_order_of_transformers(first: int, tmp_path: Path) -> None:
     names = PREFERENCE[first:]
     make(tmp_path, *names, "a-1.safetensors", "a-1.bin")
     for name, shard in ((INDEX, "a-1.safetensors"), ("pytorch_model.bin.index.json", "a-1.bin")):
@@ -74,7 +73,7 @@ def test_shard_names_come_from_the_index_not_from_a_pattern(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.bin", "model.pt", "model.pth"])
-def test_an_only_file_of_another_name_is_taken(name: str, tmp_path: Path) -> None:
+def test_a_single_file_with_another_name_is_used(name: str, tmp_path: Path) -> None:
     source = make(tmp_path, name, "config.json", "training_args.bin", "adapter_model.safetensors", "optimizer.pt")
     assert find_weights(source).shards == (name,)
 
@@ -84,7 +83,7 @@ def test_two_files_of_other_names_are_one_too_many(tmp_path: Path) -> None:
         find_weights(make(tmp_path, "a.safetensors", "b.safetensors"))
 
 
-def test_a_variant_is_taken_only_where_the_user_points_at_it(tmp_path: Path) -> None:
+def test_a_variant_is_used_only_if_the_user_names_it(tmp_path: Path) -> None:
     make(tmp_path, "model.fp16.safetensors", "config.json")
     with pytest.raises(UnsupportedModelError, match=r"found only model\.fp16\.safetensors"):
         find_weights(DirectorySource(tmp_path))
@@ -154,14 +153,14 @@ def test_every_file_is_converted_copied_rewritten_or_named(tmp_path: Path) -> No
     assert {*weights.copied, *left(weights), "model.safetensors", "config.json"} == set(source.list_files())
 
 
-def test_a_huge_file_under_a_tokenizers_name_is_left_behind(tmp_path: Path) -> None:
+def test_a_huge_file_with_the_name_of_a_tokenizer_file_is_not_copied(tmp_path: Path) -> None:
     make(tmp_path, "model.safetensors")
     with (tmp_path / "vocab.json").open("wb") as file:
         file.truncate(2**30)
     assert "too large" in left(find_weights(DirectorySource(tmp_path)))["vocab.json"]
 
 
-def test_where_both_formats_are_no_bin_is_opened(tmp_path: Path) -> None:
+def test_with_both_formats_no_bin_is_opened(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     source = make(tmp_path, "pytorch_model.bin")
     assert [contents.file_name for contents in read_headers(source, find_weights(source))] == ["model.safetensors"]
@@ -179,7 +178,7 @@ def test_weights_of_another_form_alone_are_named(name: str, tmp_path: Path) -> N
         find_weights(make(tmp_path, name, "config.json"))
 
 
-def test_a_directory_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_an_error_that_lists_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFoundError, match="no weights") as caught:
         find_weights(make(tmp_path, "config.json", "tokenizer.json", "training_args.bin"))
     assert "model.safetensors.index.json" in caught.value.hint
@@ -214,15 +213,15 @@ def test_an_index_must_not_name_a_file_outside_the_directory(shard: str, tmp_pat
         ("{}", "weight_map is missing"),
         ('{"weight_map": []}', "does not map tensors to files"),
         ('{"weight_map": {}}', "does not map tensors to files"),
-        ('{"weight_map": {"w": 3}}', "'w' has 3"),
-        ('{"weight_map": {"w": null}}', "'w' has None"),
+        ('{"weight_map": {"w": 3}}', "'w' is mapped to 3"),
+        ('{"weight_map": {"w": null}}', "'w' is mapped to None"),
         ('{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}', "names 'w' twice"),
         ('{"metadata": 1, "weight_map": {"w": "a.safetensors"}}', "metadata is 1"),
         ('{"weight_map": {"w": "gone.safetensors"}}', "'gone.safetensors', which is missing"),
         ('{"weight_map": {"w": "config.json"}}', r"'config.json', which is not a .safetensors file"),
     ],
 )
-def test_a_false_index_is_refused(text: str, words: str, tmp_path: Path) -> None:
+def test_a_bad_index_is_refused(text: str, words: str, tmp_path: Path) -> None:
     make(tmp_path, "a.safetensors", "b.safetensors", "config.json")
     (tmp_path / INDEX).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(IndexFileError, match=words) as caught:
@@ -236,7 +235,7 @@ def test_an_index_without_metadata_is_an_index(tmp_path: Path) -> None:
     assert find_weights(DirectorySource(tmp_path)).index_metadata == {}
 
 
-def test_layouts_come_in_the_order_of_the_shards(tmp_path: Path) -> None:
+def test_headers_are_in_the_order_of_the_shards(tmp_path: Path) -> None:
     source = sharded(tmp_path)
     weights = find_weights(source)
     shards = read_headers(source, weights)
@@ -271,7 +270,7 @@ def test_a_tensor_that_the_index_does_not_list_is_kept(tmp_path: Path) -> None:
         ({"h.0.weight": torch.ones(1), "h.1.weight": torch.ones(1)}, r"'h\.1\.weight' is in two shards, model_00001"),
     ],
 )
-def test_shards_are_held_to_the_index(held: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:
+def test_shards_are_checked_against_the_index(held: dict[str, torch.Tensor], words: str, tmp_path: Path) -> None:
     sharded(tmp_path)
     save_file(held, tmp_path / "model_00001-of-00002.safetensors")
     source = DirectorySource(tmp_path)
@@ -295,54 +294,3 @@ def test_a_broken_shard_is_named(content: bytes, error: type[Int8cliError], tmp_
     source = DirectorySource(tmp_path)
     with pytest.raises(error, match=r"pytorch_model\.bin"):
         read_headers(source, find_weights(source))
-
-
-WEIGHT8, PACKED = torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 4, dtype=torch.uint8)
-FLOAT8 = WEIGHT8.to(torch.float8_e4m3fn)
-FLOAT16 = torch.ones(4, 4, dtype=torch.float16)
-DECLARED = {"quantization_config": {"quant_method": "some_method"}}
-
-
-def refuse(tensors: dict[str, torch.Tensor], config: dict[str, Any], root: Path) -> None:
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, root / "model.safetensors")
-    source = DirectorySource(root)
-    refuse_quantized(config, read_headers(source, find_weights(source)))
-
-
-@pytest.mark.parametrize(
-    "tensors",
-    [
-        {"l.weight": WEIGHT8, "l.SCB": torch.ones(4)},
-        {"l.weight": PACKED, "l.weight.absmax": torch.ones(4), "l.weight.quant_state.bitsandbytes__nf4": PACKED},
-        {"l.qweight": WEIGHT8.int(), "l.scales": FLOAT16},
-        {"l.weight_packed": WEIGHT8.int(), "l.weight_scale": FLOAT16},
-        {"l.weight": FLOAT8, "l.weight_scale_inv": torch.ones(1, 1)},
-        {"l.weight": WEIGHT8, "l.weight_scale": torch.ones(4, 1)},
-        {"l.experts.up_blocks": PACKED, "l.experts.up_scales": PACKED},
-    ],
-)
-def test_companions_betray_a_quantized_checkpoint(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="already quantized"):
-        refuse(tensors, {}, tmp_path)
-
-
-@pytest.mark.parametrize("weight", [WEIGHT8, FLOAT8, PACKED])
-def test_a_declared_method_over_small_weights_is_named(weight: torch.Tensor, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="some_method"):
-        refuse({"l.weight": weight}, DECLARED, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config"),
-    [
-        ({"l.weight": FLOAT16}, DECLARED),
-        ({"l.weight": FLOAT16, "l.weight_scale": torch.ones(4)}, {}),
-        ({"l.weight": FLOAT16, "position_ids": torch.arange(4)[None].clone(), "attn.bias": PACKED}, DECLARED),
-        ({"l.weight": FLOAT16, "codes": WEIGHT8}, {"quantization_config": None}),
-        ({"l.weight": FLOAT16, "up_blocks.0.weight": FLOAT16}, {}),
-    ],
-)
-def test_plain_weights_are_not_refused(
-    tensors: dict[str, torch.Tensor], config: dict[str, Any], tmp_path: Path
-) -> None:
-    refuse(tensors, config, tmp_path)

@@ -1,4 +1,4 @@
-"""The cache of a model, held against transformers' own cache after a forward pass."""
+"""The cache size of a model, compared with transformers' own cache after a forward pass."""
 
 import json
 from typing import Any
@@ -164,7 +164,7 @@ WITH_CACHE = {
 
 
 def config_of(tiny: Tiny) -> tuple[Any, dict[str, Any]]:
-    """The config as an object, and as config.json has it. Skips the test where transformers does not have the model."""
+    """The config as an object, and in the form of config.json. Skips the test if transformers lacks the model."""
     if not is_known(tiny):
         pytest.skip(f"transformers {transformers.__version__} has no {tiny.model}")
     config = getattr(transformers, tiny.config)(**tiny.arguments)
@@ -188,7 +188,7 @@ def cached_bytes(found: object) -> int:
 
 
 def measured_bytes(tiny: Tiny) -> int:
-    """What the model itself holds after it has read TOKENS tokens in float16."""
+    """The size of the model's own cache after TOKENS tokens in float16."""
     torch.manual_seed(0)
     config, _ = config_of(tiny)
     model = getattr(transformers, tiny.model)(config).to(torch.float16).eval()
@@ -226,7 +226,7 @@ BEFORE_5_23 = {
 
 
 @pytest.mark.parametrize("name", WITH_CACHE)
-def test_the_estimate_is_what_transformers_keeps(name: str) -> None:
+def test_the_estimate_equals_the_cache_of_transformers(name: str) -> None:
     config = config_of(WITH_CACHE[name])[1]
     if name in BEFORE_5_23 and release(transformers.__version__) < release("5.23.0"):
         pytest.skip(f"{name} {BEFORE_5_23[name]} in transformers {transformers.__version__}")
@@ -244,7 +244,7 @@ def test_the_estimate_is_what_transformers_keeps(name: str) -> None:
         *("gemma2", "qwen2", "zamba"),
     ],
 )
-def test_configs_from_before_layer_types_mean_the_same(name: str) -> None:
+def test_configs_older_than_layer_types_mean_the_same(name: str) -> None:
     config = config_of(WITH_CACHE[name])[1]
     expected = read_kv_cache(config)
     older = {key: value for key, value in config.items() if key not in ("layer_types", "layers_block_type")}
@@ -253,7 +253,7 @@ def test_configs_from_before_layer_types_mean_the_same(name: str) -> None:
     assert read_kv_cache(older) == expected
 
 
-def test_bloom_keeps_four_megabytes_a_token() -> None:
+def test_bloom_caches_four_megabytes_per_token() -> None:
     config = {"model_type": "bloom", "n_layer": 70, "n_head": 112, "hidden_size": 14336, "seq_length": 2048}
     cache = read_kv_cache(config)
     assert cache.bytes_a_token(2) == 4_014_080
@@ -268,7 +268,7 @@ def test_the_default_context_is_the_models_own_up_to_8192() -> None:
     assert read_kv_cache(llama).default_context == 2048
 
 
-def test_a_nested_text_config_is_the_one_that_counts() -> None:
+def test_a_nested_text_config_is_used() -> None:
     text = {"model_type": "llama", "num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
     vision = {"model_type": "clip_vision_model", "num_hidden_layers": 9, "num_attention_heads": 2, "hidden_size": 64}
     config = {"model_type": "llava", "text_config": text, "vision_config": vision}
@@ -286,7 +286,7 @@ def test_an_element_of_the_cache_may_be_wider_or_narrower_but_not_the_recurrent_
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta-v2", "vit"])
-def test_an_encoder_keeps_none_and_it_is_said(name: str) -> None:
+def test_an_encoder_has_no_cache_and_the_report_says_so(name: str) -> None:
     cache = read_kv_cache(config_of(LISTED[name])[1])
     assert cache.layers == ()
     assert "no cache" in cache.reason
@@ -324,7 +324,7 @@ def test_an_encoder_keeps_none_and_it_is_said(name: str) -> None:
         ({"model_type": "llama", "num_hidden_layers": "two", "num_attention_heads": True}, "num_hidden_layers"),
     ],
 )
-def test_what_is_not_understood_gets_a_reason_and_no_number(config: dict[str, Any], word: str) -> None:
+def test_an_unknown_cache_has_a_reason_and_no_size(config: dict[str, Any], word: str) -> None:
     cache = read_kv_cache(config)
     assert cache.layers is None
     assert cache.layer_bytes(10, 1, 2) is None

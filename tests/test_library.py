@@ -1,4 +1,4 @@
-"""The functions under the commands, as Python uses them."""
+"""The functions below the commands, used from Python."""
 
 import dataclasses
 import enum
@@ -20,8 +20,10 @@ from support.progress import CoherentProgress
 import int8cli
 from int8cli import (
     ConvertOptions,
+    DequantizeOptions,
     EstimateOptions,
     EvaluateOptions,
+    GenerateOptions,
     InspectOptions,
     Int8cliError,
     VerifyOptions,
@@ -44,13 +46,15 @@ from int8cli.outliers.suspects import WeightSuspects
 SHORT: dict[str, Any] = {"tokens": 48, "sequence_length": 16}
 COMMANDS = {
     "convert": ConvertOptions,
+    "dequantize": DequantizeOptions,
     "estimate-memory": EstimateOptions,
     "evaluate": EvaluateOptions,
+    "generate": GenerateOptions,
     "inspect-outliers": InspectOptions,
     "verify": VerifyOptions,
 }
 # What the command line shows or writes with what the library found, and what it is about.
-OF_THE_COMMAND_LINE = {"as_json", "directory", "dry_run", "model", "output", "quiet"}
+OF_THE_COMMAND_LINE = {"as_json", "chat", "details", "directory", "dry_run", "model", "output", "prompt", "quiet"}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def test_defaults_are_those_of_the_command_line(command: str) -> None:
     parameters = vars(typer.main.get_command(app))["commands"][command].params
     shown = {each.name: plain(each.default) for each in parameters if each.name not in OF_THE_COMMAND_LINE}
     assert {name: fields[name] for name in shown} == shown
-    # The library leaves nothing out, and knows a little more: what only a small test model asks for, and threads.
+    # The library has all options, and a few more: threads, and those that only small test models need.
     assert set(fields) - set(shown) <= {"sequence_length", "seed", "threads"}
 
 
@@ -125,7 +129,7 @@ def test_the_options_of_other_functions_are_checked_too(root: Path, converted: P
 # The functions
 
 
-def test_convert_gives_what_it_wrote(root: Path, converted: Path, tmp_path: Path, progress: CoherentProgress) -> None:
+def test_convert_returns_what_it_wrote(root: Path, converted: Path, tmp_path: Path, progress: CoherentProgress) -> None:
     options = ConvertOptions(text=root / "words.txt", **SHORT)
     result = convert(str(root / "model"), tmp_path / "out", options, progress=progress)
     assert result.output == tmp_path / "out"
@@ -151,7 +155,7 @@ def test_a_second_call_resumes(root: Path, tmp_path: Path) -> None:
     shards[0].unlink()
     progress = CoherentProgress()
     convert(root / "model", tmp_path / "out", options, progress=progress)
-    assert progress.notes == [f"resuming: {len(shards) - 1} of {len(shards)} shards already converted"]
+    assert progress.notes[1:] == [f"resuming: {len(shards) - 1} of {len(shards)} shards already converted"]
     assert len(progress.outcomes) == 1
     assert progress.under_way() == []
 
@@ -180,7 +184,7 @@ def test_estimate_memory_answers_for_the_cards_that_were_named(root: Path) -> No
     assert estimate_memory(root / "model").answers == ()
 
 
-def test_inspect_outliers_runs_the_model_or_tells_suspects(
+def test_inspect_outliers_runs_the_model_or_returns_suspects(
     root: Path, tmp_path: Path, progress: CoherentProgress
 ) -> None:
     options = InspectOptions(text=root / "words.txt", work_dir=tmp_path, **SHORT)
@@ -196,7 +200,7 @@ def test_inspect_outliers_runs_the_model_or_tells_suspects(
         inspect_outliers(bare, dataclasses.replace(options, evidence="activations"))
 
 
-def test_verify_tells_whether_it_holds(root: Path, converted: Path, progress: CoherentProgress) -> None:
+def test_verify_returns_the_verdict(root: Path, converted: Path, progress: CoherentProgress) -> None:
     import accelerate  # noqa: F401  # else the loader is imported in a process of its own, which takes seconds
     import bitsandbytes  # noqa: F401
 
@@ -219,7 +223,7 @@ def test_load_model_opens_what_convert_wrote(converted: Path) -> None:
     assert logits.shape[:2] == (1, 3)
 
 
-def test_a_model_on_the_hub_is_told_as_a_download(
+def test_a_model_on_the_hub_is_estimated_with_its_download(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: CoherentProgress
 ) -> None:
     with HubStandIn() as hub:
@@ -230,11 +234,11 @@ def test_a_model_on_the_hub_is_told_as_a_download(
     assert sorted(progress.tasks) == ["convert", "download"]
 
 
-# What a program around it notices
+# Effects on the calling program
 
 
 def test_importing_int8cli_imports_nothing_large() -> None:
-    """Nor does to make options, and to look at what there is."""
+    """Neither does making options, or listing the names."""
     code = (
         "import sys, int8cli; dir(int8cli); int8cli.ConvertOptions(); int8cli.EvaluateOptions()\n"
         "print([name for name in ('torch', 'rich', 'typer', 'huggingface_hub') if name in sys.modules])"
@@ -242,7 +246,7 @@ def test_importing_int8cli_imports_nothing_large() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_every_exported_name_is_there() -> None:
+def test_every_exported_name_exists() -> None:
     for name in int8cli.__all__:
         assert getattr(int8cli, name) is not None
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -250,7 +254,7 @@ def test_every_exported_name_is_there() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_torch_has_its_threads_back_afterwards(threads: int, root: Path, tmp_path: Path) -> None:
+def test_the_number_of_torch_threads_is_restored(threads: int, root: Path, tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

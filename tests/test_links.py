@@ -1,18 +1,22 @@
-"""Links that somebody planted in an output, or in a source, lead nowhere outside."""
+"""Planted links in an output or a source never lead outside."""
 
 import os
 from pathlib import Path
 
 import pytest
+from support.hub_stand_in import HubStandIn
 from support.program import llama, tree
 
 from int8cli import ConvertOptions, convert, verify
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.hub import HubOptions, HubSource
 from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.commands.options import VerifyOptions
+from int8cli.conversion.announce import TASK
 from int8cli.errors import OutputError, SourceError
 from int8cli.model.saved_states import SavedStates
+from int8cli.progress import SilentProgress
 
 PLAIN = ConvertOptions(outliers="none", workers=1)
 FIRST = "model-00001-of-00003"
@@ -25,7 +29,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Path:
-    """A directory that is nobody's business, with a file and an empty directory."""
+    """A directory that must not be touched, with a file and an empty directory."""
     directory = tmp_path / "elsewhere"
     (directory / "empty").mkdir(parents=True)
     (directory / "precious").write_text("mine")
@@ -50,7 +54,7 @@ def is_untouched(elsewhere: Path) -> bool:
         f"int8/records/.{FIRST}.json.partial",
     ],
 )
-def test_a_link_in_the_place_of_a_file_being_written_is_replaced(
+def test_a_link_with_the_name_of_a_new_file_is_replaced(
     name: str, plant: str, model: Path, elsewhere: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -64,7 +68,7 @@ def test_a_link_in_the_place_of_a_file_being_written_is_replaced(
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", ["records", "partial", "outliers", "incoming", "calibration"])
-def test_a_link_in_the_place_of_one_of_our_directories_is_refused(
+def test_a_link_with_the_name_of_one_of_our_directories_is_refused(
     name: str, overwrite: bool, model: Path, elsewhere: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -78,7 +82,7 @@ def test_a_link_in_the_place_of_one_of_our_directories_is_refused(
     assert is_untouched(elsewhere)
 
 
-def test_our_own_directory_is_no_link(model: Path, elsewhere: Path, tmp_path: Path) -> None:
+def test_a_link_as_our_own_directory_is_refused(model: Path, elsewhere: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "int8").symlink_to(elsewhere)
@@ -114,7 +118,7 @@ def test_verify_removes_nothing_behind_a_link(model: Path, elsewhere: Path, tmp_
     assert is_untouched(elsewhere)
 
 
-def test_a_tree_is_removed_but_what_its_links_lead_to_is_not(elsewhere: Path, tmp_path: Path) -> None:
+def test_a_tree_is_removed_but_not_the_targets_of_its_links(elsewhere: Path, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
     (ours / "deep").mkdir(parents=True)
     (ours / "deep" / "link").symlink_to(elsewhere)
@@ -138,6 +142,61 @@ def test_the_state_between_blocks_is_not_written_through_a_link(elsewhere: Path,
     assert is_untouched(elsewhere)
 
 
+class SwapsAfter(SilentProgress):
+    """Once a shard is converted, puts a link in the place of a directory."""
+
+    def __init__(self, directory: Path, elsewhere: Path) -> None:
+        self._directory, self._elsewhere = directory, elsewhere
+
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        if task == TASK and part is not None and not self._directory.is_symlink():
+            swap(self._directory, self._elsewhere)
+
+
+def swap(directory: Path, elsewhere: Path) -> None:
+    directory.rename(directory.with_name("aside"))
+    directory.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["int8/calibration", "int8/calibration/suspects", "int8"])
+def test_a_link_that_comes_during_a_run_is_not_followed(
+    name: str, model: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    options = ConvertOptions(outliers="weights", workers=1)
+    with pytest.raises(OutputError, match="is a link"):
+        convert(model, output, options, progress=SwapsAfter(output / name, elsewhere))
+    assert is_untouched(elsewhere)
+
+
+@pytest.mark.parametrize("name", ["int8/incoming", "int8"])
+def test_a_link_that_comes_during_a_download_is_not_followed(
+    name: str, model: Path, elsewhere: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    with HubStandIn() as hub:
+        hub.add_repo("org/model", model)
+        options = HubOptions(output / "int8/incoming", endpoint=hub.endpoint, download_below=output)
+        source = HubSource("org/model", None, options)
+        with source.fetch("LICENSE"):
+            swap(output / name, elsewhere)
+            with pytest.raises(OutputError, match="is a link"), source.fetch(f"{FIRST}.safetensors"):
+                pass
+            (output / name).unlink()
+            (output / name).with_name("aside").rename(output / name)
+        source.close()
+    assert is_untouched(elsewhere)
+    assert not (output / "int8/incoming").exists()
+
+
+def test_the_lock_of_the_state_between_blocks_is_made_below_no_link(elsewhere: Path, tmp_path: Path) -> None:
+    (tmp_path / "int8").mkdir()
+    (tmp_path / "int8/calibration").symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="is a link"):
+        SavedStates(tmp_path / "int8/calibration/blocks", {"run": 1}, tmp_path)
+    assert is_untouched(elsewhere)
+
+
 # Long names
 
 
@@ -149,7 +208,7 @@ def test_a_file_of_any_name_is_written(length: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [237, 250, 255])
-def test_a_file_with_a_long_name_goes_along(length: int, tmp_path: Path) -> None:
+def test_a_file_with_a_long_name_is_copied(length: int, tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     name = "n" * (length - 4) + ".txt"
     (model / name).write_text("words")
@@ -172,7 +231,7 @@ def test_shards_with_long_names_are_converted(length: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["ä" * 127, "n" * 255])
-def test_a_name_aside_is_one_that_disks_take(name: str) -> None:
+def test_temporary_names_are_valid_on_every_disk(name: str) -> None:
     aside = name_aside(name, prefix=".", suffix=".partial")
     assert len(os.fsencode(aside)) <= 255
     assert aside != name_aside(f"{name[:-1]}x", prefix=".", suffix=".partial")
@@ -202,7 +261,7 @@ def test_a_link_within_the_source_is_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "out/tokenizer.json").is_symlink()
 
 
-def test_shards_may_lie_on_another_disk(tmp_path: Path) -> None:
+def test_shards_may_be_on_another_disk(tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
     (tmp_path / "disk").mkdir()
     for shard in model.glob("*.safetensors"):
@@ -232,7 +291,7 @@ def snapshot(root: Path) -> Path:
     return found
 
 
-def test_a_snapshot_of_the_hub_cache_is_converted_as_it_is(tmp_path: Path) -> None:
+def test_a_snapshot_in_the_hub_cache_is_converted(tmp_path: Path) -> None:
     found = snapshot(tmp_path)
     convert(found, tmp_path / "out", PLAIN)
     convert(llama(tmp_path / "again"), tmp_path / "reference", PLAIN)
@@ -240,7 +299,7 @@ def test_a_snapshot_of_the_hub_cache_is_converted_as_it_is(tmp_path: Path) -> No
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "reference/config.json").read_bytes()
 
 
-def test_a_snapshot_leads_to_no_other_repositorys_blobs(tmp_path: Path) -> None:
+def test_a_snapshot_cannot_use_the_blobs_of_another_repository(tmp_path: Path) -> None:
     found = snapshot(tmp_path)
     other = tmp_path / "cache" / "models--org--private" / "blobs"
     other.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The lock files are those that pyproject.toml asks for, and name versions and nothing else."""
+"""The lock files match pyproject.toml, and contain only versions."""
 
 import re
 import sys
@@ -30,7 +30,7 @@ PROJECT = read_project()
 
 
 @pytest.mark.parametrize("path", [LOCKED, OLDEST], ids=lambda path: path.name)
-def test_a_lock_is_what_pyproject_asks_for(path: Path) -> None:
+def test_a_lock_matches_pyproject(path: Path) -> None:
     assert list(disagreements(PROJECT, path.read_text())) == []
 
 
@@ -47,14 +47,14 @@ def test_a_lock_is_what_pyproject_asks_for(path: Path) -> None:
         (r"^hatchling==\S+", "hatchling==1.0", "hatchling 1.0 is not hatchling>=.*"),
     ],
 )
-def test_a_lock_that_is_not_what_pyproject_asks_for_is_found_out(pattern: str, replacement: str, fault: str) -> None:
+def test_a_lock_that_does_not_match_pyproject_is_detected(pattern: str, replacement: str, fault: str) -> None:
     text, changes = re.subn(pattern, replacement, LOCKED.read_text(), flags=re.MULTILINE)
     assert changes == 1
     assert any(re.fullmatch(fault, line) for line in disagreements(PROJECT, text))
 
 
 @pytest.mark.parametrize("where", ["dependencies", "calibrate", "plots", "clients", "build"])
-def test_what_is_newly_asked_for_must_be_locked(where: str) -> None:
+def test_new_requirements_must_be_locked(where: str) -> None:
     project = read_project()
     lists = {
         **project["project"]["optional-dependencies"],
@@ -67,8 +67,8 @@ def test_what_is_newly_asked_for_must_be_locked(where: str) -> None:
 
 
 @pytest.mark.parametrize("path", [LOCKED, OLDEST], ids=lambda path: path.name)
-def test_a_lock_names_no_place_of_one_machine(path: Path) -> None:
-    """An index, a host, a path or a build of one machine would be of no use on another."""
+def test_a_lock_contains_no_path_or_index(path: Path) -> None:
+    """An index, host, path or local build would be useless on another machine."""
     lines = [line.partition("# via ")[0] for line in path.read_text().splitlines() if not line.startswith("#")]
     assert [line for line in lines if re.search(r"[/@\\+]|--", line)] == []
 
@@ -80,7 +80,7 @@ def test_a_line_that_is_not_one_version_is_refused(line: str) -> None:
 
 
 def test_the_oldest_versions_are_the_lower_bounds() -> None:
-    """All but what another package of the set needs newer, and what checks the code."""
+    """Except for packages that another package needs newer, and the tools that check the code."""
     oldest = {pin.name: pin for pin in read_pins(OLDEST.read_text())}
     for requirement in requirements(PROJECT):
         pin = oldest[canonicalize_name(requirement.name)]
@@ -88,7 +88,7 @@ def test_the_oldest_versions_are_the_lower_bounds() -> None:
             assert pin.version in [Version(one.version) for one in requirement.specifier if one.operator == ">="]
 
 
-def test_what_checks_the_code_is_as_old_in_the_oldest_end_as_in_the_locked_one() -> None:
+def test_the_tools_have_the_same_versions_in_the_oldest_end() -> None:
     locked, oldest = (
         {pin.name: pin.version for pin in read_pins(path.read_text()) if pin.name in held(PROJECT)}
         for path in (LOCKED, OLDEST)
@@ -96,19 +96,19 @@ def test_what_checks_the_code_is_as_old_in_the_oldest_end_as_in_the_locked_one()
     assert locked == oldest
 
 
-def test_the_newest_end_holds_torch_and_what_checks_the_code() -> None:
+def test_the_newest_end_pins_torch_and_the_tools() -> None:
     names = {line.partition("==")[0] for line in constraints("newest", torch=None)}
     assert names == held(PROJECT) | {"torch"}
 
 
-def test_torch_given_by_hand_takes_the_place_of_the_locked_one() -> None:
+def test_a_given_torch_version_replaces_the_locked_one() -> None:
     for end in ("locked", "oldest", "newest"):
         torch = [line for line in constraints(end, torch="2.99") if line.startswith("torch=")]
         assert torch == ["torch==2.99"]
     assert torch_line("oldest") != torch_line(None) != torch_line("newest") == []
 
 
-def test_what_moved_is_told_by_name_old_and_new() -> None:
+def test_changed_versions_are_listed_with_old_and_new() -> None:
     before, after = read_pins("left==1.0\nstays==1.0\nup==1.0"), read_pins("new==3.0\nstays==1.0\nup==2.0")
     assert moved(before, after) == ["  left 1.0 -> -", "  new - -> 3.0", "  up 1.0 -> 2.0"]
 

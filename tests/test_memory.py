@@ -1,4 +1,4 @@
-"""The memory estimate, held against what transformers and bitsandbytes allocate and what convert writes."""
+"""The memory estimate, compared with what transformers and bitsandbytes allocate and what convert writes."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ TABLES = {
 
 
 def table_bytes(model: Any) -> int:
-    """Tables that the loader made: buffers that no checkpoint holds, shared ones once."""
+    """The size of tables that the loader creates: buffers that are not in the checkpoint, with shared ones once."""
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     return sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in saved)
 
@@ -100,7 +100,7 @@ def weight_bytes(model: Any) -> int:
 
 
 @pytest.mark.parametrize("name", LOADED)
-def test_the_estimate_is_what_transformers_and_bitsandbytes_hold(name: str, tmp_path: Path) -> None:
+def test_the_estimate_equals_what_transformers_and_bitsandbytes_use(name: str, tmp_path: Path) -> None:
     source, output = tmp_path / "source", tmp_path / "output"
     build_tiny(LOADED[name], torch.float16).save_pretrained(source)
     convert(source, output, WITHOUT_COLUMNS)
@@ -117,7 +117,7 @@ def test_the_estimate_is_what_transformers_and_bitsandbytes_hold(name: str, tmp_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_left_alone_is_held_in_the_dtype_it_is_written_in(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_unquantized_weights_are_loaded_in_their_dtype_on_disk(dtype: torch.dtype, tmp_path: Path) -> None:
     source, output = llama(tmp_path / "source", dtype=dtype), tmp_path / "output"
     convert(source, output, WITHOUT_COLUMNS)
     loaded = transformers.LlamaForCausalLM.from_pretrained(output, dtype=torch.float16)
@@ -125,7 +125,7 @@ def test_what_is_left_alone_is_held_in_the_dtype_it_is_written_in(dtype: torch.d
     assert found.weights.int8_bytes == weight_bytes(loaded)
 
 
-def test_the_output_is_known_to_the_byte(tmp_path: Path) -> None:
+def test_the_output_size_is_predicted_exactly(tmp_path: Path) -> None:
     source, output = llama(tmp_path / "source"), tmp_path / "output"
     found = estimate(source)
     convert(source, output, WITHOUT_COLUMNS)
@@ -172,7 +172,7 @@ def test_names_of_one_storage_in_a_bin_count_once(tmp_path: Path) -> None:
     assert weights.float16_bytes == 2 * shared.numel()
 
 
-def test_masks_and_frequencies_of_older_versions_are_not_held(tmp_path: Path) -> None:
+def test_masks_and_frequencies_of_older_versions_are_not_counted_in_memory(tmp_path: Path) -> None:
     tensors = {
         "h.0.attn.bias": torch.ones(1, 1, 64, 64),
         "h.0.attn.masked_bias": torch.tensor(-1e4),
@@ -205,12 +205,12 @@ def test_parts_and_units_both_add_up_to_the_whole(name: str, tmp_path: Path) -> 
         ("bert", [EMBEDDINGS, BLOCKS, HEAD]),
     ],
 )
-def test_a_models_parts_go_by_their_names(name: str, parts: list[str], tmp_path: Path) -> None:
+def test_the_parts_of_a_model_follow_from_tensor_names(name: str, parts: list[str], tmp_path: Path) -> None:
     build_tiny(LISTED[name]).save_pretrained(tmp_path)
     assert [part.name for part in estimate(tmp_path).parts] == parts
 
 
-def test_experts_are_told_from_the_rest_of_their_blocks(tmp_path: Path) -> None:
+def test_experts_are_shown_separately_from_their_blocks(tmp_path: Path) -> None:
     model = build_tiny(LISTED["mixtral"])
     model.save_pretrained(tmp_path)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -259,7 +259,7 @@ def test_blocks_that_are_used_several_times_hold_the_cache_of_each_time(tmp_path
     assert [name for name, _ in cached_units(units, 1)] == ["model.layers.0"]
 
 
-def test_loads_hold_every_byte_of_the_weights(tmp_path: Path) -> None:
+def test_loads_add_up_to_all_weights(tmp_path: Path) -> None:
     build_tiny(LISTED["gpt_neo"]).save_pretrained(tmp_path)
     found = estimate(tmp_path)
     assert found.buffer_bytes == 2 * 64 * 64
@@ -273,7 +273,7 @@ def test_the_workspace_is_that_of_the_largest_product() -> None:
     assert int8_workspace(4 * width, width, tokens) == expected
 
 
-def test_a_cache_that_is_not_understood_leaves_the_use_open(tmp_path: Path) -> None:
+def test_an_unknown_cache_leaves_memory_in_use_unknown(tmp_path: Path) -> None:
     directory = save_by_hand(tmp_path, {"layers.0.fc.weight": torch.ones(8, 8), "layers.0.fc.bias": torch.ones(8)})
     found, use = estimate(directory), Use(10)
     assert found.kv_bytes(use) is None

@@ -114,7 +114,7 @@ def test_matrices_that_are_compared_have_finite_steps(values: Tensor, scheme: In
 
 @pytest.mark.parametrize("dtype", BITS)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_the_largest_inputs_have_the_product_that_they_should(dtype: torch.dtype, scheme: InputScheme) -> None:
+def test_the_largest_inputs_give_the_right_product(dtype: torch.dtype, scheme: InputScheme) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.where(torch.rand(5, 64, generator=generator) < 0.5, -1.0, 1.0).to(dtype) * torch.finfo(dtype).max
     data, row_absmax = quantize_rowwise(torch.randn(7, 64, generator=generator) * 0.01)
@@ -179,7 +179,7 @@ def test_products_with_zero_points_are_whole_numbers_without_error(features: int
 
 
 def test_the_first_call_of_a_vector_function_is_made_by_one_thread_on_import() -> None:
-    """Later ones may come from several at once, and the first decides with which accuracy MKL computes."""
+    """The first call decides the accuracy of MKL, so it must not come from several threads at once."""
     program = """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

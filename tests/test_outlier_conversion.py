@@ -1,4 +1,4 @@
-"""convert --outliers: where the columns are known from, one download for calibration and conversion, and going on."""
+"""convert --outliers: the sources of columns, one download for calibration and conversion, and resuming."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {"max_shard_size": "30KB"}
 
 
 class Notes(SilentProgress):
-    """Takes down what is said."""
+    """Records the notes."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -53,7 +53,7 @@ class StopError(Exception):
 
 
 class StopsAfter(SilentProgress):
-    """Ends a run when so many parts of a task are done."""
+    """Ends a run after some parts of a task."""
 
     def __init__(self, task: str, parts: int) -> None:
         self._task, self._left = task, parts
@@ -164,7 +164,7 @@ def test_the_files_that_loaders_see_do_not_depend_on_it(
     }
 
 
-def test_sizes_are_known_before(model: Path, words: Path, tmp_path: Path) -> None:
+def test_sizes_are_exact_before_converting(model: Path, words: Path, tmp_path: Path) -> None:
     for mode in ("activations", "weights"):
         asked = model, tmp_path / mode, options(mode, words if mode == "activations" else None)
         expected = plan_conversion(*asked).survey.sidecar_bytes
@@ -234,7 +234,7 @@ def test_auto_falls_back_to_the_weights_and_says_why(model: Path, tmp_path: Path
         plan_conversion(bare, tmp_path / "out", options("activations"))
 
 
-def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
+def test_a_strategy_that_needs_too_much_memory_leaves_the_directory_to_the_next_one(
     model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("int8cli.outliers.calibrate.available_bytes", lambda device: 1)
@@ -248,12 +248,12 @@ def test_a_way_that_proves_too_large_leaves_the_directory_to_the_next(
     assert any(line.startswith("cannot calibrate (one block needs ") for line in notes.said)
 
 
-def test_auto_stores_nothing_where_neither_can_tell(tmp_path: Path) -> None:
+def test_auto_stores_nothing_if_both_strategies_fail(tmp_path: Path) -> None:
     made = save_by_hand(tmp_path / "model", {"model.layers.0.mlp.up_proj.weight": torch.ones(8, 4)})
     assert convert(made, tmp_path / "out", options()).report.settings["outliers"] == "none"
 
 
-def test_a_model_of_pictures_is_not_run_over_text(tmp_path: Path) -> None:
+def test_an_image_model_is_not_run_on_text(tmp_path: Path) -> None:
     made = make_model("vit", tmp_path / "model")
     with pytest.raises(UnsupportedModelError, match="needs pixel_values, not text"):
         plan_conversion(made, tmp_path / "out", options("activations"))
@@ -270,7 +270,7 @@ def test_a_text_that_cannot_be_used_is_an_error_in_auto_too(model: Path, tmp_pat
 
 @pytest.fixture
 def at_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[HubStandIn], Path]:
-    """Have the library ask this Hub, with a cache of the test's own."""
+    """Make the library use this Hub, with the test's own cache."""
 
     def use(hub: HubStandIn) -> Path:
         cache = tmp_path / "cache"
@@ -310,7 +310,7 @@ def hub(published: Path, at_hub: Callable[[HubStandIn], Path]) -> Iterator[HubSt
 
 
 class AtOnce(SilentProgress):
-    """Looks at how many shards are here whenever one is done."""
+    """Counts the shards on this machine whenever one is finished."""
 
     def __init__(self, incoming: Path) -> None:
         self._incoming = incoming
@@ -338,7 +338,7 @@ def test_calibration_and_conversion_share_one_download(
     assert files_of_shards(output) == expected
 
 
-def test_a_corrupt_shard_is_noticed_before_the_model_runs_on_it(
+def test_a_corrupt_shard_is_detected_before_the_model_uses_it(
     hub: HubStandIn, published: Path, words: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     shard = sorted(published.glob("*.safetensors"))[1]
@@ -366,7 +366,7 @@ def test_an_error_in_the_conversion_leaves_what_was_fetched_for_the_next_run(
 def test_an_error_of_the_conversion_does_not_start_the_calibration_over(
     model: Path, words: Path, tmp_path: Path
 ) -> None:
-    """Also where it is one that a calibration which cannot be resumed would end with."""
+    """Not even if a calibration that cannot be resumed would raise the same error."""
     output = tmp_path / "out"
     with pytest.raises(StopError):
         convert(model, output, options("activations", words), progress=StopsAfter("calibrate", 2))
@@ -411,9 +411,7 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
     assert not [r for r in hub.requests if r.file and r.file.endswith(".safetensors") and r.bytes_sent > 1 << 13]
 
 
-def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(
-    at_hub: Callable[[HubStandIn], Path], tmp_path: Path
-) -> None:
+def test_figures_of_a_corrupt_shard_are_discarded(at_hub: Callable[[HubStandIn], Path], tmp_path: Path) -> None:
     made = llama(tmp_path / "model", layers=4, shards=4)
     whole = convert(made, tmp_path / "whole", options("weights")).output
     shard = sorted(made.glob("*.safetensors"))[0]
@@ -433,7 +431,7 @@ def test_what_the_weights_of_a_corrupt_shard_told_is_forgotten(
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_a_run_that_ended_in_a_block_goes_on_there(
+def test_a_run_that_ended_in_a_block_resumes_at_that_block(
     block: int, model: Path, words: Path, unbroken: dict[str, bytes], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -444,7 +442,7 @@ def test_a_run_that_ended_in_a_block_goes_on_there(
     assert tree(output) == unbroken
 
 
-def test_a_killed_process_goes_on_and_gives_the_same(
+def test_a_killed_process_resumes_with_the_same_result(
     model: Path, words: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     command = (
@@ -471,7 +469,7 @@ def test_a_killed_process_goes_on_and_gives_the_same(
     assert tree(output) == tree(tmp_path / "unbroken")
 
 
-def test_weights_of_shards_that_have_gone_are_remembered(tmp_path: Path) -> None:
+def test_figures_of_removed_shards_are_remembered(tmp_path: Path) -> None:
     made = llama(tmp_path / "model", layers=4, shards=4)
     whole = convert(made, tmp_path / "whole", options("weights")).output
 
@@ -509,8 +507,8 @@ def test_figures_that_cannot_be_read_are_an_error_and_never_no_columns(tmp_path:
     whole = convert(made, tmp_path / "whole", options("weights")).output
     output, save_figures = tmp_path / "out", suspects.save_figures
 
-    def save_unreadably(figures: Mapping[str, torch.Tensor], path: Path) -> None:
-        save_figures(figures, path)
+    def save_unreadably(figures: Mapping[str, torch.Tensor], path: Path, **options: Any) -> None:
+        save_figures(figures, path, **options)
         if path.name == "1.safetensors":
             path.unlink()
             path.mkdir()  # root may read any file
@@ -524,7 +522,7 @@ def test_figures_that_cannot_be_read_are_an_error_and_never_no_columns(tmp_path:
 
 
 def test_the_figures_of_each_shard_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the time that choosing takes grows with the square of the number of shards."""
+    """Otherwise the time to choose columns would grow with the square of the number of shards."""
     made = llama(tmp_path / "model", layers=6, shards=6)
     read: Counter[str] = Counter()
     load_figures = suspects.load_figures
@@ -556,7 +554,7 @@ def test_suspects_do_not_depend_on_the_order_in_which_figures_come(seed: int, tm
 
 
 @pytest.mark.parametrize("stopped_after", [None, 1, 2])
-def test_the_number_of_workers_changes_nothing_that_the_weights_tell(stopped_after: int | None, tmp_path: Path) -> None:
+def test_the_number_of_workers_does_not_change_the_suspects(stopped_after: int | None, tmp_path: Path) -> None:
     made = llama(tmp_path / "model", layers=4, shards=4)
     one = convert(made, tmp_path / "one", options("weights")).output
     several = made, tmp_path / "several", options("weights", workers=3)
@@ -566,7 +564,7 @@ def test_the_number_of_workers_changes_nothing_that_the_weights_tell(stopped_aft
     assert tree(convert(*several).output) == tree(one)
 
 
-def test_auto_goes_on_with_what_an_earlier_run_chose(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+def test_auto_resumes_with_the_strategy_of_the_earlier_run(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     first = nursery.run("convert", model, "-o", "out", "--outliers", "weights", cwd=tmp_path)
     assert (first.code, "from the weights alone" in first.err) == (0, True)
     next((tmp_path / "out").glob("model-*2-of*")).unlink()
@@ -581,7 +579,7 @@ def test_auto_goes_on_with_what_an_earlier_run_chose(model: Path, nursery: Nurse
 # The option
 
 
-def test_a_typo_is_told(model: Path, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_misspelt_pattern_gives_a_warning(model: Path, nursery: Nursery, tmp_path: Path) -> None:
     outcome = nursery.run("convert", model, "--outliers", "wieghts", cwd=tmp_path)
     assert outcome.code == 2
     assert "did you mean weights?" in outcome.err

@@ -1,4 +1,4 @@
-"""The statistics of inputs, what counts as an outlier, and the error that int8 is predicted to make."""
+"""The statistics of inputs, the definition of outliers, and the predicted error of int8."""
 
 import math
 
@@ -59,7 +59,7 @@ def test_the_place_of_an_extreme_is_counted_in_its_own_sequence() -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_a_non_finite_input_is_told_with_its_place(value: float) -> None:
+def test_a_non_finite_input_is_reported_with_its_position(value: float) -> None:
     x = torch.zeros(2, 7, 24)
     x[1, 5, 17] = value
     with pytest.raises(NonFiniteInputError) as caught:
@@ -80,14 +80,14 @@ def test_a_feature_is_in_a_quarter_of_the_layers_and_six_percent_of_the_position
     assert found[0].peak_share == pytest.approx(0.24)
 
 
-def test_too_few_layers_or_positions_make_no_feature() -> None:
+def test_too_few_layers_or_positions_are_not_a_feature() -> None:
     assert systematic_features([layer_with(0.9), *(layer_with(0) for _ in range(4))]) == ()
     assert systematic_features([layer_with(0.23), layer_with(0), layer_with(0), layer_with(0)]) == ()
     assert systematic_features([layer_with(1.0, value=5.99)]) == ()
     assert systematic_features([]) == ()
 
 
-def test_massive_activations_stand_apart_from_a_large_median() -> None:
+def test_massive_activations_are_far_above_the_median() -> None:
     x = noise(1, 400, 8) * 0.01
     x[0, 0, 3] = -2700.0
     x[0, 9, 6] = 99.0
@@ -97,7 +97,7 @@ def test_massive_activations_stand_apart_from_a_large_median() -> None:
     assert massive_activations(summary_of(x * 0 + 500.0)) == ()  # all alike, however large
 
 
-def test_column_errors_are_those_of_the_int8_weight() -> None:
+def test_column_errors_equal_those_of_the_int8_weight() -> None:
     weight = noise(37, 24)
     data, absmax = quantize_rowwise(weight)
     error = weight - data.float() * (absmax / 127)[:, None]
@@ -143,7 +143,7 @@ def test_the_predicted_output_error_is_the_measured_one(int8_inputs: bool) -> No
     assert predicted == pytest.approx(measured, rel=0.03)
 
 
-def test_kept_columns_add_nothing_to_the_predicted_error() -> None:
+def test_exact_columns_add_nothing_to_the_predicted_error() -> None:
     mean_square, errors = torch.tensor([1.0, 4.0, 100.0]), torch.tensor([1.0, 1.0, 1.0])
     assert predicted_output_error(mean_square, errors, 1.0) == pytest.approx(math.sqrt(105))
     assert predicted_output_error(mean_square, errors, 1.0, exact=(2,)) == pytest.approx(math.sqrt(5))
@@ -162,7 +162,7 @@ def test_the_columns_chosen_are_those_of_the_most_energy_times_error() -> None:
     assert choose_columns(summary, errors, 0) == ()
 
 
-def test_a_column_that_stretches_every_scale_is_chosen_though_its_weight_has_no_error() -> None:
+def test_a_column_that_enlarges_every_scale_is_chosen_although_its_weight_has_no_error() -> None:
     x = noise(1, 100, 8)
     x[0, :, 5] += 50.0
     errors = torch.full((8,), 0.1)

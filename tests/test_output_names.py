@@ -1,4 +1,4 @@
-"""No name leads outside of an output, and no two inputs have one output."""
+"""No name leads outside an output, and no two inputs share an output."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ OUTSIDE = ("", "/a", "..", "../a", "a/../../b", "a/..", "./a", "a/.", "a//b", "a
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_names_that_lead_elsewhere_are_none(name: str, tmp_path: Path) -> None:
+def test_names_that_lead_outside_are_refused(name: str, tmp_path: Path) -> None:
     assert not is_output_name(name)
     with pytest.raises(OutputError, match="nothing was removed"):
         remove_files(tmp_path, [name])
@@ -40,7 +40,7 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
     assert (output / "first").exists()
 
 
-def test_a_link_in_a_files_place_is_removed_itself(tmp_path: Path) -> None:
+def test_a_link_with_the_name_of_a_file_is_removed_but_not_its_target(tmp_path: Path) -> None:
     precious, output = tmp_path / "precious", tmp_path / "out"
     output.mkdir()
     precious.write_text("precious")
@@ -50,7 +50,7 @@ def test_a_link_in_a_files_place_is_removed_itself(tmp_path: Path) -> None:
     assert not os.path.lexists(output / "f")
 
 
-def test_a_directory_in_a_files_place_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_with_the_name_of_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     with pytest.raises(OutputError):
         remove_files(tmp_path, ["f"])
@@ -72,7 +72,7 @@ def test_two_shards_with_one_output_are_refused(shards: list[str]) -> None:
         output_file_names(shards)
 
 
-def test_a_copied_file_in_the_place_of_an_output_is_refused() -> None:
+def test_a_copied_file_with_the_name_of_an_output_is_refused() -> None:
     with pytest.raises(IndexFileError, match="would both be written to"):
         output_file_names(["2_Dense/model.bin", "b.bin"], ["2_Dense/model.safetensors"])
 
@@ -83,7 +83,7 @@ def test_a_shard_in_our_own_directory_is_refused(directory: str) -> None:
         output_file_names([f"{directory}/outliers/a.safetensors", "b.safetensors"])
 
 
-def test_shards_apart_have_the_names_that_they_had() -> None:
+def test_separate_shards_keep_their_names() -> None:
     names = {"a.bin": "a.safetensors", "d/a.bin": "d/a.safetensors", "int8.bin": "int8.safetensors"}
     assert output_file_names(list(names)) == names
     refuse_shared_outputs(names, ["LICENSE", "license"])

@@ -1,6 +1,6 @@
-"""The peak of memory grows with no tensor and no shard, measured on files of real size in processes of their own.
+"""Peak memory does not grow with tensors or shards. It is measured on files of real size in separate processes.
 
-The sources are sparse: gigabytes of zeros that take no room on the disk.
+The sources are sparse: gigabytes of zeros that use no disk space.
 """
 
 import json
@@ -52,7 +52,7 @@ def torch_bytes() -> int:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[Path]:
-    """A directory to make a source in; all is removed at the end, since pytest keeps the directories of three runs."""
+    """A directory for a source. It is removed at the end, because pytest keeps the directories of three runs."""
     (tmp_path / "source").mkdir()
     yield tmp_path / "source"
     for file in tmp_path.rglob("*"):

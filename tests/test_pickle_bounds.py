@@ -1,4 +1,4 @@
-"""A pickle that would crash, hang or swell whoever unpickles it is refused before anybody does."""
+"""A pickle that would crash, hang or exhaust the memory of its reader is refused before it is unpickled."""
 
 import io
 import pickle
@@ -101,7 +101,7 @@ def legacy(data: bytes) -> bytes:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("what", HOSTILE)
 @pytest.mark.parametrize("form", [archive, legacy])
-def test_what_grows_or_nests_without_end_is_refused_wherever_it_stands(form: Any, what: str, place: str) -> None:
+def test_unbounded_growth_and_nesting_are_refused_everywhere(form: Any, what: str, place: str) -> None:
     content = form(PROTO + PLACES[place](HOSTILE[what]) + STOP)
     with pytest.raises(UnsafePickleError, match="not unpickled") as raised:
         read_pickled(io.BytesIO(content), "x.bin", len(content))
@@ -110,7 +110,7 @@ def test_what_grows_or_nests_without_end_is_refused_wherever_it_stands(form: Any
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_the_reader_without_torch_takes_none_of_it(what: str) -> None:
+def test_the_reader_without_torch_refuses_all_of_it(what: str) -> None:
     for place in PLACES.values():
         with pytest.raises(NotAStateDictError) as raised:
             read_state_dict(PROTO + place(HOSTILE[what]) + STOP)
@@ -124,8 +124,8 @@ def test_a_hostile_legacy_file_is_not_loaded_either(tmp_path: Path) -> None:
         load_legacy(path)
 
 
-def test_a_process_survives_what_would_end_it(tmp_path: Path) -> None:
-    """In a process of its own: where the bounds fail, it dies of a signal."""
+def test_hostile_files_do_not_end_the_process(tmp_path: Path) -> None:
+    """Runs in a separate process, which would die of a signal without the limits."""
     (tmp_path / "x.bin").write_bytes(archive(PROTO + PLACES["a key"](HOSTILE["deep"]) + STOP))
     code = (
         "import sys, int8cli.checkpoint.pickled as p; from int8cli.errors import UnsafePickleError\n"
@@ -160,7 +160,7 @@ def test_no_more_is_read_than_is_allowed(opcode: bytes) -> None:
 
 
 @pytest.mark.parametrize("made", [b"", b".", b"\x85.", b"h\x07.", b"}K\x01s.", b"(K\x01", b"(0.", b"u.", b"\xff."])
-def test_a_pickle_that_makes_no_sense_is_damaged(made: bytes) -> None:
+def test_a_senseless_pickle_is_damaged(made: bytes) -> None:
     try:
         check_pickle(io.BytesIO(PROTO + made))
     except ValueError:
@@ -184,7 +184,6 @@ TIED = torch.nn.Parameter(torch.ones(3))
     ids=range(6),
 )
 @pytest.mark.parametrize("form", [True, False], ids=["zip", "legacy"])
-@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_torch_saves_is_within_the_bounds(usual: Any, form: bool) -> None:
     buffer = io.BytesIO()
     torch.save(usual, buffer, _use_new_zipfile_serialization=form)
@@ -205,8 +204,8 @@ trees = st.recursive(
 
 
 @given(trees, st.integers(0, 5))
-def test_a_tree_of_any_kind_is_within_the_bounds(tree: Any, protocol: int) -> None:
-    """Written and read once more, so that no two places share an object."""
+def test_random_trees_stay_within_the_limits(tree: Any, protocol: int) -> None:
+    """It is written and read again, so that no two places share an object."""
     made = pickletools.optimize(pickle.dumps(pickle.loads(pickle.dumps(tree)), protocol))
     try:
         check_pickle(io.BytesIO(made))
@@ -214,7 +213,7 @@ def test_a_tree_of_any_kind_is_within_the_bounds(tree: Any, protocol: int) -> No
         assert "two places" in str(error)  # noqa: PT017  an empty dict or list that Python shares
 
 
-def test_one_storage_with_two_types_is_judged_by_torch() -> None:
+def test_a_storage_with_two_types_is_left_to_torch() -> None:
     content = bytearray(saved := _saved({"a": torch.ones(4), "b": torch.arange(4)}))
     with zipfile.ZipFile(io.BytesIO(saved)) as packed:
         data = packed.read("archive/data.pkl")

@@ -1,4 +1,4 @@
-"""What becomes int8 and why; held against what transformers' bitsandbytes path replaces on the meta device."""
+"""What becomes int8 and why, compared with what transformers' bitsandbytes path replaces on the meta device."""
 
 import importlib.util
 import re
@@ -52,10 +52,10 @@ def llama(layers: int = 2, prefix: str = "model.") -> list[TensorSpec]:
     return specs
 
 
-# --- what a tensor is ------------------------------------------------------------------------------------------------
+# What a tensor is
 
 
-def test_projections_become_int8_and_the_rest_says_why() -> None:
+def test_projections_become_int8_and_the_rest_has_reasons() -> None:
     reasons = {d.kind: d.reason for d in plan_of(*llama()).decisions}
     assert reasons["model.layers.*.mlp.up_proj.weight"] == names.LINEAR
     assert reasons["model.embed_tokens.weight"] == names.EMBEDDING
@@ -73,7 +73,7 @@ def test_planning_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_no_tensors_are_no_percent() -> None:
+def test_a_plan_without_tensors_has_zero_percent() -> None:
     assert plan_of().percent_quantized == 0.0
 
 
@@ -101,27 +101,27 @@ def test_what_cannot_be_a_linear_is_copied(tensor: TensorSpec, reason: str) -> N
     assert (decision.quantize, decision.transpose, decision.reason) == (False, False, reason)
 
 
-def test_a_bias_tells_a_linear_from_an_embedding() -> None:
+def test_a_bias_distinguishes_a_linear_from_an_embedding() -> None:
     assert not decide(spec("patch_embed.weight", 8, 12)).quantize
     assert decide(spec("patch_embed.weight", 8, 12), spec("patch_embed.bias", 8)).quantize
 
 
-def test_a_bias_of_another_length_is_no_linear() -> None:
+def test_a_bias_of_another_length_does_not_mark_a_linear() -> None:
     assert decide(spec("mystery.weight", 8, 12), spec("mystery.bias", 5)).reason == names.UNKNOWN
 
 
-def test_routers_and_experts_are_left_alone() -> None:
+def test_routers_and_experts_are_not_quantized() -> None:
     router = decide(spec("model.layers.0.mlp.gate.weight", 4, 8))
     expert = decide(spec("model.layers.0.mlp.experts.3.up_proj.weight", 8, 8))
     shared = decide(spec("model.layers.0.mlp.shared_experts.up_proj.weight", 8, 8))
     assert (router.reason, expert.reason, shared.reason) == (names.ROUTER, names.EXPERT, names.LINEAR)
 
 
-def test_a_head_in_the_file_says_when_it_is_tied() -> None:
+def test_a_head_in_the_file_has_a_reason_if_it_is_tied() -> None:
     assert decide(spec("lm_head.weight", 96, 8), config={"tie_word_embeddings": True}).reason == names.TIED_HEAD
 
 
-def test_the_wo_of_t5_stays_and_that_of_others_does_not() -> None:
+def test_the_wo_of_t5_is_not_quantized_but_that_of_other_models_is() -> None:
     wo = spec("encoder.block.0.layer.1.DenseReluDense.wo.weight", 8, 16)
     assert decide(wo, config={"model_type": "t5"}).reason == names.FLOAT32
     assert decide(wo, config={"model_type": "vision", "text_config": {"model_type": "umt5"}}).reason == names.FLOAT32
@@ -139,7 +139,7 @@ def test_torch_attention_keeps_its_own_output_projection() -> None:
     assert decide(*out, spec("head.attention.in_proj_weight", 24, 8)).reason == names.SUBCLASS
 
 
-def test_a_conv1d_is_transposed_even_where_it_is_square() -> None:
+def test_a_square_conv1d_is_transposed_too() -> None:
     block = [
         spec("h.0.attn.c_proj.weight", 8, 8),
         spec("h.0.attn.c_proj.bias", 8),
@@ -149,7 +149,7 @@ def test_a_conv1d_is_transposed_even_where_it_is_square() -> None:
     assert [d.transpose for d in plan_of(*block).quantized] == [True, True]
 
 
-def test_a_linear_that_goes_by_a_conv1d_name_is_not_transposed() -> None:
+def test_a_linear_with_the_name_of_a_conv1d_is_not_transposed() -> None:
     block = [
         spec("h.0.attn.c_proj.weight", 8, 8),
         spec("h.0.attn.c_proj.bias", 8),
@@ -163,10 +163,10 @@ def test_kinds_hide_every_index() -> None:
     assert kind_of("model.layers.11.mlp.experts.3.w1.weight") == "model.layers.*.mlp.experts.*.w1.weight"
 
 
-# --- what the user asks for ------------------------------------------------------------------------------------------
+# Options
 
 
-def test_skip_leaves_alone_what_it_names() -> None:
+def test_skipped_modules_are_not_quantized() -> None:
     plan = plan_of(*llama(), skip=("*.layers.1.*",))
     assert {d.reason for d in plan.copied if ".1." in d.spec.name} == {names.SKIPPED, names.NORM_OR_BIAS}
     assert len(plan.quantized) == 6
@@ -184,12 +184,12 @@ def test_only_cannot_make_an_embedding_a_linear() -> None:
     assert plan.unmatched_patterns == ("model.embed_tokens",)
 
 
-def test_patterns_are_case_sensitive_and_typos_are_told() -> None:
+def test_patterns_are_case_sensitive_and_typos_give_a_warning() -> None:
     plan = plan_of(*llama(), skip=("*.Q_proj", "lm_head", "*.k_proj"))
     assert plan.unmatched_patterns == ("*.Q_proj",)
 
 
-def test_kept_tensors_become_copies() -> None:
+def test_non_finite_tensors_become_copies() -> None:
     plan = plan_of(*llama()).with_copied({"model.layers.0.mlp.up_proj.weight", "model.norm.weight"})
     assert [d.spec.name for d in plan.decisions if d.reason == names.NON_FINITE] == [
         "model.layers.0.mlp.up_proj.weight"
@@ -197,7 +197,7 @@ def test_kept_tensors_become_copies() -> None:
     assert len(plan.quantized) == 11
 
 
-# --- llm_int8_skip_modules -------------------------------------------------------------------------------------------
+# Llm_int8_skip_modules
 
 
 def heads(*entries: str) -> list[str]:
@@ -222,7 +222,7 @@ def test_a_plain_model_names_its_head_and_nothing_else() -> None:
     assert skip_modules(plan_of(*llama(), config={"model_type": "llama"})) == heads("lm_head")
 
 
-def test_an_entry_never_covers_a_quantized_neighbour() -> None:
+def test_a_skip_entry_never_covers_a_quantized_module() -> None:
     dense = [spec("lm_head.dense.weight", 8, 8), spec("lm_head.dense.bias", 8), spec("lm_head.decoder.weight", 96, 8)]
     plan = plan_of(*dense)
     entries = skip_modules(plan)
@@ -231,7 +231,7 @@ def test_an_entry_never_covers_a_quantized_neighbour() -> None:
     assert not any(covers(entry, "lm_head.dense") for entry in entries)
 
 
-def test_a_router_does_not_take_the_gate_of_the_shared_expert_with_it() -> None:
+def test_skipping_a_router_does_not_skip_the_gate_of_the_shared_expert() -> None:
     plan = plan_of(
         spec("model.layers.0.mlp.gate.weight", 4, 8), spec("model.layers.0.mlp.shared_expert_gate.weight", 1, 8)
     )
@@ -239,7 +239,7 @@ def test_a_router_does_not_take_the_gate_of_the_shared_expert_with_it() -> None:
     assert "gate" not in skip_modules(plan)
 
 
-def test_one_skipped_layer_is_told_from_the_eleventh() -> None:
+def test_skipping_one_layer_does_not_skip_the_eleventh() -> None:
     plan = plan_of(*llama(12), skip=("*.layers.1.*",))
     entries = skip_modules(plan)
     for decision in plan.quantized:
@@ -255,14 +255,14 @@ def test_entries_hold_with_and_without_the_prefix(stored: str, loaded: str) -> N
     assert not any(covers(entry, f"{loaded}layers.1.mlp.up_proj") for entry in entries)
 
 
-def test_a_name_that_ends_every_other_name_is_anchored() -> None:
+def test_a_name_that_is_a_suffix_of_others_is_anchored() -> None:
     plan = plan_of(spec("proj.weight", 8, 8), spec("layers.0.proj.weight", 8, 8), skip=("proj",))
     entries = skip_modules(plan)
     assert any(covers(entry, "proj") for entry in entries)
     assert not any(covers(entry, "layers.0.proj") for entry in entries)
 
 
-def test_names_that_are_no_plain_words_are_escaped() -> None:
+def test_unusual_names_are_escaped() -> None:
     plan = plan_of(spec("a(b.q_proj.weight", 8, 8), skip=("*",))
     assert any(covers(entry, "a(b.q_proj") for entry in skip_modules(plan))
 
@@ -273,7 +273,7 @@ def test_thousands_of_experts_are_one_entry() -> None:
     assert skip_modules(plan) == heads(EXPERTS_PATTERN, "lm_head")
 
 
-def test_a_kept_non_finite_tensor_is_named() -> None:
+def test_a_non_finite_tensor_that_was_copied_is_named() -> None:
     plan = plan_of(*llama()).with_copied({"model.layers.0.mlp.up_proj.weight"})
     assert any(covers(entry, "model.layers.0.mlp.up_proj") for entry in skip_modules(plan))
 
@@ -293,7 +293,7 @@ def test_a_name_that_transformers_5_0_misreads_stays_a_float(module: str) -> Non
         assert any(rule(entry, module) for entry in skip_modules(plan))
 
 
-# --- against transformers --------------------------------------------------------------------------------------------
+# Against transformers
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +364,7 @@ FEWER_INT8_SINCE = {
 
 
 @pytest.mark.parametrize(("model_type", "class_name", "config"), CLASSES)
-def test_the_plan_is_what_transformers_holds_in_int8(
+def test_the_plan_equals_what_transformers_loads_in_int8(
     survey: ModuleType, model_type: str, class_name: str, config: dict[str, Any]
 ) -> None:
     import transformers

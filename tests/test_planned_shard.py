@@ -1,4 +1,4 @@
-"""What a task carries to the process that converts: the files of one shard, planned to the byte."""
+"""The plan that a task takes to the process that converts: the files of one shard, to the byte."""
 
 import pickle
 from pathlib import Path
@@ -20,12 +20,12 @@ def planned(directory: Path, columns: dict[str, tuple[int, ...]] | None = None) 
     return plan_shard(shard.contents, shard.plan, FILE, shard.target, columns)
 
 
-def test_a_planned_shard_goes_to_another_process(tmp_path: Path) -> None:
+def test_a_planned_shard_can_be_sent_to_another_process(tmp_path: Path) -> None:
     shard = planned(tmp_path, {})
     assert pickle.loads(pickle.dumps(shard)) == shard
 
 
-def test_columns_go_into_a_sidecar_where_there_is_one(tmp_path: Path) -> None:
+def test_columns_go_into_a_planned_sidecar(tmp_path: Path) -> None:
     first = next(iter(planned(tmp_path).plan.quantized)).spec.name
     shard = planned(tmp_path, {}).with_columns({first: (3, 5)})
     assert shard.sidecar is not None
@@ -34,7 +34,7 @@ def test_columns_go_into_a_sidecar_where_there_is_one(tmp_path: Path) -> None:
     assert without.with_columns({first: (3, 5)}) is without
 
 
-def test_a_shard_that_keeps_all_its_linears_has_no_sidecar(tmp_path: Path) -> None:
+def test_a_shard_without_quantized_linears_has_no_sidecar(tmp_path: Path) -> None:
     shard = planned(tmp_path, {})
     linears = [decision.spec.name for decision in shard.plan.quantized]
     one = shard.with_columns(dict.fromkeys(linears, (0,))).with_copied(linears[:1])

@@ -1,4 +1,4 @@
-"""The arithmetic: what becomes of a weight's values, judged by bitsandbytes and by float64."""
+"""The arithmetic on the values of a weight, compared with bitsandbytes and float64."""
 
 import math
 
@@ -104,7 +104,7 @@ def test_float32_direct_keeps_the_exact_absmax() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_value_is_found_at_its_place(dtype: torch.dtype, bad: float) -> None:
+def test_a_non_finite_value_is_reported_with_its_position(dtype: torch.dtype, bad: float) -> None:
     weight = random_weight(8, 9, 1.0, dtype)
     weight[6, 7] = bad
     with pytest.raises(NonFiniteWeightError) as caught:
@@ -130,7 +130,7 @@ def test_error_sums_are_those_of_the_dequantized_weight(dtype: torch.dtype, scal
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_error_is_exact_though_taken_from_squares(dtype: torch.dtype) -> None:
+def test_the_largest_error_is_exact_although_computed_from_squares(dtype: torch.dtype) -> None:
     weight = random_weight(40, 333, 0.02, dtype)
     data, absmax = quantize_rowwise(weight)
     scaled = weight.float() * (absmax.reciprocal() * 127)[:, None]
@@ -138,7 +138,7 @@ def test_the_largest_error_is_exact_though_taken_from_squares(dtype: torch.dtype
     assert error_sums(weight).max_abs_error == float(by_row.max())
 
 
-def test_a_row_lost_to_float16_counts_as_its_own_error() -> None:
+def test_a_row_that_underflows_in_float16_counts_as_error() -> None:
     weight = torch.full((2, 4), 1e-9, dtype=torch.bfloat16)
     weight[1] = 1.0
     sums = error_sums(weight)
@@ -157,7 +157,7 @@ def test_sums_of_parts_make_the_sums_of_the_whole() -> None:
 
 @pytest.mark.parametrize("float32_via_half", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_measuring_changes_nothing_of_what_is_measured(dtype: torch.dtype, float32_via_half: bool) -> None:
+def test_measuring_does_not_change_the_statistics(dtype: torch.dtype, float32_via_half: bool) -> None:
     scales = torch.logspace(-40, 4, 97)[:, None]
     weight = (random_weight(97, 301, 1.0, torch.float32) * scales).to(dtype)
     quantizer = BlockQuantizer(weight.numel(), float32_via_half=float32_via_half)

@@ -1,4 +1,4 @@
-"""A conversion that is killed, at any instant: the same command goes on, and nobody can tell from the result."""
+"""A conversion that is killed at any time: the same command resumes, with the same result."""
 
 import fcntl
 import json
@@ -80,7 +80,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def assert_only_whole_files(output: Path, reference: dict[str, bytes]) -> None:
-    """Whatever stands under a final name is what an unbroken run puts there."""
+    """Every file with a final name equals that of an uninterrupted run."""
     for name, data in tree(output).items() if output.exists() else ():
         aside = name.startswith("int8/partial/") or Path(name).name.startswith(".") or name.endswith("/")
         assert aside or data == reference[name], f"{name} is not whole"
@@ -160,7 +160,9 @@ def test_a_kill_when_a_file_appears_leaves_no_trace(
         "int8/incoming/0123456789012345678901234567890123456789/model-00002-of-00003.safetensors.incomplete",
     ],
 )
-def test_what_a_kill_leaves_aside_is_gone_in_the_end(leftover: str, model: Path, done: Path, nursery: Nursery) -> None:
+def test_temporary_files_of_a_killed_run_are_removed_in_the_end(
+    leftover: str, model: Path, done: Path, nursery: Nursery
+) -> None:
     expected = tree(done)
     for file in ("model-00002-of-00003.safetensors", "int8/records/model-00002-of-00003.json", "config.json"):
         (done / file).unlink()
@@ -170,7 +172,7 @@ def test_what_a_kill_leaves_aside_is_gone_in_the_end(leftover: str, model: Path,
     assert tree(done) == expected
 
 
-def test_a_killed_parent_takes_its_workers_along(
+def test_workers_end_when_their_parent_is_killed(
     large: Path, reference: dict[str, bytes], nursery: Nursery, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -238,7 +240,7 @@ def test_two_workers_write_what_one_writes(large: Path, reference: dict[str, byt
 
 
 @pytest.mark.parametrize("options", [[], ["--overwrite"], ["--threshold", "5"]])
-def test_a_second_run_is_refused_and_leaves_the_first_alone(
+def test_a_second_run_is_refused_and_does_not_disturb_the_first(
     options: list[str], large: Path, reference: dict[str, bytes], nursery: Nursery, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -289,7 +291,7 @@ def test_settings_that_do_not_decide_the_bytes_may_change(model: Path, done: Pat
     assert tree(done) == before
 
 
-def test_a_changed_source_is_refused_by_the_name_of_its_shard(model: Path, done: Path, nursery: Nursery) -> None:
+def test_a_changed_source_is_refused_and_its_shard_named(model: Path, done: Path, nursery: Nursery) -> None:
     llama(model, seed=1)
     outcome = nursery.run(*CONVERT, model, "-o", done, cwd=model.parent)
     assert outcome.code == 1
@@ -325,9 +327,7 @@ def test_a_finished_conversion_is_not_done_twice(model: Path, done: Path, nurser
 
 
 @pytest.mark.parametrize("damage", ["gone", "short", "long", "empty", "no record"])
-def test_a_shard_that_is_not_whole_is_done_again_and_no_other(
-    damage: str, model: Path, done: Path, nursery: Nursery
-) -> None:
+def test_only_an_incomplete_shard_is_converted_again(damage: str, model: Path, done: Path, nursery: Nursery) -> None:
     before = tree(done)
     others = identities([done / f"model-0000{number}-of-00003.safetensors" for number in (1, 3)])
     shard = done / "model-00002-of-00003.safetensors"
@@ -344,7 +344,7 @@ def test_a_shard_that_is_not_whole_is_done_again_and_no_other(
 
 @pytest.mark.parametrize("file", ["conversion.json", "records/model-00002-of-00003.json"])
 @pytest.mark.parametrize("text", ["{garbage", '{"a": 1}', "[]", "", "null", "\xff"])
-def test_a_record_that_was_tampered_with_is_an_error_with_a_way_out(
+def test_an_edited_record_is_an_error_with_a_hint(
     file: str, text: str, model: Path, done: Path, nursery: Nursery
 ) -> None:
     expected = tree(done)
@@ -422,7 +422,7 @@ def test_overwrite_removes_nothing_elsewhere_whatever_its_records_name(
         "int8/partial/thesis.txt",
     ],
 )
-def test_a_foreign_file_in_our_place_is_refused(
+def test_a_foreign_file_with_the_name_of_an_output_is_refused(
     foreign: str, options: list[str], model: Path, nursery: Nursery
 ) -> None:
     output = model.parent / "out"
@@ -434,9 +434,7 @@ def test_a_foreign_file_in_our_place_is_refused(
     assert {name: data for name, data in tree(output).items() if not name.endswith("/")} == {foreign: b"mine"}
 
 
-def test_a_kill_during_overwrite_leaves_a_directory_that_is_still_ours(
-    model: Path, done: Path, nursery: Nursery
-) -> None:
+def test_after_a_kill_during_overwrite_the_directory_is_still_ours(model: Path, done: Path, nursery: Nursery) -> None:
     expected = tree(done)
     (done / "config.json").unlink()
     (done / "model-00001-of-00003.safetensors").unlink()
@@ -460,7 +458,7 @@ def test_the_source_is_never_the_output(output: str, options: list[str], model: 
 
 
 @pytest.mark.parametrize("output", ["model-int8", "deep/er"])
-def test_an_output_inside_the_source_is_no_part_of_it(output: str, model: Path, nursery: Nursery) -> None:
+def test_an_output_inside_the_source_is_not_part_of_it(output: str, model: Path, nursery: Nursery) -> None:
     (model / "modeling_own.py").write_text("")
     before = tree(model)
     assert nursery.run(*CONVERT, model, "-o", model.parent / "elsewhere", cwd=model).code == 0
@@ -471,7 +469,7 @@ def test_an_output_inside_the_source_is_no_part_of_it(output: str, model: Path, 
     assert {name: data for name, data in tree(model).items() if not name.startswith(output)} == before
 
 
-def test_a_source_inside_the_output_is_left_alone(model: Path, nursery: Nursery) -> None:
+def test_a_source_inside_the_output_is_not_changed(model: Path, nursery: Nursery) -> None:
     before = tree(model)
     for _ in range(2):
         assert nursery.run(*CONVERT, "model", "-o", ".", cwd=model.parent).code == 0

@@ -1,4 +1,4 @@
-"""The runtime: every int8 layer of a loaded model, held against the decomposition in float64."""
+"""The runtime: every int8 layer of a loaded model, compared with the decomposition in float64."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ from torch import Tensor
 import int8cli
 from int8cli import ConvertOptions, convert
 from int8cli.commands.options import LayoutName
-from int8cli.errors import CheckpointError, MissingExtraError, ModelNotFoundError, UnsupportedModelError
+from int8cli.errors import CheckpointError, MissingExtraError, ModelNotFoundError, OptionError, UnsupportedModelError
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.runtime.linear import Int8Linear
 
@@ -103,7 +103,7 @@ def decomposition(x: Tensor, files: Tensors, stored: Tensors, name: str, scheme:
 
 
 def names_by_data(files: Tensors) -> Callable[[Int8Linear], str]:
-    """Tells layers by their int8 data, which no two share: not by the names under test."""
+    """Identifies layers by their int8 data, which differ, and not by the names under test."""
     names = {
         data.numpy().tobytes(): name.removesuffix(".weight") for name, data in files.items() if data.dtype == torch.int8
     }
@@ -177,7 +177,7 @@ def test_results_have_the_models_dtype_and_are_rounded_to_it_once(tmp_path: Path
         torch.testing.assert_close(y.double(), exact, rtol=2**-8 + 1e-5, atol=TOLERANCE * float(exact.abs().max()))
 
 
-def test_another_dtype_is_that_of_all_but_what_was_stored(tmp_path: Path) -> None:
+def test_another_dtype_does_not_change_what_was_stored(tmp_path: Path) -> None:
     output = converted("llama", tmp_path, torch.bfloat16)
     store_columns(tmp_path / "source", output)
     model = int8cli.load_model(output, device="cpu", dtype=torch.float32)
@@ -208,7 +208,7 @@ def test_generation_starts_as_the_forward_pass_says_and_with_the_saved_settings(
     assert torch.equal(ids[:, 7], run(model).logits[:, -1].argmax(dim=-1))
 
 
-def test_stored_columns_bring_back_what_outliers_cost(tmp_path: Path) -> None:
+def test_stored_columns_restore_the_accuracy_that_outliers_cost(tmp_path: Path) -> None:
     model = build_tiny(LISTED["llama"], torch.float32)
     columns, scale = [3, 17], 256.0
     with torch.no_grad():
@@ -267,9 +267,7 @@ def test_stored_columns_that_do_not_fit_are_an_error(llama: Path, stored: Tensor
         ("SCB", torch.zeros(32, dtype=torch.int32)),
     ],
 )
-def test_an_int8_weight_that_is_no_matrix_with_a_scale_a_row_is_an_error(
-    part: str, wrong: Tensor, tmp_path: Path
-) -> None:
+def test_an_int8_weight_without_one_scale_per_row_is_an_error(part: str, wrong: Tensor, tmp_path: Path) -> None:
     output = converted("llama", tmp_path)
     tensors = read_all(output)
     name = "model.layers.0.self_attn.q_proj"
@@ -278,7 +276,7 @@ def test_an_int8_weight_that_is_no_matrix_with_a_scale_a_row_is_an_error(
         int8cli.load_model(output, device="cpu")
 
 
-def test_what_convert_did_not_write_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_convert_did_not_write_is_refused(tmp_path: Path) -> None:
     plain = save_tiny("llama", tmp_path / "plain")
     with pytest.raises(UnsupportedModelError, match="no int8 weights") as raised:
         int8cli.load_model(plain)
@@ -287,7 +285,7 @@ def test_what_convert_did_not_write_is_refused(tmp_path: Path) -> None:
         int8cli.load_model(tmp_path / "nothing")
 
 
-def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+def test_a_model_unknown_to_transformers_is_refused(tmp_path: Path) -> None:
     output = converted("llama", tmp_path)
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps({**config, "model_type": "new", "auto_map": {"AutoModel": "m.M"}}))
@@ -323,3 +321,8 @@ def test_a_transformers_that_is_too_old_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57.6")
     with pytest.raises(MissingExtraError, match=r"needs transformers 5\.0\.0 or newer; 4\.57\.6 is installed"):
         int8cli.load_model(out)
+
+
+def test_a_form_of_inputs_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="'xx' is not one of absmax, zeropoint"):
+        int8cli.load_model(tmp_path, inputs="xx")  # type: ignore[arg-type]

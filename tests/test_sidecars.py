@@ -1,4 +1,4 @@
-"""The second file of a pass: the source's own columns, bit for bit, beside shards that are the same without."""
+"""The second file of a pass: the source's columns, bit for bit. Shards are the same with and without it."""
 
 import signal
 from dataclasses import replace
@@ -39,7 +39,7 @@ def sidecars(output: Path) -> dict[str, torch.Tensor]:
 
 
 def loaders_files(output: Path) -> dict[str, bytes]:
-    """What loaders see: all but the directory of our own and the model card."""
+    """The files that loaders see: all except our own directory and the model card."""
     return {name: data for name, data in tree(output).items() if not name.startswith("int8/") and name != "README.md"}
 
 
@@ -60,7 +60,7 @@ def assert_holds_the_sources_columns(source: Path, output: Path) -> None:
     assert stored == {}
 
 
-# --- what they hold ---------------------------------------------------------------------------------------------------
+# What they hold
 
 
 @pytest.mark.parametrize("architecture", [name for name in LISTED if name != "falcon"])  # has nothing to quantize
@@ -77,7 +77,6 @@ def test_columns_are_the_sources_and_loaders_see_no_difference(architecture: str
     assert planned.output_bytes == report.output_bytes
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers and bitsandbytes warn of their own affairs
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "bart", "bert"])
 def test_transformers_loads_it_with_nothing_unexpected(architecture: str, tmp_path: Path) -> None:
     import transformers
@@ -106,7 +105,7 @@ def test_shards_of_any_dtype_and_layout(layout: LayoutName, dtype: torch.dtype, 
         assert {f"{layer}.weight" for layer in layers} <= set(read_tensors(tmp_path / "out" / name))
 
 
-def test_a_bin_whose_weights_lie_crosswise(tmp_path: Path) -> None:
+def test_a_bin_with_transposed_weights(tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1)
     tensors = read_tensors(source / "model.safetensors")
     crosswise = {name: t.t().contiguous().t() if t.dim() == 2 else t for name, t in tensors.items()}
@@ -116,7 +115,7 @@ def test_a_bin_whose_weights_lie_crosswise(tmp_path: Path) -> None:
     assert_holds_the_sources_columns(source, tmp_path / "out")
 
 
-def test_columns_at_the_seams_of_a_row_that_is_cut(tmp_path: Path) -> None:
+def test_columns_at_the_borders_of_a_divided_row(tmp_path: Path) -> None:
     indices = (0, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, 2 * BLOCK_ELEMENTS + 8)
     weight = torch.randn(3, 2 * BLOCK_ELEMENTS + 9).bfloat16()
     source = save_by_hand(tmp_path / "source", {UP: weight})
@@ -129,7 +128,7 @@ def test_columns_at_the_seams_of_a_row_that_is_cut(tmp_path: Path) -> None:
     assert torch.equal(sidecars(tmp_path / "out")[UP.replace("weight", "outlier_weight")], weight[:, list(indices)])
 
 
-def test_a_layer_of_which_nothing_is_stored_has_an_empty_entry(tmp_path: Path) -> None:
+def test_a_layer_with_no_column_worth_storing_has_an_empty_entry(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {UP: torch.randn(8, 16).half(), DOWN: torch.randn(16, 8).half()})
 
     def chosen(decision: Decision) -> StoredColumns | None:
@@ -159,7 +158,7 @@ def test_a_shard_without_linears_has_no_sidecar(tmp_path: Path) -> None:
     assert not (tmp_path / "out/int8/outliers").exists()
 
 
-# --- whoever makes them -----------------------------------------------------------------------------------------------
+# Processes, threads and devices
 
 
 def test_threads_and_processes_change_no_byte(tmp_path: Path) -> None:
@@ -198,7 +197,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory, nursery: Nursery) -> Pat
         "int8/report.json",
     ],
 )
-def test_a_run_that_was_killed_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_and_writes_the_same_bytes(
     moment: str, converted: Path, nursery: Nursery, tmp_path: Path
 ) -> None:
     whole = tree(converted / "out")
@@ -223,7 +222,7 @@ def damage_sidecar(output: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["gone", "short"])
-def test_a_sidecar_that_is_not_whole_is_made_again(damage: str, tmp_path: Path) -> None:
+def test_an_incomplete_sidecar_is_made_again(damage: str, tmp_path: Path) -> None:
     source, output = llama(tmp_path / "source"), tmp_path / "out"
     convert_storing(source, output, some_columns)
     before, others = tree(output), (output / "model-00001-of-00003.safetensors").stat()
@@ -243,7 +242,7 @@ def test_suspects_are_the_same_when_a_finished_shard_is_made_again(
     assert tree(tmp_path / "out") == tree(converted / "out")
 
 
-def test_overwrite_without_columns_takes_the_sidecars_away(converted: Path, nursery: Nursery, tmp_path: Path) -> None:
+def test_overwrite_without_columns_removes_the_sidecars(converted: Path, nursery: Nursery, tmp_path: Path) -> None:
     command = ("convert", converted / "model", "-o", tmp_path / "out")
     assert nursery.run(*command, "--outliers", "weights", cwd=converted).code == 0
     assert (tmp_path / "out/int8/outliers" / SHARD).exists()

@@ -1,4 +1,4 @@
-"""A local source that somebody writes to while it is read: an error that names the file, and no record of it."""
+"""A local source that changes while it is read: an error that names the file, and no record."""
 
 import os
 from collections.abc import Callable
@@ -45,7 +45,13 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 64)
 
 
-CHANGES = [write_inside, grow, replace, cut]
+def write_inside_and_put_the_time_back(path: Path) -> None:
+    before = path.stat()
+    write_inside(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+CHANGES = [write_inside, grow, replace, cut, write_inside_and_put_the_time_back]
 
 
 class Saboteur(SilentProgress):
@@ -83,17 +89,17 @@ def test_a_shard_that_changes_while_it_is_converted_is_not_recorded(
 
 
 @pytest.mark.parametrize("change", [write_inside, grow])
-def test_a_shard_that_changes_after_it_was_looked_at_is_not_converted(
+def test_a_shard_that_changes_after_planning_is_not_converted(
     change: Callable[[Path], None], model: Path, tmp_path: Path
 ) -> None:
-    """The first shard's conversion is when the second changes, of which only the header has been read."""
+    """The second shard changes during the conversion of the first, after its header has been read."""
     saboteur = Saboteur("model-00001-of-00003.safetensors", lambda: change(model / SECOND))
     with pytest.raises(CorruptShardError, match=f"{SECOND}: changed"):
         convert(model, tmp_path / "out", PLAIN, progress=saboteur)
     assert SECOND not in tree(tmp_path / "out")
 
 
-def test_the_change_is_no_reason_to_refuse_another_run(model: Path, tmp_path: Path) -> None:
+def test_a_change_does_not_prevent_another_run(model: Path, tmp_path: Path) -> None:
     saboteur = Saboteur(SECOND, lambda: os.utime(model / SECOND))
     with pytest.raises(CorruptShardError):
         convert(model, tmp_path / "out", PLAIN, progress=saboteur)
@@ -101,7 +107,7 @@ def test_the_change_is_no_reason_to_refuse_another_run(model: Path, tmp_path: Pa
     assert verify(tmp_path / "out", VerifyOptions(source=model)).passed
 
 
-def test_a_run_with_workers_notices_it(model: Path, tmp_path: Path) -> None:
+def test_a_run_with_workers_detects_a_change(model: Path, tmp_path: Path) -> None:
     third = "model-00003-of-00003.safetensors"
     saboteur = Saboteur(third, lambda: write_inside(model / third), finished=True)
     with pytest.raises(CorruptShardError, match=f"{third}: changed"):
@@ -110,7 +116,7 @@ def test_a_run_with_workers_notices_it(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whoever_reads_a_file_of_a_source_hears_of_a_change(change: Callable[[Path], None], model: Path) -> None:
+def test_every_reader_of_a_source_file_detects_a_change(change: Callable[[Path], None], model: Path) -> None:
     source = DirectorySource(model)
     with pytest.raises(CorruptShardError, match=f"{SECOND}: changed"), source.fetch(SECOND) as local:
         change(local.path)
@@ -118,7 +124,7 @@ def test_whoever_reads_a_file_of_a_source_hears_of_a_change(change: Callable[[Pa
         pytest.fail("what has changed is given out")
 
 
-def test_a_reader_tells_whether_its_file_stayed_as_it_was(model: Path) -> None:
+def test_a_reader_detects_whether_its_file_changed(model: Path) -> None:
     reader = FileReader(model / SECOND)
     assert reader.size_bytes == (model / SECOND).stat().st_size
     reader.require_unchanged()
@@ -128,7 +134,7 @@ def test_a_reader_tells_whether_its_file_stayed_as_it_was(model: Path) -> None:
     reader.close()
 
 
-def test_a_copy_of_a_file_that_changes_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_changes_while_it_is_copied_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = tmp_path / "words.txt"
     original.write_bytes(b"words" * 1000)
     read_into = FileReader.read_into
@@ -142,3 +148,16 @@ def test_a_copy_of_a_file_that_changes_is_none(tmp_path: Path, monkeypatch: pyte
         copy_file(original, tmp_path / "copy.txt")
     assert not (tmp_path / "copy.txt").exists()
     assert tree(tmp_path).keys() == {"words.txt"}
+
+
+def test_running_a_model_leaves_its_files_as_they_are(tmp_path: Path) -> None:
+    """A hard link to one, say, would look like a change of it to the run itself."""
+    from support.calibration_models import calibrated, make_model
+
+    model = make_model("llama", tmp_path / "model")
+    before = {path.name: path.stat() for path in model.iterdir()}
+    calibrated(model)
+    after = {path.name: path.stat() for path in model.iterdir()}
+    assert {name: state.st_ctime_ns for name, state in before.items()} == {
+        name: state.st_ctime_ns for name, state in after.items()
+    }

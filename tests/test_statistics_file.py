@@ -1,4 +1,4 @@
-"""A file of outlier statistics that anybody may have written: read as it was written, or refused by its place."""
+"""Files of outlier statistics from anywhere: read back, or refused with the place of the error."""
 
 import json
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def rewritten(file: Path, change: Callable[[Any, dict[str, torch.Tensor]], objec
     save_file(tensors, file, metadata={"int8cli": document if isinstance(document, str) else json.dumps(document)})
 
 
-def test_what_was_written_is_read(file: Path) -> None:
+def test_written_statistics_are_read_back(file: Path) -> None:
     read = load_statistics(file)
     assert read.provenance == PROVENANCE
     assert read.sites[0].linears[0].stored == (1, 5)
@@ -76,9 +76,7 @@ def test_what_was_written_is_read(file: Path) -> None:
         (lambda d, t: t.pop("h.0.q.weight_error"), "is not a file of outlier statistics"),
     ],
 )
-def test_what_was_changed_is_named(
-    change: Callable[[Any, dict[str, torch.Tensor]], object], message: str, file: Path
-) -> None:
+def test_changes_are_named(change: Callable[[Any, dict[str, torch.Tensor]], object], message: str, file: Path) -> None:
     rewritten(file, change)
     with pytest.raises(CheckpointError, match=message):
         load_statistics(file)

@@ -1,4 +1,4 @@
-"""Threads over a pass: all have ended when the pass has, however it ended."""
+"""The threads of a pass: all have ended when the pass ends, in whatever way."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def test_all_threads_work_and_end() -> None:
 
 
 @pytest.mark.parametrize("instant", range(20))
-def test_an_interrupt_while_threads_start_leaves_none_behind(instant: int) -> None:
+def test_an_interrupt_while_threads_start_leaves_no_threads(instant: int) -> None:
     stopping = threading.Event()
     told: list[BaseException] = []
     turns = iter(range(1000))

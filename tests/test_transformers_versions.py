@@ -1,4 +1,4 @@
-"""What differs between versions of transformers: the tables are whole, and the plan follows all of them at once."""
+"""Differences between versions of transformers: the tables are complete, and a plan suits all versions at once."""
 
 from pathlib import Path
 
@@ -38,13 +38,13 @@ def test_every_fact_is_of_a_version_that_was_surveyed() -> None:
     assert {fact.since for fact in FLOAT32} <= set(SURVEYED)
 
 
-def test_a_version_that_was_not_surveyed_has_the_rule_of_the_one_before() -> None:
+def test_an_unsurveyed_version_has_the_rule_of_the_version_before_it() -> None:
     assert skip_rule("5.0.3") is SKIP_RULES["5.0.0"]
     assert skip_rule("5.25.0.dev0") is SKIP_RULES["5.24.0"]
     assert skip_rule("4.50.0") is SKIP_RULES["4.57.6"]
 
 
-def test_the_rule_is_that_of_the_installed_transformers() -> None:
+def test_the_rule_agrees_with_the_installed_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
     if not hasattr(utils, "should_convert_module"):
@@ -76,7 +76,7 @@ def test_the_rule_is_that_of_the_installed_transformers() -> None:
 
 @RULES
 @pytest.mark.parametrize("skip", [("*.q_proj",), ("*.layers.1.*",), ("model.layers.1.mlp.up_proj",), ("*",)])
-def test_what_the_user_skips_is_left_alone_in_every_version(rule: SkipRule, skip: tuple[str, ...]) -> None:
+def test_skipped_modules_are_not_quantized_in_any_version(rule: SkipRule, skip: tuple[str, ...]) -> None:
     plan = plan_of(*llama(12), skip=skip)
     found = left_alone(plan, rule)
     assert {d.module for d in plan.copied if d.reason == names.SKIPPED} <= found
@@ -93,7 +93,7 @@ def test_the_head_of_modernbert_is_named_in_every_version(rule: SkipRule) -> Non
 
 
 @RULES
-def test_linear_subclasses_are_named_since_older_versions_replace_them(rule: SkipRule) -> None:
+def test_linear_subclasses_are_skipped_because_older_versions_replace_them(rule: SkipRule) -> None:
     linear = spec("transformer.h.0.mlp.dense_h_to_4h.weight", 8, 8)
     plan = plan_of(linear, config={"model_type": "falcon"})
     assert [d.reason for d in plan.decisions] == [names.SUBCLASS]
@@ -110,7 +110,7 @@ def test_routers_are_named_but_never_one_by_one(rule: SkipRule) -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
-def test_a_router_that_any_version_holds_in_float32_loses_nothing(stored: torch.dtype, tmp_path: Path) -> None:
+def test_a_router_that_some_version_loads_in_float32_is_written_in_float32(stored: torch.dtype, tmp_path: Path) -> None:
     save_tiny("deepseek_v3", tmp_path / "made", torch.bfloat16)
     tensors = read_all(tmp_path / "made")
     gate = next(name for name in tensors if name.endswith("mlp.gate.weight"))
@@ -122,7 +122,7 @@ def test_a_router_that_any_version_holds_in_float32_loses_nothing(stored: torch.
     assert torch.equal(written, tensors[gate].float())
 
 
-def test_a_linear_that_is_always_float32_becomes_int8_as_loaders_make_it() -> None:
+def test_a_linear_that_is_always_float32_is_quantized_as_loaders_do() -> None:
     specs = [spec("audio_tower.layers.0.mlp.fc1.weight", 8, 8), spec("audio_tower.layers.0.mlp.fc1.bias", 8)]
     plan = make_plan(specs, {"model_type": "nemo_speechlm", "dtype": "bfloat16"}, PlanOptions())
     assert [d.module for d in plan.quantized] == ["audio_tower.layers.0.mlp.fc1"]

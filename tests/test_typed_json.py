@@ -1,4 +1,4 @@
-"""JSON that anybody may have written becomes an object as declared, or an error that names the place."""
+"""JSON from anywhere becomes an object of the declared type, or an error that names the place."""
 
 import json
 import math
@@ -39,7 +39,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_a_document_becomes_what_is_declared() -> None:
+def test_a_document_is_read_into_the_declared_type() -> None:
     whole = read_as(Whole, parse_json(json.dumps(GOOD).encode()))
     assert whole == Whole("a", (Part("x", (1, 2)), Part("y")), (1, 2.0), None, {"z": True}, [{}])
     assert type(whole.span[1]) is float
@@ -78,7 +78,7 @@ def test_the_first_value_that_is_not_as_declared_is_named(change: Mapping[str, A
 
 
 @pytest.mark.parametrize("document", [None, 5, "x", [], True])
-def test_what_is_no_object_is_none_of_ours(document: Any) -> None:
+def test_a_document_that_is_not_an_object_is_refused(document: Any) -> None:
     with pytest.raises(InvalidJsonError, match="not an object"):
         read_as(Whole, document)
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a conversion is found and named; what is right passes, on many architectures."""
+"""Every fault of a conversion is found and named. Good conversions of many architectures pass."""
 
 import fcntl
 import importlib.util
@@ -110,10 +110,10 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-# --- what is whole passes ---------------------------------------------------------------------------------------------
+# What is whole passes
 
 
-def test_a_conversion_holds_and_every_check_is_made(out: Path, source: Path) -> None:
+def test_every_check_of_a_good_conversion_passes(out: Path, source: Path) -> None:
     verification = verified(out, source)
     assert verification.passed
     expected = dict.fromkeys([*WHOLE, "source", "weights", "figures", "copies"], "passed")
@@ -126,7 +126,7 @@ def test_verifying_changes_nothing(out: Path, source: Path) -> None:
     assert tree(out) == before
 
 
-def test_it_says_with_which_transformers(out: Path) -> None:
+def test_the_check_names_the_version_of_transformers(out: Path) -> None:
     import transformers
 
     loads = check_of(verified(out), "loads")
@@ -151,7 +151,7 @@ def test_it_says_with_which_transformers(out: Path) -> None:
         "falcon",
     ],
 )
-def test_architectures_hold_with_their_source(architecture: str, tmp_path: Path) -> None:
+def test_architectures_match_their_source(architecture: str, tmp_path: Path) -> None:
     source = save_tiny(architecture, tmp_path / "source")
     convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out", source)
@@ -170,7 +170,7 @@ def test_names_without_the_base_models_prefix_load(tmp_path: Path) -> None:
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-def test_a_legacy_bin_in_float32_holds_with_its_source(tmp_path: Path) -> None:
+def test_a_legacy_bin_in_float32_matches_its_source(tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1, dtype=torch.float32)
     torch.save(read_tensors(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
@@ -178,7 +178,7 @@ def test_a_legacy_bin_in_float32_holds_with_its_source(tmp_path: Path) -> None:
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-def test_weights_kept_for_non_finite_values_hold_with_their_source(tmp_path: Path) -> None:
+def test_weights_copied_for_non_finite_values_match_their_source(tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1)
     tensors = read_tensors(source / "model.safetensors")
     tensors[f"{QUANTIZED}.weight"][3, 5] = float("nan")
@@ -194,7 +194,7 @@ def test_a_model_card_may_be_edited(out: Path) -> None:
     assert verified(out).passed
 
 
-def test_a_checkpoint_without_config_is_not_laid_out(tmp_path: Path) -> None:
+def test_a_checkpoint_without_config_is_not_loaded(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(8, 8)})
     convert(source, tmp_path / "out", WITHOUT_COLUMNS)
     verification = verified(tmp_path / "out", source)
@@ -211,7 +211,7 @@ def test_floats_that_convert_casts_hold(tmp_path: Path) -> None:
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-# --- bytes ------------------------------------------------------------------------------------------------------------
+# Bytes
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_swapped_shards_are_recognised(tmp_path: Path) -> None:
     ]
 
 
-# --- what speaks of the bytes -----------------------------------------------------------------------------------------
+# Files that describe the shards
 
 
 def test_an_extra_shard_in_the_index_is_named(out: Path) -> None:
@@ -344,25 +344,25 @@ def test_an_edited_quantization_config_is_named(change: Callable[[Any], object],
     assert found["files"] == [("config.json", None, "differs from what was written")]
 
 
-def test_any_other_edit_of_the_config_is_found_too(out: Path) -> None:
+def test_any_other_edit_of_the_config_is_detected(out: Path) -> None:
     edit(out / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
     assert failures(verified(out)) == {"files": [("config.json", None, "differs from what was written")]}
 
 
-def test_a_config_that_is_no_json_is_named(out: Path) -> None:
+def test_an_invalid_config_is_named(out: Path) -> None:
     (out / "config.json").write_text("{")
     assert {"config", "files", "loads"} <= set(failures(verified(out)))
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "LICENSE"])
-def test_files_taken_along_are_watched(name: str, out: Path) -> None:
+def test_changes_of_copied_files_are_detected(name: str, out: Path) -> None:
     (out / name).write_text("other")
     assert failures(verified(out)) == {"files": [(name, None, "differs from what was written")]}
     (out / name).unlink()
     assert failures(verified(out)) == {"files": [(name, None, "is missing")]}
 
 
-def test_weights_that_a_loader_would_take_instead_are_named(out: Path) -> None:
+def test_weights_that_a_loader_would_load_instead_are_named(out: Path) -> None:
     shutil.copy(out / SHARD, out / "model.safetensors")
     assert [name for name, _, _ in failures(verified(out))["files"]] == ["model.safetensors"]
 
@@ -422,7 +422,7 @@ def test_a_damaged_record_is_named(out: Path) -> None:
         (lambda record: record.update(schema="int8cli.record/9"), "is 'int8cli.record/9', but this version reads"),
     ],
 )
-def test_a_value_that_no_record_holds_is_named(change: Callable[[Any], object], problem: str, out: Path) -> None:
+def test_an_impossible_value_in_a_record_is_named(change: Callable[[Any], object], problem: str, out: Path) -> None:
     edit(record_path(out), change)
     [(file, _, found)] = failures(verified(out))["records"]
     assert file == SHARD
@@ -430,12 +430,12 @@ def test_a_value_that_no_record_holds_is_named(change: Callable[[Any], object], 
     assert problem in found
 
 
-def test_settings_edited_afterwards_are_found(out: Path) -> None:
+def test_edited_settings_are_detected(out: Path) -> None:
     edit(out / "int8" / "conversion.json", lambda conversion: conversion["settings"].update(threshold=3.0))
     assert {"config", "report"} <= set(failures(verified(out)))
 
 
-# --- directories that are not to be verified --------------------------------------------------------------------------
+# Directories that are not to be verified
 
 
 def test_an_unfinished_conversion_says_which_shards_are_missing(out: Path) -> None:
@@ -447,7 +447,7 @@ def test_an_unfinished_conversion_says_which_shards_are_missing(out: Path) -> No
     assert "convert" in caught.value.hint
 
 
-def test_a_directory_that_is_no_conversion_is_refused(source: Path, tmp_path: Path) -> None:
+def test_a_directory_without_a_conversion_is_refused(source: Path, tmp_path: Path) -> None:
     for directory in (source, tmp_path / "nowhere"):
         with pytest.raises(OutputError, match="is not a conversion"):
             verified(directory)
@@ -468,7 +468,7 @@ def test_a_directory_that_is_being_written_is_refused(out: Path) -> None:
     "name", ["../secret", "/etc/passwd", "a//b", "a/./b", "a\\b", "a\0b", "int8/records/x.json", ""]
 )
 @pytest.mark.parametrize("file", ["conversion.json", "files.json"])
-def test_records_lead_nowhere_outside(file: str, name: str, out: Path) -> None:
+def test_records_cannot_name_files_outside_the_directory(file: str, name: str, out: Path) -> None:
     entry = name if file == "conversion.json" else {"file": name, "size_bytes": 0, "xxh3_128": ""}
     edit(out / "int8" / file, lambda document: document["files"].append(entry))
     with pytest.raises(OutputError, match=rf"int8/{file} is damaged or was edited: files\[\d+\]"):
@@ -493,7 +493,7 @@ def test_records_lead_nowhere_outside(file: str, name: str, out: Path) -> None:
         (lambda conversion: conversion.pop("plan"), "has no field 'plan'"),
     ],
 )
-def test_a_conversion_that_was_changed_is_an_error_that_names_the_field(
+def test_an_edited_conversion_json_is_an_error_that_names_the_field(
     change: Callable[[Any], object], field: str, out: Path
 ) -> None:
     edit(out / "int8" / "conversion.json", change)
@@ -519,7 +519,7 @@ def test_a_report_with_values_of_another_type_is_named(
     assert ("int8/report.json", None, f"is damaged or was edited: {problem}") in failures(verified(out))["report"]
 
 
-def test_a_source_tensor_that_cannot_have_been_quantized_is_named(out: Path) -> None:
+def test_a_quantized_tensor_that_was_not_a_matrix_is_named(out: Path) -> None:
     layer = read_json(record_path(out))["layers"][0]["name"]
 
     def change(record: Any) -> None:
@@ -530,21 +530,21 @@ def test_a_source_tensor_that_cannot_have_been_quantized_is_named(out: Path) -> 
     assert "is reported as quantized, but was [1, 2, 3] in the source" in found
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# Loading
 
 
-def test_int8_where_the_loader_keeps_a_plain_layer_is_named(out: Path) -> None:
+def test_int8_is_named_if_the_loader_has_a_float_layer(out: Path) -> None:
     edit(out / "config.json", lambda c: c["quantization_config"]["llm_int8_skip_modules"].append("v_proj"))
     found = failures(verified(out))["loads"]
     assert {tensor for _, tensor, _ in found} >= {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in (0, 1)}
 
 
-def test_a_plain_layer_where_the_loader_wants_int8_is_named(out: Path) -> None:
+def test_a_float_layer_is_named_if_the_loader_expects_int8(out: Path) -> None:
     edit(out / "config.json", lambda c: c["quantization_config"].update(llm_int8_skip_modules=["nothing"]))
     assert "lm_head.weight" in {tensor for _, tensor, _ in failures(verified(out))["loads"]}
 
 
-def test_a_config_of_another_width_does_not_load(out: Path) -> None:
+def test_a_config_with_another_width_does_not_load(out: Path) -> None:
     edit(out / "config.json", lambda config: config.update(intermediate_size=100))
     tensors = {tensor for _, tensor, _ in failures(verified(out))["loads"]}
     assert "model.layers.0.mlp.up_proj.weight" in tensors
@@ -559,7 +559,7 @@ def test_tensors_that_the_model_does_not_take_from_the_source_either_are_no_fail
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-def test_a_model_whose_code_is_not_in_transformers_is_not_laid_out(tmp_path: Path) -> None:
+def test_a_model_with_its_own_code_is_not_loaded(tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1)
     edit(source / "config.json", lambda c: c.update(model_type="strange", auto_map={"AutoConfig": "evil.Config"}))
     (source / "evil.py").write_text("raise SystemExit('foreign code ran')\n")
@@ -569,7 +569,7 @@ def test_a_model_whose_code_is_not_in_transformers_is_not_laid_out(tmp_path: Pat
     assert "does not know the model type 'strange'" in check_of(verification, "loads").detail
 
 
-def test_without_transformers_it_says_that_loading_was_not_checked(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_check_of_loading_is_skipped(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     absent = {"transformers": None}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: absent.get(name, name) and find(name, *a))
@@ -577,7 +577,7 @@ def test_without_transformers_it_says_that_loading_was_not_checked(out: Path, mo
     assert (loads.status, loads.detail) == ("not checked", "needs transformers, which is not installed")
 
 
-# --- against the source -----------------------------------------------------------------------------------------------
+# Against the source
 
 
 def change_source(source: Path, tensor: str, place: tuple[int, ...], directory: Path) -> Path:
@@ -590,7 +590,7 @@ def change_source(source: Path, tensor: str, place: tuple[int, ...], directory: 
     return changed
 
 
-def test_a_changed_weight_of_the_source_is_named_with_its_place(out: Path, source: Path, tmp_path: Path) -> None:
+def test_a_changed_weight_in_the_source_is_reported_with_its_position(out: Path, source: Path, tmp_path: Path) -> None:
     verification = verified(out, change_source(source, f"{QUANTIZED}.weight", (7, 9), tmp_path))
     found = failures(verification)["weights"]
     assert [(tensor, problem) for _, tensor, problem in found] == [
@@ -599,7 +599,7 @@ def test_a_changed_weight_of_the_source_is_named_with_its_place(out: Path, sourc
     assert "figures" not in failures(verification)  # a sign changes no error
 
 
-def test_a_changed_copy_is_named_with_its_place(out: Path, source: Path, tmp_path: Path) -> None:
+def test_a_changed_copy_is_reported_with_its_position(out: Path, source: Path, tmp_path: Path) -> None:
     norm = "model.layers.1.input_layernorm.weight"
     found = failures(verified(out, change_source(source, norm, (5,), tmp_path)))
     assert [(tensor, problem) for _, tensor, problem in found["weights"]] == [
@@ -607,14 +607,14 @@ def test_a_changed_copy_is_named_with_its_place(out: Path, source: Path, tmp_pat
     ]
 
 
-def test_another_source_is_told(out: Path, tmp_path: Path) -> None:
+def test_another_source_is_reported(out: Path, tmp_path: Path) -> None:
     found = failures(verified(out, llama(tmp_path / "other", seed=1)))
     assert {"source", "weights", "figures"} <= set(found)
     assert found["source"][0][2] == "is not the file that was converted"
 
 
-def test_figures_are_computed_anew(out: Path, source: Path) -> None:
-    """Report and record agree with each other, and are wrong."""
+def test_figures_are_recomputed(out: Path, source: Path) -> None:
+    """Report and record agree with each other, but are wrong."""
     layer = next(layer for layer in read_json(record_path(out))["layers"])["name"]
 
     def worsen(layers: Any) -> None:
@@ -625,7 +625,7 @@ def test_figures_are_computed_anew(out: Path, source: Path) -> None:
     assert [(tensor, problem.split()[0]) for _, tensor, problem in found["figures"]] == [(layer, "sum_squared_error")]
 
 
-def test_a_file_taken_along_that_changed_at_the_source_is_named(out: Path, source: Path, tmp_path: Path) -> None:
+def test_a_copied_file_that_changed_in_the_source_is_named(out: Path, source: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(source, tmp_path / "changed"))
     (changed / "tokenizer_config.json").write_text("{}")
     assert failures(verified(out, changed)) == {
@@ -633,7 +633,7 @@ def test_a_file_taken_along_that_changed_at_the_source_is_named(out: Path, sourc
     }
 
 
-# --- sidecars ---------------------------------------------------------------------------------------------------------
+# Sidecars
 
 
 SIDECAR = f"int8/outliers/{SHARD}"
@@ -652,7 +652,7 @@ def beside(original_with_sidecars: Path, tmp_path: Path) -> Path:
 
 
 def record_as_written(out: Path, tensor: str) -> None:
-    """Make the record agree with what is in the sidecar now: what no digest can find any more."""
+    """Make the record agree with the current sidecar, so that digests cannot reveal the change."""
     start, end = places(out / SIDECAR)[tensor]
     digest = new_digest()
     digest.update((out / SIDECAR).read_bytes()[start:end])
@@ -678,7 +678,7 @@ def change_columns(out: Path, *indices: object) -> str:
     return str(layer)
 
 
-def test_stored_columns_hold_with_their_source(beside: Path, source: Path) -> None:
+def test_stored_columns_match_their_source(beside: Path, source: Path) -> None:
     before = tree(beside)
     verification = verified(beside, source)
     assert failures(verification) == {}
@@ -690,20 +690,20 @@ def test_stored_columns_hold_with_their_source(beside: Path, source: Path) -> No
     assert [file["file"] for file in record["files"]] == [SHARD, SIDECAR]
 
 
-def test_without_stored_columns_it_says_so(out: Path) -> None:
+def test_without_stored_columns_the_report_says_so(out: Path) -> None:
     verification = verified(out)
     assert check_of(verification, "sidecars").detail == "no columns are stored"
     assert check_of(verification, "shards").detail.startswith("3 files, ")
 
 
-def test_stored_columns_of_a_conv1d_hold(tmp_path: Path) -> None:
+def test_stored_columns_of_a_conv1d_match(tmp_path: Path) -> None:
     source = save_tiny("gpt2", tmp_path / "source")
     convert_storing(source, tmp_path / "out", some_columns)
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
 @pytest.mark.parametrize("float32", ["direct", "float16"])
-def test_stored_columns_of_a_float32_bin_hold(float32: Any, tmp_path: Path) -> None:
+def test_stored_columns_of_a_float32_bin_match(float32: Any, tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1, dtype=torch.float32)
     torch.save(read_tensors(source / "model.safetensors"), source / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
@@ -711,14 +711,14 @@ def test_stored_columns_of_a_float32_bin_hold(float32: Any, tmp_path: Path) -> N
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-def test_stored_columns_of_rows_that_are_cut_hold(tmp_path: Path) -> None:
+def test_stored_columns_of_divided_rows_match(tmp_path: Path) -> None:
     source = save_by_hand(tmp_path / "source", {f"{QUANTIZED}.weight": torch.randn(2, BLOCK_ELEMENTS + 9).bfloat16()})
     columns = (0, BLOCK_ELEMENTS - 1, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 8)
     convert_storing(source, tmp_path / "out", lambda decision: stored_at(decision, *columns))
     assert failures(verified(tmp_path / "out", source)) == {}
 
 
-def test_stored_columns_of_the_other_layout_hold(source: Path, tmp_path: Path) -> None:
+def test_stored_columns_of_the_other_layout_match(source: Path, tmp_path: Path) -> None:
     convert_storing(
         source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", layout="compressed-tensors")
     )
@@ -726,7 +726,7 @@ def test_stored_columns_of_the_other_layout_hold(source: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damaged", [1, 14], ids=["one layer", "every layer"])
-def test_a_weight_that_is_kept_for_non_finite_values_has_no_stored_columns(damaged: int, tmp_path: Path) -> None:
+def test_a_weight_with_non_finite_values_has_no_stored_columns(damaged: int, tmp_path: Path) -> None:
     source = llama(tmp_path / "source", shards=1)
     tensors = read_tensors(source / "model.safetensors")
     quantized = [name for name in tensors if name.endswith("_proj.weight")]
@@ -759,12 +759,12 @@ def test_a_flipped_bit_of_a_sidecar_is_found_in_its_tensor(tensor: str, beside: 
     assert found.keys() == ({"sidecars"} if tensor.endswith("cols") else set())
 
 
-def test_a_header_of_a_sidecar_counts_too(beside: Path) -> None:
+def test_a_changed_header_of_a_sidecar_is_detected(beside: Path) -> None:
     flip(beside / SIDECAR, 30)
     assert (SIDECAR, None) in named(verified(beside))
 
 
-def test_only_the_source_tells_a_column_that_record_and_file_agree_on(beside: Path, source: Path) -> None:
+def test_only_the_source_reveals_a_wrong_column_in_both_record_and_file(beside: Path, source: Path) -> None:
     tensor = next(name for name in places(beside / SIDECAR) if name.endswith("outlier_weight"))
     flip(beside / SIDECAR, places(beside / SIDECAR)[tensor][0] + 2 * (3 * 5 + 1))
     record_as_written(beside, tensor)
@@ -775,7 +775,7 @@ def test_only_the_source_tells_a_column_that_record_and_file_agree_on(beside: Pa
 
 
 @pytest.mark.parametrize("damage", ["gone", "short", "long"])
-def test_a_sidecar_that_is_not_whole_is_named_and_the_rest_compared(damage: str, beside: Path, source: Path) -> None:
+def test_an_incomplete_sidecar_is_named_and_the_rest_compared(damage: str, beside: Path, source: Path) -> None:
     size = (beside / SIDECAR).stat().st_size
     if damage == "gone":
         (beside / SIDECAR).unlink()
@@ -815,7 +815,7 @@ def test_a_stray_file_among_the_sidecars_is_named(
         ((1, 4, 9), ", reported as [1, 4, 9]"),
     ],
 )
-def test_columns_that_are_reported_wrongly_are_named(
+def test_wrongly_reported_columns_are_named(
     indices: tuple[object, ...], problem: str, beside: Path, source: Path
 ) -> None:
     layer = change_columns(beside, *indices)
@@ -826,7 +826,7 @@ def test_columns_that_are_reported_wrongly_are_named(
 @pytest.mark.parametrize(
     ("change", "tensor", "problem"),
     [
-        (lambda record: record["files"].pop(1), None, f"is missing in the record of {SHARD}"),
+        (lambda record: record["files"].pop(1), None, f"is missing from the record of {SHARD}"),
         (lambda record: record["files"][1]["tensors"].pop(0), "first", "is missing"),
         (
             lambda record: record["files"][1]["tensors"][0].update(name="x.outlier_cols"),
@@ -860,10 +860,10 @@ def test_totals_of_stored_columns_in_the_report_are_those_of_the_records(key: st
     assert [problem.split()[0] for _, _, problem in failures(verified(beside))["report"]] == ["stored_columns"]
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# The command
 
 
-def test_the_command_prints_one_document_and_tells_the_shell(out: Path, source: Path) -> None:
+def test_the_command_prints_one_document_and_sets_the_exit_code(out: Path, source: Path) -> None:
     good = run("verify", out, "--source", source, "--json", cwd=out.parent)
     assert good.code == 0, good.err
     document = json.loads(good.out)
@@ -880,7 +880,7 @@ def test_the_command_prints_one_document_and_tells_the_shell(out: Path, source: 
     assert "failed: shards" in quiet.err
 
 
-def test_the_command_refuses_what_is_no_conversion(source: Path) -> None:
+def test_the_command_refuses_a_directory_without_a_conversion(source: Path) -> None:
     outcome = run("verify", source, cwd=source)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("error: ")

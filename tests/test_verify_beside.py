@@ -1,4 +1,4 @@
-"""The loader in a process of its own: the same answer, no torch in the program, and an end with the program."""
+"""The loader in its own process: the same result, no torch in the program, and an end with the program."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process is there and not a zombie that nobody has waited for."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -70,13 +70,13 @@ def imported_by(out: Path, *, absent: tuple[str, ...] = ()) -> tuple[str, list[s
     return result.stdout, json.loads(result.stderr.replace("'", '"'))
 
 
-def test_the_answer_is_that_of_the_check_made_here_and_the_program_needs_no_torch(out: Path) -> None:
+def test_the_result_equals_that_of_an_in_process_check_without_torch(out: Path) -> None:
     document, imported = imported_by(out)
     assert imported == []
     assert json.loads(document) == json.loads(json.dumps(verified(out).to_json()))
 
 
-def test_without_transformers_nobody_imports_torch(out: Path) -> None:
+def test_without_transformers_torch_is_not_imported(out: Path) -> None:
     document, imported = imported_by(out, absent=("transformers", "torch"))
     assert imported == []
     loads = json.loads(document)["checks"][-1]
@@ -92,7 +92,7 @@ def broken(tmp_path: Path) -> Path:
     return directory
 
 
-def test_a_transformers_that_cannot_be_imported_says_nothing_of_the_model(out: Path, broken: Path) -> None:
+def test_a_broken_transformers_is_not_a_failure_of_the_model(out: Path, broken: Path) -> None:
     outcome = run("verify", out, "--json", "-q", cwd=out.parent, env={"PYTHONPATH": f"{broken}:{ROOT}"})
     assert (outcome.code, outcome.err) == (0, "")
     loads = json.loads(outcome.out)["checks"][-1]
@@ -114,7 +114,7 @@ def test_no_file_in_the_working_directory_is_run(out: Path, broken: Path, tmp_pa
 
 
 @pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["from a terminal", "to the program alone"])
-def test_an_interrupt_amid_an_import_ends_both_at_once(send: Callable[[int, int], None], out: Path) -> None:
+def test_an_interrupt_during_an_import_ends_both_processes_at_once(send: Callable[[int, int], None], out: Path) -> None:
     with amid_its_imports(out) as (process, loader):
         send(process.pid, signal.SIGINT)
         outcome = outcome_of(process)
@@ -124,7 +124,7 @@ def test_an_interrupt_amid_an_import_ends_both_at_once(send: Callable[[int, int]
     assert "interrupted: run the same command again to resume" in outcome.err
 
 
-def test_a_killed_program_takes_its_loader_along(out: Path) -> None:
+def test_the_loader_ends_when_the_program_is_killed(out: Path) -> None:
     with amid_its_imports(out) as (process, loader):
         process.kill()
         wait_until(lambda: not is_running(loader), "the end of the loader")

@@ -3,6 +3,7 @@
 Owns which fields a plan needs, and their types. Nothing else in the file is checked.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
 
 CONFIG_FILE = "config.json"
 _LIMIT_BYTES = 100_000_000
+# Names of fields with a number of layers, as num_hidden_layers and n_layer: a builder makes as many modules.
+_COUNTS_LAYERS = re.compile(r"(^|_)(layers?|depth)$")
+MOST_LAYERS = 10_000
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -37,19 +41,21 @@ def _checked(config: Any) -> dict[str, Any]:
         read_as(cast(Any, tuple[str, ...] | None), config.get("architectures"))
     except InvalidJsonError as error:
         raise error.inside("architectures") from None
-    _check_model_types(config)
+    _check_fields(config)
     return config
 
 
-def _check_model_types(config: Mapping[str, Any]) -> None:
-    """Check the model type of a config, and of the configs inside it, such as text_config and vision_config."""
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """Check the model type and the numbers of layers of a config and of those inside it, such as text_config."""
     try:
         read_as(cast(Any, str | None), config.get("model_type"))
     except InvalidJsonError as error:
         raise error.inside("model_type") from None
     for name, value in config.items():
+        if isinstance(value, int) and value > MOST_LAYERS and _COUNTS_LAYERS.search(name):
+            raise InvalidJsonError(f"is {shown(value)}; no model has more than {MOST_LAYERS:,} layers", name)
         if isinstance(value, Mapping):
             try:
-                _check_model_types(value)
+                _check_fields(value)
             except InvalidJsonError as error:
                 raise error.inside(name) from None

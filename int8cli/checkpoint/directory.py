@@ -62,6 +62,11 @@ class DirectorySource:
         self._identity = SourceIdentity(name=path.name or "model", revision=None, on_hub=False)
 
     @property
+    def contains_output(self) -> bool:
+        """Whether the output lies below the source."""
+        return self._output is not None and Path(self._output).is_relative_to(os.path.realpath(self._root))
+
+    @property
     def identity(self) -> SourceIdentity:
         return self._identity
 

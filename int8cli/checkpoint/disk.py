@@ -7,6 +7,9 @@ from pathlib import Path
 
 from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, SourceError, SystemRefusalError
 
+# For a file of a checkpoint that contradicts itself, wherever it came from.
+GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
+
 
 @contextmanager
 def disk_errors(path: Path, wanted_bytes: int = 0) -> Iterator[None]:

@@ -4,7 +4,7 @@ Owns the file names of the ecosystem, except those that lead to the weights. Ope
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal
@@ -75,8 +75,10 @@ _NOT_COPIED: tuple[tuple[str, str], ...] = (
     ("quant_config.json", "settings of another quantization"),
     ("hf_quant_config.json", "settings of another quantization"),
 )
-# The numbered modules of sentence-transformers. Loaders read these directories, and that of the chat templates.
-_MODULE_DIRECTORY = re.compile(r"\d+_(?!Transformer\b)\w+/")
+# Where loaders look below the root: chat templates, the modules of sentence-transformers, which number theirs, and what
+# a processor has of its own beside the model's tokenizer.
+_MODULE_DIRECTORY = re.compile(r"(?:[A-Za-z]+_)?\d+_(?!\w*Transformer\b)\w+/")
+_PROCESSOR_DIRECTORY = re.compile(r"\w*(?:tokenizer|processor|feature_extractor)\w*/", re.IGNORECASE)
 _TEXT_SUFFIXES = frozenset(
     {".json", ".jsonl", ".txt", ".yaml", ".yml", ".py", ".jinja"}
     | {".model", ".spm", ".bpe", ".codes", ".vocab", ".merges", ".tiktoken"}
@@ -99,8 +101,13 @@ def reason_by_pattern(file: str) -> str | None:
     return next((reason for pattern, reason in _NOT_COPIED if fnmatchcase(file, pattern)), None)
 
 
-def reason_to_pass_over(file: str, weight_format: WeightFormat, files: Sequence[str]) -> str | None:
-    """Why a file that is not a shard is not copied; None if it is copied."""
+def reason_to_pass_over(
+    file: str, weight_format: WeightFormat, files: Sequence[str], module_directories: Collection[str] = ()
+) -> str | None:
+    """Why a file that is no shard does not go along; None for one that does.
+
+    `module_directories` are those which the source itself says that sentence-transformers reads.
+    """
     if is_own(file):
         return "in the directory of int8cli's own files"
     path = PurePosixPath(file)
@@ -110,7 +117,8 @@ def reason_to_pass_over(file: str, weight_format: WeightFormat, files: Sequence[
         return reason
     if INDEX_NAME.search(path.name):
         return "an index of weights that are not converted"
-    if _MODULE_DIRECTORY.match(file):
+    of_a_module = any(file.startswith(f"{directory}/") for directory in module_directories)
+    if of_a_module or _MODULE_DIRECTORY.match(file) or _PROCESSOR_DIRECTORY.match(file):
         return _module_reason(path, files)
     if looks_like_weights(file):
         return _weight_reason(path, weight_format)

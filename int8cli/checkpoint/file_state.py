@@ -11,14 +11,18 @@ from int8cli.errors import CorruptShardError
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """A file's size and the time of the last write to it."""
+    """A file's size, the time of the last write to it, and that of the last change of anything about it.
+
+    The last cannot be set: it tells of a write whose time somebody put back, as tools that copy times do.
+    """
 
     size_bytes: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileState":
-        return cls(status.st_size, status.st_mtime_ns)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def require_same(self, status: os.stat_result, file_name: str) -> None:
         """Raise CorruptShardError, naming the file, if it was written to in the meantime."""

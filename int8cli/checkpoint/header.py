@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.checkpoint.header_json import (
     ENTRY_FIELDS,
     MOST_TENSORS,
@@ -28,7 +29,6 @@ METADATA_KEY = "__metadata__"
 _LENGTH_BYTES = 8
 # The format's serializer sorts by its dtype enum, which is declared in this order, the widest last.
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
-_RETRY_HINT = "The download may be incomplete: run the same command again."
 
 
 def read_header(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
@@ -85,7 +85,7 @@ def _read_text(file: BinaryIO, file_name: str, file_bytes: int) -> bytes:
     if min(len(head), file_bytes) < _LENGTH_BYTES:
         raise CorruptShardError(
             f"{file_name}: the file has {file_bytes:,} bytes, fewer than the {_LENGTH_BYTES} of its length field",
-            hint=_RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     if length > HEADER_LIMIT_BYTES:
@@ -97,13 +97,13 @@ def _read_text(file: BinaryIO, file_name: str, file_bytes: int) -> bytes:
         raise CorruptShardError(
             f"{file_name}: the header claims {length:,} bytes, the file has {file_bytes - _LENGTH_BYTES:,} after its "
             "length field",
-            hint=_RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     file.seek(_LENGTH_BYTES)
     text = file.read(length)
     if len(text) != length:
         raise CorruptShardError(
-            f"{file_name}: the file ended {length - len(text):,} bytes before its header did", hint=_RETRY_HINT
+            f"{file_name}: the file ended {length - len(text):,} bytes before its header did", hint=GET_IT_AGAIN
         )
     return text
 
@@ -183,7 +183,7 @@ def _check_coverage(tensors: Sequence[StoredTensor], data_start: int, file_name:
     if end > file_bytes:
         raise CorruptShardError(
             f"{file_name}: header claims {end:,} bytes, the file has {file_bytes:,}; {before} ends beyond it",
-            hint=_RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     if end < file_bytes:
         raise CorruptShardError(

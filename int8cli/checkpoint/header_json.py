@@ -18,6 +18,9 @@ _MOST_VALUES = 1 << 21
 
 ENTRY_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 U64_MAX = 2**64 - 1
+_MOST_NESTED = 127  # the recursion limit of serde_json
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NO_BRACKET = re.compile(rb"[^\[\]{}]+")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -57,6 +60,8 @@ def parse_header(text: bytes, file_name: str) -> dict[str, Any]:
         raise CorruptShardError(f"{file_name}: {error}") from error
     except _TooManyError:
         raise _too_many(file_name) from None
+    if _nests_too_deep(text):
+        raise CorruptShardError(f"{file_name}: the header nests too deeply")
     if isinstance(header, HeaderEntry):
         raise CorruptShardError(f"{file_name}: the header describes one tensor instead of naming its tensors")
     return header
@@ -77,6 +82,22 @@ def _check_bounds(text: bytes, file_name: str) -> None:
     """A cheap check before parsing. `_Objects` also counts what this does not see, such as escaped names."""
     if text.count(b'"data_offsets"') > MOST_TENSORS or text.count(b",") > _MOST_VALUES:
         raise _too_many(file_name)
+
+
+def _nests_too_deep(text: bytes) -> bool:
+    """Whether valid JSON nests deeper than serde_json reads, also in a field that no reader uses.
+
+    Counts only where there are more brackets than tensors need: two lists and an object each.
+    """
+    tensors = text.count(b'"data_offsets"')
+    if text.count(b"[") <= 2 * tensors and text.count(b"{") <= tensors + 2:
+        return False
+    depth = 0
+    for bracket in _NO_BRACKET.sub(b"", _STRING.sub(b"", text)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > _MOST_NESTED:
+            return True
+    return False
 
 
 def _too_many(file_name: str) -> CheckpointError:

@@ -3,8 +3,10 @@
 Owns the order in which transformers looks for them, and the index. `file_kinds` classifies the other files.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -33,6 +35,7 @@ from int8cli.typed_json import InvalidJsonError, parse_json
 _INDEX_LIMIT_BYTES = 100_000_000
 _COPY_LIMIT_BYTES = 256 * 2**20  # the largest tokenizer.json known is 33 MB
 _HEADERS_AT_ONCE = 32
+_SHARD_NAME = re.compile(r"-\d+-of-(?P<count>\d+)\.")
 
 # transformers' order: modeling_utils.py, `_get_resolved_checkpoint_files`.
 _STANDARD_NAMES: tuple[tuple[WeightFormat, str], ...] = (
@@ -78,11 +81,12 @@ def find_weights(source: Source) -> WeightFiles:
         weight_map, metadata = _read_index(source, entry, weight_format, frozenset(files))
         shards = tuple(sorted(set(weight_map.values())))
     rewritten = {"config.json", *shards, *((index_file,) if index_file else ())}
+    directories = module_directories(source, files)
     copied, passed_over = [], []
     for file in files:
         if file in rewritten:
             continue
-        reason = reason_to_pass_over(file, weight_format, files) or _too_large(source, file)
+        reason = reason_to_pass_over(file, weight_format, files, directories) or _too_large(source, file)
         if reason:
             passed_over.append((file, reason))
         else:
@@ -123,20 +127,53 @@ def _entry_file(source_name: str, files: Sequence[str]) -> tuple[WeightFormat, s
 
     A file that the user named is used even if it is a variant.
     """
+    _refuse_part_of_a_model(source_name, files)
     for weight_format, name in _STANDARD_NAMES:
         if name in files:
             return weight_format, name
     for weight_format, suffixes in SUFFIXES.items():
         found = [file for file in files if "/" not in file and file.endswith(suffixes)]
-        candidates = [file for file in found if _may_be_the_weights(file, named=file == source_name)]
-        if len(candidates) == 1:
-            return weight_format, candidates[0]
-        if candidates:
-            raise UnsupportedModelError(
-                f"{len(candidates)} files could be the weights, and no index names them: {_some(candidates)}",
-                hint="Name one of the files, or add the index (model.safetensors.index.json).",
-            )
+        fitting = [file for file in found if _may_be_the_weights(file, named=file == source_name)]
+        if len(fitting) == 1 and _shards_of(fitting[0]) <= 1:
+            return weight_format, fitting[0]
+        indexes = [file for file in files if file.endswith(tuple(f"{suffix}.index.json" for suffix in suffixes))]
+        if fitting and len(indexes) == 1 and "/" not in indexes[0]:
+            return weight_format, indexes[0]
+        if fitting:
+            raise _ambiguous(fitting)
     raise _nothing_to_convert(files)
+
+
+def _refuse_part_of_a_model(source_name: str, files: Sequence[str]) -> None:
+    """Raise UnsupportedModelError if the user named one of several shards, or the index of all."""
+    if source_name not in files:
+        return
+    if INDEX_NAME.search(source_name):
+        raise UnsupportedModelError(f"{source_name} is an index", hint="Give the directory that it is in.")
+    if _shards_of(source_name) > 1:
+        raise UnsupportedModelError(
+            f"{source_name} is one of {_shards_of(source_name)} shards of a model",
+            hint="Give the directory with all of them and their index.",
+        )
+
+
+def _shards_of(file: str) -> int:
+    """How many shards a file's name says there are; 1 where it says nothing."""
+    found = _SHARD_NAME.search(file)
+    return int(found["count"]) if found else 1
+
+
+def _ambiguous(fitting: Sequence[str]) -> UnsupportedModelError:
+    """The error for several files of weights without an index."""
+    if any(_shards_of(file) > 1 for file in fitting):
+        return UnsupportedModelError(
+            f"{_some(fitting)}: shards of a model, without the index that names them all",
+            hint="Fetch the index (its name ends in .index.json) from where the shards are.",
+        )
+    return UnsupportedModelError(
+        f"{len(fitting)} files could be the weights, and no index names them: {_some(fitting)}",
+        hint="Name one of the files, or add the index (model.safetensors.index.json).",
+    )
 
 
 def _may_be_the_weights(file: str, *, named: bool) -> bool:
@@ -201,23 +238,54 @@ def _check_shard(shard: str, index_file: str, weight_format: WeightFormat, files
     if shard not in files:
         raise IndexFileError(
             f"{index_file} names {shard!r}, which is missing",
-            hint="The download may be incomplete: fetch the missing file and run the same command again.",
+            hint="Get the missing file, then run the same command again.",
         )
 
 
 def _parse_index(source: Source, index_file: str) -> dict[str, Any]:
-    size_bytes = source.size_bytes(index_file)
-    if size_bytes > _INDEX_LIMIT_BYTES:
-        raise IndexFileError(f"{index_file} has {size_bytes:,} bytes, too large for an index")
-    with source.open(index_file) as file:
-        text = file.read(size_bytes)
-    try:
-        index = parse_json(text)
-    except InvalidJsonError as error:
-        raise IndexFileError(f"{index_file} {error}") from error
+    index = _parse_json(source, index_file)
     if not isinstance(index, dict):
         raise IndexFileError(f"{index_file} is not a JSON object")
     return index
+
+
+def _parse_json(source: Source, name: str) -> Any:
+    size_bytes = source.size_bytes(name)
+    if size_bytes > _INDEX_LIMIT_BYTES:
+        raise IndexFileError(f"{name} has {size_bytes:,} bytes, too large for an index")
+    with source.open(name) as file:
+        text = file.read(size_bytes)
+    try:
+        return parse_json(text)
+    except InvalidJsonError as error:
+        raise IndexFileError(f"{name} {error}") from error
+
+
+def module_directories(source: Source, files: Sequence[str]) -> frozenset[str]:
+    """The directories of sentence-transformers' modules but the model itself, as its own files name them.
+
+    `modules.json` has the path of each module, `router_config.json` the routes of a Router. One that is no JSON names
+    none: it goes along as it is, as any other file that is not read.
+    """
+    found = set[str]()
+    for name, read in (("modules.json", _module_paths), ("router_config.json", _routes)):
+        if name in files:
+            with suppress(IndexFileError):
+                found.update(read(_parse_json(source, name)))
+    return frozenset(found - {""})
+
+
+def _module_paths(modules: Any) -> Iterator[str]:
+    for module in modules if isinstance(modules, list) else ():
+        if isinstance(module, dict) and not str(module.get("type")).endswith("Transformer"):
+            yield str(module.get("path") or "")
+
+
+def _routes(router: Any) -> Iterator[str]:
+    types = router.get("types") if isinstance(router, dict) else None
+    for path, kind in types.items() if isinstance(types, dict) else ():
+        if not (str(kind).endswith("Transformer") or path.endswith("Transformer")):
+            yield path
 
 
 def _too_large(source: Source, file: str) -> str | None:

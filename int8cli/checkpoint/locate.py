@@ -1,7 +1,6 @@
-"""From what the user calls a model to the source that holds it.
+"""Finds and opens the source that a MODEL argument names.
 
-Owns the question whether an argument means something on this machine or a repository on the Hub, and the end of what
-it opens.
+Owns the decision whether an argument is a path on this machine or a repository on the Hub, and closes what it opens.
 """
 
 import difflib
@@ -12,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from int8cli.checkpoint.directory import DirectorySource, is_weight_name
-from int8cli.checkpoint.hub import HubOptions, HubSource
+from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.source import Source
-from int8cli.errors import ModelNotFoundError, SourceError
+from int8cli.errors import ModelNotFoundError, SourceError, TransferError
 from int8cli.progress import SILENT, Progress
 
 DOWNLOAD = "download"
@@ -27,6 +26,7 @@ def open_source(
     download_dir: Path,
     output: Path | None = None,
     keep_source: bool = False,
+    retry_for_s: float | None = None,
     on_bytes: Callable[[str, int], None] | None = None,
     on_wait: Callable[[str, str, float], None] | None = None,
 ) -> Source:
@@ -34,7 +34,8 @@ def open_source(
 
     A Hub repository is asked for its commit at once, so that whoever gets a source back has one that exists. What
     looks like a path is never asked of the Hub. `download_dir` and the callbacks are those of `HubOptions`, `output` is
-    that of `DirectorySource`. Raises ModelNotFoundError, AccessDeniedError, TransferError, OutputError.
+    that of `DirectorySource`. `retry_for_s`: how long a transfer that fails without progress is tried again, None for
+    two minutes. Raises ModelNotFoundError, AccessDeniedError, TransferError, OutputError.
     """
     path = Path(os.path.expanduser(model))
     if model and os.path.exists(path):  # unlike Path's own, false rather than an error where looking is not allowed
@@ -46,13 +47,36 @@ def open_source(
         return DirectorySource(path, output=output)
     if _looks_like_a_path(model):
         raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
-    options = HubOptions(download_dir=download_dir, keep_source=keep_source, on_bytes=on_bytes, on_wait=on_wait)
+    probably_a_path = "/" not in model or path.parent.is_dir()
+    options = HubOptions(
+        download_dir=download_dir,
+        keep_source=keep_source,
+        retry=RetryPolicy(patience_s=retry_for_s),
+        on_bytes=on_bytes,
+        on_wait=on_wait,
+        download_below=output if output is not None and download_dir.is_relative_to(output) else None,
+        probably_a_path=probably_a_path,
+    )
     source = HubSource(model, revision, options)
     try:
         source.resolve()
     except ModelNotFoundError as error:
-        raise ModelNotFoundError(str(error), hint=f"{error.hint} {_hint_for(model, path)}".strip()) from error
+        raise ModelNotFoundError(
+            _not_here_either(error, model, probably_a_path), hint=f"{error.hint} {_hint_for(model, path)}".strip()
+        ) from error
+    except TransferError as error:
+        if not probably_a_path:
+            raise
+        raise TransferError(
+            _not_here_either(error, model, probably_a_path),
+            hint=f"{_hint_for(model, path)} If you mean a repository on the Hub, check the network and HF_ENDPOINT.",
+        ) from error
     return source
+
+
+def _not_here_either(error: SourceError, model: str, probably_a_path: bool) -> str:
+    """What the Hub said of a name that may have been meant as a path."""
+    return f"there is no directory or file {model} here, and on the Hub: {error}" if probably_a_path else str(error)
 
 
 @contextmanager
@@ -63,9 +87,10 @@ def opened_source(
     download_dir: Path,
     output: Path | None = None,
     keep_source: bool = False,
+    retry_for_s: float | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Source]:
-    """The source that `model` names, closed in the end; `progress` is told of transfers. Raises as `open_source`."""
+    """The source that `model` names, closed at the end. `progress` shows transfers. Raises as `open_source` does."""
     transfers = _Transfers(progress)
     source = open_source(
         model,
@@ -73,6 +98,7 @@ def opened_source(
         download_dir=download_dir,
         output=output,
         keep_source=keep_source,
+        retry_for_s=retry_for_s,
         on_bytes=transfers.received,
         on_wait=transfers.waiting,
     )
@@ -84,7 +110,7 @@ def opened_source(
 
 
 class _Transfers:
-    """Tells a progress of transfers, as a task without known parts that begins with the first byte."""
+    """Reports transfers to a progress, as a task that begins with the first byte and whose parts are not known."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -94,7 +120,7 @@ class _Transfers:
 
     def received(self, file: str, count: int) -> None:
         with self._lock:
-            if not self._open:  # a stalled transfer in the background outlasts its source
+            if not self._open:  # a stalled transfer in the background may outlive its source
                 return
             if not self._begun:
                 self._progress.begin(DOWNLOAD, {})
@@ -132,7 +158,7 @@ def _hint_for(model: str, path: Path) -> str:
 
 
 def _close_names(path: Path) -> list[str]:
-    """What lies beside `path` under nearly its name, written as the user wrote the path."""
+    """Files and directories beside `path` with similar names, spelled as the user spelled the path."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or is_weight_name(entry.name)]
     except OSError:

@@ -6,13 +6,17 @@ never blocks a later one.
 
 import fcntl
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from int8cli.checkpoint.disk import disk_error, disk_errors
 from int8cli.checkpoint.own_files import open_real_directory
 from int8cli.errors import OutputError, OutputInUseError
+
+_IN_USE_HINT = "Wait for it to end, or choose another directory."
+_A_LOOK_S = 0.05  # how long `refuse_while_locked` holds a lock, at most
 
 
 def lock_or_close(descriptor: int, in_use: str, hint: str) -> None:
@@ -30,7 +34,11 @@ def lock_or_close(descriptor: int, in_use: str, hint: str) -> None:
 
 def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps of one that only looks, and is gone at once
+            time.sleep(_A_LOOK_S)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputInUseError(in_use, hint=hint) from error
     except OSError as error:
@@ -54,6 +62,15 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
         os.close(descriptor)
 
 
+def refuse_if_in_use(output: Path, own: Path) -> None:
+    """Raise OutputInUseError if another process holds an output directory; take no lock. See `locked`."""
+    refuse_while_locked(own, _in_use(output), _IN_USE_HINT)
+
+
+def _in_use(output: Path) -> str:
+    return f"{output} is in use by another int8cli process"
+
+
 @contextmanager
 def locked(output: Path, own: Path) -> Iterator[int]:
     """Lock an output directory for one run, by a lock on `own`, a directory in it.
@@ -71,16 +88,27 @@ def locked(output: Path, own: Path) -> Iterator[int]:
 
 
 def _lock(output: Path, own: Path) -> int:
-    while True:
+    def open_own() -> int:
         with disk_errors(output):
             own.mkdir(parents=True, exist_ok=True)
-            descriptor = open_real_directory(own)
-        hint = "Wait for it to end, or choose another directory."
-        lock_or_close(descriptor, f"{output} is in use by another int8cli process", hint)
+            return open_real_directory(own)
+
+    return lock_by_name(own, open_own, _in_use(output), _IN_USE_HINT)
+
+
+def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:
+    """Open and lock a file or directory that its last holder may have removed. Returns its descriptor.
+
+    A file that has lost its name does not lock out the next process, which would create and lock another. Raises as
+    `lock_or_close`.
+    """
+    while True:
+        descriptor = open_it()
+        lock_or_close(descriptor, in_use, hint)
         is_current = False
         try:
-            with disk_errors(own):
-                is_current = _is_current(own, descriptor)
+            with disk_errors(path):
+                is_current = _is_current(path, descriptor)
         finally:
             if not is_current:  # the previous run removed it after it was opened here, or that could not be checked
                 os.close(descriptor)

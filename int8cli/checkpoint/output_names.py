@@ -4,14 +4,12 @@ Owns the name of our own directory in an output. Names that were read from a fil
 the output, by itself or through a link.
 """
 
-import os
 import unicodedata
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.own_files import opened_directory, refuse_link
+from int8cli.checkpoint.own_files import refuse_link, remove_file
 from int8cli.checkpoint.source import checked_file_name
 from int8cli.errors import IndexFileError, OutputError
 
@@ -75,18 +73,12 @@ def remove_files(directory: Path, names: Iterable[str]) -> None:
         _refuse_links(directory, name)
     for name in to_remove:
         with disk_errors(directory / name):
-            _remove(directory, name)
+            remove_file(directory / name, directory)
 
 
 def _refuse_links(directory: Path, name: str) -> None:
     for parent in list(Path(name).parents)[:-1]:
         refuse_link(directory / parent)
-
-
-def _remove(directory: Path, name: str) -> None:
-    path = directory / name
-    with suppress(FileNotFoundError), opened_directory(path.parent, directory) as parent:
-        os.unlink(path.name, dir_fd=parent)
 
 
 def _as_disks_compare(name: str) -> str:

@@ -11,12 +11,24 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.errors import OutputError
 
 _LONGEST_NAME_BYTES = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPath:
+    """A file or directory of ours, and the directory above it that the user chose: below that, no link is followed."""
+
+    path: Path
+    below: Path
+
+    def __truediv__(self, name: str) -> "OwnPath":
+        return OwnPath(self.path / name, self.below)
 
 
 def name_aside(name: str, *, prefix: str = "", suffix: str = "") -> str:
@@ -85,6 +97,27 @@ def remove_tree(directory: Path, below: Path) -> None:
     _parts_below(directory, below)
     with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
         shutil.rmtree(directory.name, ignore_errors=True, dir_fd=parent)
+
+
+def remove_file(path: Path, below: Path) -> None:
+    """Remove a file of ours, or a link in its place, if there is one. Raises OSError, OutputError."""
+    with suppress(FileNotFoundError), opened_directory(path.parent, below) as directory:
+        os.unlink(path.name, dir_fd=directory)
+
+
+def remove_empty_directories(directory: Path, below: Path) -> None:
+    """Remove a directory of ours and those in it, as far as they hold no file. No link is followed.
+
+    Raises OutputError where it does not lie below `below`.
+    """
+    _parts_below(directory, below)
+    with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
+        with opened_directory(directory, below) as itself:
+            for _, names, _, above in os.fwalk(topdown=False, dir_fd=itself):
+                for name in names:
+                    with suppress(OSError):  # it holds something, or is a link
+                        os.rmdir(name, dir_fd=above)
+        os.rmdir(directory.name, dir_fd=parent)
 
 
 def refuse_link(path: Path) -> None:

@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.checkpoint.pickle_bounds import BoundedReader, PickleBoundsError, check_pickle
 from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.stand_ins import HEAD_BYTES, refuse_stand_in
 from int8cli.checkpoint.state_dict_pickle import NotAStateDictError, read_state_dict
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor, TensorSpec
-from int8cli.checkpoint.weights_only import DTYPES, RESAVE_HINT, RETRY_HINT, load_weights, named_tensors, spec_of
+from int8cli.checkpoint.weights_only import DTYPES, RESAVE_HINT, load_weights, named_tensors, spec_of
 from int8cli.checkpoint.zip_records import LOCAL_MAGIC, ZipRecord, ZipRecords
 from int8cli.errors import CheckpointError, CorruptShardError, UnsafePickleError, UnsupportedModelError
 
@@ -70,7 +71,7 @@ def load_legacy(path: Path) -> dict[str, "Tensor"]:
 def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
     records = ZipRecords(file, file_name, file_bytes)
     pickle = _checked_pickle(records, file_name)
-    plain = _plain_tensors(records, pickle)
+    plain = _plain_tensors(records, pickle, file_name)
     if plain is not None:
         return ShardContents(file_name, _in_file_order(plain), {}, file_bytes)
     _check_bounds(io.BytesIO(pickle), file_name)
@@ -84,6 +85,7 @@ def _read_zip(file: BinaryIO, file_name: str, file_bytes: int) -> ShardContents:
         record = storages.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", None) or 0)
         if record is None:
             raise CheckpointError(f"{file_name}: tensor {name!r} was saved without its data")
+        _require_whole(name, record, tensor.untyped_storage().nbytes(), file_name)
         stored.append(_stored_tensor(spec, tensor, record.offset_bytes, record.size_bytes, file_name))
     return ShardContents(file_name, _in_file_order(stored), {}, file_bytes)
 
@@ -119,7 +121,7 @@ def _checked_pickle(records: ZipRecords, file_name: str) -> bytes:
     return records.read("data.pkl", _PICKLE_LIMIT_BYTES)
 
 
-def _plain_tensors(records: ZipRecords, pickle: bytes) -> list[StoredTensor] | None:
+def _plain_tensors(records: ZipRecords, pickle: bytes, file_name: str) -> list[StoredTensor] | None:
     """The tensors of a plain state dict; None for an archive that torch must read."""
     try:
         tensors = read_state_dict(pickle)
@@ -131,11 +133,22 @@ def _plain_tensors(records: ZipRecords, pickle: bytes) -> list[StoredTensor] | N
         if record is None or tensor.dtype not in DTYPES or not (tensor.is_row_major or tensor.is_column_major):
             return None
         spec = TensorSpec(name, DTYPES[tensor.dtype], tensor.shape)
+        _require_whole(name, record, tensor.storage_bytes, file_name)
         begin = tensor.offset * (DTYPE_BITS[spec.dtype] // 8)
         if begin + spec.nbytes > record.size_bytes:
             return None
         stored.append(StoredTensor(spec, record.offset_bytes + begin, not tensor.is_row_major))
     return stored
+
+
+def _require_whole(name: str, record: ZipRecord, storage_bytes: int, file_name: str) -> None:
+    """Raise CorruptShardError for a storage that is not as large as the pickle has it, which torch refuses too."""
+    if record.size_bytes != storage_bytes:
+        raise CorruptShardError(
+            f"{file_name}: the storage of tensor {name!r} has {record.size_bytes:,} bytes, its pickle says "
+            f"{storage_bytes:,}",
+            hint=GET_IT_AGAIN,
+        )
 
 
 def _check_bounds(file: BinaryIO | BoundedReader, file_name: str) -> None:
@@ -148,7 +161,7 @@ def _check_bounds(file: BinaryIO | BoundedReader, file_name: str) -> None:
             hint=RESAVE_HINT,
         ) from error
     except ValueError as error:
-        raise CorruptShardError(f"{file_name}: its pickle cannot be read: {error!s:.200}", hint=RETRY_HINT) from error
+        raise CorruptShardError(f"{file_name}: its pickle cannot be read: {error!s:.200}", hint=GET_IT_AGAIN) from error
 
 
 def _without_data() -> AbstractContextManager[object]:
@@ -208,7 +221,7 @@ def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
     end = file.tell() + sum(8 + storage_bytes for storage_bytes in storages.values())
     if end > file_bytes:
         raise CorruptShardError(
-            f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=RETRY_HINT
+            f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=GET_IT_AGAIN
         )
     stored, offset = [], 0
     for name, tensor in tensors.items():
@@ -232,7 +245,7 @@ def _stored_tensor(spec: TensorSpec, tensor: "Tensor", begin: int, record_bytes:
         raise CorruptShardError(
             f"{file_name}: tensor {spec.name!r} uses the bytes {offset:,} to {offset + spec.nbytes:,} of a storage "
             f"that has {record_bytes:,}",
-            hint=RETRY_HINT,
+            hint=GET_IT_AGAIN,
         )
     return StoredTensor(spec, begin + offset, column_major)
 

@@ -52,7 +52,9 @@ class FileReader:
 
     def require_unchanged(self) -> None:
         """Raise CorruptShardError if the file was written to since it was opened."""
-        self._state.require_same(os.fstat(self._descriptor), self._path.name)
+        with reading_errors(self._path):
+            status = os.fstat(self._descriptor)
+        self._state.require_same(status, self._path.name)
 
     def read_into(self, offset_bytes: int, buffer: memoryview) -> None:
         done = 0
@@ -67,6 +69,16 @@ class FileReader:
                     hint="The file is truncated, or it changed while it was read: download it again, then run again.",
                 )
             done += count
+
+    def read_ahead(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have the system start to read these bytes, where it takes advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_WILLNEED)
+
+    def forget(self, offset_bytes: int, size_bytes: int) -> None:
+        """Have the system drop these bytes from the page cache, where it takes advice."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset_bytes, size_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._descriptor)

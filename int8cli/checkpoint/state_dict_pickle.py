@@ -10,6 +10,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any
 
+from int8cli.checkpoint.tensor import DTYPE_BITS, TORCH_NAMES
+
 _STORAGE_DTYPES = {
     "torch BoolStorage": "bool",
     "torch ByteStorage": "uint8",
@@ -24,6 +26,7 @@ _STORAGE_DTYPES = {
     "torch ComplexFloatStorage": "complex64",
     "torch.storage UntypedStorage": "",
 }
+_WIDTHS = {torch_name: DTYPE_BITS[name] // 8 for name, torch_name in TORCH_NAMES.items()}
 _LITERALS = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE"})
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -39,11 +42,13 @@ class NotAStateDictError(Exception):
 class PickledTensor:
     """A tensor as torch.save describes it: a view into a storage, with offset and strides in elements.
 
-    `dtype` is torch's name of the dtype, `storage` the name of the record with the bytes.
+    `dtype` is torch's name of the dtype, `storage` the name of the record with its
+    `storage_bytes` bytes.
     """
 
     dtype: str
     storage: str
+    storage_bytes: int
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -70,6 +75,11 @@ class _Storage:
     dtype: str
     key: str
     numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """The length of an untyped storage is in bytes."""
+        return self.numel * _WIDTHS[self.dtype] if self.dtype else self.numel
 
 
 def read_state_dict(pickle: bytes) -> dict[str, PickledTensor]:
@@ -206,7 +216,7 @@ def _tensor(storage: Any, dtype: str, offset: Any, shape: Any, strides: Any) -> 
     # The length of an untyped storage is in bytes; `pickled` compares it with the record.
     if storage.dtype and math.prod(shape) and last >= storage.numel:
         raise NotAStateDictError("a tensor that goes beyond its storage")
-    return PickledTensor(dtype, storage.key, offset, shape, strides)
+    return PickledTensor(dtype, storage.key, storage.nbytes, offset, shape, strides)
 
 
 def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -4,7 +4,7 @@ Owns the dtype names (those of the safetensors format) and their widths. Knows n
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # https://github.com/huggingface/safetensors, `Dtype`. Widths in bits: F4 and the 6-bit floats are packed.
 DTYPE_BITS = {
@@ -55,6 +55,8 @@ TORCH_NAMES = {
     "U64": "uint64",
 }
 QUANTIZABLE_DTYPES = frozenset({"F32", "F16", "BF16"})
+# The floats that loaders cast to the model's dtype.
+CAST_ON_LOAD = QUANTIZABLE_DTYPES | {"F64", "F8_E5M2", "F8_E4M3", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +81,27 @@ class StoredTensor:
     """A tensor and the place of its bytes: `nbytes` bytes of its file, little-endian, from `offset_bytes` on.
 
     Row-major, unless `column_major`: then the bytes are those of the row-major transpose (a `.bin` of a saved `W.t()`).
+    `whole` is the tensor of the file if this is only a matrix in it. The lines of a column-major part may be `pitch`
+    elements apart, with other parts between them.
     """
 
     spec: TensorSpec
     offset_bytes: int
     column_major: bool = False
+    whole: "StoredTensor | None" = None
+    pitch: int | None = None
+
+    @property
+    def span_bytes(self) -> int:
+        """The size of the region of the file from the tensor's first byte to its last."""
+        if self.pitch is None or not self.spec.numel:
+            return self.spec.nbytes
+        rows, columns = self.spec.shape
+        return ((columns - 1) * self.pitch + rows) * DTYPE_BITS[self.spec.dtype] // 8
 
     @property
     def end_bytes(self) -> int:
-        return self.offset_bytes + self.spec.nbytes
+        return self.offset_bytes + self.span_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +117,7 @@ class ShardContents:
     metadata: dict[str, str]
     file_bytes: int
     mappable: bool = True
+
+    def as_in_file(self) -> "ShardContents":
+        """The same file with its own tensors in place of their parts."""
+        return replace(self, tensors=tuple(dict.fromkeys(stored.whole or stored for stored in self.tensors)))

@@ -41,7 +41,7 @@ class ShardTensors:
         if not stored.spec.nbytes:
             return torch.empty(stored.spec.shape, dtype=_dtype_of(stored))
         assert self._reader is not None
-        memory = bytearray(stored.spec.nbytes)
+        memory = bytearray(stored.span_bytes)
         self._reader.read_into(stored.offset_bytes, memoryview(memory))
         return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
 
@@ -79,9 +79,19 @@ class ShardTensors:
                 offset=start,
             )
         memory = torch.frombuffer(
-            mapped, dtype=torch.uint8, count=stored.spec.nbytes, offset=stored.offset_bytes - start
+            mapped, dtype=torch.uint8, count=stored.span_bytes, offset=stored.offset_bytes - start
         )
         return _as_stored(memory, stored)
+
+    def read_ahead(self, name: str) -> None:
+        """Have the system start to read a tensor into the page cache."""
+        if self._reader is not None:
+            self._reader.read_ahead(self._places[name].offset_bytes, self._places[name].span_bytes)
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        if self._reader is not None:
+            self._reader.forget(self._places[name].offset_bytes, self._places[name].span_bytes)
 
     def close(self) -> None:
         self._legacy = None
@@ -170,6 +180,14 @@ class CheckpointTensors:
         """The tensor as a mapping of its file: only the parts that are read use memory. Do not write to it."""
         return self._shard(name).map(name)
 
+    def read_ahead(self, name: str) -> None:
+        """Have the system start to read a tensor into the page cache."""
+        self._shard(name).read_ahead(name)
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        self._shard(name).forget(name)
+
     def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
         """A matrix in blocks of whole rows with about `elements` elements. A block may reuse the memory of the last."""
         return self._shard(name).row_blocks(name, elements)
@@ -233,6 +251,8 @@ def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
     if memory.data_ptr() % dtype.itemsize:  # old writers did not align the data
         memory = memory.clone()
     values = memory.view(dtype)
+    if stored.pitch is not None:
+        return values.as_strided(spec.shape, (1, stored.pitch)).contiguous()
     if stored.column_major:
         return values.view(spec.shape[::-1]).t().contiguous()
     return values.view(spec.shape)

@@ -7,13 +7,13 @@ where bytes are.
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from int8cli.checkpoint.disk import GET_IT_AGAIN
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError, Int8cliError, UnsafePickleError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-RETRY_HINT = "The download may be incomplete: run the same command again."
 RESAVE_HINT = (
     "Load it with the program that wrote it, and save only its state_dict(), preferably with save_pretrained()."
 )
@@ -48,7 +48,7 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
     # For a damaged pickle, the unpickler and the functions that it calls may raise anything.
     except Exception as error:
         raise CorruptShardError(
-            f"{file_name}: its pickle cannot be read: {type(error).__name__}: {str(error)[:200]}", hint=RETRY_HINT
+            f"{file_name}: its pickle cannot be read: {type(error).__name__}: {str(error)[:200]}", hint=GET_IT_AGAIN
         ) from error
 
 

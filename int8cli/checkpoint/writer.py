@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -132,9 +133,13 @@ def existing_parent(directory: Path) -> Path:
 
 
 def free_bytes(directory: Path) -> int:
-    """The free space on the disk of a directory, which need not exist yet."""
+    """The free space on the disk of a directory, which need not exist yet.
+
+    Some file systems report no size at all. Their free space is unknown, and taken for unlimited.
+    """
     with disk_errors(directory):
-        return shutil.disk_usage(existing_parent(directory)).free
+        usage = shutil.disk_usage(existing_parent(directory))
+    return usage.free if usage.total else sys.maxsize
 
 
 def _reserve(descriptor: int, total_bytes: int) -> None:

@@ -13,7 +13,17 @@ from typing import Annotated
 import typer
 
 from int8cli import __version__
-from int8cli.cli import convert, estimate_memory, evaluate, inspect_outliers, verify
+from int8cli.cli import (
+    convert,
+    dequantize,
+    env,
+    estimate_memory,
+    evaluate,
+    generate,
+    inspect_outliers,
+    status,
+    verify,
+)
 from int8cli.cli.signals import end_on_signals
 from int8cli.report.text import PrintableStream
 
@@ -49,14 +59,17 @@ def int8cli(
     """
 
 
-def _add(name: str, command: Callable[..., None], examples: str) -> None:
-    """Add a command. Its help is its docstring, with the line breaks inside paragraphs removed."""
+def _add(name: str, command: Callable[..., None], examples: str, more: str = "") -> None:
+    """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself.
+
+    `more` is a list that follows the examples.
+    """
     paragraphs = [" ".join(text.split()) for text in inspect.cleandoc(command.__doc__ or "").split("\n\n")]
     app.command(
         name,
         help="\n\n".join(paragraphs),
         short_help=paragraphs[0],
-        epilog=f"Examples:\n\n\b\n{examples}",  # \b: do not wrap these lines
+        epilog=f"Examples:\n\n\b\n{examples}" + (f"\n{more}" if more else ""),  # \b: do not wrap these lines
     )(command)
 
 
@@ -64,7 +77,11 @@ _add("convert", convert.convert, convert.EXAMPLES)
 _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
 _add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
 _add("verify", verify.verify, verify.EXAMPLES)
-_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES)
+_add("evaluate", evaluate.evaluate, evaluate.EXAMPLES, evaluate.METHODS_HELP)
+_add("generate", generate.generate, generate.EXAMPLES)
+_add("dequantize", dequantize.dequantize, dequantize.EXAMPLES)
+_add("status", status.status, status.EXAMPLES)
+_add("env", env.env, env.EXAMPLES)
 
 
 def main() -> None:

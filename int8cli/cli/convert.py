@@ -2,6 +2,7 @@
 
 import enum
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +18,13 @@ from int8cli.cli.options import (
     OutlierColumns,
     QuantizeDevice,
     Quiet,
+    RetryFor,
     Revision,
     TextFile,
     Tokens,
+    complete_path,
 )
-from int8cli.commands.options import ConvertOptions
+from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
 
 if TYPE_CHECKING:
     from int8cli.commands.convert import ConversionPlan, ConversionResult
@@ -69,6 +72,14 @@ HowFloat32 = Annotated[
 WhenNonFinite = Annotated[
     OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
 ]
+
+
+def complete_outliers(incomplete: str) -> Iterator[str]:
+    """The modes, then statistics files and the directories on the way to them."""
+    yield from (mode for mode in ("auto", "activations", "weights", "none") if mode.startswith(incomplete))
+    yield from complete_path(incomplete)
+
+
 Outliers = Annotated[
     str,
     typer.Option(
@@ -76,6 +87,7 @@ Outliers = Annotated[
         help="How to choose the outlier columns to store exactly: run the model (activations), use the weights "
         "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
         "run, otherwise weights.",
+        autocompletion=complete_outliers,
     ),
 ]
 
@@ -93,6 +105,7 @@ KeepSource = Annotated[bool, typer.Option("--keep-source", help="Keep downloaded
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan, sizes and requirements. Fetches headers only, writes nothing.")
 ]
+Details = Annotated[bool, typer.Option("--details", help="Show tables: the error by kind of layer, the worst layers.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
 ]
@@ -112,13 +125,15 @@ def convert(
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
     text: TextFile = None,
-    tokens: Tokens = 4096,
+    tokens: Tokens = CONVERT_TOKENS,
     workers: Workers = None,
     device: QuantizeDevice = Device.cpu,
     figures: Figures = True,
     keep_source: KeepSource = False,
+    retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    details: Details = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -128,6 +143,7 @@ def convert(
     norms, biases and the output head keep their dtype. After an interruption, run the same command again: finished
     shards are not converted twice.
     """
+    from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
 
@@ -147,26 +163,38 @@ def convert(
         device=device.value,
         figures=figures,
         keep_source=keep_source,
+        retry_for=retry_for,
         overwrite=overwrite,
     )
-    run = command.plan_conversion if dry_run else command.convert
+    found: ConversionPlan | ConversionResult
     with shown_progress(quiet=quiet) as progress:
-        found = run(model, output, options, progress=progress)
+        if dry_run:
+            found = command.plan_conversion(model, output, options, progress=progress)
+        else:
+            found = command.convert(model, output, options, progress=progress, choose=None if quiet else choose_way)
     with writing_result():
-        show(found, as_json=as_json, quiet=quiet)
+        show(found, model, as_json=as_json, quiet=quiet, details=details)
 
 
-def show(found: "ConversionPlan | ConversionResult", *, as_json: bool, quiet: bool) -> None:
+def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: bool, quiet: bool, details: bool) -> None:
+    from int8cli.cli.next_steps import after_convert
     from int8cli.commands.convert import ConversionPlan
     from int8cli.report.conversion import show_report
+    from int8cli.report.conversion_summary import Cost, show_summary
     from int8cli.report.plan import plan_to_json, show_plan
 
     if isinstance(found, ConversionPlan):
         if as_json:
-            print(json.dumps(plan_to_json(found.survey, found.needs, found.settings), indent=2))
+            print(json.dumps(plan_to_json(found.survey, found.needs, found.settings, found.ways), indent=2))
         elif not quiet:
-            show_plan(found.survey, found.needs, found.output, found.settings)
+            show_plan(found.survey, found.needs, found.output, found.settings, found.ways)
     elif as_json:
         print(json.dumps(found.report.to_json(), indent=2))
     elif not quiet:
-        show_report(found.report, found.output)
+        if details:
+            show_report(found.report, found.output)
+            print()
+        cost = Cost(found.seconds, found.peak_memory_bytes)
+        tables = "its tables are above" if details else "--details shows its tables"
+        commands = after_convert(found.report, model, found.output)
+        show_summary(found.report, found.output, cost, tables=tables, next_commands=commands, layouts=found.layouts)

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import typer
 
 from int8cli.checkpoint.disk import system_errors
-from int8cli.cli.signals import EndedBySignal, received_signal
+from int8cli.cli.signals import name_of, print_how_to_resume, received_signal
 from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
@@ -71,11 +71,7 @@ def writing_result() -> Iterator[None]:
 
 def _interrupted(interruption: KeyboardInterrupt) -> int:
     """Print how to resume. Returns the exit code."""
-    from int8cli.report.text import printable
-
-    what = interruption.name if isinstance(interruption, EndedBySignal) else "interrupted"
-    with suppress(OSError):  # after SIGHUP the terminal may be closed
-        print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
+    print_how_to_resume(name_of(interruption))
     return _ended_by(EXIT_INTERRUPTED)
 
 

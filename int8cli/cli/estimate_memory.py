@@ -2,6 +2,8 @@
 
 import enum
 import json
+import re
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -15,6 +17,7 @@ EXAMPLES = """\
 int8cli estimate-memory bigscience/bloom
 int8cli estimate-memory bigscience/bloom --gpu '8x RTX 3090' --context 1024
 int8cli estimate-memory ./my-model --gpu 24GiB --gpu 2x16GiB --batch 4
+int8cli estimate-memory ./my-model --gpu 'RTX 4090, 2x T4'
 int8cli estimate-memory org/name --json > memory.json
 """
 
@@ -28,6 +31,16 @@ class KvDtype(enum.StrEnum):
     float8 = "float8"
 
 
+def complete_card(incomplete: str) -> Iterator[str]:
+    """Names of known cards, and of several: what stands before `x` or a comma is kept."""
+    from int8cli.estimate.cards import CARDS
+
+    match = re.match(r"(.*,\s*|)(\d+\s*x\s*|)(.*)", incomplete, re.IGNORECASE)
+    assert match is not None
+    before, typed = match[1] + match[2], match[3].lower()
+    yield from (f"{before}{card.name}" for card in CARDS if card.name.lower().startswith(typed))
+
+
 Context = Annotated[
     int | None,
     typer.Option(help="Tokens in each sequence.", show_default="the model's maximum, up to 8192", min=1),
@@ -38,8 +51,9 @@ Gpu = Annotated[
     list[str] | None,
     typer.Option(
         metavar="CARDS",
-        help="Does the model fit on this card? A name ('RTX 3090'), a size (24GiB) or several (8x24GiB). "
-        "Repeated: all cards together, in one machine.",
+        help="Does the model fit on these cards? A name ('RTX 3090'), a size (24GiB), several (8x24GiB), or several "
+        "kinds in one machine ('2x RTX 3090, T4'). Repeatable: each is a question of its own.",
+        autocompletion=complete_card,
     ),
 ]
 Layout = Annotated[LayoutName, typer.Option(help="Output layout of the conversion.")]
@@ -61,10 +75,12 @@ def estimate_memory(
     Shows the weights as stored, in 32 bit, in 16 bit and in LLM.int8(), the KV cache, and what a conversion needs. The
     exit code is 0 whether or not the model fits on the cards of --gpu; with --json, see cards.answers[].fits.
     """
+    from int8cli.cli.next_steps import after_estimate
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import estimate_memory as command
     from int8cli.report.memory import show_memory
     from int8cli.report.memory_json import memory_to_json
+    from int8cli.report.text import printable
 
     options = EstimateOptions(revision, context, batch, kv_dtype.value, tuple(gpu or ()), layout.value)
     with shown_progress(quiet=False) as progress:
@@ -74,3 +90,6 @@ def estimate_memory(
             print(json.dumps(memory_to_json(report), indent=2))
         else:
             show_memory(report)
+            print("Next:")
+            for command_line in after_estimate(report, model):
+                print(f"  {printable(command_line)}")

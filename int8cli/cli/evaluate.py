@@ -1,6 +1,7 @@
 """`int8cli evaluate`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,14 +16,17 @@ from int8cli.cli.options import (
     ModelDevice,
     OutlierColumns,
     Quiet,
+    RetryFor,
     Revision,
     Seed,
     SequenceLength,
     TextFile,
     WorkDir,
     check_outputs,
+    say_written,
 )
-from int8cli.commands.options import EvaluateOptions
+from int8cli.commands.options import RETRY_FOR_S, EvaluateOptions
+from int8cli.results.method_names import ALL, METHOD_KEYS, METHOD_NAMES
 
 if TYPE_CHECKING:
     from int8cli.results.evaluation import Evaluation
@@ -33,15 +37,27 @@ int8cli evaluate ./my-model --text corpus.txt --tokens 16384 -o report.html
 int8cli evaluate ./my-model --methods vector-wise,llm-int8-stored --json
 int8cli evaluate ./my-model-int8 --source ./my-model
 """
+METHODS_HELP = "Methods:\n\n\b\n" + "\n".join(
+    f"{'*' if method.by_default else ' '} {method.key:25}  {method.label}" for method in METHOD_NAMES
+)
 _SUFFIXES = (".html", ".png", ".svg")
 
 Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=2)]
+
+
+def complete_methods(incomplete: str) -> Iterator[str]:
+    """Names of methods; after a comma the next one."""
+    before, comma, typed = incomplete.rpartition(",")
+    yield from (f"{before}{comma}{key}" for key in (*METHOD_KEYS, ALL) if key.startswith(typed))
+
+
 Methods = Annotated[
     list[str] | None,
     typer.Option(
-        help="Methods to compare, separated by commas; `all` adds those that are left out by default. Repeatable.",
-        show_default="the main methods",
+        help="Methods to compare, separated by commas; `all` is every one. The list is below. Repeatable.",
+        show_default="those marked *",
         metavar="NAMES",
+        autocompletion=complete_methods,
     ),
 ]
 
@@ -81,6 +97,7 @@ def evaluate(
     device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
+    retry_for: RetryFor = RETRY_FOR_S,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -108,6 +125,7 @@ def evaluate(
         revision=revision,
         device=device.value,
         work_dir=work_dir,
+        retry_for=retry_for,
     )
     with shown_progress(quiet=quiet) as progress:
         found = command.evaluate(model, options, progress=progress)
@@ -115,6 +133,7 @@ def evaluate(
         from int8cli.report.evaluation_page import write_evaluation
 
         write_evaluation(found, path)
+        say_written(path, quiet=quiet)
     with writing_result():
         show(found, as_json=as_json, quiet=quiet)
 

@@ -14,7 +14,7 @@ _TEXT = "--text FILE and --sequence-length N select the text to run."
 _PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
-    errors.AlreadyQuantizedError: "If int8cli wrote it, int8cli verify DIR checks it.",
+    errors.AlreadyConvertedError: "To check a conversion: int8cli verify DIR.",
     errors.CannotRunError: _BY_WEIGHTS,
     errors.DiskSpaceError: "--output DIR can be on another disk.",
     errors.MissingTransformersError: _BY_WEIGHTS,
@@ -30,6 +30,10 @@ CONVERT: Hints = {
     errors.NoSuspectsError: "--outliers activations runs the model, --outliers none stores no columns.",
     errors.WorkerLostError: "--workers N sets their number.",
 }
+DEQUANTIZE: Hints = {
+    errors.DiskSpaceError: "--output OUT can be on another disk.",
+    errors.OutputError: "--output OUT names another directory.",
+}
 ESTIMATE_MEMORY: Hints = {}
 INSPECT_OUTLIERS: Hints = {
     errors.CannotRunError: _FROM_WEIGHTS,
@@ -41,6 +45,12 @@ INSPECT_OUTLIERS: Hints = {
     errors.NoSuspectsError: "--from activations runs the model.",
 }
 VERIFY: Hints = {}
+STATUS: Hints = {}
+ENV: Hints = {}
+GENERATE: Hints = {
+    errors.NotEnoughMemoryError: "--max-memory cpu=SIZE sets what weights may take, --device cpu needs no GPU.",
+    errors.ReferenceModelError: "--compare SOURCE names the model that was converted.",
+}
 EVALUATE: Hints = {
     errors.NotEnoughMemoryError: _SMALLER_RUN,
     errors.OutputError: _PLACES,

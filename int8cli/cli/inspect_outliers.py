@@ -15,6 +15,7 @@ from int8cli.cli.options import (
     Model,
     ModelDevice,
     Quiet,
+    RetryFor,
     Revision,
     Seed,
     SequenceLength,
@@ -22,8 +23,9 @@ from int8cli.cli.options import (
     Tokens,
     WorkDir,
     check_outputs,
+    say_written,
 )
-from int8cli.commands.options import InspectOptions
+from int8cli.commands.options import RETRY_FOR_S, InspectOptions
 
 if TYPE_CHECKING:
     from int8cli.outliers.statistics import OutlierStatistics
@@ -80,6 +82,7 @@ def inspect_outliers(
     device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,
+    retry_for: RetryFor = RETRY_FOR_S,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -105,11 +108,13 @@ def inspect_outliers(
         threshold=threshold,
         device=device.value,
         work_dir=work_dir,
+        retry_for=retry_for,
     )
     with shown_progress(quiet=quiet) as progress:
         found = command.inspect_outliers(model, options, progress=progress)
     for path in outputs:
         write(found, path)
+        say_written(path, quiet=quiet)
     with writing_result():
         show(found, as_json=as_json, quiet=quiet)
 

@@ -1,11 +1,15 @@
 """Options and arguments that several commands share, and their allowed values."""
 
 import enum
+import re
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class LayoutName(enum.StrEnum):
@@ -20,6 +24,21 @@ class Device(enum.StrEnum):
 
     cpu = "cpu"
     cuda = "cuda"
+
+
+class InputsScheme(enum.StrEnum):
+    """How the inputs of a linear layer become int8."""
+
+    zeropoint = "zeropoint"
+    absmax = "absmax"
+
+
+def parse_duration(text: str | float) -> float:
+    """`90s`, `30m`, `12h`, `2d`, or seconds without a unit, in seconds."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(text))
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a time such as 90s, 30m, 12h or 2d")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def complete_path(incomplete: str) -> Iterator[str]:
@@ -39,6 +58,15 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A Hub id (org/name), a directory, or one checkpoint file.",
+        autocompletion=complete_path,
+        show_default=False,
+    ),
+]
+ConvertedDirectory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that int8cli convert wrote.",
         autocompletion=complete_path,
         show_default=False,
     ),
@@ -64,6 +92,16 @@ WorkDir = Annotated[
     Path | None,
     typer.Option("--work-dir", help="Directory for the state of an unfinished run.", show_default="the user's cache"),
 ]
+RetryFor = Annotated[
+    float,
+    typer.Option(
+        "--retry-for",
+        parser=parse_duration,
+        metavar="TIME",
+        help="How long to retry a download that makes no progress: 90s, 30m, 12h, 2d.",
+        show_default="3h",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only: no progress, no report.")]
 
@@ -77,3 +115,11 @@ def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Coll
         from int8cli.report.vega import require_altair
 
         require_altair()
+
+
+def say_written(path: Path, *, quiet: bool) -> None:
+    """A line on stderr for a file that was asked for and is there now."""
+    if not quiet:
+        from int8cli.report.text import printable
+
+        print(f"wrote {printable(str(path))}", file=sys.stderr)

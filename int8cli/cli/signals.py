@@ -3,10 +3,25 @@
 Owns their handlers. Only the program installs them; users of the library handle signals themselves.
 """
 
+import os
 import signal
+import sys
+import threading
+import time
+from contextlib import suppress
 from types import FrameType
 
+from int8cli.report.text import printable
+
+# Python runs a handler between two steps of the main thread. A step can take long: the product of a large layer, a read
+# from a disk that does not respond. After this time the process ends immediately, as if killed; a run can be resumed.
+_CLEAN_END_S = 1.5
+_PRINTING_S = 0.2
+_SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _received: list[int] = []
+_printed = threading.Lock()
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -18,10 +33,18 @@ class EndedBySignal(KeyboardInterrupt):
 
 
 def end_on_signals() -> None:
-    """Make both signals raise EndedBySignal in the main thread. A signal that is ignored, as under nohup, stays so."""
+    """Make both signals raise EndedBySignal in the main thread. A signal that is ignored, as under nohup, stays so.
+
+    After these signals, and after Ctrl-C, the process ends within two seconds, whatever it is doing.
+    """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end)
+    with suppress(OSError, RuntimeError):  # no descriptor or thread left: signals are still handled between two steps
+        received, sender = os.pipe()
+        os.set_blocking(sender, False)
+        threading.Thread(target=_end_in_time, args=(received,), daemon=True).start()
+        signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
 
 
 def received_signal() -> int | None:
@@ -29,6 +52,39 @@ def received_signal() -> int | None:
     return _received[0] if _received else None
 
 
+def print_how_to_resume(what: str) -> None:
+    """Print why the program ends, and how to resume. Only the first call prints."""
+    if _printed.acquire(blocking=False):
+        with suppress(OSError, ValueError):  # after SIGHUP the terminal may be closed
+            print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
+
+
+def name_of(interruption: KeyboardInterrupt) -> str:
+    """What to call the interruption in a message."""
+    return interruption.name if isinstance(interruption, EndedBySignal) else "interrupted"
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     _received.append(number)
     raise EndedBySignal(number)
+
+
+def _end_in_time(received: int) -> None:
+    """Run in a thread: read signals from the pipe `received`, and end the process if it does not end by itself."""
+    while (number := os.read(received, 1)) and number[0] not in _ENDING:
+        pass
+    if not number:
+        return
+    time.sleep(_CLEAN_END_S)
+    name = "interrupted" if number[0] == signal.SIGINT else signal.Signals(number[0]).name
+    printing = threading.Thread(target=_print_last, args=(name,), daemon=True)  # stderr may be a pipe that nobody reads
+    printing.start()
+    printing.join(_PRINTING_S)
+    os._exit(128 + number[0])
+
+
+def _print_last(what: str) -> None:
+    with suppress(OSError, ValueError):
+        if sys.stderr.isatty():
+            sys.stderr.write(_SHOW_CURSOR)
+    print_how_to_resume(what)

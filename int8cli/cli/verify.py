@@ -1,15 +1,14 @@
 """`int8cli verify`."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
-from int8cli.cli.options import Device, Json, Quiet, complete_path
-from int8cli.commands.options import VerifyOptions
+from int8cli.cli.options import ConvertedDirectory, Device, Json, Quiet, RetryFor
+from int8cli.commands.options import RETRY_FOR_S, VerifyOptions
 from int8cli.errors import OutputError
 
 EXAMPLES = """\
@@ -18,15 +17,6 @@ int8cli verify ./my-model-int8 --source ./my-model
 int8cli verify ./name-int8 --source org/name --json > verification.json
 """
 
-Directory = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR",
-        help="A directory that int8cli convert wrote.",
-        autocompletion=complete_path,
-        show_default=False,
-    ),
-]
 SourceModel = Annotated[
     str | None,
     typer.Option("--source", metavar="MODEL", help="Convert this model again and compare: a Hub id or a directory."),
@@ -40,10 +30,11 @@ Where = Annotated[Device, typer.Option(help="Device to quantize on, with --sourc
 
 @shows_errors(hints.VERIFY)
 def verify(
-    directory: Directory,
+    directory: ConvertedDirectory,
     source: SourceModel = None,
     revision: SourceRevision = None,
     device: Where = Device.cpu,
+    retry_for: RetryFor = RETRY_FOR_S,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -57,7 +48,7 @@ def verify(
     from int8cli.commands import verify as command
     from int8cli.report.verification import show_verification
 
-    options = VerifyOptions(source, revision, device.value)
+    options = VerifyOptions(source, revision, device.value, retry_for=retry_for)
     with shown_progress(quiet=quiet) as progress:
         verification = command.verify(directory, options, progress=progress)
     with writing_result():

@@ -5,9 +5,10 @@ columns, only the workers need torch.
 """
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
+from int8cli.columns.foreseen import TOKENIZER_FILES
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
 from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
@@ -16,18 +17,13 @@ from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
 
-# Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
-_TOKENIZER_FILES = frozenset(
-    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
-)
-
 
 def column_strategies(
     wanted: ColumnsWanted,
     source: Source,
     survey: Survey,
     settings: Settings,
-    state_directory: Path,
+    state_directory: OwnPath,
     note: Callable[[str], None],
 ) -> Iterator[ColumnStrategy]:
     """The strategies that look possible. Each may still fail with one of the errors in CANNOT_CALIBRATE.
@@ -68,10 +64,10 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
 
 
 def _from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: Path
+    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
 ) -> ColumnStrategy:
-    """Raises those errors of a calibration that can be detected from config.json and file names."""
-    if not _TOKENIZER_FILES & set(source.list_files()):
+    """Raises the errors of a calibration that config.json and file names already show."""
+    if not TOKENIZER_FILES & set(source.list_files()):
         raise CannotRunError("the checkpoint has no tokenizer")
     require_transformers()
     start_torch()

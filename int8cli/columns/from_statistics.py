@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import xxhash
 
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.columns.foreseen import statistics_settings
+from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
 from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, predicted_output_error
@@ -20,7 +20,7 @@ from int8cli.outliers.statistics_file import load_statistics
 from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey, model_fingerprint
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, Settings
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 
@@ -33,12 +33,11 @@ def strategy_from_statistics(
     require_same_model(statistics, source, survey)
     columns = StatisticsColumns(survey, wanted.limit)
     columns.learn(statistics.sites)
-    digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
     known = {linear.name for site in statistics.sites for linear in site.linears}
     counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
     return ColumnStrategy(
         replace(survey, stored_counts=counts),
-        replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, calibration=f"statistics {digest}"),
+        statistics_settings(wanted, settings),
         lambda progress: columns,
     )
 
@@ -92,12 +91,6 @@ def stored_columns(site: SiteStatistics, linear: LinearStatistics, decision: Dec
         measured = RelativeOutputError(linear.measured_error, linear.measured_error_stored)
     predicted = _predicted(site, linear, indices)
     return StoredColumns(FROM_ACTIVATIONS, columns, sidecar_bytes(decision, len(indices)), predicted, measured)
-
-
-def at_most(decision: Decision, limit: int) -> int:
-    """The number of columns that a linear gets: `limit`, or all of them if it has fewer."""
-    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
-    return min(limit, in_features)
 
 
 def _predicted(site: SiteStatistics, linear: LinearStatistics, indices: tuple[int, ...]) -> RelativeOutputError:

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from uuid import uuid4
 
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
@@ -31,7 +32,7 @@ def strategy_from_weights(
     survey: Survey,
     settings: Settings,
     counts: dict[str, int],
-    state_directory: Path,
+    state_directory: OwnPath,
 ) -> ColumnStrategy:
     """`counts` come from `counts_from_weights`. Raises NoSuspectsError if there are none."""
     if not counts:
@@ -59,7 +60,7 @@ class SuspectColumns(ColumnSource):
     figures of an earlier shard cannot be read, that shard is fetched and scanned again.
     """
 
-    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: Path) -> None:
+    def __init__(self, source: Source, survey: Survey, limit: int, state_directory: OwnPath) -> None:
         self._source, self._survey, self._limit = source, survey, limit
         self._stream = ResidualStream.of(survey)
         self._counts = counts_from_weights(survey, limit)
@@ -89,7 +90,7 @@ class SuspectColumns(ColumnSource):
     def _scan(self, place: int, local: LocalFile, run: RunTask) -> None:
         """Scan a shard, even if it has saved figures: those may come from a copy with a wrong digest."""
         contents = self._survey.shards[place]
-        run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures.path(place)))
+        run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures.file(place)))
 
     def _require_figures(self, place: int, run: RunTask) -> None:
         """Scan a shard that an earlier run converted, unless the figures from that run can be read."""
@@ -106,11 +107,14 @@ class _Figures:
     `key` is different for each conversion, and changes if figures are replaced.
     """
 
-    directory: Path
+    directory: OwnPath
     stream: bytes
     key: str
 
     def path(self, place: int) -> Path:
+        return self.file(place).path
+
+    def file(self, place: int) -> OwnPath:
         return self.directory / f"{place}.safetensors"
 
 
@@ -121,7 +125,7 @@ class _Scan:
         from int8cli.outliers.suspects import SuspectScan
 
         self._figures, self._count = figures, 0
-        self._scan = SuspectScan(pickle.loads(figures.stream))
+        self._scan = SuspectScan(pickle.loads(figures.stream))  # nosec B301  # of this program, a process on
 
     def suspects(self, count: int, most: int) -> tuple[tuple[int, float], ...]:
         """The suspects by the first `count` shards. `count` never decreases."""
@@ -144,11 +148,17 @@ def _new_key() -> str:
 # Tasks. They run in a process that has torch.
 
 
-def _scan_one(stream: ResidualStream, contents: ShardContents, local: LocalFile, path: Path, on_bytes: OnBytes) -> None:
+def _scan_one(
+    stream: ResidualStream,
+    contents: ShardContents,
+    local: LocalFile,
+    file: OwnPath,
+    on_bytes: OnBytes,
+) -> None:
     from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    save_figures(scan.scan(contents, local), path)
+    save_figures(scan.scan(contents, local), file.path, below=file.below)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

@@ -7,9 +7,11 @@ needs it only in its workers.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.model.sampling import Sampling
+from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
@@ -33,7 +35,7 @@ class ColumnsWanted:
     limit: int
     text: Path | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     model_threads: int = 1
     known: Settings | None = None
 
@@ -59,9 +61,14 @@ class ColumnStrategy:
     survey: Survey
     settings: Settings
     columns: Callable[[Progress], ColumnSource]
-    arithmetic_s: Callable[[], float] = lambda: 0.0
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """The strategy that stores no columns."""
     return ColumnStrategy(survey, settings, lambda progress: NoColumns())
+
+
+def at_most(decision: Decision, limit: int) -> int:
+    """How many columns a linear gets: `limit`, or all of a narrower one."""
+    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
+    return min(limit, in_features)

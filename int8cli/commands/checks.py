@@ -10,9 +10,11 @@ from typing import get_args
 from int8cli.columns.wanted import AUTO, MODES
 from int8cli.commands.options import (
     ConvertOptions,
+    DequantizeOptions,
     DeviceName,
     EstimateOptions,
     EvaluateOptions,
+    GenerateOptions,
     InspectOptions,
     VerifyOptions,
 )
@@ -25,6 +27,7 @@ from int8cli.workers.torch_start import start_torch
 _SMALLEST = {
     "batch": 1,
     "context": 1,
+    "max_new_tokens": 1,
     "outlier_columns": 0,
     "sequence_length": 2,
     "threads": 1,
@@ -40,6 +43,22 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+
+
+def check_dequantize(options: DequantizeOptions) -> None:
+    if options.dtype is not None:
+        _check_choice("dtype", options.dtype, ("float32", "float16", "bfloat16"))
+
+
+def check_generate(options: GenerateOptions) -> None:
+    _check_counts(options)
+    _check_choice("inputs", options.inputs, ("zeropoint", "absmax"))
+    if not (math.isfinite(options.temperature) and options.temperature >= 0.0):
+        raise OptionError("the temperature must be a finite number, 0 or more", option="temperature")
+    for entry in options.max_memory:
+        device, found, size = entry.partition("=")
+        if not found or not size or not (device == "cpu" or device.isdecimal()):
+            raise OptionError(f"{entry!r} is not DEVICE=SIZE, such as cpu=8GB or 0=10GB", option="max_memory")
 
 
 def check_estimate(options: EstimateOptions) -> None:
@@ -77,6 +96,9 @@ def check_device(device: DeviceName) -> None:
 
 
 def _check_counts(options: object) -> None:
+    retry_for = getattr(options, "retry_for", 0.0)
+    if not (math.isfinite(retry_for) and retry_for >= 0.0):
+        raise OptionError("the time must be a finite number of seconds, 0 or more", option="retry_for")
     for name, smallest in _SMALLEST.items():
         value = getattr(options, name, None)
         if value is not None and value < smallest:

@@ -3,26 +3,37 @@
 Owns how a conversion is set up, and the fallback to another strategy for choosing columns if the first one fails.
 """
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
+from int8cli.checkpoint.lock import refuse_if_in_use
+from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.columns.choose import column_strategies
-from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
+from int8cli.columns.foreseen import foreseen_settings, may_run
+from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.options import ConvertOptions
-from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early, usable_cores
+from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
-from int8cli.conversion.convert import ConversionRun
+from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
+from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE
+from int8cli.estimate.ways import Way, calibration_s
+from int8cli.machine.memory_use import peak_memory_bytes
+from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
@@ -31,32 +42,42 @@ from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUT
 from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import human_bytes, human_seconds
+from int8cli.results.units import counted, human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
+# Longer than this, somebody who did not ask for a calibration is asked, or told how to do without.
+LONG_S = 300.0
+Choose = Callable[[Sequence[Way]], Way]
 _DEFAULTS = ConvertOptions()
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionResult:
-    """A finished conversion: the directory that was written, and the report in it."""
+    """A finished conversion: the directory that was written, the report in it, and what this run took.
+
+    `peak_memory_bytes` is that of this process, None where other processes did the work. `layouts` say what each layout
+    does with a mixture of experts, this conversion's first; empty for other models.
+    """
 
     output: Path
     report: ConversionReport
+    seconds: float
+    peak_memory_bytes: int | None
+    layouts: tuple[LayoutShare, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """What a conversion would do.
+    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes.
 
-    `survey` has the plan by tensor and all sizes. `settings` determine the bytes of the output. `needs` are the
-    download, disk space and memory.
+    `ways` are what it takes, and what it would take with stored columns chosen otherwise: the one planned comes first.
     """
 
     output: Path
     survey: Survey
     settings: Settings
     needs: Needs
+    ways: tuple[Way, ...]
 
 
 @system_errors()
@@ -66,21 +87,29 @@ def convert(
     options: ConvertOptions = _DEFAULTS,
     *,
     progress: Progress = SILENT,
+    choose: Choose | None = None,
 ) -> ConversionResult:
     """Convert a checkpoint to LLM.int8(), shard by shard.
 
     `model` is a Hub id, a directory, or one checkpoint file. `output` is the directory to write, by default
     `<name>-int8` in the current directory. After an interruption, the same call resumes: finished shards are not
-    converted again.
+    converted again. `choose` is asked which way to take where "auto" would take longer than `LONG_S`; without it, the
+    first one is taken.
 
     Raises OptionError for invalid options, and other children of Int8cliError for problems with the model, the network
     or the disk. After any exception, no file is half-written under its final name.
     """
+    begun_s = time.monotonic()
     check_convert(options)
     output = Path(output) if output is not None else default_output(str(model))
     start_workers_early(str(model), output, options)
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
-        return ConversionResult(output, job.convert())
+        job.prepare()
+        if choose is not None:
+            job = job.chosen(choose)
+        report = job.convert()
+        peak = peak_memory_bytes() if job.run.workers == 1 else None
+        return ConversionResult(output, report, time.monotonic() - begun_s, peak, layout_shares(job.survey))
 
 
 @system_errors()
@@ -112,6 +141,8 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     check_device(options.device)
     settings = settings_of(options)
     store = RecordStore(output)
+    store.refuse_links()
+    refuse_if_in_use(output, store.own)
     known = store.conversion() if not options.overwrite else None
     wanted = _columns_wanted(options, known.settings if known is not None else None)
     with opened_source(
@@ -120,13 +151,14 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         download_dir=store.incoming_directory,
         output=output,
         keep_source=options.keep_source,
+        retry_for_s=options.retry_for,
         progress=progress,
     ) as source:
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
         workers = options.workers or choose_workers(survey, options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
-        yield _Job(source, survey, settings, wanted, run, store.calibration_directory, progress)
+        yield _Job(source, survey, settings, wanted, run, OwnPath(store.calibration_directory, output), progress)
 
 
 def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
@@ -146,16 +178,37 @@ class _Job:
     settings: Settings
     wanted: ColumnsWanted
     run: ConversionRun
-    state: Path
+    state: OwnPath
     progress: Progress
 
     def plan(self) -> ConversionPlan:
         strategy = next(self._strategies())
         for warning in warnings_of(strategy.survey):
             self.progress.note(warning)
+        self._note_experts()
         threads = self.run.threads * self.run.workers
         needs = Needs.of(self.source, strategy.survey, self.run.output, threads=threads)
-        return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs)
+        return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs, self._ways())
+
+    def prepare(self) -> None:
+        """Refuse what cannot be before torch is imported, and say what is about to be done."""
+        foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
+        require_possible(self.source, self.survey, foreseen, self.run)
+        self.progress.note(self._first_line())
+        self._note_experts()
+        if isinstance(self.source, DirectorySource) and self.source.contains_output:
+            self.progress.note(f"warning: {self.run.output} lies inside the directory of the source")
+
+    def chosen(self, choose: Choose) -> "_Job":
+        """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""
+        wanted = self.wanted
+        if wanted.mode != AUTO or wanted.known is not None or wanted.nothing(self.survey) or not may_run(self.source):
+            return self
+        ways = self._ways()
+        if (ways[0].seconds or 0.0) <= LONG_S:
+            return self
+        way = choose(ways)
+        return self if way == ways[0] else replace(self, wanted=replace(wanted, mode=way.outliers))
 
     def convert(self) -> ConversionReport:
         """Convert with the first strategy that works for this model."""
@@ -175,6 +228,21 @@ class _Job:
                 self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
                 strategy = following
 
+    def _ways(self) -> tuple[Way, ...]:
+        run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
+        speed = speed_here(self.wanted.device) if here else speed_without_torch(self.progress)
+        return ways_to_convert(self.source, self.survey, run.output, self.wanted, speed, run.threads * run.workers)
+
+    def _note_experts(self) -> None:
+        said = about_experts(layout_shares(self.survey))
+        if said is not None:
+            self.progress.note(said)
+
+    def _first_line(self) -> str:
+        survey = self.survey
+        sizes = f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
+        return f"{survey.identity.name}: {sizes} → {self.run.output}: {human_bytes(survey.output_bytes)}"
+
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
         columns = strategy.columns(self.progress)
         return convert_shards(
@@ -192,7 +260,8 @@ class _Job:
             return "Storing no outlier columns."
         if settings.outliers == FROM_ACTIVATIONS:
             tokens = f"{self.wanted.sampling.tokens:,} {'sample tokens' if self.wanted.text is None else 'tokens'}"
-            chosen = f"by running the model on {tokens} (about {human_seconds(strategy.arithmetic_s())} of arithmetic)"
+            seconds = calibration_s(strategy.survey, speed_here(self.wanted.device), self.wanted.sampling)
+            chosen = f"by running the model on {tokens} (about {human_seconds(seconds)})"
         elif settings.outliers == FROM_STATISTICS:
             chosen = "from the statistics file"
         else:

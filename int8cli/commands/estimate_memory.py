@@ -4,13 +4,17 @@ from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
+from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnsWanted
 from int8cli.commands.checks import check_estimate
-from int8cli.commands.options import EstimateOptions
+from int8cli.commands.options import ConvertOptions, EstimateOptions
 from int8cli.commands.places import default_output
+from int8cli.commands.ways import speed_without_torch, ways_to_convert
 from int8cli.estimate.answers import MemoryReport, memory_report
 from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
 from int8cli.estimate.estimate import estimate_memory as estimate_of
+from int8cli.model.memory import available_bytes
+from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
@@ -30,10 +34,12 @@ def estimate_memory(
     UnknownCardError for unknown cards, and the errors of a bad checkpoint.
     """
     check_estimate(options)
-    cards = tuple(card for text in options.gpu for card in parse_cards(text))
+    machines = {text: parse_cards(text) for text in options.gpu}
     output = default_output(str(model))
     with opened_source(str(model), revision=options.revision, download_dir=output, progress=progress) as source:
         survey = survey_source(source, PlanOptions(), LAYOUTS[options.layout])
         estimate = estimate_of(source, survey, output, threads=THREADS_FOR_A_SHARD)
+        wanted = ColumnsWanted(AUTO, DEFAULT_OUTLIER_COLUMNS, sampling=Sampling(ConvertOptions().tokens))
+        ways = ways_to_convert(source, survey, output, wanted, speed_without_torch(progress), THREADS_FOR_A_SHARD)
     use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
-    return memory_report(estimate, use, cards)
+    return memory_report(estimate, use, machines, ways, available_bytes("cpu"))

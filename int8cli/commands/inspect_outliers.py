@@ -1,25 +1,31 @@
-"""Find the feature dimensions of a model that carry outliers."""
+"""Find the feature dimensions of a model that carry outliers. Torch is imported once options and text are checked."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.source import Source
 from int8cli.commands.checks import check_device, check_inspect
+from int8cli.commands.first_words import announce
 from int8cli.commands.options import InspectOptions
 from int8cli.commands.places import work_directory
+from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import MissingExtraError, UnsupportedModelError
+from int8cli.estimate.ways import forwards_s
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
-from int8cli.model.text import Text
-from int8cli.outliers.calibrate import CalibrateOptions, calibrate
-from int8cli.outliers.statistics import OutlierStatistics
-from int8cli.outliers.suspects import WeightSuspects, find_suspects
+from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
+from int8cli.results.units import human_seconds
 from int8cli.workers.torch_start import torch_threads_restored
+
+if TYPE_CHECKING:
+    from int8cli.outliers.statistics import OutlierStatistics
+    from int8cli.outliers.suspects import WeightSuspects
 
 _DEFAULTS = InspectOptions()
 
@@ -27,7 +33,7 @@ _DEFAULTS = InspectOptions()
 @system_errors()
 def inspect_outliers(
     model: str | Path, options: InspectOptions = _DEFAULTS, *, progress: Progress = SILENT
-) -> OutlierStatistics | WeightSuspects:
+) -> "OutlierStatistics | WeightSuspects":
     """Find outliers by running a model on text, one block in memory at a time, or suspects from its weights alone.
 
     `model` is a Hub id, a directory, or one checkpoint file. After an interruption, the same call resumes after the
@@ -39,17 +45,28 @@ def inspect_outliers(
     """
     check_inspect(options)
     check_device(options.device)
+    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
+    text = _text(options.text, sampling)
     work = work_directory(options.work_dir, str(model), options.revision)
     with (
         torch_threads_restored(),
         opened_source(
-            str(model), revision=options.revision, download_dir=work / "incoming", progress=progress
+            str(model),
+            revision=options.revision,
+            download_dir=work / "incoming",
+            retry_for_s=options.retry_for,
+            progress=progress,
         ) as source,
     ):
         survey = survey_source(source, PlanOptions())
         if options.evidence != "weights":
+            require_bytes_for_a_sequence(text, source, sampling)
+        announce(source, progress)
+        from int8cli.outliers.suspects import find_suspects
+
+        if options.evidence != "weights":
             try:
-                return _run_model(source, survey, options, work / "blocks", progress)
+                return _run_model(source, survey, text, sampling, options, work / "blocks", progress)
             except (MissingExtraError, UnsupportedModelError) as error:
                 if options.evidence == "activations":
                     raise
@@ -57,14 +74,23 @@ def inspect_outliers(
         return find_suspects(source, survey)
 
 
+def _text(chosen: Path | None, sampling: Sampling) -> Text:
+    return Text.decode(SAMPLE_NAME, sample_text()) if chosen is None else Text.read(chosen, sampling.tokens)
+
+
 def _run_model(
-    source: Source, survey: Survey, options: InspectOptions, state: Path, progress: Progress
-) -> OutlierStatistics:
+    source: Source,
+    survey: Survey,
+    text: Text,
+    sampling: Sampling,
+    options: InspectOptions,
+    state: Path,
+    progress: Progress,
+) -> "OutlierStatistics":
+    from int8cli.outliers.calibrate import CalibrateOptions, calibrate
+
     return_memory_promptly()
-    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
-    if options.text is not None:
-        text = Text.read(options.text, sampling.tokens)
-    else:
-        text = Text.decode(SAMPLE_NAME, sample_text())
+    seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
+    progress.note(f"about {human_seconds(seconds)} on this machine")
     how = CalibrateOptions(sampling, options.threshold, options.device, state)
     return calibrate(source, survey, text, how, progress)

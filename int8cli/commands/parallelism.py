@@ -6,6 +6,7 @@ from pathlib import Path
 
 from int8cli.commands.options import ConvertOptions, DeviceName
 from int8cli.conversion import WORKER_PRELOAD
+from int8cli.machine.speed import usable_cores
 from int8cli.model.extra import has_transformers
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.output_files import REPORT_FILE
@@ -16,11 +17,6 @@ from int8cli.workers.processes import start_server
 # With more workers, the disk is the bottleneck. With fewer bytes, starting the processes costs more than it saves.
 MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
-
-
-def usable_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_workers(survey: Survey, device: DeviceName) -> int:

@@ -14,9 +14,13 @@ def default_output(model: str) -> Path:
     return Path(f"{name}-int8")
 
 
+def cache_directory() -> Path:
+    """The directory of this program in the user's cache."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "int8cli"
+
+
 def work_directory(chosen: Path | None, model: str, revision: str | None) -> Path:
     """Where the state of a run is saved: a directory for this model, inside `chosen` or the user's cache."""
     path = Path(os.path.expanduser(model))
     name = os.path.realpath(path) if os.path.exists(path) else f"{model}@{revision}"
-    cache = Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "int8cli"
-    return (chosen or cache) / hashlib.sha256(name.encode()).hexdigest()[:16]
+    return (chosen or cache_directory()) / hashlib.sha256(name.encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from int8cli.checkpoint.own_files import remove_tree
 from int8cli.checkpoint.source import Source
 from int8cli.commands.checks import check_device, check_verify
 from int8cli.commands.options import VerifyOptions
-from int8cli.commands.parallelism import usable_cores
+from int8cli.machine.speed import usable_cores
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.progress import SILENT, Progress
 from int8cli.records.conversion import Conversion
@@ -56,7 +56,9 @@ def _source(
         revision = converted.revision
     incoming = RecordStore(directory).incoming_directory
     try:
-        with opened_source(model, revision=revision, download_dir=incoming, progress=progress) as source:
+        with opened_source(
+            model, revision=revision, download_dir=incoming, retry_for_s=options.retry_for, progress=progress
+        ) as source:
             yield source
     finally:
         remove_tree(incoming, directory)

@@ -106,12 +106,24 @@ class BlockConverter:
             absmax = self._row_absmax(bench, matrix, part, loaded)
         except NonFiniteWeightError as found:
             return BlockBytes(spec.name, non_finite=self._place(matrix, part, found))
-        sums = self._quantize_into_bench(bench, loaded, absmax)
+        sums = self._quantize_into_bench(bench, *self._as_loaders_cast(loaded, absmax))
         outputs = [(spec.name, part.row * matrix.in_features + part.column, bench.data.bytes[: part.numel])]
         if part.column == 0:
             outputs.append((self._target.scale_name(spec.name), part.row * 4, bench.scales.bytes[: part.rows * 4]))
         outputs += self._stored_columns(bench, spec.name, part, loaded)
         return BlockBytes(spec.name, tuple(outputs), source=bench.source_run(matrix, part), sums=sums)
+
+    def _as_loaders_cast(self, loaded: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+        """A block and the absmax of its rows in the model's dtype, where bitsandbytes would see them in that.
+
+        transformers casts to the dtype of config.json before bitsandbytes casts to float16: of the three only bfloat16
+        has fewer digits. Rounding keeps the order, so a row's absmax is rounded with it.
+        """
+        options, plan = self._options, self._planned.plan
+        rounded = loaded.dtype == torch.float16 or (loaded.dtype == torch.float32 and options.float32_via_half)
+        if not (rounded and plan.dtype == "BF16" and self._target.AS_ON_LOAD):
+            return loaded, absmax
+        return loaded.bfloat16(), absmax.bfloat16().float()
 
     def _quantize_into_bench(self, bench: Workbench, loaded: Tensor, absmax: Tensor) -> ErrorSums | None:
         """Fill the bench's `data` and `scales` from a rectangle (rows, columns) and its absmax (rows,)."""

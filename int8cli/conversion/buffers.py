@@ -97,11 +97,12 @@ class CrosswiseTiles:
 
     def _read(self, buffer: Buffer, matrix: Matrix, area: Rectangle, dtype: torch.dtype) -> Tensor:
         run = area.rows * dtype.itemsize
-        start = matrix.stored.offset_bytes + (area.column * matrix.out_features + area.row) * dtype.itemsize
-        if area.rows == matrix.out_features:
+        pitch = matrix.stored.pitch or matrix.out_features
+        start = matrix.stored.offset_bytes + (area.column * pitch + area.row) * dtype.itemsize
+        if area.rows == pitch:
             self._reader.read_into(start, buffer.bytes[: area.columns * run])
         else:
-            stride = matrix.out_features * dtype.itemsize
+            stride = pitch * dtype.itemsize
             for index in range(area.columns):
                 self._reader.read_into(start + index * stride, buffer.bytes[index * run : (index + 1) * run])
         return buffer.tensor(dtype, (area.columns, area.rows))

@@ -4,6 +4,7 @@ Owns the order of the work, which makes it resumable: a shard gets its final nam
 fetched source removed. Prints nothing; reports to a Progress.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardS
 from int8cli.records.manifest import MANIFEST_FILE
 from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import human_bytes
+from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
 
@@ -69,11 +70,7 @@ def convert(
     output from the report. Raises Int8cliError. After any exception, no file is half-written under its final name, and
     the same call resumes.
     """
-    if settings.only and not survey.plan.quantized:
-        raise NothingToQuantizeError(
-            "no module that could be quantized matches the patterns",
-            hint="The plan lists the modules with the reason for each.",
-        )
+    _require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
     with locked(options.output, store.own) as lock:
         store.refuse_links()
@@ -109,6 +106,42 @@ def convert(
         # This includes shards that a killed run fetched and this run did not need.
         store.remove_state()
         return report
+
+
+def require_possible(source: Source, survey: Survey, settings: Settings, options: ConversionRun) -> None:
+    """Raise now what `convert` would raise before its first byte, as far as that is known without stored columns.
+
+    `convert` checks all of it again, under the directory's lock.
+    """
+    _require_something_to_quantize(survey, settings)
+    store = RecordStore(options.output)
+    conversion = describe(source, survey, settings)
+    remaining = list(conversion.shards)
+    if not options.overwrite:
+        store.check(conversion, all_files=False)
+        remaining = [shard for shard in conversion.shards if store.finished(shard) is None]
+    _require_room(source, survey, options.output, remaining)
+
+
+def _require_something_to_quantize(survey: Survey, settings: Settings) -> None:
+    """Raise NothingToQuantizeError if the patterns leave nothing, or if no tensor is a known linear layer's weight.
+
+    The output would be a copy of a model that was not understood, under the name of int8.
+    """
+    if survey.plan.quantized:
+        return
+    if settings.only:
+        raise NothingToQuantizeError(
+            "no module that could be quantized matches the patterns",
+            hint="The plan lists the modules with the reason for each.",
+        )
+    if not survey.plan.has_linear_layers:
+        reasons = Counter(each.reason for each in survey.plan.copied if len(each.spec.shape) >= 2)
+        found = ", ".join(f"{count:,} {reason!r}" for reason, count in reasons.most_common(3))
+        raise NothingToQuantizeError(
+            f"{survey.identity.name}: no tensor is recognised as the weight of a linear layer, so nothing becomes int8",
+            hint=f"What its matrices are: {found}." if found else "It holds no matrices.",
+        )
 
 
 def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
@@ -162,8 +195,9 @@ def _require_room(
     """
     for room in room_needed(source, survey, [shard.file for shard in remaining], output, peak_shard_bytes):
         if room.needed_bytes > room.free_bytes:
+            needed, free = told_apart(room.needed_bytes, room.free_bytes)
             raise DiskSpaceError(
-                f"{room.directory} needs {human_bytes(room.needed_bytes)}, {human_bytes(room.free_bytes)} free",
+                f"{room.directory} needs {needed}, {free} free",
                 hint="Free some space, or choose a directory on another disk.",
             )
 

@@ -15,6 +15,7 @@ from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
+from int8cli.planning.quantized import without_quantization
 from int8cli.planning.survey import Survey, group_by_kind
 from int8cli.records.conversion import Conversion, Settings
 from int8cli.records.manifest import MANIFEST_FILE, write_manifest
@@ -76,7 +77,7 @@ def _config(survey: Survey, settings: Settings, plan: Plan) -> dict[str, Any]:
     If the config does not name a dtype, loaders use that of the first float tensor, which in the output is a float32
     scale. Therefore the model's dtype is added.
     """
-    config = {key: value for key, value in survey.config.items() if key != "quantization_config"}
+    config = without_quantization(survey.config)
     if config.get("dtype") is None and config.get("torch_dtype") is None and plan.dtype is not None:
         config["torch_dtype"] = TORCH_NAMES[plan.dtype]
     config["quantization_config"] = survey.target.quantization_config(plan, settings.threshold)

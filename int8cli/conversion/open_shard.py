@@ -56,7 +56,7 @@ def open_shard(task: ShardTask, local: LocalFile) -> Iterator[OpenShard]:
 
 
 def _open_reader(task: ShardTask, local: LocalFile) -> ShardReader:
-    contents = task.planned.contents
+    contents = task.planned.contents.as_in_file()
     changed = f"{contents.file_name}: changed since its header was read"
     local.require_unchanged(contents.file_name)
     with reading_errors(local.path, contents.file_name):

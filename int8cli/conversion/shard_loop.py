@@ -67,7 +67,7 @@ class ShardLoop:
             if isinstance(error, BrokenExecutor):
                 raise WorkerLostError(
                     "a worker process ended before its shard was finished",
-                    hint="It probably ran out of memory: run the same command again with fewer processes.",
+                    hint="It probably ran out of memory or open files: run the same command with fewer processes.",
                 ) from error
             raise
         return self._records

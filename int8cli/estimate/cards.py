@@ -134,7 +134,11 @@ def card_named(name: str) -> Card:
 
 
 def parse_cards(text: str) -> tuple[Card, ...]:
-    """Parse cards: `RTX 3090`, `24GiB`, `8x24GiB`, `2x A100 80GB`. Raises UnknownCardError."""
+    """The cards of one machine: `RTX 3090`, `24GiB`, `8x24GiB`, `2x A100 80GB, T4`. Raises UnknownCardError."""
+    return tuple(card for part in text.split(",") for card in _cards_of_a_kind(part))
+
+
+def _cards_of_a_kind(text: str) -> tuple[Card, ...]:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", text)
     count = int(match[1] or 1) if match else 0
     if match is None or not 1 <= count <= MOST_CARDS:
@@ -206,7 +210,9 @@ def _parse_card(text: str) -> Card:
     close = difflib.get_close_matches(_key(text), {_key(card.name): card for card in CARDS}, n=1, cutoff=0.7)
     near = next((card.name for card in CARDS if close and _key(card.name) == close[0]), "")
     hint = f"Is it {near}? " if near else ""
-    raise UnknownCardError(f"unknown card: {text!r}", hint=f"{hint}Or give its memory, as in 24GiB.")
+    known = ", ".join(card.name for card in CARDS)
+    hint += f"Known cards: {known}. Or give its memory, as in 24GiB."
+    raise UnknownCardError(f"unknown card: {text!r}", hint=hint)
 
 
 def _key(name: str) -> str:

@@ -14,7 +14,11 @@ DECODER_LAYERS = ("decoder_layers", "num_decoder_layers", *LAYERS)
 WIDTH = ("hidden_size", "n_embd", "n_embed", "d_model", "dim", "model_dim")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 DECODER_HEADS = ("decoder_attention_heads", "num_decoder_attention_heads", *HEADS)
-KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "multi_query_group_num")
+# Each is a number, or a list with one for each layer.
+KEY_VALUE_HEADS = (
+    *("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "n_kv_head", "multi_query_group_num"),
+    *("num_key_value_heads_per_layer", "num_kv_heads_per_layer", "num_attention_groups", "num_query_groups"),
+)
 HEAD_WIDTH = ("head_dim", "attention_head_dim", "kv_channels", "d_kv")
 LENGTH = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx", "max_sequence_length")
 DECODER_LENGTH = ("max_target_positions", *LENGTH)
@@ -52,6 +56,18 @@ class Fields:
         if default is None:
             raise MissingFieldError(f"config.json has no {' or '.join(names[:3])}")
         return default
+
+    def number_of(self, layer: int, *names: str, default: int | None = None) -> int:
+        """The same for one layer, where a field may list a number for each. Raises MissingFieldError."""
+        for name in names:
+            listed = self.config.get(name)
+            if not isinstance(listed, (list, tuple)) or not listed:
+                continue
+            found = listed[layer] if layer < len(listed) else None
+            if not isinstance(found, int) or isinstance(found, bool) or found < 0:
+                raise MissingFieldError(f"{name} has no number for layer {layer}")
+            return found
+        return self.number(*names, default=default)
 
     def words(self, name: str) -> tuple[str, ...] | None:
         """A field that is a list of words; None if it is missing, empty or not a list."""

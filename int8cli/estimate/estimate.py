@@ -7,14 +7,17 @@ needs. Does not know about cards. Needs no torch. All sizes are in bytes.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
 from int8cli.estimate.cards import Load
+from int8cli.estimate.key_value_rows import key_value_rows
 from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
 from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.mixtures import LayoutShare, layout_shares
 from int8cli.planning.survey import Survey, other_files_bytes, room_needed
 
 FLOAT16 = "float16"
@@ -66,6 +69,11 @@ class Estimate:
     cache: KvCache
     conversion: ConversionNeeds
     not_in_memory: frozenset[str]
+
+    @cached_property
+    def layouts(self) -> tuple[LayoutShare, ...]:
+        """What each layout does with a mixture of experts, that of the survey first; empty for other models."""
+        return layout_shares(self.survey)
 
     @property
     def weights(self) -> Weights:
@@ -130,7 +138,8 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
     not_in_memory = names_not_in_memory(decisions, survey.config)
     not_in_memory |= _aliases(survey, not_in_memory)
     units, parts = [], dict[str, Weights]()
-    for unit in units_of(decisions):
+    found = units_of(decisions)
+    for unit in found:
         weights = Weights()
         for decision in unit.decisions:
             size = weights_of(decision, in_memory=decision.spec.name not in not_in_memory)
@@ -142,7 +151,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
         survey,
         tuple(units),
         tuple(Part(name, parts[name]) for name in PARTS if name in parts),
-        read_kv_cache(survey.config),
+        read_kv_cache(survey.config, key_value_rows(found)),
         _conversion(source, survey, output, threads),
         not_in_memory,
     )

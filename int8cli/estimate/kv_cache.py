@@ -5,6 +5,7 @@ layers, the cross-attention of a decoder. The sizes are those of transformers' o
 compare the two. If the config does not determine a size, the result is a reason instead of a guess.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from int8cli.estimate.config_fields import (
     MissingFieldError,
     language_model,
 )
+from int8cli.estimate.key_value_rows import RowsByLayer
 from int8cli.estimate.layer_kinds import CHUNKED, FULL, HYBRID, NOTHING, SLIDING, STATE, layer_kinds, refuse_foreign
+from int8cli.loaders.class_defaults import head_width
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1}
 CONTEXT_CAP = 8192
@@ -49,13 +52,15 @@ _CROSS_ATTENDING = _types(
     "bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus "
     "pegasus_x plbart prophetnet speech_to_text switch_transformers t5 t5gemma umt5 whisper"
 )
-# Latent attention. transformers caches the latents themselves: as keys the latent, as values the rotary part. Seen in
+# Latent attention whose latents transformers caches as they are: keys are the latent, values the rotary part. Seen in
 # 5.23.0 and 5.24.0; 5.0.0 caches the keys and values of all heads, as it does for the other families.
 _LATENT = _types("deepseek_v2 deepseek_v3 kimi_k2 glm4_moe_lite minicpm3")
 # These have another kind of memory, or an encoder whose length is not that of a text.
 _UNKNOWN = _types("xlnet transfo-xl reformer blip blip-2 git vision-encoder-decoder speech-encoder-decoder")
 # Configs on the Hub leave this field out, and the class does not default to one head per query head.
 _CLASS_KEY_VALUE_HEADS = {"mistral": 8, "mixtral": 8}
+# Other words for a number of heads that share keys and values.
+_KEY_VALUE_NAME = re.compile(r"(?:^|_)(?:kv|key_value)s?_(?:heads?|groups?)|(?:query|attention|head)_groups?(?:_|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,23 +114,25 @@ class KvCache:
         return None if self.layers is None else element_bytes * sum(layer.token_elements for layer in self.layers)
 
 
-def read_kv_cache(config: Mapping[str, Any]) -> KvCache:
-    """The cache of a model, from its config.json."""
+def read_kv_cache(config: Mapping[str, Any], rows: RowsByLayer = ()) -> KvCache:
+    """What config.json tells of the cache, and the headers: `rows` of keys and values by block, where they tell."""
     if not config:
         return KvCache(None, "there is no config.json")
     model = language_model(config)
     try:
-        return _read(model, config)
+        return _read(model, config, rows)
     except MissingFieldError as error:
         return KvCache(None, str(error), _own_context(model.fields))
     except (TypeError, ValueError):  # a field of a type that no such config has
         return KvCache(None, "config.json does not fit its model type", _own_context(model.fields))
 
 
-def _read(model: LanguageModel, config: Mapping[str, Any]) -> KvCache:
+def _read(model: LanguageModel, config: Mapping[str, Any], rows: RowsByLayer) -> KvCache:
     fields = model.fields
     context = _own_context(fields)
     if fields.model_type in _ENCODERS and not fields.has("is_decoder"):
+        return KvCache((), "an encoder reads its input at once and needs no cache", context)
+    if _is_encoder_alone(config):
         return KvCache((), "an encoder reads its input at once and needs no cache", context)
     if fields.model_type in _CACHELESS:
         return KvCache((), f"{fields.model_type} has no cache in transformers", context)
@@ -136,18 +143,29 @@ def _read(model: LanguageModel, config: Mapping[str, Any]) -> KvCache:
             raise MissingFieldError(f"the cache of {model_type} is unknown to int8cli")
     cross = model.cross_attends or fields.model_type in _CROSS_ATTENDING
     refuse_foreign(fields, frozenset(_STATES) | _LATENT)
-    layers = tuple(_layer(kind, fields, cross=cross) for kind in layer_kinds(fields, decoder=cross))
+    kinds = layer_kinds(fields, decoder=cross)
+    # Blocks beyond the config's count are prediction layers; where there are fewer, they stand for each other.
+    known = rows if len(rows) >= len(kinds) else ()
+    layers = tuple(
+        _layer(kind, fields, layer, known[layer] if known else None, cross=cross) for layer, kind in enumerate(kinds)
+    )
     encoder_tokens = fields.number("max_source_positions", default=0) if fields.model_type == "whisper" else 0
     return KvCache(layers, _summary(layers, fields), context, encoder_tokens or None)
+
+
+def _is_encoder_alone(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint is the encoder of an encoder-decoder, as its class says (`T5EncoderModel`)."""
+    classes = config.get("architectures")
+    return bool(classes) and all(re.search(r"Encoder(?:Model)?$", str(name)) for name in classes or ())
 
 
 def _own_context(fields: Fields) -> int | None:
     return fields.number(*DECODER_LENGTH, *LENGTH, default=0) or None
 
 
-def _layer(kind: str, fields: Fields, *, cross: bool) -> LayerCache:
+def _layer(kind: str, fields: Fields, layer: int, rows: int | None, *, cross: bool) -> LayerCache:
     attends = kind in (FULL, SLIDING, CHUNKED, HYBRID)
-    token_elements = _token_elements(fields, cross=cross) if attends else 0
+    token_elements = _token_elements(fields, layer, rows, cross=cross) if attends else 0
     state = _state(fields) if kind in (STATE, HYBRID) else (0, 0)
     return LayerCache(
         kind,
@@ -167,20 +185,22 @@ def _window(kind: str, fields: Fields) -> int | None:
     return None
 
 
-def _token_elements(fields: Fields, *, cross: bool) -> int:
-    """The elements of the keys and values of one token in one layer."""
+def _token_elements(fields: Fields, layer: int, rows: int | None, *, cross: bool) -> int:
+    """Keys and values of one token in one layer: the rows of their projections, or what the config says."""
     if fields.has("kv_lora_rank"):
         return fields.number("kv_lora_rank") + fields.number("qk_rope_head_dim")
-    heads = fields.number(*(DECODER_HEADS if cross else HEADS))
-    default_width = fields.number(*WIDTH, default=0) // heads
-    width = fields.number(*HEAD_WIDTH, default=default_width)
+    if rows is not None:
+        return rows
+    heads = fields.number_of(layer, *(DECODER_HEADS if cross else HEADS))
+    default_width = head_width(fields.model_type) or fields.number(*WIDTH, default=0) // max(heads, 1)
+    width = fields.number_of(layer, *HEAD_WIDTH, default=default_width)
     if not width:
         raise MissingFieldError("config.json has neither head_dim nor hidden_size")
-    key_value_heads = heads if cross else _key_value_heads(fields, heads)
+    key_value_heads = heads if cross else _key_value_heads(fields, heads, layer)
     return key_value_heads * (width + fields.number("v_head_dim", default=width))
 
 
-def _key_value_heads(fields: Fields, heads: int) -> int:
+def _key_value_heads(fields: Fields, heads: int, layer: int) -> int:
     family = fields.model_type
     if family == "gpt_bigcode":
         return 1 if fields.flag("multi_query", default=True) else heads
@@ -193,7 +213,11 @@ def _key_value_heads(fields: Fields, heads: int) -> int:
         if attention.get("attn_type") == "multiquery_attention":
             return 1
         return Fields(attention).number("kv_n_heads", default=heads)
-    return fields.number(*KEY_VALUE_HEADS, default=_CLASS_KEY_VALUE_HEADS.get(family, heads))
+    named = any(fields.has(name) for name in KEY_VALUE_HEADS)
+    foreign = next((name for name in fields.config if fields.has(name) and _KEY_VALUE_NAME.search(name)), None)
+    if foreign is not None and not named:
+        raise MissingFieldError(f"a cache with {foreign} is unknown to int8cli")
+    return fields.number_of(layer, *KEY_VALUE_HEADS, default=_CLASS_KEY_VALUE_HEADS.get(family, heads))
 
 
 def _state(fields: Fields) -> tuple[int, int]:

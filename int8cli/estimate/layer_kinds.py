@@ -45,7 +45,8 @@ _FOREIGN = re.compile(
 # The same, in the config of any model type.
 _UNSUPPORTED = (
     *("global_head_dim", "num_global_key_value_heads", "attn_type_list", "block_configs", "compress_ratios"),
-    *("index_topk", "index_head_dim", "attention_window_size", "kv_sharing_modes"),
+    *("index_topk", "index_head_dim", "attention_window_size", "kv_sharing_modes", "hybrid_layer_pattern"),
+    *("swa_num_key_value_heads", "swa_head_dim", "per_layer_config"),
 )
 
 _PATTERN_FIELDS = (

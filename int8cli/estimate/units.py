@@ -69,15 +69,18 @@ def cached_units(units: Iterable[MemoryUnit], layers: int) -> Iterator[tuple[str
     The layers are the blocks of the longest stack, or of a decoder if there is one. Blocks beyond the config's number
     of layers (multi-token prediction) have no cache. If there are fewer blocks, each is used several times (ALBERT).
     """
+    last = last_stack(units)
+    for layer in range(layers) if last else ():
+        yield last[layer if layers <= len(last) else layer * len(last) // layers].name, layer
+
+
+def last_stack(units: Iterable[MemoryUnit]) -> list[MemoryUnit]:
+    """The blocks of the longest stack of the last part that has any, in their order; empty without blocks."""
     stacks: dict[str, list[MemoryUnit]] = {}
     for unit in units:
         if unit.is_block:
             stacks.setdefault(unit.stack, []).append(unit)
-    if not stacks:
-        return
-    last = max(stacks.values(), key=lambda blocks: (_rank(blocks[0].part), len(blocks)))
-    for layer in range(layers):
-        yield last[layer if layers <= len(last) else layer * len(last) // layers].name, layer
+    return max(stacks.values(), key=lambda blocks: (_rank(blocks[0].part), len(blocks)), default=[])
 
 
 def _unit(decision: Decision, *, both: bool) -> MemoryUnit:

@@ -21,6 +21,7 @@ from int8cli.estimate.config_fields import (
     MissingFieldError,
     language_model,
 )
+from int8cli.loaders.class_defaults import ties_head
 from int8cli.planning import architectures as names
 from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import output_specs
@@ -28,6 +29,9 @@ from int8cli.planning.output_files import output_specs
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 # Causal masks and frequencies that older versions saved. Current versions compute them or do not need them.
 _LEFTOVER = re.compile(r"\.masked_bias$|rotary_emb\.inv_freq$|(?:^|\.)(?:position_ids|token_type_ids)$")
+# Layers for multi-token prediction: apart (`mtp`), or numbered on after the model's own.
+_PREDICTION = re.compile(r"(?:model\.|language_model\.)*mtp(?:_\w+)?\.")
+_LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.(?P<index>\d+)\.")
 _MASK = re.compile(r"(?:attn|attention)\.bias$")
 # transformers keeps these in float32 whatever dtype is requested (`_keep_in_fp32_modules_strict`).
 _FLOAT32 = re.compile(r"\.e_score_correction_bias$")
@@ -86,11 +90,14 @@ def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
 def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
     """The tensors that are in the file but not in memory: leftovers, and second names of a shared weight."""
     specs = {decision.spec.name: decision.spec for decision in decisions}
-    embeddings = {decision.spec.shape for decision in decisions if decision.reason == names.EMBEDDING}
-    found = {name for name, spec in specs.items() if _is_leftover(spec)}
+    embeddings = {d.spec.shape for d in decisions if d.reason in (names.EMBEDDING, names.MAYBE_EMBEDDING)}
+    tied = ties_head(config, language_model(config).fields.config)
+    heads = (names.HEAD, names.TIED_HEAD) if tied else (names.TIED_HEAD,)
+    layers = _layers_loaded(config)
+    found = {name for name, spec in specs.items() if _is_leftover(spec) or _is_prediction(name, layers)}
     for decision in decisions:
         spec = decision.spec
-        tied_head = decision.reason == names.TIED_HEAD and spec.shape in embeddings
+        tied_head = decision.reason in heads and spec.shape in embeddings
         if tied_head or _is_second_embedding(spec, specs) or _is_second_bias(spec, specs):
             found.add(spec.name)
     return frozenset(found)
@@ -98,6 +105,22 @@ def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]
 
 def _is_leftover(spec: TensorSpec) -> bool:
     return bool(_LEFTOVER.search(spec.name)) or (len(spec.shape) >= 3 and bool(_MASK.search(spec.name)))
+
+
+def _layers_loaded(config: Mapping[str, Any]) -> int | None:
+    """How many layers of a model with prediction layers are loaded; None where it has none, or does not say."""
+    fields = language_model(config).fields
+    if not (fields.has("num_nextn_predict_layers") or fields.has("num_mtp_layers") or fields.has("mtp_num_layers")):
+        return None
+    return fields.number(*LAYERS, default=0) or None
+
+
+def _is_prediction(name: str, layers: int | None) -> bool:
+    """Whether a tensor is one of the layers that predict tokens further on, which transformers does not load."""
+    if _PREDICTION.match(name):
+        return True
+    index = _LAYER.match(name)
+    return layers is not None and index is not None and int(index["index"]) >= layers
 
 
 def _is_second_embedding(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:

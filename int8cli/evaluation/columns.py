@@ -6,6 +6,8 @@ Owns how a calibration becomes columns. Its text should not be the text to evalu
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from int8cli.errors import TextError
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.columns import choose_columns
@@ -17,12 +19,24 @@ from int8cli.results.evaluation import StoredColumnsSummary
 
 
 @dataclass(frozen=True, slots=True)
+class SmoothedColumns:
+    """The exponents of a layer's input columns, int8 (in,), and the columns to store once it is smoothed."""
+
+    exponents: Tensor
+    stored: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ChosenColumns:
-    """The sorted columns to store for each linear layer, and how they were chosen. `calibrated`: in this run."""
+    """The sorted columns to store for each linear layer, and how they were chosen. `calibrated`: in this run.
+
+    `smoothing` is that of each layer that is smoothed; None if the calibration did not look for any.
+    """
 
     by_layer: Mapping[str, tuple[int, ...]]
     provenance: StoredColumnsSummary
     calibrated: bool = False
+    smoothing: Mapping[str, SmoothedColumns] | None = None
 
 
 def columns_from(statistics: OutlierStatistics, limit: int) -> ChosenColumns:
@@ -51,6 +65,17 @@ def calibrated_columns(
             hint="Choose another text, or give statistics made from another text.",
         )
     assert subject.survey is not None
-    progress.note("Step 1 of 2: choosing exact columns")
+    progress.note(f"Step 1 of 2: choosing exact columns{' and what to smooth' if options.smooth else ''}")
     statistics = calibrate(subject.runs, subject.survey, text, options, progress)
-    return replace(columns_from(statistics, limit), calibrated=True)
+    smoothing = smoothing_from(statistics) if options.smooth else None
+    return replace(columns_from(statistics, limit), calibrated=True, smoothing=smoothing)
+
+
+def smoothing_from(statistics: OutlierStatistics) -> dict[str, SmoothedColumns]:
+    """The proved smoothing of each linear layer that has one."""
+    return {
+        linear.name: SmoothedColumns(site.smoothing.exponents, linear.smoothed_stored)
+        for site in statistics.linear_sites
+        if site.smoothing is not None
+        for linear in site.linears
+    }

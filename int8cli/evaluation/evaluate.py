@@ -30,12 +30,14 @@ from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.progress import Progress
 from int8cli.results.evaluation import EvaluatedText, Evaluation, MethodResult, StoredColumnsSummary
-from int8cli.results.units import human_bytes
+from int8cli.results.units import told_apart
 from int8cli.runtime.converted import ConvertedTensors
 
 TASK = "evaluate"
 # The memory for one method's forms of a block's weights, relative to the weights: int8, and a restored float copy.
 _FORMS = 1.5
+# And for the smoothed weight, with its int8 form.
+_SMOOTHED_FORMS = 1.5
 
 
 def evaluate(
@@ -140,11 +142,12 @@ class _Run:
         """Announce the work. Raises NotEnoughMemoryError if a block does not fit."""
         blocks = [unit for unit in skeleton.units if unit.is_block]
         largest = max((unit.weight_bytes for unit in blocks), default=0)
-        needed = int(largest * (1 + _FORMS))
+        needed = int(largest * (1 + _FORMS + (_SMOOTHED_FORMS if self._wanted.needs_smoothing else 0.0)))
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block with its int8 forms needs {human_bytes(needed)}, {human_bytes(available)} free",
+                f"one block with its int8 forms needs {wanted}, {free} free",
                 hint="Free some memory, or run this on a machine with more.",
             )
         methods, tokens = len(self._trajectories.methods), len(self._passages) * self._length

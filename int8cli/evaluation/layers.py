@@ -5,6 +5,7 @@ files.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,9 +19,18 @@ from int8cli.llm_int8.baselines import (
 )
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.runtime.converted import ExactColumns, Int8Data
 
 _CHUNK_ELEMENTS = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothedLayer:
+    """The exponents of a layer's input columns, int8 (in,), and the columns to store then, int64 (k,), sorted."""
+
+    exponents: Tensor
+    columns: Tensor
 
 
 class Layer:
@@ -28,6 +38,7 @@ class Layer:
 
     `weight` is the 16-bit weight, None if only int8 is available. `stored` is the int8 data of a converted model;
     without it, the weight is quantized as in `convert`. `exact_columns` are the stored outlier columns, if any.
+    `smoothing` is what the smoothed methods compute with; without it, they compute with the layer as it is.
     """
 
     def __init__(
@@ -38,8 +49,11 @@ class Layer:
         stored: Int8Data | None = None,
         exact_columns: ExactColumns | None = None,
         threshold: float,
+        smoothing: SmoothedLayer | None = None,
     ) -> None:
         self.name, self.threshold, self.exact_columns = name, threshold, exact_columns
+        self._smoothing = smoothing
+        self._smoothed: Layer | None = None
         self._weight, self._stored = weight, stored
         self._matrix: tuple[InputScheme, Span, Int8Matrix] | None = None
         self._restored: Tensor | None = None
@@ -81,9 +95,29 @@ class Layer:
             self._with_columns = Int8Weight.of(self.rows.data, self.rows.row_absmax, *columns_and_weight)
         return self._with_columns
 
+    @property
+    def smoothed(self) -> "Layer":
+        """The layer with its columns multiplied by the powers of two, and other columns stored; itself without any."""
+        if self._smoothing is None:
+            return self
+        if self._smoothed is None:
+            weight = self.weight * powers_of_two(self._smoothing.exponents, self.weight.dtype)
+            columns = self._smoothing.columns
+            exact = ExactColumns(columns, weight[:, columns])
+            self._smoothed = Layer(self.name, weight, exact_columns=exact, threshold=self.threshold)
+        return self._smoothed
+
+    def divided(self, inputs: Tensor) -> Tensor:
+        """The inputs (tokens, in) of the smoothed layer."""
+        if self._smoothing is None:
+            return inputs
+        return inputs * powers_of_two(-self._smoothing.exponents, inputs.dtype)
+
     def forget(self) -> None:
-        """Free the forms that only one method uses."""
+        """Free the forms that only one method uses. The smoothed layer stays for the next smoothed method."""
         self._matrix = self._restored = self._with_columns = None
+        if self._smoothed is not None:
+            self._smoothed.forget()
 
 
 class ErrorMeter:

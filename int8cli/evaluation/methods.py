@@ -1,9 +1,8 @@
-"""The methods of the table: their names, what each needs, and the product it computes.
+"""The methods of the table, each with the product it computes.
 
-Owns which methods exist, and their order. The arithmetic is in `llm_int8`.
+Their names and order are those of `results.method_names`. The arithmetic is that of `llm_int8`.
 """
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from int8cli.errors import UnknownMethodError
 from int8cli.evaluation.layers import Layer
 from int8cli.llm_int8.baselines import (
     Span,
@@ -23,6 +21,7 @@ from int8cli.llm_int8.baselines import (
 )
 from int8cli.llm_int8.matmul import InputScheme, llm_int8_linear
 from int8cli.results.evaluation import REFERENCE
+from int8cli.results.method_names import METHOD_NAMES, chosen_keys
 
 Product = Callable[[Layer, Tensor, Tensor | None], Tensor]
 
@@ -32,6 +31,7 @@ class Method:
     """One row of the table. `product(layer, inputs (tokens, in), bias)` returns the layer's output (tokens, out).
 
     `needs_weight`: int8 data and row_absmax alone are not enough. `needs_columns`: it uses stored columns.
+    `needs_smoothing`: it uses the exponents of a calibration.
     """
 
     key: str
@@ -40,6 +40,7 @@ class Method:
     needs_weight: bool = True
     needs_columns: bool = False
     by_default: bool = True
+    needs_smoothing: bool = False
 
 
 def _by_scale(scheme: InputScheme, inputs_by: Span, weight_by: Span) -> Product:
@@ -80,53 +81,58 @@ def _weights_only(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(inputs, layer.restored(inputs.dtype), bias)
 
 
+def _smoothed(product: Product) -> Product:
+    """The product of the smoothed layer: what the product computes in a model whose folds are in its weights.
+
+    There the producer divides the input. Both divisions are exact, so the layer gets the same bits.
+    """
+
+    def smoothed(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        return product(layer.smoothed, layer.divided(inputs), bias)
+
+    return smoothed
+
+
 def _biased(output: Tensor, bias: Tensor | None) -> Tensor:
     return output if bias is None else output.add_(bias.to(torch.float32))
 
 
-# "By row" means by row of X, one scale per token, with one scale for all of W, as in table 1 of the paper.
-METHODS = (
-    Method(REFERENCE, "16 bit", None),
-    Method("absmax-tensor", "absmax by tensor", _by_scale("absmax", "tensor", "tensor")),
-    Method("zeropoint-tensor", "zero-point by tensor", _by_scale("zeropoint", "tensor", "tensor")),
-    Method("absmax-row", "absmax by row", _by_scale("absmax", "row", "tensor")),
-    Method("absmax-weight-row", "absmax by row of W", _by_scale("absmax", "tensor", "row"), by_default=False),
-    Method("vector-wise", "vector-wise", _by_scale("absmax", "row", "row")),
-    Method("zeropoint-vector-wise", "zero-point vector-wise", _by_scale("zeropoint", "row", "row")),
-    Method("bitsandbytes", "LLM.int8(), bitsandbytes", _bitsandbytes, needs_weight=False),
-    Method("llm-int8-exact", "LLM.int8(), exact columns", _exact),
-    Method("llm-int8-whole", "LLM.int8(), whole columns", _whole("absmax"), by_default=False),
-    Method("zeropoint-llm-int8", "zero-point LLM.int8()", _whole("zeropoint"), by_default=False),
-    Method("llm-int8-stored", "LLM.int8(), stored columns", _stored("absmax"), needs_weight=False, needs_columns=True),
+_PRODUCTS: dict[str, Product | None] = {
+    REFERENCE: None,
+    "absmax-tensor": _by_scale("absmax", "tensor", "tensor"),
+    "zeropoint-tensor": _by_scale("zeropoint", "tensor", "tensor"),
+    "absmax-row": _by_scale("absmax", "row", "tensor"),
+    "absmax-weight-row": _by_scale("absmax", "tensor", "row"),
+    "vector-wise": _by_scale("absmax", "row", "row"),
+    "zeropoint-vector-wise": _by_scale("zeropoint", "row", "row"),
+    "bitsandbytes": _bitsandbytes,
+    "llm-int8-exact": _exact,
+    "llm-int8-whole": _whole("absmax"),
+    "zeropoint-llm-int8": _whole("zeropoint"),
+    "llm-int8-stored": _stored("absmax"),
+    "zeropoint-llm-int8-stored": _stored("zeropoint"),
+    "int8-weights": _weights_only,
+    "smoothed-vector-wise": _smoothed(_by_scale("absmax", "row", "row")),
+    "smoothed-zeropoint": _smoothed(_by_scale("zeropoint", "row", "row")),
+    "smoothed-bitsandbytes": _smoothed(_bitsandbytes),
+    "smoothed-stored": _smoothed(_stored("zeropoint")),
+    "smoothed-int8-weights": _smoothed(_weights_only),
+}
+METHODS = tuple(
     Method(
-        "zeropoint-llm-int8-stored",
-        "zero-point, stored columns",
-        _stored("zeropoint"),
-        needs_weight=False,
-        needs_columns=True,
-    ),
-    Method("int8-weights", "int8 weights, 16-bit inputs", _weights_only, needs_weight=False),
+        name.key,
+        name.label,
+        _PRODUCTS[name.key],
+        name.needs_weight,
+        name.needs_columns,
+        name.by_default,
+        name.needs_smoothing,
+    )
+    for name in METHOD_NAMES
 )
-_BY_KEY = {method.key: method for method in METHODS}
 
 
 def chosen_methods(keys: Iterable[str]) -> tuple[Method, ...]:
-    """The methods with these names, in the table's order. No names mean the default methods, "all" means every method.
-
-    Raises UnknownMethodError.
-    """
-    wanted = list(dict.fromkeys(keys))
-    if not wanted:
-        return tuple(method for method in METHODS if method.by_default)
-    if "all" in wanted:
-        return METHODS
-    for key in wanted:
-        if key not in _BY_KEY:
-            raise UnknownMethodError(f"unknown method {key!r}", hint=_nearest(key))
-    return tuple(method for method in METHODS if method.key in wanted)
-
-
-def _nearest(key: str) -> str:
-    close = difflib.get_close_matches(key.lower(), _BY_KEY, n=1, cutoff=0.5)
-    listed = ", ".join(_BY_KEY)
-    return f"Did you mean {close[0]}? The methods are: {listed}." if close else f"The methods are: {listed}."
+    """The methods of these names in the table's order, as `chosen_keys` has it. Raises UnknownMethodError."""
+    chosen = chosen_keys(keys)
+    return tuple(method for method in METHODS if method.key in chosen)

@@ -42,6 +42,10 @@ class Applicable:
     def needs_columns(self) -> bool:
         return any(method.needs_columns for method in self.methods)
 
+    @property
+    def needs_smoothing(self) -> bool:
+        return any(method.needs_smoothing for method in self.methods)
+
 
 def applicable(subject: Subject, methods: Sequence[Method]) -> Applicable:
     """The requested methods that work for a subject. Raises UnsupportedModelError if there are none."""
@@ -56,6 +60,9 @@ def applicable(subject: Subject, methods: Sequence[Method]) -> Applicable:
     if subject.converted is not None and not subject.has_columns and any(method.needs_columns for method in possible):
         possible = [method for method in possible if not method.needs_columns]
         notes.append("this conversion has no stored columns")
+    if subject.converted is not None and any(method.needs_smoothing for method in possible):
+        possible = [method for method in possible if not method.needs_smoothing]
+        notes.append("smoothing is found in a 16-bit model, so the smoothed methods are left out")
     if not possible and not (subject.has_reference and methods):
         raise UnsupportedModelError(
             f"none of these methods works for {subject.source.identity.name}", hint=". ".join(notes)

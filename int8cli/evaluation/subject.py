@@ -11,9 +11,10 @@ from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError
+from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError, UnsupportedModelError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.experts import were_fused
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
 from int8cli.typed_json import InvalidJsonError, read_as
@@ -65,8 +66,8 @@ class Subject:
 def find_subject(source: Source, reference: Source | None) -> Subject:
     """Read the headers of the model to evaluate. `reference` is the 16-bit model that a converted one was made from.
 
-    Raises the errors of a bad checkpoint, ReferenceModelError if the model is not converted or was made from another
-    model than the reference, NothingToQuantizeError if no layer can become int8.
+    Raises the errors of a bad checkpoint, ReferenceModelError if there is a reference but the model is not converted or
+    was made from another model, NothingToQuantizeError if no layer can become int8.
     """
     weights = find_weights(source)
     shards = read_headers(source, weights)
@@ -79,12 +80,24 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
             )
         survey = survey_source(source, PlanOptions())
         return _with_floats(source, source, survey, _planned(survey), None)
+    _require_known_experts(source, converted)
     if reference is None:
         threshold = _threshold(source)
         return Subject(source, source, weights, shards, converted.specs, converted.modules, None, converted, threshold)
     survey = survey_source(reference, PlanOptions())
     _require_same(source, survey, converted)
     return _with_floats(source, reference, survey, converted.modules, converted)
+
+
+def _require_known_experts(source: Source, converted: Converted) -> None:
+    """Raise UnsupportedModelError for experts that convert split and that the model's class has only fused."""
+    config = read_config(source) if CONFIG_FILE in source.list_files() else {}
+    if were_fused(converted.specs, config):
+        raise UnsupportedModelError(
+            f"{source.identity.name} has experts one by one that its source fused in one tensor, and the model that "
+            "evaluates them has them only fused",
+            hint="Evaluate the 16-bit model, or a conversion in the bitsandbytes layout. load_model runs this one.",
+        )
 
 
 def _with_floats(

@@ -9,7 +9,7 @@ from torch import nn
 
 from int8cli.errors import NonFiniteError
 from int8cli.evaluation.columns import ChosenColumns
-from int8cli.evaluation.layers import Layer
+from int8cli.evaluation.layers import Layer, SmoothedLayer
 from int8cli.evaluation.subject import Subject
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import weight_of
@@ -57,4 +57,18 @@ class LayerWeights:
             columns = torch.tensor(self._columns.by_layer.get(name, ()), dtype=torch.int64, device=weight.device)
             exact_columns = ExactColumns(columns, weight[:, columns])
         reference = weight if self._subject.has_reference else None
-        return Layer(name, reference, stored=stored, exact_columns=exact_columns, threshold=self._threshold)
+        return Layer(
+            name,
+            reference,
+            stored=stored,
+            exact_columns=exact_columns,
+            threshold=self._threshold,
+            smoothing=self._smoothing(name, weight.device),
+        )
+
+    def _smoothing(self, name: str, device: torch.device) -> SmoothedLayer | None:
+        found = None if self._columns is None else (self._columns.smoothing or {}).get(name)
+        if found is None:
+            return None
+        columns = torch.tensor(found.stored, dtype=torch.int64, device=device)
+        return SmoothedLayer(found.exponents.to(device), columns)

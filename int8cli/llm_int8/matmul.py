@@ -2,6 +2,9 @@
 
 Owns how inputs are quantized at run time and how an integer product becomes a float one. Integer products are exact
 on every path: accumulated in int32, or in float64 where int32 could overflow, never in float32.
+
+In a decode step, most operations of a linear are on a few numbers, so that their count is what they cost. What depends
+on the weight alone is computed once (`Int8Weight.of`); what depends on the inputs is computed in place.
 """
 
 from dataclasses import dataclass
@@ -10,18 +13,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.cpu_product import cpu_product, has_whole_rows
 from int8cli.llm_int8.quantize import INT8_MAX
 
 InputScheme = Literal["absmax", "zeropoint"]
+INPUT_SCHEMES: tuple[InputScheme, ...] = ("absmax", "zeropoint")
 DEFAULT_INPUTS: InputScheme = "zeropoint"
 
 # The largest in_features for which a sum of products of two int8 values always fits into int32.
 _INT32_SAFE_FEATURES = (2**31 - 1) // (128 * 128)
 # The same if a zero point was subtracted from one side, whose values are then from -255 to 255.
 _INT32_SAFE_OFFSET_FEATURES = (2**31 - 1) // (255 * 128)
+# The smallest float32 above 0.
+_SMALLEST = 2.0**-149
 # CUDA's integer product needs more than 16 rows, and multiples of 8 for the other two sizes.
 _CUDA_MIN_ROWS = 17
 _CUDA_MULTIPLE = 8
+_BLOCK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +46,15 @@ class Int8Input:
 
 @dataclass(frozen=True, slots=True)
 class Int8Weight:
-    """A linear weight in int8, w ≈ data * row_absmax / 127, and its outlier columns in 16 bit.
+    """A linear weight in int8, w ≈ data * step, and its outlier columns in floats.
 
-    data: int8 (out_features, in_features); row_absmax: float32 (out_features,); row_sums: int32 (out_features,), the
-    sums of the rows of data; outlier_cols: int64 (k,), sorted; outlier_weight: (out_features, k) in the source's dtype,
-    exact. Without outlier columns k is 0.
+    data: int8 (out_features, in_features); step: float32 (out_features,), row_absmax / 127; row_sums: int32
+    (out_features,), the sums of the rows of data; outlier_cols: int64 (k,), sorted; outlier_weight: float32
+    (k, out_features), exact. Without outlier columns k is 0.
     """
 
     data: Tensor
-    row_absmax: Tensor
+    step: Tensor
     row_sums: Tensor
     outlier_cols: Tensor
     outlier_weight: Tensor
@@ -59,11 +67,25 @@ class Int8Weight:
         outlier_cols: Tensor | None = None,
         outlier_weight: Tensor | None = None,
     ) -> "Int8Weight":
-        """From the tensors of a checkpoint and its sidecar. Without a sidecar there are no outlier columns."""
+        """From the tensors of a checkpoint and its sidecar. Without a sidecar there are no outlier columns.
+
+        outlier_weight is (out_features, k) here, in any float dtype.
+        """
         if outlier_cols is None or outlier_weight is None:
             outlier_cols = torch.empty(0, dtype=torch.int64, device=data.device)
             outlier_weight = row_absmax.new_empty(data.shape[0], 0)
-        return cls(data, row_absmax, data.sum(dim=1, dtype=torch.int32), outlier_cols.long(), outlier_weight)
+        return cls(
+            data,
+            row_absmax / INT8_MAX,
+            _row_sums(data),
+            outlier_cols.long(),
+            outlier_weight.float().t().contiguous(),
+        )
+
+
+def _row_sums(data: Tensor) -> Tensor:
+    """int32 (out_features,). As a product: torch's own sum of int8 makes an int32 copy of all of it first."""
+    return int8_product(data.new_ones(1, data.shape[1]), data)[0].to(torch.int32)
 
 
 def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
@@ -72,16 +94,25 @@ def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
     `absmax` maps [-max|x|, max|x|] to [-127, 127] [eq. 1]; `zeropoint` maps [min(x, 0), max(x, 0)] to [-128, 127]
     with an offset, so that inputs which are not centred on zero use the whole range [eq. 2 to 5].
     """
-    values = inputs.float()
+    return _quantized_in_place(inputs.to(torch.float32, copy=True), scheme)
+
+
+def _quantized_in_place(values: Tensor, scheme: InputScheme, *, has_zero: bool = False) -> Int8Input:
+    """Quantize float32 (tokens, in_features), which are lost. `has_zero`: every token is known to hold a zero."""
+    low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # (tokens, 1)
     if scheme == "absmax":
-        step = values.abs().amax(dim=1) / INT8_MAX
+        step = torch.maximum(high, low.neg_()).div_(INT8_MAX)
         zero_point = torch.zeros_like(step)
+        scaled = values.div_(step.clamp_min(_SMALLEST))
     else:
-        low, high = values.amin(dim=1).clamp(max=0.0), values.amax(dim=1).clamp(min=0.0)
+        if not has_zero:
+            low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
         step = zero_point_step(low, high)
-        zero_point = torch.round(-128.0 - low / step).masked_fill_(step == 0, 0.0)
-    scaled = values / step.masked_fill(step == 0, 1.0)[:, None] + zero_point[:, None]
-    return Int8Input(scaled.round_().clamp_(-128, 127).to(torch.int8), step, zero_point)
+        divisor = step.clamp_min(_SMALLEST)  # a token of zeros has the step 0, and becomes its own zero point
+        zero_point = torch.rsub(low.div_(divisor), -128.0).round_()
+        scaled = torch.addcdiv(zero_point, values, divisor, out=values)
+    data = scaled.round_().clamp_(-128, 127).to(torch.int8)
+    return Int8Input(data, step.squeeze(1), zero_point.squeeze(1))
 
 
 def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
@@ -89,7 +120,7 @@ def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
 
     low <= 0 <= high, float32 of one shape. Both are halved first, which is exact except for subnormals.
     """
-    return (0.5 * high - 0.5 * low) / 127.5
+    return torch.sub(0.5 * high, low, alpha=0.5).div_(127.5)
 
 
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
@@ -102,9 +133,9 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
         return left.double() @ right.double().t()
     if left.shape[1] == 1:  # torch's product on CPU misreads a transposed (out, 1): see _row_major
         return left.int() * right.t()
-    left, right = _row_major(left), _row_major(right)
     if left.device.type != "cuda":
-        return torch._int_mm(left, right.t())
+        return cpu_product(_row_major(left), right if has_whole_rows(right) else _row_major(right))
+    left, right = _row_major(left), _row_major(right)
     tokens, out_features = left.shape[0], right.shape[0]
     left = _padded(left, max(tokens, _CUDA_MIN_ROWS), _multiple(left.shape[1]))
     right = _padded(right, _multiple(out_features), _multiple(right.shape[1]))
@@ -118,11 +149,18 @@ def vectorwise_linear(inputs: Int8Input, weight: Int8Weight) -> Tensor:
     times in float32: that number, the step of the weight, and two products. The relative error of the result is at most
     4 * 2^-24.
     """
-    product = int8_product(inputs.data, weight.data)
-    whole = torch.int32 if inputs.data.shape[1] <= _INT32_SAFE_OFFSET_FEATURES else torch.float64
-    offsets = inputs.zero_point.to(whole)[:, None] * weight.row_sums.to(whole)[None]
-    scaled = offsets.neg_().add_(product).float()
-    scaled *= (weight.row_absmax / INT8_MAX)[None]  # first: the product could overflow with the largest inputs
+    return _vectorwise(inputs, weight, offset=True)
+
+
+def _vectorwise(inputs: Int8Input, weight: Int8Weight, *, offset: bool) -> Tensor:
+    """`vectorwise_linear`; without `offset` all zero points are known to be 0."""
+    product = int8_product(inputs.data, weight.data)  # (tokens, out)
+    if offset:
+        whole = torch.int32 if inputs.data.shape[1] <= _INT32_SAFE_OFFSET_FEATURES else torch.float64
+        zero_points = inputs.zero_point.to(whole)[:, None]
+        product = torch.addcmul(product.to(whole), zero_points, weight.row_sums.to(whole), value=-1)
+    scaled = product.to(torch.float32)
+    scaled *= weight.step  # first: the product could overflow with the largest inputs
     scaled *= inputs.step[:, None]
     return scaled
 
@@ -133,12 +171,32 @@ def llm_int8_linear(inputs: Tensor, weight: Int8Weight, scheme: InputScheme) -> 
     The outlier columns of X are removed before a token's scale is computed, so that they do not enlarge it. They are
     multiplied by the exact columns of W in float32. [LLM.int8(), eq. 8, with stored columns]
     """
-    columns = weight.outlier_cols
+    columns, values = weight.outlier_cols, inputs.to(torch.float32, copy=True)
+    offset = scheme == "zeropoint"
     if not columns.numel():
-        return vectorwise_linear(quantize_tokens(inputs, scheme), weight)
-    regular = inputs.index_fill(1, columns, 0.0)
-    product = vectorwise_linear(quantize_tokens(regular, scheme), weight)
-    return product + inputs[:, columns].float() @ weight.outlier_weight.float().t()
+        return _vectorwise(_quantized_in_place(values, scheme), weight, offset=offset)
+    kept = values.index_select(1, columns)  # (tokens, k)
+    values.index_fill_(1, columns, 0.0)
+    product = _vectorwise(_quantized_in_place(values, scheme, has_zero=True), weight, offset=offset)
+    return product.addmm_(kept, weight.outlier_weight)
+
+
+def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
+    """The gradient of X from that of X Wᵀ (tokens, out_features): float32 (tokens, in_features).
+
+    Rounding has no gradient of use; it is taken as the identity. What is left is gradient @ W, W being the weight that
+    is stored: data * step, and exact in the outlier columns. Works on blocks of columns of W.
+    """
+    gradient = gradient.to(torch.float32)
+    out_features, in_features = weight.data.shape
+    result = gradient.new_empty(gradient.shape[0], in_features)
+    width = max(1, _BLOCK_ELEMENTS // max(1, out_features))
+    for start in range(0, in_features, width):
+        part = slice(start, start + width)
+        result[:, part] = gradient @ (weight.data[:, part].float() * weight.step[:, None])
+    if weight.outlier_cols.numel():
+        result.index_copy_(1, weight.outlier_cols, gradient @ weight.outlier_weight.t())
+    return result
 
 
 def _row_major(matrix: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from int8cli.errors import MissingTransformersError
 from int8cli.loaders.transformers_versions import OLDEST_THAT_RUNS, release
@@ -22,6 +24,20 @@ def require_transformers() -> None:
             f"running a model needs {error.name}, which is not installed",
             hint="pip install 'int8cli[calibrate]'.",
         ) from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """transformers' own bars stay away: they write over ours, and come out as one long line in a log."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def require_version() -> None:

@@ -1,6 +1,5 @@
 """The small files that transformers reads from a directory: config and tokenizer."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,12 +24,6 @@ def model_files(source: Source, weights: WeightFiles) -> Iterator[Path]:
         for name in names:
             if source.size_bytes(name) <= _LIMIT_BYTES:
                 with source.fetch(name) as local:
-                    _link_or_copy(local.path, directory / name)
+                    # A hard link would be quicker, and would change the time that tells of changes of the source.
+                    shutil.copyfile(local.path, directory / name)
         yield directory
-
-
-def _link_or_copy(original: Path, place: Path) -> None:
-    try:
-        os.link(original.resolve(), place)
-    except OSError:  # on another disk
-        shutil.copyfile(original, place)

@@ -50,12 +50,16 @@ class LoadedUnit:
         self.unit = unit
         self.module: nn.Module = skeleton.module(unit)
         self.done = False
+        self.limits = False  # whether the unit limits values (clip_qkv): one run cannot prove what happens at the limit
         self._model = skeleton.model
         self._waiting = waiting
         self._forwards = forwards
         self._device = device
         self._pass_on = pass_on
         head = skeleton.output_head()
+        self._weight_name = skeleton.weight_name
+        self._example: UnitCall | None = None
+        self._modules: dict[nn.Module, str] = {module: name for name, module in self.module.named_modules()}
         self._names = {
             module: skeleton.weight_name(f"{unit.name}.{name}" if name else unit.name)
             for name, module in linears_of(self.module).items()
@@ -74,9 +78,11 @@ class LoadedUnit:
         on_input: Observer | None = None,
         on_linear_output: Observer | None = None,
         on_output: Callable[[Any], None] | None = None,
+        repeatable: bool = False,
     ) -> tuple[Site, ...]:
         """Run every sequence through the unit and return the sites found.
 
+        `repeatable`: keep the input of the first sequence, so that `again` can run it once more.
         `order` is a sort key for the sequences' numbers; by default they run in their given order.
         on_sequence(number): before each sequence.
         on_input(site's name, x): once for each input (…, positions, in_features), however many linears share it.
@@ -93,8 +99,12 @@ class LoadedUnit:
             for turn, sequence in enumerate(sorted(self._waiting, key=order)):
                 if on_sequence is not None:
                     on_sequence(sequence)
-                output = self._compute(self._waiting.pop(sequence), finder if turn == 0 else None)
+                call = self._waiting.pop(sequence)
+                if turn == 0 and repeatable:
+                    self._example = _copied(call)
+                output = self._compute(call, finder if turn == 0 else None)
                 if turn == 0:
+                    self.limits = finder.limits
                     sites = tuple(self._site(*found) for found in finder.found())
                     del finder
                     for linear in (self.linears[site.name] for site in sites):
@@ -105,6 +115,19 @@ class LoadedUnit:
                 self._pass_on(sequence, output)
                 del output  # it may be large, and the sequence no longer needs it here
         return sites
+
+    def again(self) -> Any:
+        """The output of the unit, with its weights as they are now, for the sequence that `run` kept."""
+        assert self._example is not None, "run(repeatable=True) comes first"
+        return self._compute(_copied(self._example), None)
+
+    def module_of(self, name: str) -> nn.Module:
+        """The norm or the linear of this name in the checkpoint."""
+        return next(module for module in self._modules if self._name_of(module) == name)
+
+    def _name_of(self, module: nn.Module) -> str:
+        inner = self._modules[module]
+        return self._weight_name(f"{self.unit.name}.{inner}" if inner else self.unit.name)
 
     @contextmanager
     def changed(self, change: Callable[[str, Forward], Forward]) -> Iterator[None]:
@@ -129,9 +152,10 @@ class LoadedUnit:
 
         return observe
 
-    def _site(self, kind: Kind, in_features: int, linears: list[nn.Module]) -> Site:
+    def _site(self, kind: Kind, in_features: int, linears: list[nn.Module], norm: nn.Module | None) -> Site:
         names = tuple(self._names[linear] for linear in linears)
-        return Site(names[0], names, kind, self.unit.stack, self.unit.index, in_features)
+        norm_name = None if norm is None else self._name_of(norm)
+        return Site(names[0], names, kind, self.unit.stack, self.unit.index, in_features, norm_name)
 
     def _compute(self, call: UnitCall, finder: SiteFinder | None) -> Any:
         """The unit's output for one sequence, computed on the device of its weights. HeadReachedError is returned."""
@@ -157,3 +181,9 @@ class LoadedUnit:
             if is_norm(self.module) or (finder is not None and finder.made_by_norm(tensor)):
                 mark(tensor)
         return map_tensors(output, lambda tensor: moved_to(tensor, self._device))
+
+
+def _copied(call: UnitCall) -> UnitCall:
+    """The same call with tensors of its own: a block may add to its input in place."""
+    args, kwargs = map_tensors((call.args, call.kwargs), lambda tensor: tensor.clone())
+    return UnitCall(call.unit, args, kwargs)

@@ -10,6 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from int8cli.errors import CannotRunError
+
+_MODULES_AT_LEAST = 10_000
+_MODULES_A_TENSOR = 16
 
 
 @contextlib.contextmanager
@@ -20,6 +27,28 @@ def laid_out(model_class: Any, dtype: torch.dtype) -> Iterator[None]:
         for context in model_class.get_init_context(*(dtype, False, False, None)[:count]):
             stack.enter_context(context)
         yield
+
+
+@contextlib.contextmanager
+def as_large_as(tensors: int) -> Iterator[None]:
+    """Raise CannotRunError where a model is built that is too large for a checkpoint of so many tensors.
+
+    Each number of a config can ask for a model without end. A module has a tensor or holds others; what has none, as
+    activations and dropout, comes a few times in a block.
+    """
+    left = _MODULES_AT_LEAST + _MODULES_A_TENSOR * tensors
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise CannotRunError(f"config.json describes a model with far more parts than the {tensors:,} tensors here")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def initialize(model: Any, names: set[str]) -> None:

@@ -37,6 +37,19 @@ def available_bytes(device: str) -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
+def peak_bytes(device: str) -> int | None:
+    """The most memory that this process has had resident, or torch has taken of the GPU; None if unknown."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def _machine_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():

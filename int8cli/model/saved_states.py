@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.lock import lock_or_close
-from int8cli.checkpoint.own_files import create_file, opened_directory, remove_tree
+from int8cli.checkpoint.lock import lock_by_name
+from int8cli.checkpoint.own_files import create_file, open_or_create, opened_directory, remove_file, remove_tree
 from int8cli.checkpoint.writer import write_file
-from int8cli.errors import CheckpointError, SavedStateError, UnsupportedModelError
+from int8cli.errors import CheckpointError, OutputError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
 from int8cli.progress import Progress
 from int8cli.typed_json import parse_json, read_as
@@ -54,13 +54,15 @@ class SavedStates:
     identifies the run: if the directory has the state of another run, that is deleted.
     """
 
-    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, Any], below: Path | None = None) -> None:
+        """Links are followed up to `below`, the directory above this one unless given, and none after it."""
         self._directory = directory
+        self.below = below or directory.parent
         self._identity = json.loads(json.dumps(dict(identity)))
         self._finished: list[str] = []
         self._latest: dict[str, str] = {}
         self._usable = True
-        self._lock = _lock(directory)
+        self._lock = _lock(directory, self.below)
         self._read_record()
         self.resumed = bool(self._finished)
         if not self.resumed:
@@ -89,7 +91,7 @@ class SavedStates:
         path = self._path(_key(block, visit), sequence)
         marks = [is_marked(tensor) for tensor in tensors_in(output)]
         owned = map_tensors(output, lambda tensor: tensor.detach().cpu().clone())
-        _save({"output": owned, "marks": marks}, path, self._directory.parent)
+        _save({"output": owned, "marks": marks}, path, self.below)
         del owned
         return output if any(tensor.device.type != "cpu" for tensor in tensors_in(output)) else self._load(path)
 
@@ -105,9 +107,9 @@ class SavedStates:
         self._finished.append(_key(block, visit))
         self._latest[stack] = _key(block, visit)
         record = {"identity": self._identity, "finished": self._finished, "latest": self._latest}
-        write_file(self._directory / _RECORD, json.dumps(record).encode(), below=self._directory.parent)
+        write_file(self._directory / _RECORD, json.dumps(record).encode(), below=self.below)
         if before is not None:
-            remove_tree(self._directory / before, self._directory.parent)
+            remove_tree(self._directory / before, self.below)
 
     def abandon(self) -> None:
         """Delete everything and stop saving."""
@@ -119,16 +121,16 @@ class SavedStates:
         if self._lock < 0:
             return
         if not self._directory.exists():
-            _lock_file(self._directory).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # it holds other files
-                self._directory.parent.rmdir()
+            with contextlib.suppress(OSError, OutputError):
+                remove_file(_lock_file(self._directory), self.below)
+                self._directory.parent.rmdir()  # unless it holds other files
         os.close(self._lock)
         self._lock = -1
 
     def clear(self) -> None:
         """Delete everything that is saved."""
         self._finished, self._latest = [], {}
-        remove_tree(self._directory, self._directory.parent)
+        remove_tree(self._directory, self.below)
 
     def _path(self, key: str, sequence: int) -> Path:
         return self._directory / key / f"{sequence}.pt"
@@ -214,17 +216,16 @@ class _WatchedFile:
             raise self._error
 
 
-def _lock(directory: Path) -> int:
+def _lock(directory: Path, below: Path) -> int:
     """Lock the directory for this process. Raises OutputInUseError if another process has it."""
-    with disk_errors(directory):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(_lock_file(directory), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    lock_or_close(
-        descriptor,
-        f"another int8cli process is running this model and uses {directory}",
-        "Wait for it to end, or choose another directory.",
-    )
-    return descriptor
+    file = _lock_file(directory)
+
+    def open_file() -> int:
+        with disk_errors(directory), opened_directory(file.parent, below, make=True) as parent:
+            return open_or_create(file.name, parent)
+
+    in_use = f"another int8cli process is running this model and uses {directory}"
+    return lock_by_name(file, open_file, in_use, "Wait for it to end, or choose another directory.")
 
 
 def _lock_file(directory: Path) -> Path:

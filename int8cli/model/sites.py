@@ -19,6 +19,8 @@ Kind = Literal["norm-fed", "attention output", "second feed-forward"]
 # Products of activations by activations. Everything between them and the next linear is elementwise.
 _MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "einsum"})
 _LINEAR = frozenset({"linear", "addmm"})
+# Functions that are the identity on most values. A run that reaches no limit cannot tell them from it.
+_LIMITING = frozenset({"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "hardtanh", "hardtanh_", "relu6"})
 _NORM_MARK = "_int8cli_made_by_norm"
 
 
@@ -26,7 +28,8 @@ _NORM_MARK = "_int8cli_made_by_norm"
 class Site:
     """An input that one or more linear layers of a unit share. `linears` are their names in the checkpoint.
 
-    `name` is the first of them; `stack` and `layer` are those of the unit.
+    `name` is the first of them; `stack` and `layer` are those of the unit. `norm` is the name of the norm in the unit
+    that wrote the input, if one did.
     """
 
     name: str
@@ -35,12 +38,14 @@ class Site:
     stack: str | None
     layer: int | None
     in_features: int
+    norm: str | None = None
 
 
 @dataclass(slots=True)
 class _Found:
     kind: Kind
     in_features: int
+    norm: nn.Module | None
     linears: list[nn.Module] = field(default_factory=list)
 
 
@@ -67,9 +72,10 @@ class SiteFinder:
         self._on_input = on_input
         self._found: dict[tuple[object, ...], _Found] = {}
         self._is_first: dict[nn.Module, bool] = {}  # linears called so far: whether each is the first of its site
-        self._norm_made: set[int] = set()
+        self._norm_made: dict[int, nn.Module | None] = {}  # memory, and the norm of this unit that wrote it
         self._weights: set[int] = set()
         self._mixed = False
+        self.limits = False  # whether the run called a function that limits values
         self._alive: list[Tensor] = []  # keeps memory from being reused while its addresses are compared
 
     @contextmanager
@@ -77,7 +83,7 @@ class SiteFinder:
         """Observe these linears while the module that holds them runs once with these arguments."""
         for tensor in tensors_in(arguments):
             if is_marked(tensor):
-                self._norm_made.add(_memory(tensor))
+                self._norm_made[_memory(tensor)] = None
         self._weights = {_memory(parameter) for parameter in module.parameters()}
         with ExitStack() as stack:
             stack.enter_context(_Products(self))
@@ -88,10 +94,10 @@ class SiteFinder:
                 stack.callback(linear.register_forward_pre_hook(self._before_linear).remove)
             yield
 
-    def found(self) -> Iterator[tuple[Kind, int, list[nn.Module]]]:
-        """Kind, in_features and linears of each site, in the order in which they were first called."""
+    def found(self) -> Iterator[tuple[Kind, int, list[nn.Module], nn.Module | None]]:
+        """Kind, in_features, linears and norm of each site, in the order in which they were first called."""
         for site in self._found.values():
-            yield site.kind, site.in_features, site.linears
+            yield site.kind, site.in_features, site.linears, site.norm
 
     def made_by_norm(self, tensor: Tensor) -> bool:
         """Whether a norm wrote the memory of a tensor. Valid only while the tensors of the run are alive."""
@@ -104,7 +110,7 @@ class SiteFinder:
     def _after_norm(self, module: nn.Module, inputs: object, output: object) -> None:
         for tensor in tensors_in(output):
             self._alive.append(tensor)
-            self._norm_made.add(_memory(tensor))
+            self._norm_made[_memory(tensor)] = module
 
     def _before_linear(self, linear: nn.Module, inputs: tuple[Any, ...]) -> None:
         x: Tensor = inputs[0]
@@ -113,7 +119,7 @@ class SiteFinder:
             self._is_first[linear] = key not in self._found
             if key not in self._found:
                 self._alive.append(x)
-                self._found[key] = _Found(self._kind(x), x.shape[-1])
+                self._found[key] = _Found(self._kind(x), x.shape[-1], self._norm_made.get(_memory(x)))
             self._found[key].linears.append(linear)
         if self._is_first[linear] and self._on_input is not None:
             self._on_input(linear, x)
@@ -136,6 +142,8 @@ class _Products(TorchFunctionMode):
     ) -> Any:
         name = getattr(func, "__name__", "")
         result = func(*args, **(kwargs or {}))
+        if name in _LIMITING:
+            self._finder.limits = True
         if name in _LINEAR or name in _MIXING:
             self._finder.multiplied(args, by_weights=name in _LINEAR)
         return result

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CannotRunError, CheckpointError
+from int8cli.errors import CannotRunError, CheckpointError, Int8cliError
 from int8cli.model.config import dtype_of, model_class_of, read_config
-from int8cli.model.loading import conversions_of, initialize, laid_out, load_weights, name_targets
+from int8cli.model.loading import as_large_as, conversions_of, initialize, laid_out, load_weights, name_targets
 from int8cli.model.units import Unit, find_units, resident_weights
 
 _RESIDENT_TABLE_BYTES = 16 << 20
@@ -141,9 +141,11 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     model_class = model_class_of(config)
     dtype = dtype_of(config, specs)
     try:
-        with laid_out(model_class, dtype):
+        with as_large_as(len(specs)), laid_out(model_class, dtype):
             model = model_class(config)
         initialize(model, _computed_weights(model))
+    except Int8cliError:
+        raise
     except Exception as error:  # a model class may raise anything for an unusual config
         raise CannotRunError(
             f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}"

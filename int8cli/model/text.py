@@ -8,10 +8,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
-
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.source import Source
 from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
@@ -19,6 +20,8 @@ from int8cli.model.sampling import Sampling
 _PUT_FILES = "Put the tokenizer files (tokenizer.json) in the directory of the weights."
 _BYTES_A_TOKEN = 64  # more than any tokenizer needs; the rest of a longer text is not read
 _LEAST_BYTES = 1 << 20
+_MOST_SPECIAL_TOKENS = 16  # what a tokenizer puts around a text
+_LONGEST_MESSAGE = 1000
 _PROBE = "The quick brown fox"
 
 
@@ -33,6 +36,11 @@ class Text:
     @classmethod
     def decode(cls, name: str, data: bytes) -> "Text":
         """Raises TextError if the bytes are not UTF-8, or only white space."""
+        if b"\0" in data:
+            raise TextError(
+                f"{name} is not text: byte 0x00 at offset {data.index(0):,}",
+                hint="Give a file of plain UTF-8 text.",
+            )
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -67,7 +75,7 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
     """
     tokenizer = load_tokenizer(directory)
     before, after = _special_tokens(tokenizer)
-    length = min(sampling.sequence_length, _longest(config, sampling.sequence_length))
+    length = _length(config, sampling)
     body = length - len(before) - len(after)
     if body < 1:
         raise TextError(f"sequences of {length} tokens are too short for text and the special tokens of this tokenizer")
@@ -85,6 +93,26 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
     return [_inputs([*before, *piece, *after], config) for piece in pieces]
 
 
+def require_bytes_for_a_sequence(text: Text, source: Source, sampling: Sampling) -> None:
+    """Raise TextError for a text of fewer bytes than a sequence has tokens: a tokenizer makes one of each byte at most.
+
+    Needs no tokenizer, and tells at once what `sequences_of` would tell after the import of transformers.
+    """
+    config = SimpleNamespace(**read_config(source)) if CONFIG_FILE in source.list_files() else None
+    length, size = _length(config, sampling), len(text.text.encode(errors="surrogatepass"))
+    if size < length - _MOST_SPECIAL_TOKENS:
+        raise TextError(
+            f"{text.name} has {size:,} bytes, too few for a sequence of {length:,} tokens",
+            hint="Give a longer text, or use shorter sequences.",
+        )
+
+
+def _length(config: Any, sampling: Sampling) -> int:
+    """Tokens of a sequence: no more than the model takes, nor than are wanted in all."""
+    wanted = max(2, min(sampling.sequence_length, sampling.tokens))
+    return min(wanted, _longest(config, wanted))
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The directory's tokenizer, never with its own code. Raises CannotRunError if there is none."""
     require_transformers()
@@ -94,7 +122,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         has_words, returns_tokens = _has_words(tokenizer), bool(tokenizer(_PROBE)["input_ids"])
     except Exception as error:  # damaged or missing tokenizer files may raise anything
-        raise CannotRunError(f"the tokenizer cannot be loaded: {_first_line(error)}", hint=_PUT_FILES) from error
+        raise CannotRunError(f"the tokenizer cannot be loaded: {_in_a_line(error)}", hint=_PUT_FILES) from error
     if not has_words:
         raise CannotRunError("the tokenizer cannot be loaded: it has no vocabulary", hint=_PUT_FILES)
     if not returns_tokens:
@@ -131,7 +159,9 @@ def _offset_positions(config: Any) -> bool:
 
 
 def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
-    """A forward's arguments. The decoder of an encoder-decoder gets the same text, shifted by its start token."""
+    """A forward's arguments. A decoder beside an encoder gets the same text, shifted by its start token."""
+    import torch
+
     tokens = torch.tensor([list(ids)])
     if not getattr(config, "is_encoder_decoder", False):
         return {"input_ids": tokens, "use_cache": False}
@@ -147,5 +177,7 @@ def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "decoder_input_ids": shifted, "use_cache": False}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _in_a_line(error: Exception) -> str:
+    """All that an error says, in one line; of a very long one the start."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= _LONGEST_MESSAGE else f"{words[: _LONGEST_MESSAGE - 1]}…"

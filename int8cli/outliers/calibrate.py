@@ -25,10 +25,11 @@ from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.statistics import OutlierStatistics, Provenance, SiteStatistics
 from int8cli.outliers.statistics_file import load_statistics, save_statistics
+from int8cli.outliers.unit_smoothing import UnitSmoother
 from int8cli.outliers.unit_watch import UnitWatch
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.progress import Progress
-from int8cli.results.units import human_bytes
+from int8cli.results.units import human_bytes, told_apart
 
 TASK = "calibrate"
 
@@ -38,16 +39,20 @@ class CalibrateOptions:
     """How to calibrate.
 
     `state_directory` is for the state between blocks; None keeps it in memory. The directory is removed at the end
-    unless `leave_state` is set: then the same call finishes at once. With `stored_columns`, the output error of each
-    linear is measured, in int8 alone and with that many columns exact.
+    unless `leave_state` is set: then the same call finishes at once. Links are followed up to `state_below`, by default
+    the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
+    alone and with that many columns exact. With `smooth`, the smoothing of each site is found and proved, which takes
+    about as long as the rest.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
     threshold: float = THRESHOLD
     device: str = "cpu"
     state_directory: Path | None = None
+    state_below: Path | None = None
     leave_state: bool = False
     stored_columns: int = 0
+    smooth: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +107,11 @@ class Calibration:
         self._require_memory(skeleton)
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
+        self._smoother = UnitSmoother() if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        self._saved = SavedStates(options.state_directory, identity) if options.state_directory else None
+        identity |= {"smooth": True} if options.smooth else {}
+        below = options.state_below
+        self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 
     @classmethod
     @contextmanager
@@ -112,7 +120,7 @@ class Calibration:
     ) -> "Iterator[Calibration]":
         """A calibration of a surveyed source. Its state directory is locked while the context is open."""
         with model_files(source, survey.weights) as directory:
-            calibration = cls(source, survey.shards, directory, text, options, progress)
+            calibration = cls(source, survey.source_shards, directory, text, options, progress)
             try:
                 yield calibration
             finally:
@@ -162,7 +170,9 @@ class Calibration:
         if unit.is_block:
             self._progress.advance(TASK, unit.name, 0)
         if unit.name not in watches:
-            watches[unit.name] = UnitWatch(loaded, self._options.threshold, self._options.stored_columns)
+            watches[unit.name] = UnitWatch(
+                loaded, self._options.threshold, self._options.stored_columns, self._smoother
+            )
 
         def on_sequence() -> None:
             if unit.is_block:
@@ -181,7 +191,8 @@ class Calibration:
     def _save(self, unit: str, sites: tuple[SiteStatistics, ...]) -> None:
         """Called before the engine records that a block is finished, so a finished block always has statistics."""
         if self._saved is not None:
-            save_statistics(OutlierStatistics(self._provenance, sites), self._saved.directory / f"{unit}.safetensors")
+            path = self._saved.directory / f"{unit}.safetensors"
+            save_statistics(OutlierStatistics(self._provenance, sites), path, below=self._saved.below)
 
     def _recalled(self) -> Iterator[tuple[str, tuple[SiteStatistics, ...]]]:
         for unit in self._saved.finished if self._saved else ():
@@ -216,9 +227,10 @@ class Calibration:
         needed = block_bytes + activations + whole_files
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
+            wanted, free = told_apart(needed, available)
             raise NotEnoughMemoryError(
-                f"one block needs {human_bytes(needed)} ({human_bytes(block_bytes)} of weights, "
-                f"{human_bytes(needed - block_bytes)} of working memory), {human_bytes(available)} free",
+                f"one block needs {wanted} ({human_bytes(block_bytes)} of weights, "
+                f"{human_bytes(needed - block_bytes)} of working memory), {free} free",
                 hint="Free some memory, or use shorter sequences.",
             )
 

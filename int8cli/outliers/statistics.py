@@ -39,11 +39,34 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledRows:
+    """A tensor of the checkpoint whose rows (out_features, or elements of a norm) are multiplied by 2^exponents.
+
+    exponents: int8 (rows,).
+    """
+
+    tensor: str
+    exponents: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSmoothing:
+    """The exact smoothing of a site: inputs divided by 2^exponents, columns of its linears multiplied by them.
+
+    exponents: int8 (in_features,), chosen with `alpha`. `scaled` are the tensors that make the divided input.
+    """
+
+    exponents: Tensor
+    alpha: float
+    scaled: tuple[ScaledRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class LinearStatistics:
     """A linear layer: its shape, ||dW_:j||² by input column (in,), ||W||², and the measured E||X Wᵀ||² without bias.
 
     If the layer was also run in int8: the columns that were exact, and its relative output error without and with
-    them.
+    them. `smoothed_stored` are the columns worth storing once its site is smoothed.
     """
 
     name: str
@@ -55,13 +78,15 @@ class LinearStatistics:
     stored: tuple[int, ...] = ()
     measured_error: float | None = None
     measured_error_stored: float | None = None
+    smoothed_stored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class SiteStatistics:
     """An input that `linears` share. `kind` is one of the four names above; a residual site has no linears.
 
-    `stack` and `layer` say which block it is in. Both are None outside the blocks.
+    `stack` and `layer` say which block it is in. Both are None outside the blocks. `smoothing` is there if the
+    calibration looked for one, and found and proved it; the other figures are those of the unsmoothed model.
     """
 
     name: str
@@ -70,6 +95,7 @@ class SiteStatistics:
     layer: int | None
     inputs: InputSummary
     linears: tuple[LinearStatistics, ...]
+    smoothing: SiteSmoothing | None = None
 
     def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, exact: tuple[int, ...] = ()) -> float:
         """Relative output error of one of the linears with int8 weights and, if `int8_inputs`, int8 inputs by row."""

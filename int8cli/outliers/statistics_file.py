@@ -1,8 +1,9 @@
 """The .safetensors file that stores the statistics of a calibration.
 
 Owns its format. Each site has the tensors `<site>.minimum`, `.maximum`, `.absmax_later`, `.absmax_position`,
-`.mean_square` and `.share_over`, and each linear layer has `<linear>.weight_error`. Everything else, including model,
-revision and text, is one JSON document in the metadata.
+`.mean_square` and `.share_over`, and each linear layer has `<linear>.weight_error`. A smoothed site has
+`.smooth_exponents`, and `.smooth_exponents.<tensor>` for each tensor whose rows are scaled. Everything else, including
+model, revision and text, is one JSON document in the metadata.
 """
 
 import json
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,7 +20,15 @@ from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import StatisticsFileError
 from int8cli.llm_int8.inputs import InputSummary
-from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, Provenance, SiteStatistics
+from int8cli.llm_int8.smoothing import MAX_EXPONENT
+from int8cli.outliers.statistics import (
+    LinearStatistics,
+    OutlierStatistics,
+    Provenance,
+    ScaledRows,
+    SiteSmoothing,
+    SiteStatistics,
+)
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as, shown
 
 STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
@@ -28,15 +38,15 @@ _BY_DIMENSION = ("minimum", "maximum", "absmax_later", "absmax_position", "mean_
 _BY_SITE = ("positions", "mean_squared_rowmax", "median")
 
 
-def save_statistics(statistics: OutlierStatistics, path: Path) -> None:
-    """Write a statistics file, whole or not at all. Raises OutputError."""
+def save_statistics(statistics: OutlierStatistics, path: Path, *, below: Path | None = None) -> None:
+    """Write a statistics file, whole or not at all; `below` as in `write_file`. Raises OutputError."""
     document = {
         "schema": STATISTICS_SCHEMA,
         "provenance": _fields(statistics.provenance),
         "sites": [_site_to_json(site) for site in statistics.sites],
     }
     tensors = dict(_tensors(statistics))
-    write_file(path, serialize(tensors, {_KEY: json.dumps(document)}))
+    write_file(path, serialize(tensors, {_KEY: json.dumps(document)}), below=below)
 
 
 def load_statistics(path: Path) -> OutlierStatistics:
@@ -71,6 +81,15 @@ class _LinearFields:
     stored: tuple[int, ...] = ()
     measured_error: float | None = None
     measured_error_stored: float | None = None
+    smoothed_stored: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _SmoothingFields:
+    """A site's smoothing in the document. The exponents are tensors of the file."""
+
+    alpha: float
+    scaled: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +104,7 @@ class _SiteFields:
     mean_squared_rowmax: float
     median: float
     linears: tuple[_LinearFields, ...]
+    smoothing: _SmoothingFields | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +135,33 @@ def _site(place: str, site: _SiteFields, tensor: Callable[[str], Tensor], thresh
         linears = tuple(
             _linear(f"linears[{index}]", linear, tensor, inputs.features) for index, linear in enumerate(site.linears)
         )
-    return SiteStatistics(site.name, site.kind, site.stack, site.layer, inputs, linears)
+        smoothing = _smoothing(site, tensor, inputs.features)
+    return SiteStatistics(site.name, site.kind, site.stack, site.layer, inputs, linears, smoothing)
+
+
+def _smoothing(site: _SiteFields, tensor: Callable[[str], Tensor], features: int) -> SiteSmoothing | None:
+    if site.smoothing is None:
+        return None
+    exponents = _exponents(tensor, _smooth_name(site.name))
+    if len(exponents) != features:
+        raise InvalidJsonError(f"{_smooth_name(site.name)} has {len(exponents)} values, not {features}")
+    scaled = (ScaledRows(name, _exponents(tensor, _scaled_name(site.name, name))) for name in site.smoothing.scaled)
+    return SiteSmoothing(exponents, site.smoothing.alpha, tuple(scaled))
+
+
+def _exponents(tensor: Callable[[str], Tensor], name: str) -> Tensor:
+    found = _vector(tensor, name)
+    if found.dtype != torch.int8 or (found.numel() and int(found.abs().max()) > MAX_EXPONENT):
+        raise InvalidJsonError(f"{name} is not made of exponents from -{MAX_EXPONENT} to {MAX_EXPONENT}")
+    return found
+
+
+def _smooth_name(site: str) -> str:
+    return f"{site}.smooth_exponents"
+
+
+def _scaled_name(site: str, tensor: str) -> str:
+    return f"{site}.smooth_exponents.{tensor}"
 
 
 def _linear(place: str, linear: _LinearFields, tensor: Callable[[str], Tensor], features: int) -> LinearStatistics:
@@ -143,6 +189,10 @@ def _tensors(statistics: OutlierStatistics) -> Iterator[tuple[str, Tensor]]:
             yield f"{site.name}.{name}", getattr(site.inputs, name).contiguous()
         for linear in site.linears:
             yield f"{linear.name}.weight_error", linear.weight_error.contiguous()
+        if site.smoothing is not None:
+            yield _smooth_name(site.name), site.smoothing.exponents
+            for scaled in site.smoothing.scaled:
+                yield _scaled_name(site.name, scaled.tensor), scaled.exponents
 
 
 def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
@@ -152,11 +202,19 @@ def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
         "stack": site.stack,
         "layer": site.layer,
         **{name: getattr(site.inputs, name) for name in _BY_SITE},
-        "linears": [
-            {name: value for name, value in _fields(linear).items() if name != "weight_error"}
-            for linear in site.linears
-        ],
+        "linears": [_linear_to_json(linear) for linear in site.linears],
+        **({"smoothing": _smoothing_to_json(site.smoothing)} if site.smoothing is not None else {}),
     }
+
+
+def _linear_to_json(linear: LinearStatistics) -> dict[str, Any]:
+    fields = _fields(linear)
+    left_out = {"weight_error"} | (set() if linear.smoothed_stored else {"smoothed_stored"})
+    return {name: value for name, value in fields.items() if name not in left_out}
+
+
+def _smoothing_to_json(smoothing: SiteSmoothing) -> dict[str, Any]:
+    return {"alpha": smoothing.alpha, "scaled": [scaled.tensor for scaled in smoothing.scaled]}
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ or saved state.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,9 +18,11 @@ from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInpu
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
 from int8cli.llm_int8.quantize import NonFiniteWeightError
+from int8cli.llm_int8.smoothing import smoothed_summary
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, first_hidden, weight_of
-from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteStatistics
+from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteSmoothing, SiteStatistics
+from int8cli.outliers.unit_smoothing import UnitSmoother
 
 _STEP_ELEMENTS = 1 << 22
 # How many positions of the last sequence, evenly spaced, are used to measure the error of a linear in int8.
@@ -30,13 +32,16 @@ _EXAMPLES = 128
 class UnitWatch:
     """Measures one unit. If a unit is called several times in a forward pass, measures over all calls."""
 
-    def __init__(self, loaded: LoadedUnit, threshold: float, stored_columns: int = 0) -> None:
+    def __init__(
+        self, loaded: LoadedUnit, threshold: float, stored_columns: int = 0, smoother: UnitSmoother | None = None
+    ) -> None:
         """A value of magnitude `threshold` or more is an outlier.
 
         With `stored_columns`, the output error of each linear is measured, in int8 alone and with that many columns
-        exact.
+        exact. With a `smoother`, the sites of a block are smoothed, where a fold is proved.
         """
         self._threshold, self._stored_columns = threshold, stored_columns
+        self._smoother, self._runs = smoother, 0
         self._unit = loaded.unit
         self._inputs: dict[str, InputStatistics] = {}
         self._residual: InputStatistics | None = None
@@ -56,18 +61,54 @@ class UnitWatch:
             self._take_residual(output)
             on_sequence()
 
-        sites = loaded.run(on_input=self._take_input, on_linear_output=self._take_linear_output, on_output=take_output)
+        self._runs += 1
+        smoother = self._smoother if self._unit.is_block and self._runs == 1 else None
+        sites = loaded.run(
+            on_input=self._take_input,
+            on_linear_output=self._take_linear_output,
+            on_output=take_output,
+            repeatable=smoother is not None,
+        )
         found = [self._site(site, loaded.linears) for site in sites]
+        if smoother is not None:
+            found = self._smoothed(smoother, loaded, sites, found)
         if self._residual is not None:
             unit = self._unit
             summary = self._residual.summary()
             found.append(SiteStatistics(unit.name, RESIDUAL, unit.stack, unit.index, summary, ()))
         return tuple(found)
 
+    def _smoothed(
+        self, smoother: UnitSmoother, loaded: LoadedUnit, sites: Sequence[Site], found: Sequence[SiteStatistics]
+    ) -> list[SiteStatistics]:
+        """The sites with what smooths them, and with the columns that are worth storing after that."""
+        inputs = {site.name: site.inputs for site in found}
+        with smoother.smoothed(loaded, sites, inputs, self._examples) as smoothing:
+            return [self._after(site, smoothing.get(site.name), loaded.linears) for site in found]
+
+    def _after(
+        self, site: SiteStatistics, smoothing: SiteSmoothing | None, modules: Mapping[str, nn.Module]
+    ) -> SiteStatistics:
+        """A site, with its linears smoothed now."""
+        if smoothing is None:
+            return site
+        summary, linears = smoothed_summary(site.inputs, smoothing.exponents), site.linears
+        if self._stored_columns:
+            linears = tuple(
+                dataclasses.replace(
+                    linear,
+                    smoothed_stored=choose_columns(
+                        summary, column_errors(weight_of(modules[linear.name]))[0].cpu(), self._stored_columns
+                    ),
+                )
+                for linear in linears
+            )
+        return dataclasses.replace(site, smoothing=smoothing, linears=linears)
+
     def _take_input(self, name: str, x: Tensor) -> None:
         with _naming(f"{name}: its input"):
             self._statistics(name, x).update(x)
-        if self._stored_columns:
+        if self._stored_columns or self._smoother is not None:
             rows = x.detach().reshape(-1, x.shape[-1])
             self._examples[name] = rows[:: max(1, rows.shape[0] // _EXAMPLES)][:_EXAMPLES].clone()
 
@@ -137,7 +178,7 @@ def _naming(what: str) -> Iterator[None]:
         yield
     except NonFiniteInputError as error:
         raise NonFiniteRunError(
-            f"{what} holds {error.value} at position {error.position:,}, dimension {error.dimension:,}",
+            f"{what} contains {error.value} at position {error.position:,}, dimension {error.dimension:,}",
             hint="The model overflows there, or a weight before it is damaged.",
         ) from error
 
@@ -148,7 +189,7 @@ def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:
         errors, sum_squares = column_errors(weight)
     except NonFiniteWeightError as error:
         raise NonFiniteRunError(
-            f"{name}: its weight holds {error.value} in input column {error.column:,}",
+            f"{name}: its weight contains {error.value} in input column {error.column:,}",
             hint="The checkpoint is damaged there: download the file again.",
         ) from error
     return LinearStatistics(name, weight.shape[0], weight.shape[1], errors.cpu(), sum_squares, 0.0)

@@ -17,6 +17,7 @@ NOT_A_MATRIX = "not a matrix"
 NOT_A_WEIGHT = "a parameter that is no layer's weight"
 EMPTY = "empty"
 EMBEDDING = "embedding"
+MAYBE_EMBEDDING = "embedding, by its name"  # a linear layer may go by it too
 HEAD = "output head"
 TIED_HEAD = "output head, tied with the embedding"
 TIED = "tied with another layer"
@@ -29,10 +30,19 @@ FLOAT32_ALWAYS = "always kept in float32 by transformers"  # in a bfloat16 model
 SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
 MISREAD = "named so that transformers 5.0 would not load it in int8"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
+LOADER_FLOAT = "not supported in int8 by the loaders of this layout"
 UNKNOWN = "not recognised as a linear layer"
 SKIPPED = "left alone by --skip"
 NOT_NAMED = "not named by --only"
 NON_FINITE = "holds NaN or infinity"
+
+# These are linear layers all the same.
+LINEAR_LEFT_ALONE = frozenset(
+    {
+        *(TIED, ROUTER, EXPERT, FUSED, FLOAT32, FLOAT32_ALWAYS, SUBCLASS, CONV1D, LOADER_FLOAT, SKIPPED, NOT_NAMED),
+        NON_FINITE,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +87,7 @@ HEAD_NAMES = (
     "logits_dense",
     "ctc_head",
     "lm_loss",
+    "lm_head.linear",
 )
 # Names of output heads only as the whole name: inside a block they are ordinary layers.
 TOP_HEAD_NAMES = ("proj_out", "unembedding_projection", "decoder", "output")
@@ -84,6 +95,27 @@ TOP_HEAD_NAMES = ("proj_out", "unembedding_projection", "decoder", "output")
 _EMBEDDING_NAMES = r"""
     (?!\w*(?:proj|dense))\w*[Ee]mbed\w*   (?!\w*proj)\w*_emb   wte   wpe   shared   codebook   relative_attention_bias
 """
+
+# What embeddings alone are called, in every class that was surveyed. Other names of `_EMBEDDING_NAMES` are those of
+# linear layers here and there.
+SURE_EMBEDDING = re.compile(
+    r"""(?:^|\.)(?:
+        wte | wpe | shared | embed_in | relative_attention_bias | rel_embeddings | rel_attn_embed | rel_pos_emb
+      | \w*(?:token|tok|word|position|pos|type|segment|distance|speaker|language|entity|char|row|column)s?_\w*emb\w*
+      | embed_(?:token|position)s\w* | (?:token|position)s_embed | embed_(?:text_|audio_)?tokens | embed_(?:char|global)
+      | \w*(?:mask|point|class|label|cls|query|ngram|unit|pronunciation|shape|codec|freq|generation|value)_emb\w*
+      | HashBucketCodepointEmbedder_\d | queries_embedder | (?:input|visual)_embed\w* | embed_timestep
+      | num_speakers_embed | position_embeds_layer | encoder_hash_tok_embedding
+    )$""",
+    re.VERBOSE,
+)
+TOKEN_EMBEDDING = re.compile(r"(?:^|\.)(?:wte|shared|embed_in|\w*(?:tok|token|word)s?_\w*emb\w*|embed_tokens)(?:\.|$)")
+# The fields of a config that say how many rows an output head has.
+VOCABULARY_FIELD = re.compile(r"(?:(?!type)\w+_)?vocab(?:ulary)?_size")
+# Output heads of published code, where a config does not say how large the vocabulary is: outside of numbered blocks.
+HEAD_OUTSIDE_BLOCKS = re.compile(
+    r"^(?:[A-Za-z_]+\.)*(?:output|output_layer|ff_out|output_head|lm_out|to_logits|vocab_head)$"
+)
 
 GENERAL_RULES: tuple[Rule, ...] = (
     _leaf(r"experts\.\d+\.\w+ experts\.\d+\.\w+\.\w+", EXPERT),
@@ -173,6 +205,8 @@ ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     (r"\w+ForCTC", (_top("lm_head", LINEAR),)),
     (r"\w+VisionModelWithProjection", (_top("visual_projection", LAST),)),
     ("BarkModel", (_leaf("lm_head", LINEAR),)),
+    (r"\w+ForRNNT", (_leaf(r"joint\.head", LINEAR),)),
+    ("FlavaForPreTraining", (_leaf("decoder", LINEAR),)),
     ("ClvpModelForConditionalGeneration", (_leaf("lm_head", LINEAR), _leaf(r"speech_encoder_model\.projection", LAST))),
     ("EmbeddingGemma2(?:Text)?Model", (_leaf("embedding_projection", LAST),)),
     ("GradiumPhononTTSModel", (_top("duration_delta_proj", LAST),)),

@@ -3,6 +3,7 @@
 Knows no rules: `plan` makes the decisions.
 """
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -14,14 +15,24 @@ _WEIGHT = ".weight"
 
 
 @dataclass(frozen=True, slots=True)
+class FloatLayers:
+    """Linear layers that a loader does not read in int8, by module name and model type (empty: every type)."""
+
+    pattern: re.Pattern[str]
+    model_types: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Acceptance:
     """Which layers a loader supports in int8 besides plain linear layers: separate experts, transformers' Conv1D.
 
-    The defaults are those of transformers' bitsandbytes path.
+    `floats` are linear layers that it does not support in int8. The defaults are those of transformers' bitsandbytes
+    path.
     """
 
     experts: bool = False
     conv1d: bool = True
+    floats: tuple[FloatLayers, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +103,11 @@ class Plan:
         return 100.0 * self.quantized_parameters / self.parameters if self.parameters else 0.0
 
     @property
+    def has_linear_layers(self) -> bool:
+        """Whether any tensor is recognised as a linear layer's weight, even one that is left alone."""
+        return any(decision.quantize or decision.reason in names.LINEAR_LEFT_ALONE for decision in self.decisions)
+
+    @property
     def unmatched_patterns(self) -> tuple[str, ...]:
         """The patterns that have no effect, probably typos.
 
@@ -99,6 +115,8 @@ class Plan:
         cannot turn an embedding into a linear layer.
         """
         weights = [d.module for d in self.decisions if d.spec.name.endswith(_WEIGHT)]
+        if self.options.loader.experts:  # a pattern that covers fused experts keeps them from being split
+            weights += [name for d in self.copied if len(d.spec.shape) == 3 for name in (d.module, d.spec.name)]
         quantized = [d.module for d in self.quantized]
         skips = (p for p in self.options.skip if not any(fnmatchcase(module, p) for module in weights))
         onlys = (p for p in self.options.only if not any(fnmatchcase(module, p) for module in quantized))

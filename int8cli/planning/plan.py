@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.loaders.transformers_versions import float32_of, is_misread
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
-from int8cli.planning.decisions import Decision, Plan, PlanOptions
+from int8cli.planning.decisions import Acceptance, Decision, Plan, PlanOptions
 
 _WEIGHT = ".weight"
 _FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
@@ -45,8 +45,14 @@ class _Checkpoint:
     def __init__(self, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> None:
         self._specs = specs
         self.rules = tuple(_rules_for(config))
+        self._model_types = frozenset(model_types(config))
         self._float32 = tuple(float32_of(model_types(config)))
         self.tied = bool(config.get("tie_word_embeddings", False))
+        self._vocabularies = frozenset(_vocabularies(config))
+        self._token_embeddings = frozenset(
+            spec.shape for name, spec in specs.items() if len(spec.shape) == 2 and names.TOKEN_EMBEDDING.search(name)
+        )
+        self._kinds = Counter(kind_of(name) for name in specs)
         self.dtype = (_dtype_in(config) or _most_common_float(specs.values())) if config else None
         self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
 
@@ -57,6 +63,25 @@ class _Checkpoint:
 
     def has(self, tensor_name: str) -> bool:
         return tensor_name in self._specs
+
+    def is_head(self, spec: TensorSpec) -> bool:
+        """Whether a matrix is an output head by its rows, or by its name where the config names no vocabulary.
+
+        In a numbered block that can only be one which has no like in the others: code that numbers all of its parts.
+        """
+        if self._kinds[kind_of(spec.name)] > 1 or self.is_conv1d(spec):
+            return False
+        if not self._vocabularies:
+            return bool(self._token_embeddings) and names.HEAD_OUTSIDE_BLOCKS.search(_module(spec)) is not None
+        return self._has_vocabulary_rows(spec) and spec.shape in self._token_embeddings
+
+    def is_surely_embedding(self, spec: TensorSpec) -> bool:
+        return names.SURE_EMBEDDING.search(_module(spec)) is not None or self._has_vocabulary_rows(spec)
+
+    def _has_vocabulary_rows(self, spec: TensorSpec) -> bool:
+        """Whether a matrix has a row for each token, or for each and what fills up a multiple of 64 or 128."""
+        rows, columns = spec.shape
+        return rows > columns and any(rows in (size, *_padded(size)) for size in self._vocabularies)
 
     def is_conv1d(self, spec: TensorSpec) -> bool:
         """Whether a matrix is stored (in, out). A square one does not show it, but others of its block do."""
@@ -70,6 +95,11 @@ class _Checkpoint:
     def stays_float(self, module: str) -> bool:
         """Whether a linear layer is left alone because of its float32. One that is always float32 becomes int8."""
         return self.float32(module) == names.FLOAT32
+
+    def is_float_for(self, loader: Acceptance, module: str) -> bool:
+        """Whether a loader does not support this linear layer in int8."""
+        concerned = (each for each in loader.floats if not each.model_types or each.model_types & self._model_types)
+        return any(each.pattern.search(module) for each in concerned)
 
     def _shows_conv1d(self, spec: TensorSpec) -> bool:
         if len(spec.shape) != 2 or not names.CONV1D_NAME.search(_module(spec)):
@@ -85,6 +115,8 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = names.CONV1D
     if reason == names.LINEAR and is_misread(_module(spec)):
         reason = names.MISREAD
+    if reason == names.LINEAR and checkpoint.is_float_for(options.loader, _module(spec)):
+        reason = names.LOADER_FLOAT
     if reason == names.LINEAR:
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == names.LINEAR
@@ -102,10 +134,27 @@ def _written_dtype(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
     after loading the source: nearly always unchanged, and in float32 if any version uses that, which loses nothing.
     (transformers, quantizers/base.py, `get_new_dtype`)
     """
-    if spec.dtype not in QUANTIZABLE_DTYPES or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
+    if spec.dtype not in CAST_ON_LOAD or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
         return spec.dtype
     widening = {"F16": {names.FLOAT32, names.FLOAT32_ALWAYS}, "BF16": {names.FLOAT32_ALWAYS}}.get(checkpoint.dtype, ())
     return "F32" if checkpoint.float32(_module(spec)) in widening else checkpoint.dtype
+
+
+def _padded(vocabulary: int) -> Iterator[int]:
+    """The rows that a vocabulary is filled up to, where that adds little."""
+    for multiple in (64, 128, 256, 1024):
+        rows = -(-vocabulary // multiple) * multiple
+        if rows <= 1.05 * vocabulary:
+            yield rows
+
+
+def _vocabularies(config: Mapping[str, Any]) -> Iterator[int]:
+    """The sizes of all vocabularies that a config names, and each config in it."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _vocabularies(value)
+        elif names.VOCABULARY_FIELD.fullmatch(key) and type(value) is int and value > 1:
+            yield value
 
 
 def _dtype_in(config: Mapping[str, Any]) -> str | None:
@@ -142,7 +191,11 @@ def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
     for rule in checkpoint.rules:
         if rule.pattern.search(module) and not (rule.biasless and bias_length is not None):
             reason = names.TIED_HEAD if rule.reason == names.HEAD and checkpoint.tied else rule.reason
+            if reason == names.EMBEDDING and not checkpoint.is_surely_embedding(spec):
+                return names.MAYBE_EMBEDDING
             return names.FLOAT32 if reason == names.LINEAR and checkpoint.stays_float(module) else reason
+    if checkpoint.is_head(spec):
+        return names.TIED_HEAD if checkpoint.tied else names.HEAD
     if checkpoint.stays_float(module):
         return names.FLOAT32
     if module.endswith(".out_proj") and checkpoint.has(f"{module.removesuffix('.out_proj')}.in_proj_weight"):

@@ -17,15 +17,16 @@ import xxhash
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
-from int8cli.checkpoint.quantized import refuse_quantized
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.writer import existing_parent, free_bytes
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
+from int8cli.planning.experts import split_experts
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
+from int8cli.planning.quantized import declared_methods, refuse_own_output, refuse_quantized
 from int8cli.results.conversion import TensorGroup
 
 _EDGE_BYTES = 1 << 16
@@ -39,7 +40,8 @@ _RECORD_BYTES_A_COLUMN = 500
 class Survey:
     """A source and the plan of its conversion. `config` is empty if the source has no config.json.
 
-    `target` is the layout of the output. `stored_counts` is the most columns that a sidecar stores, by quantized
+    `target` is the layout of the output. `shards` have the matrices of fused experts, where the layout stores those in
+    int8, in place of the tensors of the file. `stored_counts` is the most columns that a sidecar stores, by quantized
     tensor; None without sidecars.
     """
 
@@ -85,6 +87,17 @@ class Survey:
         plan = replace(self.plan, decisions=decisions)
         return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
 
+    def in_layout(self, target: Layout) -> "Survey":
+        """The same source planned for another layout, without stored columns."""
+        return _planned_survey(
+            self.identity, self.config, self.weights, self.source_shards, self.plan.options, target, self.has_config
+        )
+
+    @property
+    def source_shards(self) -> tuple[ShardContents, ...]:
+        """The shards with the tensors that they have as files."""
+        return tuple(contents.as_in_file() for contents in self.shards)
+
     @property
     def plan_digest(self) -> str:
         """A digest, in hex, of all output headers. It changes if any tensor's decision changes."""
@@ -114,7 +127,7 @@ class Survey:
             f"{CONFIG_FILE}: quantization_config",
             "of another quantization method; these weights are not quantized",
         )
-        return self.weights.passed_over + ((stale,) if "quantization_config" in self.config else ())
+        return self.weights.passed_over + ((stale,) if any(declared_methods(self.config)) else ())
 
 
 def _reason_with_cast(decision: Decision) -> str:
@@ -138,14 +151,30 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
 
     Raises the errors of an invalid checkpoint.
     """
+    files = source.list_files()
+    refuse_own_output(source.identity.name, files)
     weights = find_weights(source)
-    has_config = CONFIG_FILE in source.list_files()
+    has_config = CONFIG_FILE in files
     config = read_config(source) if has_config else {}
     shards = read_headers(source, weights)
     refuse_quantized(config, shards)
+    return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
+
+
+def _planned_survey(
+    identity: SourceIdentity,
+    config: Mapping[str, Any],
+    weights: WeightFiles,
+    shards: tuple[ShardContents, ...],
+    options: PlanOptions,
+    target: Layout,
+    has_config: bool,
+) -> Survey:
+    """`shards` have the tensors of the files."""
+    options = replace(options, loader=target.ACCEPTS)
+    shards = split_experts(shards, config, options)
     specs = [stored.spec for contents in shards for stored in contents.tensors]
-    plan = make_plan(specs, config, replace(options, loader=target.ACCEPTS))
-    return Survey(source.identity, has_config, config, weights, shards, plan, target)
+    return Survey(identity, has_config, config, weights, shards, make_plan(specs, config, options), target)
 
 
 def decisions_by_name(plan: Plan) -> dict[str, Decision]:

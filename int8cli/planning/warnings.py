@@ -9,6 +9,8 @@ def warnings_of(survey: Survey) -> Iterator[str]:
     """Warnings about a survey, one line each."""
     for pattern in survey.plan.unmatched_patterns:
         yield f"warning: no module matches {pattern!r}"
+    if not survey.plan.quantized:
+        yield "warning: no layer becomes int8; the plan has the reason for each"
     if not survey.has_config:
         yield "warning: the checkpoint has no config.json; loaders need one with a quantization_config"
     for caveat in survey.target.caveats(survey.plan):

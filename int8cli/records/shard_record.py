@@ -10,7 +10,7 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.records.conversion import ShardSource
 from int8cli.records.documents import check_file_name, check_shard_name, check_tensor, without_schema
 from int8cli.results.conversion import LayerReport
-from int8cli.typed_json import InvalidJsonError, read_as
+from int8cli.typed_json import InvalidJsonError, inside, read_as
 
 RECORD_SCHEMA = "int8cli.record/2"  # 2: the figures of a layer are null where they were not measured
 _RECORD_SCHEMAS = ("int8cli.record/1", RECORD_SCHEMA)
@@ -100,7 +100,5 @@ class ShardRecord:
 
 
 def _layer(value: Any, place: str) -> LayerReport:
-    try:
+    with inside(place):
         return LayerReport.from_json(value)
-    except InvalidJsonError as error:
-        raise error.inside(place) from None

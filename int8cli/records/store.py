@@ -7,9 +7,11 @@ name, so a record always describes a complete file.
 import json
 import os
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.own_files import refuse_link, remove_tree
 from int8cli.checkpoint.writer import write_file
@@ -64,15 +66,16 @@ class RecordStore:
         hint = "Without it int8cli cannot tell which files it wrote. Choose another directory, or delete this one."
         return read_document(self._conversion_path, Conversion.from_json, hint)
 
-    def check(self, conversion: Conversion) -> None:
+    def check(self, conversion: Conversion, *, all_files: bool = True) -> None:
         """Require that the directory has no conversion, or the same one. Writes nothing.
 
-        Raises SettingsMismatchError if it has another conversion, OutputError if it has files that are not ours.
+        With `all_files` False, some of its files are not known yet: they are not compared. Raises SettingsMismatchError
+        if it has another conversion, OutputError if it has files that are not ours.
         """
         known = self.conversion()
         if known is None:
             self._refuse_foreign_files(conversion)
-        elif known != conversion:
+        elif known != (conversion if all_files else replace(conversion, files=known.files)):
             raise _mismatch(self._output, known, conversion)
 
     def claim(self, conversion: Conversion) -> None:
@@ -127,6 +130,12 @@ class RecordStore:
                     f"{path} exists and was not written by int8cli",
                     hint="Choose another directory: int8cli replaces only its own files.",
                 )
+        weights = sorted(filter(is_weight_name, os.listdir(self._output))) if os.path.isdir(self._output) else []
+        if weights:
+            raise OutputError(
+                f"{self._output} holds another model ({weights[0]})",
+                hint="Choose another directory: loaders would find the weights of two models in it.",
+            )
 
 
 def _mismatch(output: Path, known: Conversion, requested: Conversion) -> SettingsMismatchError:

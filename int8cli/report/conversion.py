@@ -1,4 +1,4 @@
-"""The report of a conversion on the terminal, in 80 columns."""
+"""The report of a conversion on the terminal."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.report.terminal import stdout_console, titled_table
-from int8cli.report.text import broken_at_dots, escape
+from int8cli.report.text import escape
 from int8cli.results.conversion import (
     ConversionReport,
     LayerReport,
@@ -20,11 +20,7 @@ from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSumma
 from int8cli.results.units import counted, decibels, human_bytes, human_count, percent
 
 WORST_LAYERS = 10
-# The width that the columns of figures leave for names. In tables of groups, names leave the rest to the reasons.
-NAME_WIDTH = 32
-GROUP_WIDTH = 39
-SIZED_NAME_WIDTH = 48  # beside sizes alone
-COLUMNS_WIDTH = 25
+COLUMNS_SHOWN = 8  # of one layer
 
 
 def show_report(report: ConversionReport, output: Path) -> None:
@@ -39,13 +35,13 @@ def show_report(report: ConversionReport, output: Path) -> None:
     for line in _stored_lines(report, stored) if stored is not None else ():
         console.print(line)
     if stored is not None and stored.basis is not None:
-        console.print(_output_error_table(stored, stored.basis))
-        console.print(_worst_output_table(report.layers, stored.basis))
+        console.print_table(_output_error_table(stored, stored.basis))
+        console.print_table(_worst_output_table(report.layers, stored.basis))
     if report.layers:
-        console.print(_kinds_table(report))
+        console.print_table(_kinds_table(report))
         if report.sums is not None and (stored is None or stored.basis is None):
-            console.print(_worst_table(report.layers[:WORST_LAYERS]))
-    console.print(groups_table("Not quantized", report.left_alone))
+            console.print_table(_worst_table(report.layers[:WORST_LAYERS]))
+    console.print_table(groups_table("Not quantized", report.left_alone))
     for file, reason in report.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
@@ -59,7 +55,7 @@ def groups_table(title: str, groups: tuple[TensorGroup, ...]) -> Table:
     table.add_column("why")
     for group in groups:
         table.add_row(
-            broken_at_dots(group.kind.removesuffix(".weight"), GROUP_WIDTH),
+            escape(group.kind.removesuffix(".weight")),
             str(group.tensors),
             human_bytes(group.bytes),
             escape(group.reason),
@@ -115,7 +111,7 @@ def _output_error_table(stored: StoredSummary, basis: ErrorBasis) -> Table:
     for kind in stored.kinds:
         error = kind.error
         table.add_row(
-            broken_at_dots(kind.kind, NAME_WIDTH),
+            escape(kind.kind),
             str(kind.layers),
             f"{kind.columns:,}",
             human_bytes(kind.bytes),
@@ -133,10 +129,10 @@ def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> T
     table.add_column("layer", no_wrap=True)
     table.add_column("all int8", justify="right", no_wrap=True)
     table.add_column("exact", justify="right", no_wrap=True)
-    table.add_column("columns", no_wrap=True)
+    table.add_column("columns")
     for layer, error in worst:
         table.add_row(
-            broken_at_dots(layer.name, NAME_WIDTH),
+            escape(layer.name),
             f"{error.all_int8:.4f}",
             f"{error.with_stored:.4f}",
             _in_a_line(layer.stored.heaviest_first if layer.stored is not None else ()),
@@ -146,23 +142,19 @@ def _worst_output_table(layers: tuple[LayerReport, ...], basis: ErrorBasis) -> T
 
 
 def _in_a_line(columns: tuple[StoredColumn, ...]) -> str:
-    """As many indices as fit."""
-    text = " ".join(str(column.index) for column in columns)
-    if len(text) <= COLUMNS_WIDTH:
-        return text
-    return text[: text.rindex(" ", 0, COLUMNS_WIDTH - 1)] + " …"
+    text = " ".join(str(column.index) for column in columns[:COLUMNS_SHOWN])
+    return f"{text} …" if len(columns) > COLUMNS_SHOWN else text
 
 
 def _kinds_table(report: ConversionReport) -> Table:
     table = titled_table("Quantized, by kind of layer")
     table.add_column("kind", no_wrap=True)
     measured = report.sums is not None
-    name_width = NAME_WIDTH if measured else SIZED_NAME_WIDTH
     for figure in ("layers", "before", "after", *(("error", "dB", "range") if measured else ())):
         table.add_column(figure, justify="right", no_wrap=True)
     for kind in summarize_kinds(report.layers):
         table.add_row(
-            broken_at_dots(kind.kind, name_width),
+            escape(kind.kind),
             str(kind.layers),
             human_bytes(kind.bytes_before),
             human_bytes(kind.bytes_after),
@@ -187,7 +179,7 @@ def _worst_table(layers: tuple[LayerReport, ...]) -> Table:
     table.add_column("absmax", justify="right", no_wrap=True)
     for layer, sums in ((each, each.sums) for each in layers if each.sums is not None):
         table.add_row(
-            broken_at_dots(layer.name, NAME_WIDTH),
+            escape(layer.name),
             f"{layer.shape[0]} x {layer.shape[1]}",
             f"{sums.relative_frobenius_error:.4f}",
             decibels(sums.sqnr_db),

@@ -1,15 +1,13 @@
-"""An evaluation on the terminal, in 80 columns: predictions by method, then output errors by method."""
+"""An evaluation on the terminal: predictions by method, then output errors by method."""
 
 import math
 
 from rich.table import Table
 
 from int8cli.report.terminal import stdout_console, titled_table
-from int8cli.report.text import broken_at_dots, escape, printable
+from int8cli.report.text import escape, printable
 from int8cli.results.evaluation import Evaluation, MethodResult
-from int8cli.results.units import counted, perplexity_text
-
-_WORST_WIDTH = 33
+from int8cli.results.units import counted, human_seconds, perplexity_text
 
 
 def show_evaluation(found: Evaluation) -> None:
@@ -19,12 +17,49 @@ def show_evaluation(found: Evaluation) -> None:
         console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place == 0 else None)
     if found.predicts:
         console.print()
-        console.print(_predictions_table(found))
+        console.print_table(_predictions_table(found))
     if any(method.layers for method in found.methods):
         console.print()
-        console.print(_errors_table(found))
+        console.print_table(_errors_table(found))
     for note in found.notes:
         console.print(f"note: {escape(note)}", soft_wrap=True)
+    end = verdict(found)
+    if end:
+        console.print(escape(end), soft_wrap=True)
+    console.print(f"Took {human_seconds(found.seconds)}.")
+
+
+def name_of(method: MethodResult) -> str:
+    """What the method is called on the command line; of a 32-bit reference, what it is."""
+    return method.label if method.label == "32 bit" else method.key
+
+
+def verdict(found: Evaluation) -> str:
+    """The end of an evaluation in a sentence: what int8 costs with the methods that a user's loaders run."""
+    best = [(name, method) for name, method in _what_loaders_run(found) if method.scores is not None]
+    if found.reference is None or not best:
+        return ""
+    parts = []
+    for loader, method in best:
+        scores = method.scores
+        assert scores is not None
+        lost, error = scores.nats_over_reference, scores.standard_error
+        if lost is None or not math.isfinite(lost):
+            parts.append(f"with {loader} ({method.key}) predictions are not finite")
+            continue
+        within = error is not None and abs(lost) <= 2 * error
+        parts.append(
+            f"with {loader} ({method.key}) the text's perplexity changes by {100 * (math.exp(lost) - 1):+.2f} %"
+            + (", within the noise" if within else "")
+            + (f", and {100 * scores.same_top_share:.1f} % of top tokens stay" if scores.same_top_share else "")
+        )
+    return f"Verdict: {'; '.join(parts)}."
+
+
+def _what_loaders_run(found: Evaluation) -> list[tuple[str, MethodResult]]:
+    """The two rows that a user will actually get: load_model's, which is the default of it, and bitsandbytes'."""
+    wanted = (("load_model", "zeropoint-llm-int8-stored"), ("transformers and bitsandbytes", "bitsandbytes"))
+    return [(loader, method) for loader, key in wanted if (method := found.method(key)) is not None]
 
 
 def summary_lines(found: Evaluation) -> list[str]:
@@ -58,7 +93,7 @@ def _predictions_table(found: Evaluation) -> Table:
             _figure(scores.kl_divergence),
             "" if scores.same_top_share is None else f"{100 * scores.same_top_share:.1f} %",
         )
-        table.add_row(escape(method.label), perplexity_text(scores.perplexity), *cells[: len(compared)])
+        table.add_row(escape(name_of(method)), perplexity_text(scores.perplexity), *cells[: len(compared)])
     if found.reference is not None:
         float_label = escape(found.methods[0].label)
         table.caption = (
@@ -76,7 +111,7 @@ def _errors_table(found: Evaluation) -> Table:
     table.add_column("where", no_wrap=True)
     for method in found.methods:
         if method.layers:
-            table.add_row(escape(method.label), *_error_cells(method))
+            table.add_row(escape(name_of(method)), *_error_cells(method))
     table.caption = f"‖Y - Y₀‖ / ‖Y₀‖ of each layer, given its input X in {escape(found.methods[0].label)}: Y₀ = X Wᵀ"
     return table
 
@@ -84,7 +119,7 @@ def _errors_table(found: Evaluation) -> Table:
 def _error_cells(method: MethodResult) -> tuple[str, str, str]:
     worst = method.worst_layer
     assert worst is not None
-    return _figure(method.mean_error), _figure(worst.error), broken_at_dots(worst.name, _WORST_WIDTH)
+    return _figure(method.mean_error), _figure(worst.error), escape(worst.name)
 
 
 def _signed(value: float | None) -> str:

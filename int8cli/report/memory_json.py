@@ -1,8 +1,9 @@
 """A memory estimate as one JSON document. All sizes are bytes; null means unknown."""
 
+from dataclasses import asdict
 from typing import Any
 
-from int8cli.estimate.answers import MemoryReport
+from int8cli.estimate.answers import MachineAnswer, MemoryReport
 from int8cli.estimate.cards import USABLE_RULE, Card, Placed
 from int8cli.estimate.estimate import INT8, PRECISIONS, WORKSPACE_FORMULA, Estimate
 from int8cli.estimate.fit import Answer, FitRow
@@ -31,6 +32,7 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
         "units": [{"unit": unit.name, "part": unit.part, **_weights(weights)} for unit, weights in estimate.units],
         "largest_block": estimate.largest_block[0].name if estimate.largest_block else None,
         "not_held_in_memory": sorted(estimate.not_in_memory),
+        "layouts": [asdict(share) for share in estimate.layouts],
         "kv_cache": _cache(report),
         "workspace": {
             "formula": WORKSPACE_FORMULA,
@@ -38,11 +40,12 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
             "int8_bytes": estimate.workspace_bytes(use, INT8),
         },
         "total": {f"{precision}_bytes": total_bytes(report, precision) for precision in PRECISIONS},
-        "conversion": _conversion(estimate),
+        "conversion": {**_conversion(estimate), "ways": [way.to_json() for way in report.ways]},
         "cards": {
             "usable": USABLE_RULE,
-            "this_machine": [_answer(answer) for answer in report.machine],
-            "answers": [_answer(answer) for answer in report.answers],
+            "this_machine": _answers(report.here) if report.here is not None else [],
+            "answers": [answer for machine in report.asked for answer in _answers(machine)],
+            "shortages": [_shortage(machine) for machine in report.asked if machine.shortage is not None],
             "table": [_row(row) for row in report.table],
         },
     }
@@ -93,6 +96,15 @@ def _card(card: Card) -> dict[str, Any]:
 def _row(row: FitRow) -> dict[str, Any]:
     counts = {name: {"weights": count.weights, "in_use": count.in_use} for name, count in row.counts.items()}
     return {**_card(row.card), **counts}
+
+
+def _answers(machine: MachineAnswer) -> list[dict[str, Any]]:
+    return [{"machine": machine.name, **_answer(answer)} for answer in machine.answers]
+
+
+def _shortage(machine: MachineAnswer) -> dict[str, Any]:
+    assert machine.shortage is not None
+    return {"machine": machine.name, **machine.shortage.to_json()}
 
 
 def _answer(answer: Answer) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Outlier statistics and suspects on the terminal, in 80 columns: the summary first, then the details."""
+"""Outlier statistics and suspects on the terminal: the summary first, then the details."""
 
 import statistics as stats
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from int8cli.llm_int8.outliers import LAYER_SHARE, POSITION_SHARE
@@ -35,12 +34,12 @@ def show_statistics(found: OutlierStatistics) -> None:
     tables += [_massive_table(massive)] if massive else []
     for table in (*tables, _kinds_table(found.linear_sites), _sites_table(found.linear_sites)):
         console.print()
-        console.print(table)
+        console.print_table(table)
 
 
 def show_suspects(found: WeightSuspects) -> None:
     """Print the suspects, and how reliable they are."""
-    console: Console = stdout_console()
+    console = stdout_console()
     console.print(f"[bold]{escape(found.model)}[/bold]: suspects, from the weights alone", soft_wrap=True)
     console.print(suspects_caveat(), soft_wrap=True)
     table = titled_table("Suspects, by predicted magnitude")
@@ -55,7 +54,7 @@ def show_suspects(found: WeightSuspects) -> None:
             ranges(suspect.layers),
         )
     table.caption = "score: predicted magnitude after a norm, mean over the norms"
-    console.print(table)
+    console.print_table(table)
 
 
 def suspects_caveat() -> str:

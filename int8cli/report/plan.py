@@ -1,10 +1,12 @@
 """The plan of a conversion: tensors by kind, output sizes, and what the conversion needs."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.tensor import ShardContents
+from int8cli.estimate.ways import Way
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Room, Survey, group_by_kind
 from int8cli.records.conversion import NO_OUTLIERS, Settings
@@ -12,12 +14,15 @@ from int8cli.report.conversion import groups_table
 from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
-from int8cli.results.units import counted, human_bytes, human_count
+from int8cli.report.ways import ways_table
+from int8cli.results.units import counted, human_bytes, human_count, told_apart
 
 PLAN_SCHEMA = "int8cli.plan/1"
 
 
-def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None) -> dict[str, Any]:
+def plan_to_json(
+    survey: Survey, needs: Needs, settings: Settings | None = None, ways: Sequence[Way] = ()
+) -> dict[str, Any]:
     """The plan as JSON. `output_bytes` counts the shards; `settings` say how stored columns will be chosen.
 
     `figures` says whether the error of every layer will be measured, null if that is not decided.
@@ -59,6 +64,7 @@ def plan_to_json(survey: Survey, needs: Needs, settings: Settings | None = None)
                 for room in needs.disks
             ],
             "buffer_bytes": needs.buffer_bytes,
+            "ways": [way.to_json() for way in ways],
         },
     }
 
@@ -90,7 +96,9 @@ def _stored_to_json(survey: Survey, settings: Settings | None) -> dict[str, Any]
     }
 
 
-def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | None = None) -> None:
+def show_plan(
+    survey: Survey, needs: Needs, output: Path, settings: Settings | None = None, ways: Sequence[Way] = ()
+) -> None:
     """Print what a conversion would do, and that this was a dry run."""
     console = stdout_console()
     plan = survey.plan
@@ -103,7 +111,6 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
         *_stored_lines(survey),
         f"download  {needs.download_bytes:>19,} bytes  {human_bytes(needs.download_bytes):>10}",
         *(_disk_line(room) for room in needs.disks),
-        f"buffers   {needs.buffer_bytes:>19,} bytes  {human_bytes(needs.buffer_bytes):>10}  of memory, besides torch",
         f"{plan.percent_quantized:.1f} % of {human_count(plan.parameters)} parameters become int8",
     ):
         console.print(line, soft_wrap=True)
@@ -111,8 +118,10 @@ def show_plan(survey: Survey, needs: Needs, output: Path, settings: Settings | N
         console.print(_chosen_by(survey, settings))
         if not settings.figures:
             console.print("weight error: not measured")
-    console.print(groups_table("Becomes int8", group_by_kind(plan.quantized)))
-    console.print(groups_table("Not quantized", group_by_kind(plan.copied)))
+    if ways:
+        console.print_table(ways_table(ways, "Time and memory on this machine", needs.download_bytes))
+    console.print_table(groups_table("Becomes int8", group_by_kind(plan.quantized)))
+    console.print_table(groups_table("Not quantized", group_by_kind(plan.copied)))
     for file, reason in survey.passed_over:
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
@@ -135,5 +144,5 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
 
 def _disk_line(room: Room) -> str:
     fits = "fits" if room.needed_bytes <= room.free_bytes else "[red]does not fit[/red]"
-    free = human_bytes(room.free_bytes)
+    _, free = told_apart(room.needed_bytes, room.free_bytes)
     return f"disk      {room.needed_bytes:>19,} bytes  {human_bytes(room.needed_bytes):>10}  {fits}: {free} free"

@@ -5,7 +5,6 @@ the same for HTML, and `markdown` for Markdown and Python.
 """
 
 import io
-from collections.abc import Iterator
 from typing import TextIO
 
 # Characters with a meaning in rich's markup, and private characters that replace them until rich has parsed the markup.
@@ -69,16 +68,3 @@ class PrintableStream(io.TextIOBase):
 
     def writable(self) -> bool:
         return True
-
-
-def broken_at_dots(name: str, width: int) -> str:
-    """The name as rich markup, in lines of at most `width` characters, broken after a dot if possible."""
-    return "\n".join(escape(line) for line in _lines(printable(name), width))
-
-
-def _lines(name: str, width: int) -> Iterator[str]:
-    while len(name) > width:
-        cut = name.rfind(".", 1, width) + 1 or width
-        yield name[:cut]
-        name = name[cut:]
-    yield name

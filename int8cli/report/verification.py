@@ -1,9 +1,10 @@
-"""The result of verify on the terminal, in 80 columns: a line for each check, then every failure."""
+"""The result of verify on the terminal: a line for each check, then every failure."""
 
 from rich.table import Table
 
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
+from int8cli.results.units import counted
 from int8cli.results.verification import Check, Failure, Verification
 
 FAILURES_SHOWN = 20
@@ -25,12 +26,17 @@ def show_verification(verification: Verification) -> None:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for check in verification.checks:
-        table.add_row(check.name, _MARKS[check.status], escape(check.detail))
-    console.print(table)
+        table.add_row(check.name, _MARKS[check.status], escape(_detail(check)))
+    console.print_table(table)
     for check in verification.checks:
         for line in _failure_lines(check):
             console.print(line, soft_wrap=True)
     console.print(_verdict(verification), soft_wrap=True)
+
+
+def _detail(check: Check) -> str:
+    """What was checked, or how much of it failed: the words for success are not those for a failure."""
+    return counted(len(check.failures), "failure") + ", listed below" if check.status == "failed" else check.detail
 
 
 def _failure_lines(check: Check) -> list[str]:

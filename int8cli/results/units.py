@@ -13,6 +13,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.{decimals}f} {unit}"
 
 
+def told_apart(needed_bytes: int, free_bytes: int) -> tuple[str, str]:
+    """Both as people read them; in bytes where rounding would make them look equal."""
+    needed, free = human_bytes(needed_bytes), human_bytes(free_bytes)
+    if needed == free and needed_bytes != free_bytes:
+        return f"{needed_bytes:,} bytes", f"{free_bytes:,} bytes"
+    return needed, free
+
+
 def human_count(count: int) -> str:
     """`135 M`, `176 B`: parameters."""
     value = float(count)

@@ -176,6 +176,10 @@ class ConvertedTensors(CheckpointTensors):
     def map(self, name: str) -> Tensor:
         return self.read(name) if name in self._scales else super().map(name)
 
+    def map_stored(self, name: str) -> Tensor:
+        """A tensor as the checkpoint has it, int8 too, as a mapping of its file. Not to be written to."""
+        return super().map(name)
+
     def names_of(self, modules: Iterable[str]) -> list[str]:
         """For each of these linear layers, one of its tensors in each file: its weight, and its outlier_cols if any."""
         found = []
@@ -187,10 +191,13 @@ class ConvertedTensors(CheckpointTensors):
 
     def int8(self, module: str) -> Int8Data:
         """The int8 data and row_absmax of a linear layer."""
-        name = f"{module}{_WEIGHT}"
-        scale = self._scales[name]
+        return Int8Data(super().read(f"{module}{_WEIGHT}"), self.row_absmax(module))
+
+    def row_absmax(self, module: str) -> Tensor:
+        """The scales of a linear layer: float32 (out,)."""
+        scale = self._scales[f"{module}{_WEIGHT}"]
         values = super().read(scale.name).float().reshape(-1)
-        return Int8Data(super().read(name), values * INT8_MAX if scale.is_step else values)
+        return values * INT8_MAX if scale.is_step else values
 
     def exact_columns(self, module: str) -> ExactColumns | None:
         """The outlier columns stored for a linear layer; None if it has none. Raises CheckpointError for bad ones."""

@@ -4,27 +4,37 @@ Owns the torch module around `llm_int8.matmul`. Does not know about files or mod
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
+from int8cli.errors import UnsupportedOperationError
+from int8cli.llm_int8.baselines import restored_weight
+from int8cli.llm_int8.cpu_product import laid_out
+from int8cli.llm_int8.matmul import InputScheme, Int8Weight, input_gradient, llm_int8_linear
+from int8cli.runtime.guarded_int8 import GuardedInt8
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(nn.Linear):
     """X Wᵀ + b: stored columns in floats, the other columns in int8.
 
     Stored columns are removed from X before each token's scale is computed. Buffers: `weight` int8 (out_features,
     in_features), `row_absmax` float32 (out_features,), `outlier_cols` int32 (k,) sorted, `outlier_weight`
-    (out_features, k) in its dtype on disk. The result has the dtype of the input and is rounded to it once, after the
-    bias is added. For inference only: rounding has no gradient.
+    (out_features, k) in its dtype on disk, and those that `prepare` computes from them. The result has the dtype of the
+    input and is rounded to it once, after the bias is added. The gradients of X and of the bias are those of a linear
+    with the weight in floats (`dequantize`). The weight itself has no gradient.
+
+    It is an nn.Linear for libraries that look for linears, such as PEFT.
     """
 
-    weight: Tensor
     row_absmax: Tensor
     outlier_cols: Tensor
     outlier_weight: Tensor
+    step: Tensor
     row_sums: Tensor
+    columns: Tensor
+    column_weight: Tensor
 
     def __init__(
         self,
@@ -35,33 +45,82 @@ class Int8Linear(nn.Module):
         inputs: InputScheme,
         columns: int = 0,
         columns_dtype: torch.dtype = torch.float32,
+        conv1d: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
-        """Allocate the weight and `columns` stored columns. Call `prepare` once they are filled."""
-        super().__init__()
-        self.in_features, self.out_features, self.inputs = in_features, out_features, inputs
+        """Allocate the weight and `columns` stored columns. Call `prepare` once they are filled.
+
+        `conv1d`: the model has transformers' Conv1D here, whose weight is (in_features, out_features).
+        """
+        nn.Module.__init__(self)  # that of nn.Linear would make a weight in floats
+        self.in_features, self.out_features = in_features, out_features
+        self.inputs, self.conv1d, self.prepared = inputs, conv1d, False
 
         def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device), persistent=persistent)
 
-        allocate("weight", (out_features, in_features), torch.int8)
+        # Not registered: to whoever asks for it by name, `weight` is the property below.
+        self._buffers["weight"] = torch.empty((out_features, in_features), dtype=torch.int8, device=device)
         allocate("row_absmax", (out_features,), torch.float32)
         allocate("outlier_cols", (columns,), torch.int32)
         allocate("outlier_weight", (out_features, columns), columns_dtype)
+        allocate("step", (out_features,), torch.float32, persistent=False)
         allocate("row_sums", (out_features,), torch.int32, persistent=False)
-        self.bias = bias
+        allocate("columns", (columns,), torch.int64, persistent=False)
+        allocate("column_weight", (columns, out_features), torch.float32, persistent=False)
+        self.bias = bias  # type: ignore[assignment]  # None too
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The int8 data, as what other libraries get to see of it."""
+        return GuardedInt8.of(self._data)
+
+    @property
+    def _data(self) -> Tensor:
+        data = self._buffers["weight"]
+        if data is None:
+            raise UnsupportedOperationError(
+                "this layer's weight is here only while its block runs: it is read for every token. "
+                "int8cli.dequantize(DIR, OUT) writes all weights in floats; load_model without device_map holds them"
+            )
+        return data
+
+    def take_weight(self, data: Tensor) -> None:
+        """Have a weight until `drop_weight`; the first time, what follows from it is computed, and stays."""
+        self._buffers["weight"] = data
+        if not self.prepared:
+            self._compute_constants()
+
+    def drop_weight(self) -> None:
+        self._buffers["weight"] = None
 
     def prepare(self) -> None:
-        """Compute the row sums of the weight, which every product needs."""
-        self.row_sums = self.weight.sum(dim=1, dtype=torch.int32)
+        """Lay the weight out for fast products, and compute what follows from it."""
+        self._buffers["weight"] = laid_out(self._data)
+        self._compute_constants()
+
+    def _compute_constants(self) -> None:
+        made = Int8Weight.of(self._data, self.row_absmax, self.outlier_cols, self.outlier_weight)
+        self.step, self.row_sums = made.step, made.row_sums
+        self.columns, self.column_weight = made.outlier_cols, made.outlier_weight
+        self.prepared = True
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)  # (tokens, in)
-        weight = Int8Weight(self.weight, self.row_absmax, self.row_sums, self.outlier_cols.long(), self.outlier_weight)
-        product = llm_int8_linear(rows, weight, self.inputs)  # (tokens, out), float32
+        weight = (self._data, self.step, self.row_sums, self.columns, self.column_weight)
+        if rows.requires_grad and torch.is_grad_enabled():
+            product = _Product.apply(rows, self.inputs, *weight)  # type: ignore[no-untyped-call]
+        else:
+            product = llm_int8_linear(rows, Int8Weight(*weight), self.inputs)  # (tokens, out), float32
         if self.bias is not None:
             product = product + self.bias
-        return product.to(inputs.dtype).reshape(*inputs.shape[:-1], self.out_features)
+        result: Tensor = product.to(inputs.dtype).reshape(*inputs.shape[:-1], self.out_features)
+        return result
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the layer computes with, stored columns exact: (out_features, in_features), without bias."""
+        weight = restored_weight(self._data, self.row_absmax, dtype)
+        return weight.index_copy_(1, self.outlier_cols.long(), self.outlier_weight.to(dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
         """Move to another device with the model, but do not change dtypes when the model is cast."""
@@ -78,3 +137,18 @@ class Int8Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"outlier_cols={self.outlier_cols.numel()}, inputs={self.inputs}"
         )
+
+
+class _Product(torch.autograd.Function):
+    """X Wᵀ whose gradient is that of the weight in floats: the rounding of X counts as the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, scheme: InputScheme, *weight: Tensor) -> Tensor:
+        ctx.save_for_backward(*weight)
+        ctx.dtype = rows.dtype
+        return llm_int8_linear(rows, Int8Weight(*weight), scheme)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        weight = Int8Weight(*ctx.saved_tensors)
+        return (input_gradient(gradient, weight).to(ctx.dtype), None, None, None, None, None, None)

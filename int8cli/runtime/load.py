@@ -5,9 +5,10 @@ weights, each linear layer that is int8 in the directory is replaced by an Int8L
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from torch import nn
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import CheckpointError, MissingExtraError, UnsupportedModelError
-from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
+from int8cli.errors import CheckpointError, Int8cliError, MissingExtraError, OptionError, UnsupportedModelError
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS, INPUT_SCHEMES, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_version
-from int8cli.model.loading import name_targets
+from int8cli.model.loading import as_large_as, name_targets
+from int8cli.progress import SILENT, Progress
+from int8cli.runtime.experts import ExpertPlace, find_experts, replace_experts
 from int8cli.runtime.linear import Int8Linear
+from int8cli.runtime.offload import Offload
+from int8cli.runtime.placement import MaxMemory, memory_limits
 from int8cli.runtime.stored import StoredLinear, StoredModel
 
-_METHOD = "int8cli"
 _GENERATION_CONFIG = "generation_config.json"
 _OTHER_LOADERS_HINT = "If transformers loads the directory itself, use AutoModel...from_pretrained(DIR)."
 
@@ -36,25 +40,51 @@ def load_model(
     inputs: InputScheme = DEFAULT_INPUTS,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
+    progress: Progress = SILENT,
 ) -> Any:
     """The transformers model in a directory that `convert` wrote. Its int8 layers compute LLM.int8() exactly.
 
     Stored columns are removed from X and multiplied in floats, all others in int8 with exact integer sums. `inputs`
     says how X is quantized: "zeropoint" (at most half the error of absmax) or "absmax". `device` defaults to the GPU if
     there is one, as for transformers' own int8 models. `dtype` applies to everything that is not int8 and defaults to
-    the dtype in the config. The model is in eval mode and for inference only. bitsandbytes is not needed.
+    the dtype in the config. The model is in eval mode. Adapters can be trained with it; it cannot be saved.
+    bitsandbytes is not needed.
+
+    With `device_map="auto"`, the model may be larger than the memory. Whole blocks stay on the device while they fit,
+    then in RAM. The others are read from the shards each time they run, in int8, one block ahead. `max_memory` limits
+    the memory for weights, {"cpu": "8GB", 0: "10GB"}; the default is four fifths of the free memory. `progress` gets a
+    note with the time that this takes for each token. Nothing is written: `offload_folder` is accepted, because
+    transformers needs one, and not used.
 
     Raises MissingExtraError without transformers, UnsupportedModelError if the directory is not a conversion or
-    transformers has no class for the model, CheckpointError for tensors that do not fit.
+    transformers has no class for the model, CheckpointError for tensors that do not fit, OptionError for an invalid
+    `inputs`, `device_map` or `max_memory`, NotEnoughMemoryError if two blocks do not fit.
     """
+    if inputs not in INPUT_SCHEMES:
+        raise OptionError(f"{inputs!r} is not one of {', '.join(INPUT_SCHEMES)}", option="inputs")
+    if device_map not in (None, "auto"):
+        raise OptionError(f"{device_map!r} is not 'auto'", option="device_map", hint="One device is `device`.")
     _require_extra()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    limits = memory_limits(place.type, max_memory) if device_map == "auto" or max_memory is not None else None
+    offload = Offload(limits, place) if limits is not None else None
     stored = StoredModel(Path(directory))
     try:
         config = _config(Path(directory))
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return _load(stored, Path(directory), config, inputs, place, dtype or dtype_of(config, stored.float_specs))
-    finally:
+        model = _load(
+            stored, Path(directory), config, inputs, dtype or dtype_of(config, stored.float_specs), offload, place
+        )
+        if offload is not None and offload.moves:
+            offload.start(model, stored, progress)
+            return model
+    except BaseException:
         stored.close()
+        raise
+    stored.close()
+    return model if offload is None else model.to(place)
 
 
 def _require_extra() -> None:
@@ -79,21 +109,33 @@ def _config(directory: Path) -> Any:
 
 
 def _load(
-    stored: StoredModel, directory: Path, config: Any, inputs: InputScheme, device: torch.device, dtype: torch.dtype
+    stored: StoredModel,
+    directory: Path,
+    config: Any,
+    inputs: InputScheme,
+    dtype: torch.dtype,
+    offload: Offload | None,
+    device: torch.device,
 ) -> Any:
+    from int8cli.runtime.quantizer import Int8cliConfig
+
     model_class = model_class_of(config)
-    model, info = model_class.from_pretrained(
-        None,  # a directory and a state dict exclude each other
-        config=config,
-        generation_config=_generation_config(model_class, directory),
-        state_dict=stored.state_dict(),
-        quantization_config=_registered()(_Replacing(stored.linears, inputs)),
-        dtype=dtype,
-        device_map={"": device},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    with _rejections(model_class):
+        experts = find_experts(model_class, config, stored.linears)
+    tensors = stored.state_dict({name: place.name for name, place in experts.items()})
+    with _rejections(model_class), as_large_as(len(tensors)):
+        model, info = model_class.from_pretrained(
+            None,  # a directory and a state dict exclude each other
+            config=config,
+            generation_config=_generation_config(model_class, directory),
+            state_dict=tensors,
+            quantization_config=Int8cliConfig(_Replacing(stored, inputs, offload, experts)),
+            dtype=dtype,
+            device_map={"": device if offload is None else "cpu"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     for name, found, wanted in info["mismatched_keys"]:
         raise CheckpointError(f"{name} has the shape {tuple(found)}, but config.json requires {tuple(wanted)}")
     for name, module in model.named_modules():
@@ -101,8 +143,23 @@ def _load(
             lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] == name)
             if lost:
                 raise CheckpointError(f"transformers needs {lost[0]}, which is missing", hint=_OTHER_LOADERS_HINT)
-            module.prepare()
+            if module.weight.stride(0):  # else it stands for a tensor that stays on the disk
+                module.prepare()
+    model.name_or_path = model.config._name_or_path = str(directory)  # what finds the tokenizer
     return model
+
+
+@contextmanager
+def _rejections(model_class: Any) -> Iterator[None]:
+    """Raise UnsupportedModelError for whatever transformers raises over a config that it cannot use."""
+    try:
+        yield
+    except (Int8cliError, OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers cannot load this directory as {model_class.__name__}: {error!s:.300}"
+        ) from error
 
 
 def _generation_config(model_class: Any, directory: Path) -> Any:
@@ -118,15 +175,28 @@ def _generation_config(model_class: Any, directory: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Replacing:
-    """Replaces each linear layer that is stored in int8 by an Int8Linear."""
+    """Replaces each linear layer that is stored in int8 by an Int8Linear. `experts` are those that are fused."""
 
-    linears: tuple[StoredLinear, ...]
+    stored: StoredModel
     inputs: InputScheme
+    offload: Offload | None
+    experts: Mapping[str, ExpertPlace]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Replacing":
+        return self  # transformers copies the config that this is handed over in
 
     def __call__(self, model: Any) -> None:
-        modules = _modules_of(model, {linear.weight_name: linear for linear in self.linears})
+        linears = {linear.weight_name: linear for linear in self.stored.linears if linear.name not in self.experts}
+        modules = _modules_of(model, linears)
         for module_name, linear in modules.items():
             model.set_submodule(module_name, self._replacement(model.get_submodule(module_name), linear))
+        fused = {
+            each.name: (self.experts[each.name], each) for each in self.stored.linears if each.name in self.experts
+        }
+        replace_experts(model, fused, partial(self._new_linear, None, conv1d=False, device=model.device))
+        modules |= {place.path: linear for place, linear in fused.values()}
+        if self.offload is not None:
+            self.stored.left_on_disk |= self.offload.plan(model, modules)
 
     def _replacement(self, module: nn.Module, linear: StoredLinear) -> Int8Linear:
         from transformers.pytorch_utils import Conv1D
@@ -142,14 +212,21 @@ class _Replacing:
                 f"{linear.weight_name} has the shape {(linear.out_features, linear.in_features)}, the model's "
                 f"config.json requires {shape}"
             )
+        conv1d = isinstance(module, Conv1D)
+        return self._new_linear(module.bias, linear, conv1d=conv1d, device=module.weight.device)
+
+    def _new_linear(
+        self, bias: nn.Parameter | None, linear: StoredLinear, *, conv1d: bool, device: torch.device
+    ) -> Int8Linear:
         return Int8Linear(
             linear.in_features,
             linear.out_features,
-            module.bias,
+            bias,
             inputs=self.inputs,
             columns=linear.columns,
             columns_dtype=TORCH_DTYPES[linear.columns_dtype],
-            device=module.weight.device,
+            conv1d=conv1d,
+            device=device,
         )
 
 
@@ -164,51 +241,3 @@ def _modules_of(model: Any, linears: Mapping[str, StoredLinear]) -> dict[str, St
             )
         found[module_name] = linears[weight_name]
     return found
-
-
-@cache
-def _registered() -> Any:
-    """The config class of our quantizer, which is registered with transformers once.
-
-    transformers calls a quantizer after it has built a model and before it reads the weights.
-    """
-    from transformers.quantizers.auto import register_quantizer
-    from transformers.quantizers.base import HfQuantizer
-    from transformers.utils.quantization_config import QuantizationConfigMixin
-
-    class Int8cliConfig(QuantizationConfigMixin):
-        """The quantization_config of a loaded model."""
-
-        def __init__(self, replacing: _Replacing | None = None) -> None:
-            self.quant_method: Any = _METHOD
-            self.replacing = replacing
-
-        def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": self.quant_method}
-
-    @register_quantizer(_METHOD)
-    class Int8cliQuantizer(HfQuantizer):
-        """Replaces the layers. The weights are already quantized, and the model cannot be saved or trained."""
-
-        requires_calibration = False
-
-        def __init__(self, quantization_config: Int8cliConfig, **kwargs: Any) -> None:
-            super().__init__(quantization_config, pre_quantized=True)
-            self._config = quantization_config
-
-        def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-            if self._config.replacing is not None:
-                self._config.replacing(model)
-
-        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-            self._config.replacing = None
-            return model
-
-        def is_serializable(self) -> bool:
-            return False
-
-        @property
-        def is_trainable(self) -> bool:
-            return False
-
-    return Int8cliConfig

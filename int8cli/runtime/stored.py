@@ -6,6 +6,7 @@ Owns which linear layers are int8, and how the scales of each layout become row_
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -51,7 +52,10 @@ class StoredLinear:
 
 
 class StoredModel:
-    """The tensors of a converted directory. Close it after reading them."""
+    """The tensors of a converted directory. Close it when they have been read.
+
+    Of those in `left_on_disk` the state dict gives a stand-in of the same shape that takes no memory.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises ModelNotFoundError, UnsupportedModelError if nothing is int8, CheckpointError for bad columns."""
@@ -66,6 +70,7 @@ class StoredModel:
                 hint="Convert the model first, and load the output: int8cli convert MODEL.",
             )
         self._converted = converted
+        self.left_on_disk: set[str] = set()
         self._tensors = CheckpointTensors(source, (*shards, *converted.sidecars))
         try:
             self.linears = tuple(_linears(converted, self._tensors))
@@ -78,20 +83,39 @@ class StoredModel:
         """The weights that are not int8. Their dtype is the model's."""
         return {name: spec for name, spec in self._converted.specs.items() if spec.dtype in QUANTIZABLE_DTYPES}
 
-    def state_dict(self) -> dict[str, LoadedTensor]:
-        """Every tensor by its name in the checkpoint, and those of int8 layers by their names in Int8Linear."""
+    def state_dict(self, renamed: Mapping[str, str] = MappingProxyType({})) -> dict[str, LoadedTensor]:
+        """Every tensor by its name in the checkpoint, and those of int8 layers by their names in Int8Linear.
+
+        `renamed` gives other names to some of the int8 layers.
+        """
         found = {name: self._tensor(name, spec.dtype) for name, spec in self._converted.specs.items()}
         for linear in self.linears:
-            found[f"{linear.name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")
-            found[f"{linear.name}.{COLUMNS}"] = self._columns(linear, COLUMNS, "I32")
-            found[f"{linear.name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
+            name = renamed.get(linear.name, linear.name)
+            found[f"{name}.weight"] = found.pop(linear.weight_name)
+            found[f"{name}.row_absmax"] = LoadedTensor(self._row_absmax(linear), "F32")
+            found[f"{name}.{COLUMNS}"] = self._columns(linear, COLUMNS, "I32")
+            found[f"{name}.{COLUMN_WEIGHTS}"] = self._columns(linear, COLUMN_WEIGHTS, linear.columns_dtype)
         return found
+
+    def forget(self, name: str) -> None:
+        """Have the system drop a tensor from its page cache."""
+        self._tensors.forget(name)
 
     def close(self) -> None:
         self._tensors.close()
 
     def _tensor(self, name: str, dtype: str) -> LoadedTensor:
-        return LoadedTensor(lambda: self._tensors.read(name), dtype)
+        return LoadedTensor(lambda: self._read(name), dtype)
+
+    def _read(self, name: str) -> Tensor:
+        if name in self.left_on_disk:
+            return torch.zeros((), dtype=torch.int8).expand(self._converted.specs[name].shape)
+        return self._tensors.read(name)
+
+    def map(self, name: str) -> Tensor:
+        """A tensor as a mapping of its shard, which is read ahead. Not to be written to."""
+        self._tensors.read_ahead(name)
+        return self._tensors.map(name)
 
     def _columns(self, linear: StoredLinear, kind: str, dtype: str) -> LoadedTensor:
         if linear.columns:

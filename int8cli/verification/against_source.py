@@ -25,8 +25,9 @@ from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
+from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
-from int8cli.planning.survey import Survey, fingerprint, survey_source
+from int8cli.planning.survey import Survey, decisions_by_name, fingerprint, survey_source
 from int8cli.progress import Progress
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
 from int8cli.records.manifest import SideFile
@@ -131,8 +132,13 @@ def check_weights(
     weights: list[Failure] = []
     figures: list[Failure] = []
     layers = copied = columns = 0
-    present = {contents.file_name for contents in survey.shards}
-    shards = [shard for shard in conversion.shards if shard.file in present and shard.file in records]
+    present = {contents.file_name: contents.file_bytes for contents in survey.shards}
+    # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
+    alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
+    if conversion.shards and not alike:
+        why = "no shard of this source is one that was converted"
+        return Check.not_made("weights", why), Check.not_made("figures", why)
+    shards = [shard for shard in alike if shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = _task(directory, shard, survey, conversion, record, options)
@@ -182,7 +188,7 @@ def _task(
     options: VerificationRun,
 ) -> ShardTask:
     """The task that converts the shard as its record says it was converted."""
-    contents = next(each for each in survey.shards if each.file_name == shard.file)
+    contents = _contents_as_recorded(survey, shard, record)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
     stored = None
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
@@ -200,6 +206,13 @@ def _task(
     )
 
 
+def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecord) -> ShardContents:
+    """The shard's tensors, with fused experts split if they were split when it was converted."""
+    contents = next(each for each in survey.shards if each.file_name == shard.file)
+    recorded = {spec.name for spec in record.source_tensors}
+    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.as_in_file()
+
+
 def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
     """Whether there is a sidecar with a plausible record. If it is implausible, the check of sidecars reports that."""
     known = {stored.spec.name for stored in contents.tensors}
@@ -210,7 +223,11 @@ def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, c
 
 def _plan_as_recorded(survey: Survey, contents: ShardContents, record: ShardRecord) -> Plan:
     layers = {f"{layer.name}.weight": layer for layer in record.layers}
-    own = (survey.decisions[stored.spec.name] for stored in contents.tensors)
+    decisions = survey.decisions
+    if any(stored.spec.name not in decisions for stored in contents.tensors):
+        whole = [stored.spec for each in survey.source_shards for stored in each.tensors]
+        decisions = decisions_by_name(make_plan(whole, survey.config, survey.plan.options))
+    own = (decisions[stored.spec.name] for stored in contents.tensors)
     return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
 
 
@@ -238,7 +255,7 @@ def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[Pas
         for comparison in comparisons:
             failures += comparison.differences()
     for name, place in result.non_finite.items():
-        failures.append(Failure(task.source.output, f"is in int8, but holds {place.value} in the source", name))
+        failures.append(Failure(task.source.output, f"is in int8, but contains {place.value} in the source", name))
     return result, failures
 
 
@@ -263,13 +280,13 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
         if decision.spec.name in result.non_finite:
             continue
         before = recorded[decision.module]
-        anew = layer_report(decision, task.planned.target, result, before.stored)
-        if replace(anew, sums=before.sums) != before:
+        recomputed = layer_report(decision, task.planned.target, result, before.stored)
+        if replace(recomputed, sums=before.sums) != before:
             yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
-        if anew.sums is None or before.sums is None:
+        if recomputed.sums is None or before.sums is None:
             continue  # not measured; if it should have been, the check of the records reports that
         for name in ErrorSums.__slots__:
-            now, was = getattr(anew.sums, name), getattr(before.sums, name)
+            now, was = getattr(recomputed.sums, name), getattr(before.sums, name)
             if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
                 yield Failure(record.files[0].file, f"{name} is {now!r}, the report has {was!r}", decision.module)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
-from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
 from int8cli.planning.layouts import LAYOUTS
@@ -84,8 +84,7 @@ def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> I
 
 def _is_cast(source: TensorSpec, written: TensorRecord) -> bool:
     """Whether a float tensor is in another float dtype. `convert` casts those that loaders would cast anyway."""
-    floats = QUANTIZABLE_DTYPES
-    return source.shape == written.shape and source.dtype in floats | {"F64"} and written.dtype in floats
+    return source.shape == written.shape and source.dtype in CAST_ON_LOAD and written.dtype in QUANTIZABLE_DTYPES
 
 
 def _is_transposed(source: TensorSpec, layer: LayerReport | None) -> bool:

@@ -8,7 +8,6 @@ is never run.
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import sys
 import warnings
@@ -17,11 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
+from int8cli.verification.float_dtypes import cast_problems, rounding_problems
 
 NAME = "loads"
 _READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
@@ -37,7 +38,7 @@ class _UnknownModelError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _LaidOut:
+class _BuiltModel:
     """A model on the meta device, with the loader's lists of parameters and tensors that do not match."""
 
     model: Any
@@ -68,11 +69,11 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except Exception as error:  # a broken installation says nothing about the model
             return Check.not_made(NAME, f"transformers cannot be imported here: {_first_line(error)}")
         loader = f"transformers {transformers.__version__}"
-        held = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
-        reads = LAYOUTS[layout].transformers_reads(spec.name for spec in held)
+        specs = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
+        reads = LAYOUTS[layout].transformers_reads(spec.name for spec in specs)
         try:
             model_class, config = _class_of(directory)
-            laid_out = _lay_out(model_class, config, held)
+            built = _build(model_class, config, specs)
         except _UnknownModelError as error:
             return Check.not_made(NAME, f"{loader} {error}; the model's own code is not run")
         except ImportError as error:
@@ -81,21 +82,32 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
-        source = _source_laid_out(model_class, config, [s for record in records for s in record.source_tensors])
-    landed, failures = _compare(laid_out, source, {spec.name: spec.dtype for spec in held})
+        source_specs = [spec for record in records for spec in record.source_tensors]
+        source = _built_from_source(model_class, config, source_specs)
+
+        def missing_without(rest: Sequence[TensorSpec]) -> frozenset[str]:
+            return _built_from_source(model_class, config, rest).missing - source.missing
+
+        in_place, failures = _compare(built, source, {spec.name: spec.dtype for spec in specs})
+        if source.model is not None:
+            failures += cast_problems(built.model, source.model)
+            failures += rounding_problems(source.model, records, missing_without)
     if failures and not reads:  # some versions ignore tensors that they do not know
         return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({failures[0][0]} {failures[0][1]})")
     wanted = sum(len(record.layers) for record in records)
-    detail = f"{loader}, {model_class.__name__}: {landed:,} of {wanted:,} int8 layers in place"
+    if in_place > wanted and not failures:
+        failures = [("", f"{in_place:,} layers of the model are in int8, {wanted:,} were quantized")]
+    detail = f"{loader}, {model_class.__name__}: {in_place:,} of {wanted:,} int8 layers in place"
     shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
-    return Check.of(NAME, detail, [Failure(shards.get(name, CONFIG_FILE), what, name) for name, what in failures])
+    found = [Failure(shards.get(name, CONFIG_FILE), what, name or None) for name, what in failures]
+    return Check.of(NAME, detail, found)
 
 
 def _class_of(directory: Path) -> tuple[Any, Any]:
     """The model's class in transformers, and its config. Raises _UnknownModelError."""
     import transformers
 
-    stated = json.loads((directory / CONFIG_FILE).read_bytes())
+    stated = read_config(DirectorySource(directory))
     if stated.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _UnknownModelError(f"does not know the model type {stated.get('model_type')!r}")
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
@@ -109,39 +121,43 @@ def _class_of(directory: Path) -> tuple[Any, Any]:
     return model_class, config
 
 
-def _lay_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+def _build(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _BuiltModel:
     """The model that `from_pretrained` builds from these tensors, all of them on the meta device."""
     import torch
 
     from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
+    from int8cli.model.loading import as_large_as
 
     def empty(spec: TensorSpec) -> torch.Tensor:
         return torch.empty(spec.shape, dtype=TORCH_DTYPES[spec.dtype], device="meta")
 
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict={spec.name: empty(spec) for spec in specs},
-        device_map={"": "meta"},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        local_files_only=True,
-    )
+    # Of the packed floats no torch has all; none of them is a weight here.
+    state_dict = {spec.name: empty(spec) for spec in specs if spec.dtype in TORCH_DTYPES}
+    with as_large_as(len(state_dict)):
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state_dict,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     mismatched = tuple(tuple(each) for each in info["mismatched_keys"])
-    return _LaidOut(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
+    return _BuiltModel(model, frozenset(info["missing_keys"]), frozenset(info["unexpected_keys"]), mismatched)
 
 
-def _source_laid_out(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _LaidOut:
+def _built_from_source(model_class: Any, config: Any, specs: Iterable[TensorSpec]) -> _BuiltModel:
     """The same for the source. If the loader rejects the source, there are no differences to subtract."""
     plain = type(config).from_dict({**config.to_dict(), "quantization_config": None})
     del plain.quantization_config
     try:
-        return _lay_out(model_class, plain, specs)
+        return _build(model_class, plain, specs)
     except Exception:
-        return _LaidOut(None, frozenset(), frozenset(), ())
+        return _BuiltModel(None, frozenset(), frozenset(), ())
 
 
-def _compare(output: _LaidOut, source: _LaidOut, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
+def _compare(output: _BuiltModel, source: _BuiltModel, dtypes: Mapping[str, str]) -> tuple[int, list[tuple[str, str]]]:
     """The number of int8 modules, and the differences of the output that the source does not have."""
     failures = [(name, "is missing, but the model needs it") for name in sorted(output.missing - source.missing)]
     for name in sorted(output.unexpected):
@@ -157,8 +173,8 @@ def _compare(output: _LaidOut, source: _LaidOut, dtypes: Mapping[str, str]) -> t
 def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
     """Each weight that is int8 in the file or for the loader, and what is wrong with it, None if nothing is.
 
-    `dtypes` are those of the output's tensors. They take precedence over those of the model: transformers 5.0.0 leaves
-    a parameter on the meta device in the dtype that the class gave it.
+    `dtypes` are those of the output's tensors. They take precedence over those of the model: a parameter on the meta
+    device may keep the dtype of the model's definition (transformers 5.0.0).
     """
     import torch
 
@@ -170,7 +186,7 @@ def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str |
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             stored = dtypes.get(full_name) or dtypes.get(full_name.removeprefix(prefix))
-            dtype = parameter.dtype if stored is None else TORCH_DTYPES[stored]
+            dtype = TORCH_DTYPES.get(stored or "", parameter.dtype)
             if takes_int8 and name == "weight":
                 wanted = (module.out_features, module.in_features)
                 if dtype != torch.int8:

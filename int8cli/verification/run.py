@@ -4,7 +4,6 @@ Owns that order. Writes nothing and prints nothing; reports to a Progress. Impor
 The loader is imported in its own process, in parallel with the other checks.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,7 @@ from int8cli.verification.files import READ, DigestPass, header_bytes
 from int8cli.verification.loads import NAME
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import check_sidecars
-from int8cli.workers.torch_start import start_torch
+from int8cli.workers.torch_start import start_torch_unless_started
 
 
 def conversion_in(directory: Path) -> Conversion:
@@ -142,8 +141,7 @@ def _check_against(
     options: VerificationRun,
     progress: Progress,
 ) -> Iterator[Check]:
-    if "torch" not in sys.modules:  # otherwise the caller has already set the number of threads
-        start_torch()
+    start_torch_unless_started()
     from int8cli.verification.against_source import COMPARE, check_copies, check_source, check_weights, survey_for
 
     survey = survey_for(source, conversion)

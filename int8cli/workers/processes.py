@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -92,8 +92,12 @@ class ProcessExecutor:
         self._listener.start()
 
     def submit(self, task: Callable[[OnBytes], Result]) -> "Future[Result]":
-        with _starting_processes():
-            return self._pool.submit(_run, task)
+        """Raises BrokenExecutor if a worker or the fork server ends while a worker is started, or has ended before."""
+        try:
+            with _starting_processes():
+                return self._pool.submit(_run, task)
+        except (EOFError, ConnectionError) as error:  # from the pipe to the new worker, or from the fork server's
+            raise BrokenExecutor("a worker process ended while it was started") from error
 
     def close(self) -> None:
         self._stop.value = 1

@@ -19,6 +19,19 @@ def start_torch() -> None:
     torch.set_num_threads(1)
 
 
+def start_torch_unless_started() -> None:
+    """Import torch as `start_torch` does; where the caller has imported it, its number of threads stays.
+
+    In a fork of a process that has computed, torch's first call makes its pool of threads anew. Two threads that do so
+    at once find none ("Invalid thread pool!"): hence a call from here, before there are two.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        start_torch()
+    else:
+        torch.set_num_threads(torch.get_num_threads())
+
+
 @contextmanager
 def torch_threads_restored() -> Iterator[None]:
     """After this context, torch has as many threads as before it, or its default if it was not yet imported."""

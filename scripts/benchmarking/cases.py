@@ -1,4 +1,4 @@
-"""What is measured: the checkpoints that are made, and the commands that are run on them in turn."""
+"""The checkpoints of the benchmark, and the commands that run on them in turn."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from benchmarking.turns import Case, CaseFailedError, Run, size_of, take_turns
 
 IMPORT_TORCH = "import torch"
 COPY, COLD_COPY = "cp -r, sync", "cp -r, sync, cold"
-# With the full report; no columns are stored, since cp and the others do nothing of the kind.
+# With the full report, but without stored columns, because cp and other converters do nothing similar.
 CONVERT, COLD_CONVERT = "int8cli convert --outliers none", "int8cli convert --outliers none, cold"
 NO_FIGURES = "int8cli convert --outliers none --no-figures"
 STORE_COLUMNS = "int8cli convert --outliers weights"
@@ -23,7 +23,7 @@ HUB_OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Runs by case, in turn with one another, on sources of so many bytes; for what was left out, the reason."""
+    """The runs of each case on sources of `source_bytes`, the reasons for cases left out, and versions of peers."""
 
     source_bytes: dict[str, int]
     runs: dict[str, list[Run]]
@@ -32,14 +32,14 @@ class Section:
 
 
 class Bench:
-    """Makes checkpoints below `scratch` and runs commands on them, each `runs` times."""
+    """Makes checkpoints in `scratch`, and runs commands on them, each `runs` times."""
 
     def __init__(self, scratch: Path, runs: int) -> None:
         self._scratch, self._runs = scratch, runs
         self._log = scratch / "log"
 
     def against_copy(self, gigabytes: float) -> Section:
-        """convert against cp, warm and cold; inspect-outliers and verify against cat of what they read."""
+        """Compare convert with cp, warm and cold, and inspect-outliers and verify with cat of the files they read."""
         source, tiny = self._checkpoint("bloom", gigabytes), self._checkpoint("bloom", NEXT_TO_NOTHING)
         int8, tiny_int8 = self._scratch / "int8", self._scratch / "tiny-int8"
         from_weights = ("inspect-outliers", "--from", "weights", "--quiet")
@@ -61,7 +61,7 @@ class Bench:
         return self._measured(cases, source)
 
     def against_peers(self, gigabytes: float, environments: Path) -> Section:
-        """convert against the converters of others, as they are used where there is no GPU."""
+        """Compare convert with other converters, used as intended without a GPU."""
         source, tiny = self._checkpoint("llama", gigabytes), self._checkpoint("llama", NEXT_TO_NOTHING)
         output = self._scratch / "peer"
         cases = [
@@ -86,7 +86,7 @@ class Bench:
         return Section(measured.source_bytes, measured.runs, left_out | measured.left_out, known)
 
     def growth(self, sizes: Sequence[float]) -> Section:
-        """convert at each size, all sizes in turn."""
+        """Run convert at each size, all sizes in turn."""
         tiny = self._checkpoint("bloom", NEXT_TO_NOTHING)
         sources = {f"{gigabytes:g}": self._checkpoint("bloom", gigabytes) for gigabytes in sizes}
         output = self._scratch / "grown"
@@ -97,18 +97,18 @@ class Bench:
     def _measured(self, cases: Sequence[Case], source: Path) -> Section:
         runs, left_out = take_turns(cases, self._runs)
         source_bytes = size_of(source)
-        for name in (IMPORT_TORCH, COPY, CONVERT, NO_FIGURES):  # without these nothing can be told
+        for name in (IMPORT_TORCH, COPY, CONVERT, NO_FIGURES):  # the tables need these
             if name in left_out:
                 raise CaseFailedError(f"{name} {left_out[name]}")
         for case in cases:
             taken = runs.get(case.name, [])
             if case.cold and min((run.disk_bytes for run in taken), default=0) < 0.9 * source_bytes:
-                left_out.setdefault(case.name, "this machine does not let go of files in its cache")
+                left_out.setdefault(case.name, "this machine does not evict files from its page cache")
                 runs.pop(case.name, None)
         return Section({"": source_bytes}, runs, left_out, {})
 
     def _checkpoint(self, model: str, gigabytes: float) -> Path:
-        """Write a checkpoint, unless it is there; in a process of its own, whose memory counts for nobody."""
+        """Write a checkpoint if it does not exist, in a separate process, so that its memory is not measured."""
         directory = self._scratch / f"{model}-{gigabytes:g}"
         if not directory.exists():
             program = str(Path(__file__).with_name("checkpoint.py"))

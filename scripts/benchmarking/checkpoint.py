@@ -1,7 +1,7 @@
-"""Writes the checkpoints that the benchmark converts: random weights of realistic scale at BLOOM's and Llama's shapes.
+"""Writes the checkpoints for the benchmark: random weights of realistic scale, in the shapes of BLOOM and Llama.
 
-A program of its own, since numpy and the weights would count into the peak memory of whatever the benchmark starts
-after it. Needs numpy; holds 64 MB whatever the size.
+This is a separate program, because numpy and the weights would count towards the peak memory of the processes that the
+benchmark starts afterwards. Needs numpy, and 64 MB of memory for any size.
 
     python scripts/benchmarking/checkpoint.py bloom /scratch/source --gigabytes 8
 """
@@ -26,7 +26,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Model:
-    """A model to write: its shards, each with the shapes of its tensors, and its config."""
+    """A model to write: the shapes of the tensors in each shard, the dtype, and the config."""
 
     shards: tuple[Shapes, ...]
     dtype: str
@@ -34,7 +34,7 @@ class Model:
 
 
 def bloom(gigabytes: float) -> Model:
-    """Blocks of BLOOM, one a shard, in bfloat16. They are as wide as BLOOM-176B's, or narrower to come to the size."""
+    """Blocks of BLOOM, one per shard, in bfloat16. They are as wide as in BLOOM-176B, or narrower to fit the size."""
     block_bytes = 24 * BLOOM_HIDDEN**2
     blocks = max(1, math.ceil(gigabytes * 1e9 / block_bytes - 0.1))
     hidden = min(BLOOM_HIDDEN, max(1, round(math.sqrt(gigabytes * 1e9 / blocks / 24) / 128)) * 128)
@@ -56,7 +56,7 @@ def bloom(gigabytes: float) -> Model:
 
 
 def llama(gigabytes: float) -> Model:
-    """Blocks of Llama-2-7B, one a shard, in float16; narrower than they are where less than one is wanted."""
+    """Blocks of Llama-2-7B, one per shard, in float16. They are narrower if the size is less than one block."""
     block_bytes = 2 * (4 * LLAMA_HIDDEN**2 + 3 * LLAMA_HIDDEN * LLAMA_FEED_FORWARD)
     blocks = max(1, round(gigabytes * 1e9 / block_bytes))
     scale = min(1.0, math.sqrt(gigabytes * 1e9 / block_bytes))
@@ -115,14 +115,14 @@ def _llama_block(index: int, hidden: int, feed_forward: int) -> Shapes:
 
 
 class _Weights:
-    """Normally distributed weights as bytes of a 16-bit dtype, drawn once and dealt out from places at random."""
+    """Normally distributed weights as bytes of a 16-bit dtype. Drawn once, then reused from random offsets."""
 
     def __init__(self, dtype: str) -> None:
         self._random = numpy.random.default_rng(0)
         drawn = self._random.standard_normal(POOL, dtype=numpy.float32) * numpy.float32(STD)
         if dtype == "F16":
             self._pool = drawn.astype("<f2")
-        else:  # bfloat16 is the upper half of float32, here cut rather than rounded
+        else:  # bfloat16 is the upper half of float32, here truncated instead of rounded
             self._pool = (drawn.view("<u4") >> 16).astype("<u2")
 
     def deal(self, count: int) -> Iterator[memoryview]:
@@ -134,7 +134,7 @@ class _Weights:
 
 
 def write_checkpoint(directory: Path, model: Model) -> None:
-    """Write shards, index, config and a tokenizer of single words, as a Hub repository has them."""
+    """Write shards, index, config and a tokenizer of single words, in the form of a Hub repository."""
     directory.mkdir(parents=True)
     weights = _Weights(model.dtype)
     weight_map = {}

@@ -1,4 +1,4 @@
-"""What machine the figures come from, and when: the line over every table."""
+"""The machine that the figures come from, and the date: the line above every table."""
 
 import datetime
 import os
@@ -15,7 +15,7 @@ def describe_machine() -> str:
 
 
 def _processor() -> str:
-    """The processor's name as Linux tells it."""
+    """The processor's name, from Linux if possible."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,6 +1,6 @@
-"""The other converters that ours is held against, each in a virtual environment of its own that is made here.
+"""The other converters that int8cli is compared with. Each gets its own virtual environment, which is made here.
 
-The environments are kept for the next time. One that cannot be made leaves its peer out, with the reason.
+The environments are reused by later runs. If one cannot be made, its converter is left out, with the reason.
 """
 
 import shutil
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = Path(__file__).parent / "peer_programs"
-# A plain `torch` brings several GB of CUDA libraries. Installed first and then held, it is what every peer gets.
+# An unconstrained `torch` installs several GB of CUDA libraries. This version is installed first, and then pinned.
 TORCH = "torch==2.13.0"
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A converter: the packages it needs beside torch, and the program that runs it on SOURCE and OUTPUT."""
+    """A converter: the packages it needs besides torch, and the program that runs it with SOURCE and OUTPUT."""
 
     name: str
     program: str
@@ -41,11 +41,11 @@ PEERS = (
 
 
 class InstallError(Exception):
-    """A peer's environment cannot be made; the message has pip's last word."""
+    """The environment of a peer cannot be made. The message has pip's last error."""
 
 
 def installed(peer: Peer, environments: Path) -> Path:
-    """The Python of a peer's environment, which is made first if it is not there. Raises InstallError."""
+    """The Python of a peer's environment. Makes the environment if it does not exist. Raises InstallError."""
     directory = environments.resolve() / peer.key
     python, ready = directory / "bin" / "python", directory / ".ready"
     if ready.exists():
@@ -63,7 +63,7 @@ def installed(peer: Peer, environments: Path) -> Path:
 
 
 def versions(peer: Peer, python: Path) -> str:
-    """What was installed for a peer, as `name version name version …`."""
+    """The packages installed for a peer, as `name version name version …`."""
     names = [package.partition("<")[0] for package in peer.packages]
     code = "import sys; from importlib.metadata import version; print(*(f'{n} {version(n)}' for n in sys.argv[1:]))"
     return subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True).stdout.strip()
@@ -72,5 +72,5 @@ def versions(peer: Peer, python: Path) -> str:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode:
-        said = [line for line in done.stdout.splitlines() if line.lower().startswith("error")] or [done.stdout.strip()]
-        raise InstallError(f"cannot be installed: {said[-1][-200:]}")
+        errors = [line for line in done.stdout.splitlines() if line.lower().startswith("error")]
+        raise InstallError(f"cannot be installed: {(errors or [done.stdout.strip()])[-1][-200:]}")

@@ -1,6 +1,6 @@
-"""What a command and all that it starts take: CPU seconds, and memory at its peak.
+"""The CPU time and peak memory of a command and of all processes that it starts.
 
-A process's own figures leave out what it starts and does not wait for, such as the workers of a fork server.
+The usual figures of a process leave out children that it does not wait for, such as the workers of a fork server.
 """
 
 import ctypes
@@ -17,9 +17,10 @@ _EVERY_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """`peak_bytes`: of the command or, where that is more, of all its processes at once, shared memory counted once.
+    """The resources that a command used.
 
-    The latter is looked at 20 times a second.
+    `peak_bytes` is the peak memory of the command, or of all its processes together if that is more, with shared memory
+    counted once. The latter is sampled 20 times a second.
     """
 
     cpu_s: float
@@ -28,7 +29,7 @@ class Usage:
 
 
 class ProcessTree:
-    """Watches a command's processes from its start to the end of `wait`. `before` are the children that were here."""
+    """Watches the processes of a command until `wait` returns. `before` are earlier children, which are ignored."""
 
     def __init__(self, pid: int, before: Collection[int]) -> None:
         self._pid = pid
@@ -39,7 +40,7 @@ class ProcessTree:
         self._watching.start()
 
     def wait(self) -> tuple[int, Usage]:
-        """The command's status, and what it and its processes took; returns when the last of them has ended."""
+        """The exit status of the command, and the resources it used. Returns after its last process has ended."""
         _, status, own = os.wait4(self._pid, 0)
         usages = [own]
         while orphans := self._children():
@@ -62,7 +63,7 @@ class ProcessTree:
 
 @contextmanager
 def adopting_orphans() -> Iterator[None]:
-    """Have processes whose parent ends become children of this one meanwhile, so that it can wait for them (Linux)."""
+    """While this context is open, orphans become children of this process, so that it can wait for them (Linux)."""
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
@@ -84,7 +85,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def _pss_bytes(pid: int) -> int:
-    """A process's memory, with what it shares divided among those that share it."""
+    """The memory of a process, with shared memory divided by the number of processes that share it."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
             if line.startswith("Pss:"):

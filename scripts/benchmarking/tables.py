@@ -1,4 +1,4 @@
-"""Tables in Markdown of what was measured: medians over the turns, and medians of the ratios in each turn."""
+"""Tables of the results in Markdown: medians over the turns, and medians of the ratios in each turn."""
 
 from collections.abc import Iterable, Sequence
 
@@ -18,9 +18,9 @@ from benchmarking.cases import (
 )
 from benchmarking.turns import median, median_ratio
 
-# What is held against what, and the word for it.
-NOISE_S = 0.2  # by so much the start alone differs from run to run
-HELD_AGAINST = {
+NOISE_S = 0.2  # how much the start time alone varies from run to run
+# The command that each is compared with, and its name in the table.
+COMPARED_WITH = {
     CONVERT: (COPY, "cp"),
     NO_FIGURES: (COPY, "cp"),
     STORE_COLUMNS: (COPY, "cp"),
@@ -31,15 +31,15 @@ HELD_AGAINST = {
 
 
 def against_copy(section: Section) -> str:
-    """Each command beside what it is held against."""
+    """Each command, and how it compares with cp or cat."""
     header = ("", "seconds", "start apart", "ratio", "start apart", "CPU seconds", "start apart", "peak over torch")
     rows = []
     for name, runs in section.runs.items():
         if name == IMPORT_TORCH:
             continue
         row = [f"`{name}`", f"{median(runs, 'seconds'):.2f}", "", "", "", f"{median(runs, 'cpu_s'):.2f}", "", ""]
-        if name in HELD_AGAINST and HELD_AGAINST[name][0] in section.runs:
-            other, word = HELD_AGAINST[name]
+        if name in COMPARED_WITH and COMPARED_WITH[name][0] in section.runs:
+            other, word = COMPARED_WITH[name]
             against = section.runs[other]
             row[2] = f"{median(runs, 'apart_s'):.2f}"
             row[3] = f"{median_ratio(runs, against, 'seconds', 'seconds'):.2f} × {word}"
@@ -52,7 +52,7 @@ def against_copy(section: Section) -> str:
 
 
 def peers(section: Section) -> str:
-    """Each converter, and how much longer than ours it takes, with and without error figures."""
+    """Each converter, and its time relative to int8cli, with and without error figures."""
     times = ("times ours", "without figures")
     header = ("", "seconds", "start apart", *times, "CPU seconds", "start apart", "peak memory", "output")
     ours = [section.runs[name] for name in (CONVERT, NO_FIGURES)]
@@ -100,7 +100,7 @@ def growth(section: Section) -> str:
 
 
 def over_torch(section: Section, name: str) -> str:
-    """The largest peak of a case's runs over that of Python with torch imported."""
+    """The largest peak of a case's runs, minus that of Python with torch imported."""
     peak = max(run.peak_bytes for run in section.runs[name])
     return _megabytes(peak - median(section.runs[IMPORT_TORCH], "peak_bytes"))
 

@@ -1,6 +1,7 @@
-"""Runs commands in turn and measures them: seconds until what they wrote is on the disk, CPU time, peak memory.
+"""Runs commands in turn and measures them: seconds until their output is on the disk, CPU time, peak memory.
 
-Knows nothing of what the commands do. Imports nothing large: a process's peak memory begins with that of its parent.
+Does not know what the commands do. Imports nothing large, because the peak memory of a process starts with that of its
+parent.
 """
 
 import os
@@ -22,10 +23,10 @@ PIECE_BYTES = 1 << 22
 class Case:
     """A command to measure.
 
-    `reads` is brought into the page cache before each run, or with `cold` out of it. `output` is removed before each
-    run; if it is None, the command writes nothing, and nothing is flushed after it. What `start` names is the same
-    command on next to nothing, run in the same turn: what the start of its process takes. `log` takes what the command
-    prints.
+    Before each run, `reads` is read into the page cache or, if `cold`, evicted from it. `output` is removed before each
+    run and, unless `keeps`, after it. If `output` is None, the command writes nothing, and nothing is flushed
+    afterwards. `start` is the same command on almost no data, run in the same turn to measure the start of the process.
+    The output of the command goes to `log`.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one run took. `disk_bytes` came from the disk, not from the page cache."""
+    """The cost of one run. `disk_bytes` were read from the disk, not from the page cache."""
 
     seconds: float
     cpu_s: float
@@ -63,13 +64,13 @@ class Run:
 
 
 class CaseFailedError(Exception):
-    """A command ended with an error; the message has the last it said."""
+    """A command failed. The message has the last line of its output."""
 
 
 def take_turns(cases: Sequence[Case], runs: int) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """Run every case once, then every case again, and so on: what slows the machine for a while slows all of them.
+    """Run every case once, then every case again, and so on, so that temporary slowdowns affect all of them.
 
-    Returns the runs by name, and for each case that failed the reason; it takes no further turn.
+    Returns the runs by name, and the reason for each case that failed. A failed case is not run again.
     """
     taken: dict[str, list[Run]] = {case.name: [] for case in cases}
     failures: dict[str, str] = {}
@@ -86,13 +87,13 @@ def take_turns(cases: Sequence[Case], runs: int) -> tuple[dict[str, list[Run]], 
 
 
 def measure(case: Case) -> Run:
-    """One run of a case and, before it, one of its start."""
+    """One run of a case, after one run of its start."""
     start = measure(case.start) if case.start else None
     if case.output is not None:
         shutil.rmtree(case.output, ignore_errors=True)
     os.sync()
     for file in files_of(case.reads):
-        _forget(file) if case.cold else _read(file)
+        _evict(file) if case.cold else _read(file)
     begin = time.perf_counter()
     usage = _run(case)
     if case.output is not None:
@@ -120,13 +121,13 @@ def _run(case: Case) -> Usage:
         )
         try:
             status, usage = ProcessTree(process.pid, before).wait()
-        except BaseException:  # an interrupt is for the command, too
+        except BaseException:  # an interrupt must end the command too
             process.kill()
             raise
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        said = case.log.read_text(errors="replace").strip().splitlines()[-1:]
-        raise CaseFailedError(f"ended with {process.returncode}: {' '.join(said)[-200:]}")
+        last = case.log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise CaseFailedError(f"ended with {process.returncode}: {' '.join(last)[-200:]}")
     return usage
 
 
@@ -145,7 +146,7 @@ def _read(file: Path) -> None:
             pass
 
 
-def _forget(file: Path) -> None:
+def _evict(file: Path) -> None:
     with file.open("rb") as opened:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -155,6 +156,6 @@ def median(runs: Sequence[Run], figure: str) -> float:
 
 
 def median_ratio(runs: Sequence[Run], others: Sequence[Run], figure: str, of: str) -> float:
-    """The median over turns of a figure in seconds, divided by the others' figure `of` in the same turn."""
+    """The median over turns of a figure in seconds divided by the figure `of` of the other case in the same turn."""
     pairs = zip(runs, others, strict=True)
     return statistics.median(getattr(run, figure) / getattr(other, of) for run, other in pairs)

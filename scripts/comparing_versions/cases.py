@@ -1,7 +1,7 @@
-"""The cases: tiny models of many architectures, saved by this transformers, and what int8cli makes of them.
+"""The cases: tiny models of many architectures, saved by this transformers, and their conversions by int8cli.
 
-Runs in the environment with the newest transformers. Each case is a directory with `source`, `bitsandbytes` and, for
-some, `compressed-tensors`, and `case.json`, which names the class.
+Runs in the environment with the newest transformers. Each case is a directory with `source`, `bitsandbytes`, for some
+cases `compressed-tensors`, and `case.json` with the name of the class.
 """
 
 import json
@@ -19,12 +19,12 @@ from support.further_checkpoints import FURTHER
 from int8cli import ConvertOptions, convert
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Those whose calibration and load_model are tried too, and compressed-tensors: one of each way to build a block.
+# For these, calibration, load_model and compressed-tensors are also tested: one of each kind of block.
 RUN = ("llama", "gpt2", "bloom", "bert", "t5", "gemma2", "mamba")
 
 
 def write_cases(directory: Path, names: set[str]) -> None:
-    """Write every case into a directory of its own; one that this transformers cannot build or save is left out."""
+    """Write each case to its own directory, except those that this transformers cannot build or save."""
     for name, tiny in (LISTED | HEADS | OTHERS | FURTHER).items():
         for dtype_name, dtype in DTYPES.items():
             if names and name not in names:

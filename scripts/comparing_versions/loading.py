@@ -1,11 +1,12 @@
-"""What one environment's transformers makes of the cases. Runs in that environment; prints one JSON line a case.
+"""Open the cases with the transformers of one environment. Runs in that environment, and prints one JSON line per case.
 
-Needs nothing but torch, transformers and bitsandbytes for what concerns loading: int8cli is not imported for it.
+Loading needs only torch, transformers and bitsandbytes; int8cli is not imported for it.
 
-The judge knows no table: a model opened from int8 is compared with its source quantized on load, tensor by tensor.
-A float that stands where the other has int8 must be named by config.json's `llm_int8_skip_modules` and hold the
-source's values; int8 where the other has a float must not be named there, and be what bitsandbytes makes of the float;
-a float in another dtype must hold the same values.
+The comparison uses no tables: a model opened from int8 is compared with its source quantized on load, tensor by tensor.
+If one has a float and the source quantized on load has int8, config.json must name the module in
+`llm_int8_skip_modules`, and the values must be those of the source. If it is the other way round, config.json must not
+name the module, and the int8 must be what bitsandbytes makes of the float. A float in another dtype must have the same
+values.
 """
 
 import argparse
@@ -51,11 +52,11 @@ def _version(name: str) -> str | None:
         return None
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# Loading
 
 
 def _load(case: Path, class_name: str) -> dict[str, Any]:
-    """`opens`: "yes", "no", or "unknown" where this version does not open the source either."""
+    """The outcome of a case. `opens` is "yes", "no", or "unknown" if this version does not open the source either."""
     import transformers
     from transformers import BitsAndBytesConfig
 
@@ -84,7 +85,7 @@ def _load(case: Path, class_name: str) -> dict[str, Any]:
 
 
 def _opened(model_class: Any, directory: Path, **options: Any) -> Any:
-    """The model; raises where a tensor was missing or mismatched."""
+    """The model. Raises if a tensor is missing or mismatched."""
     model, info = model_class.from_pretrained(
         directory, output_loading_info=True, device_map="cpu", torch_dtype="auto", **options
     )
@@ -95,7 +96,7 @@ def _opened(model_class: Any, directory: Path, **options: Any) -> Any:
 
 
 def _compare(ours: dict[str, Any], theirs: dict[str, Any], source: dict[str, Any], skips: list[str]) -> dict[str, Any]:
-    """`equal`: "yes"; "other precision" with the layers; "no" with the tensors that are wrong."""
+    """`equal` is "yes", "other precision" (`others` has the layers), or "no" (`wrong` has the tensors)."""
     import torch
 
     others, wrong = [], []
@@ -140,11 +141,11 @@ def _same_values(mine: Any, other: Any) -> bool:
 
 
 def _names(entry: str, module: str) -> bool:
-    """Whether an entry of config.json names a module, by whichever rule."""
+    """Whether an entry of config.json names a module, by any of the rules."""
     return module.endswith(entry) or f"{entry}." in f"{module}." or re.match(entry, module) is not None
 
 
-# --- running ----------------------------------------------------------------------------------------------------------
+# Running
 
 _LOAD_MODEL = """
 import sys, torch, transformers, int8cli

@@ -1,7 +1,7 @@
-"""What the installed transformers' bitsandbytes path does with a model on the meta device: 4.57, 5.0, or later.
+"""What the bitsandbytes path of the installed transformers (4.57, 5.0, or later) does with a model on the meta device.
 
-Owns everything that differs between versions of transformers: how a state dict is named when saved, which parameter a
-saved tensor becomes, which modules are replaced, and what is held in float32. The loader's own functions are asked.
+Owns everything that differs between versions of transformers: the names in a saved state dict, the parameter that each
+saved tensor becomes, the modules that are replaced, and what stays in float32. Uses the loader's own functions.
 """
 
 import re
@@ -21,14 +21,14 @@ def without_initialization() -> Any:
 
 
 def default_skips(model: Any) -> list[str]:
-    """What the loader leaves alone where the user gives no list."""
+    """The modules that the loader does not quantize by default."""
     from transformers.quantizers.base import HfQuantizer
 
     return list(HfQuantizer.get_modules_to_not_convert(model, None, list(model._keep_in_fp32_modules or ())))
 
 
 def replaced_modules(model: Any, skips: list[str]) -> set[str]:
-    """Names of the modules that the loader replaces by int8 layers; the model is left as it was."""
+    """The names of the modules that the loader replaces by int8 layers. The model is restored afterwards."""
     from bitsandbytes.nn import Linear8bitLt
     from transformers import BitsAndBytesConfig
     from transformers.integrations import replace_with_bnb_linear
@@ -45,7 +45,7 @@ def replaced_modules(model: Any, skips: list[str]) -> set[str]:
 
 
 def held_in_float32(model: Any, dtype: str) -> list[str]:
-    """Names of the parameters and buffers that a load in `dtype` holds in float32; the model was built in bfloat16."""
+    """The parameters and buffers that are in float32 after a load in `dtype`. The model was built in bfloat16."""
     import torch
 
     patterns = [*(model._keep_in_fp32_modules_strict or ())]
@@ -59,7 +59,7 @@ def held_in_float32(model: Any, dtype: str) -> list[str]:
 
 
 def _casts_by_place() -> bool:
-    """Whether the loader lets a parameter stand in the dtype that the module makes it in, as from 5.0 on."""
+    """Whether the loader keeps a parameter in the dtype in which its module creates it, as from 5.0 on."""
     import transformers
 
     return int(transformers.__version__.split(".")[0]) >= 5
@@ -135,7 +135,7 @@ def naming_of(model: Any) -> Naming | NamingByPattern:
 
 
 def _naming_by_pattern(model: Any) -> NamingByPattern:
-    """As `save_pretrained` of transformers 4 does it: what is shared once, class mappings turned around."""
+    """The naming of `save_pretrained` in transformers 4: shared tensors once, class mappings reversed."""
     model.tie_weights()
     first: dict[int, str] = {}
     parameters = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}

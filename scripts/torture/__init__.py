@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 # In the order of the table. Each is the name of a module here.
-MACHINES: tuple[str, ...] = ()
+MACHINES: tuple[str, ...] = ("kills", "faults", "hub_faults", "processes", "signals", "headers", "formats")
 
 
 @dataclass(frozen=True, slots=True)

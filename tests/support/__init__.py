@@ -1,1 +1,1 @@
-"""What several test modules use: the program in processes of its own, checkpoints, a Hub, a browser."""
+"""What several test modules use: the program in child processes, checkpoints, a Hub, a browser."""

@@ -1,4 +1,4 @@
-"""What a page shows in a real browser, for tests that probe it."""
+"""Opens pages in a real browser."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tiny models that can be run over text: checkpoints with a tokenizer beside them, and calibrations of them."""
+"""Tiny models that can run on text: checkpoints with a tokenizer, and calibrations of them."""
 
 from collections.abc import Callable
 from pathlib import Path

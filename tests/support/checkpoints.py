@@ -225,7 +225,7 @@ _CLIP = {"text_config": _TEXT, "vision_config": _VISION, "projection_dim": 24}
 _MARIAN = {**_BART, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
 _DISTIL = {"vocab_size": 99, "dim": 32, "hidden_dim": 37, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}
 
-# Architectures of which the plan was told nothing in particular.
+# Architectures without rules of their own in the plan.
 OTHERS = {
     "stablelm": Tiny("StableLmForCausalLM", "StableLmConfig", _LLAMA),
     "cohere": Tiny("CohereForCausalLM", "CohereConfig", _LLAMA),
@@ -413,7 +413,7 @@ def in_features_of(decision: Decision) -> int:
 
 
 class GivenColumns(NoColumns):
-    """Columns that are known beforehand, by tensor."""
+    """A source of given columns, by tensor."""
 
     def __init__(self, found: Survey, stored: Mapping[str, StoredColumns]) -> None:
         self._tensors = {contents.file_name: [each.spec.name for each in contents.tensors] for contents in found.shards}
@@ -444,7 +444,8 @@ def convert_storing(
         most = max(counts.values(), default=0)
         settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
         run = ConversionRun(output, options.on_nonfinite, threads=options.threads or 2)
-        return ConversionResult(output, convert_shards(source, found, settings, run, render_card, SILENT, columns))
+        report = convert_shards(source, found, settings, run, render_card, SILENT, columns)
+        return ConversionResult(output, report, seconds=0.0, peak_memory_bytes=None)
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

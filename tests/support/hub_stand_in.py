@@ -37,13 +37,15 @@ class Fault:
 
     A request that asks for less than `drop_after_bytes`, or whose range does not hold `corrupt_at`, is served whole
     and does not use the fault up. `drop_after_bytes` counts from where the answer starts; with `stall_s` the server
-    first falls silent for that long.
+    first falls silent for that long. `on="REDIRECT"`: in place of the answer that leads to the CDN. `headers` without a
+    `status` replace those of the right answer; `body` goes with a status.
     """
 
     times: int = 1
     on: str = "GET"
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b"the stand-in was told to fail"
     drop_after_bytes: int | None = None
     stall_s: float | None = None
     corrupt_at: int | None = None
@@ -148,6 +150,11 @@ class HubStandIn:
         with self._lock:
             self._faults.append((file_pattern, fault))
 
+    def recover(self) -> None:
+        """No request fails any more."""
+        with self._lock:
+            self._faults.clear()
+
     def of(self, file: str, method: str = "GET") -> list[Request]:
         """The requests for a file that were answered with bytes or an error, redirects left out."""
         return [r for r in self.requests if r.file == file and r.method == method and r.status not in (0, 302)]
@@ -192,6 +199,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body after its headers would else wait 40 ms to be sent
 
     def do_HEAD(self) -> None:
         self._route()
@@ -269,19 +277,30 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in files_of(directory):
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             return
-        if self.command == "HEAD" and (fault := self._hub.take_fault(file, "HEAD", lambda fault: True)):
+        fault = self._hub.take_fault(file, "HEAD", lambda fault: True) if self.command == "HEAD" else None
+        if fault is not None and not _only_changes_headers(fault):
             self._fail_before_answer(fault)
             return
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        changed = fault.headers if fault else {}
         if is_lfs(file):
             headers |= {"X-Linked-Etag": f'"{sha256_of(path)}"', "X-Linked-Size": str(path.stat().st_size)}
             if self._hub.cdn:
-                located = f"{self._hub.cdn_endpoint}/!{file}!{path}"
-                self._answer(302, b"", headers | {"Location": located, "ETag": f'"{sha256_of(path)[:32]}"'})
+                self._redirect(file, path, headers, changed)
                 return
-        self._serve_body(file, path, headers | {"ETag": f'"{etag_of(path)}"'})
+        self._serve_body(file, path, headers | {"ETag": f'"{etag_of(path)}"'}, changed)
 
-    def _serve_body(self, file: str, path: Path, headers: dict[str, str] | None = None) -> None:
+    def _redirect(self, file: str, path: Path, headers: dict[str, str], changed: dict[str, str]) -> None:
+        if self.command == "GET" and (fault := self._hub.take_fault(file, "REDIRECT", lambda fault: True)):
+            self._fail_before_answer(fault)
+            return
+        located = f"{self._hub.cdn_endpoint}/!{file}!{path}"
+        right = headers | {"Location": located, "ETag": f'"{sha256_of(path)[:32]}"'}
+        self._answer(302, b"", right | changed)
+
+    def _serve_body(
+        self, file: str, path: Path, headers: dict[str, str] | None = None, changed: dict[str, str] | None = None
+    ) -> None:
         self.request_log.file = file
         size = path.stat().st_size
         start, end = self._range(size)
@@ -289,17 +308,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
             return
         fault = self._hub.take_fault(file, self.command, lambda fault: _concerns(fault, start, end))
-        if fault is not None and (fault.status is not None or self.command == "HEAD"):
+        if fault is not None and (fault.status is not None or (self.command == "HEAD" and not fault.headers)):
             self._fail_before_answer(fault)
             return
         partial = self.headers.get("Range") is not None and self._hub.ranges
         self.send_response(206 if partial else 200)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(end - start))
+        stated = {**(headers or {}), "Content-Length": str(end - start)}
         if partial:
-            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
-        self.end_headers()
+            stated["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
+        self._send_headers(stated | (changed or {}) | (fault.headers if fault else {}))
         self.request_log.status = 206 if partial else 200
         if self.command == "GET":
             self._send(path, start, end, fault or Fault())
@@ -346,7 +363,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fail_before_answer(self, fault: Fault) -> None:
         if fault.status is not None:
-            self._answer(fault.status, b"the stand-in was told to fail", fault.headers)
+            self._answer(fault.status, fault.body, fault.headers)
             return
         if fault.stall_s is not None:
             time.sleep(fault.stall_s)
@@ -364,12 +381,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.request_log.status = status
         self.send_response(status)
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        self._send_headers({"Content-Length": str(len(body)), **(headers or {})})
         if self.command == "GET":
             self.wfile.write(body)
+
+    def _send_headers(self, stated: dict[str, str]) -> None:
+        for name, value in stated.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+def _only_changes_headers(fault: Fault) -> bool:
+    return fault.status is None and fault.stall_s is None and bool(fault.headers)
 
 
 def _concerns(fault: Fault, start: int, end: int) -> bool:

@@ -1,7 +1,7 @@
-"""The program as a user runs it: real processes, and small checkpoints for them to convert.
+"""The program as a user runs it: real processes, and small checkpoints to convert.
 
 `run` and `start` go through `python -m int8cli`. `Nursery` starts the same program by forking an interpreter that has
-imported it already, which takes 20 ms instead of two seconds: what tests that need many processes use.
+imported it already, which takes 20 ms instead of two seconds. It is for tests that need many processes.
 """
 
 import gc
@@ -65,7 +65,7 @@ def outcome_of(process: subprocess.Popen[str]) -> Outcome:
 
 
 def run(*args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, **options) -> Outcome:
-    """Run the program to its end."""
+    """Run the program until it ends."""
     return outcome_of(start(*args, cwd=cwd, env=env, **options))
 
 
@@ -91,7 +91,7 @@ class Child:
 
 
 class Nursery:
-    """Forks the program. One request at a time; a child's end is waited for with `Child.wait`."""
+    """Forks the program. Takes one request at a time. `Child.wait` waits for the end of a child."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -241,9 +241,9 @@ def _state(task: Path) -> str:
 
 
 def tree(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory by relative name, hidden ones too; an empty directory as a name with a slash.
+    """Every file in a directory by relative name, including hidden ones; an empty directory is a name with a slash.
 
-    Of a large file, its digest stands for its bytes: a difference is told in a line, not in megabytes.
+    Large files are represented by their digest, so that a difference is one line and not megabytes.
     """
     found = {}
     for path in sorted(directory.rglob("*")):
@@ -257,7 +257,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 
 def _serve() -> None:
-    """The nursery's own process: forks on request, and in the child becomes the program."""
+    """The process of the nursery: forks on request, and runs the program in the child."""
     from typer.testing import CliRunner
 
     import int8cli.cli
@@ -279,15 +279,16 @@ def _serve() -> None:
         elif (answer := os.fork()) == 0:
             requests.close()
             answers.close()
-            _become_the_program(*request[1:])
+            become_the_program(*request[1:])
             return
         pickle.dump(answer, answers)
         answers.flush()
 
 
-def _become_the_program(
+def become_the_program(
     args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str, user: int | None
 ) -> None:
+    """What a fork of a process that has imported the program does in place of starting it. Never returns."""
     os.setsid()
     for descriptor, path in ((1, stdout), (2, stderr)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

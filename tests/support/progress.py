@@ -1,4 +1,4 @@
-"""A progress that takes down what it is told, and whether that makes sense."""
+"""A progress that records its calls and checks that they are consistent."""
 
 import threading
 from collections.abc import Collection, Mapping
@@ -7,7 +7,7 @@ from int8cli.progress import BYTES
 
 
 class CoherentProgress:
-    """Asserts that tasks and parts begin before they advance, are finished once, and are finished whole."""
+    """Asserts that tasks and parts begin before they advance, are finish once, and finish completely."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Verification in the process of the test."""
+"""Verification inside the process of the test."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def verified(directory: Path, source: Path | None = None) -> Verification:
 
 
 def _import_loaders() -> None:
-    """What is imported is used here, where each verification would take seconds in a process of its own."""
+    """Import the loaders once, so that verifications run in this process and not in separate ones that take seconds."""
     import accelerate  # noqa: F401
     import bitsandbytes  # noqa: F401
     import compressed_tensors  # noqa: F401

@@ -5,13 +5,19 @@ Owns its paths: partial files until they are complete, and files until they are 
 
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
-from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
+from int8cli.checkpoint.own_files import (
+    OwnPath,
+    name_aside,
+    opened_directory,
+    remove_empty_directories,
+    remove_file,
+    remove_tree,
+)
 from int8cli.checkpoint.reader import size_of
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -20,9 +26,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class DownloadDirectory:
     """The files of one repository, in a directory that only this source uses."""
 
-    def __init__(self, root: Path, repository: Repository, remote: RemoteFiles) -> None:
-        self._root = root
-        self._below = root.parent
+    def __init__(self, root: OwnPath, repository: Repository, remote: RemoteFiles) -> None:
+        self._root = root.path
+        self._below = root.below
         self._repository = repository
         self._remote = remote
 
@@ -45,25 +51,15 @@ class DownloadDirectory:
     def remove(self, file_name: str) -> None:
         path = self.path(file_name)
         for each in (path, part_of(path)):
-            with (
-                disk_errors(each),
-                suppress(FileNotFoundError),
-                opened_directory(each.parent, self._below) as directory,
-            ):
-                os.unlink(each.name, dir_fd=directory)
+            with disk_errors(each):
+                remove_file(each, self._below)
 
     def remove_empty_directories(self) -> None:
         """Remove only empty directories: parts, and files that are not ours, stay.
 
         Call this last, since a download in the background may be about to write into one of them.
         """
-        root = self._root
-        if root.is_symlink():
-            return
-        below = sorted((path for path in root.rglob("*") if path.is_dir()), reverse=True) if root.is_dir() else []
-        for directory in [*below, root]:
-            with suppress(OSError):
-                directory.rmdir()
+        remove_empty_directories(self._root, self._below)
 
     def _remove_other_commits(self) -> None:
         """Remove parts of other revisions. They can never be resumed, and only use disk space."""

@@ -135,7 +135,7 @@ def translated(error: Exception, what: str) -> Int8cliError:
 def next_step(error: Exception) -> str:
     httpx = _httpx()
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return "Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses only the Hub cache."
+        return f"Check the network and HF_ENDPOINT; HF_HUB_OFFLINE=1 uses only the Hub cache. {TRY_AGAIN}"
     return TRY_AGAIN
 
 

@@ -17,6 +17,7 @@ from int8cli.checkpoint.hub.ranges import RangeReader, read_range
 from int8cli.checkpoint.hub.repository import Repository
 from int8cli.checkpoint.hub.requests import RemoteFile
 from int8cli.checkpoint.hub.retries import Retries
+from int8cli.checkpoint.own_files import remove_file
 from int8cli.errors import DigestMismatchError, TransferError
 
 # A safetensors header is two reads of known length. Nothing is read ahead, so that no weights are transferred. The
@@ -69,7 +70,7 @@ class RemoteFiles:
             if published.git_sha1 is None or git_sha1_of(part) == published.git_sha1:
                 return
             with disk_errors(part):
-                part.unlink()
+                remove_file(part, below)
         raise self._not_as_published(file_name)
 
     def _read_all(self, file_name: str) -> bytes:

@@ -21,6 +21,7 @@ from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 _FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
+_PROBABLY_A_PATH_ATTEMPTS = 2  # and a mistyped directory in a second
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ class Repository:
         except HFValidationError as error:
             raise ModelNotFoundError(f"{self.repo_id!r} is not a valid name of a Hub repository") from error
         policy = self._options.retry
-        attempts = min(policy.attempts, _FIRST_CONTACT_ATTEMPTS)
+        most = _PROBABLY_A_PATH_ATTEMPTS if self._options.probably_a_path else _FIRST_CONTACT_ATTEMPTS
+        attempts = min(policy.attempts, most)
         first_contact = RetryPolicy(attempts, policy.first_pause_s, policy.max_pause_s)
         what = self.repo_id if self.revision is None else f"{self.repo_id} at revision {self.revision!r}"
         headers = self._options.request_headers()

@@ -1,8 +1,9 @@
-"""Requests that fail: how often they are made again, and after which pause.
+"""How often failed requests are retried, and after which pause.
 
 Owns the count of failures of one transfer. Knows neither URLs nor files.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Event
@@ -24,18 +25,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often to fail in a row without a byte of progress before giving up, and how long to pause in between.
+    """How long to go on failing without a byte of progress before giving up, and how long to pause in between.
 
-    The pause doubles from `first_pause_s` up to `max_pause_s`; a server's own word (Retry-After) goes before it.
+    Until `patience_s` have passed since the first failure in a row; if that is None, `attempts` times in a row. The
+    pause doubles from `first_pause_s` up to `max_pause_s`; a server's own word (Retry-After) goes before it.
     """
 
     attempts: int = 8
     first_pause_s: float = 1.0
     max_pause_s: float = 60.0
+    patience_s: float | None = None
 
     def pause_s(self, failures: int) -> float:
         """The pause after so many failures in a row."""
-        return min(self.max_pause_s, self.first_pause_s * 2.0 ** (failures - 1))
+        return min(self.max_pause_s, self.first_pause_s * 2.0 ** min(failures - 1, 60))
+
+    def gives_up(self, failures: int, failing_for_s: float) -> bool:
+        """After so many failures in a row, the first of them so long ago."""
+        return failures >= self.attempts if self.patience_s is None else failing_for_s >= self.patience_s
 
 
 class TransferStoppedError(TransferError):
@@ -43,7 +50,7 @@ class TransferStoppedError(TransferError):
 
 
 class Retries:
-    """The failures of one transfer so far. `what` names it in messages; `on_wait(what, why, pause_s)` hears of each."""
+    """Counts the failures of one transfer, named `what` in messages. Calls `on_wait(what, why, pause_s)` for each."""
 
     def __init__(
         self, policy: RetryPolicy, what: str, stop: Event, on_wait: Callable[[str, str, float], None] | None = None
@@ -53,39 +60,47 @@ class Retries:
         self._stop = stop
         self._on_wait = on_wait
         self._failures = 0
+        self._failing_since_s = 0.0
 
     def check_stopped(self) -> None:
-        """Raises TransferStoppedError once the source is closed."""
+        """Raise TransferStoppedError if the source has been closed."""
         if self._stop.is_set():
             raise TransferStoppedError(f"{self.what}: the download was stopped", hint=TRY_AGAIN)
 
     def progressed(self) -> None:
-        """Bytes have come: what failed before them no longer counts."""
+        """Reset the count, since bytes have arrived."""
         self._failures = 0
 
     def failed(self, error: Exception) -> None:
-        """Pause before the next attempt; or raise, if another one would not help or there have been enough."""
+        """Pause before the next attempt; or raise, if a retry would not help or the attempts are used up."""
         if isinstance(error, Int8cliError) or not is_foreign(error):
             raise error
         if not is_transient(error):
             raise translated(error, self.what) from error
+        if not self._failures:
+            self._failing_since_s = time.monotonic()
         self._failures += 1
-        if self._failures >= self._policy.attempts:
+        failing_for_s = time.monotonic() - self._failing_since_s
+        if self._policy.gives_up(self._failures, failing_for_s):
             times = f"{self._failures} times in a row" if self._failures > 1 else "once"
-            raise TransferError(f"{self.what}: failed {times}: {described(error)}", hint=next_step(error)) from error
+            over = f" in {failing_for_s / 60:,.0f} minutes" if failing_for_s >= 90 else ""
+            message = f"{self.what}: failed {times}{over}: {described(error)}"
+            raise TransferError(message, hint=next_step(error)) from error
         pause_s = asked_pause_s(error)
         if pause_s is None:
             pause_s = self._policy.pause_s(self._failures)
+        if self._policy.patience_s is not None:  # the last attempt is made when patience ends, not a minute before
+            pause_s = min(pause_s, max(self._policy.first_pause_s, self._policy.patience_s - failing_for_s))
         if self._on_wait is not None:
             self._on_wait(self.what, described(error), pause_s)
         self._stop.wait(pause_s)
         self.check_stopped()
 
     def call(self, request: Callable[[], T]) -> T:
-        """What `request` returns, once it does."""
+        """Call `request` until it succeeds, and return its result."""
         while True:
             self.check_stopped()
             try:
                 return request()
-            except Exception as error:  # `failed` raises whatever is not transient
+            except Exception as error:  # `failed` raises every error that is not transient
                 self.failed(error)

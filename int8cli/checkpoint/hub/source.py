@@ -33,7 +33,7 @@ class HubSource:
         self._repository = Repository(repo_id, revision, options, self._stop)
         self._remote = RemoteFiles(self._repository, options, self._stop)
         self._cache = HubCache(self._repository, self._remote, options)
-        self._downloads = DownloadDirectory(options.download_dir, self._repository, self._remote)
+        self._downloads = DownloadDirectory(options.downloads, self._repository, self._remote)
         self._ahead = FetchAhead(self._local_file, self._stop)
 
     def resolve(self) -> None:

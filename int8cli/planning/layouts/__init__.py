@@ -18,6 +18,7 @@ class Layout(Protocol):
     NAME: str
     ACCEPTS: Acceptance  # which layers its loaders support in int8
     SCALES: Literal["row_absmax", "step"]  # row_absmax undivided, or the quantization step row_absmax / 127
+    AS_ON_LOAD: bool  # whether the int8 weights are those that loaders make of the same source
     SKIP_KEY: str  # the key of quantization_config that lists what was left alone
 
     def quantized_specs(self, source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec, ...]:

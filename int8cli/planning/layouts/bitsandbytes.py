@@ -15,6 +15,7 @@ from int8cli.planning.layouts.skip_modules import covers, skip_modules
 NAME = "bitsandbytes"
 ACCEPTS = Acceptance()
 SCALES: Literal["row_absmax", "step"] = "row_absmax"
+AS_ON_LOAD = True
 SKIP_KEY = "llm_int8_skip_modules"
 WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
 

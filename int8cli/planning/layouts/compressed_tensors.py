@@ -14,18 +14,32 @@ from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import covers_by_component
-from int8cli.planning.decisions import Acceptance, Plan
+from int8cli.planning.decisions import Acceptance, FloatLayers, Plan
 from int8cli.planning.layouts.skip_modules import skip_modules
 
 NAME = "compressed-tensors"
 # The loaders replace every `nn.Linear`; vLLM also replaces layers made of them, such as separate experts. transformers'
 # Conv1D is not one, and vLLM transposes the weights that it reads for it.
-ACCEPTS = Acceptance(experts=True, conv1d=False)
+# vLLM builds some linear layers without a quantization config (0.32: qwen2_moe.py, qwen3_next.py, mamba_mixer.py), and
+# `dt_proj` is computed by its weight itself, which no loader does with int8.
+ACCEPTS = Acceptance(
+    experts=True,
+    conv1d=False,
+    floats=(
+        FloatLayers(re.compile(r"(?:^|\.)shared_expert_gate$")),
+        FloatLayers(re.compile(r"(?:^|\.)dt_proj$")),
+        FloatLayers(re.compile(r"\.mamba\.(?:in|x|out)_proj$"), frozenset({"jamba"})),
+    ),
+)
 SCALES: Literal["row_absmax", "step"] = "step"
+AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_MERGED_IN_VLLM = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_MERGED_IN_VLLM: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# vLLM takes fused experts for quantized layers unless an entry covers the names of single ones.
+FUSED_EXPERTS_ENTRY = r"re:.*\.experts(\.|$)"
+_FUSED_EXPERTS = re.compile(r"(?:^|\.)experts\.(?!\d+\.)|\.block_sparse_moe\.(?:in|out)put_linear\.weight$")
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
 
@@ -71,7 +85,15 @@ def ignore(plan: Plan) -> list[str]:
     name's start (compressed_tensors, utils/match.py, `match_name`; vLLM, compressed_tensors/utils.py). The loaders also
     replace subclasses of `nn.Linear`.
     """
-    return [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component,))]
+    entries = [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component, _covers))]
+    return entries + ([FUSED_EXPERTS_ENTRY] if _has_fused_floats(plan) else [])
+
+
+def _has_fused_floats(plan: Plan) -> bool:
+    """Whether fused experts stay floats, in a model without int8 experts."""
+    if any(leaves_alone(FUSED_EXPERTS_ENTRY, decision.module) for decision in plan.quantized):
+        return False
+    return any(len(each.spec.shape) >= 2 and _FUSED_EXPERTS.search(each.spec.name) for each in plan.copied)
 
 
 def transformers_reads(tensor_names: Iterable[str]) -> bool:
@@ -82,15 +104,30 @@ def transformers_reads(tensor_names: Iterable[str]) -> bool:
 def caveats(plan: Plan) -> Iterator[str]:
     """Warns of mixtures of experts, and of layers that vLLM merges into one although only some of them are int8."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
-        yield "transformers cannot read mixtures of experts in this layout; vLLM can"
-    fates: dict[str, set[bool]] = {}
+        yield "transformers cannot read mixtures of experts in this layout; vLLM and load_model can"
+    for (merged, leaf), parents in _mixed(plan).items():
+        siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)
+        where = parents[0] if len(parents) == 1 else f"{len(parents)} layers, the first {parents[0]},"
+        yield (
+            f"vLLM merges {', '.join(merged)} of {where} into one layer, which cannot mix int8 and float weights; "
+            f"leave the others alone too: {siblings}"
+        )
+
+
+def _mixed(plan: Plan) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]]:
+    """The parents of layers that vLLM merges although only some are int8, by the group and the names that are not."""
+    fates: dict[tuple[str, tuple[str, ...]], dict[str, bool]] = {}
     for decision in plan.decisions:
-        block, _, leaf = decision.module.rpartition(".")
+        parent, _, leaf = decision.module.rpartition(".")
         merged = next((group for group in _MERGED_IN_VLLM if leaf in group), None)
         if merged is not None and decision.spec.name.endswith(".weight"):
-            fates.setdefault(f"{block}.({'|'.join(merged)})", set()).add(decision.quantize)
-    for layers in (layers for layers, quantized in fates.items() if len(quantized) == 2):
-        yield f"vLLM merges {layers} into one layer, which cannot mix int8 and float weights"
+            fates.setdefault((parent, merged), {})[leaf] = decision.quantize
+    found: dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]] = {}
+    for (parent, merged), quantized in fates.items():
+        if len(set(quantized.values())) == 2:
+            left_alone = tuple(name for name in merged if quantized.get(name) is not True)
+            found.setdefault((merged, left_alone), []).append(parent)
+    return found
 
 
 def leaves_alone(entry: str, module: str) -> bool:
@@ -100,6 +137,11 @@ def leaves_alone(entry: str, module: str) -> bool:
         return re.match(entry.removeprefix("re:"), module) is not None
     except re.error:
         return False  # the loader reports it
+
+
+def _covers(entry: str, module: str) -> bool:
+    """Whether an entry of `llm_int8_skip_modules` covers a module once it is written as this format has it."""
+    return leaves_alone(_as_pattern(entry), module)
 
 
 def _as_pattern(entry: str) -> str:

@@ -8,6 +8,7 @@ family creates.
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from int8cli.loaders.older_names import names_on_load
 from int8cli.loaders.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 from int8cli.planning import architectures as names
 from int8cli.planning.decisions import Decision, Plan
@@ -15,10 +16,6 @@ from int8cli.planning.decisions import Decision, Plan
 EXPERTS_PATTERN = r".*\.experts"
 ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first: its entries work most widely
 
-# Tensors with these reasons do not belong to a module that the loader would replace.
-_NEVER_REPLACED = frozenset(
-    {names.NOT_FLOAT, names.NORM_OR_BIAS, names.NOT_A_MATRIX, names.NOT_A_WEIGHT, names.EMBEDDING}
-)
 # A version that compares whole names would need one entry for each of these; it quantizes them on load instead.
 _NOT_BY_NAME = frozenset({names.ROUTER, names.EXPERT})
 
@@ -30,15 +27,25 @@ def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]
     rule. Every layer that the plan leaves alone is covered by each rule, if such an entry exists. An entry is a suffix
     if one distinguishes the module from all quantized ones: a suffix works with and without the base model's prefix.
 
-    The loader matches its own names. If transformers renames more than prefixes on load, an entry made from the file's
-    name may not match. For layers that are left alone by default, `architectures` lists the loader's names.
+    The loader matches its own names. Where transformers renames more than whole parts of a model on load, an entry made
+    from the file's name may miss; for what is left alone by default the tables of `architectures` give the loader's.
     """
-    quantized = _with_and_without_prefix(decision.module for decision in plan.quantized)
+    modules = frozenset(decision.module for decision in plan.decisions)
+    quantized = _with_and_without_prefix(
+        name for decision in plan.quantized for name in (decision.module, *names_on_load(decision.module, modules))
+    )
     entries = [safe for entry in _always_named(plan) for safe in _safe_form(entry, quantized, rules)]
     for decision in plan.copied:
-        if decision.reason not in _NEVER_REPLACED:
-            entries += _missing_entries(decision, entries, quantized, rules)
+        if _may_be_linear(decision):
+            for name in (decision.module, *names_on_load(decision.module, modules)):
+                entries += _missing_entries(name, decision.reason, entries, quantized, rules)
     return sorted(set(entries))
+
+
+def _may_be_linear(decision: Decision) -> bool:
+    """Whether the loader might build a linear layer for a tensor, by what it is and not by why it is left alone."""
+    spec = decision.spec
+    return len(spec.shape) == 2 and spec.name.endswith(".weight") and decision.reason != names.EMBEDDING
 
 
 def covers(entry: str, module: str) -> bool:
@@ -66,12 +73,12 @@ def _safe_form(entry: str, quantized: Collection[str], rules: Sequence[SkipRule]
 
 
 def _missing_entries(
-    decision: Decision, entries: Iterable[str], quantized: Collection[str], rules: Sequence[SkipRule]
+    module: str, reason: str, entries: Iterable[str], quantized: Collection[str], rules: Sequence[SkipRule]
 ) -> list[str]:
     """What to add to `entries` so that every rule covers a module: the shortest entries that cover no quantized one."""
-    module, added = decision.module, list[str]()
+    added = list[str]()
     for rule in rules:
-        if rule is covers_by_name and decision.reason in _NOT_BY_NAME:
+        if rule is covers_by_name and reason in _NOT_BY_NAME:
             continue
         if not any(rule(entry, module) for entry in (*entries, *added)):
             fitting = (entry for entry in _candidates(module) if rule(entry, module))

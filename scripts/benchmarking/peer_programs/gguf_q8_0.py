@@ -1,7 +1,7 @@
 """Write every matrix of a safetensors checkpoint as Q8_0 into one GGUF file, with the package gguf.
 
-A stand-in for llama.cpp's convert_hf_to_gguf.py, which is on no package registry: it takes the tensors one by one
-through the same gguf.quants.quantize and GGUFWriter. One tensor is in memory at a time.
+Replaces llama.cpp's convert_hf_to_gguf.py, which is not in any package registry. It uses the same gguf.quants.quantize
+and GGUFWriter. One tensor is in memory at a time.
 
     python gguf_q8_0.py SOURCE OUTPUT
 """

@@ -1,0 +1,150 @@
+"""`int8cli generate`."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from int8cli.cli import hints
+from int8cli.cli.errors import shows_errors, writing_result
+from int8cli.cli.options import ConvertedDirectory, Device, InputsScheme, Json, Quiet
+from int8cli.commands.options import GenerateOptions
+
+if TYPE_CHECKING:
+    from int8cli.results.generation import Generation
+
+EXAMPLES = """\
+int8cli generate ./my-model-int8 "Why is the sky blue?"
+int8cli generate ./my-model-int8 "Once upon a time" --raw --temperature 0.8
+int8cli generate ./my-model-int8 "Hello" --compare ./my-model
+int8cli generate ./bloom-int8 "Hello" --max-memory cpu=24GB
+int8cli generate ./my-model-int8 --chat
+int8cli generate ./my-model-int8 --json < prompt.txt
+"""
+
+Prompt = Annotated[
+    str | None,
+    typer.Argument(metavar="[PROMPT]", help="What to continue or to answer.", show_default="standard input"),
+]
+Chat = Annotated[bool, typer.Option("--chat", help="A conversation: one line of standard input for each message.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
+Temperature = Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.", min=0.0)]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+Inputs = Annotated[InputsScheme, typer.Option(help="How inputs become int8: zeropoint has half of absmax's error.")]
+Where = Annotated[Device | None, typer.Option(help="Device to run on.", show_default="the GPU if there is one")]
+MaxMemory = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DEVICE=SIZE",
+        help="Most memory for weights: cpu=8GB, or 0=10GB for the GPU. What does not fit is read from the disk for "
+        "each token. Repeatable.",
+        show_default="four fifths of what is free",
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Run this 16-bit model on the same prompt: a directory or a Hub id."),
+]
+
+
+@shows_errors(hints.GENERATE)
+def generate(
+    directory: ConvertedDirectory,
+    prompt: Prompt = None,
+    chat: Chat = False,
+    raw: Raw = False,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    inputs: Inputs = InputsScheme.zeropoint,
+    device: Where = None,
+    max_memory: MaxMemory = None,
+    compare: Compare = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a converted model answer a prompt; the text appears as it is generated.
+
+    The prompt goes into the model's chat template, if it has one. Stored columns are exact. A model that is larger than
+    the memory runs too: what does not fit is read from the disk for each token, and how long that takes is said first.
+    """
+    options = GenerateOptions(
+        raw=raw,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        inputs=inputs.value,
+        device=None if device is None else device.value,
+        max_memory=tuple(max_memory or ()),
+        compare=compare,
+    )
+    if chat:
+        if prompt is not None or raw or as_json or compare is not None:
+            raise typer.BadParameter("it takes no PROMPT, --raw, --json or --compare", param_hint="'--chat'")
+        _chat(directory, options, quiet=quiet)
+        return
+    text = prompt if prompt is not None else _standard_input()
+    _generate(directory, text, options, as_json=as_json, quiet=quiet)
+
+
+def _generate(directory: Path, prompt: str, options: GenerateOptions, *, as_json: bool, quiet: bool) -> None:
+    from int8cli.cli.progress import shown_progress
+    from int8cli.commands import generate as command
+
+    with shown_progress(quiet=quiet) as progress:
+        found = command.generate(directory, prompt, options, on_text=None if as_json else _show, progress=progress)
+    with writing_result():
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+            return
+    _show_figures(found, quiet=quiet)
+
+
+def _chat(directory: Path, options: GenerateOptions, *, quiet: bool) -> None:
+    from int8cli.cli.progress import shown_progress
+    from int8cli.commands import generate as command
+
+    with shown_progress(quiet=quiet) as progress:
+        for found in command.chat(directory, _messages(), options, on_text=_show, progress=progress):
+            _show_figures(found, quiet=quiet)
+
+
+def _standard_input() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter("give one, or write it to standard input", param_hint="'PROMPT'")
+    return sys.stdin.read().rstrip("\n")
+
+
+def _messages() -> Iterator[str]:
+    """The lines of standard input, asked for on a terminal; empty ones say nothing."""
+    asks = sys.stdin.isatty()
+    while True:
+        if asks:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _show(text: str) -> None:
+    """A piece of the text; an empty one ends it."""
+    from int8cli.report.text import printable_lines
+
+    with writing_result():
+        print(printable_lines(text) or "\n", end="", flush=True)
+
+
+def _show_figures(found: "Generation", *, quiet: bool) -> None:
+    from int8cli.report.generation import generation_lines
+    from int8cli.report.text import printable
+
+    if not quiet:
+        print(file=sys.stderr)
+        for line in generation_lines(found):
+            print(printable(line), file=sys.stderr)

@@ -1,0 +1,101 @@
+"""What is known of a conversion's stored columns before torch is imported: the settings, and how many there will be.
+
+Owns what a choice by activations writes into the settings. With it a directory that holds another conversion is refused
+before anything slow begins.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.source import Source
+from int8cli.columns.from_weights import counts_from_weights
+from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
+from int8cli.data import SAMPLE_NAME, sample_text
+from int8cli.errors import StatisticsFileError
+from int8cli.model.extra import has_transformers
+from int8cli.model.text import Text, require_bytes_for_a_sequence
+from int8cli.planning.survey import Survey
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+
+# Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
+TOKENIZER_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedCalibration:
+    """A choice by activations: its text, and the survey and settings of a conversion that makes it."""
+
+    text: Text
+    survey: Survey
+    settings: Settings
+
+
+def planned_calibration(wanted: ColumnsWanted, survey: Survey, settings: Settings) -> PlannedCalibration:
+    """Raises TextError for a text that cannot be read."""
+    sampling = wanted.sampling
+    if wanted.text is not None:
+        text = Text.read(wanted.text, sampling.tokens)
+    else:
+        text = Text.decode(SAMPLE_NAME, sample_text())
+    length = min(sampling.sequence_length, sampling.tokens)
+    used = f"{text.name}: {sampling.tokens:,} tokens in sequences of {length:,}"
+    used += f", seed {sampling.seed}, sha256 {text.sha256[:16]}"
+    return PlannedCalibration(
+        text,
+        replace(survey, stored_counts={each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized}),
+        replace(settings, outliers=FROM_ACTIVATIONS, outlier_columns=wanted.limit, calibration=used),
+    )
+
+
+def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
+    """Those of a choice by the statistics file that is wanted. Raises StatisticsFileError if it cannot be read."""
+    path = Path(wanted.mode)
+    try:
+        digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+    except OSError as error:
+        raise StatisticsFileError(
+            f"{path} is not a file of outlier statistics: {error.strerror or error}",
+            hint="Running the model makes such a file.",
+        ) from error
+    chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit)
+    return replace(chosen, calibration=f"statistics {digest}")
+
+
+def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Settings:
+    """The settings of the strategy that will probably be taken. Raises TextError for a text that cannot be used."""
+    if wanted.nothing(survey):
+        return settings
+    mode = wanted.mode_to_resume
+    if mode not in MODES:
+        return statistics_settings(wanted, settings)
+    if mode == FROM_WEIGHTS:
+        return replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit)
+    planned = planned_calibration(wanted, survey, settings)
+    require_bytes_for_a_sequence(planned.text, source, wanted.sampling)
+    return planned.settings
+
+
+def may_run(source: Source) -> bool:
+    """Whether the model can probably be run: transformers, a config and a tokenizer are there."""
+    files = set(source.list_files())
+    return has_transformers() and CONFIG_FILE in files and bool(TOKENIZER_FILES & files)
+
+
+def surveys_by_mode(wanted: ColumnsWanted, source: Source, survey: Survey) -> dict[str, Survey]:
+    """Every mode that can be chosen for this model, with a survey of what it writes, the one of `auto` first."""
+    if not survey.plan.quantized:
+        return {NO_OUTLIERS: survey}
+    limit = wanted.limit or DEFAULT_OUTLIER_COLUMNS
+    found = {}
+    if may_run(source):
+        counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
+        found[FROM_ACTIVATIONS] = replace(survey, stored_counts=counts)
+    counts = counts_from_weights(survey, limit)
+    if counts:
+        found[FROM_WEIGHTS] = replace(survey, stored_counts=counts)
+    return found | {NO_OUTLIERS: replace(survey, stored_counts=None)}

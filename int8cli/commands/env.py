@@ -1,0 +1,86 @@
+"""What a bug report needs: versions, the machine, the settings of the Hub. Imports neither torch nor transformers."""
+
+import os
+import platform
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from int8cli import __version__
+from int8cli.checkpoint.disk import system_errors
+from int8cli.checkpoint.writer import free_bytes
+from int8cli.commands.places import cache_directory
+from int8cli.errors import Int8cliError
+from int8cli.estimate.cards import cards_of_this_machine
+from int8cli.machine.speed import cpu_name, remembered, usable_cores
+from int8cli.model.memory import available_bytes
+from int8cli.results.environment import Environment
+
+# Ours first, then those of the extras, then what opens the output.
+PACKAGES = (
+    *("torch", "safetensors", "huggingface_hub", "typer", "rich", "xxhash"),
+    *("transformers", "accelerate", "tokenizers", "altair", "vl-convert-python", "ray"),
+    *("bitsandbytes", "compressed-tensors", "vllm", "numpy"),
+)
+_HUB_SETTINGS = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DOWNLOAD_TIMEOUT")
+
+
+@system_errors()
+def env() -> Environment:
+    """What is installed, and on what machine. Tokens are never in it, nor credentials in an address."""
+    speed = remembered(cache_directory())
+    return Environment(
+        int8cli=__version__,
+        python=platform.python_version(),
+        system=platform.platform(),
+        packages={name: _version(name) for name in PACKAGES},
+        cpu=cpu_name(),
+        cores=usable_cores(),
+        memory_bytes=_memory_bytes(),
+        memory_available_bytes=available_bytes("cpu"),
+        gpus=tuple((card.name, card.total_bytes) for card in cards_of_this_machine()),
+        disk_free_bytes=dict(_disks()),
+        hub=_hub(),
+        speed=None if speed is None else asdict(speed),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory_bytes() -> int | None:
+    with suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _disks() -> list[tuple[str, int]]:
+    """Free room in the current directory and in the Hub cache, where they can be asked."""
+    from huggingface_hub import constants
+
+    found = []
+    for directory in (Path.cwd(), Path(constants.HF_HUB_CACHE)):
+        with suppress(Int8cliError):
+            found.append((str(directory), free_bytes(directory)))
+    return found
+
+
+def _hub() -> dict[str, str]:
+    """The settings that are set; addresses without what stands before an @."""
+    from huggingface_hub import constants, get_token
+
+    settings = {name: _without_credentials(os.environ[name]) for name in _HUB_SETTINGS if os.environ.get(name)}
+    settings["endpoint"] = _without_credentials(constants.ENDPOINT)
+    settings["token"] = "set" if get_token() else "none"
+    return settings
+
+
+def _without_credentials(text: str) -> str:
+    parts = urlsplit(text)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")) if parts.netloc else text

@@ -1,0 +1,71 @@
+"""How far a conversion in a directory is. Reads records only, and disturbs nobody who writes them."""
+
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from int8cli.checkpoint.disk import system_errors
+from int8cli.checkpoint.lock import refuse_if_in_use
+from int8cli.checkpoint.output_names import OWN_DIRECTORY
+from int8cli.errors import OutputError, OutputInUseError
+from int8cli.records.manifest import read_manifest
+from int8cli.records.store import RecordStore
+from int8cli.results.conversion_status import ConversionStatus, State
+from int8cli.typed_json import InvalidJsonError, parse_json
+
+_BLOCKS = "blocks/record.json"  # below the directory of a calibration
+
+
+@system_errors()
+def status(directory: str | Path) -> ConversionStatus:
+    """How far the conversion in `directory` is. Raises OutputError for a directory without one."""
+    directory = Path(directory)
+    store = RecordStore(directory)
+    conversion = store.conversion()
+    if conversion is None:
+        raise OutputError(
+            f"{directory} is not a conversion: it has no {OWN_DIRECTORY}/conversion.json",
+            hint="DIR is a directory that `int8cli convert` writes.",
+        )
+    finished = [shard for shard in conversion.shards if store.finished(shard) is not None]
+    return ConversionStatus(
+        directory=str(directory),
+        state=_state(store, directory),
+        model=conversion.source.name,
+        revision=conversion.source.revision,
+        shards=len(conversion.shards),
+        shards_finished=len(finished),
+        source_bytes=sum(shard.size_bytes for shard in conversion.shards),
+        source_bytes_finished=sum(shard.size_bytes for shard in finished),
+        blocks_run=len(_finished_blocks(store.calibration_directory / _BLOCKS)),
+        partial_bytes=_bytes_below(store.incoming_directory),
+        options=asdict(conversion.settings),
+    )
+
+
+def _state(store: RecordStore, directory: Path) -> State:
+    try:
+        refuse_if_in_use(directory, store.own)
+    except OutputInUseError:
+        return "running"
+    return "unfinished" if read_manifest(directory) is None else "finished"
+
+
+def _finished_blocks(record: Path) -> list[Any]:
+    """Empty where there is no calibration, or its record is just being replaced."""
+    with suppress(FileNotFoundError, InvalidJsonError):
+        document = parse_json(record.read_bytes())
+        if isinstance(document, dict) and isinstance(document.get("finished"), list):
+            return list(document["finished"])
+    return []
+
+
+def _bytes_below(directory: Path) -> int:
+    total = 0
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            with suppress(FileNotFoundError):  # converted in between, and removed
+                total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
+    return total

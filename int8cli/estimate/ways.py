@@ -1,0 +1,102 @@
+"""The ways to choose stored columns in a conversion, with the time, memory and disk of each, before any weight is read.
+
+Owns how much work a way is, and how measured rates become time. No torch. Downloads are counted in bytes, not in time:
+nobody knows the network.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from int8cli.estimate.units import units_of
+from int8cli.machine.speed import Speed
+from int8cli.model.sampling import Sampling
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.survey import Survey
+from int8cli.records.conversion import FROM_ACTIVATIONS
+
+# Peak memory of a process beside buffers and blocks, with torch, and with transformers too. Measured: SmolLM2-135M took
+# 274 MB without running it and 549 MB with; two layers of Llama-7B's shapes, 405 MB each, took 924 MB.
+TORCH_BYTES = 260_000_000
+TRANSFORMERS_BYTES = 520_000_000
+# Measured in CPU time on SmolLM2-135M and on two layers of Llama-7B's shapes, 128 to 4,096 tokens: beside its product,
+# each value that goes into a linear layer or comes out of it takes as long as quantizing 11 weights (statistics, norms,
+# activation functions, attention), and each weight as long as quantizing 45 (its errors by column, and its layer
+# run twice in int8 on 128 positions).
+VALUE_WORK = 11.0
+WEIGHT_WORK = 45.0
+# Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
+DISK_BYTES_A_SECOND = 0.9e9
+_START_S = 3.0  # Python, torch, transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to be estimated: its mode, the survey with the columns that it stores, and the disk that it needs."""
+
+    mode: str
+    survey: Survey
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way. `tokens` is 0 where the model is not run; `seconds` None where the speed of the machine is not known.
+
+    `memory_bytes` is the peak of the process, `disk_bytes` that of the output and the shards in flight.
+    """
+
+    outliers: str
+    tokens: int
+    seconds: float | None
+    memory_bytes: int
+    disk_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, threads: int) -> Way:
+    """`threads` are those of all workers together."""
+    survey, runs = candidate.survey, candidate.mode == FROM_ACTIVATIONS
+    seconds = None
+    if speed is not None:
+        seconds = _conversion_s(survey, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
+    buffers = threads * BUFFER_BYTES_A_THREAD
+    memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
+    return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
+
+
+def _conversion_s(survey: Survey, speed: Speed) -> float:
+    return _START_S + survey.source_bytes / speed.quantized_bytes + survey.source_bytes / DISK_BYTES_A_SECOND
+
+
+def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
+    """Seconds for one forward of all tokens, what is taken down of each value, and what is computed of each weight."""
+    quantizing_s = 2.0 / speed.quantized_bytes  # one 16-bit weight
+    seconds = 0.0
+    for decision in survey.plan.quantized:
+        rows, columns = decision.spec.shape
+        weights = decision.spec.numel
+        seconds += 2.0 * weights * sampling.tokens / speed.product(decision.spec.dtype)
+        seconds += (rows + columns) * sampling.tokens * VALUE_WORK * quantizing_s
+        seconds += weights * WEIGHT_WORK * quantizing_s
+    return seconds
+
+
+def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:
+    """Seconds for all tokens to pass every linear layer so often, with less taken down of each value."""
+    seconds = 0.0
+    for decision in survey.plan.quantized:
+        rows, columns = decision.spec.shape
+        product_s = 2.0 * decision.spec.numel * tokens / speed.product(decision.spec.dtype)
+        seconds += product_s + (rows + columns) * tokens * VALUE_WORK / speed.quantized_bytes
+    return passes * seconds
+
+
+def _running_bytes(survey: Survey, sampling: Sampling) -> int:
+    """A block's weights, and what one sequence takes in it."""
+    blocks = [unit.decisions for unit in units_of(survey.plan.decisions) if unit.is_block]
+    largest = max((sum(each.spec.nbytes for each in block) for block in blocks), default=0)
+    widest = max((max(each.spec.shape) for block in blocks for each in block if each.spec.shape), default=0)
+    whole_files = max((contents.file_bytes for contents in survey.shards if not contents.mappable), default=0)
+    return largest + 16 * widest * min(sampling.sequence_length, sampling.tokens) + whole_files

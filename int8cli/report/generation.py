@@ -1,0 +1,43 @@
+"""What is said of a generation once its text is out: speed, memory, agreement with 16 bit."""
+
+from int8cli.report.text import printable, printable_lines
+from int8cli.results.generation import Agreement, Generation
+from int8cli.results.units import human_bytes
+
+
+def generation_lines(found: Generation) -> list[str]:
+    """Lines for a terminal."""
+    rate = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:.1f} tokens/s"
+    ended = "" if found.stopped == "end" else ", cut at the limit"
+    lines = [
+        f"{found.new_tokens} tokens after a prompt of {found.prompt_tokens}: the first in "
+        f"{found.seconds_to_first_token:.2f} s{rate}{ended}",
+        _memory(found),
+    ]
+    return lines if found.agreement is None else [*lines, "", *_agreement_lines(found, found.agreement)]
+
+
+def _memory(found: Generation) -> str:
+    peaks = [
+        f"{human_bytes(peak)} {where}"
+        for peak, where in ((found.peak_memory_bytes, "resident"), (found.peak_gpu_bytes, "on the GPU"))
+        if peak is not None
+    ]
+    return f"{human_bytes(found.weights_bytes)} of weights in memory; at most {' and '.join(peaks) or 'not known'}"
+
+
+def _agreement_lines(found: Generation, agreement: Agreement) -> list[str]:
+    share = found.weights_bytes / agreement.weights_bytes
+    rate = "" if agreement.tokens_per_second is None else f", {agreement.tokens_per_second:.1f} tokens/s"
+    if agreement.first_difference is None:
+        differs = f"the same {found.new_tokens} tokens"
+    else:
+        differs = f"token {agreement.first_difference + 1} of {found.new_tokens} is the first that differs"
+    return [
+        f"{printable(agreement.source)} in 16 bit, {human_bytes(agreement.weights_bytes)} of weights{rate}:",
+        printable_lines(agreement.text),
+        "",
+        f"{differs}; given the same words before it, 16 bit would choose {agreement.agreeing_tokens} of the "
+        f"{found.new_tokens} tokens too",
+        f"int8 holds it in {100 * share:.0f} % of the memory",
+    ]

@@ -1,0 +1,32 @@
+"""How far a conversion is, on the terminal, and what to do next."""
+
+from int8cli.report.terminal import stdout_console
+from int8cli.report.text import escape
+from int8cli.results.conversion_status import ConversionStatus
+from int8cli.results.units import human_bytes
+
+
+def show_status(found: ConversionStatus) -> None:
+    """Print a line for each thing that is known."""
+    console = stdout_console()
+    at = f" at {found.revision}" if found.revision else ""
+    lines = [
+        f"[bold]{escape(found.directory)}[/bold]: {found.state}, from {escape(found.model)}{escape(at)}",
+        f"  shards    {found.shards_finished} of {found.shards}, "
+        f"{human_bytes(found.source_bytes_finished)} of {human_bytes(found.source_bytes)}",
+    ]
+    if found.blocks_run:
+        lines.append(f"  blocks    {found.blocks_run} run to choose outlier columns")
+    if found.partial_bytes:
+        lines.append(f"  download  {human_bytes(found.partial_bytes)} here, not converted yet")
+    lines.append(f"  next      {_next(found)}")
+    for line in lines:
+        console.print(line, soft_wrap=True)
+
+
+def _next(found: ConversionStatus) -> str:
+    if found.state == "running":
+        return "wait: a process is at work on it"
+    if found.state == "finished":
+        return f"int8cli verify {escape(found.directory)}"
+    return "the same int8cli convert command again: it resumes"

@@ -1,0 +1,33 @@
+"""How far a conversion is, as plain objects with their JSON form."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+STATUS_SCHEMA = "int8cli.status/1"
+
+State = Literal["finished", "running", "unfinished"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionStatus:
+    """How far the conversion in a directory is.
+
+    `running`: a process holds the directory. Shards and their bytes are those of the source. `blocks_run` counts the
+    blocks of the model that a calibration has finished. `partial_bytes` of downloads are here and will be resumed.
+    `options` are the settings of the conversion, by the names of `convert`'s options.
+    """
+
+    directory: str
+    state: State
+    model: str
+    revision: str | None
+    shards: int
+    shards_finished: int
+    source_bytes: int
+    source_bytes_finished: int
+    blocks_run: int
+    partial_bytes: int
+    options: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": STATUS_SCHEMA, **asdict(self)}

@@ -1,0 +1,51 @@
+"""The int8 data of a layer, as a tensor that refuses to be taken for floats.
+
+Owns that refusal. Libraries that know `nn.Linear` but not int8 read and write `weight` itself: PEFT merges an adapter
+by adding to it (in int8 the sum would be the old weight, without an error), and DoRA takes its norms.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from int8cli.errors import UnsupportedOperationError
+
+_REFUSAL = (
+    "an int8 weight cannot be changed, or taken for one in floats, as merging an adapter and DoRA do: "
+    "load_model(DIR).dequantize() is the same model with ordinary linear layers"
+)
+
+
+class GuardedInt8(Tensor):
+    """int8 (out_features, in_features). Computes as any other tensor, and results are ordinary tensors.
+
+    Raises UnsupportedOperationError for `data`, which is there to be written to, and for casts to floats: without its
+    scales the data says nothing about a weight's size.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def of(cls, data: Tensor) -> "GuardedInt8":
+        """A view of the same memory, with what others have noted on the tensor, as transformers does."""
+        view = data.as_subclass(cls)
+        view.__dict__.update(data.__dict__)
+        return view
+
+    def plain(self) -> Tensor:
+        return self.as_subclass(Tensor)
+
+    @property
+    def data(self) -> Tensor:
+        raise UnsupportedOperationError(_REFUSAL)
+
+    @data.setter
+    def data(self, _: Tensor) -> None:
+        raise UnsupportedOperationError(_REFUSAL)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.plain().to(*args, **kwargs)
+        if result.dtype.is_floating_point:
+            raise UnsupportedOperationError(_REFUSAL)
+        return result

@@ -1,0 +1,138 @@
+"""A model and its tokenizer, saying something: a prompt's continuation, token by token, with the time each took.
+
+Owns prompts, chat templates, sampling and clocks. Knows no directory; the model may be in int8 or not.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from int8cli.errors import TextError, UnsupportedModelError
+
+OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """New tokens, int64 (n,); their text; when each came, in seconds from the call; whether the model ended it."""
+
+    ids: Tensor
+    text: str
+    times_s: tuple[float, ...]
+    ended: bool
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the tokens after the first."""
+        if len(self.times_s) < 2 or self.times_s[-1] <= self.times_s[0]:
+            return None
+        return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
+
+
+class Speaker:
+    """Continues prompts by a model with its tokenizer. `temperature` 0 takes the likeliest token each time."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_new_tokens: int, temperature: float, seed: int) -> None:
+        """Raises UnsupportedModelError for a model that does not generate text."""
+        if not model.can_generate():
+            raise UnsupportedModelError(f"a {type(model).__name__} does not generate text")
+        self._model, self._tokenizer = model, tokenizer
+        self._max_new_tokens, self._temperature, self._seed = max_new_tokens, temperature, seed
+
+    def has_chat_template(self) -> bool:
+        return bool(getattr(self._tokenizer, "chat_template", None))
+
+    def prompt(self, text: str) -> Tensor:
+        """The tokens of a text to continue: int64 (1, n). Raises TextError for none."""
+        return self._checked(self._tokenizer(text, return_tensors="pt")["input_ids"])
+
+    def turn(self, messages: Sequence[dict[str, str]]) -> Tensor:
+        """The tokens of a conversation at the point where the model speaks: int64 (1, n)."""
+        found = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return self._checked(found["input_ids"])
+
+    def speak(self, prompt: Tensor, on_text: OnText | None = None) -> Spoken:
+        """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty one at its end."""
+        streamer = _Clock(self._tokenizer, on_text)
+        prompt = prompt.to(self._model.device)
+        with torch.inference_mode(), torch.random.fork_rng():
+            torch.manual_seed(self._seed)
+            output = self._model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, **self._options(prompt.shape[1])
+            )
+        start = 1 if self._model.config.is_encoder_decoder else prompt.shape[1]
+        ids = output[0, start:].cpu()
+        return Spoken(ids, streamer.text, tuple(streamer.times_s), self._ends(ids))
+
+    def likeliest(self, prompt: Tensor, ids: Tensor) -> Tensor:
+        """What this model would have chosen at each of the new tokens, given those before it: int64 (n,)."""
+        prompt, ids = prompt.to(self._model.device), ids.to(self._model.device)
+        with torch.inference_mode():
+            if self._model.config.is_encoder_decoder:
+                begin = torch.full((1, 1), self._model.generation_config.decoder_start_token_id, device=ids.device)
+                decoded = torch.cat([begin, ids[None, :-1]], dim=1)
+                logits = self._model(input_ids=prompt, decoder_input_ids=decoded).logits
+            else:
+                logits = self._model(torch.cat([prompt, ids[None, :-1]], dim=1)).logits[:, prompt.shape[1] - 1 :]
+        found: Tensor = logits[0].argmax(dim=-1).cpu()
+        return found
+
+    def _checked(self, ids: Tensor) -> Tensor:
+        if not ids.shape[1]:
+            raise TextError("the prompt is empty", hint="Give some text to continue.")
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and ids.shape[1] >= limit:
+            raise TextError(f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {limit:,}")
+        return ids
+
+    def _options(self, prompt_tokens: int) -> dict[str, Any]:
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        room = self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - prompt_tokens)
+        options: dict[str, Any] = {"max_new_tokens": room, "num_beams": 1, "pad_token_id": self._padding()}
+        if self._temperature > 0.0:
+            return {**options, "do_sample": True, "temperature": self._temperature}
+        return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+    def _padding(self) -> int | None:
+        """Where no token is for padding, that which ends a text: a single prompt has none, and transformers warns."""
+        configured = self._model.generation_config.pad_token_id
+        if configured is not None:
+            return int(configured)
+        return self._end_tokens()[0] if self._end_tokens() else None
+
+    def _end_tokens(self) -> list[int]:
+        end = self._model.generation_config.eos_token_id
+        return [end] if isinstance(end, int) else list(end or ())
+
+    def _ends(self, ids: Tensor) -> bool:
+        return bool(ids.numel()) and int(ids[-1]) in self._end_tokens()
+
+
+class _Clock(TextStreamer):
+    """Notes when each token comes, and hands its text on."""
+
+    def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text, self._begin_s = on_text, time.perf_counter()
+        self.times_s: list[float] = []
+        self.text = ""
+
+    def put(self, value: Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times_s.append(time.perf_counter() - self._begin_s)
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        if self._on_text is not None:
+            if text:
+                self._on_text(text)
+            if stream_end:
+                self._on_text("")

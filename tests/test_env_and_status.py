@@ -1,0 +1,64 @@
+"""`int8cli env` tells no secret, and `int8cli status` says how far a conversion is."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+from support.program import CONVERT, Nursery, llama, outcome_of, run, start, wait_until
+
+
+def test_env_names_versions_and_no_secret(tmp_path: Path) -> None:
+    changes = {
+        "HF_TOKEN": "hf_secret",
+        "HF_ENDPOINT": "https://user:password@hub.example/path?key=secret",
+        "HF_HOME": str(tmp_path),
+    }
+    for options in ([], ["--json"]):
+        outcome = run("env", *options, cwd=tmp_path, env=changes)
+        assert outcome.code == 0, outcome.err
+        assert "secret" not in outcome.out + outcome.err
+        assert "password" not in outcome.out + outcome.err
+        assert "https://hub.example/path" in outcome.out
+        assert torch.__version__ in outcome.out
+    document = json.loads(outcome.out)
+    assert document["schema"] == "int8cli.environment/1"
+    assert document["hub"]["token"] == "set"
+    assert document["cores"] >= 1
+    assert document["packages"]["torch"] == torch.__version__
+
+
+def test_status_before_during_and_after(nursery: Nursery, tmp_path: Path) -> None:
+    llama(tmp_path / "model", layers=6, hidden=768, intermediate=2048, vocabulary=2048, shards=6)
+
+    def status() -> dict[str, object]:
+        outcome = nursery.run("status", "out", "--json", cwd=tmp_path)
+        assert outcome.code == 0, outcome.err
+        found: dict[str, object] = json.loads(outcome.out)
+        assert found["schema"] == "int8cli.status/1"
+        return found
+
+    nothing = nursery.run("status", "out", cwd=tmp_path)
+    assert nothing.code == 1
+    assert nothing.err.startswith("error: out is not a conversion")
+    process = start(*CONVERT, "model", "-o", "out", "--workers", "1", cwd=tmp_path)
+    wait_until(lambda: any((tmp_path / "out/int8/records").glob("*.json")))
+    os.killpg(process.pid, signal.SIGSTOP)
+    try:
+        running = status()
+        assert running["state"] == "running"
+        assert 1 <= int(str(running["shards_finished"])) <= 6
+    finally:
+        os.killpg(process.pid, signal.SIGCONT)
+        os.killpg(process.pid, signal.SIGKILL)
+        outcome_of(process)
+    if not (tmp_path / "out/int8/files.json").exists():
+        stopped = status()
+        assert (stopped["state"], stopped["model"], stopped["shards"]) == ("unfinished", "model", 6)
+        shown = nursery.run("status", "out", cwd=tmp_path)
+        assert "same int8cli convert command again" in shown.out
+    assert nursery.run(*CONVERT, "model", "-o", "out", "-q", cwd=tmp_path).code == 0
+    done = status()
+    assert (done["state"], done["shards_finished"]) == ("finished", 6)
+    assert done["source_bytes_finished"] == done["source_bytes"]

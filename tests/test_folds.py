@@ -1,0 +1,118 @@
+"""Folds of real architectures: found, proved, and exact in the whole model; left alone where they would not be."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.calibration_models import make_model, save_tokenizer, some_text
+from support.checkpoints import Tiny, build_tiny
+from support.smoothing import smoothed_copy, smoothed_statistics, spread
+from torch import Tensor
+
+from int8cli.checkpoint.locate import opened_source
+from int8cli.model.folds import same_bits
+from int8cli.model.sampling import Sampling
+from int8cli.outliers.calibrate import CalibrateOptions, calibrate
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
+from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.survey import survey_source
+from int8cli.progress import SILENT
+
+# The kinds of sites that a block of each architecture can have smoothed, and what divides the input of each.
+NORM, VALUES, SECOND = "norm-fed", "attention output", "second feed-forward"
+FOLDS = {
+    "llama": {NORM, VALUES, SECOND},  # RMSNorm, grouped values, up_proj
+    "mistral": {NORM, VALUES, SECOND},
+    "llama-biased": {NORM, VALUES, SECOND},  # with biases everywhere
+    "phi3": {NORM, VALUES, SECOND},  # queries, keys and values in one linear, gate and up in another
+    "opt": {NORM, VALUES, SECOND},  # LayerNorm with bias, ReLU
+    "bloom": {NORM, VALUES},  # fused by head; GELU is not homogeneous
+    "gpt_neox": {NORM, VALUES},  # parallel attention, two norms
+    "gpt2": {NORM, VALUES},  # Conv1D
+    "gptj": {NORM, VALUES},  # one norm feeds attention and feed-forward
+    "falcon": {NORM, VALUES},  # one key and value for all heads
+    "mixtral": {NORM, VALUES},  # experts are no linears
+    "gemma2": {VALUES, SECOND},  # a gain of 1 + w cannot take the division
+}
+
+
+def logits(directory: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    ids = torch.randint(4, 90, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        found: Tensor = model(ids).logits
+    return found
+
+
+@pytest.mark.parametrize("architecture", FOLDS)
+def test_folds_are_found_and_the_smoothed_model_computes_the_same_bits(architecture: str, tmp_path: Path) -> None:
+    model = make_model(architecture, tmp_path / "model", spread)
+    statistics = smoothed_statistics(model)
+    smoothed = {site.kind for site in statistics.sites if site.smoothing is not None}
+    assert smoothed == FOLDS[architecture]
+    smoothed_copy(model, tmp_path / "smoothed", statistics, architecture == "gpt2")
+    before, after = logits(model), logits(tmp_path / "smoothed")
+    assert torch.equal(before, after)
+    assert float(before.float().std()) > 0.01
+
+
+def test_float16_is_smoothed_exactly_too(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", spread, dtype=torch.float16)
+    statistics = smoothed_statistics(model)
+    assert any(site.smoothing is not None for site in statistics.sites)
+    smoothed_copy(model, tmp_path / "smoothed", statistics, False)
+    assert torch.equal(logits(model), logits(tmp_path / "smoothed"))
+
+
+def test_statistics_with_smoothing_survive_their_file(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", spread)
+    statistics = smoothed_statistics(model, stored_columns=2)
+    save_statistics(statistics, tmp_path / "statistics.safetensors")
+    found = load_statistics(tmp_path / "statistics.safetensors")
+    for before, after in zip(statistics.sites, found.sites, strict=True):
+        assert (before.smoothing is None) == (after.smoothing is None)
+        assert [linear.smoothed_stored for linear in before.linears] == [
+            linear.smoothed_stored for linear in after.linears
+        ]
+        if before.smoothing is not None and after.smoothing is not None:
+            assert torch.equal(before.smoothing.exponents, after.smoothing.exponents)
+            assert [scaled.tensor for scaled in before.smoothing.scaled] == [
+                scaled.tensor for scaled in after.smoothing.scaled
+            ]
+
+
+def test_a_calibration_that_smooths_finds_the_same_figures(tmp_path: Path) -> None:
+    """The weights are as they were after the proofs: what the model computes afterwards does not change."""
+    model = make_model("llama", tmp_path / "model", spread)
+    with opened_source(str(model), revision=None, download_dir=model / "incoming") as source:
+        survey = survey_source(source, PlanOptions())
+        plain = calibrate(source, survey, some_text(), CalibrateOptions(Sampling(48, 16, 0)), SILENT)
+    smoothed = smoothed_statistics(model)
+    for one, other in zip(plain.sites, smoothed.sites, strict=True):
+        assert torch.equal(one.inputs.mean_square, other.inputs.mean_square)
+        assert [linear.output_mean_square for linear in one.linears] == [
+            linear.output_mean_square for linear in other.linears
+        ]
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, {VALUES, SECOND}), (1e4, set[str]())])
+def test_where_values_are_limited_no_rows_divide(limit: float | None, expected: set[str], tmp_path: Path) -> None:
+    """The limit is far above all values, so that no run reaches it. OLMo's norms have no gain."""
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 56, "num_attention_heads": 4}
+    model = build_tiny(Tiny("OlmoForCausalLM", "OlmoConfig", {**sizes, "num_hidden_layers": 2, "clip_qkv": limit}))
+    with torch.no_grad():
+        spread(model)
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    statistics = smoothed_statistics(tmp_path)
+    assert {site.kind for site in statistics.sites if site.smoothing is not None} == expected
+
+
+def test_same_bits_tells_zeros_apart_and_knows_nan() -> None:
+    nan, zeros = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
+    assert same_bits(nan, nan.clone())
+    assert not same_bits(zeros, -zeros)
+    assert not same_bits(zeros, zeros.half())
+    assert not same_bits(zeros, torch.zeros(3))

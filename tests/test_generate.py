@@ -1,0 +1,196 @@
+"""`generate`: prompts, conversations, what it measures and how it compares."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.calibration_models import make_model
+from support.checkpoints import WITHOUT_COLUMNS, save_tiny
+from support.program import Nursery, run
+from support.progress import CoherentProgress
+from transformers import AutoTokenizer
+
+import int8cli
+from int8cli import GenerateOptions, chat, convert, generate
+from int8cli.errors import CannotRunError, OptionError, ReferenceModelError, TextError, UnsupportedModelError
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+SHORT = GenerateOptions(max_new_tokens=6, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("generate")
+    make_model("llama", root / "model")
+    convert(root / "model", root / "out", WITHOUT_COLUMNS)
+    convert(root / "model", root / "chatty", WITHOUT_COLUMNS)
+    (root / "chatty/chat_template.jinja").write_text(TEMPLATE)
+    return root
+
+
+@pytest.fixture(scope="module")
+def words(root: Path) -> str:
+    """Some words that the tokenizer knows."""
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    return str(tokenizer.decode(list(range(10, 16)), skip_special_tokens=True))
+
+
+def continued(directory: Path, text: str, tokens: int = 6) -> list[int]:
+    """What transformers' own generate makes of it."""
+    model, tokenizer = int8cli.load_model(directory, device="cpu"), AutoTokenizer.from_pretrained(directory)
+    prompt = tokenizer(text, return_tensors="pt")["input_ids"]
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
+    return [int(token) for token in output[0, prompt.shape[1] :]]
+
+
+def test_a_prompt_is_continued_and_its_text_comes_in_pieces(root: Path, words: str) -> None:
+    pieces: list[str] = []
+    found = generate(root / "out", words, SHORT, on_text=pieces.append)
+    expected = continued(root / "out", words)
+    tokenizer = AutoTokenizer.from_pretrained(root / "out")
+    assert (pieces[-1], pieces.count("")) == ("", 1)
+    assert "".join(pieces) == found.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert found.new_tokens == len(expected)
+    assert 0 < found.seconds_to_first_token <= found.seconds
+    assert found.peak_memory_bytes is not None
+    assert found.peak_memory_bytes > found.weights_bytes > 0
+    assert found.stopped == ("length" if len(expected) == 6 else "end")
+
+
+def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> None:
+    from transformers import pipeline
+
+    model, tokenizer = int8cli.load_model(root / "out", device="cpu"), AutoTokenizer.from_pretrained(root / "out")
+    speak: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    [found] = speak(words, max_new_tokens=6, do_sample=False, return_full_text=False)
+    assert found["generated_text"] == generate(root / "out", words, SHORT).text
+
+
+def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str) -> None:
+    template = generate(root / "chatty", words, SHORT)
+    raw = generate(root / "chatty", words, GenerateOptions(raw=True, max_new_tokens=6, device="cpu"))
+    assert raw.prompt_tokens == generate(root / "out", words, SHORT).prompt_tokens
+    rendered: Any = AutoTokenizer.from_pretrained(root / "chatty").apply_chat_template(
+        [{"role": "user", "content": words}], add_generation_prompt=True, return_dict=True
+    )
+    assert template.prompt_tokens == len(rendered["input_ids"])
+
+
+def test_a_conversation_remembers_what_was_said(root: Path, words: str) -> None:
+    first, second = chat(root / "chatty", [words, words], SHORT)
+    assert second.prompt_tokens > first.prompt_tokens
+    again = generate(root / "chatty", f"{words} {first.text} {words}", SHORT)
+    assert second.prompt_tokens == again.prompt_tokens
+    with pytest.raises(CannotRunError, match="no chat template"):
+        next(chat(root / "out", [words], SHORT))
+
+
+def test_sampling_follows_its_seed_and_leaves_torchs_alone(root: Path, words: str) -> None:
+    before = torch.random.get_rng_state()
+    texts = [
+        generate(root / "out", words, GenerateOptions(max_new_tokens=20, temperature=5.0, seed=seed, device="cpu")).text
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_comparison_says_where_the_first_token_differs(root: Path, words: str, tmp_path: Path) -> None:
+    progress = CoherentProgress()
+    options = GenerateOptions(max_new_tokens=6, device="cpu", compare=root / "model")
+    same = generate(root / "out", words, options, progress=progress).agreement
+    assert same is not None
+    assert same.weights_bytes > 0
+    make_model("llama", tmp_path / "other")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "other/model.safetensors")
+    tensors = {name: tensor.flip(0) if "embed" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    found = generate(root / "out", words, GenerateOptions(max_new_tokens=6, device="cpu", compare=tmp_path / "other"))
+    assert found.agreement is not None
+    place = found.agreement.first_difference
+    assert place is not None
+    ours, theirs = continued(root / "out", words), reference(tmp_path / "other", words)
+    assert ours[:place] == theirs[:place]
+    assert ours[place : place + 1] != theirs[place : place + 1]
+    assert 0 <= found.agreement.agreeing_tokens < found.new_tokens
+
+
+def reference(directory: Path, text: str) -> list[int]:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    prompt = tokenizer(text, return_tensors="pt")["input_ids"]
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    return [int(token) for token in output[0, prompt.shape[1] :]]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"temperature": -1.0}, OptionError, "temperature"),
+        ({"temperature": float("nan")}, OptionError, "temperature"),
+        ({"max_new_tokens": 0}, OptionError, "less than 1"),
+        ({"inputs": "xx"}, OptionError, "zeropoint, absmax"),
+        ({"max_memory": ("cpu",)}, OptionError, "not DEVICE=SIZE"),
+        ({"max_memory": ("gpu=1GB",)}, OptionError, "not DEVICE=SIZE"),
+        ({"compare": "nothing/"}, ReferenceModelError, "cannot be loaded"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: Any, error: type[Exception], words: str, root: Path) -> None:
+    with pytest.raises(error, match=words):
+        generate(root / "out", "a", GenerateOptions(**{"device": "cpu", "max_new_tokens": 2, **options}))
+
+
+def test_prompts_that_cannot_be_continued_are_refused(root: Path, words: str, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match="empty"):
+        generate(root / "out", "", GenerateOptions(raw=True, device="cpu"))
+    with pytest.raises(TextError, match="takes fewer than"):
+        generate(root / "out", " ".join([words] * 500), SHORT)
+    bare = save_tiny("bert", tmp_path / "bert")
+    make_model("llama", tmp_path / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((tmp_path / "llama" / name).read_bytes())
+    convert(bare, tmp_path / "out", WITHOUT_COLUMNS)
+    with pytest.raises(UnsupportedModelError, match="does not generate"):
+        generate(tmp_path / "out", words, SHORT)
+
+
+# The command
+
+
+def test_the_text_is_on_stdout_and_the_figures_on_stderr(root: Path, words: str, nursery: Nursery) -> None:
+    found = generate(root / "out", words, SHORT)
+    options = ("--max-new-tokens", "6", "--device", "cpu")
+    outcome = nursery.run("generate", "out", words, *options, "--compare", "model", cwd=root)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == f"{found.text}\n"
+    assert "tokens after a prompt of" in outcome.err
+    assert "of weights in memory" in outcome.err
+    assert "16 bit would choose" in outcome.err
+    assert "Loading" not in outcome.err
+    quiet = nursery.run("generate", "out", words, *options, "-q", cwd=root)
+    assert (quiet.out, quiet.err) == (outcome.out, "")
+
+
+def test_json_is_one_document(root: Path, words: str, nursery: Nursery) -> None:
+    outcome = nursery.run("generate", "out", words, "--max-new-tokens", "6", "--json", cwd=root)
+    document = json.loads(outcome.out)
+    assert document["schema"] == "int8cli.generation/1"
+    assert document["text"] == generate(root / "out", words, SHORT).text
+
+
+def test_prompts_and_conversations_come_from_standard_input(root: Path, words: str) -> None:
+    (root / "prompt.txt").write_text(f"{words}\n")
+    options = ("--max-new-tokens", "6", "--device", "cpu", "-q")
+    with (root / "prompt.txt").open() as prompt:
+        outcome = run("generate", "out", *options, cwd=root, stdin=prompt)
+    assert outcome.out == run("generate", "out", words, *options, cwd=root).out
+    with (root / "prompt.txt").open() as prompt:
+        talk = run("generate", "chatty", "--chat", *options, cwd=root, stdin=prompt)
+    assert talk.code == 0, talk.err
+    assert run("generate", "chatty", words, "--chat", cwd=root).code == 2
