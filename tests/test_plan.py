@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.loaders.transformers_versions import release, skip_rule
+from int8cli.loaders.transformers_versions import SKIP_RULES, release, skip_rule
 from int8cli.planning import architectures as names
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
@@ -282,6 +282,15 @@ def test_every_entry_compiles_and_the_list_is_sorted() -> None:
     entries = skip_modules(plan_of(*llama(3), skip=("*.mlp.*",)))
     assert entries == sorted(set(entries))
     assert all(re.compile(entry) for entry in entries)
+
+
+@pytest.mark.parametrize("module", ["decoder.layers.0.encoder_attn.attention_weights", "quantizer.weight_proj"])
+def test_a_name_that_transformers_5_0_misreads_stays_a_float(module: str) -> None:
+    plan = plan_of(*llama(), spec(f"{module}.weight", 16, 32), spec(f"{module}.bias", 16))
+    (decision,) = (each for each in plan.decisions if each.module == module and each.spec.name.endswith("weight"))
+    assert (decision.quantize, decision.reason) == (False, "named so that transformers 5.0 would not load it in int8")
+    for rule in SKIP_RULES.values():
+        assert any(rule(entry, module) for entry in skip_modules(plan))
 
 
 # Against transformers

@@ -21,6 +21,15 @@ OLDEST_THAT_RUNS = "5.0.0"
 # 4.57.6 also quantizes a float weight that it finds for an int8 layer; later versions refuse it.
 
 
+def is_misread(module: str) -> bool:
+    """Whether a surveyed version would look for the scales of an int8 layer of this name in the wrong place.
+
+    5.0.0 takes the first "weight" or "SCB" in a tensor's name for its end. The scales of an int8 `attention_weights` or
+    `weight_proj` are then lost, and the model fails. 4.57.6 and the versions from 5.23.0 on read them.
+    """
+    return "weight" in module or "SCB" in module
+
+
 def covers_by_name(entry: str, module: str) -> bool:
     """4.57.6: a module whose name or last component equals the entry, and everything inside it (no expressions)."""
     return entry in (module, module.rpartition(".")[2]) or f"{entry}." in module
@@ -133,7 +142,7 @@ FLOAT32: tuple[Float32Fact, ...] = (
     _fact(_leaf("gate"), *_GATE_SINCE_5_23),
     _fact(_leaf("gate"), *_GATE_SINCE_5_24, since="5.24.0"),
     _fact(_leaf(r"norm (?:attn|ffn|q)_norm"), "deepseek_v4"),
-    _fact(_leaf(r"indexer\.k_norm lm_head"), "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
+    _fact(_leaf(r"indexer\.k_norm indexer\.weights_proj lm_head"), "hy_v4", "hy_v4_vl", "hy_v4_vl_text"),
     _fact(_leaf(r"[qkv]_conv1d"), "bailing_hybrid", "glm5_next", "glm5_next_text"),
     _fact(
         _leaf(r"(?:attn|mlp|k|v)_sconv (?:attn|mlp|k|v)_sconv\.conv1d"),

@@ -28,6 +28,7 @@ FUSED = "split or merged by transformers on load"
 FLOAT32 = "kept in float32 by transformers"  # in a float16 model
 FLOAT32_ALWAYS = "always kept in float32 by transformers"  # in a bfloat16 model too
 SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
+MISREAD = "named so that transformers 5.0 would not load it in int8"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
 LOADER_FLOAT = "not supported in int8 by the loaders of this layout"
 UNKNOWN = "not recognised as a linear layer"

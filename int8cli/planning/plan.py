@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
-from int8cli.loaders.transformers_versions import float32_of
+from int8cli.loaders.transformers_versions import float32_of, is_misread
 from int8cli.planning import architectures as names
 from int8cli.planning.architectures import Rule
 from int8cli.planning.decisions import Acceptance, Decision, Plan, PlanOptions
@@ -113,6 +113,8 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = names.LINEAR
     if reason == names.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
         reason = names.CONV1D
+    if reason == names.LINEAR and is_misread(_module(spec)):
+        reason = names.MISREAD
     if reason == names.LINEAR and checkpoint.is_float_for(options.loader, _module(spec)):
         reason = names.LOADER_FLOAT
     if reason == names.LINEAR:

@@ -264,4 +264,9 @@ FURTHER = {
         {"vocab_size": 99, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 37},
     ),
     "t5-classifier": Tiny("T5ForSequenceClassification", "T5Config", _T5),
+    "wav2vec2-pretraining": Tiny(
+        "Wav2Vec2ForPreTraining",
+        "Wav2Vec2Config",
+        {**_WAV2VEC2, "codevector_dim": 32, "proj_codevector_dim": 16, "num_codevectors_per_group": 8},
+    ),
 }
