@@ -112,7 +112,7 @@ class Launcher:
         if not ready:
             raise RuntimeError(f"no answer to {request}")
         try:
-            ended: Ended = pickle.load(self._answers)
+            ended: Ended = pickle.load(self._answers)  # nosec B301: from a child of this process
         except EOFError:
             self._errors.seek(0)
             raise RuntimeError(self._errors.read().decode(errors="replace")[-2000:]) from None
@@ -174,7 +174,7 @@ def serve() -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     while True:
         try:
-            request = pickle.load(requests)
+            request = pickle.load(requests)  # nosec B301: from the parent of this process
         except EOFError:
             return
         pickle.dump(_run(request), answers)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_IN_MEMORY = Path("/dev/shm")
+_IN_MEMORY = Path("/dev/shm")  # nosec B108: mkdtemp makes a directory of its own in it
 _ROOM_BYTES = 1 << 30
 
 
