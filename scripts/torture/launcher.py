@@ -112,7 +112,8 @@ class Launcher:
         if not ready:
             raise RuntimeError(f"no answer to {request}")
         try:
-            ended: Ended = pickle.load(self._answers)  # nosec B301: from a child of this process
+            # The answer is from a child of this process.
+            ended: Ended = pickle.load(self._answers)  # nosec B301
         except EOFError:
             self._errors.seek(0)
             raise RuntimeError(self._errors.read().decode(errors="replace")[-2000:]) from None
@@ -174,7 +175,8 @@ def serve() -> None:
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     while True:
         try:
-            request = pickle.load(requests)  # nosec B301: from the parent of this process
+            # The request is from the parent of this process.
+            request = pickle.load(requests)  # nosec B301
         except EOFError:
             return
         pickle.dump(_run(request), answers)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_IN_MEMORY = Path("/dev/shm")  # nosec B108: mkdtemp makes a directory of its own in it
+# A random name is made in it, as in any temporary directory.
+_IN_MEMORY = Path("/dev/shm")  # nosec B108
 _ROOM_BYTES = 1 << 30
 
 
