@@ -27,7 +27,10 @@ from test_cli import on_terminal
 EVIL = "\x1b]0;PWNED\x07\x1b[31m\x9b31m[bold][/][a[/b]`|<!--<script>*x*\r\n\n# y\u202e\u200b](u)</script>\\"
 EVIL_FILE = re.sub(r"[/\\]", "", EVIL) + "\x1b]0;x\x07"
 OWN_ELEMENTS = {"html", "head", "meta", "title", "link", "style", "body", "h1", "h2", "p", "div", "script", "button"}
-OWN_ELEMENTS |= {"table", "thead", "tbody", "tr", "th", "td"}
+OWN_ELEMENTS |= {"table", "thead", "tbody", "tr", "th", "td", "main", "caption", "wbr"}
+OWN_ATTRIBUTES = {"charset", "class", "content", "data-value", "href", "id", "lang", "name", "rel", "type"}
+OWN_ATTRIBUTES |= {"aria-label", "role", "scope", "tabindex"}
+GENERATE = 'int8cli generate . "The moon rose over the harbour, and"\n'
 LINKS = ("https://arxiv.org/abs/2208.07339", "https://huggingface.co/org/m")
 PACKAGE = Path(__file__).parents[1] / "int8cli"
 
@@ -130,7 +133,8 @@ def check_card(path: Path) -> None:
     heads = [token.tag for token in tokens if token.type == "heading_open"]
     assert heads[:1] == ["h1"]
     assert set(heads[1:]) == {"h2"}
-    assert not [token for token in tokens if token.type in ("html_block", "code_block", "blockquote_open", "hr")]
+    assert not [token for token in tokens if token.type in ("html_block", "blockquote_open", "hr")]
+    assert {token.content for token in tokens if token.type == "code_block"} <= {GENERATE}
     for token in (child for block in tokens for child in block.children or ()):
         assert token.type != "html_inline" or token.content in ("<code>", "</code>")
         assert token.type not in ("image", "em_open", "strong_open")
@@ -182,7 +186,7 @@ def check_page(path: Path) -> None:
     page = _Page(text)
     assert set(page.elements) <= OWN_ELEMENTS
     assert page.elements.count("script") == 2
-    assert page.attributes <= {"charset", "class", "content", "data-value", "href", "id", "lang", "name", "rel", "type"}
+    assert page.attributes <= OWN_ATTRIBUTES
     assert page.comments == []
     library, specs = "".join(page.scripts).split("const charts = ", 1)
     assert raw_characters("".join(page.text)) == []
@@ -294,6 +298,18 @@ def test_an_evaluation_in_tables_a_page_and_a_picture(runnable: Path, nursery: N
     check_json(nursery.run(*command, "--json", cwd=tmp_path))
     check_page(tmp_path / f"e{EVIL_FILE}.html")
     check_picture(tmp_path / f"e{EVIL_FILE}.svg")
+
+
+def test_a_conversion_in_a_page_and_a_picture(source: Path, nursery: Nursery, tmp_path: Path) -> None:
+    page = f"c{EVIL_FILE}.html"
+    converted = ["convert", source, "-o", "out", "--outliers", "none", "--skip", "*norm*", "--report", page]
+    check_lines(nursery.run(*converted, cwd=tmp_path))
+    files = [arg for suffix in ("html", "svg") for arg in ("-o", f"r{EVIL_FILE}.{suffix}")]
+    check_lines(nursery.run("report", "out", *files, cwd=tmp_path))
+    check_json(nursery.run("report", "out", "--json", cwd=tmp_path))
+    check_page(tmp_path / page)
+    check_page(tmp_path / f"r{EVIL_FILE}.html")
+    check_picture(tmp_path / f"r{EVIL_FILE}.svg")
 
 
 # Errors

@@ -54,7 +54,18 @@ COMMANDS = {
     "verify": VerifyOptions,
 }
 # What the command line shows or writes with what the library found, and what it is about.
-OF_THE_COMMAND_LINE = {"as_json", "chat", "details", "directory", "dry_run", "model", "output", "prompt", "quiet"}
+OF_THE_COMMAND_LINE = {
+    "as_json",
+    "chat",
+    "details",
+    "directory",
+    "dry_run",
+    "model",
+    "output",
+    "prompt",
+    "quiet",
+    "report",
+}
 
 
 @pytest.fixture(scope="module")
