@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from int8cli.commands.options import GenerateOptions as GenerateOptions
     from int8cli.commands.options import InspectOptions as InspectOptions
     from int8cli.commands.options import VerifyOptions as VerifyOptions
+    from int8cli.commands.report import read_report as read_report
+    from int8cli.commands.report import write_report as write_report
     from int8cli.commands.status import status as status
     from int8cli.commands.verify import verify as verify
     from int8cli.errors import Int8cliError as Int8cliError
@@ -57,8 +59,10 @@ _HOME = {
     "inspect_outliers": "int8cli.commands.inspect_outliers",
     "load_model": "int8cli.runtime.load",
     "plan_conversion": "int8cli.commands.convert",
+    "read_report": "int8cli.commands.report",
     "status": "int8cli.commands.status",
     "verify": "int8cli.commands.verify",
+    "write_report": "int8cli.commands.report",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -63,6 +63,8 @@ class DigestMismatchError(CorruptShardError):
 class IndexFileError(CheckpointError):
     """A weight_map names something that is missing or not allowed."""
 
+    usual_hint = "Get the index again, or correct it."
+
 
 class UnsafePickleError(CheckpointError):
     """A .bin file contains more than tensors, so it is not unpickled."""

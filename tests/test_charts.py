@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.browser import needs_browser, seen_by
+from support.browser import needs_browser, seen_at, seen_by
 
 from int8cli.errors import OutputError
 from int8cli.llm_int8.inputs import InputStatistics
@@ -20,6 +20,7 @@ from int8cli.outliers.statistics import (
 )
 from int8cli.report.outlier_charts import heatmap, write_picture
 from int8cli.report.outlier_page import statistics_page, write_page
+from int8cli.report.vega import COLD, HOT, ON_DARK, DoublingSteps
 
 LAYERS = 3
 
@@ -56,8 +57,8 @@ def test_the_heatmap_has_a_cell_for_each_layer_and_dimension_with_its_value() ->
 
 
 def markup(page: str) -> str:
-    """The page without the content of its scripts."""
-    return re.sub(r"(<script>).*?(</script>)", r"\1\2", page, flags=re.DOTALL)
+    """The page without the content of its scripts, and without the places where long names may be broken."""
+    return re.sub(r"(<script>).*?(</script>)", r"\1\2", page, flags=re.DOTALL).replace("<wbr>", "")
 
 
 def test_the_page_fetches_nothing() -> None:
@@ -142,3 +143,37 @@ def test_in_a_browser_the_page_has_no_error_and_a_cell_shows_its_value(tmp_path:
         assert told in seen["tooltip"]
     assert seen["down"] == [2, 2, 1, 1, 0, 0]
     assert seen["up"] == [0, 0, 1, 1, 2, 2]
+
+
+def test_one_large_value_does_not_make_all_others_look_alike() -> None:
+    steps = DoublingSteps(6.0)
+    assert steps.bounds == [1.5, 3.0, 6.0, 12.0, 24.0, 48.0, 96.0]
+    assert len(steps.names) == len({*COLD, *HOT})
+    assert [steps.name_of(value) for value in (0.0, 5.9, 6.0, 9000.0)] == [
+        *("under 1.5", "3 to 6", "6 to 12", "96 or more")
+    ]
+    found = made_up()
+    found.sites[0].inputs.maximum[5] = 9000.0
+    shown = {(cell["layer"], cell["dimension"]): cell["step"] for cell in heatmap(found).to_dict()["data"]["values"]}
+    assert (shown[0, 5], shown[2, 11]) == ("96 or more", "12 to 24")
+    assert len(set(shown.values())) > 3
+
+
+def test_every_term_of_the_page_is_explained_on_it() -> None:
+    page = markup(statistics_page(made_up()))
+    for explained in ("Norm-fed inputs are", "A massive activation is", "An outlier feature is", "Dims over: "):
+        assert explained in page
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(390, True), (800, False), (1600, True)])
+def test_in_a_browser_the_page_fits_its_width(tmp_path: Path, width: int, dark: bool) -> None:
+    write_page(made_up(), tmp_path / "report.html")
+    seen = seen_at(width, tmp_path / "report.html", dark=dark)
+    assert seen["page"] <= width
+    assert set(seen["charts"]) == {"heatmap", "features", "magnitudes", "errors"}
+    for drawn, room in seen["charts"].values():
+        assert room - 12 <= drawn <= room <= width
+    colors = {ON_DARK[color] if dark else color for color in (*COLD, *HOT)}
+    assert set(seen["fills"]) <= colors
+    assert len(seen["fills"]) > 3

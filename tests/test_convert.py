@@ -22,10 +22,12 @@ from support.checkpoints import (
     save_tiny,
     survey,
 )
+from support.progress import CoherentProgress
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert
-from int8cli.errors import NonFiniteError, UnsupportedModelError
+from int8cli.checkpoint.source_card import NO_CARD, source_card_of
+from int8cli.errors import CheckpointError, NonFiniteError, UnsupportedModelError
 from int8cli.planning.blocks import BLOCK_ELEMENTS
 
 LINEAR = "layers.0.mlp.up_proj"
@@ -504,11 +506,58 @@ def test_the_card_is_valid_and_its_code_runs(tmp_path: Path, monkeypatch: pytest
     card = ModelCard.load(tmp_path / "output" / "README.md")
     assert card.data.library_name == "transformers"
     assert {"int8", "bitsandbytes"} <= set(card.data.tags or [])
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     monkeypatch.chdir(tmp_path / "output")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["model"].model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    models = []
+    for code in re.findall(r"```python\n(.*?)```", card.text, re.DOTALL):
+        names: dict[str, Any] = {}
+        exec(code, names)
+        models.append(names["model"])
+    in_transformers, in_int8cli = models
+    assert in_transformers.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
+    assert type(in_int8cli.model.layers[0].mlp.up_proj).__module__.startswith("int8cli.")
+    assert "int8cli generate . " in card.text
+
+
+SOURCE_CARD = (
+    "---\nlicense: other\nlicense_name: a-name\nlicense_link: LICENSE\npipeline_tag: text-generation\n---\n# M\n"
+)
+
+
+def test_the_card_inherits_license_and_task(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    source = save_tiny("llama", tmp_path / "source")
+    (source / "README.md").write_text(SOURCE_CARD)
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS)
+    data = ModelCard.load(tmp_path / "output" / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "a-name", "LICENSE")
+    assert data.pipeline_tag == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("front", "license_name"),
+    [
+        ("license: mit\nmore: {}", "mit"),
+        ("license: [mit, apache-2.0]", None),
+        ('license: "mit\\e[31m"', None),
+        ("license: " + "x" * 400, None),
+        ("nothing: here", None),
+    ],
+)
+def test_only_a_short_line_is_believed_of_a_source_card(front: str, license_name: str | None) -> None:
+    assert source_card_of(f"---\n{front}\n---\n# Text\n").license == license_name
+    assert source_card_of("# no front matter\n") == NO_CARD
+
+
+@pytest.mark.parametrize("front", ["license: [", "- a\n- list", "a: *unknown", "license: {a: b"])
+def test_a_source_card_that_is_no_yaml_is_an_error_and_stops_no_conversion(front: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="front matter"):
+        source_card_of(f"---\n{front}\n---\n")
+    source = save_tiny("llama", tmp_path / "source")
+    (source / "README.md").write_text(f"---\n{front}\n---\n")
+    progress = CoherentProgress()
+    convert(source, tmp_path / "output", WITHOUT_COLUMNS, progress=progress)
+    assert any("names no license" in note for note in progress.notes)
 
 
 # Dtypes that differ from the model's

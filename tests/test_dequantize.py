@@ -1,6 +1,7 @@
 """`dequantize`: the weights that load_model computes with, as floats that any loader opens."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import int8cli
 from int8cli import ConvertOptions, DequantizeOptions, convert, dequantize
 from int8cli.commands.options import LayoutName
 from int8cli.conversion import dequantize as dequantization
-from int8cli.errors import CheckpointError, OptionError, OutputError, SettingsMismatchError
+from int8cli.errors import CheckpointError, Int8cliError, OptionError, OutputError, SettingsMismatchError
 from int8cli.runtime.linear import Int8Linear
 
 
@@ -163,3 +164,70 @@ def test_the_command_says_what_it_wrote(tmp_path: Path) -> None:
     assert document["output_bytes"] == (tmp_path / "floats/model.safetensors").stat().st_size
     again = run_program("dequantize", "out", "-o", "floats", cwd=tmp_path)
     assert (again.code, again.out.splitlines()[0]) == (0, "out → floats")
+
+
+def _lose_a_tensor(record: dict[str, Any]) -> None:
+    record["source_tensors"].pop()
+
+
+def _add_a_tensor(record: dict[str, Any]) -> None:
+    record["source_tensors"].append({"name": "another", "dtype": "F32", "shape": [2]})
+
+
+def _name_another_dtype(record: dict[str, Any]) -> None:
+    for tensor in record["source_tensors"]:
+        tensor["dtype"] = "F8_E4M3"
+
+
+def _name_another_shard(record: dict[str, Any]) -> None:
+    record["source"]["output"] = "other.safetensors"
+
+
+def _name_another_sidecar(record: dict[str, Any]) -> None:
+    record["files"].append({**record["files"][0], "file": "int8/outliers/more.safetensors"})
+
+
+@pytest.mark.parametrize(
+    "change", [_lose_a_tensor, _add_a_tensor, _name_another_dtype, _name_another_shard, _name_another_sidecar]
+)
+def test_records_that_are_not_those_of_the_files_lose_nothing_silently(change: Any, tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    path = output / "int8/records/model.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(Int8cliError) as caught:
+        dequantize(output, tmp_path / "floats")
+    assert caught.value.hint
+    assert not (tmp_path / "floats/model.safetensors").exists()
+
+
+def test_a_shard_without_a_record_is_not_left_out(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    path = output / "int8/conversion.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "shards": []}))
+    with pytest.raises(CheckpointError, match="has no record"):
+        dequantize(output, tmp_path / "floats")
+
+
+def test_a_pipe_in_place_of_a_record_is_an_error(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    for name in ("int8/records/model.json", "int8/conversion.json"):
+        (output / name).unlink()
+        os.mkfifo(output / name)
+        with pytest.raises(OutputError, match="not a regular file"):
+            dequantize(output, tmp_path / "floats")
+
+
+def test_our_own_directory_is_no_place_for_a_model(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    with pytest.raises(OutputError, match="is inside"):
+        dequantize(output, output / "int8/floats")
+
+
+def test_a_run_killed_before_it_claimed_the_directory_is_resumed(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    (tmp_path / "floats/int8").mkdir(parents=True)
+    (tmp_path / "floats/int8/.dequantization.json.partial").write_text("{")
+    assert dequantize(output, tmp_path / "floats").shards == 1
+    assert not (tmp_path / "floats/int8/.dequantization.json.partial").exists()

@@ -5,8 +5,11 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from support.program import CONVERT, Nursery, llama, outcome_of, run, start, wait_until
+
+from int8cli.commands.env import env
 
 
 def test_env_names_versions_and_no_secret(tmp_path: Path) -> None:
@@ -62,3 +65,25 @@ def test_status_before_during_and_after(nursery: Nursery, tmp_path: Path) -> Non
     done = status()
     assert (done["state"], done["shards_finished"]) == ("finished", 6)
     assert done["source_bytes_finished"] == done["source_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "shown"),
+    [
+        ("http://[bad", "http://[bad"),
+        ("u:secret@host", "host"),
+        ("https://u:secret@host:8/at?token=secret", "https://host:8/at"),
+    ],
+)
+def test_no_address_ends_env_or_shows_what_is_secret(
+    endpoint: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert env().hub["HF_ENDPOINT"] == shown
+
+
+def test_env_works_in_a_directory_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert env().cores >= 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import needs_browser, seen_by
+from support.browser import needs_browser, seen_at, seen_by
 from test_charts import markup
 
 from int8cli.errors import MissingExtraError, OutputError
@@ -61,14 +61,35 @@ def changed(found: Evaluation, of: str, **fields: Any) -> Evaluation:
     return dataclasses.replace(found, methods=methods)
 
 
-def test_the_page_starts_with_the_result() -> None:
-    page = markup(evaluation_page(made_up()))
-    first, second, third, fourth = re.findall(r"<p>(.*?)</p>", page)[:4]
+def loaded(found: Evaluation) -> Evaluation:
+    """The same with two methods under the names of those that loaders compute."""
+    names = {"vector-wise": "bitsandbytes", "int8 weights": "zeropoint-llm-int8-stored"}
+    for label, key in names.items():
+        found = changed(found, label, key=key)
+    return found
+
+
+def test_the_page_starts_with_what_loaders_compute() -> None:
+    page = markup(evaluation_page(loaded(made_up())))
+    first, second, third = re.findall(r'<p class="verdict">(.*?)</p>', page)
     assert first == "Perplexity 20.09 in 16 bit."
-    assert second.startswith("Closest to 16 bit: int8 weights: perplexity 20.01 (-0.0040 ± 0.0100 nats)")
-    assert third.startswith("Closest with int8 inputs too: vector-wise: perplexity 21.38")
-    assert fourth.startswith("some/model: 6 linear layers in int8")
+    assert second.startswith("In load_model: int8 weights: perplexity 20.01 (-0.004 ± 0.01 nats)")
+    assert third.startswith("In transformers and bitsandbytes: vector-wise: perplexity 21.38 (+0.062 ± 0.01 nats)")
+    assert re.findall(r"<tr class=yours><td>(.*?)</td>", page) == ["vector-wise", "int8 weights"]
+    assert "some/model: 6 linear layers in int8" in page
     assert "Note: Be careful." in page
+
+
+def test_a_method_that_no_loader_computes_is_called_that() -> None:
+    lines = verdict_lines(made_up())
+    assert lines[1].startswith("Closest to 16 bit of the methods that were compared: int8 weights: perplexity 20.01")
+    assert lines[2] == "None of them is what transformers with bitsandbytes or load_model compute."
+    assert "class=yours" not in evaluation_page(made_up())
+
+
+def test_of_a_compressed_tensors_output_the_vector_wise_row_is_marked() -> None:
+    converted = dataclasses.replace(made_up(), converted=True)
+    assert "In vLLM, or transformers and compressed-tensors: vector-wise: " in " ".join(verdict_lines(converted))
 
 
 def test_the_page_contains_every_method_and_the_errors_of_every_layer() -> None:
@@ -147,7 +168,9 @@ def test_an_encoder_has_errors_only() -> None:
     page = markup(evaluation_page(found))
     assert re.findall(r'class="chart" id="(.*?)"', page) == ["errors"]
     assert "erplexity" not in page
-    assert verdict_lines(found)[0] == "Closest to 16 bit: int8 weights: mean output error 0.0040."
+    assert verdict_lines(found)[0] == (
+        "Closest to 16 bit of the methods that were compared: int8 weights: mean output error of the layers 0.4 %."
+    )
 
 
 def drawn_panels(found: Evaluation) -> list[dict[str, Any]]:
@@ -276,3 +299,14 @@ def test_in_a_browser_the_page_has_no_error_and_a_point_shows_its_layer(tmp_path
     # The 16-bit model has no difference and sorts as the least.
     assert seen["down"] == ["absmax by tensor", "vector-wise", "int8 weights", "16 bit"]
     assert seen["up"] == ["16 bit", "int8 weights", "vector-wise", "absmax by tensor"]
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (800, True), (1600, False)])
+def test_in_a_browser_the_page_fits_its_width(tmp_path: Path, width: int, dark: bool) -> None:
+    write_evaluation(loaded(made_up()), tmp_path / "report.html")
+    seen = seen_at(width, tmp_path / "report.html", dark=dark)
+    assert seen["page"] <= width
+    assert set(seen["charts"]) == {"perplexity", "agreement", "errors"}
+    for drawn, room in seen["charts"].values():
+        assert room - 12 <= drawn <= room <= width

@@ -1,6 +1,7 @@
 """`generate`: prompts, conversations, what it measures and how it compares."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,45 @@ def test_prompts_and_conversations_come_from_standard_input(root: Path, words: s
         talk = run("generate", "chatty", "--chat", *options, cwd=root, stdin=prompt)
     assert talk.code == 0, talk.err
     assert run("generate", "chatty", words, "--chat", cwd=root).code == 2
+
+
+# What the model's own files and the prompt say
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("chat_template.jinja", "{% for %}", "TemplateSyntaxError"),
+        ("chat_template.jinja", "{{ a.b.c }}", "UndefinedError"),
+        ("chat_template.jinja", "{{ ''.__class__.__mro__ }}", "SecurityError"),
+        ("chat_template.jinja", "{{ range(10**9) }}", "OverflowError"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "cannot generate"),
+        ("generation_config.json", '{"repetition_penalty": -5.0}', "cannot generate"),
+        ("generation_config.json", '{"bad_words_ids": "a"}', "cannot generate"),
+    ],
+)
+def test_files_of_the_model_that_do_not_work_are_errors(
+    file: str, text: str, words: str, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "out", tmp_path / "out")
+    (tmp_path / "out" / file).write_text(text)
+    with pytest.raises(CannotRunError, match=words) as caught:
+        generate(tmp_path / "out", "a", SHORT)
+    assert caught.value.hint
+
+
+def test_what_is_no_text_is_no_prompt(root: Path, nursery: Nursery) -> None:
+    with pytest.raises(TextError, match="not UTF-8"):
+        generate(root / "out", "\udcff", SHORT)
+    with pytest.raises(TextError, match="not UTF-8"):
+        list(chat(root / "chatty", ["\udcff"], SHORT))
+    for seed in (2**64, -(2**63) - 1):
+        with pytest.raises(OptionError, match="64 bits"):
+            generate(root / "out", "a", GenerateOptions(device="cpu", seed=seed))
+    with pytest.raises(OptionError, match="not a size"):
+        generate(root / "out", "a", GenerateOptions(device="cpu", max_memory=("cpu=1e400GB",)))
+    (root / "latin.txt").write_bytes(b"\xff\xfe\n")
+    with (root / "latin.txt").open() as prompt:
+        outcome = run("generate", "out", "--device", "cpu", "-q", cwd=root, stdin=prompt)
+    assert outcome.code == 1, outcome.err
+    assert "is not UTF-8 text" in outcome.err  # the locale decides who notices

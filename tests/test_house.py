@@ -144,6 +144,7 @@ def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
                 "evaluate",
                 "generate",
                 "inspect-outliers",
+                "report",
                 "status",
                 "verify",
             )

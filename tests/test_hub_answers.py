@@ -302,3 +302,18 @@ def test_other_servers_have_other_etags(etag: str | None, hub: OddHub, source: H
 def fetch(source: HubSource, name: str) -> bytes:
     with source.fetch(name) as local:
         return local.path.read_bytes()
+
+
+@pytest.mark.parametrize("status", [200, 403])
+def test_an_answer_without_end_is_not_read_whole(
+    status: int, hub: OddHub, source: HubSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def endless(method: str, file: str, before: int) -> tuple[int, dict[str, str], bytes] | None:
+        return (status, {"Content-Length": str(1 << 40)}, b" " * (1 << 17)) if not file else None
+
+    hub.odd = endless
+    monkeypatch.setattr("int8cli.checkpoint.hub.repository._ANSWER_LIMIT_BYTES", 1 << 16)
+    with pytest.raises(Int8cliError) as caught:
+        source.list_files()
+    assert isinstance(caught.value, TransferError if status == 200 else AccessDeniedError)
+    assert caught.value.hint

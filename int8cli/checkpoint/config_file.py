@@ -31,7 +31,7 @@ def read_config(source: Source) -> dict[str, Any]:
     try:
         return _checked(parse_json(text, unique_keys=False))
     except InvalidJsonError as error:
-        raise CheckpointError(f"{CONFIG_FILE}: {error}") from error
+        raise CheckpointError(f"{CONFIG_FILE}: {error}", hint="Get the file again, or correct it.") from error
 
 
 def _checked(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, So
 
 # For a file of a checkpoint that contradicts itself, wherever it came from.
 GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
+_MORE_MEMORY = "Close other programs, or raise the limits of this process, and run the same command again."
 
 
 @contextmanager
@@ -44,7 +45,7 @@ def system_errors() -> Iterator[None]:
     except MemoryError as error:
         raise NotEnoughMemoryError(
             "the system does not give this process the memory that it needs",
-            hint="Close other programs, or raise the limits of this process, and run the same command again.",
+            hint=_MORE_MEMORY,
         ) from error
     except ImportError as error:
         library = _unloadable(error)
@@ -70,16 +71,21 @@ def system_refusal(error: OSError) -> SystemRefusalError:
     """The error to show for an OSError of unknown origin."""
     where = f"{error.filename}: " if error.filename is not None else ""
     hint = "Check the file, the disk and the limits of this process, and run the same command again."
+    return SystemRefusalError(f"{where}{error.strerror or error}", hint=_limit_hint(error) or hint)
+
+
+def _limit_hint(error: OSError) -> str:
+    """What helps where it is not the file or the disk that is at fault; empty otherwise."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        hint = "Raise the limit on open files (ulimit -n), and run the same command again."
-    return SystemRefusalError(f"{where}{error.strerror or error}", hint=hint)
+        return "Raise the limit on open files (ulimit -n), and run the same command again."
+    return _MORE_MEMORY if error.errno == errno.ENOMEM else ""
 
 
 def reading_error(path: Path, error: OSError, name: str | None = None) -> SourceError:
     """The error to show if a file of the source cannot be read, or a directory cannot be listed."""
     return SourceError(
         f"{name or path.name or path} cannot be read: {error.strerror or error}",
-        hint=f"Check {path}: its permissions, and its disk.",
+        hint=_limit_hint(error) or f"Check {path}: its permissions, and its disk.",
     )
 
 
@@ -92,5 +98,6 @@ def disk_error(path: Path, error: OSError, wanted_bytes: int = 0) -> OutputError
             hint="Free some space and run the same command again. It does not repeat finished shards.",
         )
     return OutputError(
-        f"{path}: cannot be written ({error.strerror or error})", hint="Choose a directory that you can write to."
+        f"{path}: cannot be written ({error.strerror or error})",
+        hint=_limit_hint(error) or "Choose a directory that you can write to.",
     )

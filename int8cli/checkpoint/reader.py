@@ -3,8 +3,10 @@
 Owns how bytes are read from disk. Knows only the offsets of tensors.
 """
 
+import errno
 import io
 import os
+import stat
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -18,6 +20,27 @@ from int8cli.errors import CorruptShardError
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
     from torch import Tensor
+
+
+def open_regular(path: Path | str) -> int:
+    """A descriptor to read a regular file. Raises OSError, also for anything else: a pipe could block for ever."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_small(path: Path, limit_bytes: int | None = None) -> bytes:
+    """All bytes of a regular file. Raises OSError, also if it has more than `limit_bytes`."""
+    with open(open_regular(path), "rb") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if limit_bytes is not None and size_bytes > limit_bytes:
+            raise OSError(errno.EINVAL, f"{size_bytes:,} bytes are more than int8cli writes", str(path))
+        return file.read(size_bytes + 1)
 
 
 class ShardReader(Protocol):
@@ -35,7 +58,7 @@ class FileReader:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._descriptor = open_regular(path)
         except OSError as error:
             raise reading_error(path, error) from error
         try:
@@ -89,7 +112,7 @@ class _CheckedFile(io.FileIO):
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._display_name = path, name
-        super().__init__(path, "rb")
+        super().__init__(path, "rb", opener=lambda name, _: open_regular(name))
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         with reading_errors(self._path, self._display_name):

@@ -22,7 +22,9 @@ from int8cli.cli.options import (
     Revision,
     TextFile,
     Tokens,
+    check_outputs,
     complete_path,
+    say_written,
 )
 from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
 
@@ -36,7 +38,10 @@ int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.js
 int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
+int8cli convert org/name --report report.html
 """
+
+PAGES = (".html", ".png", ".svg")
 
 
 class Float32(enum.StrEnum):
@@ -106,6 +111,14 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan, sizes and requirements. Fetches headers only, writes nothing.")
 ]
 Details = Annotated[bool, typer.Option("--details", help="Show tables: the error by kind of layer, the worst layers.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        help="Write a page with the error of every layer (.html), or a picture (.png, .svg).",
+        metavar="FILE",
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
 ]
@@ -133,6 +146,7 @@ def convert(
     retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    report: ReportFile = None,
     details: Details = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -143,6 +157,10 @@ def convert(
     norms, biases and the output head keep their dtype. After an interruption, run the same command again: finished
     shards are not converted twice.
     """
+    if report is not None:
+        if dry_run:
+            raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
+        check_outputs((report,), PAGES, drawn=PAGES, option="--report")
     from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
@@ -172,6 +190,11 @@ def convert(
             found = command.plan_conversion(model, output, options, progress=progress)
         else:
             found = command.convert(model, output, options, progress=progress, choose=None if quiet else choose_way)
+    if report is not None and not isinstance(found, command.ConversionPlan):
+        from int8cli.report.conversion_page import write_conversion
+
+        write_conversion(found.report, report)
+        say_written(report, quiet=quiet)
     with writing_result():
         show(found, model, as_json=as_json, quiet=quiet, details=details)
 

@@ -25,6 +25,8 @@ Hints = Mapping[type[Int8cliError], str]
 class ResultNotShownError(Int8cliError):
     """The result cannot be written to standard output."""
 
+    usual_hint = "Check what standard output leads to."
+
 
 def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
     """Give a command its exit codes. Errors that a user can fix are shown with a hint; bugs keep their traceback."""
@@ -61,7 +63,8 @@ def writing_result() -> Iterator[None]:
     """Write to stdout and flush it, so that a failure is reported here and not by Python at exit."""
     try:
         yield
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before the start
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import ConvertedDirectory, Device, InputsScheme, Json, Quiet
 from int8cli.commands.options import GenerateOptions
+from int8cli.errors import TextError
 
 if TYPE_CHECKING:
     from int8cli.results.generation import Generation
@@ -116,16 +118,31 @@ def _chat(directory: Path, options: GenerateOptions, *, quiet: bool) -> None:
 def _standard_input() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise typer.BadParameter("give one, or write it to standard input", param_hint="'PROMPT'")
-    return sys.stdin.read().rstrip("\n")
+    with _utf8():
+        return sys.stdin.read().rstrip("\n")
+
+
+@contextmanager
+def _utf8() -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"standard input is not UTF-8 text: byte {error.object[error.start]:#04x}",
+            hint="Convert it first: iconv -f LATIN1 -t UTF-8.",
+        ) from error
 
 
 def _messages() -> Iterator[str]:
     """The lines of standard input, asked for on a terminal; empty ones say nothing."""
+    if sys.stdin is None:  # closed before the start
+        return
     asks = sys.stdin.isatty()
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        with _utf8():
+            line = sys.stdin.readline()
         if not line:
             return
         if line.strip():

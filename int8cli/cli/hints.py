@@ -46,6 +46,7 @@ INSPECT_OUTLIERS: Hints = {
 }
 VERIFY: Hints = {}
 STATUS: Hints = {}
+REPORT: Hints = {}
 ENV: Hints = {}
 GENERATE: Hints = {
     errors.NotEnoughMemoryError: "--max-memory cpu=SIZE sets what weights may take, --device cpu needs no GPU.",

@@ -106,11 +106,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only: no progress, no report.")]
 
 
-def check_outputs(paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Collection[str]) -> None:
+def check_outputs(
+    paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Collection[str], option: str = "--output"
+) -> None:
     """Reject outputs that cannot be written, before anything is read. Files with a suffix in `drawn` need altair."""
     for path in paths:
         if path.suffix not in suffixes or path.is_dir():
-            raise typer.BadParameter(f"{path} is not a {', '.join(suffixes)} file", param_hint="'--output'")
+            raise typer.BadParameter(f"{path} is not a {', '.join(suffixes)} file", param_hint=f"'{option}'")
     if any(path.suffix in drawn for path in paths):
         from int8cli.report.vega import require_altair
 

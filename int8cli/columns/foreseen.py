@@ -10,6 +10,7 @@ from pathlib import Path
 import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
@@ -56,7 +57,7 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
     """Those of a choice by the statistics file that is wanted. Raises StatisticsFileError if it cannot be read."""
     path = Path(wanted.mode)
     try:
-        digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
+        digest = xxhash.xxh3_128_hexdigest(read_small(path))
     except OSError as error:
         raise StatisticsFileError(
             f"{path} is not a file of outlier statistics: {error.strerror or error}",

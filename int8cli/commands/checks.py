@@ -55,6 +55,8 @@ def check_generate(options: GenerateOptions) -> None:
     _check_choice("inputs", options.inputs, ("zeropoint", "absmax"))
     if not (math.isfinite(options.temperature) and options.temperature >= 0.0):
         raise OptionError("the temperature must be a finite number, 0 or more", option="temperature")
+    if not -(2**63) <= options.seed < 2**64:
+        raise OptionError("the seed must fit into 64 bits", option="seed")
     for entry in options.max_memory:
         device, found, size = entry.partition("=")
         if not found or not size or not (device == "cpu" or device.isdecimal()):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from int8cli.checkpoint.directory import DirectorySource
@@ -16,6 +17,7 @@ from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
 from int8cli.columns.choose import column_strategies
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
@@ -26,7 +28,7 @@ from int8cli.commands.places import default_output
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
-from int8cli.errors import CANNOT_CALIBRATE
+from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
 from int8cli.estimate.ways import Way, calibration_s
 from int8cli.machine.memory_use import peak_memory_bytes
 from int8cli.machine.speed import usable_cores
@@ -244,10 +246,17 @@ class _Job:
         return f"{survey.identity.name}: {sizes} → {self.run.output}: {human_bytes(survey.output_bytes)}"
 
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
+        render = partial(render_card, source_card=self._source_card())
         columns = strategy.columns(self.progress)
-        return convert_shards(
-            self.source, strategy.survey, strategy.settings, self.run, render_card, self.progress, columns
-        )
+        return convert_shards(self.source, strategy.survey, strategy.settings, self.run, render, self.progress, columns)
+
+    def _source_card(self) -> SourceCard:
+        """What the source's card says of license and task. A card that cannot be read stops no conversion."""
+        try:
+            return read_source_card(self.source)
+        except (CheckpointError, SourceError) as error:
+            self.progress.note(f"warning: {error}; the new model card names no license")
+            return NO_CARD
 
     def _strategies(self) -> Iterator[ColumnStrategy]:
         """The strategies for choosing the columns, best first."""

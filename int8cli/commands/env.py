@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
 
 from int8cli import __version__
 from int8cli.checkpoint.disk import system_errors
@@ -65,9 +64,9 @@ def _disks() -> list[tuple[str, int]]:
     from huggingface_hub import constants
 
     found = []
-    for directory in (Path.cwd(), Path(constants.HF_HUB_CACHE)):
-        with suppress(Int8cliError):
-            found.append((str(directory), free_bytes(directory)))
+    for directory in (Path("."), Path(constants.HF_HUB_CACHE)):
+        with suppress(Int8cliError, OSError):  # the current directory may have been removed
+            found.append((str(directory.absolute()), free_bytes(directory)))
     return found
 
 
@@ -82,5 +81,7 @@ def _hub() -> dict[str, str]:
 
 
 def _without_credentials(text: str) -> str:
-    parts = urlsplit(text)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="")) if parts.netloc else text
+    """The text without what stands before an @ and after a question mark, whether or not it is a valid address."""
+    scheme, found, rest = text.rpartition("://")
+    host, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"

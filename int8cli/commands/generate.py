@@ -56,7 +56,6 @@ def generate(
     return replace(found, agreement=_agreement(str(options.compare), session, ids, spoken))
 
 
-@system_errors()
 def chat(
     directory: str | Path,
     messages: Iterable[str],
@@ -69,6 +68,17 @@ def chat(
 
     Raises what `generate` raises, and CannotRunError for a tokenizer without a chat template.
     """
+    with system_errors():  # around a generator, it would end before the first answer
+        yield from _answers(directory, messages, options, on_text, progress)
+
+
+def _answers(
+    directory: str | Path,
+    messages: Iterable[str],
+    options: GenerateOptions,
+    on_text: OnText | None,
+    progress: Progress,
+) -> Iterator[Generation]:
     session = _open(Path(directory), options, progress)
     if not session.speaker.has_chat_template():
         raise CannotRunError(

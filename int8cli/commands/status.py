@@ -9,6 +9,7 @@ from typing import Any
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
+from int8cli.checkpoint.reader import read_small
 from int8cli.errors import OutputError, OutputInUseError
 from int8cli.records.manifest import read_manifest
 from int8cli.records.store import RecordStore
@@ -56,7 +57,7 @@ def _state(store: RecordStore, directory: Path) -> State:
 def _finished_blocks(record: Path) -> list[Any]:
     """Empty where there is no calibration, or its record is just being replaced."""
     with suppress(FileNotFoundError, InvalidJsonError):
-        document = parse_json(record.read_bytes())
+        document = parse_json(read_small(record))
         if isinstance(document, dict) and isinstance(document.get("finished"), list):
             return list(document["finished"])
     return []

@@ -22,11 +22,13 @@ from int8cli.checkpoint.header import encode_header
 from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
-from int8cli.checkpoint.own_files import remove_tree
+from int8cli.checkpoint.own_files import name_aside, remove_tree
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import TORCH_NAMES, ShardContents, StoredTensor, TensorSpec
 from int8cli.checkpoint.writer import ShardWriter, copy_file, free_bytes, write_file
 from int8cli.conversion.buffers import bytes_of
 from int8cli.conversion.float_blocks import FloatTensor, float_blocks, written_spec
+from int8cli.conversion.recorded import require_as_recorded
 from int8cli.errors import DiskSpaceError, OutputError, SettingsMismatchError, UnsupportedModelError
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.experts import were_fused
@@ -69,12 +71,15 @@ def dequantize(
     DiskSpaceError, UnsupportedModelError for a directory whose records are not whole, and what reading raises.
     """
     source = DirectorySource(directory, output=output)
+    if output.resolve().is_relative_to((directory / OWN_DIRECTORY).resolve()):
+        raise OutputError(f"{output} is inside {directory / OWN_DIRECTORY}", hint="Choose another directory.")
     weights = find_weights(source)
     contents = read_headers(source, weights)
     converted = find_converted(source, contents)
     if converted is None:
         raise UnsupportedModelError(f"{directory} has no int8 weights", hint="Give a directory that convert wrote.")
     records = _records(directory, conversion)
+    require_as_recorded(records, converted)
     config = read_config(source)
     shards = tuple(_shards(records, contents, converted, config, dtype))
     with locked(output, output / OWN_DIRECTORY):
@@ -148,7 +153,8 @@ def _shards(
             transpose = quantized and (spec.name in turned or shape != spec.shape)
             if (shape[::-1] if transpose else shape) != spec.shape:
                 raise UnsupportedModelError(
-                    f"{spec.name} is {list(shape)} in {file}, its record has {list(spec.shape)}"
+                    f"{spec.name} is {list(shape)} in {file}, its record has {list(spec.shape)}",
+                    hint="The directory is damaged or was edited: convert the model again.",
                 )
             tensors[spec.name] = FloatTensor(written_spec(_as_stored(spec, converted), dtype), quantized, transpose)
         header, places = encode_header([each.spec for each in tensors.values()], by_name[file].metadata)
@@ -188,7 +194,7 @@ def _claim(output: Path, directory: Path, records: Sequence[ShardRecord], dtype:
     path = output / STATE_FILE
     if os.path.lexists(path):
         with reading_errors(path):
-            known = path.read_bytes()
+            known = read_small(path)
         if known != _json_bytes(state):
             raise SettingsMismatchError(
                 f"{output} holds another model in floats, or this one in another dtype",
@@ -196,6 +202,8 @@ def _claim(output: Path, directory: Path, records: Sequence[ShardRecord], dtype:
             )
         return
     there = [name for name in os.listdir(output) if name != OWN_DIRECTORY] + os.listdir(output / OWN_DIRECTORY)
+    unfinished = name_aside(path.name, prefix=".", suffix=".partial")  # of a run that was killed here
+    there = [name for name in there if name != unfinished]
     if there:
         raise OutputError(f"{output} is not empty: it holds {there[0]}", hint="Choose another directory.")
     write_file(path, _json_bytes(state), below=output)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.writer import write_file
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.options import EvaluationRun
@@ -58,7 +59,7 @@ def load_sums(saved: SavedStates) -> Iterator[tuple[str, tuple[LayerSums, ...]]]
     """The sums of each finished block, by its name. Raises SavedStateError if a file cannot be read."""
     for unit in saved.finished:
         with read_back(saved.directory / f"{unit}.json") as path:
-            sums = read_as(cast(Any, tuple[LayerSums, ...]), parse_json(path.read_bytes()))
+            sums = read_as(cast(Any, tuple[LayerSums, ...]), parse_json(read_small(path)))
         yield unit, sums
 
 

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import Int8cliError
 from int8cli.typed_json import InvalidJsonError, parse_json, read_as
@@ -64,7 +65,7 @@ def remembered(directory: Path) -> Speed | None:
     The file is a cache: if something is wrong with it, the machine is measured again.
     """
     with suppress(OSError, InvalidJsonError):
-        found = read_as(_SpeedFile, parse_json((directory / FILE).read_bytes()))
+        found = read_as(_SpeedFile, parse_json(read_small(directory / FILE)))
         if found.schema == _SCHEMA and found.machine == _machine():
             return found.speed
     return None

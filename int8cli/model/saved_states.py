@@ -22,6 +22,7 @@ from torch import Tensor
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import lock_by_name
 from int8cli.checkpoint.own_files import create_file, open_or_create, opened_directory, remove_file, remove_tree
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, OutputError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
@@ -144,7 +145,7 @@ class SavedStates:
     def _read_record(self) -> None:
         """Read the record. One of another run, or one that cannot be read, is ignored: every block then runs again."""
         with contextlib.suppress(SavedStateError), read_back(self._directory / _RECORD) as path:
-            record = read_as(_Record, parse_json(path.read_bytes()))
+            record = read_as(_Record, parse_json(read_small(path)))
             if record.identity == self._identity and all(map(_is_key, (*record.finished, *record.latest.values()))):
                 self._finished, self._latest = list(record.finished), dict(record.latest)
 

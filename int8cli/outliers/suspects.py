@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
@@ -192,7 +193,7 @@ def save_figures(figures: Mapping[str, Tensor], path: Path, *, below: Path | Non
 def load_figures(path: Path) -> dict[str, Tensor]:
     """The saved figures. Raises SavedStateError if they are missing or damaged."""
     with read_back(path):
-        return load(path.read_bytes())
+        return load(read_small(path))
 
 
 def find_suspects(

@@ -4,12 +4,12 @@ Owns what they have in common: the size limit, the schema field, and which names
 by name.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, is_output_name, is_own
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import DTYPE_BITS
 from int8cli.errors import OutputError
 from int8cli.typed_json import InvalidJsonError, parse_json, shown
@@ -35,12 +35,7 @@ def read_document(path: Path, parse: Callable[[Any], Read], hint: str = "") -> R
     Raises OutputError if the file cannot be read, or, naming file and field, if `parse` raises InvalidJsonError.
     """
     try:
-        with path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes > _LIMIT_BYTES:
-                raise OutputError(f"{path} has {size_bytes:,} bytes, more than int8cli writes", hint=hint)
-            text = file.read(size_bytes + 1)
-        return parse(parse_json(text))
+        return parse(parse_json(read_small(path, _LIMIT_BYTES)))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except InvalidJsonError as error:

@@ -5,6 +5,7 @@ Contains nothing that differs between two runs of the same conversion.
 
 from collections.abc import Iterator
 
+from int8cli.checkpoint.source_card import NO_CARD, SourceCard
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
@@ -29,15 +30,16 @@ _AUTO_CLASSES = {
 }
 
 
-def render_card(report: ConversionReport, survey: Survey) -> str:
-    """The complete README.md."""
-    return "\n".join((_front_matter(report, survey), *_body(report, survey))) + "\n"
+def render_card(report: ConversionReport, survey: Survey, source_card: SourceCard = NO_CARD) -> str:
+    """The complete README.md. License and task are those of the source's card."""
+    return "\n".join((_front_matter(report, survey, source_card), *_body(report, survey))) + "\n"
 
 
-def _front_matter(report: ConversionReport, survey: Survey) -> str:
+def _front_matter(report: ConversionReport, survey: Survey, source_card: SourceCard) -> str:
     from huggingface_hub import ModelCardData
 
-    data = ModelCardData(library_name="transformers", tags=[*TAGS, survey.target.NAME, "quantized"])
+    tags = [*TAGS, survey.target.NAME, "quantized"]
+    data = ModelCardData(library_name="transformers", tags=tags, **source_card.fields)
     if survey.identity.on_hub:
         data["base_model"] = report.model
         data["base_model_relation"] = "quantized"
@@ -58,6 +60,7 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
     yield from _size_table(report)
     if survey.has_config:
         yield from _loading(survey)
+        yield from _too_large(survey)
     stored = report.stored
     if stored is not None:
         yield from _stored_columns(report, stored, survey)
@@ -94,6 +97,22 @@ def _loading(survey: Survey) -> Iterator[str]:
     yield f"from transformers import {loader}\n"
     yield f'model = {loader}.from_pretrained(".", device_map="auto")  # this directory, or its name on the Hub'
     yield "```\n"
+
+
+def _too_large(survey: Survey) -> Iterator[str]:
+    """How to run the model where it does not fit into memory."""
+    yield "## If it does not fit into memory\n"
+    yield (
+        "With `pip install 'int8cli[calibrate]'`, blocks that do not fit stay on the disk in int8. Each is read when "
+        "it runs, while the one before it computes. Nothing is expanded or written. This needs no bitsandbytes:\n"
+    )
+    yield "```python"
+    yield "from int8cli import load_model\n"
+    yield 'model = load_model(".", device_map="auto")  # this directory'
+    yield "```\n"
+    if _loader(survey) == "AutoModelForCausalLM":
+        yield "From a shell, with the time that each token will take said beforehand:\n"
+        yield '    int8cli generate . "The moon rose over the harbour, and"\n'
 
 
 def _loader(survey: Survey) -> str:

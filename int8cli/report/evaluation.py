@@ -7,6 +7,7 @@ from rich.table import Table
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import escape, printable
 from int8cli.results.evaluation import Evaluation, MethodResult
+from int8cli.results.method_names import loaders_of
 from int8cli.results.units import counted, human_seconds, perplexity_text
 
 
@@ -36,7 +37,8 @@ def name_of(method: MethodResult) -> str:
 
 def verdict(found: Evaluation) -> str:
     """The end of an evaluation in a sentence: what int8 costs with the methods that a user's loaders run."""
-    best = [(name, method) for name, method in _what_loaders_run(found) if method.scores is not None]
+    loaders = [(loader, found.method(key)) for key, loader in loaders_of(found).items()]
+    best = [(loader, method) for loader, method in loaders if method is not None and method.scores is not None]
     if found.reference is None or not best:
         return ""
     parts = []
@@ -54,12 +56,6 @@ def verdict(found: Evaluation) -> str:
             + (f", and {100 * scores.same_top_share:.1f} % of top tokens stay" if scores.same_top_share else "")
         )
     return f"Verdict: {'; '.join(parts)}."
-
-
-def _what_loaders_run(found: Evaluation) -> list[tuple[str, MethodResult]]:
-    """The two rows that a user will actually get: load_model's, which is the default of it, and bitsandbytes'."""
-    wanted = (("load_model", "zeropoint-llm-int8-stored"), ("transformers and bitsandbytes", "bitsandbytes"))
-    return [(loader, method) for loader, key in wanted if (method := found.method(key)) is not None]
 
 
 def summary_lines(found: Evaluation) -> list[str]:
@@ -93,13 +89,13 @@ def _predictions_table(found: Evaluation) -> Table:
             _figure(scores.kl_divergence),
             "" if scores.same_top_share is None else f"{100 * scores.same_top_share:.1f} %",
         )
-        table.add_row(escape(name_of(method)), perplexity_text(scores.perplexity), *cells[: len(compared)])
+        table.add_row(_marked(found, method), perplexity_text(scores.perplexity), *cells[: len(compared)])
+    lines = []
     if found.reference is not None:
         float_label = escape(found.methods[0].label)
-        table.caption = (
-            f"Δ nats: mean log-likelihood lost compared with {float_label}; s.e. over sequences\n"
-            f"KL: divergence from {float_label} in nats · same top: same most likely token"
-        )
+        lines.append(f"Δ nats: mean log-likelihood lost compared with {float_label}; s.e. over sequences")
+        lines.append(f"KL: divergence from {float_label} in nats · same top: same most likely token")
+    table.caption = "\n".join([*lines, *_stars(found)])
     return table
 
 
@@ -111,7 +107,7 @@ def _errors_table(found: Evaluation) -> Table:
     table.add_column("where", no_wrap=True)
     for method in found.methods:
         if method.layers:
-            table.add_row(escape(name_of(method)), *_error_cells(method))
+            table.add_row(_marked(found, method), *_error_cells(method))
     table.caption = f"‖Y - Y₀‖ / ‖Y₀‖ of each layer, given its input X in {escape(found.methods[0].label)}: Y₀ = X Wᵀ"
     return table
 
@@ -120,6 +116,17 @@ def _error_cells(method: MethodResult) -> tuple[str, str, str]:
     worst = method.worst_layer
     assert worst is not None
     return _figure(method.mean_error), _figure(worst.error), escape(worst.name)
+
+
+def _marked(found: Evaluation, method: MethodResult) -> str:
+    """The method's name, in bold with a star if a loader computes it."""
+    name = escape(name_of(method))
+    return f"[bold]{name} *[/bold]" if method.key in loaders_of(found) else name
+
+
+def _stars(found: Evaluation) -> list[str]:
+    """What the stars mean, a line for each."""
+    return [f"* {escape(key)}: what {loader} computes" for key, loader in loaders_of(found).items()]
 
 
 def _signed(value: float | None) -> str:

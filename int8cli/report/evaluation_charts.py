@@ -13,7 +13,7 @@ from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
 from int8cli.results.units import perplexity_text
 
 _WIDTH = 700
-_HALF_WIDTH = 310
+_HALF_WIDTH = 220
 _SMALLEST_TICK = 1e-5
 
 
@@ -42,10 +42,8 @@ def agreement_by_method(found: Evaluation) -> Any:
         scale=alt.Scale(domain=[0, 1]),
         axis=alt.Axis(format="%", tickCount=5),
     )
-    kl = dots(found, divergences, to_divergence, _tooltip("KL divergence")) + written(divergences, _HALF_WIDTH)
-    same = dots(found, shares, to_share, _tooltip("same token"), named=False) + written(
-        shares, _HALF_WIDTH, named=False
-    )
+    kl = dots(found, divergences, to_divergence, _tooltip("KL divergence")) + written(found, divergences)
+    same = dots(found, shares, to_share, _tooltip("same token")) + written(found, shares)
     return alt.hconcat(kl.properties(width=_HALF_WIDTH), same.properties(width=_HALF_WIDTH), spacing=20)
 
 
@@ -67,12 +65,12 @@ def _increases(found: Evaluation) -> Any:
         .encode(
             x=alt.X("low:Q", title=title, scale=scale, axis=axis),
             x2="high:Q",
-            y=rows_axis(rows),
+            y=rows_axis(found, rows),
             color=color(found, legend=False),
         )
     )
     line = chart_of([{"value": 0}]).mark_rule(strokeDash=[4, 3], opacity=0.8).encode(x=x)
-    chart = alt.layer(line, bars, dots(found, rows, x, tooltip), written(rows, _WIDTH))
+    chart = alt.layer(line, bars, dots(found, rows, x, tooltip), written(found, rows))
     subtitle = f"perplexity at the right; the dashed line is the model in {reference_label(found)}"
     return chart.properties(width=_WIDTH, title=_title("Perplexity by method", subtitle))
 
@@ -85,7 +83,7 @@ def _perplexities(found: Evaluation) -> Any:
         if method.scores is not None
     ]
     x = _log_x(rows, "perplexity")
-    chart = dots(found, rows, x, _tooltip("perplexity")) + written(rows, _WIDTH)
+    chart = dots(found, rows, x, _tooltip("perplexity")) + written(found, rows)
     return chart.properties(
         width=_WIDTH, title=_title("Perplexity by method", f"not compared with {reference_label(found)}")
     )

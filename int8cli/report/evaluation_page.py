@@ -16,10 +16,26 @@ from int8cli.report.layer_charts import errors_by_layer, has_errors
 from int8cli.report.method_marks import compared, reference_label
 from int8cli.report.vega import finished, require_altair, save_chart, stacked
 from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
-from int8cli.results.units import perplexity_text
+from int8cli.results.method_names import loaders_of
+from int8cli.results.units import percent, perplexity_text
 
 MOST_LAYERS = 1500
-_WEIGHTS_ONLY = "int8-weights"  # inputs stay in 16 bit
+PREDICTIONS_MEAN = (
+    "Perplexity is exp of the mean negative log-likelihood of the text's tokens; nats are that mean. 0.01 nats more "
+    "are 1 % more perplexity. Differences within two standard errors mean little. Names in bold: what loaders compute."
+)
+AGREEMENT_MEANS = (
+    "KL divergence: how far the predicted probabilities are from the 16-bit model's, in nats, averaged over positions. "
+    "It separates methods on less text than perplexity. Most likely token: how often it stays the same."
+)
+LAYERS_MEAN = (
+    "Output error: ‖Y - Y₀‖ / ‖Y₀‖, Y₀ = X Wᵀ, with the inputs X of the 16-bit model, so that errors do not add up "
+    "from layer to layer. Click a method in the legend to see it alone, shift-click for more, double-click for all."
+)
+INPUTS_MEAN = (
+    "Norm-fed: the input comes straight from a norm. Attention output: what attention hands to its output projection. "
+    "Second feed-forward: what comes out of the activation function."
+)
 
 
 def write_evaluation(found: Evaluation, path: Path) -> None:
@@ -37,42 +53,53 @@ def write_evaluation(found: Evaluation, path: Path) -> None:
 
 def evaluation_page(found: Evaluation) -> str:
     """The page: the summary, the charts that have data, the tables."""
-    lines = [*verdict_lines(found), *summary_lines(found), *(f"Note: {note}" for note in found.notes)]
+    lines = [*summary_lines(found), *(f"Note: {note}" for note in found.notes)]
     body = [
         f"<h1>Evaluation of {markup.escape(found.model)}</h1>",
+        *(f'<p class="verdict">{markup.escape(line)}</p>' for line in verdict_lines(found)),
         *(f"<p>{markup.escape(line)}</p>" for line in lines),
     ]
     body.append(f'<p class="note">{markup.escape(_provenance(found))}</p>')
     drawn = {}
     if found.predicts:
-        body.append(markup.section("Predictions", "perplexity", ""))
+        body.append(markup.section("Predictions", "perplexity", PREDICTIONS_MEAN))
         drawn["perplexity"] = finished(perplexity_by_method(found))
     if has_agreement(found):
-        body.append(markup.section("Agreement", "agreement", f"With {reference_label(found)}, at every position."))
+        body.append(markup.section("Agreement", "agreement", AGREEMENT_MEANS))
         drawn["agreement"] = finished(agreement_by_method(found))
     if has_errors(found):
-        note = "Click a method in the legend to see it alone, shift-click for more, double-click for all."
-        body.append(markup.section("Layers", "errors", note))
+        body.append(markup.section("Layers", "errors", LAYERS_MEAN))
         drawn["errors"] = finished(errors_by_layer(found))
-    body += ["<h2>Table of methods</h2>", _methods_table(found)]
+    body += [markup.heading("Table of methods", _marks_mean(found)), _methods_table(found)]
     if has_errors(found):
-        body += ["<h2>Table of layers</h2>", *_layers_table(found)]
+        body += [markup.heading("Table of layers", INPUTS_MEAN), *_layers_table(found)]
     return markup.page(f"Evaluation of {found.model}", body, drawn)
 
 
+def _marks_mean(found: Evaluation) -> str:
+    """Which rows are marked."""
+    loaded = [(found.method(key), loader) for key, loader in loaders_of(found).items()]
+    named = "; ".join(f"{method.label}, in {loader}" for method, loader in loaded if method is not None)
+    return f"What you will get is marked: {named}." if named else ""
+
+
 def verdict_lines(found: Evaluation) -> list[str]:
-    """The result in short: perplexity in 16 bit, and the method closest to it."""
+    """The result in short: perplexity in 16 bit, and what the methods lose that loaders compute.
+
+    Where none of those was evaluated, the method closest to 16 bit, and that no loader is known to compute it.
+    """
     label, reference = reference_label(found), found.method(REFERENCE)
     lines = []
     if reference is not None and reference.scores is not None:
         lines.append(f"Perplexity {perplexity_text(reference.scores.perplexity)} in {label}.")
-    ranked = sorted((method for method in compared(found) if _distance(method) is not None), key=_rank)
-    if not ranked:
+    loaded = [(loader, found.method(key)) for key, loader in loaders_of(found).items()]
+    lines += [f"In {loader}: {_figures_of(method)}." for loader, method in loaded if method is not None]
+    if loaded:
         return lines
-    lines.append(f"Closest to {label}: {_figures_of(ranked[0])}.")
-    in_int8 = [method for method in ranked if method.key != _WEIGHTS_ONLY]
-    if in_int8 and in_int8[0] is not ranked[0]:
-        lines.append(f"Closest with int8 inputs too: {_figures_of(in_int8[0])}.")
+    ranked = sorted((method for method in compared(found) if _distance(method) is not None), key=_rank)
+    if ranked:
+        lines.append(f"Closest to {label} of the methods that were compared: {_figures_of(ranked[0])}.")
+        lines.append("None of them is what transformers with bitsandbytes or load_model compute.")
     return lines
 
 
@@ -100,14 +127,14 @@ def _figures_of(method: MethodResult) -> str:
     if scores is not None:
         figures.append(f"perplexity {perplexity_text(scores.perplexity)}")
         if scores.nats_over_reference is not None:
-            error = "" if scores.standard_error is None else f" ± {scores.standard_error:.4f}"
-            figures[-1] += f" ({scores.nats_over_reference:+.4f}{error} nats)"
+            error = "" if scores.standard_error is None else f" ± {scores.standard_error:.2g}"
+            figures[-1] += f" ({scores.nats_over_reference:+.2g}{error} nats)"
         if scores.kl_divergence is not None:
-            figures.append(f"KL divergence {scores.kl_divergence:.3g}")
+            figures.append(f"KL divergence {scores.kl_divergence:.2g}")
         if scores.same_top_share is not None:
-            figures.append(f"same most likely token at {scores.same_top_share:.1%} of positions")
+            figures.append(f"same most likely token at {100 * scores.same_top_share:.1f} % of positions")
     if method.mean_error is not None:
-        figures.append(f"mean output error {method.mean_error:.4f}")
+        figures.append(f"mean output error of the layers {percent(method.mean_error)}")
     return f"{method.label}: {', '.join(figures)}"
 
 
@@ -122,6 +149,7 @@ def _provenance(found: Evaluation) -> str:
 
 
 def _methods_table(found: Evaluation) -> str:
+    shown = [method for method in found.methods if found.predicts or method.layers]
     errors = ("mean error", "worst error", "worst layer") if has_errors(found) else ()
     if not found.predicts:
         heads: tuple[str, ...] = ("method", *errors)
@@ -133,10 +161,10 @@ def _methods_table(found: Evaluation) -> str:
             *(_score_cells(method) if found.predicts else ()),
             *(_error_cells(method) if errors else ()),
         )
-        for method in found.methods
-        if found.predicts or method.layers
+        for method in shown
     ]
-    return markup.table(heads, rows, "Nothing was compared.")
+    marked = [place for place, method in enumerate(shown) if method.key in loaders_of(found)]
+    return markup.table(heads, rows, "Nothing was compared.", name="Methods", marked=marked)
 
 
 def _score_cells(method: MethodResult) -> Iterator[markup.Cell]:
@@ -145,16 +173,16 @@ def _score_cells(method: MethodResult) -> Iterator[markup.Cell]:
         yield from (markup.NOTHING,) * 5
         return
     yield scores.perplexity, perplexity_text(scores.perplexity)
-    yield _cell(scores.nats_over_reference, "+.4f")
-    yield _cell(scores.standard_error, ".4f")
-    yield _cell(scores.kl_divergence, ".4g")
-    yield _cell(scores.same_top_share, ".2%")
+    yield _cell(scores.nats_over_reference, "+.2g")
+    yield _cell(scores.standard_error, ".2g")
+    yield _cell(scores.kl_divergence, ".2g")
+    yield _cell(scores.same_top_share, ".1%")
 
 
 def _error_cells(method: MethodResult) -> Iterator[markup.Cell]:
     worst = method.worst_layer
-    yield _cell(method.mean_error, ".4g")
-    yield _cell(None if worst is None else worst.error, ".4g")
+    yield markup.share(method.mean_error)
+    yield markup.share(None if worst is None else worst.error)
     yield "" if worst is None else worst.name
 
 
@@ -169,8 +197,8 @@ def _layers_table(found: Evaluation) -> Iterator[str]:
         yield f'<p class="note">{note}</p>'
         layers = [of for of in layers if of[0].name in shown]
     heads = ("layer", "input", *(method.label for method in methods))
-    rows = [(of[0].name, of[0].kind, *(_cell(error.error, ".4f") for error in of)) for of in layers]
-    yield markup.table(heads, rows, "None.")
+    rows = [(of[0].name, of[0].kind, *(markup.share(error.error) for error in of)) for of in layers]
+    yield markup.table(heads, rows, "None.", name="Layers")
 
 
 def _cell(value: float | None, form: str) -> markup.Cell:

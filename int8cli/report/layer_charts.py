@@ -34,7 +34,7 @@ def errors_by_layer(found: Evaluation) -> Any:
     drawn: list[Any] = []
     for place, (role, rows) in enumerate(panels.items()):
         left, bottom = place % _COLUMNS == 0, place >= len(panels) - _COLUMNS
-        x = _layer_axis([row["number"] for row in rows], "block" if bottom else None, labels=role != OUTSIDE)
+        x = layer_axis([row["number"] for row in rows], "block" if bottom else None, labels=role != OUTSIDE)
         panel = _panel(found, rows, chosen).encode(x=x, y=y.title("output error" if left else None))
         title = alt.TitleParams(role, anchor="start", fontSize=12, fontWeight="normal", limit=_WIDTH)
         # One panel owns the selection; the others follow it.
@@ -99,7 +99,7 @@ def _panel(found: Evaluation, rows: Sequence[Row], chosen: Any) -> Any:
     return base.mark_line(strokeWidth=1.2) + points
 
 
-def _layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool) -> Any:
+def layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool, field: str = "number") -> Any:
     """The axis of block numbers. Layers outside the blocks have no block number, and get no labels."""
     alt = require_altair()
     scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False)
@@ -107,4 +107,4 @@ def _layer_axis(numbers: Sequence[int], title: str | None, *, labels: bool) -> A
     step = next((step for step in (1, 2, 5, 10, 20, 50) if span <= _MOST_TICKS * step), 100)
     ticks = [number for number in range(min(numbers), max(numbers) + 1) if number % step == 0]
     axis = alt.Axis(values=ticks, format="d", grid=False, labels=labels, ticks=labels)
-    return alt.X("number:Q", title=title if labels else None, scale=scale, axis=axis)
+    return alt.X(f"{field}:Q", title=title if labels else None, scale=scale, axis=axis)

@@ -9,6 +9,7 @@ from typing import Any
 
 from int8cli.report.vega import Row, chart_of, require_altair, short
 from int8cli.results.evaluation import REFERENCE, Evaluation, MethodResult
+from int8cli.results.method_names import loaders_of
 
 # Each color stands out on a white and on a dark page, and from its neighbors. When colors repeat, the shape differs.
 _COLORS = ("#c8452f", "#d98200", "#8a8d1c", "#2e9c5b", "#1a9fae", "#3a7fe0", "#8f67d8", "#d655a0", "#a9714b", "#7f8a99")
@@ -55,30 +56,32 @@ def row_of(method: MethodResult, value: float | None, written: str) -> Row:
     return {"method": method.label, "value": short(value) if finite and value is not None else None, "text": written}
 
 
-def rows_axis(rows: Sequence[Row], *, named: bool = True) -> Any:
-    """One row per method, in the table's order."""
+def rows_axis(found: Evaluation, rows: Sequence[Row]) -> Any:
+    """One row per method, in the table's order. The names of those that loaders compute are bold."""
     alt = require_altair()
-    axis = alt.Axis(labelLimit=260, ticks=False, domain=False, labelPadding=8, grid=True, labels=named)
+    loaded = [method.label for method in found.methods if method.key in loaders_of(found)]
+    weight = alt.condition(alt.FieldOneOfPredicate("value", loaded), alt.value("bold"), alt.value("normal"))
+    axis = alt.Axis(labelLimit=260, ticks=False, domain=False, labelPadding=8, grid=True, labelFontWeight=weight)
     return alt.Y("method:N", title=None, sort=[row["method"] for row in rows], axis=axis)
 
 
-def dots(found: Evaluation, rows: Sequence[Row], x: Any, tooltip: Sequence[Any], *, named: bool = True) -> Any:
+def dots(found: Evaluation, rows: Sequence[Row], x: Any, tooltip: Sequence[Any]) -> Any:
     """One dot per method, at its value."""
     marks = chart_of(rows).mark_point(filled=True, size=70, opacity=1)
     return marks.encode(
         x=x,
-        y=rows_axis(rows, named=named),
+        y=rows_axis(found, rows),
         color=color(found, legend=False),
         shape=shape(found, legend=False),
         tooltip=list(tooltip),
     ).properties(height={"step": _ROW_HEIGHT})
 
 
-def written(rows: Sequence[Row], width: int, *, named: bool = True) -> Any:
-    """The values as text, in a column to the right of a chart of that width."""
+def written(found: Evaluation, rows: Sequence[Row]) -> Any:
+    """The values as text, in a column to the right of a chart."""
     alt = require_altair()
-    marks = chart_of(rows).mark_text(align="left", fontSize=11)
-    return marks.encode(x=alt.value(width + 10), y=rows_axis(rows, named=named), text="text:N")
+    marks = chart_of(rows).mark_text(align="left", fontSize=11, dx=10)
+    return marks.encode(x=alt.value("width"), y=rows_axis(found, rows), text="text:N")
 
 
 def _legend(found: Evaluation) -> Any:

@@ -11,7 +11,20 @@ import torch
 
 from int8cli.outliers.statistics import RESIDUAL, OutlierStatistics, SiteStatistics
 from int8cli.outliers.suspects import WeightSuspects
-from int8cli.report.vega import Row, chart_of, finished, require_altair, save_chart, short, stacked
+from int8cli.report.layer_charts import layer_axis
+from int8cli.report.vega import (
+    HOT,
+    PAPER,
+    DoublingSteps,
+    Row,
+    chart_of,
+    finished,
+    logarithmic,
+    require_altair,
+    save_chart,
+    short,
+    stacked,
+)
 
 MOST_DIMENSIONS = 48
 MOST_LINES = 8
@@ -80,9 +93,15 @@ def features_by_layer(statistics: OutlierStatistics) -> Any:
                 )
     alt = require_altair()
     common = {
-        "x": alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
-        "color": alt.Color("dimension:N", title="dimension", scale=alt.Scale(range=_LINE_COLORS)),
-        "tooltip": ["layer:Q", "dimension:N", "largest:Q", alt.Tooltip("share:Q", format=".2%"), "site:N"],
+        "x": layer_axis([row["layer"] for row in rows], "layer", labels=True, field="layer"),
+        "color": alt.Color("dimension:N", title="dimension", scale=alt.Scale(range=_LINE_COLORS), legend=_legend(8)),
+        "tooltip": [
+            "layer:Q",
+            "dimension:N",
+            alt.Tooltip("largest:Q", format=".3~g"),
+            alt.Tooltip("share:Q", format=".2~%"),
+            "site:N",
+        ],
     }
     rule = chart_of([{"y": statistics.provenance.threshold}]).mark_rule(strokeDash=[4, 4], opacity=0.6)
     magnitude = (
@@ -111,7 +130,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
             known = furthest.get(key)
             if known is None or site.inputs.absmax.max() > known.inputs.absmax.max():
                 furthest[key] = site
-    rows = [
+    rows: list[Row] = [
         {
             "layer": layer,
             "kind": kind,
@@ -124,11 +143,11 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
         for (stack, layer, kind), site in furthest.items()
     ]
     chart = _lines(rows).encode(
-        x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
-        y=alt.Y("largest:Q", title="largest |x|", scale=alt.Scale(type="log")),
+        x=layer_axis([row["layer"] for row in rows], "layer", labels=True, field="layer"),
+        y=alt.Y("largest:Q", title="largest |x|", **logarithmic([row["largest"] for row in rows], 1.18)),
         color=_kind_color(rows),
         detail="line:N",
-        tooltip=["site:N", "kind:N", "layer:Q", "dimension:Q", "position:Q", "largest:Q"],
+        tooltip=["site:N", "kind:N", "layer:Q", "dimension:Q", "position:Q", alt.Tooltip("largest:Q", format=".3~g")],
     )
     return finished(chart.properties(width=_WIDTH, height=240))
 
@@ -136,7 +155,7 @@ def magnitudes_by_layer(statistics: OutlierStatistics) -> Any:
 def errors_by_layer(statistics: OutlierStatistics) -> Any:
     """The predicted output error of each linear, by layer: with int8 weights alone, and vector-wise."""
     alt = require_altair()
-    rows = [
+    rows: list[Row] = [
         {
             "layer": site.layer,
             "kind": site.kind,
@@ -149,18 +168,26 @@ def errors_by_layer(statistics: OutlierStatistics) -> Any:
         for linear in site.linears
         for method, both in (("int8 weights, 16-bit inputs", False), ("vector-wise int8", True))
     ]
-    points = (
-        chart_of(rows)
-        .mark_point(filled=True, size=34, opacity=0.75)
-        .encode(
-            x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, format="d")),
-            y=alt.Y("error:Q", title="relative output error", scale=alt.Scale(type="log")),
-            color=_kind_color(rows),
-            tooltip=["linear:N", "kind:N", "layer:Q", "method:N", "error:Q"],
+    panels = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = chart_of([row for row in rows if row["method"] == method]).mark_point(
+            filled=True, size=34, opacity=0.75
         )
-        .properties(width=_WIDTH // 2 - 60, height=240)
-    )
-    return finished(points.facet(column=alt.Column("method:N", title=None)))
+        panel = points.encode(
+            x=layer_axis([row["layer"] for row in rows], "layer", labels=True, field="layer"),
+            y=alt.Y("error:Q", title="relative output error", **_share_axis(rows)),
+            color=_kind_color(rows),
+            tooltip=["linear:N", "kind:N", "layer:Q", "method:N", alt.Tooltip("error:Q", format=".2~%")],
+        )
+        panels.append(panel.properties(width=_WIDTH // 2 - 60, height=240, title=method))
+    return finished(alt.hconcat(*panels))
+
+
+def _share_axis(rows: Sequence[Row]) -> dict[str, Any]:
+    """The same logarithmic axis of percents for all panels."""
+    found = logarithmic([row["error"] for row in rows], 1.18)
+    found["axis"].format = ".2~%"
+    return found
 
 
 def _heatmap_rows(layers: dict[int, tuple[SiteStatistics, ...]]) -> Iterator[Row]:
@@ -181,30 +208,36 @@ def _heatmap_rows(layers: dict[int, tuple[SiteStatistics, ...]]) -> Iterator[Row
 
 
 def _heatmap(rows: Sequence[Row], layers: Sequence[int], title: str, subtitle: str, threshold: float | None) -> Any:
-    """Cells of one stack. Without a threshold, shades of blue; with one, values at or above it are red."""
+    """Cells of one stack, in steps that double. With a threshold, values at or above it are red; without one, the
+    largest values are."""
     alt = require_altair()
-    top = max(max((row["value"] for row in rows), default=1.0), 1e-6)
-    if threshold is None:
-        scale = alt.Scale(scheme="blues", domain=[0, top])
-    else:
-        top = max(top, threshold * 2)
-        scale = alt.Scale(
-            domain=[0, threshold * 0.5, threshold * 0.999, threshold, top],
-            range=["#f4f7fb", "#b9d2ee", "#5b93d3", "#f08a5d", "#8f1d14"],
-            type="linear",
-        )
-    tooltip = ["layer:O", "dimension:O", alt.Tooltip("value:Q", title="largest |x|" if threshold else "predicted")]
+    largest = max((row["value"] for row in rows), default=1.0)
+    # Without a threshold, the last step ends at the largest value.
+    steps = DoublingSteps(threshold if threshold is not None else max(largest, 1e-6) / 2 ** (len(HOT) - 1))
+    rows = [{**row, "step": steps.name_of(row["value"])} for row in rows]
+    tooltip = [
+        "layer:O",
+        "dimension:O",
+        alt.Tooltip("value:Q", title="largest |x|" if threshold else "predicted", format=".3~g"),
+    ]
     if threshold is not None:
-        tooltip += ["minimum:Q", "maximum:Q", alt.Tooltip("share:Q", title="positions over", format=".2%")]
+        tooltip += [
+            *(alt.Tooltip(f"{end}:Q", format=".3~g") for end in ("minimum", "maximum")),
+            alt.Tooltip("share:Q", title="positions over", format=".2%"),
+        ]
     step = 13 if len(layers) <= 40 else 10
     shown = [layer for layer in layers if len(layers) <= 40 or layer % 5 == 0]
     return (
         chart_of(rows)
-        .mark_rect(stroke="white", strokeWidth=0.5)
+        .mark_rect(stroke=PAPER, strokeWidth=0.5)
         .encode(
-            x=alt.X("dimension:O", title="dimension", axis=alt.Axis(labelAngle=-90, labelFontSize=9)),
+            x=alt.X(
+                "dimension:O", title="dimension", axis=alt.Axis(labelAngle=-90, labelFontSize=9, labelOverlap=True)
+            ),
             y=alt.Y("layer:O", title="layer", sort="descending", axis=alt.Axis(values=shown)),
-            color=alt.Color("value:Q", title="|x|" if threshold else "score", scale=scale),
+            color=alt.Color(
+                "step:N", title="largest |x|" if threshold else "score", scale=steps.scale(), legend=_legend(8)
+            ),
             tooltip=[*tooltip, "site:N"],
         )
         .properties(
@@ -230,9 +263,19 @@ def _kind_color(rows: Sequence[Row]) -> Any:
     alt = require_altair()
     shown = [kind for kind in _KIND_ORDER if any(row["kind"] == kind for row in rows)]
     colors = [_KIND_COLORS[_KIND_ORDER.index(kind)] for kind in shown]
-    return alt.Color("kind:N", title="input", sort=shown, scale=alt.Scale(domain=shown, range=colors))
+    return alt.Color(
+        "kind:N", title="input", sort=shown, scale=alt.Scale(domain=shown, range=colors), legend=_legend(4)
+    )
 
 
 def _lines(rows: Sequence[Row]) -> Any:
     alt = require_altair()
     return chart_of(rows).mark_line(point=alt.OverlayMarkDef(size=28), strokeWidth=1.5)
+
+
+def _legend(columns: int) -> Any:
+    """Above the chart, so that it takes nothing from the chart's width. More than four columns are for short labels."""
+    alt = require_altair()
+    return alt.Legend(
+        orient="top", direction="horizontal", type="symbol", labelLimit=200, columns=columns, symbolOpacity=1
+    )

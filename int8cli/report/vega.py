@@ -5,7 +5,10 @@ Owns the look of every chart. Does not know about the data.
 
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,16 @@ from int8cli.errors import MissingExtraError, OutputError
 from int8cli.report.text import printable
 
 Row = dict[str, Any]
+
+# Each color of a chart that does not fit a dark page, and what a dark page shows instead.
+PAPER = "#ffffff"  # gaps between cells
+COLD = ("#eef3fa", "#c3d7ef", "#7fabdf")  # small values
+HOT = ("#f6b48f", "#e57f5a", "#cb4335", "#9b1c1c", "#5f0b0b")  # large ones, each twice the one before
+ON_DARK = {
+    PAPER: "#14171c",
+    **dict(zip(COLD, ("#1b2430", "#25425f", "#3d6ea3"), strict=True)),
+    **dict(zip(HOT, ("#8a4a32", "#c0603c", "#e98a4e", "#f8bd77", "#fdebc4"), strict=True)),
+}
 
 
 def require_altair() -> Any:
@@ -77,16 +90,47 @@ def finished(chart: Any) -> Any:
     return chart.configure(font="system-ui, sans-serif", view=require_altair().ViewConfig(strokeWidth=0))
 
 
+@dataclass(frozen=True, slots=True)
+class DoublingSteps:
+    """Colors for magnitudes, in steps that double: one large value does not make the others look alike.
+
+    Values below `first_hot` are blue; from there on they are red.
+    """
+
+    first_hot: float
+
+    @property
+    def bounds(self) -> list[float]:
+        first = self.first_hot / 2 ** (len(COLD) - 1)
+        return [float(f"{first * 2**step:.3g}") for step in range(len(COLD) + len(HOT) - 1)]
+
+    @property
+    def names(self) -> list[str]:
+        bounds = self.bounds
+        between = [f"{low:g} to {high:g}" for low, high in pairwise(bounds)]
+        return [f"under {bounds[0]:g}", *between, f"{bounds[-1]:g} or more"]
+
+    def name_of(self, value: float) -> str:
+        return self.names[bisect_right(self.bounds, value)]
+
+    def scale(self) -> Any:
+        return require_altair().Scale(domain=self.names, range=[*COLD, *HOT])
+
+
+# Ticks between powers of ten, for ranges up to a factor.
+_LOG_STEPS = ((6, (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)), (30, (1.0, 2.0, 5.0)), (1000, (1.0, 3.0)))
+
+
 def logarithmic(values: Sequence[float], room: float) -> dict[str, Any]:
     """A logarithmic scale for the values, with a margin of the factor `room` at both ends.
 
-    Ticks are at powers of ten, and between them if the range is small.
+    Ticks are at powers of ten, and between them if the range is small: the smaller, the more.
     """
     alt = require_altair()
     low, high = min(values, default=1.0) / room, max(values, default=1.0) * room
-    steps = (1, 3) if high <= 1000 * low else (1,)
+    steps = next((steps for most, steps in _LOG_STEPS if high <= most * low), (1.0,))
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    ticks = [float(f"{step}e{power}") for power in decades for step in steps]
+    ticks = [float(f"{step:g}e{power}") for power in decades for step in steps]
     axis = alt.Axis(values=[tick for tick in ticks if low <= tick <= high], format="~g")
     return {"scale": alt.Scale(type="log", domain=[low, high], nice=False), "axis": axis}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from int8cli.errors import UnknownMethodError
-from int8cli.results.evaluation import REFERENCE
+from int8cli.results.evaluation import REFERENCE, Evaluation
 
 ALL = "all"
 
@@ -72,6 +72,17 @@ def chosen_keys(keys: Iterable[str]) -> tuple[str, ...]:
         if key not in METHOD_KEYS:
             raise UnknownMethodError(f"unknown method {key!r}", hint=_nearest(key))
     return tuple(key for key in METHOD_KEYS if key in wanted)
+
+
+def loaders_of(found: Evaluation) -> dict[str, str]:
+    """The methods that loaders compute, and so what a user gets: the loader's name by the method's key.
+
+    In the layout compressed-tensors, for which bitsandbytes is not evaluated, loaders compute vector-wise int8.
+    """
+    loaders = {"zeropoint-llm-int8-stored": "load_model", "bitsandbytes": "transformers and bitsandbytes"}
+    if found.converted and found.method("bitsandbytes") is None:
+        loaders["vector-wise"] = "vLLM, or transformers and compressed-tensors"
+    return {key: loader for key, loader in loaders.items() if found.method(key) is not None}
 
 
 def _nearest(key: str) -> str:

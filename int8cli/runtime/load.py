@@ -30,6 +30,7 @@ from int8cli.runtime.placement import MaxMemory, memory_limits
 from int8cli.runtime.stored import StoredLinear, StoredModel
 
 _GENERATION_CONFIG = "generation_config.json"
+_CHECK_CONFIG = "Check config.json, or convert the model again."
 _OTHER_LOADERS_HINT = "If transformers loads the directory itself, use AutoModel...from_pretrained(DIR)."
 
 
@@ -137,7 +138,9 @@ def _load(
             local_files_only=True,
         )
     for name, found, wanted in info["mismatched_keys"]:
-        raise CheckpointError(f"{name} has the shape {tuple(found)}, but config.json requires {tuple(wanted)}")
+        raise CheckpointError(
+            f"{name} has the shape {tuple(found)}, but config.json requires {tuple(wanted)}", hint=_CHECK_CONFIG
+        )
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
             lost = sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] == name)
@@ -158,7 +161,8 @@ def _rejections(model_class: Any) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"transformers cannot load this directory as {model_class.__name__}: {error!s:.300}"
+            f"transformers cannot load this directory as {model_class.__name__}: {error!s:.300}",
+            hint="Check config.json and generation_config.json.",
         ) from error
 
 
@@ -210,7 +214,8 @@ class _Replacing:
         if shape != (linear.out_features, linear.in_features):
             raise CheckpointError(
                 f"{linear.weight_name} has the shape {(linear.out_features, linear.in_features)}, the model's "
-                f"config.json requires {shape}"
+                f"config.json requires {shape}",
+                hint=_CHECK_CONFIG,
             )
         conv1d = isinstance(module, Conv1D)
         return self._new_linear(module.bias, linear, conv1d=conv1d, device=module.weight.device)

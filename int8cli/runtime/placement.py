@@ -72,7 +72,7 @@ def _in_bytes(size: int | str) -> int:
 
     try:
         return int(convert_file_size_to_int(size))
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise OptionError(f"{size!r} is not a size, such as '8GB' or '8GiB'", option="max_memory") from error
 
 

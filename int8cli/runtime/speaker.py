@@ -4,7 +4,8 @@ Owns prompts, chat templates, sampling and clocks. Knows no directory; the model
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from int8cli.errors import TextError, UnsupportedModelError
+from int8cli.errors import CannotRunError, Int8cliError, TextError, UnsupportedModelError
 
 OnText = Callable[[str], None]
 
@@ -48,21 +49,34 @@ class Speaker:
         return bool(getattr(self._tokenizer, "chat_template", None))
 
     def prompt(self, text: str) -> Tensor:
-        """The tokens of a text to continue: int64 (1, n). Raises TextError for none."""
-        return self._checked(self._tokenizer(text, return_tensors="pt")["input_ids"])
+        """The tokens of a text to continue: int64 (1, n). Raises TextError for none, CannotRunError."""
+        _require_unicode(text)
+        with _rejections("the tokenizer cannot read the prompt", "Check the tokenizer's files."):
+            found = self._tokenizer(text, return_tensors="pt")["input_ids"]
+        return self._checked(found)
 
     def turn(self, messages: Sequence[dict[str, str]]) -> Tensor:
-        """The tokens of a conversation at the point where the model speaks: int64 (1, n)."""
-        found = self._tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return self._checked(found["input_ids"])
+        """The tokens of a conversation at the point where the model speaks: int64 (1, n).
+
+        Raises TextError for none, CannotRunError for a chat template that does not work.
+        """
+        for message in messages:
+            _require_unicode(message["content"])
+        with _rejections("the chat template does not work", "Without it, the model can continue a text."):
+            found = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+        return self._checked(found)
 
     def speak(self, prompt: Tensor, on_text: OnText | None = None) -> Spoken:
-        """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty one at its end."""
+        """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty one at its end.
+
+        Raises CannotRunError where the model cannot be run as generation_config.json and the options say.
+        """
         streamer = _Clock(self._tokenizer, on_text)
         prompt = prompt.to(self._model.device)
-        with torch.inference_mode(), torch.random.fork_rng():
+        rejected = _rejections("the model cannot generate", "Check generation_config.json and the temperature.")
+        with rejected, torch.inference_mode(), torch.random.fork_rng():
             torch.manual_seed(self._seed)
             output = self._model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, **self._options(prompt.shape[1])
@@ -89,7 +103,9 @@ class Speaker:
             raise TextError("the prompt is empty", hint="Give some text to continue.")
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and ids.shape[1] >= limit:
-            raise TextError(f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {limit:,}")
+            raise TextError(
+                f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {limit:,}", hint="Give less text."
+            )
         return ids
 
     def _options(self, prompt_tokens: int) -> dict[str, Any]:
@@ -113,6 +129,25 @@ class Speaker:
 
     def _ends(self, ids: Tensor) -> bool:
         return bool(ids.numel()) and int(ids[-1]) in self._end_tokens()
+
+
+def _require_unicode(text: str) -> None:
+    """Raise TextError for half a surrogate pair: bytes of the command line that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError("the prompt is not UTF-8 text", hint="Convert it first: iconv -f LATIN1 -t UTF-8.") from error
+
+
+@contextmanager
+def _rejections(problem: str, hint: str) -> Iterator[None]:
+    """Raise CannotRunError for whatever the model's own files make transformers raise."""
+    try:
+        yield
+    except (Int8cliError, OSError, MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise CannotRunError(f"{problem}: {type(error).__name__}: {error!s:.300}", hint=hint) from error
 
 
 class _Clock(TextStreamer):

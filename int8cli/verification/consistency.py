@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
@@ -235,8 +236,7 @@ def _field(value: dict[str, Any], name: str, declared: Any) -> Any:
 def _read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises Int8cliError."""
     try:
-        with path.open("rb") as file:
-            data = parse_json(file.read(os.fstat(file.fileno()).st_size))
+        data = parse_json(read_small(path))
     except FileNotFoundError as error:
         raise Int8cliError("is missing") from error
     except OSError as error:

@@ -73,6 +73,12 @@ SCENARIOS: tuple[Scenario, ...] = (
         source="runnable",
         every=2,
     ),
+    Scenario(
+        "dequantize",
+        ("dequantize", "out", "-o", "back", "-q"),
+        before=("convert", "SOURCE", "-o", "out", "-q", "--outliers", "weights"),
+        every=2,
+    ),
     Scenario("two workers", (*_CONVERT, "--outliers", "weights", "--workers", "2"), every=1),
 )
 

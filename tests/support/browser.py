@@ -15,6 +15,42 @@ _CHROMIUM = next(
 needs_browser = pytest.mark.skipif(not _CHROMIUM, reason="needs Chromium")
 
 
+_FRAME = """<!doctype html><body style="margin: 0">
+<iframe src="{page}" style="width: {width}px; height: 900px; border: 0"></iframe>
+<script>
+const frame = document.querySelector('iframe');
+const look = () => {{
+  const inside = frame.contentDocument;
+  if (inside?.body?.dataset.drawn !== '{width}') {{ setTimeout(look, 50); return; }}
+  const charts = Object.fromEntries([...inside.querySelectorAll('.chart')].map(chart => {{
+    const svg = chart.querySelector('svg').getBoundingClientRect();
+    return [chart.id, [Math.round(svg.width), chart.clientWidth]];
+  }}));
+  const read = [...inside.querySelectorAll('h1, h2, p, [role=img], caption')].map(
+    each => [each.tagName, each.getAttribute('aria-label') ?? each.textContent]);
+  const fills = [...inside.querySelectorAll('.mark-rect path')].map(each => each.getAttribute('fill'));
+  const page = inside.documentElement.scrollWidth, paper = getComputedStyle(inside.body).backgroundColor;
+  const out = document.createElement('pre');
+  out.id = 'seen';
+  out.textContent = JSON.stringify({{charts, read, page, paper, fills: [...new Set(fills)]}});
+  document.body.append(out);
+}};
+look();
+</script>
+"""
+
+
+def seen_at(width: int, page: Path, *, dark: bool) -> Any:
+    """What a reader with a screen of this width sees, once all charts are drawn, in light or dark colors.
+
+    `charts`: the width of each and of its place. `read`: headings, sentences, charts and tables in the order in which a
+    screen reader reads them. `page`: the width of the content. `paper`: the color behind it. `fills`: those of cells.
+    """
+    framed = page.with_name(f"framed-{width}-{dark}.html")
+    framed.write_text(_FRAME.format(page=page.as_uri(), width=width))
+    return _opened(framed, ["--allow-file-access-from-files", f"--blink-settings=preferredColorScheme={int(not dark)}"])
+
+
 def seen_by(probe: str, page: Path) -> Any:
     """What `probe`, HTML put at the head of the page's body, leaves as JSON in an element `seen`.
 
@@ -22,12 +58,16 @@ def seen_by(probe: str, page: Path) -> Any:
     """
     probed = page.with_name("probed.html")
     probed.write_text(page.read_text().replace("<body>", f"<body>{probe}", 1))
-    profile = page.with_name("profile")
+    return _opened(probed, [])
+
+
+def _opened(page: Path, options: list[str]) -> Any:
+    profile = page.with_name(f"profile-{page.stem}")
     result = subprocess.run(
         [
             *(_CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"),
-            *("--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"),
-            probed.as_uri(),
+            *("--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom", *options),
+            page.as_uri(),
         ],
         capture_output=True,
         text=True,

@@ -13,13 +13,14 @@ from threading import Event
 from urllib.parse import quote
 
 from int8cli.checkpoint.hub.options import HubOptions
-from int8cli.checkpoint.hub.requests import malformed_answers, raise_for_status
+from int8cli.checkpoint.hub.requests import get_whole
 from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
 from int8cli.checkpoint.source import is_hidden
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
 from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_ANSWER_LIMIT_BYTES = 256 << 20  # 100 bytes a file
 _FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
 _PROBABLY_A_PATH_ATTEMPTS = 2  # and a mistyped directory in a second
 
@@ -92,18 +93,12 @@ class Repository:
 
     def _ask(self, headers: Mapping[str, str]) -> bytes:
         """The Hub's description of the repository, in JSON: https://huggingface.co/docs/hub/api."""
-        from huggingface_hub import constants, get_session
+        from huggingface_hub import constants
 
         url = f"{self._options.endpoint or constants.ENDPOINT}/api/models/{self.repo_id}"
         if self.revision is not None:
             url += f"/revision/{quote(self.revision, safe='')}"
-        with malformed_answers():
-            response = get_session().get(
-                url, headers=headers, timeout=self._options.request_timeout_s, follow_redirects=True
-            )
-        raise_for_status(response)
-        content: bytes = response.content
-        return content
+        return get_whole(url, headers, self._options.request_timeout_s, _ANSWER_LIMIT_BYTES, self.repo_id)
 
     def _no_hub(self) -> SourceError:
         return TransferError(f"{self.repo_id}: the server does not answer like a Hub", hint="Check HF_ENDPOINT.")

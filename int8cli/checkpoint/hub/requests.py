@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from int8cli.checkpoint.hub.failures import MalformedAnswerError, WrongRangeError
+from int8cli.errors import TransferError
 
+_LONGEST_ERROR_BYTES = 1 << 16
 _A_SIZE = re.compile("[0-9]{1,18}")
 
 
@@ -42,8 +44,46 @@ def get(remote: RemoteFile, byte_range: str | None) -> Iterator[Any]:
                 )
             )
         if response.status_code != 416 or byte_range is None:
-            raise_for_status(response)
+            raise_for_status(_with_short_body(response) if response.status_code >= 400 else response)
         yield response
+
+
+def get_whole(url: str, headers: Mapping[str, str], timeout_s: float, limit_bytes: int, what: str) -> bytes:
+    """The body of the answer to a GET. Raises huggingface_hub's errors, and TransferError for more bytes than that."""
+    from huggingface_hub import get_session
+
+    with ExitStack() as stack:
+        with malformed_answers():
+            response = stack.enter_context(
+                get_session().stream("GET", url, headers=headers, timeout=timeout_s, follow_redirects=True)
+            )
+        if response.status_code >= 400:
+            raise_for_status(_with_short_body(response))
+        with malformed_answers():
+            body = _first_bytes(response, limit_bytes + 1)
+    if len(body) > limit_bytes:
+        raise TransferError(
+            f"{what}: the server's answer has more than {limit_bytes:,} bytes", hint="Check HF_ENDPOINT."
+        )
+    return body
+
+
+def _with_short_body(response: Any) -> Any:
+    """An error's answer with the start of its body alone: huggingface_hub would read it whole, however long it is."""
+    with malformed_answers():
+        body = _first_bytes(response, _LONGEST_ERROR_BYTES)
+    of_the_body = {b"content-encoding", b"content-length", b"transfer-encoding"}
+    headers = [(name, value) for name, value in response.headers.raw if name.lower() not in of_the_body]
+    return type(response)(response.status_code, headers=headers, content=body, request=response.request)
+
+
+def _first_bytes(response: Any, most: int) -> bytes:
+    body = bytearray()
+    for piece in response.iter_bytes():
+        body += piece
+        if len(body) >= most:
+            break
+    return bytes(body[:most])
 
 
 @contextmanager
