@@ -109,6 +109,8 @@ def test_a_listed_architecture_opens_as_if_quantized_on_load(name: str, dtype: t
 def test_a_file_with_more_digits_than_the_config_names_opens_as_if_quantized_on_load(
     name: str, stored: torch.dtype, tmp_path: Path
 ) -> None:
+    if name == "t5" and release(transformers.__version__) < release("5.23.0"):
+        pytest.skip("transformers 5.0.0 holds the wo of an int8 T5 in float32 in every dtype")
     source, output = tmp_path / "source", tmp_path / "output"
     build_tiny(LISTED[name], stored).save_pretrained(source)
     config = read_json(source / "config.json")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from support.checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, read_json, save_by_hand, save_tiny
 from test_plan import plan_of, spec
@@ -62,6 +64,8 @@ def test_a_linear_layer_in_another_float_is_named_and_runs(dtype: torch.dtype, t
     "dtype", ["uint16", "uint64", "complex64", "float8_e8m0fnu", "float8_e5m2fnuz", "int16", "bool"]
 )
 def test_a_copied_tensor_of_any_dtype_is_sound(dtype: str, tmp_path: Path) -> None:
+    if dtype not in ("int16", "bool") and Version(safetensors.__version__) < Version("0.8"):
+        pytest.skip(f"safetensors {safetensors.__version__} does not know {dtype}")
     extra = torch.arange(8).view(torch.uint8)[:16].clone().view(getattr(torch, dtype))
     source = llama_with(tmp_path / "source", {"model.extra": extra})
     convert(source, tmp_path / "output", WITHOUT_COLUMNS)

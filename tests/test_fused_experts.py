@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.checkpoints import Tiny, build_tiny, read_all, read_json, read_tensors, save_by_hand
 from support.program import run, tree
 from support.verifying import verified
@@ -16,6 +17,7 @@ from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import NonFiniteError, UnsupportedModelError
 from int8cli.evaluation.subject import find_subject
+from int8cli.loaders.transformers_versions import release
 from int8cli.planning import survey as survey_module
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS, compressed_tensors
@@ -235,6 +237,8 @@ MODELS = {
 @pytest.mark.parametrize("family", MODELS)
 def test_every_expert_of_a_saved_model_becomes_int8(family: str, tmp_path: Path) -> None:
     """By the model's own state dict: gate first, then up, in the order that its class uses."""
+    if family == "granitemoe" and release(transformers.__version__) < release("5.23.0"):
+        pytest.skip("transformers 5.0.0 names the experts of GraniteMoe as its checkpoints do")
     model = build_tiny(MODELS[family])
     model.save_pretrained(tmp_path / "source")
     convert(tmp_path / "source", tmp_path / "out", OPTIONS)

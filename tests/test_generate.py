@@ -66,7 +66,8 @@ def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> N
     model, tokenizer = int8cli.load_model(root / "out", device="cpu"), AutoTokenizer.from_pretrained(root / "out")
     speak: Any = pipeline("text-generation", model=model, tokenizer=tokenizer)
     [found] = speak(words, max_new_tokens=6, do_sample=False, return_full_text=False)
-    assert found["generated_text"] == generate(root / "out", words, SHORT).text
+    spoken = generate(root / "out", words, SHORT).text
+    assert found["generated_text"].lstrip() == spoken  # transformers 5.0.0 leaves the blank before the first word
 
 
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str) -> None:

@@ -101,6 +101,8 @@ def weight_bytes(model: Any) -> int:
 
 @pytest.mark.parametrize("name", LOADED)
 def test_the_estimate_equals_what_transformers_and_bitsandbytes_use(name: str, tmp_path: Path) -> None:
+    if name == "mamba" and release(transformers.__version__) < release("5.23.0"):
+        pytest.skip("transformers 5.0.0 does not tie Mamba's head by default")
     source, output = tmp_path / "source", tmp_path / "output"
     build_tiny(LOADED[name], torch.float16).save_pretrained(source)
     convert(source, output, WITHOUT_COLUMNS)

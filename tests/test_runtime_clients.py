@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.checkpoints import WITHOUT_COLUMNS, read_all, save_tiny
 from test_runtime import IDS, columns_of, run, store_columns
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 import int8cli
 from int8cli import convert
 from int8cli.errors import OptionError, UnsupportedOperationError
+from int8cli.loaders.transformers_versions import release
 from int8cli.runtime.guarded_int8 import GuardedInt8
 from int8cli.runtime.linear import Int8Linear
 
@@ -231,6 +233,8 @@ def test_beams_and_samples(llama: Any, options: dict[str, Any]) -> None:
 def test_a_static_cache_and_an_assistant_change_no_token(llama: Any) -> None:
     plain = generated(llama, IDS[:1])
     assert torch.equal(generated(llama, IDS[:1], cache_implementation="static"), plain)
+    if release(transformers.__version__) < release("5.23.0"):
+        pytest.skip("transformers 5.0.0 takes no least length beside an assistant")
     assert torch.equal(generated(llama, IDS[:1], assistant_model=copy.deepcopy(llama)), plain)
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors
+from packaging.version import Version
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
@@ -19,6 +21,8 @@ SECONDS = 6.0  # for each, beside its corpus
 
 @pytest.mark.parametrize("name", MACHINES)
 def test_a_machine_finds_nothing(name: str) -> None:
+    if name == "headers" and Version(safetensors.__version__) < Version("0.8"):
+        pytest.skip(f"safetensors {safetensors.__version__} does not know every dtype that is tried")
     figures = importlib.import_module(f"torture.{name}").run(SECONDS, SEED)
     if figures.unable:
         pytest.skip(figures.unable)
