@@ -202,7 +202,9 @@ def test_a_stdout_that_cannot_be_written_is_an_error(options: list[str], model: 
             text=True,
         )
     assert done.returncode == 1
-    assert done.stderr == "error: the result cannot be written to standard output: No space left on device\n"
+    error, hint = done.stderr.splitlines()
+    assert error == "error: the result cannot be written to standard output: No space left on device"
+    assert hint.startswith("hint: ")
 
 
 def test_names_that_are_not_text_and_terminals_that_know_only_ascii(model: Path) -> None:

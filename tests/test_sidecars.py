@@ -152,8 +152,12 @@ def test_every_column_may_be_stored(tmp_path: Path) -> None:
 
 
 def test_a_shard_without_linears_has_no_sidecar(tmp_path: Path) -> None:
-    source = save_by_hand(tmp_path / "source", {"embed_tokens.weight": torch.randn(8, 16).half()})
-    report = convert_storing(source, tmp_path / "out", some_columns).report
+    source = save_by_hand(
+        tmp_path / "source", {"embed_tokens.weight": torch.randn(8, 16).half(), UP: torch.randn(8, 16).half()}
+    )
+    report = convert_storing(
+        source, tmp_path / "out", some_columns, ConvertOptions(outliers="none", skip=("*up_proj",))
+    ).report
     assert report.sidecar_bytes == 0
     assert not (tmp_path / "out/int8/outliers").exists()
 
