@@ -302,7 +302,18 @@ def test_an_evaluation_in_tables_a_page_and_a_picture(runnable: Path, nursery: N
 
 def test_a_conversion_in_a_page_and_a_picture(source: Path, nursery: Nursery, tmp_path: Path) -> None:
     page = f"c{EVIL_FILE}.html"
-    converted = ["convert", source, "-o", "out", "--outliers", "none", "--skip", "*norm*", "--report", page]
+    converted: list[str | Path] = [
+        "convert",
+        source,
+        "-o",
+        "out",
+        "--outliers",
+        "none",
+        "--skip",
+        "*norm*",
+        "--report",
+        page,
+    ]
     check_lines(nursery.run(*converted, cwd=tmp_path))
     files = [arg for suffix in ("html", "svg") for arg in ("-o", f"r{EVIL_FILE}.{suffix}")]
     check_lines(nursery.run("report", "out", *files, cwd=tmp_path))
