@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.program import llama, outcome_of, run, start, tree, wait_until
+from support.program import environment, llama, outcome_of, run, start, tree, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +122,39 @@ def test_a_run_ends_while_it_is_deep_in_a_library(number: signal.Signals, said: 
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert err == f"\n{said}: run the same command again to resume\n"
+
+
+# Runs the program, which gets a signal while it parses its options.
+SIGNAL_WHILE_PARSING = """
+import os, signal, sys
+import typer.core
+from int8cli.cli import main
+
+parse = typer.core.TyperCommand.parse_args
+
+def parse_args(command, context, arguments):
+    os.kill(os.getpid(), int(sys.argv.pop()))
+    return parse(command, context, arguments)
+
+typer.core.TyperCommand.parse_args = parse_args
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")],
+    ids=["INT", "TERM", "HUP"],
+)
+def test_a_signal_outside_of_a_command_has_the_same_message_and_exit_code(
+    number: signal.Signals, name: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_WHILE_PARSING, "status", "out", str(int(number))],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr == f"\n{name}: run the same command again to resume\n"

@@ -25,6 +25,7 @@ from int8cli.cli import (
     status,
     verify,
 )
+from int8cli.cli.errors import interruptions
 from int8cli.cli.signals import end_on_signals
 from int8cli.report.text import PrintableStream
 
@@ -88,9 +89,10 @@ _add("env", env.env, env.EXAMPLES)
 
 def main() -> None:
     """Entry point of the `int8cli` program."""
-    end_on_signals()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack × or characters of file names
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if sys.stderr is not None:  # None if it was closed before the start
-        sys.stderr = PrintableStream(sys.stderr)
-    app()
+    with interruptions():
+        end_on_signals()
+        if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack × or characters of file names
+            sys.stdout.reconfigure(errors="backslashreplace")
+        if sys.stderr is not None:  # None if it was closed before the start
+            sys.stderr = PrintableStream(sys.stderr)
+        app()

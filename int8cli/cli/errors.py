@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import typer
 
 from int8cli.checkpoint.disk import system_errors
-from int8cli.cli.signals import name_of, print_how_to_resume, received_signal
+from int8cli.cli.signals import EndedBySignal, name_of, print_how_to_resume, received_signal
 from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
@@ -56,6 +56,24 @@ def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Calla
         return run
 
     return decorate
+
+
+@contextmanager
+def interruptions() -> Iterator[None]:
+    """End the program as in a command where a signal arrives outside of one: while options are parsed, for example.
+
+    Typer gives every interrupt there the exit code 130, and prints nothing.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        raise SystemExit(_interrupted(interruption)) from None
+    except SystemExit as end:
+        if end.code != EXIT_INTERRUPTED:
+            raise
+        number = received_signal()
+        interruption = KeyboardInterrupt() if number is None else EndedBySignal(number)
+        raise SystemExit(_interrupted(interruption)) from None
 
 
 @contextmanager
