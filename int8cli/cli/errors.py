@@ -72,8 +72,7 @@ def interruptions() -> Iterator[None]:
         if end.code != EXIT_INTERRUPTED:
             raise
         number = received_signal()
-        interruption = KeyboardInterrupt() if number is None else EndedBySignal(number)
-        raise SystemExit(_interrupted(interruption)) from None
+        raise SystemExit(_interrupted(KeyboardInterrupt() if number is None else EndedBySignal(number))) from None
 
 
 @contextmanager
