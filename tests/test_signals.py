@@ -121,7 +121,7 @@ def test_a_run_ends_while_it_is_deep_in_a_library(number: signal.Signals, said: 
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + number
-    assert err == f"\n{said}: run the same command again to resume\n"
+    assert err == f"\n{said}: run the same command again\n"
 
 
 # Runs the program, which gets a signal while it parses its options.
@@ -157,4 +157,4 @@ def test_a_signal_outside_of_a_command_has_the_same_message_and_exit_code(
         text=True,
     )
     assert done.returncode == 128 + number, done.stderr
-    assert done.stderr == f"\n{name}: run the same command again to resume\n"
+    assert done.stderr == f"\n{name}: run the same command again\n"

@@ -121,7 +121,7 @@ def test_an_interrupt_during_an_import_ends_both_processes_at_once(send: Callabl
         assert not is_running(loader)
     assert (outcome.code, outcome.out) == (130, "")
     assert "Traceback" not in outcome.err
-    assert "interrupted: run the same command again to resume" in outcome.err
+    assert "interrupted: run the same command again\n" in outcome.err
 
 
 def test_the_loader_ends_when_the_program_is_killed(out: Path) -> None:

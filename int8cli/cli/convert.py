@@ -124,7 +124,7 @@ Overwrite = Annotated[
 ]
 
 
-@shows_errors(hints.CONVERT)
+@shows_errors(hints.CONVERT, resumes=True)
 def convert(
     model: Model,
     output: Output = None,

@@ -34,7 +34,7 @@ Dtype = Annotated[
 ]
 
 
-@shows_errors(hints.DEQUANTIZE)
+@shows_errors(hints.DEQUANTIZE, resumes=True)
 def dequantize(
     directory: ConvertedDirectory,
     output: Output,

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import typer
 
 from int8cli.checkpoint.disk import system_errors
-from int8cli.cli.signals import EndedBySignal, name_of, print_how_to_resume, received_signal
+from int8cli.cli.signals import EndedBySignal, announce_resuming, name_of, print_interruption, received_signal
 from int8cli.errors import Int8cliError, OptionError
 
 EXIT_ERROR = 1
@@ -28,12 +28,19 @@ class ResultNotShownError(Int8cliError):
     usual_hint = "Check what standard output leads to."
 
 
-def shows_errors(hints: Hints) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Give a command its exit codes. Errors that a user can fix are shown with a hint; bugs keep their traceback."""
+def shows_errors(
+    hints: Hints, *, resumes: bool = False
+) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Give a command its exit codes. Errors that a user can fix are shown with a hint; bugs keep their traceback.
+
+    `resumes`: run again, the command continues where it was interrupted.
+    """
 
     def decorate(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         @functools.wraps(command)
         def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            if resumes:
+                announce_resuming()
             try:
                 return command(*args, **kwargs)
             except OptionError as error:
@@ -90,8 +97,8 @@ def writing_result() -> Iterator[None]:
 
 
 def _interrupted(interruption: KeyboardInterrupt) -> int:
-    """Print how to resume. Returns the exit code."""
-    print_how_to_resume(name_of(interruption))
+    """Print what ended the program. Returns its exit code."""
+    print_interruption(name_of(interruption))
     return _ended_by(EXIT_INTERRUPTED)
 
 

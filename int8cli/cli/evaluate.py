@@ -82,7 +82,7 @@ Outputs = Annotated[
 ]
 
 
-@shows_errors(hints.EVALUATE)
+@shows_errors(hints.EVALUATE, resumes=True)
 def evaluate(
     model: Model,
     text: TextFile = None,

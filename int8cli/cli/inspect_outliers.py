@@ -69,7 +69,7 @@ Outputs = Annotated[
 ]
 
 
-@shows_errors(hints.INSPECT_OUTLIERS)
+@shows_errors(hints.INSPECT_OUTLIERS, resumes=True)
 def inspect_outliers(
     model: Model,
     evidence: From = None,

@@ -22,6 +22,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _received: list[int] = []
 _printed = threading.Lock()
+_resumes = threading.Event()  # set while a command runs that continues the work of an interrupted one
 
 
 class EndedBySignal(KeyboardInterrupt):
@@ -52,11 +53,17 @@ def received_signal() -> int | None:
     return _received[0] if _received else None
 
 
-def print_how_to_resume(what: str) -> None:
-    """Print why the program ends, and how to resume. Only the first call prints."""
+def announce_resuming() -> None:
+    """From now on a message about an interruption may say that the same command resumes."""
+    _resumes.set()
+
+
+def print_interruption(what: str) -> None:
+    """Print why the program ends, and how to go on. Only the first call prints."""
     if _printed.acquire(blocking=False):
         with suppress(OSError, ValueError):  # after SIGHUP the terminal may be closed
-            print(f"\n{printable(what)}: run the same command again to resume", file=sys.stderr, flush=True)
+            again = "run the same command again" + (" to resume" if _resumes.is_set() else "")
+            print(f"\n{printable(what)}: {again}", file=sys.stderr, flush=True)
 
 
 def name_of(interruption: KeyboardInterrupt) -> str:
@@ -87,4 +94,4 @@ def _print_last(what: str) -> None:
     with suppress(OSError, ValueError):
         if sys.stderr.isatty():
             sys.stderr.write(_SHOW_CURSOR)
-    print_how_to_resume(what)
+    print_interruption(what)

@@ -130,6 +130,6 @@ def _at_start(
 
 def _wrong_end(err: str, number: signal.Signals, took_s: float) -> str:
     said = "interrupted" if number == signal.SIGINT else number.name
-    if "Traceback" in err or err.count(f"{said}: run the same command again to resume") != 1:
+    if "Traceback" in err or err.count(f"{said}: run the same command again") != 1:
         return f"not told in a line: {err[-400:]}"
     return f"took {took_s:.1f} s" if took_s > 3 * LIMIT_S else ""
