@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 import int8cli
 from int8cli import GenerateOptions, chat, convert, generate
+from int8cli.cli.generate import show_figures
 from int8cli.errors import CannotRunError, OptionError, ReferenceModelError, TextError, UnsupportedModelError
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -97,6 +99,16 @@ def test_sampling_follows_its_seed_and_leaves_torchs_alone(root: Path, words: st
     ]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_text_of_the_other_model_keeps_its_lines(
+    root: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = generate(root / "out", words, GenerateOptions(max_new_tokens=2, device="cpu", compare=root / "model"))
+    assert found.agreement is not None
+    show_figures(replace(found, agreement=replace(found.agreement, text="one\n\x1btwo")), quiet=False)
+    assert "weights, " in (err := capsys.readouterr().err)
+    assert "\none\n\\x1btwo\n" in err
 
 
 def test_a_comparison_says_where_the_first_token_differs(root: Path, words: str, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def _generate(directory: Path, prompt: str, options: GenerateOptions, *, as_json
         if as_json:
             print(json.dumps(found.to_json(), indent=2))
             return
-    _show_figures(found, quiet=quiet)
+    show_figures(found, quiet=quiet)
 
 
 def _chat(directory: Path, options: GenerateOptions, *, quiet: bool) -> None:
@@ -112,7 +112,7 @@ def _chat(directory: Path, options: GenerateOptions, *, quiet: bool) -> None:
 
     with shown_progress(quiet=quiet) as progress:
         for found in command.chat(directory, _messages(), options, on_text=_show, progress=progress):
-            _show_figures(found, quiet=quiet)
+            show_figures(found, quiet=quiet)
 
 
 def _standard_input() -> str:
@@ -157,11 +157,11 @@ def _show(text: str) -> None:
         print(printable_lines(text) or "\n", end="", flush=True)
 
 
-def _show_figures(found: "Generation", *, quiet: bool) -> None:
+def show_figures(found: "Generation", *, quiet: bool) -> None:
     from int8cli.report.generation import generation_lines
-    from int8cli.report.text import printable
+    from int8cli.report.text import printable_lines
 
     if not quiet:
         print(file=sys.stderr)
         for line in generation_lines(found):
-            print(printable(line), file=sys.stderr)
+            print(printable_lines(line), file=sys.stderr)

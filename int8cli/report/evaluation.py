@@ -126,7 +126,7 @@ def _marked(found: Evaluation, method: MethodResult) -> str:
 
 def _stars(found: Evaluation) -> list[str]:
     """What the stars mean, a line for each."""
-    return [f"* {escape(key)}: what {loader} computes" for key, loader in loaders_of(found).items()]
+    return [f"* {escape(key)}: computed by {loader}" for key, loader in loaders_of(found).items()]
 
 
 def _signed(value: float | None) -> str:
