@@ -90,6 +90,7 @@ def _legend(found: Evaluation) -> Any:
         title=None,
         orient="top",
         columns=_LEGEND_COLUMNS,
+        columnPadding=28,
         labelLimit=260,
         symbolOpacity=1,
         values=[method.label for method in compared(found)],

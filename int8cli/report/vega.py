@@ -43,9 +43,14 @@ def require_altair() -> Any:
     return altair
 
 
+# Viewers of an SVG may show text in a wider font than that in which vl-convert measures it: room for long labels.
+_PADDING = {"left": 40, "right": 24, "top": 5, "bottom": 5}
+
+
 def save_chart(chart: Any, path: Path) -> None:
     """Write a chart as .png or .svg on white, whole or not at all. Raises OutputError."""
-    chart = require_altair().Chart.from_dict(printable_spec(chart.properties(background="white")))
+    framed = chart.properties(background="white", padding=_PADDING)
+    chart = require_altair().Chart.from_dict(printable_spec(framed))
     if path.suffix == ".svg":
         text = io.StringIO()
         chart.save(text, format="svg")
