@@ -297,6 +297,26 @@ def test_a_name_that_transformers_5_0_misreads_stays_a_float(module: str) -> Non
         assert any(rule(entry, module) for entry in skip_modules(plan))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [
+        *(("luke", "lm_head.decoder"), ("luke", "entity_predictions.decoder"), ("mega", "mlm_head")),
+        *(("nezha", "cls.predictions.decoder"), ("rembert", "cls.predictions.decoder")),
+        ("transfo-xl", "crit.out_layers.2"),
+    ],
+)
+def test_a_tied_head_that_is_not_in_the_file_is_named_for_every_version(model_type: str, head: str) -> None:
+    plan = plan_of(*llama(), config={"model_type": model_type})
+    for rule in SKIP_RULES.values():
+        assert any(rule(entry, head) for entry in skip_modules(plan))
+
+
+def test_a_table_of_degrees_is_an_embedding() -> None:
+    for side in ("in", "out"):
+        table = spec(f"encoder.{side}_degree_encoder.weight", 64, 32)
+        assert decide(table, config={"model_type": "graphormer"}).reason == names.EMBEDDING
+
+
 # Against transformers
 
 CLASSES = [
