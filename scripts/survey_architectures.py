@@ -16,6 +16,7 @@ difference is one of these:
     python scripts/survey_architectures.py                    everything: ten minutes, no weights, no network
     python scripts/survey_architectures.py --only llama,bert  some model types
     python scripts/survey_architectures.py --facts F.jsonl    keep what was built; reuse it when the file exists
+    python scripts/survey_architectures.py --saved-by F.jsonl the checkpoints are those of the version that made F
 
 Needs the development extras (transformers, bitsandbytes).
 """
@@ -63,6 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Hold the plan against every model that transformers can build.")
     parser.add_argument("--only", default="", help="model types, separated by commas")
     parser.add_argument("--facts", type=Path, help="file for what was built; reused when it exists")
+    parser.add_argument("--saved-by", type=Path, help="the --facts of another version: its checkpoints are opened")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quiet", action="store_true", help="do not list what could not be built")
     options = parser.parse_args()
@@ -71,7 +73,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         facts = options.facts or Path(scratch) / "facts.jsonl"
         if not facts.exists():
-            collect(only, facts, options.processes)
+            collect(only, facts, options.processes, options.saved_by)
         built, unbuilt = read_facts(facts)
     if only:
         built = [model for model in built if model.model_type in only]

@@ -11,10 +11,12 @@ import resource
 import signal
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from surveying.built_model import BuiltModel, read_facts
 from surveying.loader import (
     INT8_PARTS,
     default_skips,
@@ -152,9 +154,9 @@ def fates(model: Any, naming: Any, int8_modules: set[str], linears: list[str]) -
     return fate, targets
 
 
-def describe(model_type: str, class_name: str, model: Any) -> dict[str, Any]:
-    """A BuiltModel as JSON."""
-    naming = naming_of(model)
+def describe(model_type: str, class_name: str, model: Any, saved: BuiltModel | None = None) -> dict[str, Any]:
+    """A BuiltModel as JSON. With `saved`, what becomes of the same model as another version has saved it."""
+    naming = naming_of(model) if saved is None else replace(naming_of(model), saved=tensors_of(saved))
     skips = default_skips(model)
     linears = sorted(replaced_modules(model, []))
     int8_modules = replaced_modules(model, skips)
@@ -164,7 +166,7 @@ def describe(model_type: str, class_name: str, model: Any) -> dict[str, Any]:
         "model_type": model_type,
         "class_name": class_name,
         "variant": "",
-        "config": json.loads(model.config.to_json_string(use_diff=False)),
+        "config": json.loads(model.config.to_json_string(use_diff=False)) if saved is None else saved.config,
         "shapes": {name: list(tensor.shape) for name, tensor in naming.saved.items()},
         "dtypes": {n: "BF16" if t.is_floating_point() else "I64" for n, t in naming.saved.items()},
         "fate": fate,
@@ -178,9 +180,36 @@ def describe(model_type: str, class_name: str, model: Any) -> dict[str, Any]:
     }
 
 
-def build_model_type(task: tuple[str, list[str], str]) -> None:
+def tensors_of(saved: BuiltModel) -> dict[str, Any]:
+    """The saved tensors on the meta device."""
+    import torch
+
+    dtypes = {"BF16": torch.bfloat16, "I64": torch.int64}
+    return {
+        name: torch.empty(shape, dtype=dtypes[saved.dtypes[name]], device="meta")
+        for name, shape in saved.shapes.items()
+    }
+
+
+def described(
+    model_type: str, class_name: str, config_class: Any, saved: Mapping[str, BuiltModel]
+) -> Iterator[dict[str, Any]]:
+    """What is found about a class, also with its head tied where it is not, or the other way round.
+
+    `saved` has what another version saved, by label; then only those.
+    """
+    for variant in ("", TIE_FLIPPED):
+        before = saved.get(f"{model_type}/{class_name}{variant}")
+        if saved and before is None:
+            continue
+        model = build(class_name, config_class, variant)
+        yield describe(model_type, class_name, model, before) | {"variant": variant}
+        if model.get_output_embeddings() is None or not hasattr(model.config, "tie_word_embeddings"):
+            return
+
+
+def build_model_type(model_type: str, class_names: list[str], path: Path, saved: Mapping[str, BuiltModel]) -> None:
     """Build each class of one model type and append what was found to a file; run in a child of its own."""
-    model_type, class_names, path = task
     from transformers import CONFIG_MAPPING
 
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
@@ -188,11 +217,7 @@ def build_model_type(task: tuple[str, list[str], str]) -> None:
         for class_name in class_names:
             signal.alarm(BUILD_LIMIT_S)  # ends the child: what comes after it counts as neither built nor unbuilt
             try:
-                model = build(class_name, CONFIG_MAPPING[model_type], "")
-                lines = [describe(model_type, class_name, model)]
-                if model.get_output_embeddings() is not None and hasattr(model.config, "tie_word_embeddings"):
-                    model = build(class_name, CONFIG_MAPPING[model_type], TIE_FLIPPED)
-                    lines.append(describe(model_type, class_name, model) | {"variant": TIE_FLIPPED})
+                lines = list(described(model_type, class_name, CONFIG_MAPPING[model_type], saved))
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 reason = f"{type(error).__name__}: {str(error)[:120]} ({Path(where.filename).name}:{where.lineno})"
@@ -201,21 +226,25 @@ def build_model_type(task: tuple[str, list[str], str]) -> None:
             out.flush()
 
 
-def collect(only: set[str], path: Path, processes: int) -> None:
-    """Build everything, each model type in its own forked child so that none can take the survey down."""
+def collect(only: set[str], path: Path, processes: int, saved_by: Path | None) -> None:
+    """Build everything, each model type in its own forked child so that none can take the survey down.
+
+    `saved_by` is what was collected with another version: the names and configs that it saves.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported; some configs ask the Hub for another one
     import torch
     import transformers.integrations.bitsandbytes  # noqa: F401  (before forking, so that each child starts at once)
 
     torch.set_num_threads(1)
-    tasks = [(t, n, str(path)) for t, n in class_names_by_model_type().items() if not only or t in only]
+    tasks = [(t, n) for t, n in class_names_by_model_type().items() if not only or t in only]
+    saved = {} if saved_by is None else {model.label: model for model in read_facts(saved_by)[0]}
     context = multiprocessing.get_context("fork")
     running: list[Any] = []
     for task in tasks:
         while len(running) >= processes:
             running[0].join(0.05)
             running = [p for p in running if p.is_alive()]
-        child = context.Process(target=build_model_type, args=(task,))
+        child = context.Process(target=build_model_type, args=(*task, path, saved))
         child.start()
         running.append(child)
     for child in running:
