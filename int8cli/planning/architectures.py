@@ -182,6 +182,7 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "dab-detr": (_under("bbox_predictor", TIED),),
     "deepseek_v4": (_leaf("wo_a", SUBCLASS),),
     "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
+    "graphormer": (_leaf("(?:in|out)_degree_encoder", EMBEDDING),),
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
@@ -233,12 +234,12 @@ ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
 TIED_HEADS: dict[str, tuple[str, ...]] = {
     "cls.predictions.decoder": (
         *("bert", "big_bird", "blip", "deberta", "deberta-v2", "encoder-decoder", "ernie", "fnet", "layoutlm"),
-        *("lxmert", "megatron-bert", "mobilebert", "mra", "nomic_bert", "nystromformer", "roc_bert", "roformer"),
-        *("squeezebert", "tapas", "visual_bert", "yoso"),
+        *("lxmert", "megatron-bert", "mobilebert", "mra", "nezha", "nomic_bert", "nystromformer", "rembert"),
+        *("roc_bert", "roformer", "squeezebert", "tapas", "visual_bert", "yoso"),
     ),
     "lm_head.decoder": (
         *("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "jina_embeddings_v3", "longformer"),
-        *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        *("luke", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     ),
     "proj_out": ("canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"),
     "output_projection": ("biogpt", "fsmt", "trocr"),
@@ -251,6 +252,7 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
     "ctc_head": ("granite_speech5_ctc",),
     "entity_predictions.decoder": ("luke",),
     "head.decoder": ("ultrabert",),
+    "mlm_head": ("mega",),
     "lm_loss": ("xlnet",),
     "unembedding_projection": ("neomme",),
     "^head$": ("rwkv",),
@@ -298,5 +300,6 @@ ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
     "sarvam_moe": (r".*\.self_attn\.[qkv]_proj", r"layers\.\d+\.self_attn\.[qkv]_proj"),
     "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
+    "transfo-xl": ("crit.out_layers",),
     "unlimited_ocr": ("multi_modal_projector", r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj"),
 }
