@@ -20,9 +20,14 @@ from typer.testing import CliRunner
 
 from int8cli import __version__
 from int8cli.cli import app
-from int8cli.cli.convert import EXAMPLES
+from int8cli.cli.convert import EXAMPLES, complete_outliers
+from int8cli.cli.estimate_memory import complete_card
+from int8cli.cli.evaluate import complete_methods
 from int8cli.cli.options import complete_path
+from int8cli.columns.wanted import MODES
 from int8cli.commands.places import default_output
+from int8cli.estimate.cards import parse_cards
+from int8cli.results.method_names import METHOD_KEYS, chosen_keys
 
 SHARDS = 3
 
@@ -308,9 +313,16 @@ def test_the_help_of_every_command_is_plain_text() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "completed"),
-    [("int8cli con", "convert"), ("int8cli convert --lay", "--layout"), ("int8cli convert mod", "model/")],
+    [
+        ("int8cli con", "convert"),
+        ("int8cli convert --lay", "--layout"),
+        ("int8cli convert mod", "model/"),
+        ("int8cli convert model --outliers act", "activations"),
+        ("int8cli evaluate model --methods vector-wise,smoothed-v", "vector-wise,smoothed-vector-wise"),
+        ("int8cli estimate-memory model --gpu H100", "H100 80GB"),
+    ],
 )
-def test_the_shell_completes_paths(typed: str, completed: str, model: Path) -> None:
+def test_the_shell_completes_what_is_typed(typed: str, completed: str, model: Path) -> None:
     asked = {"_INT8CLI_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     shown = subprocess.run(
         [sys.executable, "-c", "from int8cli.cli import app; app(prog_name='int8cli')"],
@@ -320,7 +332,7 @@ def test_the_shell_completes_paths(typed: str, completed: str, model: Path) -> N
         text=True,
         check=True,
     )
-    assert shown.stdout.split() == [completed]
+    assert shown.stdout.splitlines() == [completed]
 
 
 @pytest.mark.parametrize(
@@ -353,6 +365,39 @@ def test_models_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(complete_path("mod")) == ["models/"]
     assert list(complete_path("models/b")) == ["models/bert.bin", "models/bloom/", "models/bloom.safetensors"]
     assert list(complete_path("bigscience/bl")) == []
+
+
+def test_outliers_are_completed_by_modes_and_by_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "auto-corpus").mkdir()
+    (tmp_path / "weights.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert list(complete_outliers("")) == [*MODES, "auto-corpus/", "weights.safetensors"]
+    assert list(complete_outliers("weights")) == ["weights", "weights.safetensors"]
+    assert list(complete_outliers("auto-")) == ["auto-corpus/"]
+
+
+def test_methods_are_completed_one_after_the_other() -> None:
+    assert set(complete_methods("")) == {*METHOD_KEYS, "all"}
+    assert list(complete_methods("all")) == ["all"]
+    assert list(complete_methods("int8-weights,absmax-t")) == ["int8-weights,absmax-tensor"]
+    for completed in complete_methods("vector-wise,smoothed-"):
+        chosen_keys(tuple(completed.split(",")))  # every one is a name that evaluate takes
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("rtx 309", ["RTX 3090"]),
+        ("8x RTX 309", ["8x RTX 3090"]),
+        ("2x RTX 3090, T", ["2x RTX 3090, T4"]),
+        ("2x RTX 3090, 4 x t", ["2x RTX 3090, 4 x T4"]),
+        ("Voodoo", []),
+    ],
+)
+def test_cards_are_completed(typed: str, completed: list[str]) -> None:
+    assert list(complete_card(typed)) == completed
+    for cards in completed:
+        parse_cards(cards)  # what is completed is understood
 
 
 # A terminal

@@ -18,7 +18,7 @@ from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
-from int8cli.columns.choose import column_strategies
+from int8cli.columns.choose import column_strategies, falling_back
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
@@ -227,7 +227,7 @@ class _Job:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
+                self.progress.note(falling_back(error, _fallback(following)))
                 strategy = following
 
     def _ways(self) -> tuple[Way, ...]:

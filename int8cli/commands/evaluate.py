@@ -13,6 +13,7 @@ from int8cli.commands.first_words import announce
 from int8cli.commands.options import EvaluateOptions
 from int8cli.commands.places import work_directory
 from int8cli.data import HELD_OUT_NAME, held_out_text
+from int8cli.model.extra import require_installed
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.progress import SILENT, Progress
@@ -39,6 +40,7 @@ def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progres
     methods = chosen_keys(options.methods)
     sampling = Sampling(options.tokens, options.sequence_length, options.seed)
     text = _text(options.text, sampling)
+    require_installed()
     work = work_directory(options.work_dir, str(model), options.revision)
     with torch_threads_restored(), _sources(str(model), options, work, progress) as (source, reference):
         require_bytes_for_a_sequence(text, reference or source, sampling)

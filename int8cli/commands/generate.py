@@ -15,6 +15,7 @@ from int8cli.model.memory import peak_bytes, return_memory_promptly
 from int8cli.model.text import load_tokenizer
 from int8cli.progress import SILENT, Progress
 from int8cli.results.generation import Agreement, Generation
+from int8cli.runtime.reference import load_reference, refuse_quantized_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +44,8 @@ def generate(
     on the same prompt afterwards, once the int8 model has left the memory. Raises what `load_model` raises,
     CannotRunError without a tokenizer, TextError, ReferenceModelError.
     """
+    if options.compare is not None:
+        refuse_quantized_reference(str(options.compare))
     session = _open(Path(directory), options, progress)
     speaker = session.speaker
     ids = speaker.prompt(prompt) if options.raw or not speaker.has_chat_template() else speaker.turn([_user(prompt)])
@@ -175,8 +178,6 @@ def _weights_bytes(model: Any) -> int:
 
 
 def _agreement(source: str, session: _Session, ids: "Tensor", spoken: "Spoken") -> Agreement:
-    from int8cli.runtime.reference import load_reference
-
     with without_progress_bars():
         model = load_reference(source, session.device)
     speaker = _speaker(model, session.tokenizer, session.options)
