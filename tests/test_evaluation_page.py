@@ -310,3 +310,4 @@ def test_in_a_browser_the_page_fits_its_width(tmp_path: Path, width: int, dark: 
     assert set(seen["charts"]) == {"perplexity", "agreement", "errors"}
     for drawn, room in seen["charts"].values():
         assert room - 12 <= drawn <= room <= width
+    assert seen["tables"]["Methods"][:3] == ["method", "perplexity", "Δ nats"]

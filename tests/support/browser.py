@@ -29,10 +29,15 @@ const look = () => {{
   const read = [...inside.querySelectorAll('h1, h2, p, [role=img], caption')].map(
     each => [each.tagName, each.getAttribute('aria-label') ?? each.textContent]);
   const fills = [...inside.querySelectorAll('.mark-rect path')].map(each => each.getAttribute('fill'));
+  const tables = Object.fromEntries([...inside.querySelectorAll('.scroll')].map(box => {{
+    const edge = box.getBoundingClientRect().right + 1;
+    const heads = [...box.querySelectorAll('th')].filter(head => head.getBoundingClientRect().right <= edge);
+    return [box.getAttribute('aria-label'), heads.map(head => head.textContent)];
+  }}));
   const page = inside.documentElement.scrollWidth, paper = getComputedStyle(inside.body).backgroundColor;
   const out = document.createElement('pre');
   out.id = 'seen';
-  out.textContent = JSON.stringify({{charts, read, page, paper, fills: [...new Set(fills)]}});
+  out.textContent = JSON.stringify({{charts, read, tables, page, paper, fills: [...new Set(fills)]}});
   document.body.append(out);
 }};
 look();
@@ -44,7 +49,8 @@ def seen_at(width: int, page: Path, *, dark: bool) -> Any:
     """What a reader with a screen of this width sees, once all charts are drawn, in light or dark colors.
 
     `charts`: the width of each and of its place. `read`: headings, sentences, charts and tables in the order in which a
-    screen reader reads them. `page`: the width of the content. `paper`: the color behind it. `fills`: those of cells.
+    screen reader reads them. `tables`: the heads of each that are seen before it is scrolled. `page`: the width of the
+    content. `paper`: the color behind it. `fills`: those of cells.
     """
     framed = page.with_name(f"framed-{width}-{dark}.html")
     framed.write_text(_FRAME.format(page=page.as_uri(), width=width))
