@@ -1,6 +1,8 @@
 """The program as users see it: what it prints to stdout and stderr, its exit codes, and errors of usage."""
 
+import dataclasses
 import fcntl
+import inspect
 import json
 import os
 import pty
@@ -13,17 +15,27 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.program import CONVERT, Nursery, environment, llama, outcome_of, run, start, tree, wait_until
 from typer.testing import CliRunner
 
-from int8cli import __version__
+from int8cli import (
+    ConvertOptions,
+    DequantizeOptions,
+    EstimateOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    InspectOptions,
+    VerifyOptions,
+    __version__,
+)
 from int8cli.cli import app
 from int8cli.cli.convert import EXAMPLES, complete_outliers
 from int8cli.cli.estimate_memory import complete_card
 from int8cli.cli.evaluate import complete_methods
-from int8cli.cli.options import complete_path
+from int8cli.cli.options import LayoutName, complete_path, options_of
 from int8cli.columns.wanted import MODES
 from int8cli.commands.places import default_output
 from int8cli.estimate.cards import parse_cards
@@ -398,6 +410,43 @@ def test_cards_are_completed(typed: str, completed: list[str]) -> None:
     assert list(complete_card(typed)) == completed
     for cards in completed:
         parse_cards(cards)  # what is completed is understood
+
+
+# Fields of the library's options that a command does not have.
+NOT_ON_THE_COMMAND_LINE = {
+    ConvertOptions: {"sequence_length", "seed", "threads"},
+    VerifyOptions: {"threads"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("convert", ConvertOptions),
+        ("dequantize", DequantizeOptions),
+        ("estimate-memory", EstimateOptions),
+        ("evaluate", EvaluateOptions),
+        ("generate", GenerateOptions),
+        ("inspect-outliers", InspectOptions),
+        ("verify", VerifyOptions),
+    ],
+)
+def test_the_library_and_the_command_line_have_the_same_options_and_defaults(command: str, kind: Any) -> None:
+    [function] = [each.callback for each in app.registered_commands if each.name == command]
+    parameters = inspect.signature(function).parameters
+    missing = NOT_ON_THE_COMMAND_LINE.get(kind, set())
+    assert {field.name for field in dataclasses.fields(kind)} - set(parameters) == missing
+    defaults = {
+        field.name: parameters[field.name].default for field in dataclasses.fields(kind) if field.name not in missing
+    }
+    assert options_of(kind, defaults) == kind()
+
+
+def test_what_is_parsed_reaches_the_library_in_its_own_form() -> None:
+    given = {"skip": ["*.down_proj"], "layout": LayoutName.compressed_tensors, "text": Path("a.txt"), "quiet": True}
+    options = options_of(ConvertOptions, given, tokens=7)
+    assert options == ConvertOptions(skip=("*.down_proj",), layout="compressed-tensors", text=Path("a.txt"), tokens=7)
+    assert (type(options.layout), type(options.skip)) == (str, tuple)
 
 
 # A terminal

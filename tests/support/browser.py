@@ -45,6 +45,36 @@ look();
 """
 
 
+# For `seen_by`: collects the errors of a page in `seen`, hovers over a mark, and hands `seen` over at the end.
+WATCHING = """
+const seen = {errors: []};
+window.addEventListener('error', event => seen.errors.push(event.message));
+window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
+const middleOf = mark => {
+  const box = mark.getBoundingClientRect();
+  return {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+};
+const hoverOver = (found, then) => {
+  const mark = document.querySelector(found);
+  if (!mark) { setTimeout(() => hoverOver(found, then), 50); return; }
+  mark.dispatchEvent(new MouseEvent('mouseover', middleOf(mark)));
+  mark.dispatchEvent(new PointerEvent('pointermove', middleOf(mark)));
+  mark.dispatchEvent(new MouseEvent('mousemove', middleOf(mark)));
+  setTimeout(() => {
+    seen.tooltip = document.getElementById('vg-tooltip-element')?.innerText ?? '';
+    seen.charts = [...document.querySelectorAll('.chart')].map(chart => chart.querySelectorAll('svg').length);
+    then();
+  }, 200);
+};
+const tell = () => {
+  const out = document.createElement('pre');
+  out.id = 'seen';
+  out.textContent = JSON.stringify(seen);
+  document.body.append(out);
+};
+"""
+
+
 def seen_at(width: int, page: Path, *, dark: bool) -> Any:
     """What a reader with a screen of this width sees, once all charts are drawn, in light or dark colors.
 
