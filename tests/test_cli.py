@@ -434,12 +434,9 @@ NOT_ON_THE_COMMAND_LINE = {
 def test_the_library_and_the_command_line_have_the_same_options_and_defaults(command: str, kind: Any) -> None:
     [function] = [each.callback for each in app.registered_commands if each.name == command]
     parameters = inspect.signature(function).parameters
-    missing = NOT_ON_THE_COMMAND_LINE.get(kind, set())
-    assert {field.name for field in dataclasses.fields(kind)} - set(parameters) == missing
-    defaults = {
-        field.name: parameters[field.name].default for field in dataclasses.fields(kind) if field.name not in missing
-    }
-    assert options_of(kind, defaults) == kind()
+    fields = {field.name for field in dataclasses.fields(kind)}
+    assert fields - set(parameters) == NOT_ON_THE_COMMAND_LINE.get(kind, set())
+    assert options_of(kind, {name: each.default for name, each in parameters.items()}) == kind()
 
 
 def test_what_is_parsed_reaches_the_library_in_its_own_form() -> None:

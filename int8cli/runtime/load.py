@@ -63,10 +63,7 @@ def load_model(
     transformers has no class for the model, CheckpointError for tensors that do not fit, OptionError for an invalid
     `inputs`, `device_map` or `max_memory`, NotEnoughMemoryError if two blocks do not fit.
     """
-    if inputs not in INPUT_SCHEMES:
-        raise OptionError(f"{inputs!r} is not one of {', '.join(INPUT_SCHEMES)}", option="inputs")
-    if device_map not in (None, "auto"):
-        raise OptionError(f"{device_map!r} is not 'auto'", option="device_map", hint="One device is `device`.")
+    _check_options(inputs, device_map)
     require_installed("accelerate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     limits = memory_limits(place.type, max_memory) if device_map == "auto" or max_memory is not None else None
@@ -85,6 +82,14 @@ def load_model(
         raise
     stored.close()
     return model if offload is None else model.to(place)
+
+
+def _check_options(inputs: str, device_map: str | None) -> None:
+    """Raise OptionError for values that callers without a type checker may give."""
+    if inputs not in INPUT_SCHEMES:
+        raise OptionError(f"{inputs!r} is not one of {', '.join(INPUT_SCHEMES)}", option="inputs")
+    if device_map not in (None, "auto"):
+        raise OptionError(f"{device_map!r} is not 'auto'", option="device_map", hint="One device is `device`.")
 
 
 def _config(directory: Path) -> Any:
