@@ -93,7 +93,7 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
 def test_an_output_inside_the_source_is_warned_of(model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", "-o", "model/int8-form", cwd=model.parent)
     assert outcome.code == 0
-    assert "warning: model/int8-form lies inside the directory of the source" in outcome.err
+    assert "warning: model/int8-form is inside the directory of the source" in outcome.err
     assert "warning" not in nursery.run(*CONVERT, "model", cwd=model.parent).err
 
 

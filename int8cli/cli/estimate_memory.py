@@ -32,7 +32,7 @@ class KvDtype(enum.StrEnum):
 
 
 def complete_card(incomplete: str) -> Iterator[str]:
-    """Names of known cards, and of several: what stands before `x` or a comma is kept."""
+    """Names of known cards, after a count (`8x`) or after other cards and a comma."""
     from int8cli.estimate.cards import CARDS
 
     match = re.match(r"(.*,\s*|)(\d+\s*x\s*|)(.*)", incomplete, re.IGNORECASE)

@@ -69,10 +69,10 @@ def generate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Have a converted model answer a prompt; the text appears as it is generated.
+    """Generate text with a converted model; the text appears as it is generated.
 
     The prompt goes into the model's chat template, if it has one. Stored columns are exact. A model that is larger than
-    the memory runs too: what does not fit is read from the disk for each token, and how long that takes is said first.
+    the memory runs too: what does not fit is read from the disk for each token, and it says first how long that takes.
     """
     options = options_of(GenerateOptions, locals())
     if chat:

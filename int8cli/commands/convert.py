@@ -47,7 +47,7 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import counted, human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
-# Longer than this, somebody who did not ask for a calibration is asked, or told how to do without.
+# If it takes longer than this, a user who did not ask for a calibration is asked, or gets the alternatives.
 LONG_S = 300.0
 Choose = Callable[[Sequence[Way]], Way]
 _DEFAULTS = ConvertOptions()
@@ -199,7 +199,7 @@ class _Job:
         self.progress.note(self._first_line())
         self._note_experts()
         if isinstance(self.source, DirectorySource) and self.source.contains_output:
-            self.progress.note(f"warning: {self.run.output} lies inside the directory of the source")
+            self.progress.note(f"warning: {self.run.output} is inside the directory of the source")
 
     def chosen(self, choose: Choose) -> "_Job":
         """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""

@@ -1,4 +1,4 @@
-"""Have a converted model continue a prompt, or answer in a conversation."""
+"""Generate text with a converted model: continue a prompt, or answer in a conversation."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +36,7 @@ def generate(
     on_text: OnText | None = None,
     progress: Progress = SILENT,
 ) -> Generation:
-    """Have the model in a directory that `convert` wrote continue a prompt.
+    """Continue a prompt with the model in a directory that `convert` wrote.
 
     `on_text` gets the text in pieces as it comes, and an empty piece at its end. The prompt is put into the tokenizer's
     chat template where there is one, unless `raw`. The model may be larger than the machine: what does not fit is read
@@ -102,7 +102,7 @@ def _user(text: str) -> dict[str, str]:
 
 @dataclass(slots=True)
 class _Session:
-    """A loaded model; `forget` lets it go."""
+    """A loaded model; `forget` frees its memory."""
 
     directory: Path
     options: GenerateOptions
@@ -168,7 +168,7 @@ def _speaker(model: Any, tokenizer: Any, options: GenerateOptions) -> "Speaker":
 
 
 def _limits(max_memory: tuple[str, ...]) -> dict[int | str, int | str] | None:
-    """`cpu=8GB` and `0=10GB`, as `check_generate` let them pass."""
+    """`cpu=8GB` and `0=10GB`, after `check_generate`."""
     pairs = (entry.split("=", 1) for entry in max_memory)
     return {int(device) if device.isdecimal() else device: size for device, size in pairs} or None
 

@@ -1,7 +1,7 @@
 """The ways to choose stored columns in a conversion, with the time, memory and disk of each, before any weight is read.
 
-Owns how much work a way is, and how measured rates become time. No torch. Downloads are counted in bytes, not in time:
-nobody knows the network.
+Owns how much work a way is, and how measured rates become time. No torch. Downloads are counted in bytes, not in
+time, because the speed of the network is not known.
 """
 
 from dataclasses import asdict, dataclass
@@ -84,7 +84,7 @@ def restoring_s(size_bytes: int) -> float:
 
 
 def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
-    """Seconds for one forward of all tokens, what is taken down of each value, and what is computed of each weight."""
+    """Seconds for one forward of all tokens, the statistics of each value, and the figures of each weight."""
     quantizing_s = 2.0 / speed.quantized_bytes  # one 16-bit weight
     seconds = 0.0
     for decision in survey.plan.quantized:
@@ -97,7 +97,7 @@ def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
 
 
 def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:
-    """Seconds for all tokens to pass every linear layer so often, with less taken down of each value."""
+    """Seconds for all tokens to pass every linear layer `passes` times, with fewer statistics of each value."""
     seconds = 0.0
     for decision in survey.plan.quantized:
         rows, columns = decision.spec.shape
