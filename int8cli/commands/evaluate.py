@@ -1,8 +1,10 @@
 """Compare int8 methods on a model: its predictions, and the errors of its layers."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
@@ -35,6 +37,7 @@ def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progres
     Raises UnknownMethodError, TextError, StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the
     errors of a bad checkpoint.
     """
+    begun_s = time.monotonic()
     check_evaluate(options)
     check_device(options.device)
     methods = chosen_keys(options.methods)
@@ -47,7 +50,8 @@ def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progres
         announce(source, progress)
         from int8cli.commands.evaluate_job import EvaluationJob
 
-        return EvaluationJob(methods, text, sampling, options, work, progress).run(source, reference)
+        found = EvaluationJob(methods, text, sampling, options, work, progress).run(source, reference)
+        return replace(found, seconds=time.monotonic() - begun_s)  # of the calibration too
 
 
 def _text(chosen: Path | None, sampling: Sampling) -> Text:
