@@ -313,7 +313,7 @@ def test_a_tied_head_that_is_not_in_the_file_is_named_for_every_version(model_ty
 def test_a_table_of_degrees_is_an_embedding() -> None:
     for side in ("in", "out"):
         table = spec(f"encoder.{side}_degree_encoder.weight", 64, 32)
-        assert decide(table, config={"model_type": "graphormer"}).reason == names.MAYBE_EMBEDDING
+        assert decide(table, config={"model_type": "graphormer"}).reason == why.MAYBE_EMBEDDING
 
 
 # Against transformers
