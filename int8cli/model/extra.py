@@ -60,5 +60,5 @@ def _require_version() -> None:
     if release(installed) < release(OLDEST_THAT_RUNS):
         raise MissingTransformersError(
             f"running a model needs transformers {OLDEST_THAT_RUNS} or newer; {installed} is installed",
-            hint="pip install --upgrade 'int8cli[calibrate]'.",
+            hint="pip install -U 'int8cli[calibrate]'.",
         )
