@@ -36,6 +36,7 @@ int8cli convert bigscience/bloom
 int8cli convert ./my-model -o ./my-model-int8 --dry-run
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
 int8cli convert org/name --layout compressed-tensors
+int8cli convert org/name --smooth auto
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
@@ -96,6 +97,24 @@ Outliers = Annotated[
     ),
 ]
 
+
+def complete_smooth(incomplete: str) -> Iterator[str]:
+    """The modes, then statistics files and the directories on the way to them."""
+    yield from (mode for mode in ("auto", "none") if mode.startswith(incomplete))
+    yield from complete_path(incomplete)
+
+
+Smooth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none|FILE",
+        help="Move what is hard to round from inputs into weights by powers of two, where the run of the model proves "
+        "that it computes the same bits (auto), or by a statistics file of inspect-outliers --smooth.",
+        show_default="auto for compressed-tensors, else none",
+        autocompletion=complete_smooth,
+    ),
+]
+
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -137,6 +156,7 @@ def convert(
     on_nonfinite: WhenNonFinite = OnNonFinite.error,
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
+    smooth: Smooth = None,
     text: TextFile = None,
     tokens: Tokens = CONVERT_TOKENS,
     workers: Workers = None,
@@ -175,6 +195,7 @@ def convert(
         on_nonfinite=on_nonfinite.value,
         outliers=outliers,
         outlier_columns=outlier_columns,
+        smooth=smooth,
         text=text,
         tokens=tokens,
         workers=workers,

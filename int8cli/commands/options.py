@@ -30,6 +30,9 @@ class ConvertOptions:
     - `outliers`: how the columns to store exactly are chosen: "auto", "activations", "weights", "none", or the path of
       a statistics file of `inspect_outliers`.
     - `outlier_columns`: the most columns to store for each linear layer; None is the measured optimum, 8.
+    - `smooth`: move what is hard to round from inputs into weights by powers of two: "auto" where statistics are there
+      and prove that the model computes the same bits, "none", or the path of a statistics file of `inspect_outliers`.
+      None is "auto" in the layout compressed-tensors, whose loaders round every input, else "none".
     - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
       `sequence_length`; `seed` selects the pieces of a long text.
     - `workers`: processes, each converts one shard at a time; None chooses from cores and shards. `threads`: per
@@ -50,6 +53,7 @@ class ConvertOptions:
     on_nonfinite: Literal["error", "keep"] = "error"
     outliers: str | Path = "auto"
     outlier_columns: int | None = None
+    smooth: str | Path | None = None
     text: Path | None = None
     tokens: int = CONVERT_TOKENS
     sequence_length: int = 512
@@ -92,6 +96,7 @@ class InspectOptions:
     - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
       `sequence_length`; `seed` selects the pieces of a long text.
     - `threshold`: values of this magnitude or more are outliers.
+    - `smooth`: also find and prove what `convert` can smooth, which takes about as long as the rest.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     - `retry_for`: seconds for which a download that fails without progress is tried again.
@@ -104,6 +109,7 @@ class InspectOptions:
     sequence_length: int = 512
     seed: int = 0
     threshold: float = 6.0
+    smooth: bool = False
     device: DeviceName = "cpu"
     work_dir: Path | None = None
     retry_for: float = RETRY_FOR_S

@@ -24,6 +24,7 @@ TRANSFORMERS_BYTES = 520_000_000
 # run twice in int8 on 128 positions).
 VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
+SMOOTHING_WORK = 120.0
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9
 _START_S = 3.0  # Python, torch, transformers
@@ -80,7 +81,13 @@ def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
         seconds += 2.0 * weights * sampling.tokens / speed.product(decision.spec.dtype)
         seconds += (rows + columns) * sampling.tokens * VALUE_WORK * quantizing_s
         seconds += weights * WEIGHT_WORK * quantizing_s
-    return seconds
+    return seconds + (smoothing_s(survey, speed) if survey.smooth else 0.0)
+
+
+def smoothing_s(survey: Survey, speed: Speed) -> float:
+    """Seconds to find and prove the smoothing of every layer: products on some positions, one for each choice."""
+    quantizing_s = 2.0 / speed.quantized_bytes
+    return sum(each.spec.numel * SMOOTHING_WORK * quantizing_s for each in survey.plan.quantized)
 
 
 def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:

@@ -57,10 +57,14 @@ class CalibrateOptions:
 
 @dataclass(frozen=True, slots=True)
 class UnitStatistics:
-    """The statistics of one unit of the model, from this run or from the run that it resumes."""
+    """The statistics of one unit of the model, from this run or from the run that it resumes.
+
+    `tensors` are those of the checkpoint that the unit reads.
+    """
 
     unit: str
     sites: tuple[SiteStatistics, ...]
+    tensors: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -155,7 +159,8 @@ class Calibration:
             finished=self._saved.finished if self._saved else (),
         )
         self._found = dict(self._recalled())
-        yield from (UnitStatistics(unit, sites) for unit, sites in self._found.items())
+        tensors_of = {unit.name: unit.sources for unit in skeleton.units}
+        yield from (UnitStatistics(unit, sites, tensors_of[unit]) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
         with CheckpointTensors(self._source, self._shards) as tensors:
             stream = StreamedModel(skeleton, tensors, device=self._options.device, saved=self._saved)
@@ -182,7 +187,7 @@ class Calibration:
         if unit.is_block:
             self._save(unit.name, sites)
             self._progress.done(TASK, unit.name)
-        return UnitStatistics(unit.name, sites)
+        return UnitStatistics(unit.name, sites, unit.sources)
 
     @property
     def _largest_bytes(self) -> int:

@@ -17,6 +17,9 @@ NO_OUTLIERS = "none"
 FROM_ACTIVATIONS = "activations"
 FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
+# The values of Settings.smooth.
+NO_SMOOTHING = "none"
+EXACT_SMOOTHING = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class Settings:
 
     `outliers` is the strategy that chooses the stored columns ("none" where none are stored), `outlier_columns` the
     most columns of one linear. `calibration` names the text and how much of it is used, or the statistics. `figures`:
-    whether the error of every layer is measured.
+    whether the error of every layer is measured. `smooth`: whether what the calibration proved is smoothed.
     """
 
     layout: str
@@ -37,6 +40,7 @@ class Settings:
     outlier_columns: int = 0
     calibration: str = ""
     figures: bool = True
+    smooth: str = NO_SMOOTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report import markdown
+from int8cli.report.smoothing import smoothing_section
 from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
@@ -56,13 +57,19 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
         f"{model}{revision}, converted by int8cli to 8-bit integers as in "
         "[LLM.int8()](https://arxiv.org/abs/2208.07339): one scale for each output row, round half to even."
     )
-    yield "Embeddings, norms, biases and the output head are unchanged.\n"
+    smoothing = report.smoothing
+    if smoothing is not None and smoothing.smoothed:
+        yield "Embeddings and the output head are unchanged; norms and biases as [below](#smoothing).\n"
+    else:
+        yield "Embeddings, norms, biases and the output head are unchanged.\n"
     yield from _size_table(report)
     if survey.has_config:
         yield from _loading(survey)
         yield from _too_large(survey)
     stored = report.stored
-    if stored is not None:
+    if smoothing is not None:
+        yield from smoothing_section(smoothing)
+    if stored is not None and (stored.total.columns or report.settings["outlier_columns"]):
         yield from _stored_columns(report, stored, survey)
     yield from _layers(report)
 

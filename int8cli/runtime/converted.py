@@ -17,6 +17,7 @@ from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.planning.exponents import are_sound, columns_name, is_exponents, rows_name, tensor_of
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
 
@@ -72,6 +73,11 @@ class Converted:
         return {tensor.spec.name: tensor.spec for contents in self.sidecars for tensor in contents.tensors}
 
     @property
+    def smoothed(self) -> frozenset[str]:
+        """The tensors that a smoothing changed."""
+        return frozenset(tensor_of(name) for name in self.stored if is_exponents(name))
+
+    @property
     def modules(self) -> frozenset[str]:
         """The names of the int8 linear layers in the checkpoint."""
         return frozenset(name.removesuffix(_WEIGHT) for name in self.scales)
@@ -111,7 +117,9 @@ def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
 
 def _check_columns(converted: Converted) -> None:
     """Raises CheckpointError unless all stored columns belong to int8 layers, as I32 [k] and floats [out, k]."""
-    stored = converted.stored
+    stored = {name: spec for name, spec in converted.stored.items() if not is_exponents(name)}
+    for name in converted.stored.keys() - stored.keys():
+        _check_exponents(converted, converted.stored[name])
     for name in stored:
         if name.rpartition(".")[0] not in converted.modules:
             raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=_AGAIN)
@@ -124,6 +132,17 @@ def _check_columns(converted: Converted) -> None:
                 f"{out_features} outputs needs I32 [k] and floats [{out_features}, k]",
                 hint=_AGAIN,
             )
+
+
+def _check_exponents(converted: Converted, found: TensorSpec) -> None:
+    """Raise CheckpointError unless exponents are I8, one for each row or column of a tensor of the model."""
+    tensor = tensor_of(found.name)
+    spec = converted.specs.get(tensor)
+    size = None if spec is None or not spec.shape else spec.shape[-1 if found.name == columns_name(tensor) else 0]
+    if found.dtype != "I8" or found.shape != (size,):
+        raise CheckpointError(
+            f"{found.name} is {_shown(found)}, which are no exponents for {tensor} {_shown(spec)}", hint=_AGAIN
+        )
 
 
 def _fits(columns: TensorSpec, weights: TensorSpec, out_features: int) -> bool:
@@ -198,6 +217,18 @@ class ConvertedTensors(CheckpointTensors):
         scale = self._scales[f"{module}{_WEIGHT}"]
         values = super().read(scale.name).float().reshape(-1)
         return values * INT8_MAX if scale.is_step else values
+
+    def exponents(self, name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The exponents of a tensor's rows and columns, int8; None where it is not scaled. Raises CheckpointError."""
+        return self._exponents(rows_name(name)), self._exponents(columns_name(name))
+
+    def _exponents(self, name: str) -> Tensor | None:
+        if name not in self._known:
+            return None
+        found = super().read(name)
+        if not are_sound(bytes(found.view(torch.uint8).tolist())):
+            raise CheckpointError(f"{name} is not made of exponents", hint=_AGAIN)
+        return found
 
     def exact_columns(self, module: str) -> ExactColumns | None:
         """The outlier columns stored for a linear layer; None if it has none. Raises CheckpointError for bad ones."""

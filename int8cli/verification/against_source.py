@@ -18,11 +18,13 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor
 from int8cli.conversion.open_shard import open_shard
 from int8cli.conversion.pass_ledger import PassResult
+from int8cli.conversion.resumed_smoothing import exponents_in
 from int8cli.conversion.shard import layer_report
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
+from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
 from int8cli.planning.plan import make_plan
@@ -131,7 +133,7 @@ def check_weights(
     """Convert every shard again and compare bytes and figures. Fetches one shard at a time from the Hub."""
     weights: list[Failure] = []
     figures: list[Failure] = []
-    layers = copied = columns = 0
+    layers = copied = columns = scaled = 0
     present = {contents.file_name: contents.file_bytes for contents in survey.shards}
     # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
     alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
@@ -144,6 +146,7 @@ def check_weights(
         task = _task(directory, shard, survey, conversion, record, options)
         layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
+        scaled += len(task.planned.exponents)
         try:
             with source.fetch(shard.file) as local:
                 if following is not None:
@@ -157,6 +160,7 @@ def check_weights(
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
     detail += f", {columns:,} stored columns too" if columns else ""
+    detail += f"; {scaled:,} tensors are those of the source times their powers of two" if scaled else ""
     return Check.of("weights", detail, weights), Check.of("figures", _figures_detail(layers, conversion), figures)
 
 
@@ -190,20 +194,31 @@ def _task(
     """The task that converts the shard as its record says it was converted."""
     contents = _contents_as_recorded(survey, shard, record)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
-    stored = None
+    stored, exponents = None, {}
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
         stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
+        exponents = _exponents(directory / sidecar_file_name(shard.output), contents)
     columns = {name: each.indices for name, each in stored.items()} if stored is not None else None
     plan = _plan_as_recorded(survey, contents, record)
     return ShardTask(
         source=shard,
         weight_format=survey.weights.format,
-        planned=plan_shard(contents, plan, shard.output, survey.target, columns),
+        planned=plan_shard(contents, plan, shard.output, survey.target, columns, exponents),
         directory=directory,
         partial=directory / shard.output,
         options=PassOptions(options.threads, options.device, via_half, keep_non_finite=True, figures=figures),
         stored=stored or {},
     )
+
+
+def _exponents(sidecar: Path, contents: ShardContents) -> dict[str, TensorExponents]:
+    """The exponents of the shard's tensors. Nothing if they cannot be read, which the checks of the files report."""
+    try:
+        found = exponents_in(sidecar)
+    except (OSError, Int8cliError):
+        return {}
+    known = {stored.spec.name for stored in contents.tensors}
+    return {name: each for name, each in found.items() if name in known}
 
 
 def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecord) -> ShardContents:
@@ -280,7 +295,7 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
         if decision.spec.name in result.non_finite:
             continue
         before = recorded[decision.module]
-        recomputed = layer_report(decision, task.planned.target, result, before.stored)
+        recomputed = layer_report(decision, task.planned.target, result, before.stored, before.smoothing)
         if replace(recomputed, sums=before.sums) != before:
             yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
         if recomputed.sums is None or before.sums is None:

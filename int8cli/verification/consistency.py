@@ -17,10 +17,11 @@ from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
-from int8cli.records.conversion import Conversion
+from int8cli.records.conversion import NO_SMOOTHING, Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile
 from int8cli.records.shard_record import ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
+from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Failure
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
 
@@ -157,14 +158,16 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
         yield Failure(REPORT_FILE, str(error))
         return
     report["settings"].setdefault("figures", True)  # earlier versions always measured them
+    report["settings"].setdefault("smooth", NO_SMOOTHING)  # and smoothed nothing
     layers = worst_first(layer for record in records for layer in record.layers)
     settings = json.loads(json.dumps(asdict(conversion.settings)))
-    stored = summarize_stored(layers)
+    stored, smoothing = summarize_stored(layers), summarize_smoothing(layer.smoothing for layer in layers)
     head = {
         "model": conversion.source.name,
         "revision": conversion.source.revision,
         "settings": settings,
         "stored_columns": json.loads(json.dumps(stored.to_json())) if stored is not None else None,
+        "smoothing": json.loads(json.dumps(smoothing.to_json())) if smoothing is not None else None,
     }
     totals = {
         "shards": len(records),
@@ -176,6 +179,8 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
     yield from _differences(head, report)
     yield from _differences(totals, report["totals"])
     stated = {layer["name"]: layer for layer in report["layers"]}
+    for each in stated.values():
+        each.setdefault("smoothing", None)
     for layer in layers:
         if stated.pop(layer.name, None) != json.loads(json.dumps(layer.to_json())):
             yield Failure(REPORT_FILE, "its figures differ from its record", layer.name)
