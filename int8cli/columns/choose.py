@@ -46,6 +46,7 @@ def column_strategies(
                 raise
             by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
             fallback = "the weights" if by_weights else "no outlier columns"
+            fallback += ", without smoothing" if wanted.smooth else ""
             note(f"cannot calibrate ({error}); falling back to {fallback}")
         else:
             yield strategy

@@ -225,7 +225,8 @@ class _Job:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
+                fallback = _fallback(following) + (", without smoothing" if strategy.survey.smooth else "")
+                self.progress.note(f"cannot calibrate ({error}); falling back to {fallback}")
                 strategy = following
 
     def _ways(self) -> tuple[Way, ...]:
