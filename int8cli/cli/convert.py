@@ -12,6 +12,7 @@ from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
     Device,
+    InputsScheme,
     Json,
     LayoutName,
     Model,
@@ -63,6 +64,10 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
 ]
 Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
+Inputs = Annotated[
+    InputsScheme,
+    typer.Option(help="How loaders of compressed-tensors quantize inputs; not all of them know zero points."),
+]
 Threshold = Annotated[
     float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
 ]
@@ -149,6 +154,7 @@ def convert(
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
+    inputs: Inputs = InputsScheme.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,
@@ -188,6 +194,7 @@ def convert(
     options = ConvertOptions(
         revision=revision,
         layout=layout.value,
+        inputs=inputs.value,
         threshold=threshold,
         skip=tuple(skip or ()),
         only=tuple(only or ()),

@@ -46,6 +46,7 @@ def strategy_from_activations(
         leave_state=True,
         stored_columns=wanted.limit,
         smooth=wanted.smooth,
+        smooth_for="zeropoint" if settings.inputs == "zeropoint" else "absmax",
     )
 
     def columns(progress: Progress) -> ColumnSource:

@@ -15,11 +15,12 @@ from int8cli.commands.options import (
     EstimateOptions,
     EvaluateOptions,
     GenerateOptions,
+    InputsName,
     InspectOptions,
     VerifyOptions,
 )
 from int8cli.errors import OptionError
-from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.layouts import LAYOUTS, layout_of
 from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
 from int8cli.workers.torch_start import start_torch
 
@@ -39,6 +40,9 @@ _SMALLEST = {
 def check_convert(options: ConvertOptions) -> None:
     _check_counts(options)
     _check_choice("layout", options.layout, LAYOUTS)
+    _check_choice("inputs", options.inputs, get_args(InputsName))
+    if layout_of(options.layout, options.inputs) is None:
+        raise OptionError(f"the layout {options.layout} cannot say {options.inputs!r} to loaders", option="inputs")
     _check_choice("float32", options.float32, ("direct", "float16"))
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)

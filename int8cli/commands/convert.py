@@ -33,7 +33,7 @@ from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
 from int8cli.estimate.ways import Way, calibration_s
 from int8cli.machine.memory_use import peak_memory_bytes
 from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.layouts import LAYOUTS, layout_of
 from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Survey, survey_source
@@ -134,7 +134,8 @@ def plan_conversion(
 def settings_of(options: ConvertOptions) -> Settings:
     """The options that determine the bytes of the output. The strategy for the outlier columns adds its part."""
     patterns = tuple(options.skip), tuple(options.only)
-    return Settings(options.layout, options.threshold, *patterns, options.float32, figures=options.figures)
+    exact = options.layout, options.threshold
+    return Settings(*exact, *patterns, options.float32, figures=options.figures, inputs=options.inputs)
 
 
 @contextmanager
@@ -155,7 +156,8 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         retry_for_s=options.retry_for,
         progress=progress,
     ) as source:
-        survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
+        target = layout_of(options.layout, options.inputs) or LAYOUTS[options.layout]
+        survey = survey_source(source, PlanOptions(settings.skip, settings.only), target)
         workers = options.workers or choose_workers(survey, options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 LayoutName = Literal["bitsandbytes", "compressed-tensors"]
+InputsName = Literal["absmax", "zeropoint"]
 DeviceName = Literal["cpu", "cuda"]
 # On SmolLM2-135M, columns chosen on 512, 1,024, 2,048 and 4,096 tokens leave a mean output error of 0.01055, 0.01056,
 # 0.01055 and 0.01053, and a divergence of 0.0082, 0.0078, 0.0081 and 0.0080 nats from 16 bit. More tokens only take
@@ -23,6 +24,8 @@ class ConvertOptions:
 
     - `revision`: branch, tag or commit of a model on the Hub; None is its main branch.
     - `layout`: which loaders can open the output.
+    - `inputs`: how loaders of compressed-tensors quantize the inputs of a layer: around zero, which all of them do, or
+      with a zero point, which is more accurate in vLLM and transformers, and which others ignore.
     - `threshold`: llm_int8_threshold for the loader: inputs of this magnitude or more are multiplied in 16 bit.
     - `skip`, `only`: globs on module names. Modules that match `skip`, or do not match `only`, are not quantized.
     - `float32`: quantize float32 weights directly, or from float16 as bitsandbytes does.
@@ -46,6 +49,7 @@ class ConvertOptions:
 
     revision: str | None = None
     layout: LayoutName = "bitsandbytes"
+    inputs: InputsName = "absmax"
     threshold: float = 6.0
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
+from int8cli.llm_int8.matmul import InputScheme
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.loaded_unit import LoadedUnit
@@ -42,7 +43,7 @@ class CalibrateOptions:
     unless `leave_state` is set: then the same call finishes at once. Links are followed up to `state_below`, by default
     the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
     alone and with that many columns exact. With `smooth`, the smoothing of each site is found and proved, which takes
-    about as long as the rest.
+    about as long as the rest; it is chosen for inputs that are quantized by `smooth_for`.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -53,6 +54,7 @@ class CalibrateOptions:
     leave_state: bool = False
     stored_columns: int = 0
     smooth: bool = False
+    smooth_for: InputScheme = "absmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,9 @@ class Calibration:
         self._require_memory(skeleton)
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
-        self._smoother = UnitSmoother() if options.smooth else None
+        self._smoother = UnitSmoother(options.smooth_for) if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        identity |= {"smooth": True} if options.smooth else {}
+        identity |= {"smooth": options.smooth_for} if options.smooth else {}
         below = options.state_below
         self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 

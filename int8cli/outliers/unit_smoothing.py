@@ -26,8 +26,6 @@ from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, weight_of
 from int8cli.outliers.statistics import ScaledRows, SiteSmoothing
 
-# The exponents are chosen for inputs without a zero point, which all loaders compute.
-_SCHEME: InputScheme = "absmax"
 # Why a site is left alone.
 NO_PRODUCER = "nothing before it takes the division exactly"
 NO_GAIN = "no powers of two make its int8 product better"
@@ -63,8 +61,9 @@ class UnitSmoothing:
 class UnitSmoother:
     """Smooths units. What it finds in one does not depend on others, so that an interrupted run finds the same."""
 
-    def __init__(self, alphas: Sequence[float] = ALPHAS) -> None:
-        self._alphas = tuple(alphas)
+    def __init__(self, scheme: InputScheme, alphas: Sequence[float] = ALPHAS) -> None:
+        """The exponents are chosen for products with inputs quantized by `scheme`."""
+        self._scheme, self._alphas = scheme, tuple(alphas)
 
     @contextmanager
     def smoothed(
@@ -127,17 +126,17 @@ class UnitSmoother:
         allowed = allowed_exponents(loaded, fold) & input_range(absmax, examples.dtype)
         over = column_absmax(weights)
         choices = [smoothing_exponents(absmax, over, alpha, allowed, fold.group) for alpha in self._alphas]
-        unchanged, *errors = _errors(examples, weights, [torch.zeros_like(fold.rows, dtype=torch.int8), *choices])
+        nothing = torch.zeros_like(fold.rows, dtype=torch.int8)
+        unchanged, *errors = self._errors(examples, weights, [nothing, *choices])
         best = min(range(len(choices)), key=errors.__getitem__)
         if errors[best] >= unchanged:
             return None
         return _Applied(fold, choices[best], self._alphas[best])
 
-
-def _errors(examples: Tensor, weights: Sequence[Tensor], choices: Sequence[Tensor]) -> list[float]:
-    """The error of each choice, added up over the linears of a site."""
-    by_weight = [smoothed_output_errors(examples, weight, choices, _SCHEME) for weight in weights]
-    return [sum(errors) for errors in zip(*by_weight, strict=True)]
+    def _errors(self, examples: Tensor, weights: Sequence[Tensor], choices: Sequence[Tensor]) -> list[float]:
+        """The error of each choice, added up over the linears of a site."""
+        by_weight = [smoothed_output_errors(examples, weight, choices, self._scheme) for weight in weights]
+        return [sum(errors) for errors in zip(*by_weight, strict=True)]
 
 
 def _result(loaded: LoadedUnit, applied: _Applied, examples: Tensor) -> SiteSmoothing:

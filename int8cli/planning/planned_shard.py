@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.planning.decisions import Decision, Plan
 from int8cli.planning.exponents import NOTHING_SCALED, TensorExponents, exponent_specs
-from int8cli.planning.layouts import LAYOUTS, Layout
+from int8cli.planning.layouts import LAYOUTS_BY_KEY, Layout
 from int8cli.planning.output_files import OutputShard, plan_output_shard, plan_sidecar
 
 
@@ -18,7 +18,7 @@ from int8cli.planning.output_files import OutputShard, plan_output_shard, plan_s
 class PlannedShard:
     """One source shard and its outputs, planned to the byte.
 
-    `plan` has the decisions on this shard's tensors, in file order. `layout` names the format of `output`. `sidecar`
+    `plan` has the decisions on this shard's tensors, in file order. `layout` is the key of that of `output`. `sidecar`
     is the file for the input columns `columns`, sorted, by tensor, and for the `exponents` of the tensors that a
     smoothing changes; None if the shard gets no sidecar.
     """
@@ -33,7 +33,7 @@ class PlannedShard:
 
     @property
     def target(self) -> Layout:
-        return LAYOUTS[self.layout]
+        return LAYOUTS_BY_KEY[self.layout]
 
     @property
     def decisions(self) -> dict[str, Decision]:
@@ -82,9 +82,9 @@ def plan_shard(
     decisions = {decision.spec.name: decision for decision in plan.decisions}
     output = plan_output_shard(contents, decisions, file_name, target)
     if columns is None:
-        return PlannedShard(contents, plan, target.NAME, output)
+        return PlannedShard(contents, plan, target.KEY, output)
     stored = {name: indices for name, indices in columns.items() if decisions[name].quantize}
     counts = {name: len(indices) for name, indices in stored.items()}
     smoothed = tuple(spec for name, each in exponents.items() for spec, _ in exponent_specs(name, each))
     sidecar = plan_sidecar(contents, decisions, file_name, counts, smoothed)
-    return PlannedShard(contents, plan, target.NAME, output, sidecar, stored, exponents)
+    return PlannedShard(contents, plan, target.KEY, output, sidecar, stored, exponents)

@@ -91,7 +91,7 @@ class Survey:
         contents = next(each for each in self.shards if each.file_name == file_name)
         decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
         plan = replace(self.plan, decisions=decisions)
-        return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
+        return PlannedShard(contents, plan, self.target.KEY, self.outputs[file_name], self.sidecars.get(file_name))
 
     def in_layout(self, target: Layout) -> "Survey":
         """The same source planned for another layout, without stored columns."""

@@ -19,6 +19,7 @@ FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
 # The values of Settings.smooth.
 NO_SMOOTHING = "none"
+ABSMAX_INPUTS = "absmax"  # the default of Settings.inputs
 EXACT_SMOOTHING = "exact"
 
 
@@ -29,6 +30,7 @@ class Settings:
     `outliers` is the strategy that chooses the stored columns ("none" where none are stored), `outlier_columns` the
     most columns of one linear. `calibration` names the text and how much of it is used, or the statistics. `figures`:
     whether the error of every layer is measured. `smooth`: whether what the calibration proved is smoothed.
+    `inputs` says how loaders quantize inputs, where the layout leaves that open.
     """
 
     layout: str
@@ -41,6 +43,7 @@ class Settings:
     calibration: str = ""
     figures: bool = True
     smooth: str = NO_SMOOTHING
+    inputs: str = ABSMAX_INPUTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,6 @@ from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.exponents import TensorExponents
-from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
@@ -36,6 +35,7 @@ from int8cli.records.manifest import SideFile
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
+from int8cli.verification.layout import target_of
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import column_problem
 
@@ -97,7 +97,7 @@ class Comparison:
 def survey_for(source: Source, conversion: Conversion) -> Survey:
     """The source in its current state, planned with the settings of the conversion."""
     settings = conversion.settings
-    return survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
+    return survey_source(source, PlanOptions(settings.skip, settings.only), target_of(conversion))
 
 
 def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:

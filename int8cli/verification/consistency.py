@@ -15,15 +15,15 @@ from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
-from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
-from int8cli.records.conversion import NO_SMOOTHING, Conversion
+from int8cli.records.conversion import ABSMAX_INPUTS, NO_SMOOTHING, Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile
 from int8cli.records.shard_record import ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
 from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Failure
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
+from int8cli.verification.layout import target_of
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
 
@@ -57,7 +57,7 @@ def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) 
 
 def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
     """Check that each tensor of the source became the right tensors of the layout: none missing, none extra."""
-    target = LAYOUTS[conversion.settings.layout]
+    target = target_of(conversion)
     for record in records:
         shard = record.files[0]
         layers = {f"{layer.name}.weight": layer for layer in record.layers}
@@ -126,7 +126,7 @@ def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
 
 def config_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
     """Check that quantization_config follows from the settings and does not skip any int8 layer."""
-    settings, target = conversion.settings, LAYOUTS[conversion.settings.layout]
+    settings, target = conversion.settings, target_of(conversion)
     try:
         stated = _read_object(directory / CONFIG_FILE).get("quantization_config")
     except Int8cliError as error:
@@ -159,6 +159,7 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
         return
     report["settings"].setdefault("figures", True)  # earlier versions always measured them
     report["settings"].setdefault("smooth", NO_SMOOTHING)  # and smoothed nothing
+    report["settings"].setdefault("inputs", ABSMAX_INPUTS)
     layers = worst_first(layer for record in records for layer in record.layers)
     settings = json.loads(json.dumps(asdict(conversion.settings)))
     stored, smoothing = summarize_stored(layers), summarize_smoothing(layer.smoothing for layer in layers)

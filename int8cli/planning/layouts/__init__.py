@@ -9,13 +9,15 @@ from typing import Any, Literal, Protocol
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.decisions import Acceptance, Plan
-from int8cli.planning.layouts import bitsandbytes, compressed_tensors
+from int8cli.planning.layouts import bitsandbytes, compressed_tensors, zero_points
 
 
 class Layout(Protocol):
     """The tensors of a quantized weight in an output, and its entries in config.json."""
 
-    NAME: str
+    NAME: str  # that of the format
+    KEY: str  # its own: two layouts of one format differ in how loaders quantize inputs
+    INPUTS: str
     ACCEPTS: Acceptance  # which layers its loaders support in int8
     SCALES: Literal["row_absmax", "step"]  # row_absmax undivided, or the quantization step row_absmax / 127
     AS_ON_LOAD: bool  # whether the int8 weights are those that loaders make of the same source
@@ -42,4 +44,14 @@ class Layout(Protocol):
         """Whether the loaders leave `module` alone because of an entry under `SKIP_KEY`."""
 
 
+# Each format's own layout, by name; and every layout, by key.
 LAYOUTS: Mapping[str, Layout] = {layout.NAME: layout for layout in (bitsandbytes, compressed_tensors)}
+LAYOUTS_BY_KEY: Mapping[str, Layout] = {
+    layout.KEY: layout for layout in (bitsandbytes, compressed_tensors, zero_points)
+}
+
+
+def layout_of(name: str, inputs: str) -> Layout | None:
+    """The layout of a format whose loaders quantize inputs so; None if there is none."""
+    found = (layout for layout in LAYOUTS_BY_KEY.values() if (name, inputs) == (layout.NAME, layout.INPUTS))
+    return next(found, None)

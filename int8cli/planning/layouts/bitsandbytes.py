@@ -12,7 +12,8 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
 
-NAME = "bitsandbytes"
+NAME = KEY = "bitsandbytes"
+INPUTS = "absmax"  # and those over the threshold in 16 bit
 ACCEPTS = Acceptance()
 SCALES: Literal["row_absmax", "step"] = "row_absmax"
 AS_ON_LOAD = True

@@ -17,7 +17,8 @@ from int8cli.loaders.transformers_versions import covers_by_component
 from int8cli.planning.decisions import Acceptance, FloatLayers, Plan
 from int8cli.planning.layouts.skip_modules import skip_modules
 
-NAME = "compressed-tensors"
+NAME = KEY = "compressed-tensors"
+INPUTS = "absmax"
 # The loaders replace every `nn.Linear`; vLLM also replaces layers made of them, such as separate experts. transformers'
 # Conv1D is not one, and vLLM transposes the weights that it reads for it.
 # vLLM builds some linear layers without a quantization config (0.32: qwen2_moe.py, qwen3_next.py, mamba_mixer.py), and
