@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.commands.options import LayoutName
+from int8cli.commands.options import InputsName, LayoutName
+from int8cli.errors import OptionError
+from int8cli.llm_int8.matmul import quantize_tokens
 from int8cli.planning.decisions import Acceptance, PlanOptions
 from int8cli.planning.layouts import LAYOUTS, bitsandbytes, compressed_tensors
 from int8cli.planning.plan import make_plan
@@ -432,3 +434,53 @@ def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, .
     else:
         assert loads.status == "not checked"
         assert "vLLM can" in loads.detail
+
+
+# Inputs with a zero point
+
+
+def test_inputs_with_a_zero_point_are_only_another_config(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source")
+    convert(source, tmp_path / "plain", ConvertOptions(outliers="none", layout=LAYOUT))
+    report = convert(
+        source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, inputs="zeropoint")
+    ).report
+    assert report.settings["inputs"] == "zeropoint"
+    plain, out = (read_json(tmp_path / name / "config.json")["quantization_config"] for name in ("plain", "out"))
+    assert plain["config_groups"]["group_0"]["input_activations"].pop("symmetric") is True
+    assert out["config_groups"]["group_0"]["input_activations"].pop("symmetric") is False
+    assert out == plain
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert "SGLang ignores the zero points" in (tmp_path / "out/README.md").read_text()
+    assert [check.name for check in verified(tmp_path / "out", source).checks if check.failures] == []
+
+
+def test_transformers_gives_inputs_a_zero_point(tmp_path: Path) -> None:
+    """Inputs that are not centred on zero are rounded half as much. transformers rounds them, and nothing else."""
+    from transformers import AutoModelForCausalLM
+
+    source = llama(tmp_path / "source")
+    name = "model.layers.0.self_attn.q_proj"
+    values = (torch.randn(7, 64, generator=torch.Generator().manual_seed(5)).abs() + 1).bfloat16()
+    errors = {}
+    schemes: tuple[InputsName, ...] = ("absmax", "zeropoint")
+    for inputs in schemes:
+        convert(source, tmp_path / inputs, ConvertOptions(outliers="none", layout=LAYOUT, inputs=inputs))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / inputs, dtype=torch.float32).eval()
+        tensors = read_all(tmp_path / inputs)
+        weight = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+        with torch.no_grad():
+            model(torch.arange(4)[None])  # the first run expands the weights
+            found = model.get_submodule(name)(values.float())
+        errors[inputs] = float((found - values.float() @ weight.t()).norm())
+        tokens = quantize_tokens(values, inputs)
+        rounded = (tokens.data.float() - tokens.zero_point[:, None]) * tokens.step[:, None]
+        expected = float(((rounded - values.float()) @ weight.t()).norm())
+        assert expected / 2 < errors[inputs] < expected * 2
+    assert errors["zeropoint"] < 0.75 * errors["absmax"]
+
+
+def test_the_other_layout_has_no_word_for_zero_points(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="zeropoint"):
+        convert(tmp_path, tmp_path / "out", ConvertOptions(inputs="zeropoint"))
