@@ -23,7 +23,13 @@ from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
 from int8cli.commands.options import LayoutName
 from int8cli.conversion.scaling import BlockScaling
-from int8cli.errors import CheckpointError, OptionError, SavedStateError, SettingsMismatchError
+from int8cli.errors import (
+    CheckpointError,
+    InexactSmoothingError,
+    OptionError,
+    SavedStateError,
+    SettingsMismatchError,
+)
 from int8cli.evaluation.columns import ChosenColumns, columns_from, smoothing_from
 from int8cli.evaluation.evaluate import evaluate
 from int8cli.evaluation.methods import chosen_methods
@@ -470,7 +476,7 @@ def test_a_value_that_would_lose_digits_is_refused() -> None:
     scaling = BlockScaling({"norm": TensorExponents(rows=bytes([256 - 3, 3]))}, "cpu")
     kept = scaling.scaled_vector("norm", Rectangle(0, 1, 0, 2), torch.tensor([[0.75, float("nan")]]).half())
     assert kept[0, 0] == 0.75 / 8
-    with pytest.raises(CheckpointError, match="power of two"):
+    with pytest.raises(InexactSmoothingError, match="power of two"):
         scaling.scaled_vector("norm", Rectangle(0, 1, 0, 2), torch.tensor([[3 * 2.0**-24, 1.0]]).half())
-    with pytest.raises(CheckpointError, match="power of two"):
+    with pytest.raises(InexactSmoothingError, match="power of two"):
         scaling.scaled_vector("norm", Rectangle(0, 1, 0, 2), torch.tensor([[1.0, 60000.0]]).half())

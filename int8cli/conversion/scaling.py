@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from int8cli.conversion.buffers import Workbench
-from int8cli.errors import CheckpointError
+from int8cli.errors import InexactSmoothingError
 from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.planning.blocks import Matrix, Rectangle
 from int8cli.planning.exponents import TensorExponents
@@ -41,14 +41,14 @@ class BlockScaling:
         return scaled
 
     def scaled_vector(self, name: str, part: Rectangle, loaded: Tensor) -> Tensor:
-        """A piece (1, elements) of a vector of floats. Raises CheckpointError if its digits would change."""
+        """A piece (1, elements) of a vector of floats. Raises InexactSmoothingError if digits would be lost."""
         rows, _ = self._factors_of(name, loaded.dtype)
         assert rows is not None
         piece = slice(part.column, part.column + part.columns)
         scaled = loaded * rows[piece]
         same = scaled / rows[piece] == loaded
         if not bool((same | loaded.isnan()).all()):
-            raise CheckpointError(
+            raise InexactSmoothingError(
                 f"{name} has the value {float(loaded[~same].flatten()[0]):.3g}, too small or too large to be divided "
                 "by a power of two",
                 hint="Convert without smoothing.",

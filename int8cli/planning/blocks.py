@@ -21,6 +21,8 @@ THREADS_FOR_A_SHARD = 4
 # The buffers of one thread, in bytes for each element of a block: source 8 (the widest dtype), float32 scaled and
 # rounded 4 + 4, int8 data 1, scales 4 (a block may have one column).
 BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
+# And of one that smooths: a copy of the block in the source's dtype.
+SMOOTHING_BYTES_A_THREAD = BLOCK_ELEMENTS * 8
 
 
 @dataclass(frozen=True, slots=True)
