@@ -12,7 +12,6 @@ from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
     Device,
-    InputsScheme,
     Json,
     LayoutName,
     Model,
@@ -64,9 +63,19 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
 ]
 Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
+
+
+class Inputs8(enum.StrEnum):
+    """How the inputs of an int8 layer are quantized."""
+
+    absmax = "absmax"
+    zeropoint = "zeropoint"
+    none = "none"
+
+
 Inputs = Annotated[
-    InputsScheme,
-    typer.Option(help="How loaders of compressed-tensors quantize inputs; not all of them know zero points."),
+    Inputs8,
+    typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
 ]
 Threshold = Annotated[
     float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
@@ -154,7 +163,7 @@ def convert(
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
-    inputs: Inputs = InputsScheme.absmax,
+    inputs: Inputs = Inputs8.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,

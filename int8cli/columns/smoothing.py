@@ -65,21 +65,17 @@ class Smoothings:
             decision = self.decisions.get(_weight(linear.name))
             if decision is None or not decision.quantize:
                 yield f"{linear.name} is not in int8"
-            elif _as_computed(decision) != (linear.out_features, linear.in_features):
+            elif decision.computed_shape != (linear.out_features, linear.in_features):
                 yield f"{linear.name}: {_ANOTHER_SHAPE}"
         for each in smoothing.scaled:
             decision = self.decisions.get(each.tensor)
             shape = None if decision is None else decision.spec.shape
             if decision is not None and decision.quantize:
-                shape = _as_computed(decision)[:1]
+                shape = decision.computed_shape[:1]
             elif shape is not None and len(shape) > 1:
                 yield f"{each.tensor} is not in int8"
             if shape != (len(each.exponents),):
                 yield f"{each.tensor}: {_ANOTHER_SHAPE}"
-
-
-def _as_computed(decision: Decision) -> tuple[int, ...]:
-    return decision.spec.shape[::-1] if decision.transpose else decision.spec.shape
 
 
 def _weight(linear: str) -> str:

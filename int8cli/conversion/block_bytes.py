@@ -115,7 +115,15 @@ class BlockConverter:
         except NonFiniteWeightError as found:
             return BlockBytes(spec.name, non_finite=self._place(matrix, part, found))
         sums = self._quantize_into_bench(bench, *self._as_loaders_cast(loaded, absmax))
-        outputs = [(spec.name, part.row * matrix.in_features + part.column, bench.data.bytes[: part.numel])]
+        if self._target.PACKED:
+            bench.data.tensor(torch.int8, (part.numel,)).bitwise_xor_(-128)
+        outputs = [
+            (
+                self._target.data_name(spec.name),
+                part.row * matrix.in_features + part.column,
+                bench.data.bytes[: part.numel],
+            )
+        ]
         if part.column == 0:
             outputs.append((self._target.scale_name(spec.name), part.row * 4, bench.scales.bytes[: part.rows * 4]))
         outputs += self._stored_columns(bench, spec.name, part, loaded)

@@ -93,7 +93,7 @@ def layer_report(
     return LayerReport(
         name=decision.module,
         kind=decision.kind.removesuffix(".weight"),
-        shape=(data.shape[0], data.shape[1]),
+        shape=(decision.computed_shape[0], decision.computed_shape[1]),
         source_dtype=TORCH_NAMES[decision.spec.dtype],
         bytes_before=decision.spec.nbytes,
         bytes_after=data.nbytes + sum(spec.nbytes for spec in companions),

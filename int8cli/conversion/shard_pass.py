@@ -120,7 +120,7 @@ class ShardPass:
 def _constants(planned: PlannedShard) -> Iterator[tuple[str, bytes]]:
     """The tensors that no block produces: the layout's marks, the indices of stored columns, and exponents."""
     for decision in planned.plan.quantized:
-        yield from planned.target.marks(decision.spec.name).items()
+        yield from planned.target.marks(decision.spec.name, decision.computed_shape).items()
         if planned.sidecar is not None:
             columns = planned.columns.get(decision.spec.name, ())
             yield outlier_cols_name(decision.module), struct.pack(f"<{len(columns)}i", *columns)

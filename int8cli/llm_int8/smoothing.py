@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.inputs import InputSummary
 from int8cli.llm_int8.limits import MAX_EXPONENT
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
@@ -132,12 +133,13 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
 
 
 def smoothed_output_errors(
-    inputs: Tensor, weight: Tensor, choices: Sequence[Tensor], scheme: InputScheme
+    inputs: Tensor, weight: Tensor, choices: Sequence[Tensor], scheme: InputScheme | None
 ) -> tuple[float, ...]:
     """||error||² / ||X Wᵀ||² of the int8 product of the smoothed inputs and the smoothed weight, for each choice.
 
     inputs (positions, in_features) and weight (out_features, in_features), neither smoothed yet; each choice has the
-    exponents of the input columns. Works on blocks of rows. 0 if the output is 0.
+    exponents of the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. 0 if the output
+    is 0.
     """
     smoothed = [inputs * powers_of_two(-exponents, inputs.dtype) for exponents in choices]
     factors, whole = [powers_of_two(exponents, weight.dtype) for exponents in choices], inputs.float()
@@ -148,7 +150,11 @@ def smoothed_output_errors(
         exact = whole @ rows.float().t()
         total += float(exact.square().sum(dtype=torch.float64))
         for place, (given, factor) in enumerate(zip(smoothed, factors, strict=True)):
-            product = llm_int8_linear(given, Int8Weight.of(*quantize_rowwise(rows * factor)), scheme)
+            data, row_absmax = quantize_rowwise(rows * factor)
+            if scheme is None:
+                product = given.float() @ restored_weight(data, row_absmax, torch.float32).t()
+            else:
+                product = llm_int8_linear(given, Int8Weight.of(data, row_absmax), scheme)
             errors[place] += float((product - exact).square_().sum(dtype=torch.float64))
     return tuple(error / total if total > 0.0 else 0.0 for error in errors)
 

@@ -43,7 +43,8 @@ class CalibrateOptions:
     unless `leave_state` is set: then the same call finishes at once. Links are followed up to `state_below`, by default
     the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
     alone and with that many columns exact. With `smooth`, the smoothing of each site is found and proved, which takes
-    about as long as the rest; it is chosen for inputs that are quantized by `smooth_for`.
+    about as long as the rest; it is chosen for inputs that are quantized by `smooth_for`,
+    or not at all.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -54,7 +55,7 @@ class CalibrateOptions:
     leave_state: bool = False
     stored_columns: int = 0
     smooth: bool = False
-    smooth_for: InputScheme = "absmax"
+    smooth_for: InputScheme | None = "absmax"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Calibration:
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         self._smoother = UnitSmoother(options.smooth_for) if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        identity |= {"smooth": options.smooth_for} if options.smooth else {}
+        identity |= {"smooth": str(options.smooth_for)} if options.smooth else {}
         below = options.state_below
         self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 

@@ -61,8 +61,8 @@ class UnitSmoothing:
 class UnitSmoother:
     """Smooths units. What it finds in one does not depend on others, so that an interrupted run finds the same."""
 
-    def __init__(self, scheme: InputScheme, alphas: Sequence[float] = ALPHAS) -> None:
-        """The exponents are chosen for products with inputs quantized by `scheme`."""
+    def __init__(self, scheme: InputScheme | None, alphas: Sequence[float] = ALPHAS) -> None:
+        """The exponents are chosen for products with inputs quantized by `scheme`; None leaves them in floats."""
         self._scheme, self._alphas = scheme, tuple(alphas)
 
     @contextmanager

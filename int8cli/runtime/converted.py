@@ -4,24 +4,26 @@ Owns how the names and scales of each layout become `Int8Data`, and where stored
 about evaluation methods.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.index import read_contents
 from int8cli.checkpoint.source import Source
-from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, TensorSpec
+from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, StoredTensor, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.planning.decisions import Plan
 from int8cli.planning.exponents import are_sound, columns_name, is_exponents, rows_name, tensor_of
-from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.layouts import LAYOUTS_BY_KEY, weights_only
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
 
-_WEIGHT = ".weight"
+_WEIGHT, _PACKED = ".weight", ".weight_packed"
 _AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
 
 
@@ -54,12 +56,16 @@ class Converted:
     """A converted model's files and tensors. `specs` are the tensors of the model itself, without scales and marks.
 
     `scales` is keyed by the name of the int8 weight. `sidecars` are the files with stored outlier columns, if any.
+    Weights in `packed` are unsigned, data + 128: they stand in `shards` as the int8 matrices that they hold, under the
+    name of the weight. `headers` are the shards as their headers have them.
     """
 
     shards: tuple[ShardContents, ...]
     sidecars: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
     scales: Mapping[str, _Scale]
+    headers: tuple[ShardContents, ...]
+    packed: frozenset[str] = frozenset()
 
     @property
     def exact_column_counts(self) -> tuple[int, ...]:
@@ -89,21 +95,56 @@ def find_converted(source: Source, shards: Sequence[ShardContents]) -> Converted
     Raises CheckpointError if an int8 weight is not a matrix with one scale per row, or if stored columns do not fit
     their layer.
     """
+    headers, packed = tuple(shards), frozenset[str]()
+    if any(tensor.spec.name.endswith(_PACKED) for contents in shards for tensor in contents.tensors):
+        shards, packed = _unpacked(source, shards)
     specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
     scales: dict[str, _Scale] = {}
     extras: set[str] = set()  # scales and marks
-    for layout in LAYOUTS.values():
+    for layout in LAYOUTS_BY_KEY.values():
         for name, spec in specs.items():
             if name.endswith(_WEIGHT) and spec.dtype == "I8" and layout.scale_name(name) in specs:
                 _check_scale(spec, specs[layout.scale_name(name)])
                 scales[name] = _Scale(layout.scale_name(name), layout.SCALES == "step")
-                extras |= {layout.scale_name(name), *layout.marks(name)}
+                extras |= {layout.scale_name(name), *layout.marks(name, spec.shape)}
     if not scales:
         return None
     model_specs = {name: spec for name, spec in specs.items() if name not in extras}
-    converted = Converted(tuple(shards), tuple(_sidecars(source)), model_specs, scales)
+    converted = Converted(tuple(shards), tuple(_sidecars(source)), model_specs, scales, headers, packed)
     _check_columns(converted)
     return converted
+
+
+def _unpacked(source: Source, shards: Sequence[ShardContents]) -> tuple[tuple[ShardContents, ...], frozenset[str]]:
+    """The shards with each packed matrix as the int8 matrix that it holds, and the names of these.
+
+    They are left as they are unless config.json says that eight bits are packed, by row and around zero.
+    """
+    if not _packs_int8(source):
+        return tuple(shards), frozenset()
+    names: set[str] = set()
+
+    def unpacked(stored: StoredTensor) -> StoredTensor:
+        spec = stored.spec
+        if not spec.name.endswith(_PACKED) or spec.dtype != "I32" or len(spec.shape) != 2:
+            return stored
+        weight = spec.name.removesuffix(_PACKED) + _WEIGHT
+        names.add(weight)
+        shape = (spec.shape[0], spec.shape[1] * weights_only.VALUES_A_WORD)
+        return replace(stored, spec=TensorSpec(weight, "I8", shape))
+
+    found = tuple(replace(each, tensors=tuple(map(unpacked, each.tensors))) for each in shards)
+    return found, frozenset(names)
+
+
+def _packs_int8(source: Source) -> bool:
+    if CONFIG_FILE not in source.list_files():
+        return False
+    declared = read_config(source).get("quantization_config")
+    wanted = weights_only.quantization_config(Plan(()), 0.0)
+    if not isinstance(declared, Mapping):
+        return False
+    return all(declared.get(key) == wanted[key] for key in ("quant_method", "format", "config_groups"))
 
 
 def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
@@ -170,6 +211,11 @@ def check_indices(module: str, indices: Sequence[int], in_features: int) -> None
         )
 
 
+def signed(packed: Tensor) -> Tensor:
+    """The int8 values of packed data, which has them plus 128: a new tensor of the same shape."""
+    return packed.bitwise_xor(-128)
+
+
 class ConvertedTensors(CheckpointTensors):
     """Reads a converted model with its int8 weights restored to floats, and also the int8 tensors as they are.
 
@@ -178,7 +224,7 @@ class ConvertedTensors(CheckpointTensors):
 
     def __init__(self, source: Source, converted: Converted) -> None:
         super().__init__(source, (*converted.shards, *converted.sidecars))
-        self._scales = converted.scales
+        self._scales, self._packed = converted.scales, converted.packed
         self._known = converted.stored
         self._in_features = {name: converted.specs[f"{name}{_WEIGHT}"].shape[1] for name in converted.modules}
         self.dtype = torch.float32
@@ -197,7 +243,12 @@ class ConvertedTensors(CheckpointTensors):
 
     def map_stored(self, name: str) -> Tensor:
         """A tensor as the checkpoint has it, int8 too, as a mapping of its file. Not to be written to."""
-        return super().map(name)
+        found = super().map(name)
+        return signed(found) if name in self._packed else found
+
+    def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
+        for block in super().row_blocks(name, elements):
+            yield signed(block) if name in self._packed else block
 
     def names_of(self, modules: Iterable[str]) -> list[str]:
         """For each of these linear layers, one of its tensors in each file: its weight, and its outlier_cols if any."""
@@ -210,7 +261,9 @@ class ConvertedTensors(CheckpointTensors):
 
     def int8(self, module: str) -> Int8Data:
         """The int8 data and row_absmax of a linear layer."""
-        return Int8Data(super().read(f"{module}{_WEIGHT}"), self.row_absmax(module))
+        name = f"{module}{_WEIGHT}"
+        data = super().read(name)
+        return Int8Data(signed(data) if name in self._packed else data, self.row_absmax(module))
 
     def row_absmax(self, module: str) -> Tensor:
         """The scales of a linear layer: float32 (out,)."""

@@ -16,6 +16,7 @@ NAME = KEY = "bitsandbytes"
 INPUTS = "absmax"  # and those over the threshold in 16 bit
 ACCEPTS = Acceptance()
 SCALES: Literal["row_absmax", "step"] = "row_absmax"
+PACKED = False
 AS_ON_LOAD = True
 SKIP_KEY = "llm_int8_skip_modules"
 WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
@@ -44,7 +45,11 @@ def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec,
     )
 
 
-def marks(weight_name: str) -> dict[str, bytes]:
+def data_name(weight_name: str) -> str:
+    return weight_name
+
+
+def marks(weight_name: str, shape: tuple[int, ...]) -> dict[str, bytes]:
     return {weight_format_name(weight_name): WEIGHT_FORMAT}
 
 

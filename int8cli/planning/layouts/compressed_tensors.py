@@ -33,6 +33,7 @@ ACCEPTS = Acceptance(
     ),
 )
 SCALES: Literal["row_absmax", "step"] = "step"
+PACKED = False
 AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
@@ -48,7 +49,11 @@ def scale_name(weight_name: str) -> str:
     return f"{weight_name}_scale"
 
 
-def marks(weight_name: str) -> dict[str, bytes]:
+def data_name(weight_name: str) -> str:
+    return weight_name
+
+
+def marks(weight_name: str, shape: tuple[int, ...]) -> dict[str, bytes]:
     return {}
 
 

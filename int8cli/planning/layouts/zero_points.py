@@ -16,7 +16,8 @@ ACCEPTS = base.ACCEPTS
 SCALES: Literal["row_absmax", "step"] = base.SCALES
 AS_ON_LOAD = base.AS_ON_LOAD
 SKIP_KEY = base.SKIP_KEY
-scale_name, marks, quantized_specs = base.scale_name, base.marks, base.quantized_specs
+PACKED = base.PACKED
+data_name, scale_name, marks, quantized_specs = base.data_name, base.scale_name, base.marks, base.quantized_specs
 transformers_reads, leaves_alone = base.transformers_reads, base.leaves_alone
 
 
