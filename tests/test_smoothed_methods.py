@@ -27,6 +27,7 @@ TEXT = some_text(200, seed=1)
 PAIRS = {
     "smoothed-vector-wise": "vector-wise",
     "smoothed-zeropoint": "zeropoint-vector-wise",
+    "smoothed-zeropoint-inputs": "zeropoint-inputs",
     "smoothed-bitsandbytes": "bitsandbytes",
     "smoothed-int8-weights": "int8-weights",
     "smoothed-stored": "zeropoint-llm-int8-stored",

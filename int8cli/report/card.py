@@ -30,6 +30,16 @@ _AUTO_CLASSES = {
     "ForImageClassification": "AutoModelForImageClassification",
 }
 
+# Which loader computes what, by the inputs of the layout compressed-tensors.
+_INPUTS = {
+    "absmax": "Every loader rounds inputs to int8 too, with one scale for each token.",
+    "zeropoint": (
+        "Inputs are rounded to int8 too, with a scale and a zero point for each token: by vLLM in linear layers, and "
+        "by transformers. vLLM in experts, and SGLang everywhere, leave the zero point out without a warning."
+    ),
+    "none": "Only weights are int8. Inputs stay in 16 bit, and products are computed in it.",
+}
+
 
 def render_card(report: ConversionReport, survey: Survey, source_card: SourceCard = NO_CARD) -> str:
     """The complete README.md. License and task are those of the source's card."""
@@ -95,6 +105,7 @@ def _loading(survey: Survey) -> Iterator[str]:
     yield "## Loading\n"
     if package == compressed_tensors.NAME:
         yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
+        yield f"{_INPUTS[survey.target.INPUTS]}\n"
     yield from (f"Note: {markdown.text(caveat)}.\n" for caveat in survey.target.caveats(survey.plan))
     if not survey.target.transformers_reads(survey.decisions):
         return
