@@ -18,7 +18,7 @@ from int8cli.columns.from_statistics import StatisticsColumns
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
 from int8cli.errors import CannotRunError
-from int8cli.llm_int8.matmul import InputScheme
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
@@ -26,12 +26,9 @@ from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatis
 from int8cli.planning.exponents import ShardSmoothing, TensorExponents
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.conversion import Settings
+from int8cli.records.conversion import WEIGHTS_ONLY, Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
-
-# What the inputs of a conversion mean for the product that exponents are chosen for.
-_SCHEMES: Mapping[str, InputScheme | None] = {"absmax": "absmax", "zeropoint": "zeropoint", "none": None}
 
 
 def strategy_from_activations(
@@ -50,7 +47,7 @@ def strategy_from_activations(
         leave_state=True,
         stored_columns=wanted.limit,
         smooth=wanted.smooth,
-        smooth_for=_SCHEMES.get(settings.inputs, "absmax"),
+        smooth_for=None if settings.inputs == WEIGHTS_ONLY else DEFAULT_INPUTS,
     )
 
     def columns(progress: Progress) -> ColumnSource:

@@ -10,7 +10,7 @@ from pathlib import Path
 from int8cli.checkpoint.index import read_contents
 from int8cli.checkpoint.reader import FileReader, open_to_read
 from int8cli.errors import CheckpointError, SavedStateError
-from int8cli.planning.exponents import NOT_SCALED, TensorExponents, are_sound, gathered, is_exponents
+from int8cli.planning.exponents import NOT_SCALED, TensorExponents, are_sound, gathered, is_exponents, misfits
 from int8cli.planning.output_files import sidecar_file_name
 from int8cli.records.shard_record import ShardRecord
 
@@ -49,6 +49,20 @@ def require_same(settled: Mapping[str, TensorExponents], recorded: Mapping[str, 
         raise SavedStateError(
             f"the calibration now finds other exponents for {differing} than the interrupted run, whose results are "
             "lost: shards of both do not fit together",
+            hint="Start over.",
+        )
+
+
+def require_fitting(output: Path, records: Iterable[ShardRecord]) -> None:
+    """Raise SavedStateError if the finished shards do not fit together: folds are divided and multiplied alike."""
+    found = list(records)
+    layers = {f"{layer.name}.weight": layer.smoothing for record in found for layer in record.layers if layer.smoothing}
+    smoothed = {name: layer for name, layer in layers.items() if layer.smoothed}
+    misfit = next(misfits(smoothed, recorded_exponents(output, found)), None) if smoothed else None
+    if misfit is not None:
+        raise SavedStateError(
+            f"{misfit} is multiplied by other powers of two than its input is divided by: its shard and that of what "
+            "is in front of it come from different calibrations",
             hint="Start over.",
         )
 

@@ -14,7 +14,7 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
-from int8cli.llm_int8.matmul import InputScheme
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.loaded_unit import LoadedUnit
@@ -55,7 +55,7 @@ class CalibrateOptions:
     leave_state: bool = False
     stored_columns: int = 0
     smooth: bool = False
-    smooth_for: InputScheme | None = "absmax"
+    smooth_for: InputScheme | None = DEFAULT_INPUTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,6 +105,28 @@ def are_sound(data: bytes) -> bool:
     return all(-MAX_EXPONENT <= value <= MAX_EXPONENT for value in array("b", data))
 
 
+def misfits(layers: Mapping[str, LayerSmoothing], exponents: Mapping[str, TensorExponents]) -> Iterator[str]:
+    """The layers, by their weights, whose columns are not multiplied by what divides their input.
+
+    Where a producer has a row for each column, they must be opposite one by one. Where it has other rows too, or shares
+    one between columns, the exponents that occur must be the same.
+    """
+    made: dict[str, set[int]] = {}
+    for weight, layer in layers.items():
+        opposite = {-value for value in array("b", exponents.get(weight, NOT_SCALED).columns) if value}
+        for tensor in layer.scaled:
+            made.setdefault(tensor, set()).update(opposite)
+    for weight, layer in layers.items():
+        columns = array("b", exponents.get(weight, NOT_SCALED).columns)
+        for tensor in layer.scaled:
+            rows = array("b", exponents.get(tensor, NOT_SCALED).rows)
+            one_by_one = len(rows) == len(columns)
+            fits = list(rows) == [-value for value in columns] if one_by_one else set(rows) - {0} == made[tensor]
+            if not fits:
+                yield weight
+                break
+
+
 def _both(one: bytes, other: bytes) -> bytes:
     if not one or not other:
         return one or other

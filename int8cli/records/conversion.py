@@ -19,7 +19,9 @@ FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
 # The values of Settings.smooth.
 NO_SMOOTHING = "none"
-ABSMAX_INPUTS = "absmax"  # the default of Settings.inputs
+# Values of Settings.inputs: the default, and inputs that stay in 16 bit.
+ABSMAX_INPUTS = "absmax"
+WEIGHTS_ONLY = "none"
 EXACT_SMOOTHING = "exact"
 
 

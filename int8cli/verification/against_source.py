@@ -18,13 +18,11 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor
 from int8cli.conversion.open_shard import open_shard
 from int8cli.conversion.pass_ledger import PassResult
-from int8cli.conversion.resumed_smoothing import exponents_in
 from int8cli.conversion.shard import layer_report
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
-from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.output_files import OutputShard, sidecar_file_name
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard, plan_shard
@@ -37,7 +35,7 @@ from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.layout import target_of
 from int8cli.verification.options import VerificationRun
-from int8cli.verification.sidecars import column_problem
+from int8cli.verification.sidecars import column_problem, recorded_exponents
 
 # Two machines may add the same float64 values in different orders.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
@@ -197,7 +195,7 @@ def _task(
     stored, exponents = None, {}
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
         stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
-        exponents = _exponents(directory / sidecar_file_name(shard.output), contents)
+        exponents = recorded_exponents(directory / sidecar_file_name(shard.output), contents)
     columns = {name: each.indices for name, each in stored.items()} if stored is not None else None
     plan = _plan_as_recorded(survey, contents, record)
     return ShardTask(
@@ -209,16 +207,6 @@ def _task(
         options=PassOptions(options.threads, options.device, via_half, keep_non_finite=True, figures=figures),
         stored=stored or {},
     )
-
-
-def _exponents(sidecar: Path, contents: ShardContents) -> dict[str, TensorExponents]:
-    """The exponents of the shard's tensors. Nothing if they cannot be read, which the checks of the files report."""
-    try:
-        found = exponents_in(sidecar)
-    except (OSError, Int8cliError):
-        return {}
-    known = {stored.spec.name for stored in contents.tensors}
-    return {name: each for name, each in found.items() if name in known}
 
 
 def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecord) -> ShardContents:

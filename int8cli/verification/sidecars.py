@@ -11,9 +11,10 @@ from itertools import pairwise
 from pathlib import Path
 
 from int8cli.checkpoint.reader import FileReader
-from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.checkpoint.tensor import ShardContents, TensorSpec
+from int8cli.conversion.resumed_smoothing import exponents_in
 from int8cli.errors import Int8cliError
-from int8cli.planning.exponents import columns_name, is_exponents, rows_name, tensor_of
+from int8cli.planning.exponents import TensorExponents, columns_name, is_exponents, misfits, rows_name, tensor_of
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
 from int8cli.records.conversion import NO_OUTLIERS, NO_SMOOTHING, Conversion
 from int8cli.records.shard_record import FileRecord, ShardRecord
@@ -32,12 +33,41 @@ def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[Sh
         failures += _record_failures(directory, conversion, record)
     if conversion.settings.outliers == NO_OUTLIERS:
         return Check.of(NAME, "no columns are stored", failures)
+    if not failures:
+        failures += _misfits(directory, records)
     layers = [layer.stored for record in records for layer in record.layers if layer.stored is not None]
     columns, having = sum(len(stored.columns) for stored in layers), sum(1 for stored in layers if stored.columns)
     detail = f"{columns:,} columns of {having:,} layers, sorted and as reported"
     smoothing = summarize_smoothing(layer.smoothing for record in records for layer in record.layers)
     detail += f"; {smoothing.smoothed:,} layers are smoothed" if smoothing is not None else ""
     return Check.of(NAME, detail, failures)
+
+
+def _misfits(directory: Path, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """The smoothed layers whose columns do not fit what is divided in front of them."""
+    files = {f"{layer.name}.weight": record.source.output for record in records for layer in record.layers}
+    layers = {f"{layer.name}.weight": layer.smoothing for record in records for layer in record.layers}
+    smoothed = {name: layer for name, layer in layers.items() if layer is not None and layer.smoothed}
+    sidecars = {file.file for record in records for file in record.files[1:]}
+    found: dict[str, TensorExponents] = {}
+    for name in sorted(sidecars) if smoothed else ():
+        try:
+            found |= exponents_in(directory / name)
+        except (OSError, Int8cliError) as error:
+            yield Failure(name, str(error))
+            return
+    for weight in misfits(smoothed, found):
+        yield Failure(sidecar_file_name(files[weight]), "is not multiplied by what its input is divided by", weight)
+
+
+def recorded_exponents(sidecar: Path, contents: ShardContents) -> dict[str, TensorExponents]:
+    """The exponents of the shard's tensors. Nothing if they cannot be read, which the checks of the files report."""
+    try:
+        found = exponents_in(sidecar)
+    except (OSError, Int8cliError):
+        return {}
+    known = {stored.spec.name for stored in contents.tensors}
+    return {name: each for name, each in found.items() if name in known}
 
 
 def column_problem(layer: LayerReport, most: int) -> str | None:
