@@ -120,7 +120,7 @@ def remove_file(path: Path, below: Path) -> None:
 def remove_empty_directories(directory: Path, below: Path) -> None:
     """Remove a directory of ours and those in it, as far as they hold no file. No link is followed.
 
-    Raises OutputError where it does not lie below `below`.
+    Raises OutputError if it is not below `below`.
     """
     _parts_below(directory, below)
     with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:

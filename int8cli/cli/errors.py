@@ -141,7 +141,7 @@ def flag_of(option: str) -> str:
 
 def _forget_stdout() -> None:
     """Discard what is in the buffer of stdout. Otherwise Python would write it at exit and fail again."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
 
 
 def show_error(error: Int8cliError, hint: str) -> None:

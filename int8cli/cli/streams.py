@@ -7,7 +7,7 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import TextIO
+from typing import TextIO, cast
 
 from int8cli.report.text import PrintableStream
 
@@ -23,7 +23,7 @@ def prepare_streams() -> None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack × or characters of file names
         sys.stdout.reconfigure(errors="backslashreplace")
-    sys.stderr = PrintableStream(MessageStream(sys.stderr))
+    sys.stderr = PrintableStream(cast(TextIO, MessageStream(sys.stderr)))
 
 
 class MessageStream(io.TextIOBase):

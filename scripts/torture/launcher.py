@@ -224,7 +224,7 @@ def _become_the_program(request: Request, stdout: str, stderr: str) -> None:
         if request.watch is not None:
             kernel.stop_at_calls(sorted(kernel.CALLS[name] for name in request.watch.names))
     except BaseException:
-        Path(stderr).write_text(traceback.format_exc())
+        Path(stderr).write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(70)
     become_the_program(list(request.args), request.cwd, dict(request.env), stdout, stderr, None)
 
