@@ -95,6 +95,8 @@ class AlreadyQuantizedError(UnsupportedModelError):
 class AlreadyConvertedError(AlreadyQuantizedError):
     """The weights are int8 already, and int8cli wrote them."""
 
+    usual_hint = "Give the 16- or 32-bit model that was converted."
+
 
 class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
