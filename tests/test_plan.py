@@ -1,12 +1,10 @@
 """What becomes int8 and why, compared with what transformers' bitsandbytes path replaces on the meta device."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +16,12 @@ from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
 from int8cli.planning.plan import kind_of, make_plan
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+from surveying.building import build, describe
+from surveying.built_model import as_built_model
+from surveying.comparing import differences, dtype_differences, plan_for, skip_differences
 
 
 def spec(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:
@@ -292,21 +296,27 @@ def test_a_name_that_transformers_5_0_misreads_stays_a_float(module: str) -> Non
         assert any(rule(entry, module) for entry in skip_modules(plan))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [
+        *(("luke", "lm_head.decoder"), ("luke", "entity_predictions.decoder"), ("mega", "mlm_head")),
+        *(("nezha", "cls.predictions.decoder"), ("rembert", "cls.predictions.decoder")),
+        ("transfo-xl", "crit.out_layers.2"),
+    ],
+)
+def test_a_tied_head_that_is_not_in_the_file_is_named_for_every_version(model_type: str, head: str) -> None:
+    plan = plan_of(*llama(), config={"model_type": model_type})
+    for rule in SKIP_RULES.values():
+        assert any(rule(entry, head) for entry in skip_modules(plan))
+
+
+def test_a_table_of_degrees_is_an_embedding() -> None:
+    for side in ("in", "out"):
+        table = spec(f"encoder.{side}_degree_encoder.weight", 64, 32)
+        assert decide(table, config={"model_type": "graphormer"}).reason == why.MAYBE_EMBEDDING
+
+
 # Against transformers
-
-
-@pytest.fixture(scope="module")
-def survey() -> ModuleType:
-    path = Path(__file__).parent.parent / "scripts" / "survey_architectures.py"
-    sys.path.append(str(path.parent))
-    module_spec = importlib.util.spec_from_file_location("survey_architectures", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules["survey_architectures"] = module
-    module_spec.loader.exec_module(module)
-    return module
-
 
 CLASSES = [
     ("bloom", "BloomForCausalLM", {}),
@@ -364,7 +374,7 @@ FEWER_INT8_SINCE = {
 
 @pytest.mark.parametrize(("model_type", "class_name", "config"), CLASSES)
 def test_the_plan_equals_what_transformers_loads_in_int8(
-    survey: ModuleType, model_type: str, class_name: str, config: dict[str, Any]
+    model_type: str, class_name: str, config: dict[str, Any]
 ) -> None:
     import transformers
     from transformers import CONFIG_MAPPING
@@ -372,15 +382,15 @@ def test_the_plan_equals_what_transformers_loads_in_int8(
     version = transformers.__version__
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {version} does not know {model_type}")
-    model = survey.build(class_name, partial(CONFIG_MAPPING[model_type], **config), "")
-    built = survey.as_built_model(survey.describe(model_type, class_name, model))
-    plan = survey.plan_for(built)
+    model = build(class_name, partial(CONFIG_MAPPING[model_type], **config), "")
+    built = as_built_model(describe(model_type, class_name, model))
+    plan = plan_for(built)
     assert plan.quantized or model_type == "falcon"
-    found = list(survey.differences(built, plan))
+    found = list(differences(built, plan))
     if release(version) < release(FEWER_INT8_SINCE.get(model_type, "0")):
         assert {severity for severity, *_ in found} == {"missed"}
     else:
         assert found == []
     rule = skip_rule(version)
-    assert [found for found in survey.skip_differences(built, plan, rule) if found[0] == "FATAL"] == []
-    assert [found for found in survey.dtype_differences(built) if found[0] == "narrow"] == []
+    assert [found for found in skip_differences(built, plan, rule) if found[0] == "FATAL"] == []
+    assert [found for found in dtype_differences(built) if found[0] == "narrow"] == []

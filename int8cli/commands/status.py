@@ -64,8 +64,12 @@ def _finished_blocks(record: Path) -> list[Any]:
 
 
 def _bytes_below(directory: Path) -> int:
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     total = 0
-    for parent, _, files in os.walk(directory):
+    for parent, _, files in os.walk(directory, onerror=refuse):
         for name in files:
             with suppress(FileNotFoundError):  # converted and removed meanwhile
                 total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size

@@ -71,7 +71,7 @@ def dequantize(
     DiskSpaceError, UnsupportedModelError for a directory whose records are not whole, and what reading raises.
     """
     source = DirectorySource(directory, output=output)
-    if output.resolve().is_relative_to((directory / OWN_DIRECTORY).resolve()):
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(directory / OWN_DIRECTORY)):
         raise OutputError(f"{output} is inside {directory / OWN_DIRECTORY}", hint="Choose another directory.")
     weights = find_weights(source)
     contents = read_headers(source, weights)

@@ -9,12 +9,12 @@ stay floats must be named in `llm_int8_skip_modules`. Has only tables: `plan` an
 TIED_HEADS: dict[str, tuple[str, ...]] = {
     "cls.predictions.decoder": (
         *("bert", "big_bird", "blip", "deberta", "deberta-v2", "encoder-decoder", "ernie", "fnet", "layoutlm"),
-        *("lxmert", "megatron-bert", "mobilebert", "mra", "nomic_bert", "nystromformer", "roc_bert", "roformer"),
-        *("squeezebert", "tapas", "visual_bert", "yoso"),
+        *("lxmert", "megatron-bert", "mobilebert", "mra", "nezha", "nomic_bert", "nystromformer", "rembert"),
+        *("roc_bert", "roformer", "squeezebert", "tapas", "visual_bert", "yoso"),
     ),
     "lm_head.decoder": (
         *("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "jina_embeddings_v3", "longformer"),
-        *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        *("luke", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     ),
     "proj_out": ("canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"),
     "output_projection": ("biogpt", "fsmt", "trocr"),
@@ -27,6 +27,7 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
     "ctc_head": ("granite_speech5_ctc",),
     "entity_predictions.decoder": ("luke",),
     "head.decoder": ("ultrabert",),
+    "mlm_head": ("mega",),
     "lm_loss": ("xlnet",),
     "unembedding_projection": ("neomme",),
     "^head$": ("rwkv",),
@@ -74,5 +75,6 @@ ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
     "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
     "sarvam_moe": (r".*\.self_attn\.[qkv]_proj", r"layers\.\d+\.self_attn\.[qkv]_proj"),
     "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
+    "transfo-xl": ("crit.out_layers",),
     "unlimited_ocr": ("multi_modal_projector", r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj"),
 }

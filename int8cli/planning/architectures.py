@@ -159,6 +159,7 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "dab-detr": (_under("bbox_predictor", TIED),),
     "deepseek_v4": (_leaf("wo_a", SUBCLASS),),
     "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
+    "graphormer": (_leaf("(?:in|out)_degree_encoder", EMBEDDING),),
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
