@@ -24,6 +24,7 @@ from int8cli.cli.options import (
     Tokens,
     check_outputs,
     complete_path,
+    options_of,
     say_written,
 )
 from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
@@ -65,7 +66,7 @@ Output = Annotated[
 Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
 
 
-class Inputs8(enum.StrEnum):
+class ConvertedInputs(enum.StrEnum):
     """How the inputs of an int8 layer are quantized."""
 
     absmax = "absmax"
@@ -74,7 +75,7 @@ class Inputs8(enum.StrEnum):
 
 
 Inputs = Annotated[
-    Inputs8,
+    ConvertedInputs,
     typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
 ]
 Threshold = Annotated[
@@ -163,7 +164,7 @@ def convert(
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
-    inputs: Inputs = Inputs8.absmax,
+    inputs: Inputs = ConvertedInputs.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,
@@ -200,27 +201,7 @@ def convert(
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
 
-    options = ConvertOptions(
-        revision=revision,
-        layout=layout.value,
-        inputs=inputs.value,
-        threshold=threshold,
-        skip=tuple(skip or ()),
-        only=tuple(only or ()),
-        float32=float32.value,
-        on_nonfinite=on_nonfinite.value,
-        outliers=outliers,
-        outlier_columns=outlier_columns,
-        smooth=smooth,
-        text=text,
-        tokens=tokens,
-        workers=workers,
-        device=device.value,
-        figures=figures,
-        keep_source=keep_source,
-        retry_for=retry_for,
-        overwrite=overwrite,
-    )
+    options = options_of(ConvertOptions, locals())
     found: ConversionPlan | ConversionResult
     with shown_progress(quiet=quiet) as progress:
         if dry_run:

@@ -11,11 +11,14 @@ from int8cli.checkpoint.source import Source
 from int8cli.columns.foreseen import TOKENIZER_FILES
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
-from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
+from int8cli.errors import CANNOT_CALIBRATE, CannotRunError, Int8cliError, MissingExtraError
 from int8cli.model.extra import require_transformers
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
+
+# What a fallback leaves out too, where it was wanted.
+WITHOUT_SMOOTHING = ", without smoothing"
 
 
 def column_strategies(
@@ -46,8 +49,7 @@ def column_strategies(
                 raise
             by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
             fallback = "the weights" if by_weights else "no outlier columns"
-            fallback += ", without smoothing" if wanted.smooth else ""
-            note(f"cannot calibrate ({error}); falling back to {fallback}")
+            note(falling_back(error, fallback + (WITHOUT_SMOOTHING if wanted.smooth else "")))
         else:
             yield strategy
     if mode in (AUTO, FROM_WEIGHTS):
@@ -56,6 +58,12 @@ def column_strategies(
             yield strategy_from_weights(wanted, source, survey, settings, counts, state_directory)
     if mode == AUTO:
         yield without_columns(survey, settings)
+
+
+def falling_back(error: Int8cliError, fallback: str) -> str:
+    """The line that says why the model is not run, what is done instead and, if a package is missing, its command."""
+    command = f": {error.hint.rstrip('.')}" if isinstance(error, MissingExtraError) else ""
+    return f"cannot calibrate ({error}{command}); falling back to {fallback}"
 
 
 def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> ColumnStrategy:
