@@ -41,7 +41,7 @@ class BlockScaling:
         return scaled
 
     def scaled_vector(self, name: str, part: Rectangle, loaded: Tensor) -> Tensor:
-        """A piece (1, elements) of a vector of floats, on the CPU. Raises InexactSmoothingError if digits would be lost."""
+        """A piece (1, elements) of a vector, on the CPU. Raises InexactSmoothingError if digits would be lost."""
         rows, _ = self._factors_of(name, loaded.dtype)
         assert rows is not None
         factors = rows[part.column : part.column + part.columns].to(loaded.device)
