@@ -66,7 +66,7 @@ Output = Annotated[
 Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
 
 
-class Inputs8(enum.StrEnum):
+class ConvertedInputs(enum.StrEnum):
     """How the inputs of an int8 layer are quantized."""
 
     absmax = "absmax"
@@ -75,7 +75,7 @@ class Inputs8(enum.StrEnum):
 
 
 Inputs = Annotated[
-    Inputs8,
+    ConvertedInputs,
     typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
 ]
 Threshold = Annotated[
@@ -164,7 +164,7 @@ def convert(
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
-    inputs: Inputs = Inputs8.absmax,
+    inputs: Inputs = ConvertedInputs.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,

@@ -18,7 +18,7 @@ from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
-from int8cli.columns.choose import column_strategies, falling_back
+from int8cli.columns.choose import WITHOUT_SMOOTHING, column_strategies, falling_back
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
@@ -227,7 +227,7 @@ class _Job:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                fallback = _fallback(following) + (", without smoothing" if strategy.survey.smooth else "")
+                fallback = _fallback(following) + (WITHOUT_SMOOTHING if strategy.survey.smooth else "")
                 self.progress.note(falling_back(error, fallback))
                 strategy = following
 
