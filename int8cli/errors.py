@@ -26,6 +26,10 @@ class OptionError(Int8cliError):
         self.option = option
 
 
+class CannotRunInPartsError(OptionError):
+    """The outlier columns are to come from a run of the model, which no part of a conversion makes."""
+
+
 class SourceError(Int8cliError):
     """The model cannot be read from the place the user named."""
 
@@ -120,6 +124,18 @@ class OutputError(Int8cliError):
 
 class OutputInUseError(OutputError):
     """Another process is using the output directory."""
+
+
+class CannotLockError(OutputError):
+    """The disk of the output directory has no locks."""
+
+
+class UnfinishedPartsError(OutputError):
+    """Parts of a conversion are not finished, so it cannot be concluded."""
+
+
+class VersionMismatchError(OutputError):
+    """Several versions of int8cli are to work on one conversion."""
 
 
 class SettingsMismatchError(OutputError):

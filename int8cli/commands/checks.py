@@ -18,7 +18,7 @@ from int8cli.commands.options import (
     InspectOptions,
     VerifyOptions,
 )
-from int8cli.errors import OptionError
+from int8cli.errors import CannotRunInPartsError, OptionError
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.workers.torch_start import start_torch
@@ -43,6 +43,27 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    if options.part is not None or options.finish:
+        _check_part(options)
+
+
+def _check_part(options: ConvertOptions) -> None:
+    """Refuse what several processes cannot do together."""
+    if options.part is not None:
+        part, parts = options.part
+        if not 1 <= part <= parts:
+            raise OptionError(f"{part} of {parts} is not a part: they are 1 to N of N", option="part")
+        if options.finish:
+            raise OptionError("a part finishes the conversion itself, if it is the last", option="finish")
+    if options.overwrite:
+        hint = "Delete the directory, or choose another one."
+        raise OptionError("one part would delete what the others have written", option="overwrite", hint=hint)
+    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and options.outlier_columns != 0:
+        raise CannotRunInPartsError(
+            f"{str(options.outliers)!r} runs the whole model, and no part has all of it",
+            option="outliers",
+            hint="Make statistics of the outliers once, and give the file to every part.",
+        )
 
 
 def check_dequantize(options: DequantizeOptions) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from int8cli import __version__
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
@@ -22,12 +23,16 @@ from int8cli.columns.choose import column_strategies
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
+from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
+from int8cli.commands.conversion_results import ConversionResult as ConversionResult
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
+from int8cli.conversion.finish import RenderCard
+from int8cli.conversion.part import PartOutcome, PartRun, convert_part
 from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
 from int8cli.estimate.ways import Way, calibration_s
 from int8cli.machine.memory_use import peak_memory_bytes
@@ -37,10 +42,12 @@ from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
 from int8cli.planning.needs import Needs
+from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, Settings
+from int8cli.records.part import new_token
 from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
@@ -51,35 +58,6 @@ from int8cli.workers.torch_start import start_torch, torch_threads_restored
 LONG_S = 300.0
 Choose = Callable[[Sequence[Way]], Way]
 _DEFAULTS = ConvertOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class ConversionResult:
-    """A finished conversion: the directory that was written, the report in it, and what this run took.
-
-    `peak_memory_bytes` is that of this process, None where other processes did the work. `layouts` say what each layout
-    does with a mixture of experts, this conversion's first; empty for other models.
-    """
-
-    output: Path
-    report: ConversionReport
-    seconds: float
-    peak_memory_bytes: int | None
-    layouts: tuple[LayoutShare, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ConversionPlan:
-    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes.
-
-    `ways` are what it takes, and what it would take with stored columns chosen otherwise: the one planned comes first.
-    """
-
-    output: Path
-    survey: Survey
-    settings: Settings
-    needs: Needs
-    ways: tuple[Way, ...]
 
 
 @system_errors()
@@ -109,9 +87,10 @@ def convert(
         job.prepare()
         if choose is not None:
             job = job.chosen(choose)
-        report = job.convert()
+        outcome = PartOutcome(job.convert(), ()) if job.part is None else job.convert_part(job.part)
         peak = peak_memory_bytes() if job.run.workers == 1 else None
-        return ConversionResult(output, report, time.monotonic() - begun_s, peak, layout_shares(job.survey))
+        seconds = time.monotonic() - begun_s
+        return ConversionResult(output, outcome.report, seconds, peak, layout_shares(job.survey), outcome.missing)
 
 
 @system_errors()
@@ -142,7 +121,8 @@ def settings_of(options: ConvertOptions) -> Settings:
 def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progress) -> Iterator["_Job"]:
     check_device(options.device)
     settings = settings_of(options)
-    store = RecordStore(output)
+    part = _part_of(options)
+    store = RecordStore(output, part.token if part is not None else None)
     store.refuse_links()
     refuse_if_in_use(output, store.own)
     known = store.conversion() if not options.overwrite else None
@@ -157,10 +137,22 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         progress=progress,
     ) as source:
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
-        workers = options.workers or choose_workers(survey, options.device)
+        workers = options.workers or choose_workers(_shards_of(part, survey), options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
-        yield _Job(source, survey, settings, wanted, run, OwnPath(store.calibration_directory, output), progress)
+        state = OwnPath(store.calibration_directory, output, store.aside)
+        yield _Job(source, survey, settings, wanted, run, state, progress, part)
+
+
+def _part_of(options: ConvertOptions) -> PartRun | None:
+    """The part of a conversion that is wanted; None for the whole."""
+    if options.part is None and not options.finish:
+        return None
+    return PartRun(Share(*options.part) if options.part is not None else None, new_token(), __version__)
+
+
+def _shards_of(part: PartRun | None, survey: Survey) -> Survey:
+    return survey if part is None else survey.only(part.shards(survey))
 
 
 def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
@@ -182,6 +174,7 @@ class _Job:
     run: ConversionRun
     state: OwnPath
     progress: Progress
+    part: PartRun | None = None
 
     def plan(self) -> ConversionPlan:
         strategy = next(self._strategies())
@@ -195,7 +188,8 @@ class _Job:
     def prepare(self) -> None:
         """Refuse what cannot be before torch is imported, and say what is about to be done."""
         foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
-        require_possible(self.source, self.survey, foreseen, self.run)
+        if self.part is None:
+            require_possible(self.source, self.survey, foreseen, self.run)
         self.progress.note(self._first_line())
         self._note_experts()
         if isinstance(self.source, DirectorySource) and self.source.contains_output:
@@ -204,7 +198,13 @@ class _Job:
     def chosen(self, choose: Choose) -> "_Job":
         """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""
         wanted = self.wanted
-        if wanted.mode != AUTO or wanted.known is not None or wanted.nothing(self.survey) or not may_run(self.source):
+        if (
+            self.part is not None
+            or wanted.mode != AUTO
+            or wanted.known is not None
+            or wanted.nothing(self.survey)
+            or not may_run(self.source)
+        ):
             return self
         ways = self._ways()
         if (ways[0].seconds or 0.0) <= LONG_S:
@@ -230,6 +230,17 @@ class _Job:
                 self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
                 strategy = following
 
+    def convert_part(self, part: PartRun) -> PartOutcome:
+        """Convert one part. Its columns cannot come from a run of the model."""
+        if self.run.workers == 1 and part.share is not None:
+            start_torch()
+        strategy = next(self._strategies())
+        if self.wanted.mode != NO_OUTLIERS:
+            self.progress.note(self._described(strategy))
+        columns = strategy.columns(self.progress)
+        survey, settings = strategy.survey, strategy.settings
+        return convert_part(self.source, survey, settings, self.run, part, self._render(), self.progress, columns)
+
     def _ways(self) -> tuple[Way, ...]:
         run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
         speed = speed_here(self.wanted.device) if here else speed_without_torch(self.progress)
@@ -242,13 +253,17 @@ class _Job:
 
     def _first_line(self) -> str:
         survey = self.survey
-        sizes = f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
-        return f"{survey.identity.name}: {sizes} → {self.run.output}: {human_bytes(survey.output_bytes)}"
+        line = f"{survey.identity.name}: {_sizes(survey)} → {self.run.output}: {human_bytes(survey.output_bytes)}"
+        if self.part is not None and self.part.share is not None:
+            line += f"; {self.part.share}: {_sizes(_shards_of(self.part, survey))}"
+        return line
 
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
-        render = partial(render_card, source_card=self._source_card())
-        columns = strategy.columns(self.progress)
+        columns, render = strategy.columns(self.progress), self._render()
         return convert_shards(self.source, strategy.survey, strategy.settings, self.run, render, self.progress, columns)
+
+    def _render(self) -> RenderCard:
+        return partial(render_card, source_card=self._source_card())
 
     def _source_card(self) -> SourceCard:
         """What the source's card says of license and task. A card that cannot be read stops no conversion."""
@@ -277,6 +292,10 @@ class _Job:
             chosen = "from the weights alone, without running the model"
         size = human_bytes(strategy.survey.sidecar_bytes)
         return f"Choosing outlier columns {chosen}. Up to {settings.outlier_columns} per layer, +{size}."
+
+
+def _sizes(survey: Survey) -> str:
+    return f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
 
 
 def _fallback(strategy: ColumnStrategy) -> str:

@@ -39,6 +39,9 @@ class ConvertOptions:
     - `keep_source`: keep downloaded shards in the Hub cache.
     - `retry_for`: seconds for which a download that fails without progress is tried again.
     - `overwrite`: replace an earlier conversion.
+    - `part`: convert part K of N, as (K, N), K from 1 on: the shards are divided between N processes, which may run on
+      several machines that see the same directory. The part that finds all shards converted writes the other files.
+    - `finish`: convert nothing, and write the files that describe the whole after all parts.
     """
 
     revision: str | None = None
@@ -61,6 +64,8 @@ class ConvertOptions:
     keep_source: bool = False
     retry_for: float = RETRY_FOR_S
     overwrite: bool = False
+    part: tuple[int, int] | None = None
+    finish: bool = False
 
 
 @dataclass(frozen=True, slots=True)
