@@ -51,7 +51,10 @@ def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
 
 
 def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
-    """Raise OutputInUseError with the message `in_use` if a process has the lock. Does not lock anything itself."""
+    """Raise OutputInUseError with the message `in_use` if a process has the lock. Does not lock anything itself.
+
+    On a disk without locks nobody has it.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -59,7 +62,8 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
     except OSError as error:
         raise disk_error(path, error) from error
     try:
-        _flock(descriptor, fcntl.LOCK_SH, in_use, hint)
+        with suppress(CannotLockError):
+            _flock(descriptor, fcntl.LOCK_SH, in_use, hint)
     finally:
         os.close(descriptor)
 

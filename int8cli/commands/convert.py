@@ -40,7 +40,7 @@ from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
+from int8cli.planning.mixtures import about_experts, layout_shares
 from int8cli.planning.needs import Needs
 from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey, survey_source

@@ -33,7 +33,7 @@ from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import Conversion, Settings, ShardSource
 from int8cli.records.manifest import read_manifest
-from int8cli.records.part import PartRecord, joined
+from int8cli.records.part import PartRecord, joined, refuse_other_versions
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
@@ -82,8 +82,8 @@ def convert_part(
 ) -> PartOutcome:
     """Convert the shards of a part into `options.output`, and conclude the conversion if none is missing then.
 
-    Otherwise as `convert`. Raises UnfinishedPartsError if only to conclude, and shards are missing; VersionMismatchError
-    if other parts had another version of int8cli.
+    Otherwise as `convert`. Raises UnfinishedPartsError if it is only to conclude and shards are missing;
+    VersionMismatchError if other parts had another version of int8cli.
     """
     require_something_to_quantize(survey, settings)
     store = RecordStore(options.output, part.token)
@@ -91,9 +91,11 @@ def convert_part(
     work = _Part(source, survey, conversion, options, store, progress)
     with shared(options.output, store.own) as lock:
         store.refuse_links()
+        refuse_other_versions(store.parts, part.version)
+        store.check_beside_others(conversion)
         with joined(options.output, store.parts, part.token, part.record):
             try:
-                store.claim_with_others(conversion)
+                store.claim_beside_others(conversion)
                 work.convert(part, lock, columns or NoColumns())
                 records = work.finished()
                 missing = tuple(shard.file for shard in conversion.shards if shard.file not in records)

@@ -1,9 +1,9 @@
 """What the processes that share one output directory say of themselves: `int8/parts/<token>.json`.
 
-Owns the schema of the file, who has written it, and whether that process still runs. A process holds its file locked for
-as long as it lives; the locks of one machine say nothing about processes on another, and times are compared nowhere,
-because the clocks of machines disagree. The files stay until the conversion is finished, so that a part with another
-version of int8cli is refused even after those before it have ended.
+Owns the schema of the file, who has written it, and whether that process still runs. A process holds its file locked
+for as long as it lives; the locks of one machine say nothing about processes on another, and times are compared
+nowhere, because the clocks of machines disagree. The files stay until the conversion is finished, so that a part with
+another version of int8cli is refused even after those before it have ended.
 """
 
 import json
@@ -97,7 +97,6 @@ def joined(output: Path, parts: Path, token: str, record: PartRecord) -> Iterato
 
     Raises VersionMismatchError, and then leaves nothing, OutputError.
     """
-    refuse_other_versions(parts, record.version)
     path = parts / f"{token}.json"
     with disk_errors(path), opened_directory(parts, output, make=True) as directory:
         descriptor = create_file(f".{token}.partial", directory)

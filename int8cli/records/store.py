@@ -100,8 +100,8 @@ class RecordStore:
         elif known != (conversion if all_files else replace(conversion, files=known.files)):
             raise _mismatch(self._output, known, conversion)
 
-    def claim_with_others(self, conversion: Conversion) -> None:
-        """`check`, then `claim`, where other processes may do the same at this moment. Raises as `check`."""
+    def check_beside_others(self, conversion: Conversion) -> None:
+        """`check`, where other processes may claim the directory and write to it at this moment."""
         try:
             self.check(conversion)
         except SettingsMismatchError:
@@ -109,6 +109,10 @@ class RecordStore:
         except OutputError:  # files without a conversion.json: another process may just have written both
             if self.conversion() is None:
                 raise
+            self.check(conversion)
+
+    def claim_beside_others(self, conversion: Conversion) -> None:
+        """`claim`, where other processes may do the same at this moment. Raises as `check`."""
         if self.conversion() is None:
             path = self._conversion_path
             create_file_once(path, _to_bytes(conversion.to_json()), self._output, self.partial_directory)

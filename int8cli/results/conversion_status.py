@@ -12,7 +12,7 @@ PartState = Literal["finished", "running", "stopped", "elsewhere"]
 
 @dataclass(frozen=True, slots=True)
 class PartStatus:
-    """A part of a conversion that was started: its shards, how many of them are finished, and the machines it was on."""
+    """A part of a conversion that was started: its shards, those of them that are finished, and where it ran."""
 
     part: int
     parts: int
