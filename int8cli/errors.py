@@ -158,6 +158,14 @@ class MissingExtraError(Int8cliError):
     """A feature needs packages of an extra that is not installed."""
 
 
+class MissingRayError(MissingExtraError):
+    """Converting on a cluster needs Ray, which is not installed."""
+
+
+class ClusterError(Int8cliError):
+    """A Ray cluster cannot be reached, or cannot run the work."""
+
+
 class MissingTransformersError(MissingExtraError):
     """Running a model needs packages that are not installed."""
 

@@ -147,6 +147,16 @@ Part = Annotated[
 Finish = Annotated[
     bool, typer.Option("--finish", help="Convert nothing: write index, config, card and report after all parts.")
 ]
+OnRay = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Convert the shards on a Ray cluster: its address, auto for the one that runs here, local for a new one. "
+        "Its machines must see the output under the same path.",
+        show_default="this machine",
+    ),
+]
 
 
 @shows_errors(hints.CONVERT, resumes=True)
@@ -173,6 +183,7 @@ def convert(
     overwrite: Overwrite = False,
     part: Part = None,
     finish: Finish = False,
+    ray: OnRay = None,
     report: ReportFile = None,
     details: Details = False,
     as_json: Json = False,
@@ -215,6 +226,7 @@ def convert(
         overwrite=overwrite,
         part=part,
         finish=finish,
+        ray=ray,
     )
     found: ConversionPlan | ConversionResult
     with shown_progress(quiet=quiet) as progress:

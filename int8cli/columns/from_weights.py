@@ -69,10 +69,8 @@ class SuspectColumns(ColumnSource):
         self._figures = _Figures(state_directory, pickle.dumps(self._stream), _new_key())
 
     def expect(self, shards: Sequence[str], run: RunTask) -> None:
-        """Scan these shards for the others, unless each would have to be downloaded once more."""
         for shard in shards:
-            if not self._source.transfers(shard):
-                self._require_figures(self._places[shard], run)
+            self._require_figures(self._places[shard], run)
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Uses only this shard and those before it, even if later ones were scanned: a resumed run chooses the same."""

@@ -43,8 +43,14 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    if options.ray is not None and (options.part is not None or options.finish):
+        raise OptionError("a cluster converts all parts", option="ray")
     if options.part is not None or options.finish:
         _check_part(options)
+    if options.ray is not None:
+        if not options.ray:
+            raise OptionError("the address is empty", option="ray")
+        _refuse_running_the_model(options)
 
 
 def _check_part(options: ConvertOptions) -> None:
@@ -58,9 +64,13 @@ def _check_part(options: ConvertOptions) -> None:
     if options.overwrite:
         hint = "Delete the directory, or choose another one."
         raise OptionError("one part would delete what the others have written", option="overwrite", hint=hint)
+    _refuse_running_the_model(options)
+
+
+def _refuse_running_the_model(options: ConvertOptions) -> None:
     if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and options.outlier_columns != 0:
         raise CannotRunInPartsError(
-            f"{str(options.outliers)!r} runs the whole model, and no part has all of it",
+            f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
             option="outliers",
             hint="Make statistics of the outliers once, and give the file to every part.",
         )

@@ -25,11 +25,12 @@ from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
 from int8cli.commands.conversion_results import ConversionResult as ConversionResult
+from int8cli.commands.on_ray import joined_cluster, run_on
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
-from int8cli.conversion.convert import ConversionRun, require_possible
+from int8cli.conversion.convert import ConversionRun, ConvertElsewhere, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.conversion.finish import RenderCard
 from int8cli.conversion.part import PartOutcome, PartRun, convert_part
@@ -87,8 +88,8 @@ def convert(
         job.prepare()
         if choose is not None:
             job = job.chosen(choose)
-        outcome = PartOutcome(job.convert(), ()) if job.part is None else job.convert_part(job.part)
-        peak = peak_memory_bytes() if job.run.workers == 1 else None
+        outcome = job.convert_part(job.part) if job.part is not None else PartOutcome(_all_of(job, model, options), ())
+        peak = peak_memory_bytes() if job.run.workers == 1 and options.ray is None else None
         seconds = time.monotonic() - begun_s
         return ConversionResult(output, outcome.report, seconds, peak, layout_shares(job.survey), outcome.missing)
 
@@ -111,6 +112,15 @@ def plan_conversion(
         return job.plan()
 
 
+def _all_of(job: "_Job", model: str | Path, options: ConvertOptions) -> ConversionReport:
+    if options.ray is None:
+        return job.convert()
+    with joined_cluster(options.ray, job.survey, options) as cluster:
+        strategy = job.only_strategy()
+        run = run_on(cluster, str(model), job.source, strategy, job.wanted, options, job.progress)
+        return job.convert_by(strategy, run)
+
+
 def settings_of(options: ConvertOptions) -> Settings:
     """The options that determine the bytes of the output. The strategy for the outlier columns adds its part."""
     patterns = tuple(options.skip), tuple(options.only)
@@ -119,7 +129,8 @@ def settings_of(options: ConvertOptions) -> Settings:
 
 @contextmanager
 def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progress) -> Iterator["_Job"]:
-    check_device(options.device)
+    if options.ray is None:  # else the machines of the cluster have it
+        check_device(options.device)
     settings = settings_of(options)
     part = _part_of(options)
     store = RecordStore(output, part.token if part is not None else None)
@@ -222,7 +233,7 @@ class _Job:
             if self.wanted.mode != NO_OUTLIERS:
                 self.progress.note(self._described(strategy))
             try:
-                return self._convert_by(strategy)
+                return self.convert_by(strategy)
             except CANNOT_CALIBRATE as error:
                 following = next(strategies, None)
                 if following is None:
@@ -234,12 +245,17 @@ class _Job:
         """Convert one part. Its columns cannot come from a run of the model."""
         if self.run.workers == 1 and part.share is not None:
             start_torch()
-        strategy = next(self._strategies())
-        if self.wanted.mode != NO_OUTLIERS:
-            self.progress.note(self._described(strategy))
+        strategy = self.only_strategy()
         columns = strategy.columns(self.progress)
         survey, settings = strategy.survey, strategy.settings
         return convert_part(self.source, survey, settings, self.run, part, self._render(), self.progress, columns)
+
+    def only_strategy(self) -> ColumnStrategy:
+        """The strategy where there is no other to fall back to."""
+        strategy = next(self._strategies())
+        if self.wanted.mode != NO_OUTLIERS:
+            self.progress.note(self._described(strategy))
+        return strategy
 
     def _ways(self) -> tuple[Way, ...]:
         run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
@@ -258,9 +274,11 @@ class _Job:
             line += f"; {self.part.share}: {_sizes(_shards_of(self.part, survey))}"
         return line
 
-    def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
-        columns, render = strategy.columns(self.progress), self._render()
-        return convert_shards(self.source, strategy.survey, strategy.settings, self.run, render, self.progress, columns)
+    def convert_by(self, strategy: ColumnStrategy, elsewhere: ConvertElsewhere | None = None) -> ConversionReport:
+        """Convert on this machine, or `elsewhere`."""
+        columns = strategy.columns(self.progress) if elsewhere is None else None
+        survey, settings, render = strategy.survey, strategy.settings, self._render()
+        return convert_shards(self.source, survey, settings, self.run, render, self.progress, columns, elsewhere)
 
     def _render(self) -> RenderCard:
         return partial(render_card, source_card=self._source_card())

@@ -5,6 +5,7 @@ fetched source removed. Prints nothing; reports to a Progress.
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,14 @@ from int8cli.planning.survey import Survey, fingerprint, room_needed
 from int8cli.progress import Progress
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardSource
 from int8cli.records.manifest import MANIFEST_FILE
+from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
+
+# Converts and records shards, and returns the records by source file.
+ConvertElsewhere = Callable[[Sequence[ShardTask]], Mapping[str, ShardRecord]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +68,14 @@ def convert(
     render_card: RenderCard,
     progress: Progress,
     columns: ColumnSource | None = None,
+    elsewhere: ConvertElsewhere | None = None,
 ) -> ConversionReport:
     """Convert a surveyed source into `options.output`, resuming where an earlier run stopped.
 
-    `columns` determines what to store in sidecars, if the survey has any. `render_card` makes the README.md of the
-    output from the report. Raises Int8cliError. After any exception, no file is half-written under its final name, and
-    the same call resumes.
+    `columns` determines what to store in sidecars, if the survey has any. `elsewhere` converts and records shards on
+    other machines, with columns of its own; without it, this machine converts them. `render_card` makes the README.md
+    of the output from the report. Raises Int8cliError. After any exception, no file is half-written under its final
+    name, and the same call resumes.
     """
     require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
@@ -85,9 +92,12 @@ def convert(
         store.remove_partial_files()
         begin_conversion(progress, survey, records)
         copy_files(source, survey, options.output)
-        executor = executor_for(options, len(remaining), lock, progress)
+        executor = executor_for(options, len(remaining) if elsewhere is None else 0, lock, progress)
         try:
             tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]
+            if elsewhere is not None:
+                records.update(elsewhere(tasks))
+                tasks = []
             loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns())
             records.update(loop.run(partial(require_room, source, survey, options.output, remaining)))
         except CANNOT_CALIBRATE:

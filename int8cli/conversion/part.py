@@ -148,7 +148,8 @@ class _Part:
         executor = executor_for(self.options, len(remaining), lock, self.progress)
         try:
             tasks = [task_of(shard, self.survey, settings, self.options, self.store) for shard in remaining]
-            columns.expect([shard.file for shard in remaining], lambda task: executor.submit(task).result())
+            here = [shard.file for shard in remaining if not self.source.transfers(shard.file)]  # not to download twice
+            columns.expect(here, lambda task: executor.submit(task).result())
             ShardLoop(self.source, tasks, executor, self.store, self.progress, columns).run(room)
         finally:
             executor.close()
