@@ -23,6 +23,7 @@ from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.conversion import FROM_ACTIVATIONS
 from int8cli.workers.torch_start import start_torch
 
+MOST_MACHINES = 10_000
 # The smallest allowed value of each count, by option. None is always allowed.
 _SMALLEST = {
     "batch": 1,
@@ -98,6 +99,11 @@ def check_estimate(options: EstimateOptions) -> None:
     _check_counts(options)
     _check_choice("layout", options.layout, LAYOUTS)
     _check_choice("kv_dtype", options.kv_dtype, ("float32", "float16", "bfloat16", "float8"))
+    for count in options.machines:
+        if not 1 <= count <= MOST_MACHINES:
+            raise OptionError(f"{count} is not from 1 to {MOST_MACHINES:,}", option="machines")
+    if options.network is not None and not (math.isfinite(options.network) and options.network > 0.0):
+        raise OptionError("the rate must be a finite number of bytes a second, over 0", option="network")
 
 
 def check_inspect(options: InspectOptions) -> None:

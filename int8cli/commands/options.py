@@ -81,6 +81,8 @@ class EstimateOptions:
     - `gpu`: machines to check, each by its cards: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB"),
       several kinds ("2x RTX 3090, T4").
     - `layout`: output layout of the conversion.
+    - `machines`: numbers of machines to convert on, each with one part. `network`: what each machine gets of the source
+      in bytes a second; None leaves transfers out.
     """
 
     revision: str | None = None
@@ -89,6 +91,8 @@ class EstimateOptions:
     kv_dtype: Literal["float32", "float16", "bfloat16", "float8"] = "float16"
     gpu: tuple[str, ...] = ()
     layout: LayoutName = "bitsandbytes"
+    machines: tuple[int, ...] = ()
+    network: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

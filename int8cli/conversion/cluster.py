@@ -72,7 +72,7 @@ class WorkerJob:
     columns: ColumnsOn
 
     def convert(self, task: ShardTask, on_bytes: OnBytes) -> ShardRecord:
-        """Convert a shard and record it, unless an earlier attempt has. A shard with a wrong digest is fetched again."""
+        """Convert a shard and record it, unless an earlier attempt has. One with a wrong digest is fetched again."""
         with self._opened(task) as (source, store, columns):
             record = store.finished(task.source)
             if record is not None:

@@ -60,14 +60,15 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     survey, runs = candidate.survey, candidate.mode == FROM_ACTIVATIONS
     seconds = None
     if speed is not None:
-        seconds = _conversion_s(survey, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
+        seconds = converting_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
     buffers = threads * BUFFER_BYTES_A_THREAD
     memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
-def _conversion_s(survey: Survey, speed: Speed) -> float:
-    return _START_S + survey.source_bytes / speed.quantized_bytes + survey.source_bytes / DISK_BYTES_A_SECOND
+def converting_s(source_bytes: int, speed: Speed) -> float:
+    """Seconds for so much of a source, from start to end, without choosing columns and without a download."""
+    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / DISK_BYTES_A_SECOND
 
 
 def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
