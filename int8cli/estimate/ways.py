@@ -66,9 +66,9 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
-def converting_s(source_bytes: int, speed: Speed) -> float:
+def converting_s(source_bytes: int, speed: Speed, disk_bytes_a_second: float = DISK_BYTES_A_SECOND) -> float:
     """Seconds for so much of a source, from start to end, without choosing columns and without a download."""
-    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / DISK_BYTES_A_SECOND
+    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / disk_bytes_a_second
 
 
 def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:

@@ -78,10 +78,11 @@ class RecordStore:
             remove_tree(directory, self._output)
 
     def remove_own_partial_files(self) -> None:
-        """Remove the unfinished files of this process, one of several."""
+        """Remove the unfinished files of this process, one of several.
+
+        The directory above them stays, even empty: another process may be about to make its own in it.
+        """
         remove_tree(self.partial_directory, self._output)
-        with suppress(OSError):  # it holds those of another
-            self.partial_directory.parent.rmdir()
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to; None if there is none. Raises OutputError."""

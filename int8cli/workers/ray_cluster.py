@@ -6,10 +6,11 @@ of this is repeated here.
 """
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,7 +48,8 @@ class RayCluster:
         self._begun_here = not self._ray.is_initialized()
         if self._begun_here:
             try:
-                self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **_new(address))
+                with _own_handlers():
+                    self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **_new(address))
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ClusterError(
                     f"no Ray cluster at {address!r} ({_first_line(error)})",
@@ -236,6 +238,18 @@ def _ray() -> Any:
     except ImportError as error:
         raise MissingRayError("a cluster needs Ray", hint="pip install 'int8cli[ray]' installs it.") from error
     return ray
+
+
+@contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Ray takes SIGTERM over: the program's own handler comes back after this context."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main and before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _new(address: str) -> dict[str, Any]:
