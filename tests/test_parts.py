@@ -20,7 +20,7 @@ from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, status
 from int8cli.checkpoint import writer
-from int8cli.commands import convert as command
+from int8cli.commands import in_parts
 from int8cli.errors import (
     CannotRunInPartsError,
     DiskSpaceError,
@@ -135,7 +135,7 @@ def test_what_a_killed_part_left_is_removed_by_the_next_one(root: Path, tmp_path
     """Its unfinished files go; the downloads of the same part are taken over."""
     output = tmp_path / "out"
     convert(root / "model", output, part(1, 2))
-    record = PartRecord.here(2, 2, command.__version__)
+    record = PartRecord.here(2, 2, in_parts.__version__)
     dead = "0" * 16
     (output / "int8/parts" / f"{dead}.json").write_text(
         json.dumps({"schema": "int8cli.part/1", **{n: getattr(record, n) for n in record.__slots__}})
@@ -207,7 +207,7 @@ def test_a_part_whose_files_others_finished_and_removed_succeeds(
 def test_another_version_is_refused_with_both(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(root / "model", tmp_path / "out", part(1, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(command, "__version__", "9.9.9")
+        patch.setattr(in_parts, "__version__", "9.9.9")
         for options in (part(2, 2), part(1, 2), replace(NONE, finish=True)):
             with pytest.raises(
                 VersionMismatchError, match=r"part 1 of 2, on .*, has int8cli 0.*this process has 9.9.9"

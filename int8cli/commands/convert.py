@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from int8cli import __version__
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
@@ -25,6 +24,7 @@ from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
 from int8cli.commands.conversion_results import ConversionResult as ConversionResult
+from int8cli.commands.in_parts import part_of, shards_of, sizes_of
 from int8cli.commands.on_ray import joined_cluster, run_on
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
@@ -43,16 +43,14 @@ from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.mixtures import about_experts, layout_shares
 from int8cli.planning.needs import Needs
-from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, Settings
-from int8cli.records.part import new_token
 from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import counted, human_bytes, human_seconds
+from int8cli.results.units import human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
 # Longer than this, somebody who did not ask for a calibration is asked, or told how to do without.
@@ -113,6 +111,7 @@ def plan_conversion(
 
 
 def _all_of(job: "_Job", model: str | Path, options: ConvertOptions) -> ConversionReport:
+    """Convert all shards, here or on a cluster."""
     if options.ray is None:
         return job.convert()
     with joined_cluster(options.ray, job.survey, options) as cluster:
@@ -132,7 +131,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     if options.ray is None:  # else the machines of the cluster have it
         check_device(options.device)
     settings = settings_of(options)
-    part = _part_of(options)
+    part = part_of(options)
     store = RecordStore(output, part.token if part is not None else None)
     store.refuse_links()
     refuse_if_in_use(output, store.own)
@@ -148,22 +147,11 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         progress=progress,
     ) as source:
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
-        workers = options.workers or choose_workers(_shards_of(part, survey), options.device)
+        workers = options.workers or choose_workers(shards_of(part, survey), options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
         state = OwnPath(store.calibration_directory, output, store.aside)
         yield _Job(source, survey, settings, wanted, run, state, progress, part)
-
-
-def _part_of(options: ConvertOptions) -> PartRun | None:
-    """The part of a conversion that is wanted; None for the whole."""
-    if options.part is None and not options.finish:
-        return None
-    return PartRun(Share(*options.part) if options.part is not None else None, new_token(), __version__)
-
-
-def _shards_of(part: PartRun | None, survey: Survey) -> Survey:
-    return survey if part is None else survey.only(part.shards(survey))
 
 
 def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
@@ -269,9 +257,9 @@ class _Job:
 
     def _first_line(self) -> str:
         survey = self.survey
-        line = f"{survey.identity.name}: {_sizes(survey)} → {self.run.output}: {human_bytes(survey.output_bytes)}"
+        line = f"{survey.identity.name}: {sizes_of(survey)} → {self.run.output}: {human_bytes(survey.output_bytes)}"
         if self.part is not None and self.part.share is not None:
-            line += f"; {self.part.share}: {_sizes(_shards_of(self.part, survey))}"
+            line += f"; {self.part.share}: {sizes_of(shards_of(self.part, survey))}"
         return line
 
     def convert_by(self, strategy: ColumnStrategy, elsewhere: ConvertElsewhere | None = None) -> ConversionReport:
@@ -310,10 +298,6 @@ class _Job:
             chosen = "from the weights alone, without running the model"
         size = human_bytes(strategy.survey.sidecar_bytes)
         return f"Choosing outlier columns {chosen}. Up to {settings.outlier_columns} per layer, +{size}."
-
-
-def _sizes(survey: Survey) -> str:
-    return f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
 
 
 def _fallback(strategy: ColumnStrategy) -> str:

@@ -63,8 +63,10 @@ class PartRun:
 
 @dataclass(frozen=True, slots=True)
 class PartOutcome:
-    """What has been converted when a part ends: its report is that of the whole if no shard is missing, else of its own
-    shards. `missing` are the source files without a record."""
+    """What has been converted when a part ends. `missing` are the source files without a record.
+
+    While there are any, `report` is on the part's own shards, else on the whole.
+    """
 
     report: ConversionReport
     missing: tuple[str, ...]
@@ -87,41 +89,23 @@ def convert_part(
     """
     require_something_to_quantize(survey, settings)
     store = RecordStore(options.output, part.token)
-    conversion = describe(source, survey, settings)
-    work = _Part(source, survey, conversion, options, store, progress)
+    work = _Part(part, source, survey, describe(source, survey, settings), options, store, progress)
     with shared(options.output, store.own) as lock:
         store.refuse_links()
         refuse_other_versions(store.parts, part.version)
-        store.check_beside_others(conversion)
+        store.check_beside_others(work.conversion)
         with joined(options.output, store.parts, part.token, part.record):
-            try:
-                store.claim_beside_others(conversion)
-                work.convert(part, lock, columns or NoColumns())
-                records = work.finished()
-                missing = tuple(shard.file for shard in conversion.shards if shard.file not in records)
-                if not missing:
-                    report = work.conclude(records, render_card)
-            except Int8cliError:
-                if not work.concluded_by_others(part.token):
-                    raise
-                records, missing = work.finished(), ()
-                report = conversion_report(survey, conversion, work.in_order(records))
-            finally:
-                store.remove_own_partial_files()
-    if not missing:
+            records = work.run(lock, columns or NoColumns(), render_card)
+    if not work.missing(records):
         _remove_state(options.output, store)
-        return PartOutcome(report, ())
-    mine = part.shards(survey)
-    if part.share is None:
-        raise _unfinished(missing, len(conversion.shards))
-    own = survey.only(mine)
-    return PartOutcome(conversion_report(own, conversion, [records[name] for name in mine]), missing)
+    return work.outcome(records)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """The steps of a part."""
 
+    part: PartRun
     source: Source
     survey: Survey
     conversion: Conversion
@@ -129,9 +113,40 @@ class _Part:
     store: RecordStore
     progress: Progress
 
-    def convert(self, part: PartRun, lock: int, columns: ColumnSource) -> None:
+    def run(self, lock: int, columns: ColumnSource, render_card: RenderCard) -> Records:
+        """Convert and, if nothing is missing then, conclude. Returns the records of all that is finished."""
+        try:
+            self.store.claim_beside_others(self.conversion)
+            self._convert_own(lock, columns)
+            records = self._finished()
+            if not self.missing(records):
+                self._conclude(records, render_card)
+            return records
+        except Int8cliError:
+            if not self._concluded_by_others():
+                raise
+            return self._finished()
+        finally:
+            self.store.remove_own_partial_files()
+
+    def missing(self, records: Records) -> tuple[str, ...]:
+        """The source files without a record."""
+        return tuple(shard.file for shard in self.conversion.shards if shard.file not in records)
+
+    def outcome(self, records: Records) -> PartOutcome:
+        """Raises UnfinishedPartsError for a process that was only to conclude."""
+        missing = self.missing(records)
+        if not missing:
+            return PartOutcome(conversion_report(self.survey, self.conversion, self._in_order(records)), ())
+        if self.part.share is None:
+            raise _unfinished(missing, len(self.conversion.shards))
+        mine = self.part.shards(self.survey)
+        own = conversion_report(self.survey.only(mine), self.conversion, [records[name] for name in mine])
+        return PartOutcome(own, missing)
+
+    def _convert_own(self, lock: int, columns: ColumnSource) -> None:
         """Convert the shards of the part that have no record."""
-        mine = part.shards(self.survey)
+        mine = self.part.shards(self.survey)
         if not mine:
             return
         shards = [shard for shard in self.conversion.shards if shard.file in mine]
@@ -154,28 +169,25 @@ class _Part:
         finally:
             executor.close()
 
-    def finished(self) -> Records:
+    def _finished(self) -> Records:
         """The records of all shards that are finished, by any process."""
         found = ((shard.file, self.store.finished(shard)) for shard in self.conversion.shards)
         return {file: record for file, record in found if record is not None}
 
-    def in_order(self, records: Records) -> list[ShardRecord]:
+    def _in_order(self, records: Records) -> list[ShardRecord]:
         return [records[shard.file] for shard in self.conversion.shards]
 
-    def conclude(self, records: Records, render_card: RenderCard) -> ConversionReport:
-        aside = self.store.aside
-        copy_files(self.source, self.survey, self.options.output, aside)
-        in_order = self.in_order(records)
-        return write_conclusion(self.survey, self.conversion, in_order, self.options.output, render_card, aside)
+    def _conclude(self, records: Records, render_card: RenderCard) -> None:
+        output, aside = self.options.output, self.store.aside
+        copy_files(self.source, self.survey, output, aside)
+        write_conclusion(self.survey, self.conversion, self._in_order(records), output, render_card, aside)
 
-    def concluded_by_others(self, token: str) -> bool:
+    def _concluded_by_others(self) -> bool:
         """Whether another process has finished everything, and removed what this one was writing."""
-        if (self.store.parts / f"{token}.json").exists():
+        if (self.store.parts / f"{self.part.token}.json").exists():
             return False
         with suppress(OutputError):
-            return read_manifest(self.options.output) is not None and len(self.finished()) == len(
-                self.conversion.shards
-            )
+            return read_manifest(self.options.output) is not None and not self.missing(self._finished())
         return False
 
 
