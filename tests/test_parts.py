@@ -292,7 +292,7 @@ def test_a_running_part_keeps_other_runs_out_and_is_shown(root: Path, nursery: N
     output = tmp_path / "out"
     options = ("--outliers", "none", "-q", "--workers", "1", "--part", "1/2")
     process = start("convert", "model", "-o", "out", *options, cwd=tmp_path)
-    wait_until(lambda: any((output / "int8/parts").glob("*.json")) or process.poll() is not None)
+    wait_until(lambda: (output / "int8/conversion.json").exists() or process.poll() is not None)
     os.killpg(process.pid, signal.SIGSTOP)
     try:
         found = status(output)
