@@ -75,7 +75,8 @@ def known_parts(parts: Path) -> tuple[KnownPart, ...]:
     for name in names:
         record = read_document(parts / name, PartRecord.from_json, "Delete it, once no process works on the directory.")
         if record is not None:  # else it was concluded in between
-            here = record.machine == lock_domain()
+            # Containers of one kernel may each have mounted the disk, with locks of its own.
+            here = (record.machine, record.host) == (lock_domain(), node())
             found.append(KnownPart(record, name.removesuffix(".json"), is_held(parts / name) if here else None))
     return tuple(found)
 
