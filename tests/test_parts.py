@@ -150,6 +150,22 @@ def test_what_a_killed_part_left_is_removed_by_the_next_one(root: Path, tmp_path
     assert tree(output) == tree(root / "one")
 
 
+@pytest.mark.parametrize("name", ["..json", "...json", "link.json", "0.json"])
+def test_no_name_of_a_part_leads_elsewhere(name: str, root: Path, tmp_path: Path) -> None:
+    """A planted file that claims to be of a dead process here."""
+    output = tmp_path / "out"
+    convert(root / "model", output, part(1, 2))
+    [known] = (output / "int8/parts").glob("*.json")
+    (output / "int8/parts" / name).write_bytes(known.read_bytes())
+    (tmp_path / "elsewhere").mkdir()
+    (output / "int8/partial/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/file").write_text("mine")
+    convert(root / "model", output, part(1, 2))
+    assert len(list((output / "int8/records").iterdir())) == SHARDS // 2
+    assert (output / "int8/partial/link").is_symlink()
+    assert (tmp_path / "elsewhere/file").exists()
+
+
 def test_more_parts_than_shards(root: Path, tmp_path: Path) -> None:
     for number in range(1, SHARDS + 3):
         result = convert(root / "model", tmp_path / "out", part(number, SHARDS + 2))

@@ -8,6 +8,7 @@ another version of int8cli is refused even after those before it have ended.
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from int8cli.typed_json import read_as
 
 PARTS = "parts"
 PART_SCHEMA = "int8cli.part/1"
+_FILE = re.compile(r"[0-9a-f]{16}\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ def new_token() -> str:
 def known_parts(parts: Path) -> tuple[KnownPart, ...]:
     """Every process that has said something, by token. `parts` is the directory. Raises OutputError."""
     try:
-        names = sorted(name for name in os.listdir(parts) if name.endswith(".json"))
+        names = sorted(filter(_FILE.fullmatch, os.listdir(parts)))  # no other name leads to a directory of ours
     except (FileNotFoundError, NotADirectoryError):
         return ()
     found = []
