@@ -38,6 +38,7 @@ class ColumnSource(Protocol):
 
         Called before the first of them, where several processes share the shards. `run` as in `columns_of`.
         """
+        return
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """The columns for the quantized tensors of a source shard that is on this machine.
