@@ -4,12 +4,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.program import ROOT, llama, outcome_of, start, tree, wait_until
+from support.program import ROOT, llama, outcome_of, start, tree
 from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, convert
@@ -39,15 +40,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head without cores and two nodes with one each. Nodes that a test kills are replaced."""
     from ray.cluster_utils import Cluster
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     os.environ["RAY_DEDUP_LOGS"] = "0"
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
-    for _ in range(2):
-        add_node(found)
+    with chdir(tmp_path_factory.mktemp("nodes")):  # not that of the drivers, as on other machines
+        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+        for _ in range(2):
+            add_node(found)
     yield found
     ray.shutdown()
     found.shutdown()
@@ -122,11 +124,13 @@ def workers() -> list[int]:
     return found
 
 
-def test_an_interrupted_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> None:
+def test_a_killed_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> None:
     arguments = ("convert", root / "model", "-o", "out", "--outliers", "none", "--ray", cluster.address)
     process = start(*arguments, cwd=tmp_path)
-    wait_until(lambda: any((tmp_path / "out/int8/records").glob("[!.]*.json")) or process.poll() is not None)
-    assert process.poll() is None, outcome_of(process)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("[1/"):
+            break
     os.killpg(process.pid, signal.SIGKILL)
     outcome_of(process)
     recorded = list((tmp_path / "out/int8/records").glob("[!.]*.json"))
@@ -134,6 +138,18 @@ def test_an_interrupted_driver_resumes(cluster: Any, root: Path, tmp_path: Path)
     progress = CoherentProgress()
     convert(root / "model", tmp_path / "out", on(cluster), progress=progress)
     assert len(progress.outcomes) <= SHARDS - len(recorded)
+    assert tree(tmp_path / "out") == tree(root / "none")
+
+
+def test_an_interrupted_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> None:
+    class Interrupts(CoherentProgress):
+        def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(root / "model", tmp_path / "out", on(cluster), progress=Interrupts())
+    assert not ray.is_initialized()
+    convert(root / "model", tmp_path / "out", NONE)  # on this machine alone
     assert tree(tmp_path / "out") == tree(root / "none")
 
 
@@ -154,10 +170,10 @@ def test_two_drivers_on_one_output(cluster: Any, root: Path, tmp_path: Path) -> 
 
 
 def test_another_version_on_a_node_is_refused_with_both(cluster: Any, root: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other/int8cli"
-    other.mkdir(parents=True)
-    (other / "__init__.py").write_text('__version__ = "9.9.9"\n')
-    node = add_node(cluster, env_vars={"PYTHONPATH": str(other.parent)})
+    startup = tmp_path / "startup"
+    startup.mkdir()
+    (startup / "sitecustomize.py").write_text('import int8cli\nint8cli.__version__ = "9.9.9"\n')
+    node = add_node(cluster, env_vars={"PYTHONPATH": os.pathsep.join([str(startup), os.environ["PYTHONPATH"]])})
     try:
         with pytest.raises(VersionMismatchError, match=r"has int8cli 9\.9\.9; this one has int8cli 0"):
             convert(root / "model", tmp_path / "out", on(cluster))
@@ -177,6 +193,18 @@ def test_an_error_of_a_worker_is_that_of_the_command(cluster: Any, tmp_path: Pat
     with pytest.raises(NonFiniteError, match="up_proj") as caught:
         convert(model, tmp_path / "out", on(cluster))
     assert caught.value.hint or str(caught.value)
+
+
+def test_workers_that_see_another_directory_are_an_error(
+    cluster: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path means another directory to a worker that was started elsewhere."""
+    monkeypatch.setattr("int8cli.conversion.cluster._anywhere", lambda task: task)
+    monkeypatch.setattr("int8cli.conversion.cluster._SEEN_WITHIN_S", 0.5)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClusterError, match=r"a worker has written .* but it is not in out"):
+        convert(root / "model", "out", on(cluster))
+    assert not (tmp_path / "out/config.json").exists()
 
 
 def test_what_no_machine_offers_is_refused(cluster: Any, root: Path, tmp_path: Path) -> None:

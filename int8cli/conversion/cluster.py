@@ -4,6 +4,7 @@ Owns what a worker needs to know, and what it does with one shard. The worker th
 anybody learns of it: a task that is started again finds the record. Knows no cluster by name.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -17,13 +18,16 @@ from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.conversion.announce import TASK, advance, shard_outcome
 from int8cli.conversion.column_source import ColumnSource
 from int8cli.conversion.task import ShardTask
-from int8cli.errors import DigestMismatchError, SourceError
+from int8cli.errors import ClusterError, DigestMismatchError, SourceError
 from int8cli.progress import Progress
 from int8cli.records.part import new_token
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.workers.processes import OnBytes, Result
 
+# NFS keeps what it knows of a directory for up to a minute.
+_SEEN_WITHIN_S = 90.0
+_LOOK_AGAIN_S = 0.2
 # The columns of a conversion for a source that a worker has opened. The path is for what is learned of the shards.
 ColumnsOn = Callable[[Source, OwnPath], ColumnSource]
 
@@ -126,18 +130,41 @@ class ClusterRun:
     progress: Progress
 
     def __call__(self, tasks: Sequence[ShardTask]) -> Mapping[str, ShardRecord]:
-        """Convert and record the shards of these tasks."""
+        """Convert and record the shards of these tasks.
+
+        Raises ClusterError if what a worker has written is not in the output directory as this machine sees it.
+        """
+        by_name = {task.source.file: _anywhere(task) for task in tasks}
         if self.scans:
-            for _ in self.cluster.run({t.source.file: partial(self.job.scan, t) for t in tasks}, lambda *_: None):
+            scans = {name: partial(self.job.scan, task) for name, task in by_name.items()}
+            for _ in self.cluster.run(scans, lambda *_: None):
                 pass
         counted = _Counted(self.progress)
-        sizes = {task.source.file: task.tensor_bytes for task in tasks}
         records = {}
-        for name, record in self.cluster.run({t.source.file: partial(self.job.convert, t) for t in tasks}, counted):
-            counted.complete(name, sizes[name])
+        works = {name: partial(self.job.convert, task) for name, task in by_name.items()}
+        for name, record in self.cluster.run(works, counted):
+            _require_seen_here(by_name[name])
+            counted.complete(name, by_name[name].tensor_bytes)
             self.progress.done(TASK, name, shard_outcome(record))
             records[name] = record
         return records
+
+
+def _anywhere(task: ShardTask) -> ShardTask:
+    """The task with a path that does not depend on the directory in which a process was started."""
+    return replace(task, directory=task.directory.absolute(), partial=task.partial.absolute())
+
+
+def _require_seen_here(task: ShardTask) -> None:
+    """Wait until this machine sees a finished shard. File systems of a network show new files late."""
+    deadline_s = time.monotonic() + _SEEN_WITHIN_S
+    while RecordStore(task.directory).finished(task.source) is None:
+        if time.monotonic() > deadline_s:
+            raise ClusterError(
+                f"a worker has written {task.source.output}, but it is not in {task.directory} on this machine",
+                hint="The output must be a directory that all machines of the cluster see under the same path.",
+            )
+        time.sleep(_LOOK_AGAIN_S)
 
 
 class _Counted:
