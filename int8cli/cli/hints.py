@@ -30,7 +30,7 @@ CONVERT: Hints = {
     errors.TextError: "--text FILE selects the text to run.",
     errors.NoSuspectsError: "--outliers activations runs the model, --outliers none stores no columns.",
     errors.UnfinishedPartsError: "int8cli status DIR shows the parts.",
-    errors.VersionMismatchError: "`int8cli --version` shows it.",
+    errors.VersionMismatchError: "int8cli env shows it.",
     errors.WorkerLostError: "--workers N sets their number.",
 }
 DEQUANTIZE: Hints = {
