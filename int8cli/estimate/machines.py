@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from int8cli.estimate.ways import DISK_BYTES_A_SECOND, converting_s
+from int8cli.estimate.ways import DISK_BYTES_A_SECOND, conversion_s
 from int8cli.machine.speed import Speed
 from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey
@@ -50,7 +50,7 @@ def _on(survey: Survey, machines: int, speed: Speed | None, network: float | Non
     largest = max(parts, key=lambda names: sum(sizes[name] for name in names), default=())
     source_bytes = sum(sizes[name] for name in largest)
     transfer_s = source_bytes / network if network is not None else None
-    seconds = converting_s(source_bytes, speed, disk) if speed is not None else None
+    seconds = conversion_s(source_bytes, speed, disk) if speed is not None else None
     if seconds is not None and transfer_s is not None:
         seconds = max(seconds, transfer_s) + min(seconds, transfer_s) / max(1, len(largest))
     output_bytes = sum(survey.outputs[name].file_bytes for name in largest)
