@@ -170,7 +170,7 @@ def test_rates_have_units(text: str, rate: float) -> None:
     assert parse_rate(text) == pytest.approx(rate)
 
 
-@pytest.mark.parametrize("text", ["1", "fast", "-1MB/s", "1kB/s", "1Gbit/s each"])
+@pytest.mark.parametrize("text", ["1", "1 Gbit", "fast", "-1MB/s", "1kB/s", "1Gbit/s each"])
 def test_a_rate_without_a_unit_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="not a rate such as"):
         parse_rate(text)
