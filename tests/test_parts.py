@@ -250,7 +250,8 @@ def test_two_that_start_with_different_settings_do_not_both_go_on(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both find an empty directory. The description is created once, and checked after that."""
-    create, once = writer.create_file_once, []
+    create = writer.create_file_once
+    once: list[bool] = []
 
     def create_second(*args: Any) -> None:
         if not once:

@@ -78,7 +78,7 @@ def test_a_cluster_writes_what_one_process_writes(outliers: str, cluster: Any, r
 def test_a_node_that_is_killed_costs_its_shards_only(cluster: Any, root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     extra = add_node(cluster)
-    killed = []
+    killed: list[str | None] = []
 
     class KillsANode(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
@@ -154,7 +154,7 @@ def test_an_interrupted_driver_resumes(cluster: Any, root: Path, tmp_path: Path)
 
 
 def test_two_drivers_on_one_output(cluster: Any, root: Path, tmp_path: Path) -> None:
-    refused = []
+    refused: list[bool] = []
 
     class StartsAnother(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
