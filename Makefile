@@ -39,7 +39,7 @@ DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 DEMO_PAGE := demo/report.html
 
-.PHONY: demo test test-oldest test-newest test-bare lock benchmark torture lint types pytest always clean
+.PHONY: demo test test-oldest test-newest test-bare test-ray lock benchmark torture lint types pytest always clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -76,6 +76,14 @@ test-oldest:
 
 test-newest:
 	$(MAKE) pytest END=newest
+
+# Ray is large, and nothing else needs it: its tests have an environment of their own, beside that of the others.
+test-ray: $(READY)
+	$(PYTHON) -m venv --clear .venv-ray
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> "$$(.venv-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) ray
+	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
 
 # The package as users install it, without test dependencies.
 test-bare: $(READY)

@@ -45,6 +45,11 @@ class ConvertOptions:
     - `keep_source`: keep downloaded shards in the Hub cache.
     - `retry_for`: seconds for which a download that fails without progress is tried again.
     - `overwrite`: replace an earlier conversion.
+    - `part`: convert part K of N, as (K, N), K from 1 on: the shards are divided between N processes, which may run on
+      several machines that see the same directory. The part that finds all shards converted writes the other files.
+    - `finish`: convert nothing, and write the files that describe the whole after all parts.
+    - `ray`: convert the shards on a Ray cluster: its address, "auto" for the one that runs on this machine, "local" for
+      a new one. All its machines must see the output under the same path.
     """
 
     revision: str | None = None
@@ -69,6 +74,9 @@ class ConvertOptions:
     keep_source: bool = False
     retry_for: float = RETRY_FOR_S
     overwrite: bool = False
+    part: tuple[int, int] | None = None
+    finish: bool = False
+    ray: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,8 @@ class EstimateOptions:
     - `gpu`: machines to check, each by its cards: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB"),
       several kinds ("2x RTX 3090, T4").
     - `layout`: output layout of the conversion.
+    - `machines`: numbers of machines to convert on, each with one part. `network`: what each machine gets of the source
+      in bytes a second; None leaves transfers out.
     """
 
     revision: str | None = None
@@ -89,6 +99,8 @@ class EstimateOptions:
     kv_dtype: Literal["float32", "float16", "bfloat16", "float8"] = "float16"
     gpu: tuple[str, ...] = ()
     layout: LayoutName = "bitsandbytes"
+    machines: tuple[int, ...] = ()
+    network: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

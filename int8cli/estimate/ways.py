@@ -73,9 +73,9 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
-def conversion_s(source_bytes: int, speed: Speed) -> float:
+def conversion_s(source_bytes: int, speed: Speed, disk_bytes_a_second: float = DISK_BYTES_A_SECOND) -> float:
     """Seconds to read, quantize and write a source, with the start of the program."""
-    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / DISK_BYTES_A_SECOND
+    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / disk_bytes_a_second
 
 
 def reading_s(size_bytes: int) -> float:
