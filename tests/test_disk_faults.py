@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -212,12 +213,12 @@ def test_a_directory_whose_name_is_not_utf8(tmp_path: Path, monkeypatch: pytest.
     """Names on Linux are bytes; Python, torch and safetensors each have their own opinion of those that are no text."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
-    source = make_model("llama", strange)
+    source = Path(shutil.copytree(make_model("llama", tmp_path / "m"), strange))
     text = tmp_path / "text.txt"
     text.write_text(" ".join(WORDS * 3))
     options = ConvertOptions(outliers="activations", text=text, tokens=64, workers=1)
     convert(source, Path(f"{strange}-int8"), options)
-    convert(make_model("llama", tmp_path / "m"), tmp_path / "right", options)
+    convert(tmp_path / "m", tmp_path / "right", options)
     assert verify(Path(f"{strange}-int8"), VerifyOptions()).passed
     name = "model.safetensors"
     assert Path(f"{strange}-int8/{name}").read_bytes() == (tmp_path / "right" / name).read_bytes()
