@@ -50,10 +50,10 @@ _FAMILIES = {
 }
 # Of these, no loader merges separate experts again: transformers knows them fused only.
 ALWAYS_FUSED = frozenset(
-    """
-    granitemoe granitemoehybrid granitemoeshared llama4 llama4_text qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe
-    qwen3_vl_moe_text
-    """.split()
+    (
+        *("granitemoe", "granitemoehybrid", "granitemoeshared", "llama4", "llama4_text"),
+        *("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_vl_moe", "qwen3_vl_moe_text"),
+    )
 )
 
 

@@ -20,7 +20,6 @@ from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.expert_names import ALWAYS_FUSED, ExpertNames, names_when_split
 from int8cli.planning.plan import model_types
 
-
 _SEPARATE = re.compile(r"(?:\S+\.)?experts\.\d+\.(?:gate|up|down)_proj\.weight")
 # What precedes the expert's number, then the tensor. Granite's are named after what transformers 4 made of them.
 _FUSED = re.compile(
