@@ -25,6 +25,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that wait for work leave the cores to others
     "HF_HUB_OFFLINE": "1",
 }
 ANSWERS = os.fdopen(os.dup(1), "w")
