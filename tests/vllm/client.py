@@ -3,7 +3,7 @@
     {"model": DIRECTORY, "sequences": [[1, 2, …], …], "every_token": true, "experts": FILE or null}
     {"logprobs": [[…], …], "layers": {NAME: CLASS}} or {"error": TEXT}
 
-The model is vLLM's own, loaded by its own loader. Two parts of its CPU build are replaced, so that every machine
+The model is vLLM's own, loaded by its own loader. Three parts of its CPU build are replaced, so that every machine
 computes the same, and every architecture can run:
 
 - Int8 experts need AMX there, one activation and sizes of 32. Here torch computes them from the parameters that vLLM
@@ -11,6 +11,8 @@ computes the same, and every architecture can run:
 - Int8 linears on AMX take inputs of three dimensions only (`_apply_weights_sgl` of
   kernels/linear/scaled_mm/cpu.py), which gpt_neox, olmo2, starcoder2, phi and others do not have. Here all go through
   oneDNN.
+- Packed weights with 16-bit inputs run there with 4 bits only (kernels/linear/mixed_precision/cpu.py). Here torch
+  unpacks them (`ReferenceWeightsOnly`).
 """
 
 import gc
@@ -36,11 +38,15 @@ from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel  # noqa: E402
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as linear_kernels  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
     compressed_tensors_moe_w8a8_int8 as int8_experts,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
+    compressed_tensors_wNa16 as weights_only,
 )
 
 
@@ -83,9 +89,30 @@ def _gated(layer: Any, both: Tensor) -> Tensor:
     raise ValueError(f"experts with the activation {activation}")
 
 
+class ReferenceWeightsOnly(MPLinearKernel):
+    """Products with packed 8-bit weights: four in an int32, the lowest byte first, 128 added to each."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        return c.weight_type.size_bits == 8, None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """The parameters stay as they were loaded: int32 (out, in / 4), scales (out, 1)."""
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        packed, scale, _ = self._get_weight_params(layer)
+        values = packed.contiguous().view(torch.uint8).to(torch.float32) - 128
+        return torch.nn.functional.linear(x, (values * scale).to(x.dtype), bias)
+
+
 def replace_kernels() -> None:
     linear_kernels.check_cpu_sgl_kernel = lambda *_: False
     int8_experts.select_int8_moe_backend = lambda **_: (Int8MoeBackend.CPU, CPUExpertsInt8)
+    weights_only.choose_mp_linear_kernel = lambda _: ReferenceWeightsOnly
     method = int8_experts.CompressedTensorsW8A8Int8MoEMethod
     method.process_weights_after_loading = lambda *all_: ReferenceExperts.process_weights_after_loading(*all_)
     method.apply = lambda *all_, **named: ReferenceExperts.apply(*all_, **named)
