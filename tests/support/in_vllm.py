@@ -70,12 +70,17 @@ class Opened:
 
 
 class Vllm:
-    """The process. `open` raises RuntimeError with vLLM's own error."""
+    """The process, which is started when it is first asked, and again if it has ended."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        self._process: subprocess.Popen[str] | None = None
+
+    def _running(self) -> "subprocess.Popen[str]":
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", str(CLIENT)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        return self._process
 
     def open(
         self,
@@ -85,27 +90,28 @@ class Vllm:
         every_token: bool = True,
         experts: Path | None = None,
     ) -> Opened:
-        """The log-probabilities of all tokens at each position but the first, or only of the token that is there."""
+        """The log-probabilities of all tokens at each position but the first, or only of the token that is there.
+
+        Raises RuntimeError with vLLM's own error.
+        """
         asked = {
             "model": str(model),
             "sequences": sequences,
             "every_token": every_token,
             "experts": None if experts is None else str(experts),
         }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(asked), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        print(json.dumps(asked), file=process.stdin, flush=True)
+        line = process.stdout.readline()
         if not line:
-            raise RuntimeError(f"vLLM's process ended with {self._process.wait()}")
+            raise RuntimeError(f"vLLM's process ended with {process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return Opened(torch.tensor(answer["logprobs"]), answer["layers"])
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        self._process.stdout.close()
+        if self._process is not None:
+            self._process.communicate(timeout=60)
