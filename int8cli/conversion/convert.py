@@ -20,6 +20,7 @@ from int8cli.conversion import WORKER_PRELOAD
 from int8cli.conversion.announce import TASK, advance, begin_conversion
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.conversion.finish import RenderCard, write_conclusion
+from int8cli.conversion.resumed_smoothing import recorded_exponents
 from int8cli.conversion.shard_loop import ShardLoop
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import (
@@ -91,7 +92,8 @@ def convert(
         executor = _executor(options, len(remaining), lock, progress)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
-            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns())
+            recorded = recorded_exponents(options.output, records.values()) if survey.smooth and remaining else {}
+            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded)
             records.update(loop.run(partial(_require_room, source, survey, options.output, remaining)))
         except CANNOT_CALIBRATE:
             if not any(map(store.finished, conversion.shards)):  # so that another strategy can use the directory
