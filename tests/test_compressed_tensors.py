@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -520,7 +520,7 @@ def test_transformers_gives_inputs_a_zero_point(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     values = (torch.randn(7, 64, generator=torch.Generator().manual_seed(5)).abs() + 1).bfloat16()
     errors = {}
-    schemes: tuple[InputsName, ...] = ("absmax", "zeropoint")
+    schemes: tuple[Literal["absmax", "zeropoint"], ...] = ("absmax", "zeropoint")
     for inputs in schemes:
         convert(source, tmp_path / inputs, ConvertOptions(outliers="none", layout=LAYOUT, inputs=inputs))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / inputs, dtype=torch.float32).eval()
