@@ -131,7 +131,7 @@ def test_shards_have_threads_by_their_part_of_the_work(
         save_file({name: weight}, source / index[name])
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     executor = TwoSlots()
-    monkeypatch.setattr("int8cli.conversion.convert._executor", lambda *_: executor)
+    monkeypatch.setattr("int8cli.conversion.convert.executor_for", lambda *_: executor)
     convert(source, tmp_path / "out", ConvertOptions(outliers="none", workers=2, threads=2))
     assert executor.threads == threads
 
