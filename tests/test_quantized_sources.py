@@ -28,13 +28,14 @@ DECLARED = {"quantization_config": {"quant_method": "some_method"}}
 def refuse(tensors: Mapping[str, Tensor], config: Mapping[str, Any], root: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, root / "model.safetensors")
     source = DirectorySource(root)
-    refuse_quantized(config, read_headers(source, find_weights(source)))
+    refuse_quantized(read_headers(source, find_weights(source)), tuple(declared_methods(config)))
 
 
 def refuse_shapes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any] | None = None) -> None:
     """The same for tensors of which only dtypes and shapes are made up: (dtype, shape) by name."""
     stored = (StoredTensor(TensorSpec(name, *each), 0) for name, each in tensors.items())
-    refuse_quantized(config or {}, [ShardContents("model.safetensors", tuple(stored), {}, 0)])
+    contents = ShardContents("model.safetensors", tuple(stored), {}, 0)
+    refuse_quantized([contents], tuple(declared_methods(config or {})))
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ class BlockConverter:
         """The buffers for one thread."""
         options = self._options
         quantizer = BlockQuantizer(BLOCK_ELEMENTS, device=options.device, float32_via_half=options.float32_via_half)
-        return Workbench(self._reader, self._tiles, quantizer)
+        return Workbench(self._reader, self._planned.contents, self._tiles, quantizer)
 
     def convert(self, bench: Workbench, block: Block) -> BlockBytes:
         """Convert one block. Raises CorruptShardError or SourceError if the source cannot be read."""
@@ -88,11 +88,11 @@ class BlockConverter:
         matrix, part = block.matrix, block.part
         spec, dtype_name = matrix.stored.spec, self._planned.output.tensors[matrix.stored.spec.name].spec.dtype
         width_bytes = DTYPE_BITS[dtype_name] // 8
-        if dtype_name == spec.dtype:
+        if dtype_name == matrix.stored.file_dtype:
             bench.load_here(matrix, part, _DTYPE_OF_WIDTH[width_bytes])
             data = bench.source.bytes[: part.numel * width_bytes]
         else:
-            loaded = bench.load_here(matrix, part, TORCH_DTYPES[spec.dtype])
+            loaded = bench.load_floats_here(matrix, part)
             bench.scales.tensor(TORCH_DTYPES[dtype_name], (part.rows, part.columns)).copy_(loaded)
             data = bench.scales.bytes[: part.numel * width_bytes]
         start = (part.row * matrix.in_features + part.column) * width_bytes
@@ -102,7 +102,7 @@ class BlockConverter:
         matrix, part = block.matrix, block.part
         spec = matrix.stored.spec
         try:
-            loaded = bench.load(matrix, part, TORCH_DTYPES[spec.dtype])
+            loaded = bench.load(matrix, part)
             absmax = self._row_absmax(bench, matrix, part, loaded)
         except NonFiniteWeightError as found:
             return BlockBytes(spec.name, non_finite=self._place(matrix, part, found))
@@ -153,7 +153,7 @@ class BlockConverter:
         if part.columns == matrix.in_features:
             return bench.quantizer.row_absmax(loaded)
         absmax = self._wide_row.get(bench, matrix, part.row)
-        bench.load(matrix, part, loaded.dtype)
+        bench.load(matrix, part)
         return absmax
 
     def _place(self, matrix: Matrix, part: Rectangle, found: NonFiniteWeightError) -> NonFiniteValue:

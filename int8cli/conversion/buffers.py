@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.reader import ShardReader
-from int8cli.checkpoint.tensor import StoredTensor
+from int8cli.checkpoint.scaled_floats import ScaledFloats
+from int8cli.checkpoint.tensor import ShardContents, StoredTensor
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
 from int8cli.planning.blocks import BLOCK_ELEMENTS, TILE_BYTES, Matrix, Rectangle
@@ -115,13 +116,16 @@ class Workbench:
     computed and a third read from disk.
     """
 
-    def __init__(self, reader: ShardReader, tiles: CrosswiseTiles, quantizer: BlockQuantizer) -> None:
+    def __init__(
+        self, reader: ShardReader, contents: ShardContents, tiles: CrosswiseTiles, quantizer: BlockQuantizer
+    ) -> None:
         on_gpu = quantizer.device.type == "cuda"
         self.source = Buffer(BLOCK_ELEMENTS * 8, pinned=on_gpu)
         self.data = Buffer(BLOCK_ELEMENTS, pinned=on_gpu)
         self.scales = Buffer(BLOCK_ELEMENTS * 4, pinned=on_gpu)
         self.quantizer = quantizer
         self._reader = reader
+        self._scaled = ScaledFloats(reader, contents)
         self._tiles = tiles
         self._strip: Buffer | None = None
         self._gathered: Buffer | None = None
@@ -152,17 +156,28 @@ class Workbench:
         self._reader.read_into(offset_bytes, data)
         return data
 
-    def load(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read a rectangle of floats: contiguous (rows, columns), on the quantizer's device.
+    def load(self, matrix: Matrix, part: Rectangle) -> Tensor:
+        """Read a rectangle of floats: contiguous (rows, columns), in the tensor's dtype, on the quantizer's device.
 
         Goes through the source buffer. The previous rectangle is overwritten, in the buffer and on the device.
         """
+        dtype = TORCH_DTYPES[matrix.stored.file_dtype]
         if self._on_gpu is None:
-            return self.load_here(matrix, part, dtype)
+            return self._as_floats(matrix, part, self.load_here(matrix, part, dtype))
         self.settle()  # the GPU may still be copying the previous block from the buffer
         loaded = self.load_here(matrix, part, dtype)
         there = self._on_gpu[: part.numel * dtype.itemsize].view(dtype).view(loaded.shape)
-        return there.copy_(loaded, non_blocking=True)
+        return self._as_floats(matrix, part, there.copy_(loaded, non_blocking=True))
+
+    def load_floats_here(self, matrix: Matrix, part: Rectangle) -> Tensor:
+        """Read a rectangle of floats, in the tensor's dtype: contiguous (rows, columns), on the CPU."""
+        return self._as_floats(matrix, part, self.load_here(matrix, part, TORCH_DTYPES[matrix.stored.file_dtype]))
+
+    def _as_floats(self, matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
+        """What the bytes of a rectangle stand for: themselves, unless they are codes with scales."""
+        if matrix.stored.scaled is None:
+            return loaded
+        return self._scaled.floats(matrix.stored, loaded, part.row, part.column, turned=matrix.turned)
 
     def load_here(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
         """Read a rectangle into the source buffer: contiguous (rows, columns)."""
@@ -216,11 +231,10 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _scan(bench: Workbench, matrix: Matrix, row: int) -> Tensor:
-    dtype = TORCH_DTYPES[matrix.stored.spec.dtype]
     pieces = []
     for piece in matrix.row_pieces(row):
         try:
-            pieces.append(bench.quantizer.row_absmax(bench.load(matrix, piece, dtype)))
+            pieces.append(bench.quantizer.row_absmax(bench.load(matrix, piece)))
         except NonFiniteWeightError as found:
             raise NonFiniteWeightError(0, piece.column + found.column, found.value) from None
     return torch.stack(pieces).amax(dim=0)

@@ -128,7 +128,8 @@ class ShardLoop:
         stored = self._columns.columns_of(task.source.file, local, self._run_task)
         threads = round(task.options.threads * self._executor.slots * share)
         threads = min(max(1, threads), max(THREADS_FOR_A_SHARD, task.options.threads))
-        return replace(task.storing(stored), options=replace(task.options, threads=threads))
+        task = task.with_borrowed(self._source).storing(stored)
+        return replace(task, options=replace(task.options, threads=threads))
 
     def _bytes_beside(self) -> int:
         """The most bytes that may be converted at the same time as the next shard: the largest others, one per slot."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, ShardContents, StoredTensor, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, Scaled, ShardContents, StoredTensor, TensorSpec
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.plan import model_types
 
@@ -130,7 +130,7 @@ def _parts(whole: StoredTensor, layer: _Layer) -> Iterator[StoredTensor]:
     count, first, second = whole.spec.shape
     in_features, together = (first, second) if transposed else (second, first)
     out_features = together // len(names)
-    width_bytes = DTYPE_BITS[whole.spec.dtype] // 8
+    width_bytes = DTYPE_BITS[whole.file_dtype] // 8
     # From one part's first element to the next part's: the next column, or the next row.
     step = out_features if transposed else out_features * in_features
     for expert in range(count):
@@ -138,4 +138,12 @@ def _parts(whole: StoredTensor, layer: _Layer) -> Iterator[StoredTensor]:
             spec = TensorSpec(f"{layer.experts}.{expert}.{name}.weight", whole.spec.dtype, (out_features, in_features))
             start = expert * first * second + place * step
             pitch = together if transposed and len(names) > 1 else None
-            yield StoredTensor(spec, whole.offset_bytes + start * width_bytes, transposed, whole, pitch)
+            scaled = _part_of_scaled(whole, start, transposed=transposed)
+            yield StoredTensor(spec, whole.offset_bytes + start * width_bytes, transposed, whole, pitch, scaled)
+
+
+def _part_of_scaled(whole: StoredTensor, start: int, *, transposed: bool) -> Scaled | None:
+    """What the codes of a part stand for that begins at the element `start` of the whole tensor."""
+    if whole.scaled is None:
+        return None
+    return replace(whole.scaled, first=divmod(start, whole.spec.shape[-1]), turned=transposed)

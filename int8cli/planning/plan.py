@@ -53,7 +53,7 @@ class _Checkpoint:
             spec.shape for name, spec in specs.items() if len(spec.shape) == 2 and names.TOKEN_EMBEDDING.search(name)
         )
         self._kinds = Counter(kind_of(name) for name in specs)
-        self.dtype = (_dtype_in(config) or _most_common_float(specs.values())) if config else None
+        self.dtype = (dtype_in(config) or _most_common_float(specs.values())) if config else None
         self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
 
     def bias_length(self, module: str) -> int | None:
@@ -157,7 +157,7 @@ def _vocabularies(config: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _dtype_in(config: Mapping[str, Any]) -> str | None:
+def dtype_in(config: Mapping[str, Any]) -> str | None:
     """The model's dtype in config.json, under its current key or that of transformers 4."""
     named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     return _FLOAT_DTYPES.get(named)

@@ -39,12 +39,11 @@ def refuse_own_output(name: str, files: Iterable[str]) -> None:
         raise AlreadyConvertedError(f"{name} is already int8: int8cli wrote it")
 
 
-def refuse_quantized(config: Mapping[str, Any], shards: Sequence[ShardContents]) -> None:
-    """Raise AlreadyQuantizedError if tensors or config show that the weights are already quantized.
+def refuse_quantized(shards: Sequence[ShardContents], methods: Sequence[str]) -> None:
+    """Raise AlreadyQuantizedError if tensors or `methods`, which the source names, show that its weights are quantized.
 
     A `quantization_config` over plain 16- and 32-bit weights is not a sign: it asks the loader to quantize.
     """
-    methods = tuple(dict.fromkeys(declared_methods(config)))
     sign = next(_signs(shards, methods), None)
     if sign is None and _FLOATS_ARE_NOT_THE_WEIGHTS.intersection(methods):
         sign = "the model's layers are not what its float weights are"

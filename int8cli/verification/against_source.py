@@ -148,7 +148,7 @@ def check_weights(
             with source.fetch(shard.file) as local:
                 if following is not None:
                     source.prefetch(following.file)
-                result, found = _compare(task, local, progress)
+                result, found = _compare(task.with_borrowed(source), local, progress)
         except Int8cliError as error:
             weights.append(Failure(shard.output, str(error)))
             continue
@@ -210,7 +210,7 @@ def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecor
     """The shard's tensors, with fused experts split if they were split when it was converted."""
     contents = next(each for each in survey.shards if each.file_name == shard.file)
     recorded = {spec.name for spec in record.source_tensors}
-    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.as_in_file()
+    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.unsplit()
 
 
 def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
