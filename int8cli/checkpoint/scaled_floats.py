@@ -28,8 +28,8 @@ class ScaledFloats:
     def floats(self, stored: StoredTensor, codes: Tensor, row: int, column: int, *, turned: bool = False) -> Tensor:
         """What a rectangle of codes (rows, columns) from `row`, `column` on stands for, in `stored`'s dtype.
 
-        Contiguous; on the CPU valid until the next call. `turned`: it is a rectangle of the transpose of the matrix that
-        has the scales. Raises CorruptShardError if the scales cannot be read.
+        Contiguous; on the CPU valid until the next call. `turned`: it is a rectangle of the transpose of the matrix
+        that has the scales. Raises CorruptShardError if the scales cannot be read.
         """
         assert stored.scaled is not None
         products = self._in_float32(codes)

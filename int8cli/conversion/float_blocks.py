@@ -22,11 +22,22 @@ _BLOCK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class FloatTensor:
-    """A tensor of the output. `quantized`: it is int8 in the conversion; `transpose`: and (out, in) there."""
+    """A tensor of the output. `quantized`: it is int8 in the conversion; `transpose`: it is (out, in) there.
+
+    One of fused experts consists of `parts`, by expert: the parts of an expert stand one after the other or, if they
+    are to be transposed, side by side.
+    """
 
     spec: TensorSpec
     quantized: bool
     transpose: bool = False
+    parts: tuple[tuple["FloatTensor", ...], ...] = ()
+
+    @property
+    def int8_tensors(self) -> int:
+        """How many tensors it is in the conversion that are int8."""
+        parts = [part for expert in self.parts for part in expert]
+        return sum(part.quantized for part in parts) if parts else int(self.quantized)
 
 
 def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
@@ -36,6 +47,18 @@ def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Ten
     own values. Raises CheckpointError for a value that the dtype cannot hold, and what reading raises.
     """
     dtype = TORCH_DTYPES[wanted.spec.dtype]
+    for expert in wanted.parts:
+        if expert[0].transpose:
+            yield from (
+                torch.cat(rows, dim=1) for rows in zip(*(float_blocks(tensors, p) for p in expert), strict=True)
+            )
+        else:
+            yield from (block for part in expert for block in float_blocks(tensors, part))
+    if wanted.parts:
+        return
+    if not wanted.quantized and wanted.transpose:
+        yield from _columns_of(tensors, wanted)
+        return
     if not wanted.quantized:
         yield from (_cast(block, dtype, wanted.spec) for block in _flat_blocks(tensors, wanted.spec.name))
         return
@@ -66,6 +89,15 @@ def _transposed_blocks(tensors: ConvertedTensors, wanted: FloatTensor, row_absma
             if exact is not None and column in places:
                 block[:, column - start] = exact.weight[:, places[column]].float()
         yield _cast(block.t().contiguous(), TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
+
+
+def _columns_of(tensors: CheckpointTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+    """A matrix of floats (out, in) in blocks of its columns, as many as `_transposed_blocks` has in one."""
+    matrix = tensors.map(wanted.spec.name)
+    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[0]))
+    for start in range(0, matrix.shape[1], step):
+        block = matrix[:, start : start + step].t().contiguous()
+        yield _cast(block, TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
 
 
 def _flat_blocks(tensors: CheckpointTensors, name: str) -> Iterator[Tensor]:

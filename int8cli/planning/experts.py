@@ -34,13 +34,12 @@ _FAMILIES = _types(
     """
 )
 # Of these, no loader merges separate experts again: transformers knows them fused only.
-_ALWAYS_FUSED = _types(
+ALWAYS_FUSED = _types(
     """
     granitemoe granitemoehybrid granitemoeshared llama4 llama4_text qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe
     qwen3_vl_moe_text
     """
 )
-_SEPARATE = re.compile(r"(?:\S+\.)?experts\.\d+\.(?:gate|up|down)_proj\.weight")
 # What precedes the expert's number, then the tensor. Granite's are named after what transformers 4 made of them.
 _FUSED = re.compile(
     r"(?P<experts>(?:\S+\.)?experts)\.(?P<kind>gate_up_proj|down_proj)"
@@ -86,11 +85,6 @@ def split_experts(
     layers = [layer for layer in _layers(mappable) if layer.transposed is not None and _is_wanted(layer, options)]
     by_tensor = {spec.name: layer for layer in layers for spec in (layer.gate_up, layer.down)}
     return tuple(_split(contents, by_tensor) for contents in shards)
-
-
-def were_fused(tensor_names: Iterable[str], config: Mapping[str, Any]) -> bool:
-    """Whether tensors of these names are matrices of experts that this family's loaders know only fused."""
-    return not _ALWAYS_FUSED.isdisjoint(model_types(config)) and any(map(_SEPARATE.fullmatch, tensor_names))
 
 
 def _layers(specs: Iterable[TensorSpec]) -> Iterator[_Layer]:

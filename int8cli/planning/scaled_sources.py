@@ -45,6 +45,12 @@ def methods_of(config: Mapping[str, Any], files: Sequence[str]) -> tuple[str, ..
     return tuple(dict.fromkeys((*declared_methods(config), *own)))
 
 
+def understood_methods(shards: Sequence[ShardContents]) -> frozenset[str]:
+    """The methods that are understood in these shards: those of 8-bit floats, where any of these are read as floats."""
+    found = any(stored.scaled is not None for contents in shards for stored in contents.tensors)
+    return METHODS if found else frozenset()
+
+
 def with_scaled_as_floats(
     shards: Sequence[ShardContents], config: Mapping[str, Any], methods: Sequence[str]
 ) -> tuple[ShardContents, ...]:

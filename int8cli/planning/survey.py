@@ -27,7 +27,7 @@ from int8cli.planning.output_files import OutputShard, output_file_names, plan_o
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.planning.quantized import declared_methods, refuse_own_output, refuse_quantized
-from int8cli.planning.scaled_sources import methods_of, with_scaled_as_floats
+from int8cli.planning.scaled_sources import methods_of, understood_methods, with_scaled_as_floats
 from int8cli.results.conversion import TensorGroup
 
 _EDGE_BYTES = 1 << 16
@@ -169,7 +169,7 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     shards = read_headers(source, weights)
     methods = methods_of(config, files)
     shards = with_scaled_as_floats(shards, config, methods)
-    refuse_quantized(shards, methods)
+    refuse_quantized(shards, methods, understood_methods(shards))
     return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
 
 

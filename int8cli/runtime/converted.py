@@ -4,19 +4,21 @@ Owns how the names and scales of each layout become `Int8Data`, and where stored
 about evaluation methods.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from int8cli.checkpoint.index import read_contents
-from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.source import ShardFile, Source
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.quantize import INT8_MAX
+from int8cli.planning.fused_experts import FusedTensor, fused_tensors
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
 
@@ -53,12 +55,25 @@ class Converted:
     """A converted model's files and tensors. `specs` are the tensors of the model itself, without scales and marks.
 
     `scales` is keyed by the name of the int8 weight. `sidecars` are the files with stored outlier columns, if any.
+    `fused` are tensors of experts that the model's class wants and that the files have one by one, by name.
     """
 
     shards: tuple[ShardContents, ...]
     sidecars: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
     scales: Mapping[str, _Scale]
+    fused: Mapping[str, FusedTensor] = field(default_factory=dict)
+
+    @property
+    def model_specs(self) -> dict[str, TensorSpec]:
+        """The tensors as the model's class wants them: `specs`, with fused tensors of experts."""
+        parts = {name for fused in self.fused.values() for name in fused.names}
+        specs = {name: spec for name, spec in self.specs.items() if name not in parts}
+        return specs | {name: fused.spec for name, fused in self.fused.items()}
+
+    def as_fused(self, config: Mapping[str, Any]) -> "Converted":
+        """The same, with the fused tensors of experts that a model with this config wants."""
+        return replace(self, fused={fused.spec.name: fused for fused in fused_tensors(self.specs.values(), config)})
 
     @property
     def exact_column_counts(self) -> tuple[int, ...]:
@@ -161,11 +176,14 @@ class ConvertedTensors(CheckpointTensors):
         super().__init__(source, (*converted.shards, *converted.sidecars))
         self._scales = converted.scales
         self._known = converted.stored
+        self._fused = converted.fused
         self._in_features = {name: converted.specs[f"{name}{_WEIGHT}"].shape[1] for name in converted.modules}
         self.dtype = torch.float32
         self.transposed: frozenset[str] = frozenset()
 
     def read(self, name: str) -> Tensor:
+        if name in self._fused:
+            return self._read_fused(self._fused[name])
         if name not in self._scales:
             return super().read(name)
         module = name.removesuffix(_WEIGHT)
@@ -173,8 +191,34 @@ class ConvertedTensors(CheckpointTensors):
         weight = restored_weight(stored.data, stored.row_absmax, self.dtype)
         return weight.t().contiguous() if module in self.transposed else weight
 
+    def _read_fused(self, fused: FusedTensor) -> Tensor:
+        """Experts that the files have one by one, as one tensor in `dtype`."""
+        result = torch.empty(fused.spec.shape, dtype=self.dtype)
+        for matrix, names in zip(result, fused.parts, strict=True):
+            along = matrix.t() if fused.transposed else matrix
+            rows = along.shape[0] // len(names)
+            for place, name in enumerate(names):
+                along[place * rows : (place + 1) * rows].copy_(self.read(name))
+        return result
+
     def map(self, name: str) -> Tensor:
-        return self.read(name) if name in self._scales else super().map(name)
+        return self.read(name) if name in self._scales or name in self._fused else super().map(name)
+
+    def expect(self, names: Iterable[str]) -> None:
+        super().expect(self._in_files(names))
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        super().prefetch(self._in_files(names))
+
+    def finished(self, names: Iterable[str]) -> Iterator[ShardFile]:
+        return super().finished(self._in_files(names))
+
+    def peak_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+        return super().peak_shard_bytes([self._in_files(step) for step in steps])
+
+    def _in_files(self, names: Iterable[str]) -> list[str]:
+        """The tensors of the files for these of the model."""
+        return [each for name in names for each in (self._fused[name].names if name in self._fused else (name,))]
 
     def map_stored(self, name: str) -> Tensor:
         """A tensor as the checkpoint has it, int8 too, as a mapping of its file. Not to be written to."""
