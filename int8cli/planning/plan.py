@@ -230,6 +230,9 @@ def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
     for head, owners in names.TIED_HEADS.items():
         if not types or any(model_type in owners for model_type in types):
             yield head
+    for head, families in names.FAMILY_TASK_HEADS.items():
+        if not set(families).isdisjoint(types):
+            yield head
     for model_type in types:
         yield from names.ABSENT_LINEARS.get(model_type, ())
         if model_type in names.POOLED:

@@ -85,7 +85,7 @@ def _replaced(contents: ShardContents, floats: Mapping[str, StoredTensor], used:
 
 
 def _is_of_activations(spec: TensorSpec) -> bool:
-    return spec.name.rpartition(".")[2] in _OF_ACTIVATIONS and len(spec.shape) <= 1
+    return spec.name.rpartition(".")[2] in _OF_ACTIVATIONS and spec.numel == 1  # a longer one is a model's own
 
 
 def _scaled(
