@@ -9,7 +9,7 @@ from support.checkpoints import HEADS, LISTED, OTHERS, WITHOUT_COLUMNS, build_ti
 from test_plan import plan_of, spec
 
 from int8cli import convert
-from int8cli.planning import architectures as names
+from int8cli.planning.absent_modules import FAMILY_TASK_HEADS
 from int8cli.planning.layouts.skip_modules import ALL_RULES, skip_modules
 
 IDS = torch.tensor([[4, 5, 6, 7]])
@@ -45,9 +45,9 @@ def test_another_task_opens_and_runs(base: str, task: str, inputs: dict[str, Any
     assert torch.isfinite(output[0]).all()
 
 
-@pytest.mark.parametrize("head", names.FAMILY_TASK_HEADS)
+@pytest.mark.parametrize("head", FAMILY_TASK_HEADS)
 def test_heads_of_a_family_are_left_alone_by_every_rule(head: str) -> None:
-    for family in names.FAMILY_TASK_HEADS[head]:
+    for family in FAMILY_TASK_HEADS[head]:
         plan = plan_of(spec("layers.0.attention.q_proj.weight", 8, 8), config={"model_type": family})
         entries = skip_modules(plan)
         for rule in ALL_RULES:
