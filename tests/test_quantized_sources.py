@@ -187,8 +187,9 @@ def test_a_nested_method_is_named_with_the_tensor_that_shows_it() -> None:
 @pytest.mark.parametrize("method", ["bitnet", "gptq", "fp8", "fp_quant", "some_method"])
 def test_a_method_that_no_tensor_shows_stops_it_and_says_what_to_do(method: str) -> None:
     """The floats may be those of a dequantized model, or what a method makes its weights from: only the user knows."""
-    for config in ({}, {"text_config": {}}):
-        (config.get("text_config", config))["quantization_config"] = {"quant_method": method}
+    section = {"quantization_config": {"quant_method": method}}
+    nested: dict[str, Any] = {"text_config": section}
+    for config in (section, nested):
         with pytest.raises(AlreadyQuantizedError, match=method) as refusal:
             refuse_shapes({"l.weight": ("BF16", (48, 64))}, config)
         assert "remove that section" in str(refusal.value.hint)
