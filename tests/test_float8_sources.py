@@ -13,6 +13,7 @@ from support.checkpoints import WITHOUT_COLUMNS, read_all, read_json, save_by_ha
 from support.float8 import BLOCKS, STYLES, encoded, meant, write_float8
 from support.hub_stand_in import HubStandIn
 from support.program import Nursery, tree
+from support.smoothing import spread
 from support.verifying import verified
 from test_evaluate import evaluated
 from test_fused_experts import fused, matrices, source_of
@@ -106,6 +107,41 @@ def test_stored_columns_are_those_of_the_floats(outliers: str, pair: tuple[Path,
     assert different(read_all(tmp_path / "0"), read_all(tmp_path / "1")) == []
     assert any(name.endswith("outlier_weight") for name in read_all(tmp_path / "0"))
     assert verified(tmp_path / "0", model).passed
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
+def test_it_is_smoothed_as_the_floats_are(layout: LayoutName, tmp_path: Path) -> None:
+    """Also where a scale, its weight and the norm of a fold are in different shards."""
+    (tmp_path / "text").write_text(some_text().text)
+    make_model("llama", tmp_path / "source", spread)
+    floats = as_16_bit(
+        tmp_path / "source",
+        write_float8(tmp_path / "source", tmp_path / "fp8", apart=True),
+        tmp_path / "floats",
+    )
+    options = ConvertOptions(
+        layout=layout, smooth="auto", outlier_columns=2, text=tmp_path / "text", tokens=48, sequence_length=16
+    )
+    convert(floats, tmp_path / "wanted", options)
+    convert(tmp_path / "fp8", tmp_path / "out", options)
+    found = read_all(tmp_path / "out")
+    assert different(found, read_all(tmp_path / "wanted")) == []
+    assert sum(name.endswith(".smooth_exponents") for name in found) > 4
+    assert verified(tmp_path / "out", tmp_path / "fp8").passed
+    dequantize(tmp_path / "out", tmp_path / "again")
+    again, norm = read_all(tmp_path / "again"), "model.layers.0.input_layernorm.weight"
+    assert f"{norm}.smooth_row_exponents" in found
+    assert torch.equal(again[norm], read_all(floats)[norm])
+
+
+def test_parts_write_what_one_process_writes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """The scales of a part's weights lie in the shard of the other part."""
+    for outliers in ("none", "weights"):
+        options = ConvertOptions(outliers=outliers)
+        convert(pair[0], tmp_path / outliers / "one", options)
+        for number in (2, 1):
+            convert(pair[0], tmp_path / outliers / "parts", replace(options, part=(number, 2)))
+        assert tree(tmp_path / outliers / "parts") == tree(tmp_path / outliers / "one")
 
 
 def test_methods_are_evaluated_as_with_the_floats(pair: tuple[Path, Path]) -> None:

@@ -1,13 +1,15 @@
 """A conversion that has fused experts one by one: made floats again, and evaluated."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from support.calibration_models import save_tokenizer
+from support.calibration_models import save_tokenizer, some_text
 from support.checkpoints import Tiny, build_tiny, read_all
+from support.smoothing import spread
 from test_evaluate import evaluated
 from test_fused_experts import MODELS, TINY
 
@@ -75,6 +77,29 @@ def test_small_blocks_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
             dequantize(root / "out", root / "blocks")
         name = "model.safetensors"
         assert (root / "blocks" / name).read_bytes() == (root / "whole" / name).read_bytes()
+
+
+def test_a_smoothing_is_undone_beside_fused_experts(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(some_text().text)
+    model = build_tiny(FAMILIES["granitemoe"], torch.bfloat16)
+    with torch.no_grad():
+        spread(model)
+    model.save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    smooth = replace(OPTIONS, outliers="activations", smooth="auto", text=tmp_path / "text", tokens=48)
+    convert(tmp_path / "source", tmp_path / "out", replace(smooth, outlier_columns=2, sequence_length=16))
+    written, source = read_all(tmp_path / "out"), read_all(tmp_path / "source")
+    changed = [name for name in written if name.endswith((".smooth_exponents", ".smooth_row_exponents"))]
+    assert any(".experts.0." in name for name in written)
+    assert any(bool(written[name].any()) for name in changed)
+    dequantize(tmp_path / "out", tmp_path / "floats")
+    found = read_all(tmp_path / "floats")
+    assert found.keys() == source.keys()
+    for name, tensor in source.items():
+        assert found[name].shape == tensor.shape
+        if name.endswith("norm.weight"):
+            assert torch.equal(found[name], tensor)
+        assert (found[name].float() - tensor.float()).norm() <= 0.1 * tensor.float().norm(), name
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -4,7 +4,7 @@ import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,9 +37,11 @@ int8cli convert bigscience/bloom
 int8cli convert ./my-model -o ./my-model-int8 --dry-run
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
 int8cli convert org/name --layout compressed-tensors
+int8cli convert org/name --smooth auto
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
+int8cli convert org/name -o /shared/name-int8 --outliers none --part 3/8
 """
 
 PAGES = (".html", ".png", ".svg")
@@ -63,6 +65,20 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
 ]
 Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
+
+
+class ConvertedInputs(enum.StrEnum):
+    """How the inputs of an int8 layer are quantized."""
+
+    absmax = "absmax"
+    zeropoint = "zeropoint"
+    none = "none"
+
+
+Inputs = Annotated[
+    ConvertedInputs,
+    typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
+]
 Threshold = Annotated[
     float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
 ]
@@ -97,6 +113,24 @@ Outliers = Annotated[
     ),
 ]
 
+
+def complete_smooth(incomplete: str) -> Iterator[str]:
+    """The modes, then statistics files and the directories on the way to them."""
+    yield from (mode for mode in ("auto", "none") if mode.startswith(incomplete))
+    yield from complete_path(incomplete)
+
+
+Smooth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none|FILE",
+        help="Move what is hard to round from inputs into weights by powers of two, where the run of the model proves "
+        "that it computes the same bits (auto), or by a statistics file of inspect-outliers --smooth.",
+        show_default="auto for compressed-tensors, else none",
+        autocompletion=complete_smooth,
+    ),
+]
+
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -125,12 +159,47 @@ Overwrite = Annotated[
 ]
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """`K/N` as two numbers."""
+    part, slash, parts = str(text).partition("/")
+    if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
+        raise typer.BadParameter(f"{text!r} is not K/N, such as 3/8 for the third of eight parts")
+    return int(part), int(parts)
+
+
+# The parser makes a tuple, but a tuple in the annotation would be an option with two values for Typer.
+Part = Annotated[
+    Any,
+    typer.Option(
+        "--part",
+        parser=parse_part,
+        metavar="K/N",
+        help="Convert part K of N, for N processes on one machine or on several that see the same directory.",
+        show_default="all shards",
+    ),
+]
+Finish = Annotated[
+    bool, typer.Option("--finish", help="Convert nothing: write index, config, card and report after all parts.")
+]
+OnRay = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Convert the shards on a Ray cluster: its address, auto for the one that runs here, local for a new one. "
+        "Its machines must see the output under the same path.",
+        show_default="this machine",
+    ),
+]
+
+
 @shows_errors(hints.CONVERT, resumes=True)
 def convert(
     model: Model,
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
+    inputs: Inputs = ConvertedInputs.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,
@@ -138,6 +207,7 @@ def convert(
     on_nonfinite: WhenNonFinite = OnNonFinite.error,
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
+    smooth: Smooth = None,
     text: TextFile = None,
     tokens: Tokens = CONVERT_TOKENS,
     workers: Workers = None,
@@ -147,6 +217,9 @@ def convert(
     retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    part: Part = None,
+    finish: Finish = False,
+    ray: OnRay = None,
     report: ReportFile = None,
     details: Details = False,
     as_json: Json = False,
@@ -162,6 +235,9 @@ def convert(
         if dry_run:
             raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
         check_outputs((report,), PAGES, drawn=PAGES, option="--report")
+    if part is not None and (report is not None or details):
+        option = "'--report'" if report is not None else "'--details'"
+        raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)
     from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
@@ -179,7 +255,19 @@ def convert(
         write_conversion(found.report, report)
         say_written(report, quiet=quiet)
     with writing_result():
-        show(found, model, as_json=as_json, quiet=quiet, details=details)
+        if part is not None and not isinstance(found, command.ConversionPlan):
+            show_part(found, part, as_json=as_json, quiet=quiet)
+        else:
+            show(found, model, as_json=as_json, quiet=quiet, details=details)
+
+
+def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool, quiet: bool) -> None:
+    from int8cli.report.part import part_to_json, show_part_ended
+
+    if as_json:
+        print(json.dumps(part_to_json(part, found.output, found.report, found.missing), indent=2))
+    elif not quiet:
+        show_part_ended(part, found.output, found.report, found.missing, found.seconds)
 
 
 def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: bool, quiet: bool, details: bool) -> None:

@@ -16,18 +16,23 @@ _PLACES = "--output FILE and --work-dir DIR set where to write."
 CONVERT: Hints = {
     errors.AlreadyConvertedError: "To check a conversion: int8cli verify DIR.",
     errors.CannotRunError: _BY_WEIGHTS,
+    errors.CannotRunInPartsError: f"{_MAKE_STATISTICS} --outliers FILE.safetensors, weights or none works in parts.",
     errors.DiskSpaceError: "--output DIR can be on another disk.",
+    errors.InexactSmoothingError: "--smooth none converts the model as it is.",
     errors.MissingTransformersError: _BY_WEIGHTS,
     errors.NonFiniteError: "--on-nonfinite keep leaves such weights in their source dtype.",
     errors.NonFiniteRunError: _BY_WEIGHTS,
     errors.NotEnoughMemoryError: f"{_BY_WEIGHTS} --device cpu needs no GPU.",
     errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",
+    errors.SavedStateError: "--overwrite starts over.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",
     errors.NoSuspectsError: "--outliers activations runs the model, --outliers none stores no columns.",
+    errors.UnfinishedPartsError: "int8cli status DIR shows the parts.",
+    errors.VersionMismatchError: "int8cli env shows it.",
     errors.WorkerLostError: "--workers N sets their number.",
 }
 DEQUANTIZE: Hints = {

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
-from int8cli.columns.wanted import AUTO, MODES
+from int8cli.columns.wanted import AUTO, MODES, SMOOTH_MODES
 from int8cli.commands.options import (
     ConvertOptions,
     DequantizeOptions,
@@ -15,14 +15,16 @@ from int8cli.commands.options import (
     EstimateOptions,
     EvaluateOptions,
     GenerateOptions,
+    InputsName,
     InspectOptions,
     VerifyOptions,
 )
-from int8cli.errors import OptionError
-from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.conversion import FROM_ACTIVATIONS
+from int8cli.errors import CannotRunInPartsError, OptionError
+from int8cli.planning.layouts import LAYOUTS, layout_of
+from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
 from int8cli.workers.torch_start import start_torch
 
+MOST_MACHINES = 10_000
 # The smallest allowed value of each count, by option. None is always allowed.
 _SMALLEST = {
     "batch": 1,
@@ -39,10 +41,48 @@ _SMALLEST = {
 def check_convert(options: ConvertOptions) -> None:
     _check_counts(options)
     _check_choice("layout", options.layout, LAYOUTS)
+    _check_choice("inputs", options.inputs, get_args(InputsName))
+    if layout_of(options.layout, options.inputs) is None:
+        raise OptionError(f"the layout {options.layout} cannot say {options.inputs!r} to loaders", option="inputs")
     _check_choice("float32", options.float32, ("direct", "float16"))
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    if options.smooth is not None:
+        _check_smooth(str(options.smooth), str(options.outliers))
+    if options.ray is not None and (options.part is not None or options.finish):
+        raise OptionError("a cluster converts all parts", option="ray")
+    if options.part is not None or options.finish:
+        _check_part(options)
+    if options.ray is not None:
+        if not options.ray:
+            raise OptionError("the address is empty", option="ray")
+        _refuse_running_the_model(options)
+
+
+def _check_part(options: ConvertOptions) -> None:
+    """Refuse what several processes cannot do together."""
+    if options.part is not None:
+        part, parts = options.part
+        if not 1 <= part <= parts:
+            raise OptionError(f"{part} of {parts} is not a part: they are 1 to N of N", option="part")
+        if options.finish:
+            raise OptionError("a part finishes the conversion itself, if it is the last", option="finish")
+    if options.overwrite:
+        hint = "Delete the directory, or choose another one."
+        raise OptionError("one part would delete what the others have written", option="overwrite", hint=hint)
+    _refuse_running_the_model(options)
+
+
+def _refuse_running_the_model(options: ConvertOptions) -> None:
+    if options.smooth is not None and str(options.smooth) not in SMOOTH_MODES:
+        return  # the file tells which columns to store, too
+    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and options.outlier_columns != 0:
+        raise CannotRunInPartsError(
+            f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
+            option="outliers",
+            hint="Make statistics of the outliers once, and give the file to every part.",
+        )
 
 
 def check_dequantize(options: DequantizeOptions) -> None:
@@ -67,6 +107,11 @@ def check_estimate(options: EstimateOptions) -> None:
     _check_counts(options)
     _check_choice("layout", options.layout, LAYOUTS)
     _check_choice("kv_dtype", options.kv_dtype, ("float32", "float16", "bfloat16", "float8"))
+    for count in options.machines:
+        if not 1 <= count <= MOST_MACHINES:
+            raise OptionError(f"{count} is not from 1 to {MOST_MACHINES:,}", option="machines")
+    if options.network is not None and not (math.isfinite(options.network) and options.network > 0.0):
+        raise OptionError("the rate must be a finite number of bytes a second, over 0", option="network")
 
 
 def check_inspect(options: InspectOptions) -> None:
@@ -118,12 +163,25 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _check_outliers(value: str, text: Path | None) -> None:
-    looks_like_a_file = os.path.isfile(value) or Path(value).suffix or len(Path(value).parts) > 1
-    if value not in MODES and not looks_like_a_file:
+    if value not in MODES and not _looks_like_a_file(value):
         message = f"{value!r} is not one of {', '.join(MODES)} and not a file{_suggestion(value, MODES)}"
         raise OptionError(message, option="outliers")
     if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
         raise OptionError(f"a text has no effect if outlier columns come from {value!r}", option="text")
+
+
+def _check_smooth(value: str, outliers: str) -> None:
+    if value in SMOOTH_MODES:
+        return
+    if not _looks_like_a_file(value):
+        message = f"{value!r} is not one of {', '.join(SMOOTH_MODES)} and not a file{_suggestion(value, SMOOTH_MODES)}"
+        raise OptionError(message, option="smooth")
+    if outliers not in (AUTO, NO_OUTLIERS, value):
+        raise OptionError(f"what {value} smooths does not fit columns that come from {outliers!r}", option="smooth")
+
+
+def _looks_like_a_file(value: str) -> bool:
+    return bool(os.path.isfile(value) or Path(value).suffix or len(Path(value).parts) > 1)
 
 
 def _suggestion(value: str, choices: Collection[str]) -> str:

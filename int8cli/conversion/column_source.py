@@ -1,12 +1,13 @@
-"""The interface through which a conversion learns which input columns of each linear to store exactly.
+"""The interface through which a conversion learns which input columns to store exactly, and what to smooth.
 
 Owns the protocol, and the implementation that stores nothing. The other implementations are in `columns`.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Protocol
 
 from int8cli.checkpoint.source import LocalFile, ShardFile
+from int8cli.planning.exponents import NOT_SMOOTHED, ShardSmoothing, TensorExponents
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
@@ -33,11 +34,26 @@ class ColumnSource(Protocol):
         """
         yield from ()
 
+    def expect(self, shards: Sequence[str], run: RunTask) -> None:
+        """Learn what other processes need to know of these shards, which this process is about to convert.
+
+        Called before the first of them, where several processes share the shards. `run` as in `columns_of`.
+        """
+        return
+
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """The columns for the quantized tensors of a source shard that is on this machine.
 
         Work for a process that has torch goes through `run`.
         """
+
+    def smoothing_of(self, shard: str) -> ShardSmoothing:
+        """The smoothing of a source shard, once its columns are known."""
+        return NOT_SMOOTHED
+
+    def settled(self) -> Mapping[str, TensorExponents]:
+        """The exponents of every tensor for which this run has found them, also those that are not scaled."""
+        return {}
 
 
 class NoColumns(ColumnSource):

@@ -40,7 +40,8 @@ from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.dequantization import Dequantization
 from int8cli.results.units import human_bytes
-from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
+from int8cli.runtime.converted import Converted, find_converted
+from int8cli.runtime.converted_tensors import ConvertedTensors
 
 TASK = "dequantize"
 STATE_FILE = f"{OWN_DIRECTORY}/dequantization.json"

@@ -6,16 +6,17 @@ dtype, everything else as it is. Knows no output file.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
-from int8cli.runtime.converted import ConvertedTensors
+from int8cli.llm_int8.smoothing import powers_of_two
+from int8cli.runtime.converted_tensors import ConvertedTensors
 
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -44,40 +45,60 @@ def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Ten
     """The tensor's values in row-major order, in pieces of its dtype. Each is to be used before the next is asked for.
 
     A weight is the one that `load_model` computes with: data * row_absmax / 127, and in the stored columns the source's
-    own values. Raises CheckpointError for a value that the dtype cannot hold, and what reading raises.
+    own values. A smoothing is undone in all tensors. Raises CheckpointError for a value that the dtype cannot hold, and
+    what reading raises.
     """
-    dtype = TORCH_DTYPES[wanted.spec.dtype]
-    for expert in wanted.parts:
-        if expert[0].transpose:
-            yield from (
-                torch.cat(rows, dim=1) for rows in zip(*(float_blocks(tensors, p) for p in expert), strict=True)
-            )
-        else:
-            yield from (block for part in expert for block in float_blocks(tensors, part))
     if wanted.parts:
-        return
-    if not wanted.quantized and wanted.transpose:
-        yield from _columns_of(tensors, wanted)
-        return
-    if not wanted.quantized:
-        yield from (_cast(block, dtype, wanted.spec) for block in _flat_blocks(tensors, wanted.spec.name))
-        return
+        return _fused_blocks(tensors, wanted)
+    if wanted.quantized:
+        return _restored_blocks(tensors, wanted)
+    if wanted.transpose:
+        return _columns_of(tensors, wanted)
+    dtype = TORCH_DTYPES[wanted.spec.dtype]
+    return (_cast(block, dtype, wanted.spec) for block in _flat_blocks(tensors, wanted.spec.name))
+
+
+def _fused_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+    """Fused experts, from the blocks of their parts."""
+    for expert in wanted.parts:
+        blocks = [float_blocks(tensors, part) for part in expert]
+        if expert[0].transpose:
+            yield from (torch.cat(rows, dim=1) for rows in zip(*blocks, strict=True))
+        else:
+            yield from chain.from_iterable(blocks)
+
+
+def _restored_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+    """An int8 weight, in blocks of its rows as the output has them."""
+    dtype = TORCH_DTYPES[wanted.spec.dtype]
+    rows, columns = tensors.exponents(wanted.spec.name)
     module = wanted.spec.name.removesuffix(".weight")
     row_absmax, exact = tensors.row_absmax(module), tensors.exact_columns(module)
-    if not wanted.transpose:
-        start = 0
-        for data in tensors.row_blocks(wanted.spec.name, _BLOCK_ELEMENTS):
-            part = slice(start, start + data.shape[0])
-            block = restored_weight(data, row_absmax[part], torch.float32)
-            if exact is not None:
-                block.index_copy_(1, exact.columns, exact.weight[part].float())
-            yield _cast(block, dtype, wanted.spec)
-            start = part.stop
+    if wanted.transpose:
+        yield from _transposed_blocks(tensors, wanted, row_absmax, rows, columns)
         return
-    yield from _transposed_blocks(tensors, wanted, row_absmax)
+    start = 0
+    for data in tensors.row_blocks(wanted.spec.name, _BLOCK_ELEMENTS):
+        part = slice(start, start + data.shape[0])
+        block = restored_weight(data, row_absmax[part], torch.float32)
+        if exact is not None:
+            block.index_copy_(1, exact.columns, exact.weight[part].float())
+        _undo(block, None if rows is None else rows[part], columns)
+        yield _cast(block, dtype, wanted.spec)
+        start = part.stop
 
 
-def _transposed_blocks(tensors: ConvertedTensors, wanted: FloatTensor, row_absmax: Tensor) -> Iterator[Tensor]:
+def _undo(block: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Undo a smoothing in a block of float32 (rows, columns), in place."""
+    if rows is not None:
+        block *= powers_of_two(-rows, block.dtype)[:, None]
+    if columns is not None:
+        block *= powers_of_two(-columns, block.dtype)
+
+
+def _transposed_blocks(
+    tensors: ConvertedTensors, wanted: FloatTensor, row_absmax: Tensor, rows: Tensor | None, columns: Tensor | None
+) -> Iterator[Tensor]:
     """Blocks of input columns, from a mapping of the data: (columns, out_features) each."""
     module, name = wanted.spec.name.removesuffix(".weight"), wanted.spec.name
     exact, data = tensors.exact_columns(module), tensors.map_stored(name)  # (out, in)
@@ -88,10 +109,11 @@ def _transposed_blocks(tensors: ConvertedTensors, wanted: FloatTensor, row_absma
         for column in range(start, start + block.shape[1]):
             if exact is not None and column in places:
                 block[:, column - start] = exact.weight[:, places[column]].float()
+        _undo(block, rows, None if columns is None else columns[start : start + block.shape[1]])
         yield _cast(block.t().contiguous(), TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
 
 
-def _columns_of(tensors: CheckpointTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+def _columns_of(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
     """A matrix of floats (out, in) in blocks of its columns, as many as `_transposed_blocks` has in one."""
     matrix = tensors.map(wanted.spec.name)
     step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[0]))
@@ -100,10 +122,13 @@ def _columns_of(tensors: CheckpointTensors, wanted: FloatTensor) -> Iterator[Ten
         yield _cast(block, TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
 
 
-def _flat_blocks(tensors: CheckpointTensors, name: str) -> Iterator[Tensor]:
-    flat = tensors.map(name).reshape(-1)
+def _flat_blocks(tensors: ConvertedTensors, name: str) -> Iterator[Tensor]:
+    flat, (exponents, _) = tensors.map(name).reshape(-1), tensors.exponents(name)
     for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
-        yield flat[start : start + _BLOCK_ELEMENTS]
+        block = flat[start : start + _BLOCK_ELEMENTS]
+        if exponents is not None:
+            block = block * powers_of_two(-exponents[start : start + _BLOCK_ELEMENTS], block.dtype)
+        yield block
 
 
 def _cast(block: Tensor, dtype: torch.dtype, spec: TensorSpec) -> Tensor:

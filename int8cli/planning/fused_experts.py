@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.planning.experts import ALWAYS_FUSED
+from int8cli.planning.expert_names import ALWAYS_FUSED
 from int8cli.planning.plan import model_types
 
 _MATRIX = re.compile(r"(?P<experts>(?:\S+\.)?experts)\.(?P<number>\d+)\.(?P<matrix>gate|up|down)_proj\.weight")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.survey import Room, Survey, room_needed
 
 
@@ -20,4 +20,5 @@ class Needs:
     def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
         names = [contents.file_name for contents in survey.shards]
         download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
-        return cls(download, room_needed(source, survey, names, output), threads * BUFFER_BYTES_A_THREAD)
+        a_thread = BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0)
+        return cls(download, room_needed(source, survey, names, output), threads * a_thread)

@@ -6,6 +6,20 @@ from typing import Any, Literal
 STATUS_SCHEMA = "int8cli.status/1"
 
 State = Literal["finished", "running", "unfinished"]
+# `elsewhere`: it was started on another machine, and is not finished. Whether it still runs cannot be told from here.
+PartState = Literal["finished", "running", "stopped", "elsewhere"]
+
+
+@dataclass(frozen=True, slots=True)
+class PartStatus:
+    """A part of a conversion that was started: its shards, those of them that are finished, and where it ran."""
+
+    part: int
+    parts: int
+    state: PartState
+    shards: int
+    shards_finished: int
+    hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +28,8 @@ class ConversionStatus:
 
     `running`: a process holds the directory. Shards and their bytes are those of the source. `blocks_run` counts the
     blocks of the model that a calibration has finished. `partial_bytes` of downloads are here and will be resumed.
-    `options` are the settings of the conversion, by the names of `convert`'s options.
+    `options` are the settings of the conversion, by the names of `convert`'s options. `parts` are those that were
+    started, while the conversion is not finished.
     """
 
     directory: str
@@ -28,6 +43,7 @@ class ConversionStatus:
     blocks_run: int
     partial_bytes: int
     options: dict[str, Any]
+    parts: tuple[PartStatus, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": STATUS_SCHEMA, **asdict(self)}
