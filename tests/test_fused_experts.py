@@ -15,8 +15,7 @@ from torch import Tensor
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import NonFiniteError, UnsupportedModelError
-from int8cli.evaluation.subject import find_subject
+from int8cli.errors import NonFiniteError
 from int8cli.loaders.transformers_versions import release
 from int8cli.planning import survey as survey_module
 from int8cli.planning.decisions import PlanOptions
@@ -319,21 +318,3 @@ def test_every_expert_of_a_saved_model_becomes_int8(family: str, tmp_path: Path)
                 data, scale = (written[f"{module}.{expert}.{leaf}.weight{end}"] for end in ("", "_scale"))
                 assert data.dtype == torch.int8
                 assert float((data * scale - half.float()).abs().max()) <= float(scale.max()) * 0.51
-
-
-def test_split_experts_of_a_class_that_fuses_them_are_not_evaluated(tmp_path: Path) -> None:
-    family = "granitemoe"
-    source = source_of(tmp_path / "s", family, fused(family, matrices(family), transposed=False))
-    convert(source, tmp_path / "out", OPTIONS)
-    with pytest.raises(UnsupportedModelError, match="fused"):
-        find_subject(DirectorySource(tmp_path / "out"), None)
-
-
-def test_fused_experts_are_not_made_floats_again_one_by_one(tmp_path: Path) -> None:
-    from int8cli import dequantize
-
-    family = "granitemoe"
-    source = source_of(tmp_path / "s", family, fused(family, matrices(family), transposed=False))
-    convert(source, tmp_path / "out", OPTIONS)
-    with pytest.raises(UnsupportedModelError, match="fused"):
-        dequantize(tmp_path / "out", tmp_path / "floats")

@@ -48,7 +48,9 @@ def test_every_way_of_the_product_gives_the_same_integers(way: Way, shape: tuple
     generator = torch.Generator().manual_seed(1)
     left = torch.randint(-128, 128, (tokens, features), dtype=torch.int8, generator=generator)
     right = torch.randint(-127, 128, (outputs, features), dtype=torch.int8, generator=generator)
-    assert torch.equal(way(left, right).long(), left.long() @ right.long().t())
+    found = way(left, right)
+    assert torch.equal(found.long(), left.long() @ right.long().t())
+    assert found.is_contiguous()  # or what a layer gives would have other strides, by the clock
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8, 17, 40])

@@ -211,7 +211,7 @@ def heads(*entries: str) -> list[str]:
 def test_the_head_is_named_though_it_is_tied_and_absent() -> None:
     specs = [s for s in llama() if s.name != "lm_head.weight"]
     assert skip_modules(plan_of(*specs, config={"model_type": "llama"})) == heads("lm_head")
-    assert skip_modules(plan_of(*specs, config={"model_type": "whisper"})) == heads("lm_head", "proj_out")
+    assert skip_modules(plan_of(*specs, config={"model_type": "whisper"})) == heads("lm_head", "proj_out", "projector")
 
 
 def test_without_a_model_type_every_known_head_is_named() -> None:

@@ -23,18 +23,20 @@ WEIGHT8, PACKED = torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 4, dtype=tor
 FLOAT8 = WEIGHT8.to(torch.float8_e4m3fn)
 FLOAT16 = torch.ones(4, 4, dtype=torch.float16)
 DECLARED = {"quantization_config": {"quant_method": "some_method"}}
+ASKED = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
 
 
 def refuse(tensors: Mapping[str, Tensor], config: Mapping[str, Any], root: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, root / "model.safetensors")
     source = DirectorySource(root)
-    refuse_quantized(config, read_headers(source, find_weights(source)))
+    refuse_quantized(read_headers(source, find_weights(source)), tuple(declared_methods(config)))
 
 
 def refuse_shapes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[str, Any] | None = None) -> None:
     """The same for tensors of which only dtypes and shapes are made up: (dtype, shape) by name."""
     stored = (StoredTensor(TensorSpec(name, *each), 0) for name, each in tensors.items())
-    refuse_quantized(config or {}, [ShardContents("model.safetensors", tuple(stored), {}, 0)])
+    contents = ShardContents("model.safetensors", tuple(stored), {}, 0)
+    refuse_quantized([contents], tuple(declared_methods(config or {})))
 
 
 @pytest.mark.parametrize(
@@ -143,9 +145,9 @@ def test_a_declared_method_over_small_weights_is_named(weight: Tensor, tmp_path:
 @pytest.mark.parametrize(
     ("tensors", "config"),
     [
-        ({"l.weight": FLOAT16}, DECLARED),
+        ({"l.weight": FLOAT16}, ASKED),
         ({"l.weight": FLOAT16, "l.weight_scale": torch.ones(4)}, {}),
-        ({"l.weight": FLOAT16, "position_ids": torch.arange(4)[None].clone(), "attn.bias": PACKED}, DECLARED),
+        ({"l.weight": FLOAT16, "position_ids": torch.arange(4)[None].clone(), "attn.bias": PACKED}, ASKED),
         ({"l.weight": FLOAT16, "codes": WEIGHT8}, {"quantization_config": None}),
         ({"l.weight": FLOAT16, "up_blocks.0.weight": FLOAT16}, {}),
     ],
@@ -182,9 +184,15 @@ def test_a_nested_method_is_named_with_the_tensor_that_shows_it() -> None:
         )
 
 
-def test_floats_that_are_no_weights_yet_are_refused() -> None:
-    with pytest.raises(AlreadyQuantizedError, match="bitnet"):
-        refuse_shapes({"l.weight": ("BF16", (48, 64))}, {"quantization_config": {"quant_method": "bitnet"}})
+@pytest.mark.parametrize("method", ["bitnet", "gptq", "fp8", "fp_quant", "some_method"])
+def test_a_method_that_no_tensor_shows_stops_it_and_says_what_to_do(method: str) -> None:
+    """The floats may be those of a dequantized model, or what a method makes its weights from: only the user knows."""
+    section = {"quantization_config": {"quant_method": method}}
+    nested: dict[str, Any] = {"text_config": section}
+    for config in (section, nested):
+        with pytest.raises(AlreadyQuantizedError, match=method) as refusal:
+            refuse_shapes({"l.weight": ("BF16", (48, 64))}, config)
+        assert "remove that section" in str(refusal.value.hint)
 
 
 def test_a_leftover_description_is_taken_out_of_every_config(tmp_path: Path) -> None:

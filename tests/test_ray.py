@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.float8 import write_float8
 from support.program import ROOT, llama, outcome_of, start, tree
 from support.progress import CoherentProgress
 
@@ -73,6 +74,14 @@ def test_a_cluster_writes_what_one_process_writes(outliers: str, cluster: Any, r
     assert len(progress.outcomes) == SHARDS
     assert result.peak_memory_bytes is None
     assert tree(tmp_path / "out") == tree(root / outliers)
+
+
+def test_scales_in_another_shard_are_read_by_the_workers(cluster: Any, tmp_path: Path) -> None:
+    llama(tmp_path / "source", shards=1)
+    write_float8(tmp_path / "source", tmp_path / "model", apart=True)
+    convert(tmp_path / "model", tmp_path / "one", NONE)
+    convert(tmp_path / "model", tmp_path / "out", on(cluster))
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
 
 
 def test_a_node_that_is_killed_costs_its_shards_only(cluster: Any, root: Path, tmp_path: Path) -> None:

@@ -262,8 +262,9 @@ def test_dequantize_undoes_it_exactly(words: Path, tmp_path: Path) -> None:
             weight, found = (each.t() if architecture == "gpt2" else each for each in (tensor, restored[name]))
             assert torch.equal(found[:, columns], weight[:, columns])
             absmax = weights(output)[name.replace("weight", "SCB")]
-            rounded = weight.abs().float() * torch.finfo(weight.dtype).eps  # the restored value, in the weight's dtype
-            assert bool(((found - weight).abs().float() <= 0.51 * undone(stored, name, absmax) + rounded).all())
+            rounded = found.abs().float() * torch.finfo(found.dtype).eps / 2
+            limit = 0.5001 * undone(stored, name, absmax) + rounded
+            assert bool(((found.float() - weight.float()).abs() <= limit).all())
 
 
 def undone(stored: dict[str, Tensor], name: str, absmax: Tensor) -> Tensor:

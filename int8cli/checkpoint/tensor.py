@@ -4,7 +4,8 @@ Owns the dtype names (those of the safetensors format) and their widths. Knows n
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 # https://github.com/huggingface/safetensors, `Dtype`. Widths in bits: F4 and the 6-bit floats are packed.
 DTYPE_BITS = {
@@ -82,7 +83,8 @@ class StoredTensor:
 
     Row-major, unless `column_major`: then the bytes are those of the row-major transpose (a `.bin` of a saved `W.t()`).
     `whole` is the tensor of the file if this is only a matrix in it. The lines of a column-major part may be `pitch`
-    elements apart, with other parts between them.
+    elements apart, with other parts between them. A `scaled` tensor has other bytes in the file than `spec` says: 8-bit
+    floats, which stand for the values of `spec` together with their scales.
     """
 
     spec: TensorSpec
@@ -90,14 +92,31 @@ class StoredTensor:
     column_major: bool = False
     whole: "StoredTensor | None" = None
     pitch: int | None = None
+    scaled: "Scaled | None" = None
+
+    @property
+    def file_dtype(self) -> str:
+        """The dtype of the bytes in the file."""
+        return self.spec.dtype if self.scaled is None else self.scaled.codes.spec.dtype
+
+    @property
+    def file_nbytes(self) -> int:
+        """The number of the tensor's own bytes in the file."""
+        return self.spec.numel * DTYPE_BITS[self.file_dtype] // 8
 
     @property
     def span_bytes(self) -> int:
         """The size of the region of the file from the tensor's first byte to its last."""
         if self.pitch is None or not self.spec.numel:
-            return self.spec.nbytes
+            return self.file_nbytes
         rows, columns = self.spec.shape
-        return ((columns - 1) * self.pitch + rows) * DTYPE_BITS[self.spec.dtype] // 8
+        return ((columns - 1) * self.pitch + rows) * DTYPE_BITS[self.file_dtype] // 8
+
+    @property
+    def in_file(self) -> "StoredTensor":
+        """The tensor that the file has in this place."""
+        whole = self.whole or self
+        return whole if whole.scaled is None else whole.scaled.codes
 
     @property
     def end_bytes(self) -> int:
@@ -105,11 +124,52 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """What a tensor of 8-bit floats and its scales stand for: each float times the scale of its block.
+
+    `codes` is the tensor of the file: matrices in its last two dimensions. Each block of `block` = (rows, columns)
+    elements of a matrix has one scale; the last blocks of a row or a column may be smaller. `scales` has the scales of
+    all matrices, row-major, and lies in the file `scales_file`. `exponents`: they are bytes that stand for
+    2 ** (byte - 127). A part begins at the row and column `first` of `codes`, the rows of all matrices counted through,
+    and is `turned` if it is a transpose.
+    """
+
+    codes: StoredTensor
+    scales: StoredTensor
+    scales_file: str
+    block: tuple[int, int]
+    exponents: bool = False
+    first: tuple[int, int] = (0, 0)
+    turned: bool = False
+
+    @property
+    def grid_rows(self) -> int:
+        """Rows of scales for each matrix."""
+        return -(-self.codes.spec.shape[-2] // self.block[0])
+
+    @property
+    def grid_columns(self) -> int:
+        return -(-self.codes.spec.shape[-1] // self.block[1])
+
+    def grid_row(self, row: int) -> int:
+        """The row of scales for a row of `codes`."""
+        matrix, inner = divmod(row, self.codes.spec.shape[-2])
+        return matrix * self.grid_rows + inner // self.block[0]
+
+    def group_end(self, row: int) -> int:
+        """The first row after this one that has another row of scales."""
+        rows = self.codes.spec.shape[-2]
+        matrix, inner = divmod(row, rows)
+        return matrix * rows + min(rows, (inner // self.block[0] + 1) * self.block[0])
+
+
+@dataclass(frozen=True, slots=True)
 class ShardContents:
     """One checkpoint file without its data: its tensors in file order, its metadata, its size.
 
     `mappable` is false for a legacy `.bin`, which can only be loaded whole. Its offsets are those in the concatenation
-    of its tensors.
+    of its tensors. `unread` are tensors of the file that are no weights by themselves, as the scales of others.
+    `borrowed` are the bytes of scales that tensors here need and that lie in other files, by name.
     """
 
     file_name: str
@@ -117,7 +177,17 @@ class ShardContents:
     metadata: dict[str, str]
     file_bytes: int
     mappable: bool = True
+    unread: tuple[StoredTensor, ...] = ()
+    borrowed: Mapping[str, bytes] = field(default_factory=dict)
 
     def as_in_file(self) -> "ShardContents":
-        """The same file with its own tensors in place of their parts."""
+        """The same file with the tensors that it has itself: no parts, no floats that others stand for."""
+        tensors = dict.fromkeys((*(stored.in_file for stored in self.tensors), *self.unread))
+        if not self.unread:
+            return replace(self, tensors=tuple(tensors), borrowed={})
+        ordered = sorted(tensors, key=lambda each: (each.offset_bytes, each.end_bytes, each.spec.name))
+        return replace(self, tensors=tuple(ordered), unread=(), borrowed={})
+
+    def unsplit(self) -> "ShardContents":
+        """The same file with whole tensors in place of their parts."""
         return replace(self, tensors=tuple(dict.fromkeys(stored.whole or stored for stored in self.tensors)))

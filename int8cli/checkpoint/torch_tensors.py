@@ -3,101 +3,19 @@
 Owns which shards are on this machine at a time, and how a stored tensor becomes a torch tensor. Knows no model.
 """
 
-import mmap
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
+from int8cli.checkpoint.borrowed import with_borrowed
 from int8cli.checkpoint.digest import require_published, sha256_of
-from int8cli.checkpoint.disk import reading_errors
-from int8cli.checkpoint.pickled import load_legacy
-from int8cli.checkpoint.reader import FileReader
+from int8cli.checkpoint.shard_tensors import ShardTensors
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
-from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
-from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import CheckpointError
-
-
-class ShardTensors:
-    """The tensors of one shard file on this machine, read or mapped by name. Must be closed."""
-
-    def __init__(self, path: Path, contents: ShardContents) -> None:
-        self._path = path
-        self._places = {stored.spec.name: stored for stored in contents.tensors}
-        self._legacy = None if contents.mappable else load_legacy(path)
-        self._reader = FileReader(path) if contents.mappable else None
-
-    def read(self, name: str) -> Tensor:
-        """A contiguous copy of the tensor in memory."""
-        stored = self._places[name]
-        if self._legacy is not None:
-            return self._legacy[name].contiguous()
-        if not stored.spec.nbytes:
-            return torch.empty(stored.spec.shape, dtype=_dtype_of(stored))
-        assert self._reader is not None
-        memory = bytearray(stored.span_bytes)
-        self._reader.read_into(stored.offset_bytes, memoryview(memory))
-        return _as_stored(torch.frombuffer(memory, dtype=torch.uint8), stored)
-
-    def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
-        """A matrix in blocks of whole rows with about `elements` elements. A block may reuse the memory of the last."""
-        stored = self._places[name]
-        rows, columns = stored.spec.shape
-        step = max(1, elements // max(1, columns))
-        if self._reader is None or stored.column_major:
-            matrix = self.map(name)
-            yield from (matrix[start : start + step] for start in range(0, rows, step))
-            return
-        row_bytes = stored.spec.nbytes // max(1, rows)
-        memory = bytearray(step * row_bytes)
-        block = torch.frombuffer(memory, dtype=_dtype_of(stored)).view(step, columns) if memory else None
-        for start in range(0, rows if block is not None else 0, step):
-            count = min(step, rows - start)
-            self._reader.read_into(stored.offset_bytes + start * row_bytes, memoryview(memory)[: count * row_bytes])
-            assert block is not None
-            yield block[:count]
-
-    def map(self, name: str) -> Tensor:
-        """The tensor as a mapping of its file, which stays valid after `close`. Do not write to it."""
-        stored = self._places[name]
-        if self._legacy is not None or not stored.spec.nbytes:
-            return self.read(name)
-        start = stored.offset_bytes - stored.offset_bytes % mmap.ALLOCATIONGRANULARITY
-        with reading_errors(self._path), self._path.open("rb") as file:
-            # Private and writable, as torch requires. Pages that are only read are shared with the page cache.
-            mapped = mmap.mmap(
-                file.fileno(),
-                stored.end_bytes - start,
-                flags=mmap.MAP_PRIVATE,
-                prot=mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=start,
-            )
-        memory = torch.frombuffer(
-            mapped, dtype=torch.uint8, count=stored.span_bytes, offset=stored.offset_bytes - start
-        )
-        return _as_stored(memory, stored)
-
-    def read_ahead(self, name: str) -> None:
-        """Have the system start to read a tensor into the page cache."""
-        if self._reader is not None:
-            self._reader.read_ahead(self._places[name].offset_bytes, self._places[name].span_bytes)
-
-    def forget(self, name: str) -> None:
-        """Have the system drop a tensor from its page cache."""
-        if self._reader is not None:
-            self._reader.forget(self._places[name].offset_bytes, self._places[name].span_bytes)
-
-    def close(self) -> None:
-        self._legacy = None
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 
 
 class _OpenShard:
@@ -110,7 +28,7 @@ class _OpenShard:
     def __init__(self, source: Source, contents: ShardContents) -> None:
         with ExitStack() as stack:
             self.local = stack.enter_context(_fetched_as_published(source, contents))
-            self.tensors = ShardTensors(self.local.path, contents)
+            self.tensors = ShardTensors(self.local.path, with_borrowed(source, contents))
             stack.callback(self.tensors.close)
             self._stack = stack.pop_all()
 
@@ -243,22 +161,3 @@ class CheckpointTensors:
             if shard not in self._open:
                 self._open[shard] = _OpenShard(self._source, self._shards[shard])
             return self._open[shard].tensors
-
-
-def _as_stored(memory: Tensor, stored: StoredTensor) -> Tensor:
-    """A tensor's bytes as a tensor of its dtype and shape."""
-    spec, dtype = stored.spec, _dtype_of(stored)
-    if memory.data_ptr() % dtype.itemsize:  # old writers did not align the data
-        memory = memory.clone()
-    values = memory.view(dtype)
-    if stored.pitch is not None:
-        return values.as_strided(spec.shape, (1, stored.pitch)).contiguous()
-    if stored.column_major:
-        return values.view(spec.shape[::-1]).t().contiguous()
-    return values.view(spec.shape)
-
-
-def _dtype_of(stored: StoredTensor) -> torch.dtype:
-    if stored.spec.dtype not in TORCH_DTYPES:
-        raise CheckpointError(f"{stored.spec.name} has the dtype {stored.spec.dtype}, in which no model runs")
-    return TORCH_DTYPES[stored.spec.dtype]

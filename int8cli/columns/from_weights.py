@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from uuid import uuid4
 
+from int8cli.checkpoint.borrowed import with_borrowed
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
@@ -93,7 +94,7 @@ class SuspectColumns(ColumnSource):
 
     def _scan(self, place: int, local: LocalFile, run: RunTask) -> None:
         """Scan a shard, even if it has saved figures: those may come from a copy with a wrong digest."""
-        contents = self._survey.shards[place]
+        contents = with_borrowed(self._source, self._survey.shards[place])
         run(partial(_scan_one, self._stream.within(contents), contents, local, self._figures.file(place)))
 
     def _require_figures(self, place: int, run: RunTask) -> None:

@@ -18,7 +18,7 @@ def begin_conversion(progress: Progress, survey: Survey, finished: Collection[st
         progress.note(f"resuming: {len(finished)} of {len(survey.shards)} shards already converted")
     for warning in warnings_of(survey):
         progress.note(warning)
-    sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
+    sizes = {contents.file_name: sum(t.file_nbytes for t in contents.tensors) for contents in survey.shards}
     progress.begin(TASK, sizes, finished=finished)
 
 

@@ -71,7 +71,7 @@ class BlockConverter:
         """The buffers for one thread."""
         options = self._options
         quantizer = BlockQuantizer(BLOCK_ELEMENTS, device=options.device, float32_via_half=options.float32_via_half)
-        return Workbench(self._reader, self._tiles, quantizer)
+        return Workbench(self._reader, self._planned.contents, self._tiles, quantizer)
 
     def convert(self, bench: Workbench, block: Block) -> BlockBytes:
         """Convert one block. Raises CorruptShardError or SourceError if the source cannot be read."""
@@ -91,16 +91,14 @@ class BlockConverter:
         spec, dtype_name = matrix.stored.spec, self._planned.output.tensors[matrix.stored.spec.name].spec.dtype
         width_bytes = DTYPE_BITS[dtype_name] // 8
         if spec.name in self._planned.exponents:
-            loaded = self._scaling.scaled_vector(
-                spec.name, part, bench.load_here(matrix, part, TORCH_DTYPES[spec.dtype])
-            )
+            loaded = self._scaling.scaled_vector(spec.name, part, bench.load_floats_here(matrix, part))
             bench.scales.tensor(TORCH_DTYPES[dtype_name], (part.rows, part.columns)).copy_(loaded)
             data = bench.scales.bytes[: part.numel * width_bytes]
-        elif dtype_name == spec.dtype:
+        elif dtype_name == matrix.stored.file_dtype:
             bench.load_here(matrix, part, _DTYPE_OF_WIDTH[width_bytes])
             data = bench.source.bytes[: part.numel * width_bytes]
         else:
-            loaded = bench.load_here(matrix, part, TORCH_DTYPES[spec.dtype])
+            loaded = bench.load_floats_here(matrix, part)
             bench.scales.tensor(TORCH_DTYPES[dtype_name], (part.rows, part.columns)).copy_(loaded)
             data = bench.scales.bytes[: part.numel * width_bytes]
         start = (part.row * matrix.in_features + part.column) * width_bytes
@@ -174,7 +172,7 @@ class BlockConverter:
 
     def _load(self, bench: Workbench, matrix: Matrix, part: Rectangle) -> Tensor:
         """A rectangle of a weight, smoothed if the weight is. Overwrites the previous one."""
-        loaded = bench.load(matrix, part, TORCH_DTYPES[matrix.stored.spec.dtype])
+        loaded = bench.load(matrix, part)
         return self._scaling.scaled(bench, matrix, part, loaded)
 
     def _place(self, matrix: Matrix, part: Rectangle, found: NonFiniteWeightError) -> NonFiniteValue:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.reader import ShardReader
-from int8cli.checkpoint.tensor import StoredTensor
+from int8cli.checkpoint.scaled_floats import ScaledFloats
+from int8cli.checkpoint.tensor import ShardContents, StoredTensor
+from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
 from int8cli.planning.blocks import BLOCK_ELEMENTS, TILE_BYTES, Matrix, Rectangle
 
@@ -115,17 +117,20 @@ class Workbench:
     computed and a third read from disk.
     """
 
-    def __init__(self, reader: ShardReader, tiles: CrosswiseTiles, quantizer: BlockQuantizer) -> None:
+    def __init__(
+        self, reader: ShardReader, contents: ShardContents, tiles: CrosswiseTiles, quantizer: BlockQuantizer
+    ) -> None:
         on_gpu = quantizer.device.type == "cuda"
         self.source = Buffer(BLOCK_ELEMENTS * 8, pinned=on_gpu)
         self.data = Buffer(BLOCK_ELEMENTS, pinned=on_gpu)
         self.scales = Buffer(BLOCK_ELEMENTS * 4, pinned=on_gpu)
         self.quantizer = quantizer
         self._reader = reader
+        self._scaled = ScaledFloats(reader, contents)
         self._tiles = tiles
         self._strip: Buffer | None = None
         self._gathered: Buffer | None = None
-        self._scaled: Buffer | None = None
+        self._copy: Buffer | None = None
         self._stream = _new_stream(quantizer.device) if on_gpu else None
         self._on_gpu = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8, device=quantizer.device) if on_gpu else None
 
@@ -151,9 +156,9 @@ class Workbench:
         """A copy of a loaded rectangle to be changed, in a buffer that the next copy overwrites; on a GPU in place."""
         if self._on_gpu is not None:
             return loaded
-        if self._scaled is None:
-            self._scaled = Buffer(BLOCK_ELEMENTS * 8)
-        return self._scaled.tensor(loaded.dtype, tuple(loaded.shape)).copy_(loaded)
+        if self._copy is None:
+            self._copy = Buffer(BLOCK_ELEMENTS * 8)
+        return self._copy.tensor(loaded.dtype, tuple(loaded.shape)).copy_(loaded)
 
     def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
         """Read bytes of the source file into the source buffer."""
@@ -161,17 +166,28 @@ class Workbench:
         self._reader.read_into(offset_bytes, data)
         return data
 
-    def load(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
-        """Read a rectangle of floats: contiguous (rows, columns), on the quantizer's device.
+    def load(self, matrix: Matrix, part: Rectangle) -> Tensor:
+        """Read a rectangle of floats: contiguous (rows, columns), in the tensor's dtype, on the quantizer's device.
 
         Goes through the source buffer. The previous rectangle is overwritten, in the buffer and on the device.
         """
+        dtype = TORCH_DTYPES[matrix.stored.file_dtype]
         if self._on_gpu is None:
-            return self.load_here(matrix, part, dtype)
+            return self._as_floats(matrix, part, self.load_here(matrix, part, dtype))
         self.settle()  # the GPU may still be copying the previous block from the buffer
         loaded = self.load_here(matrix, part, dtype)
         there = self._on_gpu[: part.numel * dtype.itemsize].view(dtype).view(loaded.shape)
-        return there.copy_(loaded, non_blocking=True)
+        return self._as_floats(matrix, part, there.copy_(loaded, non_blocking=True))
+
+    def load_floats_here(self, matrix: Matrix, part: Rectangle) -> Tensor:
+        """Read a rectangle of floats, in the tensor's dtype: contiguous (rows, columns), on the CPU."""
+        return self._as_floats(matrix, part, self.load_here(matrix, part, TORCH_DTYPES[matrix.stored.file_dtype]))
+
+    def _as_floats(self, matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
+        """What the bytes of a rectangle stand for: themselves, unless they are codes with scales."""
+        if matrix.stored.scaled is None:
+            return loaded
+        return self._scaled.floats(matrix.stored, loaded, part.row, part.column, turned=matrix.turned)
 
     def load_here(self, matrix: Matrix, part: Rectangle, dtype: torch.dtype) -> Tensor:
         """Read a rectangle into the source buffer: contiguous (rows, columns)."""

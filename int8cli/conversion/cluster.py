@@ -114,7 +114,7 @@ def _convert(
 
     with source.fetch(task.source.file) as local:
         stored = columns.columns_of(task.source.file, local, lambda work: work(on_bytes))
-        own = replace(task, partial=store.partial_directory / task.source.output)
+        own = replace(task, partial=store.partial_directory / task.source.output).with_borrowed(source)
         record = convert_shard(own.storing(stored, columns.smoothing_of(task.source.file)), local, on_bytes)
         store.add(record)
     return record

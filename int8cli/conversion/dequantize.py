@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from int8cli.conversion.float_blocks import FloatTensor, float_blocks, written_s
 from int8cli.conversion.recorded import require_as_recorded
 from int8cli.errors import DiskSpaceError, OutputError, SettingsMismatchError, UnsupportedModelError
 from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.experts import were_fused
+from int8cli.planning.fused_experts import FusedTensor, fused_tensors
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE
 from int8cli.planning.plan import make_plan
 from int8cli.progress import Progress
@@ -40,7 +40,8 @@ from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.dequantization import Dequantization
 from int8cli.results.units import human_bytes
-from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
+from int8cli.runtime.converted import Converted, find_converted
+from int8cli.runtime.converted_tensors import ConvertedTensors
 
 TASK = "dequantize"
 STATE_FILE = f"{OWN_DIRECTORY}/dequantization.json"
@@ -107,7 +108,7 @@ def _result(shards: Sequence[_Shard], finished: set[str], directory: Path, outpu
     return Dequantization(
         source=str(directory),
         output=str(output),
-        restored_layers=len(restored),
+        restored_layers=sum(tensor.int8_tensors for tensor in restored),
         output_bytes=sum(shard.size_bytes for shard in shards),
         shards=len(shards),
         shards_already_there=len(finished),
@@ -136,12 +137,6 @@ def _shards(
 ) -> Iterator[_Shard]:
     """What each shard becomes. The records say what its source held: dtypes, shapes, by the names what is turned."""
     specs = [spec for record in records for spec in record.source_tensors]
-    if were_fused((spec.name for spec in specs), config):
-        raise UnsupportedModelError(
-            "the source stored its experts fused in one tensor, and this output has them one by one: writing them as "
-            "one tensor again is not supported",
-            hint="Use the 16-bit model that was converted.",
-        )
     turned = {each.spec.name for each in make_plan(specs, config, PlanOptions()).decisions if each.transpose}
     by_name = {each.file_name: each for each in contents}
     for record in records:
@@ -157,8 +152,19 @@ def _shards(
                     hint="The directory is damaged or was edited: convert the model again.",
                 )
             tensors[spec.name] = FloatTensor(written_spec(_as_stored(spec, converted), dtype), quantized, transpose)
+        for fused in fused_tensors((each.spec for each in tensors.values()), config):
+            tensors[fused.spec.name] = _fused(fused, {name: tensors.pop(name) for name in fused.names})
         header, places = encode_header([each.spec for each in tensors.values()], by_name[file].metadata)
         yield _Shard(file, header, places, tensors)
+
+
+def _fused(fused: FusedTensor, parts: Mapping[str, FloatTensor]) -> FloatTensor:
+    """A tensor of experts that transformers' class has only fused, from the matrices of the conversion."""
+    turned = {name: replace(part, transpose=fused.transposed) for name, part in parts.items()}
+    quantized = any(part.quantized for part in parts.values())
+    return FloatTensor(
+        fused.spec, quantized, parts=tuple(tuple(turned[name] for name in expert) for expert in fused.parts)
+    )
 
 
 def _as_stored(spec: TensorSpec, converted: Converted) -> TensorSpec:

@@ -6,6 +6,7 @@ dtype, everything else as it is. Knows no output file.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -15,18 +16,29 @@ from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.smoothing import powers_of_two
-from int8cli.runtime.converted import ConvertedTensors
+from int8cli.runtime.converted_tensors import ConvertedTensors
 
 _BLOCK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FloatTensor:
-    """A tensor of the output. `quantized`: it is int8 in the conversion; `transpose`: and (out, in) there."""
+    """A tensor of the output. `quantized`: it is int8 in the conversion; `transpose`: it is (out, in) there.
+
+    One of fused experts consists of `parts`, by expert: the parts of an expert stand one after the other or, if they
+    are to be transposed, side by side.
+    """
 
     spec: TensorSpec
     quantized: bool
     transpose: bool = False
+    parts: tuple[tuple["FloatTensor", ...], ...] = ()
+
+    @property
+    def int8_tensors(self) -> int:
+        """How many tensors it is in the conversion that are int8."""
+        parts = [part for expert in self.parts for part in expert]
+        return sum(part.quantized for part in parts) if parts else int(self.quantized)
 
 
 def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
@@ -36,25 +48,44 @@ def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Ten
     own values. A smoothing is undone in all tensors. Raises CheckpointError for a value that the dtype cannot hold, and
     what reading raises.
     """
+    if wanted.parts:
+        return _fused_blocks(tensors, wanted)
+    if wanted.quantized:
+        return _restored_blocks(tensors, wanted)
+    if wanted.transpose:
+        return _columns_of(tensors, wanted)
     dtype = TORCH_DTYPES[wanted.spec.dtype]
-    if not wanted.quantized:
-        yield from (_cast(block, dtype, wanted.spec) for block in _flat_blocks(tensors, wanted.spec.name))
-        return
+    return (_cast(block, dtype, wanted.spec) for block in _flat_blocks(tensors, wanted.spec.name))
+
+
+def _fused_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+    """Fused experts, from the blocks of their parts."""
+    for expert in wanted.parts:
+        blocks = [float_blocks(tensors, part) for part in expert]
+        if expert[0].transpose:
+            yield from (torch.cat(rows, dim=1) for rows in zip(*blocks, strict=True))
+        else:
+            yield from chain.from_iterable(blocks)
+
+
+def _restored_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+    """An int8 weight, in blocks of its rows as the output has them."""
+    dtype = TORCH_DTYPES[wanted.spec.dtype]
     rows, columns = tensors.exponents(wanted.spec.name)
     module = wanted.spec.name.removesuffix(".weight")
     row_absmax, exact = tensors.row_absmax(module), tensors.exact_columns(module)
-    if not wanted.transpose:
-        start = 0
-        for data in tensors.row_blocks(wanted.spec.name, _BLOCK_ELEMENTS):
-            part = slice(start, start + data.shape[0])
-            block = restored_weight(data, row_absmax[part], torch.float32)
-            if exact is not None:
-                block.index_copy_(1, exact.columns, exact.weight[part].float())
-            _undo(block, None if rows is None else rows[part], columns)
-            yield _cast(block, dtype, wanted.spec)
-            start = part.stop
+    if wanted.transpose:
+        yield from _transposed_blocks(tensors, wanted, row_absmax, rows, columns)
         return
-    yield from _transposed_blocks(tensors, wanted, row_absmax, rows, columns)
+    start = 0
+    for data in tensors.row_blocks(wanted.spec.name, _BLOCK_ELEMENTS):
+        part = slice(start, start + data.shape[0])
+        block = restored_weight(data, row_absmax[part], torch.float32)
+        if exact is not None:
+            block.index_copy_(1, exact.columns, exact.weight[part].float())
+        _undo(block, None if rows is None else rows[part], columns)
+        yield _cast(block, dtype, wanted.spec)
+        start = part.stop
 
 
 def _undo(block: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
@@ -80,6 +111,15 @@ def _transposed_blocks(
                 block[:, column - start] = exact.weight[:, places[column]].float()
         _undo(block, rows, None if columns is None else columns[start : start + block.shape[1]])
         yield _cast(block.t().contiguous(), TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
+
+
+def _columns_of(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
+    """A matrix of floats (out, in) in blocks of its columns, as many as `_transposed_blocks` has in one."""
+    matrix = tensors.map(wanted.spec.name)
+    step = max(1, _BLOCK_ELEMENTS // max(1, matrix.shape[0]))
+    for start in range(0, matrix.shape[1], step):
+        block = matrix[:, start : start + step].t().contiguous()
+        yield _cast(block, TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
 
 
 def _flat_blocks(tensors: ConvertedTensors, name: str) -> Iterator[Tensor]:

@@ -131,7 +131,7 @@ class ShardLoop:
         self._progress.advance(TASK, task.source.file, 0)
         stored = self._columns.columns_of(task.source.file, local, self._run_task)
         require_same(self._columns.settled(), self._recorded)
-        task = task.storing(stored, self._columns.smoothing_of(task.source.file))
+        task = task.with_borrowed(self._source).storing(stored, self._columns.smoothing_of(task.source.file))
         threads = round(task.options.threads * self._executor.slots * share)
         threads = min(max(1, threads), max(THREADS_FOR_A_SHARD, task.options.threads))
         return replace(task, options=replace(task.options, threads=threads))

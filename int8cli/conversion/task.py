@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from int8cli.checkpoint.borrowed import with_borrowed
 from int8cli.checkpoint.file_kinds import WeightFormat
 from int8cli.checkpoint.own_files import name_aside
+from int8cli.checkpoint.source import Source
 from int8cli.planning.exponents import NOT_SMOOTHED, ShardSmoothing
 from int8cli.planning.output_files import OutputShard
 from int8cli.planning.planned_shard import PlannedShard
@@ -57,6 +59,11 @@ class ShardTask:
         """Where one of the planned files is written before it is complete."""
         is_shard = file.file_name == self.planned.output.file_name
         return self.partial if is_shard else self.partial.with_name(name_aside(self.partial.name, suffix=".outliers"))
+
+    def with_borrowed(self, source: Source) -> "ShardTask":
+        """The same task with the scales that lie in other files of the source."""
+        contents = with_borrowed(source, self.planned.contents)
+        return replace(self, planned=replace(self.planned, contents=contents))
 
     def storing(self, stored: Mapping[str, StoredColumns], smoothing: ShardSmoothing = NOT_SMOOTHED) -> "ShardTask":
         """The same task with these columns in the sidecar, if a sidecar is planned, and smoothed."""

@@ -31,7 +31,7 @@ from int8cli.model.text import Text, sequences_of
 from int8cli.progress import Progress
 from int8cli.results.evaluation import EvaluatedText, Evaluation, MethodResult, StoredColumnsSummary
 from int8cli.results.units import told_apart
-from int8cli.runtime.converted import ConvertedTensors
+from int8cli.runtime.converted_tensors import ConvertedTensors
 
 TASK = "evaluate"
 # The memory for one method's forms of a block's weights, relative to the weights: int8, and a restored float copy.

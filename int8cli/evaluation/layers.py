@@ -20,7 +20,7 @@ from int8cli.llm_int8.baselines import (
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight
 from int8cli.llm_int8.quantize import INT8_MAX
 from int8cli.llm_int8.smoothing import powers_of_two
-from int8cli.runtime.converted import ExactColumns, Int8Data
+from int8cli.runtime.converted_tensors import ExactColumns, Int8Data
 
 _CHUNK_ELEMENTS = 1 << 22
 

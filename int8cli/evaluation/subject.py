@@ -5,19 +5,20 @@ Owns which tensors the running model uses, and which of its linear layers the me
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
-from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError, UnsupportedModelError
+from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.decisions import Plan, PlanOptions
-from int8cli.planning.experts import were_fused
-from int8cli.planning.layouts import LAYOUTS_BY_KEY
+from int8cli.planning.layouts import LAYOUTS_BY_KEY, compressed_tensors
 from int8cli.planning.survey import Survey, survey_source
-from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
+from int8cli.runtime.converted import Converted, find_converted
+from int8cli.runtime.converted_tensors import ConvertedTensors
 from int8cli.typed_json import InvalidJsonError, read_as
 
 _WEIGHT = ".weight"
@@ -82,25 +83,18 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
             )
         survey = survey_source(source, PlanOptions())
         return _with_floats(source, source, survey, _planned(survey), None)
-    _require_known_experts(source, converted)
+    converted = converted.as_fused(_config_of(source))
     if reference is None:
         threshold = _threshold(source)
-        of_model = weights, shards, converted.specs, converted.modules
+        of_model = weights, shards, converted.model_specs, converted.modules
         return Subject(source, source, *of_model, None, converted, threshold, _inputs(source))
     survey = survey_source(reference, PlanOptions())
     _require_same(source, survey, converted)
     return _with_floats(source, reference, survey, converted.modules, converted)
 
 
-def _require_known_experts(source: Source, converted: Converted) -> None:
-    """Raise UnsupportedModelError for experts that convert split and that the model's class has only fused."""
-    config = read_config(source) if CONFIG_FILE in source.list_files() else {}
-    if were_fused(converted.specs, config):
-        raise UnsupportedModelError(
-            f"{source.identity.name} has experts one by one that its source fused in one tensor, and the model that "
-            "evaluates them has them only fused",
-            hint="Evaluate the 16-bit model, or a conversion in the bitsandbytes layout. load_model runs this one.",
-        )
+def _config_of(source: Source) -> Mapping[str, Any]:
+    return read_config(source) if CONFIG_FILE in source.list_files() else {}
 
 
 def _with_floats(
@@ -149,7 +143,10 @@ def _planned(survey: Survey) -> frozenset[str]:
 
 def _require_same(source: Source, survey: Survey, converted: Converted) -> None:
     """Raise ReferenceModelError unless the 16-bit model has each int8 weight, in the same shape or transposed."""
-    specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
+    split = survey.in_layout(compressed_tensors)  # has fused experts one by one, as the conversion may
+    specs = {
+        stored.spec.name: stored.spec for each in (split, survey) for shard in each.shards for stored in shard.tensors
+    }
     for name in converted.scales:
         shape = converted.specs[name].shape
         if name not in specs or specs[name].shape not in (shape, shape[::-1]):

@@ -14,7 +14,7 @@ from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import weight_of
-from int8cli.runtime.converted import ConvertedTensors, ExactColumns, Int8Data
+from int8cli.runtime.converted_tensors import ConvertedTensors, ExactColumns, Int8Data
 
 
 class LayerWeights:

@@ -1,6 +1,7 @@
 """The integer product on a processor, for few tokens in the way that is fastest there.
 
-Owns which of torch's ways is taken. All give the same integers, so that a choice by the clock changes no result.
+Owns which of torch's ways is taken. All give the same integers in the same order of memory, so that a choice by the
+clock changes no result: Llama 4 takes the outputs of its linears only row by row.
 """
 
 import time
@@ -39,9 +40,9 @@ def has_whole_rows(data: Tensor) -> bool:
 def cpu_product(left: Tensor, right: Tensor) -> Tensor:
     """left (tokens, in) times right (out, in) transposed, int8, rows in one piece each: exact, int32 (tokens, out).
 
-    The first product of a shape with few tokens is timed in each way. Which one wins depends on the processor and on
-    the width: oneDNN packs its right side anew in each call, and packing a width of 2048 takes ten times as long as the
-    product of one token, which needs none.
+    The result is contiguous. The first product of a shape with few tokens is timed in each way. Which one wins depends
+    on the processor and on the width: oneDNN packs its right side anew in each call, and packing a width of 2048 takes
+    ten times as long as the product of one token, which needs none.
     """
     tokens = left.shape[0]
     if not 2 <= tokens <= _FEW_TOKENS or torch.compiler.is_compiling():
@@ -55,7 +56,7 @@ def by_tokens(left: Tensor, right: Tensor) -> Tensor:
 
 def by_outputs(left: Tensor, right: Tensor) -> Tensor:
     """The product the other way round: the tokens are what is packed."""
-    return torch._int_mm(right, left.t()).t()
+    return torch._int_mm(right, left.t()).t().contiguous()
 
 
 def one_by_one(left: Tensor, right: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.serialize import serialize
+from int8cli.checkpoint.shard_tensors import ShardTensors
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.checkpoint.tensor import ShardContents
-from int8cli.checkpoint.torch_tensors import CheckpointTensors, ShardTensors
+from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import NoSuspectsError
 from int8cli.model.saved_states import read_back

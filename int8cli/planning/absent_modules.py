@@ -38,6 +38,30 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
 # for plain linear layers.
 TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
 
+# Layers of other tasks' classes under further names, and the families that have them: found by building every class of
+# transformers 5.24's tables of tasks. A checkpoint of another task has none of them.
+FAMILY_TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "cls.seq_relationship": ("bert", "big_bird", "ernie", "fnet", "megatron-bert", "mobilebert", "visual_bert"),
+    "pre_classifier": ("distilbert", "mra", "nystromformer", "yoso"),
+    "sequence_summary": ("convbert", "electra", "flaubert", "roformer", "xlm", "xlnet"),
+    "logits_proj": ("flaubert", "xlm", "xlnet"),
+    "qa_classifier": ("big_bird",),
+    "answer_head": ("lxmert",),
+    "splinter_qass": ("splinter",),
+    "head.dense": ("modernbert",),
+    "pooler.dense": ("deberta", "deberta-v2"),
+    "dense": ("eurobert",),
+    "cls_classifier": ("deit",),
+    "distillation_classifier": ("deit",),
+    "classifier_distill": ("levit",),
+    "dist_head": ("swiftformer",),
+    **dict.fromkeys(
+        ("projector", "tdnn", "feature_extractor"),
+        ("data2vec-audio", "unispeech-sat", "wav2vec2", "wav2vec2-bert", "wav2vec2-conformer", "wavlm"),
+    ),
+}
+FAMILY_TASK_HEADS["projector"] += ("hubert", "sew", "sew-d", "unispeech", "whisper")
+
 # Families whose base class has a pooler that checkpoints of the masked language model lack. The loader creates it, but
 # only as a plain linear layer.
 POOLED = frozenset(TIED_HEADS["cls.predictions.decoder"] + TIED_HEADS["lm_head.decoder"])

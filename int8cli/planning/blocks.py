@@ -44,28 +44,34 @@ class Matrix:
     """A 2-D tensor in the shape of the output, and the order of its bytes in the source.
 
     `out_features` x `in_features`, row-major in the output. `crosswise`: the source stores the transpose, as with a
-    Conv1D weight, or a linear weight that a `.bin` stores transposed.
+    Conv1D weight, or a linear weight that a `.bin` stores transposed. `turned`: the scales of a scaled tensor are those
+    of the transpose.
     """
 
     stored: StoredTensor
     out_features: int
     in_features: int
     crosswise: bool
+    turned: bool = False
 
     @classmethod
     def of(cls, stored: StoredTensor, *, transpose: bool) -> "Matrix":
         first, second = stored.spec.shape
         out_features, in_features = (second, first) if transpose else (first, second)
-        return cls(stored, out_features, in_features, transpose != stored.column_major)
+        turned = stored.scaled is not None and transpose != stored.scaled.turned
+        return cls(stored, out_features, in_features, transpose != stored.column_major, turned)
 
     @classmethod
     def flat(cls, stored: StoredTensor) -> "Matrix":
-        """A row-major tensor of any shape as one row."""
+        """A row-major tensor of any shape as one row; a scaled one as the rows of all its matrices."""
+        if stored.scaled is not None:
+            columns = stored.spec.shape[-1]
+            return cls(stored, stored.spec.numel // columns, columns, False)
         return cls(stored, 1, stored.spec.numel, False)
 
     def run(self, part: Rectangle) -> tuple[int, int]:
         """Offset and size in bytes of a rectangle that is contiguous in the file: whole rows, or part of one row."""
-        width_bytes = self.stored.spec.nbytes // self.stored.spec.numel
+        width_bytes = self.stored.file_nbytes // self.stored.spec.numel
         start = part.row * self.in_features + part.column
         return self.stored.offset_bytes + start * width_bytes, part.numel * width_bytes
 
@@ -134,17 +140,17 @@ Block = QuantizeBlock | RewriteBlock | CopyBlock
 
 
 def blocks_of(
-    contents: ShardContents, decisions: Mapping[str, Decision], scaled: Collection[str] = ()
+    contents: ShardContents, decisions: Mapping[str, Decision], smoothed: Collection[str] = ()
 ) -> Iterator[Block]:
-    """Every block of a shard, in the order of the source file. `scaled` tensors are multiplied by powers of two."""
+    """Every block of a shard, in the order of the source file. `smoothed` tensors are multiplied by powers of two."""
     for stored in contents.tensors:
-        decision = decisions[stored.spec.name]
+        decision, is_smoothed = decisions[stored.spec.name], stored.spec.name in smoothed
         if not stored.spec.numel:
             continue
         if decision.quantize:
             matrix = Matrix.of(stored, transpose=decision.transpose)
             yield from (QuantizeBlock(matrix, part) for part in matrix.rectangles())
-        elif stored.column_major or decision.written_dtype != stored.spec.dtype or stored.spec.name in scaled:
+        elif stored.column_major or stored.scaled or decision.written_dtype != stored.spec.dtype or is_smoothed:
             matrix = Matrix.of(stored, transpose=False) if stored.column_major else Matrix.flat(stored)
             yield from (RewriteBlock(matrix, part) for part in matrix.rectangles())
         else:

@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, ShardContents, StoredTensor, TensorSpec
+from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, Scaled, ShardContents, StoredTensor, TensorSpec
 from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.expert_names import ALWAYS_FUSED, ExpertNames, names_when_split
+from int8cli.planning.expert_names import ExpertNames, names_when_split
 from int8cli.planning.plan import model_types
 
-_SEPARATE = re.compile(r"(?:\S+\.)?experts\.\d+\.(?:gate|up|down)_proj\.weight")
 # What precedes the expert's number, then the tensor. Granite's are named after what transformers 4 made of them.
 _FUSED = re.compile(
     r"(?P<experts>(?:\S+\.)?experts)\.(?P<kind>gate_up_proj|down_proj)"
@@ -72,11 +71,6 @@ def split_experts(
     return tuple(_split(contents, by_tensor, names, modules) for contents in shards)
 
 
-def were_fused(tensor_names: Iterable[str], config: Mapping[str, Any]) -> bool:
-    """Whether tensors of these names are matrices of experts that this family's loaders know only fused."""
-    return not ALWAYS_FUSED.isdisjoint(model_types(config)) and any(map(_SEPARATE.fullmatch, tensor_names))
-
-
 def _layers(specs: Iterable[TensorSpec], names: ExpertNames) -> Iterator[_Layer]:
     found: dict[str, dict[str, TensorSpec]] = {}
     for spec in specs:
@@ -126,7 +120,7 @@ def _parts(whole: StoredTensor, layer: _Layer) -> Iterator[StoredTensor]:
     count, first, second = whole.spec.shape
     in_features, together = (first, second) if transposed else (second, first)
     out_features = together // len(names)
-    width_bytes = DTYPE_BITS[whole.spec.dtype] // 8
+    width_bytes = DTYPE_BITS[whole.file_dtype] // 8
     # From one part's first element to the next part's: the next column, or the next row.
     step = out_features if transposed else out_features * in_features
     for expert in range(count):
@@ -134,4 +128,12 @@ def _parts(whole: StoredTensor, layer: _Layer) -> Iterator[StoredTensor]:
             spec = TensorSpec(f"{layer.experts}.{expert}.{name}.weight", whole.spec.dtype, (out_features, in_features))
             start = expert * first * second + place * step
             pitch = together if transposed and len(names) > 1 else None
-            yield StoredTensor(spec, whole.offset_bytes + start * width_bytes, transposed, whole, pitch)
+            scaled = _part_of_scaled(whole, start, transposed=transposed)
+            yield StoredTensor(spec, whole.offset_bytes + start * width_bytes, transposed, whole, pitch, scaled)
+
+
+def _part_of_scaled(whole: StoredTensor, start: int, *, transposed: bool) -> Scaled | None:
+    """What the codes of a part stand for that begins at the element `start` of the whole tensor."""
+    if whole.scaled is None:
+        return None
+    return replace(whole.scaled, first=divmod(start, whole.spec.shape[-1]), turned=transposed)

@@ -55,7 +55,7 @@ class _Checkpoint:
             spec.shape for name, spec in specs.items() if len(spec.shape) == 2 and names.TOKEN_EMBEDDING.search(name)
         )
         self._kinds = Counter(kind_of(name) for name in specs)
-        self.dtype = (_dtype_in(config) or _most_common_float(specs.values())) if config else None
+        self.dtype = (dtype_in(config) or _most_common_float(specs.values())) if config else None
         self._conv1d_blocks = frozenset(_block(s.name) for s in specs.values() if self._shows_conv1d(s))
 
     def bias_length(self, module: str) -> int | None:
@@ -159,7 +159,7 @@ def _vocabularies(config: Mapping[str, Any]) -> Iterator[int]:
             yield value
 
 
-def _dtype_in(config: Mapping[str, Any]) -> str | None:
+def dtype_in(config: Mapping[str, Any]) -> str | None:
     """The model's dtype in config.json, under its current key or that of transformers 4."""
     named = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     return _FLOAT_DTYPES.get(named)
@@ -231,6 +231,9 @@ def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
     types = tuple(model_types(config))
     for head, owners in absent_modules.TIED_HEADS.items():
         if not types or any(model_type in owners for model_type in types):
+            yield head
+    for head, families in absent_modules.FAMILY_TASK_HEADS.items():
+        if not set(families).isdisjoint(types):
             yield head
     for model_type in types:
         yield from absent_modules.ABSENT_LINEARS.get(model_type, ())

@@ -47,8 +47,8 @@ class PlannedShard:
 
     @property
     def tensor_bytes(self) -> int:
-        """The size of the source's tensors."""
-        return sum(stored.spec.nbytes for stored in self.contents.tensors)
+        """The size of the source's tensors, as the file has them."""
+        return sum(stored.file_nbytes for stored in self.contents.tensors)
 
     def with_columns(
         self, columns: Mapping[str, tuple[int, ...]], exponents: Mapping[str, TensorExponents] = NOTHING_SCALED

@@ -6,7 +6,7 @@ in the place of its weights, so that one which nobody has listed is told too. Kn
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
@@ -29,8 +29,8 @@ _CONVERSION_FILE = f"{OWN_DIRECTORY}/conversion.json"
 # What a config calls the description of a quantization. Without a method by name, one of these fields shows it.
 _SECTION_NAME = re.compile(r"quantization(?:_config)?|quant(?:ization)?_config|compression_config")
 _SECTION_FIELDS = frozenset({"bits", "w_bit", "group_size", "config_groups", "load_in_4bit", "load_in_8bit"})
-# Under these methods the floats of a file are not yet the model's weights.
-_FLOATS_ARE_NOT_THE_WEIGHTS = frozenset({"bitnet"})
+# What a config names for the loader to do with plain weights. Any other method says how stored weights are to be read.
+_ASKED_OF_THE_LOADER = frozenset({"bitsandbytes", "unnamed"})
 
 
 def refuse_own_output(name: str, files: Iterable[str]) -> None:
@@ -39,20 +39,26 @@ def refuse_own_output(name: str, files: Iterable[str]) -> None:
         raise AlreadyConvertedError(f"{name} is already int8: int8cli wrote it")
 
 
-def refuse_quantized(config: Mapping[str, Any], shards: Sequence[ShardContents]) -> None:
-    """Raise AlreadyQuantizedError if tensors or config show that the weights are already quantized.
+def refuse_quantized(shards: Sequence[ShardContents], methods: Sequence[str], understood: Collection[str] = ()) -> None:
+    """Raise AlreadyQuantizedError if tensors, or `methods` that the source names, show that its weights are quantized.
 
-    A `quantization_config` over plain 16- and 32-bit weights is not a sign: it asks the loader to quantize.
+    `understood` are methods whose tensors are already read as floats. A method that no tensor shows stops it too: under
+    some (BitNet, pseudo-quantization) the floats of the files are not the model's weights. A `quantization_config` of
+    bitsandbytes over plain weights is not a sign: it asks the loader to quantize.
     """
-    methods = tuple(dict.fromkeys(declared_methods(config)))
+    named = f" ({', '.join(methods)})" if methods else ""
     sign = next(_signs(shards, methods), None)
-    if sign is None and _FLOATS_ARE_NOT_THE_WEIGHTS.intersection(methods):
-        sign = "the model's layers are not what its float weights are"
     if sign:
-        named = f" ({', '.join(methods)})" if methods else ""
         raise AlreadyQuantizedError(
             f"the checkpoint is already quantized{named}: {sign}",
             hint="Convert the 16- or 32-bit original: quantizing twice adds to the error.",
+        )
+    if not {*understood, *_ASKED_OF_THE_LOADER}.issuperset(methods):
+        raise AlreadyQuantizedError(
+            f"config.json says that the weights are already quantized{named}, and no tensor shows how: what its floats "
+            "stand for is not known",
+            hint="If they are the weights themselves, as in a model that was dequantized, remove that section from "
+            "config.json and run again.",
         )
 
 

@@ -28,6 +28,7 @@ from int8cli.planning.output_files import OutputShard, output_file_names, plan_o
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.planning.quantized import declared_methods, refuse_own_output, refuse_quantized
+from int8cli.planning.scaled_sources import methods_of, understood_methods, with_scaled_as_floats
 from int8cli.results.conversion import TensorGroup
 
 _EDGE_BYTES = 1 << 16
@@ -107,8 +108,8 @@ class Survey:
 
     @property
     def source_shards(self) -> tuple[ShardContents, ...]:
-        """The shards with the tensors that they have as files."""
-        return tuple(contents.as_in_file() for contents in self.shards)
+        """The shards with fused experts as one tensor again."""
+        return tuple(contents.unsplit() for contents in self.shards)
 
     @property
     def plan_digest(self) -> str:
@@ -135,11 +136,20 @@ class Survey:
     @property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
         """Everything in the source that is neither converted nor copied, with the reason."""
-        stale = (
-            f"{CONFIG_FILE}: quantization_config",
-            "of another quantization method; these weights are not quantized",
-        )
-        return self.weights.passed_over + ((stale,) if any(declared_methods(self.config)) else ())
+        found = self.weights.passed_over
+        unread = [stored for contents in self.shards for stored in contents.unread]
+        if unread:
+            found += ((f"{len(unread):,} tensors of scales", "8-bit floats are written as what they stand for"),)
+        if any(declared_methods(self.config)):
+            why = "these weights are not quantized" if not unread else "that of the 8-bit floats"
+            found += ((f"{CONFIG_FILE}: quantization_config", f"of another quantization method; {why}"),)
+        return found
+
+    @property
+    def scaled_tensors(self) -> int:
+        """How many tensors are 8-bit floats with scales in the source, and here the floats that they stand for."""
+        codes = {stored.in_file for contents in self.shards for stored in contents.tensors if stored.scaled is not None}
+        return len(codes)
 
 
 def _reason_with_cast(decision: Decision) -> str:
@@ -169,7 +179,9 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     has_config = CONFIG_FILE in files
     config = read_config(source) if has_config else {}
     shards = read_headers(source, weights)
-    refuse_quantized(config, shards)
+    methods = methods_of(config, files)
+    shards = with_scaled_as_floats(shards, config, methods)
+    refuse_quantized(shards, methods, understood_methods(shards))
     return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
 
 

@@ -15,6 +15,11 @@ def warnings_of(survey: Survey) -> Iterator[str]:
         yield "warning: the checkpoint has no config.json; loaders need one with a quantization_config"
     for caveat in survey.target.caveats(survey.plan):
         yield f"warning: {caveat}"
+    if survey.scaled_tensors:
+        yield (
+            f"the source is in 8-bit floats: {survey.scaled_tensors:,} tensors are read as the floats that they stand "
+            "for, and keep the error of that rounding; a 16-bit original gives better int8"
+        )
     for contents in survey.shards:
         if not contents.mappable:
             yield f"{contents.file_name}: a .bin in the legacy format cannot be read in pieces, so it is loaded whole"

@@ -1,50 +1,29 @@
-"""A model that `convert` wrote, read for evaluation: its int8 tensors, and the floats they represent.
+"""A model that `convert` wrote, by its headers: which tensors are int8 weights, scales, stored columns and exponents.
 
-Owns how the names and scales of each layout become `Int8Data`, and where stored outlier columns are. Does not know
-about evaluation methods.
+Owns how the names of each layout are understood, and the checks that what belongs together fits. Reads no tensors.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, StoredTensor, TensorSpec
-from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.weight_files import read_contents
 from int8cli.errors import CheckpointError
-from int8cli.llm_int8.baselines import restored_weight
-from int8cli.llm_int8.quantize import INT8_MAX
 from int8cli.planning.decisions import Plan
-from int8cli.planning.exponents import are_sound, columns_name, is_exponents, rows_name, tensor_of
+from int8cli.planning.exponents import columns_name, is_exponents, tensor_of
+from int8cli.planning.fused_experts import FusedTensor, fused_tensors
 from int8cli.planning.layouts import LAYOUTS_BY_KEY, weights_only
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
 
 _WEIGHT, _PACKED = ".weight", ".weight_packed"
-_AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
+CONVERT_AGAIN = "Convert the model again, or remove int8/outliers to run without stored columns."
 
 
 @dataclass(frozen=True, slots=True)
-class Int8Data:
-    """int8 data (out, in) and float32 row_absmax (out,) of a weight, as stored in a checkpoint or freshly quantized."""
-
-    data: Tensor
-    row_absmax: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class ExactColumns:
-    """The input columns that a layer computes exactly, int64 (k,), sorted; and their weights (out, k)."""
-
-    columns: Tensor
-    weight: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Scale:
+class Scale:
     """The tensor with a weight's scales, and whether these are steps (row_absmax / 127) or row_absmax itself."""
 
     name: str
@@ -57,15 +36,28 @@ class Converted:
 
     `scales` is keyed by the name of the int8 weight. `sidecars` are the files with stored outlier columns, if any.
     Weights in `packed` are unsigned, data + 128: they stand in `shards` as the int8 matrices that they hold, under the
-    name of the weight. `headers` are the shards as their headers have them.
+    name of the weight. `headers` are the shards as their headers have them. `fused` are tensors of experts that the
+    model's class wants and that the files have one by one, by name.
     """
 
     shards: tuple[ShardContents, ...]
     sidecars: tuple[ShardContents, ...]
     specs: Mapping[str, TensorSpec]
-    scales: Mapping[str, _Scale]
+    scales: Mapping[str, Scale]
     headers: tuple[ShardContents, ...]
     packed: frozenset[str] = frozenset()
+    fused: Mapping[str, FusedTensor] = field(default_factory=dict)
+
+    @property
+    def model_specs(self) -> dict[str, TensorSpec]:
+        """The tensors as the model's class wants them: `specs`, with fused tensors of experts."""
+        parts = {name for fused in self.fused.values() for name in fused.names}
+        specs = {name: spec for name, spec in self.specs.items() if name not in parts}
+        return specs | {name: fused.spec for name, fused in self.fused.items()}
+
+    def as_fused(self, config: Mapping[str, Any]) -> "Converted":
+        """The same, with the fused tensors of experts that a model with this config wants."""
+        return replace(self, fused={fused.spec.name: fused for fused in fused_tensors(self.specs.values(), config)})
 
     @property
     def exact_column_counts(self) -> tuple[int, ...]:
@@ -99,13 +91,13 @@ def find_converted(source: Source, shards: Sequence[ShardContents]) -> Converted
     if any(tensor.spec.name.endswith(_PACKED) for contents in shards for tensor in contents.tensors):
         shards, packed = _unpacked(source, shards)
     specs = {stored.spec.name: stored.spec for contents in shards for stored in contents.tensors}
-    scales: dict[str, _Scale] = {}
+    scales: dict[str, Scale] = {}
     extras: set[str] = set()  # scales and marks
     for layout in LAYOUTS_BY_KEY.values():
         for name, spec in specs.items():
             if name.endswith(_WEIGHT) and spec.dtype == "I8" and layout.scale_name(name) in specs:
                 _check_scale(spec, specs[layout.scale_name(name)])
-                scales[name] = _Scale(layout.scale_name(name), layout.SCALES == "step")
+                scales[name] = Scale(layout.scale_name(name), layout.SCALES == "step")
                 extras |= {layout.scale_name(name), *layout.marks(name, spec.shape)}
     if not scales:
         return None
@@ -163,7 +155,7 @@ def _check_columns(converted: Converted) -> None:
         _check_exponents(converted, converted.stored[name])
     for name in stored:
         if name.rpartition(".")[0] not in converted.modules:
-            raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=_AGAIN)
+            raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=CONVERT_AGAIN)
     for module in sorted({name.rpartition(".")[0] for name in stored}):
         out_features = converted.specs[f"{module}{_WEIGHT}"].shape[0]
         columns, weights = stored.get(outlier_cols_name(module)), stored.get(outlier_weight_name(module))
@@ -171,7 +163,7 @@ def _check_columns(converted: Converted) -> None:
             raise CheckpointError(
                 f"{module}: its stored columns are {_shown(columns)} and {_shown(weights)}; a layer with "
                 f"{out_features} outputs needs I32 [k] and floats [{out_features}, k]",
-                hint=_AGAIN,
+                hint=CONVERT_AGAIN,
             )
 
 
@@ -182,7 +174,7 @@ def _check_exponents(converted: Converted, found: TensorSpec) -> None:
     size = None if spec is None or not spec.shape else spec.shape[-1 if found.name == columns_name(tensor) else 0]
     if found.dtype != "I8" or found.shape != (size,):
         raise CheckpointError(
-            f"{found.name} is {_shown(found)}, which are no exponents for {tensor} {_shown(spec)}", hint=_AGAIN
+            f"{found.name} is {_shown(found)}, which are no exponents for {tensor} {_shown(spec)}", hint=CONVERT_AGAIN
         )
 
 
@@ -207,87 +199,5 @@ def check_indices(module: str, indices: Sequence[int], in_features: int) -> None
     if list(indices) != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < in_features):
         raise CheckpointError(
             f"{module}: its stored columns {str(indices)[:80]} are not ascending indices below {in_features}",
-            hint=_AGAIN,
+            hint=CONVERT_AGAIN,
         )
-
-
-def signed(packed: Tensor) -> Tensor:
-    """The int8 values of packed data, which has them plus 128: a new tensor of the same shape."""
-    return packed.bitwise_xor(-128)
-
-
-class ConvertedTensors(CheckpointTensors):
-    """Reads a converted model with its int8 weights restored to floats, and also the int8 tensors as they are.
-
-    `dtype` is the dtype of restored weights. Those of `transposed` modules have the shape (in, out), as in Conv1D.
-    """
-
-    def __init__(self, source: Source, converted: Converted) -> None:
-        super().__init__(source, (*converted.shards, *converted.sidecars))
-        self._scales, self._packed = converted.scales, converted.packed
-        self._known = converted.stored
-        self._in_features = {name: converted.specs[f"{name}{_WEIGHT}"].shape[1] for name in converted.modules}
-        self.dtype = torch.float32
-        self.transposed: frozenset[str] = frozenset()
-
-    def read(self, name: str) -> Tensor:
-        if name not in self._scales:
-            return super().read(name)
-        module = name.removesuffix(_WEIGHT)
-        stored = self.int8(module)
-        weight = restored_weight(stored.data, stored.row_absmax, self.dtype)
-        return weight.t().contiguous() if module in self.transposed else weight
-
-    def map(self, name: str) -> Tensor:
-        return self.read(name) if name in self._scales else super().map(name)
-
-    def map_stored(self, name: str) -> Tensor:
-        """A tensor as the checkpoint has it, int8 too, as a mapping of its file. Not to be written to."""
-        found = super().map(name)
-        return signed(found) if name in self._packed else found
-
-    def row_blocks(self, name: str, elements: int) -> Iterator[Tensor]:
-        for block in super().row_blocks(name, elements):
-            yield signed(block) if name in self._packed else block
-
-    def names_of(self, modules: Iterable[str]) -> list[str]:
-        """For each of these linear layers, one of its tensors in each file: its weight, and its outlier_cols if any."""
-        found = []
-        for module in modules:
-            found.append(f"{module}{_WEIGHT}")
-            if outlier_cols_name(module) in self._known:
-                found.append(outlier_cols_name(module))
-        return found
-
-    def int8(self, module: str) -> Int8Data:
-        """The int8 data and row_absmax of a linear layer."""
-        name = f"{module}{_WEIGHT}"
-        data = super().read(name)
-        return Int8Data(signed(data) if name in self._packed else data, self.row_absmax(module))
-
-    def row_absmax(self, module: str) -> Tensor:
-        """The scales of a linear layer: float32 (out,)."""
-        scale = self._scales[f"{module}{_WEIGHT}"]
-        values = super().read(scale.name).float().reshape(-1)
-        return values * INT8_MAX if scale.is_step else values
-
-    def exponents(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """The exponents of a tensor's rows and columns, int8; None where it is not scaled. Raises CheckpointError."""
-        return self._exponents(rows_name(name)), self._exponents(columns_name(name))
-
-    def _exponents(self, name: str) -> Tensor | None:
-        if name not in self._known:
-            return None
-        found = super().read(name)
-        if not are_sound(bytes(found.view(torch.uint8).tolist())):
-            raise CheckpointError(f"{name} is not made of exponents", hint=_AGAIN)
-        return found
-
-    def exact_columns(self, module: str) -> ExactColumns | None:
-        """The outlier columns stored for a linear layer; None if it has none. Raises CheckpointError for bad ones."""
-        columns = outlier_cols_name(module)
-        if columns not in self._known:
-            return None
-        indices = super().read(columns)
-        check_indices(module, indices.tolist(), self._in_features[module])
-        return ExactColumns(indices.long(), super().read(outlier_weight_name(module)))

@@ -17,7 +17,8 @@ from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.errors import ModelNotFoundError, UnsupportedModelError
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.runtime.converted import Converted, check_indices, find_converted, signed
+from int8cli.runtime.converted import Converted, check_indices, find_converted
+from int8cli.runtime.converted_tensors import signed
 
 COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
 

@@ -94,7 +94,7 @@ def check_weights(
             with source.fetch(shard.file) as local:
                 if following is not None:
                     source.prefetch(following.file)
-                result, found = _compare(task, local, progress)
+                result, found = _compare(task.with_borrowed(source), local, progress)
         except Int8cliError as error:
             weights.append(Failure(shard.output, str(error)))
             continue

@@ -56,7 +56,7 @@ def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecor
     """The shard's tensors, with fused experts split if they were split when it was converted."""
     contents = next(each for each in survey.shards if each.file_name == shard.file)
     recorded = {spec.name for spec in record.source_tensors}
-    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.as_in_file()
+    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.unsplit()
 
 
 def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:

@@ -141,7 +141,7 @@ def _check_against(
 
     survey = survey_for(source, conversion)
     yield check_source(source, survey, conversion)
-    sizes = {contents.file_name: sum(t.spec.nbytes for t in contents.tensors) for contents in survey.shards}
+    sizes = {contents.file_name: sum(t.file_nbytes for t in contents.tensors) for contents in survey.shards}
     progress.begin(COMPARE, {s.output: sizes[s.file] for s in conversion.shards if s.file in sizes})
     yield from check_weights(directory, source, survey, conversion, records, options, progress)
     progress.done(COMPARE)
