@@ -11,11 +11,13 @@ import typer
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
+    CommitMessage,
     Device,
     Json,
     LayoutName,
     Model,
     OutlierColumns,
+    Private,
     QuantizeDevice,
     Quiet,
     RetryFor,
@@ -39,6 +41,8 @@ int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
+int8cli convert org/name --push-to-hub your-name/name-int8
+int8cli convert org/name --push-to-hub your-name/name-int8 --private --no-keep-output
 """
 
 PAGES = (".html", ".png", ".svg")
@@ -122,6 +126,21 @@ ReportFile = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        metavar="REPO", help="Upload each shard to this repository on the Hub as it is finished, and commit at the end."
+    ),
+]
+PushRevision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Branch to push to; created if missing.", show_default="main")
+]
+KeepOutput = Annotated[
+    bool,
+    typer.Option(
+        "--keep-output/--no-keep-output", help="With --push-to-hub: keep shards here once the repository has them."
+    ),
+]
 
 
 @shows_errors(hints.CONVERT, resumes=True)
@@ -146,6 +165,11 @@ def convert(
     retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    commit_message: CommitMessage = None,
+    keep_output: KeepOutput = True,
     report: ReportFile = None,
     details: Details = False,
     as_json: Json = False,
@@ -183,6 +207,11 @@ def convert(
         keep_source=keep_source,
         retry_for=retry_for,
         overwrite=overwrite,
+        push_to_hub=push_to_hub,
+        private=private,
+        push_revision=push_revision,
+        commit_message=commit_message,
+        keep_output=keep_output,
     )
     found: ConversionPlan | ConversionResult
     with shown_progress(quiet=quiet) as progress:

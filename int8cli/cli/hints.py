@@ -24,6 +24,7 @@ CONVERT: Hints = {
     errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
+    errors.ShardsRemovedError: "--push-to-hub REPO goes on there, --overwrite converts everything again.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",
@@ -44,6 +45,7 @@ INSPECT_OUTLIERS: Hints = {
     errors.TextError: _TEXT,
     errors.NoSuspectsError: "--from activations runs the model.",
 }
+PUSH: Hints = {}
 VERIFY: Hints = {}
 STATUS: Hints = {}
 REPORT: Hints = {}

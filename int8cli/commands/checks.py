@@ -16,6 +16,7 @@ from int8cli.commands.options import (
     EvaluateOptions,
     GenerateOptions,
     InspectOptions,
+    PushOptions,
     VerifyOptions,
 )
 from int8cli.errors import OptionError
@@ -43,6 +44,12 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    if options.push_to_hub is None:
+        _refuse_without_repository(options)
+
+
+def check_push(options: PushOptions) -> None:
+    _check_counts(options)
 
 
 def check_dequantize(options: DequantizeOptions) -> None:
@@ -105,6 +112,13 @@ def _check_counts(options: object) -> None:
         value = getattr(options, name, None)
         if value is not None and value < smallest:
             raise OptionError(f"{value} is less than {smallest}", option=name)
+
+
+def _refuse_without_repository(options: ConvertOptions) -> None:
+    """Raise OptionError for an option that has an effect only where a repository is pushed to."""
+    for name in ("private", "push_revision", "commit_message", "keep_output"):
+        if getattr(options, name) != getattr(ConvertOptions(), name):
+            raise OptionError("it has no effect without a repository to push to", option=name)
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

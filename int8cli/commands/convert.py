@@ -25,6 +25,7 @@ from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
+from int8cli.commands.push import Push, push_of
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
@@ -160,7 +161,10 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         workers = options.workers or choose_workers(survey, options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
-        yield _Job(source, survey, settings, wanted, run, OwnPath(store.calibration_directory, output), progress)
+        if not options.keep_output:
+            run = replace(run, most_outputs=workers + 1)  # one is uploaded while each worker converts another
+        state = OwnPath(store.calibration_directory, output)
+        yield _Job(source, survey, settings, wanted, run, state, progress, push_of(options, progress))
 
 
 def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
@@ -182,14 +186,15 @@ class _Job:
     run: ConversionRun
     state: OwnPath
     progress: Progress
+    push: Push | None = None
 
     def plan(self) -> ConversionPlan:
         strategy = next(self._strategies())
         for warning in warnings_of(strategy.survey):
             self.progress.note(warning)
         self._note_experts()
-        threads = self.run.threads * self.run.workers
-        needs = Needs.of(self.source, strategy.survey, self.run.output, threads=threads)
+        run, threads = self.run, self.run.threads * self.run.workers
+        needs = Needs.of(self.source, strategy.survey, run.output, threads=threads, most_outputs=run.most_outputs)
         return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs, self._ways())
 
     def prepare(self) -> None:
@@ -231,9 +236,9 @@ class _Job:
                 strategy = following
 
     def _ways(self) -> tuple[Way, ...]:
-        run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
+        here = "torch" in sys.modules or self.wanted.device != "cpu"
         speed = speed_here(self.wanted.device) if here else speed_without_torch(self.progress)
-        return ways_to_convert(self.source, self.survey, run.output, self.wanted, speed, run.threads * run.workers)
+        return ways_to_convert(self.source, self.survey, self.run, self.wanted, speed)
 
     def _note_experts(self) -> None:
         said = about_experts(layout_shares(self.survey))
@@ -243,12 +248,15 @@ class _Job:
     def _first_line(self) -> str:
         survey = self.survey
         sizes = f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
-        return f"{survey.identity.name}: {sizes} → {self.run.output}: {human_bytes(survey.output_bytes)}"
+        to = self.run.output if self.push is None else f"{self.run.output} and {self.push.repository.label}"
+        return f"{survey.identity.name}: {sizes} → {to}: {human_bytes(survey.output_bytes)}"
 
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
         render = partial(render_card, source_card=self._source_card())
-        columns = strategy.columns(self.progress)
-        return convert_shards(self.source, strategy.survey, strategy.settings, self.run, render, self.progress, columns)
+        columns, run, survey = strategy.columns(self.progress), self.run, strategy.survey
+        if self.push is not None:
+            run = replace(run, destination=self.push.destination(run.output, survey))
+        return convert_shards(self.source, survey, strategy.settings, run, render, self.progress, columns)
 
     def _source_card(self) -> SourceCard:
         """What the source's card says of license and task. A card that cannot be read stops no conversion."""

@@ -9,6 +9,7 @@ from int8cli.commands.checks import check_estimate
 from int8cli.commands.options import ConvertOptions, EstimateOptions
 from int8cli.commands.places import default_output
 from int8cli.commands.ways import speed_without_torch, ways_to_convert
+from int8cli.conversion.convert import ConversionRun
 from int8cli.estimate.answers import MemoryReport, memory_report
 from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
@@ -40,6 +41,7 @@ def estimate_memory(
         survey = survey_source(source, PlanOptions(), LAYOUTS[options.layout])
         estimate = estimate_of(source, survey, output, threads=THREADS_FOR_A_SHARD)
         wanted = ColumnsWanted(AUTO, DEFAULT_OUTLIER_COLUMNS, sampling=Sampling(ConvertOptions().tokens))
-        ways = ways_to_convert(source, survey, output, wanted, speed_without_torch(progress), THREADS_FOR_A_SHARD)
+        run = ConversionRun(output, threads=THREADS_FOR_A_SHARD)
+        ways = ways_to_convert(source, survey, run, wanted, speed_without_torch(progress))
     use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
     return memory_report(estimate, use, machines, ways, available_bytes("cpu"))

@@ -30,7 +30,9 @@ def status(directory: str | Path) -> ConversionStatus:
             f"{directory} is not a conversion: it has no {OWN_DIRECTORY}/conversion.json",
             hint="DIR is a directory that `int8cli convert` writes.",
         )
-    finished = [shard for shard in conversion.shards if store.finished(shard) is not None]
+    uploads = [upload for shard in conversion.shards if (upload := store.uploaded(shard))]
+    removed = store.removed(conversion)
+    finished = [shard for shard in conversion.shards if shard in removed or store.finished(shard) is not None]
     return ConversionStatus(
         directory=str(directory),
         state=_state(store, directory),
@@ -43,6 +45,9 @@ def status(directory: str | Path) -> ConversionStatus:
         blocks_run=len(_finished_blocks(store.calibration_directory / _BLOCKS)),
         partial_bytes=_bytes_below(store.incoming_directory),
         options=asdict(conversion.settings),
+        uploaded_to=" and ".join(sorted({upload.repository for upload in uploads})) or None,
+        shards_uploaded=len(uploads),
+        shards_removed=len(removed),
     )
 
 

@@ -19,6 +19,11 @@ def show_status(found: ConversionStatus) -> None:
         lines.append(f"  blocks    {found.blocks_run} run to choose outlier columns")
     if found.partial_bytes:
         lines.append(f"  download  {human_bytes(found.partial_bytes)} here, not converted yet")
+    if found.shards_uploaded:
+        removed = f"; {found.shards_removed} are not here any more" if found.shards_removed else ""
+        lines.append(
+            f"  uploaded  {found.shards_uploaded} of {found.shards} to {escape(str(found.uploaded_to))}{removed}"
+        )
     lines.append(f"  next      {_next(found)}")
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -27,6 +32,8 @@ def show_status(found: ConversionStatus) -> None:
 def _next(found: ConversionStatus) -> str:
     if found.state == "running":
         return "wait: a process is at work on it"
+    if found.state == "finished" and found.shards_removed:
+        return f"hf download {escape(str(found.uploaded_to))} --local-dir DIR, then int8cli verify DIR"
     if found.state == "finished":
         return f"int8cli verify {escape(found.directory)}"
     return "the same int8cli convert command again: it resumes"

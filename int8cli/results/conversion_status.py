@@ -14,6 +14,8 @@ class ConversionStatus:
 
     `running`: a process holds the directory. Shards and their bytes are those of the source. `blocks_run` counts the
     blocks of the model that a calibration has finished. `partial_bytes` of downloads are here and will be resumed.
+    `shards_uploaded` of the finished shards were uploaded to the repository `uploaded_to`, and `shards_removed` of them
+    are not here any more.
     `options` are the settings of the conversion, by the names of `convert`'s options.
     """
 
@@ -28,6 +30,9 @@ class ConversionStatus:
     blocks_run: int
     partial_bytes: int
     options: dict[str, Any]
+    uploaded_to: str | None = None
+    shards_uploaded: int = 0
+    shards_removed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": STATUS_SCHEMA, **asdict(self)}

@@ -1,0 +1,81 @@
+"""A file as it is to be in a repository on the Hub, and the operation of a commit that adds it.
+
+Owns what this program sets on huggingface_hub's operations.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from int8cli.checkpoint.disk import reading_errors
+from int8cli.checkpoint.hub.lfs import LfsObject
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd
+
+_SAMPLE_BYTES = 512  # what the Hub asks for, to tell text from bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PushFile:
+    """A file as it is to be in the repository. `path` is None if its bytes were uploaded before and are not here."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    git_sha1: str | None = None
+    path: Path | None = None
+
+    @property
+    def lfs(self) -> LfsObject:
+        return LfsObject(self.sha256, self.size_bytes)
+
+
+def addition_of(file: PushFile) -> "CommitOperationAdd":
+    """The operation that adds a file to a commit.
+
+    For a file that is not here it is in the state in which `preupload_lfs_files` leaves one that it has uploaded.
+    huggingface_hub has no public way to make it in a later process; tests hold both ends of its versions to it.
+    """
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.lfs import UploadInfo
+
+    operation = CommitOperationAdd(file.name, b"")
+    sample = b""
+    if file.path is not None:
+        with reading_errors(file.path, file.name), file.path.open("rb") as opened:
+            sample = opened.read(_SAMPLE_BYTES)
+        operation.path_or_fileobj = str(file.path)
+    operation.upload_info = UploadInfo(size=file.size_bytes, sample=sample, sha256=bytes.fromhex(file.sha256))
+    if file.path is None:
+        operation._upload_mode = "lfs"
+        operation._should_ignore = False
+        operation._is_uploaded = True
+    return operation
+
+
+def is_there(file: PushFile, there: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a repository has exactly this file. `there` has the digests of its files by name."""
+    return not {file.sha256, file.git_sha1}.isdisjoint(there.get(file.name, ()))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep huggingface_hub from drawing progress bars between our lines, unless the environment asks for them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, not marked so
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()

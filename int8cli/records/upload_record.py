@@ -1,0 +1,43 @@
+"""The record of one shard whose files a repository has: `int8/uploads/<shard>.json`.
+
+Owns the schema of the file. Reads and writes nothing. It stays on this machine: a repository's files do not name it.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from int8cli.records.documents import check_file_name, without_schema
+from int8cli.typed_json import InvalidJsonError, read_as
+
+UPLOAD_SCHEMA = "int8cli.upload/1"
+_SHA256_DIGITS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedFile:
+    """A file whose bytes were uploaded. `sha256` in hex."""
+
+    file: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRecord:
+    """The files of one shard that `repository`, a Hub id, has taken. They may not be part of a commit yet."""
+
+    repository: str
+    files: tuple[UploadedFile, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": UPLOAD_SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Any) -> "UploadRecord":
+        """Raises InvalidJsonError for values or file names that no such record has."""
+        found = read_as(cls, without_schema(document, UPLOAD_SCHEMA))
+        for index, file in enumerate(found.files):
+            check_file_name(file.file, f"files[{index}].file")
+            if len(file.sha256) != _SHA256_DIGITS or not set(file.sha256) <= set("0123456789abcdef"):
+                raise InvalidJsonError("is not a sha256", f"files[{index}].sha256")
+        return found
