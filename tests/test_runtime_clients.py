@@ -95,7 +95,8 @@ def test_a_bias_can_be_trained(llama: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapters_of_peft_are_trained_on_top_of_int8(llama: Any) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     before = weights_of(llama)
     adapted = peft.get_peft_model(copy.deepcopy(llama), peft.LoraConfig(target_modules="all-linear", r=2))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -118,7 +119,8 @@ def test_adapters_of_peft_are_trained_on_top_of_int8(llama: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_what_peft_would_do_to_int8_in_silence_is_refused(llama: Any) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapted = peft.get_peft_model(copy.deepcopy(llama), peft.LoraConfig(target_modules=["q_proj"], r=2))
     for safe in (True, False):
         with pytest.raises(UnsupportedOperationError, match="dequantize"):

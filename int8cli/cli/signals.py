@@ -62,8 +62,9 @@ def print_interruption(what: str) -> None:
     """Print why the program ends, and how to go on. Only the first call prints."""
     if _printed.acquire(blocking=False):
         with suppress(OSError, ValueError):  # after SIGHUP the terminal may be closed
-            again = "run the same command again" + (" to resume" if _resumes.is_set() else "")
-            print(f"\n{printable(what)}: {again}", file=sys.stderr, flush=True)
+            to_resume = " to resume" if _resumes.is_set() else ""
+            message = f"{what}: run the same command again{to_resume}"
+            print(f"\n{printable(message)}", file=sys.stderr, flush=True)
 
 
 def name_of(interruption: KeyboardInterrupt) -> str:
