@@ -17,7 +17,7 @@ SOURCE = "org/model"
 REPO = "me/model-int8"
 TOKEN = "hf_SecretOfTheTests"
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
-LOCAL_STATE = "int8/uploads/"  # what is of this machine alone
+LOCAL_STATE = ("int8/uploads/", "int8/push.json")  # what is of this machine alone
 STREAM = ("--push-to-hub", REPO, "--no-keep-output")
 
 
@@ -109,7 +109,7 @@ def files_in(directory: Path) -> dict[str, bytes]:
 def weights_here(directory: Path) -> list[str]:
     """The shards and sidecars under their final names."""
     names = [path.relative_to(directory).as_posix() for path in directory.rglob("*.safetensors")]
-    return sorted(name for name in names if not name.startswith(("int8/incoming", "int8/partial")))
+    return sorted(name for name in names if not name.startswith(("int8/incoming", "int8/partial", "int8/calibration")))
 
 
 def assert_whole(user: User, converted: Path) -> None:
@@ -137,9 +137,8 @@ def test_a_conversion_is_pushed_in_one_commit(user: User, converted: Path) -> No
     assert pushed["files"] == len(files_in(converted))
     assert pushed["bytes"] == sum(map(len, files_in(converted).values()))
     assert pushed["uploaded_bytes"] == user.hub.put_bytes > 0
-    assert tree(user.output).keys() - tree(converted).keys() == {
-        f"int8/uploads/{shard.removesuffix('.safetensors')}.json" for shard in SHARDS
-    }
+    uploads = {f"int8/uploads/{shard.removesuffix('.safetensors')}.json" for shard in SHARDS}
+    assert tree(user.output).keys() - tree(converted).keys() == {"int8/push.json", *uploads}
 
 
 def test_what_is_there_is_not_pushed_again(user: User, converted: Path) -> None:
@@ -411,13 +410,13 @@ def test_a_finished_one_is_known(user: User, converted: Path) -> None:
 
 
 def some_uploaded(user: User) -> None:
-    """Have the first shard at the Hub alone, the last not converted, and no commit."""
+    """Have the first shard at the Hub alone, the others not, and no commit: the token expires after the first."""
     puts = 0
 
     def refuse_later(step: str, when: str) -> bool:
         nonlocal puts
         puts += step == "verify" and when == "after"
-        if puts == 2:
+        if puts == 1:
             user.hub.tokens.pop(TOKEN, None)
         return False
 
@@ -433,13 +432,25 @@ def test_status_and_verify_say_where_shards_are(user: User) -> None:
     status = json.loads(user.run("status", "out", "--json").out)
     assert (status["state"], status["uploaded_to"], status["shards_uploaded"]) == ("unfinished", REPO, 1)
     assert status["shards_finished"] >= 1
-    assert f"uploaded  1 of 3 to {REPO}" in user.run("status", "out").out
+    assert f"uploaded  1 of 3 to {REPO}, not committed yet; 1 are not here any more" in user.run("status", "out").out
     assert user.convert(*STREAM, "-q").code == 0
     refused(user.run("verify", "out"), f"3 of 3 shards are not here: they were uploaded to {REPO}", "hf download")
     refused(user.run("dequantize", "out", "-o", "floats"), "3 of 3 shards are not here", "hf download")
     shown = user.run("status", "out").out
-    assert "finished" in shown
-    assert f"uploaded  3 of 3 to {REPO}; 3 are not here any more" in shown
+    commit = user.hub.repo(REPO).commit
+    assert f"uploaded  3 of 3 to {REPO}, commit {commit[:12]}; 3 are not here any more" in shown
+    assert f"next      hf download {REPO} --local-dir DIR, then int8cli verify DIR" in shown
+
+
+def test_a_push_that_lacks_its_commit_is_not_finished(user: User, converted: Path) -> None:
+    user.hub.fail("commit", Fault(on="POST", status=403))
+    assert user.convert(*STREAM, "-q").code == 1
+    status = json.loads(user.run("status", "out", "--json").out)
+    assert (status["state"], status["shards_removed"], status["commit"]) == ("finished", 3, None)
+    assert "next      the same int8cli convert command again: the push is not finished" in user.run("status", "out").out
+    refused(user.run("verify", "out"), "3 of 3 shards are not here", "the push is not finished")
+    assert user.convert(*STREAM, "-q").code == 0
+    assert_whole(user, converted)
 
 
 def test_uploaded_shards_are_not_left_behind(user: User) -> None:

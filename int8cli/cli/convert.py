@@ -225,10 +225,18 @@ def convert(
         write_conversion(found.report, report)
         say_written(report, quiet=quiet)
     with writing_result():
-        show(found, model, as_json=as_json, quiet=quiet, details=details)
+        show(found, model, options, as_json=as_json, quiet=quiet, details=details)
 
 
-def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: bool, quiet: bool, details: bool) -> None:
+def show(
+    found: "ConversionPlan | ConversionResult",
+    model: str,
+    options: ConvertOptions,
+    *,
+    as_json: bool,
+    quiet: bool,
+    details: bool,
+) -> None:
     from int8cli.cli.next_steps import after_convert
     from int8cli.commands.convert import ConversionPlan
     from int8cli.report.conversion import show_report
@@ -248,5 +256,5 @@ def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: boo
             print()
         cost = Cost(found.seconds, found.peak_memory_bytes)
         tables = "its tables are above" if details else "--details shows its tables"
-        commands = after_convert(found.report, model, found.output)
+        commands = after_convert(found.report, model, found.output, options.push_to_hub, kept=options.keep_output)
         show_summary(found.report, found.output, cost, tables=tables, next_commands=commands, layouts=found.layouts)

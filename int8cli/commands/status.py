@@ -31,7 +31,7 @@ def status(directory: str | Path) -> ConversionStatus:
             hint="DIR is a directory that `int8cli convert` writes.",
         )
     uploads = [upload for shard in conversion.shards if (upload := store.uploaded(shard))]
-    removed = store.removed(conversion)
+    removed, commit = store.removed(conversion), store.commit()
     finished = [shard for shard in conversion.shards if shard in removed or store.finished(shard) is not None]
     return ConversionStatus(
         directory=str(directory),
@@ -48,6 +48,7 @@ def status(directory: str | Path) -> ConversionStatus:
         uploaded_to=" and ".join(sorted({upload.repository for upload in uploads})) or None,
         shards_uploaded=len(uploads),
         shards_removed=len(removed),
+        commit=None if commit is None else commit.commit,
     )
 
 

@@ -19,7 +19,7 @@ from int8cli.errors import OutputError, SettingsMismatchError, ShardsRemovedErro
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.documents import read_document
 from int8cli.records.shard_record import ShardRecord
-from int8cli.records.upload_record import UploadRecord
+from int8cli.records.upload_record import CommitRecord, UploadRecord
 
 
 class RecordStore:
@@ -31,6 +31,7 @@ class RecordStore:
         self._conversion_path = self.own / "conversion.json"
         self._records = self.own / "records"
         self._uploads = self.own / "uploads"
+        self._commit_path = self.own / "push.json"
         self._sidecars = self.own / "outliers"
 
     @property
@@ -127,15 +128,27 @@ class RecordStore:
         removed = self.removed(conversion)
         if removed:
             repositories = " and ".join(sorted({upload.repository for upload in removed.values()}))
+            hint = f"`hf download {repositories} --local-dir DIR` gets all files."
+            if self.commit() is None:
+                hint = "Run the same convert command again, with the repository: the push is not finished."
             raise ShardsRemovedError(
                 f"{self._output}: {len(removed)} of {len(conversion.shards)} shards are not here: they were uploaded "
                 f"to {repositories} and then removed",
-                hint=f"`hf download {repositories} --local-dir DIR` gets them, once the upload is complete.",
+                hint=hint,
             )
 
     def add_upload(self, shard: ShardSource, upload: UploadRecord) -> None:
         """Record that a repository has the files of a finished shard."""
         write_file(self._upload_path(shard), _to_bytes(upload.to_json()), below=self._output)
+
+    def commit(self) -> CommitRecord | None:
+        """The last commit that was made of this conversion; None if none was. Raises OutputError if it is damaged."""
+        hint = "Delete it: the repository is asked what it has."
+        return read_document(self._commit_path, CommitRecord.from_json, hint)
+
+    def add_commit(self, commit: CommitRecord) -> None:
+        """Record a commit that names all files of the conversion."""
+        write_file(self._commit_path, _to_bytes(commit.to_json()), below=self._output)
 
     def forget_upload(self, shard: ShardSource) -> None:
         """Remove the record of an upload: the repository does not have the files."""
@@ -159,7 +172,7 @@ class RecordStore:
         if known is None:
             return
         paths = [path(shard) for shard in known.shards for path in (self._record_path, self._upload_path)]
-        records = [path.relative_to(self._output).as_posix() for path in paths]
+        records = [path.relative_to(self._output).as_posix() for path in (*paths, self._commit_path)]
         remove_files(self._output, [*known.files, *records])
         for directory in (self.partial_directory, self.calibration_directory):
             remove_tree(directory, self._output)

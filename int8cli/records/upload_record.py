@@ -1,6 +1,6 @@
-"""The record of one shard whose files a repository has: `int8/uploads/<shard>.json`.
+"""The records of what a repository has: `int8/uploads/<shard>.json` for one shard, `int8/push.json` for the commit.
 
-Owns the schema of the file. Reads and writes nothing. It stays on this machine: a repository's files do not name it.
+Owns the schemas of these files. Reads and writes nothing. They stay on this machine: no repository gets them.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,6 +10,7 @@ from int8cli.records.documents import check_file_name, without_schema
 from int8cli.typed_json import InvalidJsonError, read_as
 
 UPLOAD_SCHEMA = "int8cli.upload/1"
+COMMIT_SCHEMA = "int8cli.commit/1"
 _SHA256_DIGITS = 64
 
 
@@ -41,3 +42,20 @@ class UploadRecord:
             if len(file.sha256) != _SHA256_DIGITS or not set(file.sha256) <= set("0123456789abcdef"):
                 raise InvalidJsonError("is not a sha256", f"files[{index}].sha256")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRecord:
+    """The last commit that named all files of a conversion: on the branch `revision` of `repository`, a Hub id."""
+
+    repository: str
+    revision: str
+    commit: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": COMMIT_SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Any) -> "CommitRecord":
+        """Raises InvalidJsonError for values that no such record has."""
+        return read_as(cls, without_schema(document, COMMIT_SCHEMA))

@@ -21,9 +21,9 @@ def show_status(found: ConversionStatus) -> None:
         lines.append(f"  download  {human_bytes(found.partial_bytes)} here, not converted yet")
     if found.shards_uploaded:
         removed = f"; {found.shards_removed} are not here any more" if found.shards_removed else ""
-        lines.append(
-            f"  uploaded  {found.shards_uploaded} of {found.shards} to {escape(str(found.uploaded_to))}{removed}"
-        )
+        commit = "not committed yet" if found.commit is None else f"commit {escape(found.commit[:12])}"
+        to = escape(str(found.uploaded_to))
+        lines.append(f"  uploaded  {found.shards_uploaded} of {found.shards} to {to}, {commit}{removed}")
     lines.append(f"  next      {_next(found)}")
     for line in lines:
         console.print(line, soft_wrap=True)
@@ -32,6 +32,8 @@ def show_status(found: ConversionStatus) -> None:
 def _next(found: ConversionStatus) -> str:
     if found.state == "running":
         return "wait: a process is at work on it"
+    if found.state == "finished" and found.shards_removed and found.commit is None:
+        return "the same int8cli convert command again: the push is not finished"
     if found.state == "finished" and found.shards_removed:
         return f"hf download {escape(str(found.uploaded_to))} --local-dir DIR, then int8cli verify DIR"
     if found.state == "finished":

@@ -15,7 +15,7 @@ class ConversionStatus:
     `running`: a process holds the directory. Shards and their bytes are those of the source. `blocks_run` counts the
     blocks of the model that a calibration has finished. `partial_bytes` of downloads are here and will be resumed.
     `shards_uploaded` of the finished shards were uploaded to the repository `uploaded_to`, and `shards_removed` of them
-    are not here any more.
+    are not here any more. `commit` names all files there; None until then.
     `options` are the settings of the conversion, by the names of `convert`'s options.
     """
 
@@ -33,6 +33,7 @@ class ConversionStatus:
     uploaded_to: str | None = None
     shards_uploaded: int = 0
     shards_removed: int = 0
+    commit: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": STATUS_SCHEMA, **asdict(self)}

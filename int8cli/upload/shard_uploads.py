@@ -18,7 +18,7 @@ from int8cli.progress import Progress
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
-from int8cli.records.upload_record import UploadedFile, UploadRecord
+from int8cli.records.upload_record import CommitRecord, UploadedFile, UploadRecord
 from int8cli.results.push import Pushed
 from int8cli.upload.contents import all_names, shard_file, side_files, uploaded_files
 
@@ -93,10 +93,11 @@ class ShardUploads(Destination):
             else:  # a repository that keeps small files in git takes them in the commit
                 files += [shard_file(self._directory, file) for file in records[shard.file].files]
         commit = self._repository.commit(files, self._message or f"{conversion.source.name} in LLM.int8(), by int8cli")
+        repository, revision = self._repository.repo_id, self._repository.revision
+        self._store.add_commit(CommitRecord(repository, revision, commit.oid))
         done = "pushed to" if commit.made else "already in"
         self._progress.note(f"{done} {self._repository.label}: {len(files):,} files, commit {commit.oid[:12]}")
         size_bytes = sum(file.size_bytes for file in files)
-        repository, revision = self._repository.repo_id, self._repository.revision
         return Pushed(repository, revision, commit.oid, commit.made, len(files), size_bytes, self._uploaded_bytes)
 
     def close(self) -> None:

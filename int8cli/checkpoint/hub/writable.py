@@ -4,6 +4,7 @@ Owns the order that makes the commit whole, and safe to repeat. huggingface_hub 
 its meaning.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from int8cli.checkpoint.directory import is_weight_name
-from int8cli.checkpoint.hub.failures import TRY_AGAIN, is_foreign
+from int8cli.checkpoint.hub.failures import TRY_AGAIN, MalformedAnswerError, is_foreign
 from int8cli.checkpoint.hub.lfs import LfsObject, LfsServer
 from int8cli.checkpoint.hub.options import request_headers
 from int8cli.checkpoint.hub.push_file import PushFile, addition_of, is_there, without_bars
@@ -226,6 +227,8 @@ def _unwrapped(request: Callable[[], T], what: str) -> T:
         raise
     except Exception as error:
         cause = cause_of(error)
+        if isinstance(cause, json.JSONDecodeError):  # huggingface_hub reads some answers before their status
+            raise MalformedAnswerError("the server's answer is not JSON") from error
         if not is_foreign(cause) and is_refusal(cause):
             raise upload_error(cause, what) from error
         raise cause from None
