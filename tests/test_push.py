@@ -439,7 +439,7 @@ def test_status_and_verify_say_where_shards_are(user: User) -> None:
     shown = user.run("status", "out").out
     commit = user.hub.repo(REPO).commit
     assert f"uploaded  3 of 3 to {REPO}, commit {commit[:12]}; 3 are not here any more" in shown
-    assert f"next      hf download {REPO} --local-dir DIR, then int8cli verify DIR" in shown
+    assert f"next      hf download {REPO}, then int8cli verify on what it wrote" in shown
 
 
 def test_a_push_that_lacks_its_commit_is_not_finished(user: User, converted: Path) -> None:

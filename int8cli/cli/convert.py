@@ -41,6 +41,7 @@ int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
+int8cli convert s3://bucket/model -o ./model-int8
 int8cli convert org/name --push-to-hub your-name/name-int8
 int8cli convert org/name --push-to-hub your-name/name-int8 --private --no-keep-output
 """

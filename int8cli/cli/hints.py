@@ -11,6 +11,7 @@ _BY_WEIGHTS = "--outliers weights chooses the columns without running the model.
 _FROM_WEIGHTS = "--from weights works without running the model."
 _SMALLER_RUN = "--sequence-length N uses shorter sequences, --device cpu needs no GPU."
 _TEXT = "--text FILE and --sequence-length N select the text to run."
+_DOWNLOAD = "`hf download REPO --local-dir COPY` gets all files."
 _PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
@@ -34,6 +35,7 @@ CONVERT: Hints = {
 DEQUANTIZE: Hints = {
     errors.DiskSpaceError: "--output OUT can be on another disk.",
     errors.OutputError: "--output OUT names another directory.",
+    errors.ShardsRemovedError: _DOWNLOAD,
 }
 ESTIMATE_MEMORY: Hints = {}
 INSPECT_OUTLIERS: Hints = {
@@ -46,7 +48,7 @@ INSPECT_OUTLIERS: Hints = {
     errors.NoSuspectsError: "--from activations runs the model.",
 }
 PUSH: Hints = {}
-VERIFY: Hints = {}
+VERIFY: Hints = {errors.ShardsRemovedError: _DOWNLOAD}
 STATUS: Hints = {}
 REPORT: Hints = {}
 ENV: Hints = {}

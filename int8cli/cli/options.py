@@ -57,7 +57,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hub id (org/name), a directory, or one checkpoint file.",
+        help="A Hub id (org/name), a directory, one checkpoint file, or an address (s3://bucket/model).",
         autocompletion=complete_path,
         show_default=False,
     ),

@@ -158,7 +158,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         progress=progress,
     ) as source:
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
-        workers = options.workers or choose_workers(survey, options.device)
+        workers = options.workers or choose_workers(source, survey, options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
         if not options.keep_output:

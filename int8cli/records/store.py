@@ -128,7 +128,7 @@ class RecordStore:
         removed = self.removed(conversion)
         if removed:
             repositories = " and ".join(sorted({upload.repository for upload in removed.values()}))
-            hint = f"`hf download {repositories} --local-dir DIR` gets all files."
+            hint = f"Download {repositories} into another directory."
             if self.commit() is None:
                 hint = "Run the same convert command again, with the repository: the push is not finished."
             raise ShardsRemovedError(
