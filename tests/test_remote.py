@@ -138,6 +138,7 @@ def test_failures_are_tried_again_and_parts_resumed(store: Store, model: Path, t
 
 def test_an_object_that_is_replaced_is_an_error(store: Store, model: Path, tmp_path: Path) -> None:
     source = source_of(tmp_path)
+    assert {source.size_bytes(shard) for shard in SHARDS[:2]} <= {path.stat().st_size for path in model.iterdir()}
     store.pipe(f"/bucket/model/{SHARDS[0]}", (model / SHARDS[0]).read_bytes())
     with pytest.raises(CorruptShardError, match="changed while it was read"), source.fetch(SHARDS[0]):
         pass

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from int8cli.checkpoint.directory import DirectorySource, is_weight_name
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
-from int8cli.checkpoint.remote import RemoteSource, is_remote
+from int8cli.checkpoint.object_store import is_remote
+from int8cli.checkpoint.remote import RemoteSource
 from int8cli.checkpoint.source import Source
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
 from int8cli.progress import SILENT, Progress
