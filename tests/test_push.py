@@ -439,7 +439,7 @@ def test_status_and_verify_say_where_shards_are(user: User) -> None:
     shown = user.run("status", "out").out
     commit = user.hub.repo(REPO).commit
     assert f"uploaded  3 of 3 to {REPO}, commit {commit[:12]}; 3 are not here any more" in shown
-    assert f"next      hf download {REPO}, then int8cli verify on what it wrote" in shown
+    assert f"next      download {REPO}, then int8cli verify the copy" in shown
 
 
 def test_a_push_that_lacks_its_commit_is_not_finished(user: User, converted: Path) -> None:
@@ -455,7 +455,7 @@ def test_a_push_that_lacks_its_commit_is_not_finished(user: User, converted: Pat
 
 def test_uploaded_shards_are_not_left_behind(user: User) -> None:
     some_uploaded(user)
-    refused(user.convert(), f"1 of 3 shards are not here: they were uploaded to {REPO}", "--push-to-hub REPO goes on")
+    refused(user.convert(), f"1 of 3 shards are not here: they were uploaded to {REPO}", "--push-to-hub REPO or --push-to ADDRESS goes on there")
     other = user.convert("--push-to-hub", "me/other", "--no-keep-output")
     refused(other, f"shards of {SOURCE} were uploaded to {REPO} and removed here", f"Push to {REPO} to go on")
 

@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from int8cli.checkpoint.remote import RemoteSource
 from int8cli.errors import (
     AccessDeniedError,
     CorruptShardError,
+    DestinationError,
     MissingExtraError,
     ModelNotFoundError,
     SourceError,
@@ -42,6 +44,12 @@ class Store(MemoryFileSystem):
     pseudo_dirs = [""]  # noqa: RUF012
     errors: list[Exception] = []  # noqa: RUF012
     ranges: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+
+    on_put: Callable[[str], object] = staticmethod(lambda name: None)
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        type(self).on_put(rpath.partition("/out/")[2])
+        super().put_file(lpath, rpath, *args, **kwargs)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
         self.ranges.append((path.rpartition("/")[2], start, end))
@@ -66,6 +74,7 @@ def store(model: Path) -> Iterator[Store]:
     yield fs
     Store.errors.clear()
     Store.store.clear()
+    Store.on_put = lambda name: None
 
 
 def source_of(tmp_path: Path, url: str = "store://bucket/model", **options: Any) -> RemoteSource:
@@ -180,6 +189,81 @@ def test_a_missing_driver_is_named(tmp_path: Path) -> None:
         open_source("s3://bucket/model", revision=None, download_dir=tmp_path)
 
 
+# Outputs
+
+
+def objects(store: Store, directory: str) -> dict[str, bytes]:
+    return {path.removeprefix(f"/{directory}/"): store.cat_file(path) for path in store.find(f"/{directory}")}
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    """The files of a conversion without what is of this machine alone."""
+    found = {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+    return {name: data for name, data in found.items() if not name.startswith(("int8/uploads/", "int8/push.json"))}
+
+
+def streaming(**changes: Any) -> int8cli.ConvertOptions:
+    return replace(OPTIONS, push_to="store://bucket/out", keep_output=False, retry_for=0.0, **changes)
+
+
+def test_a_conversion_is_streamed_from_store_to_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    order: list[str] = []
+    Store.on_put = lambda name: order.append(name)
+    int8cli.convert("store://bucket/model", tmp_path / "out", streaming())
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+    assert order[:3] == SHARDS
+    assert order[-1] == "config.json"
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert int8cli.status(tmp_path / "out").shards_removed == 3
+    order.clear()
+    int8cli.convert("store://bucket/model", tmp_path / "out", streaming())
+    assert not set(order) & set(SHARDS)
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_a_finished_conversion_is_pushed_to_a_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    pushed = int8cli.push(tmp_path / "local", "store://bucket/out")
+    assert (pushed.repository, pushed.revision) == ("store://bucket/out", "")
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+    int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(retry_for=0.0))
+    with pytest.raises(int8cli.Int8cliError, match="no such thing"):
+        int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(private=True))
+
+
+def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
+    store: Store, model: Path, tmp_path: Path
+) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+
+    def refuse_second(name: str) -> None:
+        if name == SHARDS[1]:
+            raise PermissionError("Access Denied")
+
+    Store.on_put = refuse_second
+    with pytest.raises(AccessDeniedError, match=f"out: {SHARDS[1]}: Access Denied"):
+        int8cli.convert(model, tmp_path / "out", streaming())
+    assert not store.exists("/bucket/out/config.json")
+    order: list[str] = []
+    Store.on_put = lambda name: order.append(name)
+    store.pipe(f"/bucket/out/{SHARDS[0]}", (tmp_path / "local" / SHARDS[0]).read_bytes())  # somebody replaced it
+    int8cli.convert(model, tmp_path / "out", streaming())
+    assert sorted(name for name in order if name in SHARDS) == SHARDS
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_path: Path) -> None:
+    store.pipe("/bucket/out/pytorch_model.bin", b"weights")
+    with pytest.raises(DestinationError, match=r"store://bucket/out holds another model: pytorch_model.bin"):
+        int8cli.convert(model, tmp_path / "out", streaming())
+    for options in (replace(OPTIONS, push_to="me/model"), replace(OPTIONS, push_to_hub="store://bucket/out")):
+        with pytest.raises(int8cli.Int8cliError, match=r"is (not )?an address"):
+            int8cli.convert(model, tmp_path / "out", options)
+
+
 # A real S3 server
 
 
@@ -234,6 +318,13 @@ def test_a_model_in_s3_is_converted(
     assert local.keys() == remote.keys()
     assert "secret-of-the-tests" not in outcome.out + outcome.err
     assert run("verify", "remote", "--source", "s3://models/llama", cwd=tmp_path, env=s3).code == 0
+    streamed = (*command[:2], "-o", "streamed", *command[4:], "--push-to", "s3://models/int8", "--no-keep-output")
+    outcome = run(*streamed, cwd=tmp_path, env=s3)
+    assert outcome.code == 0, outcome.err
+    fs.invalidate_cache()
+    pushed = {path.removeprefix("models/int8/"): fs.cat_file(path) for path in fs.find("models/int8")}
+    assert pushed == files_in(tmp_path / "remote")
+    assert not list((tmp_path / "streamed").glob("*.safetensors"))
     denied = run("convert", "s3://nowhere/llama", "-o", "nothing", cwd=tmp_path, env=s3)
     assert denied.code == 1
     assert "error: s3://nowhere/llama" in denied.err

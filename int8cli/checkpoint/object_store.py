@@ -7,6 +7,7 @@ finds credentials where each store's own tools do.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Event, Lock
 from typing import Any, TypeVar
 
@@ -80,6 +81,19 @@ class ObjectStore:
         """The bytes of a range, in one request that is not repeated."""
         data: bytes = self._fs.cat_file(path, start=start, end=end)
         return data
+
+    def write(self, local: Path, file_name: str) -> StoredObject:
+        """Write a file of this machine, in parts where the store has them, and return what the store says of it.
+
+        The object appears once it is complete.
+        """
+        path = self.path_of(file_name)
+        self.call(lambda: self._fs.put_file(str(local), path), f"{self.name}: {file_name}")
+        return self.ask(file_name, path)
+
+    def path_of(self, file_name: str) -> str:
+        """The path of an object, whether or not there is one."""
+        return f"{self._root}/{file_name}"
 
     def call(self, request: Callable[[], T], what: str) -> T:
         """The result of a request, which is repeated after failures that may be transient."""

@@ -41,7 +41,7 @@ int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
-int8cli convert s3://bucket/model -o ./model-int8
+int8cli convert s3://bucket/model -o ./model-int8 --push-to s3://bucket/model-int8 --no-keep-output
 int8cli convert org/name --push-to-hub your-name/name-int8
 int8cli convert org/name --push-to-hub your-name/name-int8 --private --no-keep-output
 """
@@ -133,14 +133,16 @@ PushToHub = Annotated[
         metavar="REPO", help="Upload each shard to this repository on the Hub as it is finished, and commit at the end."
     ),
 ]
+PushTo = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="The same with an object store: s3://bucket/model, gs://bucket/model."),
+]
 PushRevision = Annotated[
     str | None, typer.Option(metavar="REV", help="Branch to push to; created if missing.", show_default="main")
 ]
 KeepOutput = Annotated[
     bool,
-    typer.Option(
-        "--keep-output/--no-keep-output", help="With --push-to-hub: keep shards here once the repository has them."
-    ),
+    typer.Option("--keep-output/--no-keep-output", help="Whether shards that were pushed stay here as well."),
 ]
 
 
@@ -167,6 +169,7 @@ def convert(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     push_to_hub: PushToHub = None,
+    push_to: PushTo = None,
     private: Private = False,
     push_revision: PushRevision = None,
     commit_message: CommitMessage = None,
@@ -209,6 +212,7 @@ def convert(
         retry_for=retry_for,
         overwrite=overwrite,
         push_to_hub=push_to_hub,
+        push_to=push_to,
         private=private,
         push_revision=push_revision,
         commit_message=commit_message,
@@ -257,5 +261,6 @@ def show(
             print()
         cost = Cost(found.seconds, found.peak_memory_bytes)
         tables = "its tables are above" if details else "--details shows its tables"
-        commands = after_convert(found.report, model, found.output, options.push_to_hub, kept=options.keep_output)
+        pushed = options.push_to_hub or options.push_to
+        commands = after_convert(found.report, model, found.output, pushed, kept=options.keep_output)
         show_summary(found.report, found.output, cost, tables=tables, next_commands=commands, layouts=found.layouts)

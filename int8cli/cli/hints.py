@@ -11,7 +11,7 @@ _BY_WEIGHTS = "--outliers weights chooses the columns without running the model.
 _FROM_WEIGHTS = "--from weights works without running the model."
 _SMALLER_RUN = "--sequence-length N uses shorter sequences, --device cpu needs no GPU."
 _TEXT = "--text FILE and --sequence-length N select the text to run."
-_DOWNLOAD = "`hf download REPO --local-dir COPY` gets all files."
+_DOWNLOAD = "`hf download REPO --local-dir COPY`, or the store's own tool, gets all files."
 _PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
@@ -25,7 +25,7 @@ CONVERT: Hints = {
     errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
-    errors.ShardsRemovedError: "--push-to-hub REPO goes on there, --overwrite converts everything again.",
+    errors.ShardsRemovedError: "--push-to-hub REPO or --push-to ADDRESS goes on there, --overwrite converts everything again.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",

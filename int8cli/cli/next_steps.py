@@ -30,6 +30,8 @@ def after_convert(
     directory = shlex.quote(str(output))
     if pushed is not None and not kept:
         copy = shlex.quote(f"{output.name}-copy")
+        if "://" in pushed:
+            return [f"int8cli status {directory}"]
         return [f"hf download {shlex.quote(pushed)} --local-dir {copy}", f"int8cli verify {copy}"]
     at = f" --revision {report.revision}" if report.revision else ""
     commands = [

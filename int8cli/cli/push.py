@@ -13,13 +13,16 @@ from int8cli.commands.options import RETRY_FOR_S, PushOptions
 EXAMPLES = """\
 int8cli push ./bloom-int8 your-name/bloom-int8
 int8cli push ./my-model-int8 your-name/my-model-int8 --private
+int8cli push ./my-model-int8 s3://bucket/my-model-int8
 int8cli push ./my-model-int8 your-name/my-model-int8 --revision v2 --commit-message 'with outlier columns'
 """
 
 Repository = Annotated[
     str,
     typer.Argument(
-        metavar="REPO", help="A repository on the Hub, NAMESPACE/NAME; created if missing.", show_default=False
+        metavar="REPO",
+        help="A repository on the Hub, NAMESPACE/NAME, created if missing; or an address (s3://bucket/model).",
+        show_default=False,
     ),
 ]
 Branch = Annotated[
@@ -39,7 +42,7 @@ def push(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Push a finished conversion to a repository on the Hub, in one commit.
+    """Push a finished conversion to a repository on the Hub, in one commit, or to an object store.
 
     Shards are compared with the digests taken when they were written, and uploaded one at a time; what the repository
     has is not sent again. The model appears whole or not at all. After an interruption, run the same command again.
@@ -57,7 +60,10 @@ def push(
             print(json.dumps(found.to_json(), indent=2))
         elif not quiet:
             done = "is now" if found.new else "was already"
-            print(printable(f"{directory} {done} {found.repository} at {found.revision}, commit {found.commit}"))
+            at = (
+                f"{found.repository} at {found.revision}, commit {found.commit}" if found.revision else found.repository
+            )
+            print(printable(f"{directory} {done} {at}"))
             print(
                 f"{counted(found.files, 'file')}, {human_bytes(found.bytes)}; {human_bytes(found.uploaded_bytes)} sent"
             )

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
+from int8cli.checkpoint.object_store import is_remote
 from int8cli.columns.wanted import AUTO, MODES
 from int8cli.commands.options import (
     ConvertOptions,
@@ -44,8 +45,7 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
-    if options.push_to_hub is None:
-        _refuse_without_repository(options)
+    _check_target(options)
 
 
 def check_push(options: PushOptions) -> None:
@@ -114,11 +114,18 @@ def _check_counts(options: object) -> None:
             raise OptionError(f"{value} is less than {smallest}", option=name)
 
 
-def _refuse_without_repository(options: ConvertOptions) -> None:
-    """Raise OptionError for an option that has an effect only where a repository is pushed to."""
-    for name in ("private", "push_revision", "commit_message", "keep_output"):
-        if getattr(options, name) != getattr(ConvertOptions(), name):
-            raise OptionError("it has no effect without a repository to push to", option=name)
+def _check_target(options: ConvertOptions) -> None:
+    """Raise OptionError for two places to push to, for the wrong kind of one, or for options that need one."""
+    if options.push_to_hub is not None and options.push_to is not None:
+        raise OptionError("a repository is given too", option="push_to")
+    if options.push_to is not None and not is_remote(options.push_to):
+        raise OptionError(f"{options.push_to!r} is not an address, such as s3://bucket/model", option="push_to")
+    if options.push_to_hub is not None and is_remote(options.push_to_hub):
+        raise OptionError(f"{options.push_to_hub!r} is an address, not a repository on the Hub", option="push_to_hub")
+    if options.push_to_hub is None and options.push_to is None:
+        for name in ("private", "push_revision", "commit_message", "keep_output"):
+            if getattr(options, name) != getattr(ConvertOptions(), name):
+                raise OptionError("it has no effect without a repository to push to", option=name)
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

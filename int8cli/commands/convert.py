@@ -248,7 +248,7 @@ class _Job:
     def _first_line(self) -> str:
         survey = self.survey
         sizes = f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
-        to = self.run.output if self.push is None else f"{self.run.output} and {self.push.repository.label}"
+        to = self.run.output if self.push is None else f"{self.run.output} and {self.push.target.label}"
         return f"{survey.identity.name}: {sizes} → {to}: {human_bytes(survey.output_bytes)}"
 
     def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:

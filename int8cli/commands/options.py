@@ -41,7 +41,8 @@ class ConvertOptions:
     - `overwrite`: replace an earlier conversion.
     - `push_to_hub`: repository on the Hub, as "name/model", that gets each shard as it is finished and, at the end, all
       files in one commit. `private`, `push_revision` and `commit_message` are those of `PushOptions`.
-    - `keep_output`: with a repository, False removes each shard from the directory once the repository has it.
+    - `push_to`: instead of a repository, an address in an object store, as "s3://bucket/model".
+    - `keep_output`: False removes each shard from the directory once it is where it is pushed to.
     """
 
     revision: str | None = None
@@ -65,6 +66,7 @@ class ConvertOptions:
     retry_for: float = RETRY_FOR_S
     overwrite: bool = False
     push_to_hub: str | None = None
+    push_to: str | None = None
     private: bool = False
     push_revision: str | None = None
     commit_message: str | None = None

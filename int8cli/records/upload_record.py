@@ -16,16 +16,17 @@ _SHA256_DIGITS = 64
 
 @dataclass(frozen=True, slots=True)
 class UploadedFile:
-    """A file whose bytes were uploaded. `sha256` in hex."""
+    """A file whose bytes were uploaded. `sha256` in hex. `mark` is what an object store says of it, its ETag mostly."""
 
     file: str
     size_bytes: int
     sha256: str
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class UploadRecord:
-    """The files of one shard that `repository`, a Hub id, has taken. They may not be part of a commit yet."""
+    """The files of one shard that `repository`, a Hub id or an address, has. They may be in no commit yet."""
 
     repository: str
     files: tuple[UploadedFile, ...]
@@ -46,7 +47,7 @@ class UploadRecord:
 
 @dataclass(frozen=True, slots=True)
 class CommitRecord:
-    """The last commit that named all files of a conversion: on the branch `revision` of `repository`, a Hub id."""
+    """The last commit that named all files of a conversion, on a branch of `repository`, a Hub id or an address."""
 
     repository: str
     revision: str

@@ -35,7 +35,7 @@ def _next(found: ConversionStatus) -> str:
     if found.state == "finished" and found.shards_removed and found.commit is None:
         return "the same int8cli convert command again: the push is not finished"
     if found.state == "finished" and found.shards_removed:
-        return f"hf download {escape(str(found.uploaded_to))}, then int8cli verify on what it wrote"
+        return f"download {escape(str(found.uploaded_to))}, then int8cli verify the copy"
     if found.state == "finished":
         return f"int8cli verify {escape(found.directory)}"
     return "the same int8cli convert command again: it resumes"

@@ -51,7 +51,7 @@ def shard_file(directory: Path, record: FileRecord) -> PushFile:
 def uploaded_files(upload: UploadRecord) -> Iterator[PushFile]:
     """The files of a shard that were uploaded before, wherever they are now."""
     for file in upload.files:
-        yield PushFile(file.file, file.size_bytes, file.sha256)
+        yield PushFile(file.file, file.size_bytes, file.sha256, mark=file.mark)
 
 
 def side_files(directory: Path, conversion: Conversion, store: RecordStore) -> list[PushFile]:

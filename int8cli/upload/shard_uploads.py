@@ -9,8 +9,6 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 
-from int8cli.checkpoint.hub.lfs import LfsObject
-from int8cli.checkpoint.hub.writable import WritableRepository
 from int8cli.checkpoint.output_names import remove_files
 from int8cli.conversion.destination import Destination
 from int8cli.errors import ShardsRemovedError
@@ -21,12 +19,13 @@ from int8cli.records.store import RecordStore
 from int8cli.records.upload_record import CommitRecord, UploadedFile, UploadRecord
 from int8cli.results.push import Pushed
 from int8cli.upload.contents import all_names, shard_file, side_files, uploaded_files
+from int8cli.upload.target import Target
 
 TASK = "upload"
 
 
 class ShardUploads(Destination):
-    """A repository as the destination of a conversion in `directory`.
+    """A repository or an object store as the destination of a conversion in `directory`.
 
     One shard is uploaded at a time. While one is, the next may be converted, but not a further one. Without
     `keep_output` a shard is removed once the repository has it, so that the disk holds a few shards in all.
@@ -34,7 +33,7 @@ class ShardUploads(Destination):
 
     def __init__(
         self,
-        repository: WritableRepository,
+        target: Target,
         directory: Path,
         sizes: Mapping[str, int],
         message: str | None,
@@ -43,7 +42,7 @@ class ShardUploads(Destination):
         keep_output: bool = True,
     ) -> None:
         """`sizes` are the bytes to upload for each shard, by its output. `message` is that of the commit."""
-        self._repository = repository
+        self._target = target
         self._directory = directory
         self._store = RecordStore(directory)
         self._sizes = sizes
@@ -59,7 +58,7 @@ class ShardUploads(Destination):
         self._thread: threading.Thread | None = None
 
     def resume(self, conversion: Conversion) -> Mapping[str, ShardRecord]:
-        self._repository.prepare(all_names(conversion, self._store))
+        self._target.prepare(all_names(conversion, self._store))
         there = self._confirmed(conversion)
         self._progress.begin(TASK, self._sizes, finished={shard.output for shard in there})
         found = {}
@@ -88,15 +87,16 @@ class ShardUploads(Destination):
         files = side_files(self._directory, conversion, self._store)
         for shard in conversion.shards:
             upload = self._store.uploaded(shard)
-            if upload is not None and upload.repository == self._repository.repo_id:
+            if upload is not None and upload.repository == self._target.name:
                 files += uploaded_files(upload)
             else:  # a repository that keeps small files in git takes them in the commit
                 files += [shard_file(self._directory, file) for file in records[shard.file].files]
-        commit = self._repository.commit(files, self._message or f"{conversion.source.name} in LLM.int8(), by int8cli")
-        repository, revision = self._repository.repo_id, self._repository.revision
+        commit = self._target.commit(files, self._message or f"{conversion.source.name} in LLM.int8(), by int8cli")
+        repository, revision = self._target.name, self._target.revision
         self._store.add_commit(CommitRecord(repository, revision, commit.oid))
         done = "pushed to" if commit.made else "already in"
-        self._progress.note(f"{done} {self._repository.label}: {len(files):,} files, commit {commit.oid[:12]}")
+        name = f", commit {commit.oid[:12]}" if revision else ""
+        self._progress.note(f"{done} {self._target.label}: {len(files):,} files{name}")
         size_bytes = sum(file.size_bytes for file in files)
         return Pushed(repository, revision, commit.oid, commit.made, len(files), size_bytes, self._uploaded_bytes)
 
@@ -104,7 +104,7 @@ class ShardUploads(Destination):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._repository.close()
+        self._target.close()
 
     @property
     def _busy(self) -> bool:
@@ -117,16 +117,15 @@ class ShardUploads(Destination):
         """
         uploads = {shard: upload for shard in conversion.shards if (upload := self._store.uploaded(shard))}
         here = {shard for shard in uploads if self._store.finished(shard) is not None}
-        elsewhere = {shard for shard, each in uploads.items() if each.repository != self._repository.repo_id}
+        elsewhere = {shard for shard, each in uploads.items() if each.repository != self._target.name}
         self._refuse_elsewhere(conversion, {uploads[shard].repository for shard in elsewhere - here})
         ours = {shard: upload for shard, upload in uploads.items() if shard not in elsewhere}
-        objects = [LfsObject(file.sha256, file.size_bytes) for upload in ours.values() for file in upload.files]
-        missing = self._repository.missing(objects) if objects else set()
-        lost = {shard for shard, upload in ours.items() if any(file.sha256 in missing for file in upload.files)}
+        missing = self._target.missing([file for upload in ours.values() for file in uploaded_files(upload)])
+        lost = {shard for shard, upload in ours.items() if any(file.file in missing for file in upload.files)}
         for shard in lost | elsewhere:
             self._store.forget_upload(shard)
         for shard in sorted(lost - here, key=lambda shard: shard.output):
-            self._progress.note(f"{shard.output}: {self._repository.repo_id} does not have it any more")
+            self._progress.note(f"{shard.output}: {self._target.name} does not have it any more")
         return set(ours) - lost
 
     def _refuse_elsewhere(self, conversion: Conversion, repositories: set[str]) -> None:
@@ -169,16 +168,16 @@ class ShardUploads(Destination):
         taken = []
         for file in record.files:
             found = shard_file(self._directory, file)
-            how = self._repository.upload(found)
-            if how != "for the commit":
-                taken.append(UploadedFile(found.name, found.size_bytes, found.sha256))
-            self._uploaded_bytes += found.size_bytes if how == "sent" else 0
+            uploaded = self._target.upload(found)
+            if uploaded.how != "for the commit":
+                taken.append(UploadedFile(found.name, found.size_bytes, found.sha256, uploaded.mark))
+            self._uploaded_bytes += found.size_bytes if uploaded.how == "sent" else 0
             self._progress.advance(TASK, name, file.size_bytes)
         with self._changed:
             if self._closed:  # the directory may be another run's by now
                 return
             if len(taken) == len(record.files):
-                self._store.add_upload(record.source, UploadRecord(self._repository.repo_id, tuple(taken)))
+                self._store.add_upload(record.source, UploadRecord(self._target.name, tuple(taken)))
                 self._remove(record)
         self._progress.done(TASK, name)
 

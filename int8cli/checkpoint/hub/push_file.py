@@ -3,34 +3,73 @@
 Owns what this program sets on huggingface_hub's operations.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.disk import reading_errors
 from int8cli.checkpoint.hub.lfs import LfsObject
+from int8cli.errors import DestinationError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
 
+_NAMED = 3  # files in a message
 _SAMPLE_BYTES = 512  # what the Hub asks for, to tell text from bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PushFile:
-    """A file as it is to be in the repository. `path` is None if its bytes were uploaded before and are not here."""
+    """A file as it is to be in the repository. `path` is None if its bytes were uploaded before and are not here.
+
+    `mark` is what an object store said of it after the upload; empty on the Hub.
+    """
 
     name: str
     size_bytes: int
     sha256: str
     git_sha1: str | None = None
     path: Path | None = None
+    mark: str = ""
 
     @property
     def lfs(self) -> LfsObject:
         return LfsObject(self.sha256, self.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """Whether a file's bytes were sent, or were there, or are wanted in the commit itself, as with text."""
+
+    how: Literal["sent", "had", "for the commit"]
+    mark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A commit, by its hash. `made`: this program made it just now; otherwise all files were there already."""
+
+    oid: str
+    made: bool
+
+
+def refuse_foreign_weights(label: str, there: Iterable[str], ours: Iterable[str]) -> None:
+    """Raise DestinationError if there are weights that are not among the files `ours`."""
+    foreign = sorted(name for name in set(there) - set(ours) if is_weight_name(name))
+    if foreign:
+        raise DestinationError(
+            f"{label} holds another model: {named(foreign)}",
+            hint="Choose another place, or delete these files there: loaders would find both.",
+        )
+
+
+def named(names: Sequence[str]) -> str:
+    """Some names for a message, and how many more there are."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def addition_of(file: PushFile) -> "CommitOperationAdd":

@@ -9,13 +9,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.hub.failures import TRY_AGAIN, MalformedAnswerError, is_foreign
 from int8cli.checkpoint.hub.lfs import LfsObject, LfsServer
 from int8cli.checkpoint.hub.options import request_headers
-from int8cli.checkpoint.hub.push_file import PushFile, addition_of, is_there, without_bars
+from int8cli.checkpoint.hub.push_file import (
+    Commit,
+    PushFile,
+    Uploaded,
+    addition_of,
+    is_there,
+    named,
+    refuse_foreign_weights,
+    without_bars,
+)
 from int8cli.checkpoint.hub.repository import quiet_huggingface_hub
 from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
 from int8cli.checkpoint.hub.upload_failures import cause_of, is_refusal, upload_error
@@ -26,11 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The bytes of a file were sent, or the repository had them, or it wants them in the commit itself, as with text.
-Upload = Literal["sent", "had", "for the commit"]
-
 MAIN = "main"
-_NAMED = 3  # files in a message
 # Asked for to learn whether the token may write, and never sent.
 _PROBE = LfsObject("cb1525bced78da2c03c42fe15bf15663b584566ef6244ff91d892caa011fec1e", 4)
 
@@ -52,14 +56,6 @@ class PushTarget:
     on_wait: Callable[[str, str, float], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """A commit, by its hash. `made`: this program made it just now; otherwise all files were there already."""
-
-    oid: str
-    made: bool
-
-
 class WritableRepository:
     """A repository that files are uploaded to. `prepare` must have been called; `upload` may run in another thread.
 
@@ -69,7 +65,7 @@ class WritableRepository:
 
     def __init__(self, options: PushTarget) -> None:
         """Makes no request. Raises DestinationError for a name that no repository has."""
-        self.repo_id = _checked_id(options.repo_id)
+        self.name = _checked_id(options.repo_id)
         self.revision = options.revision or MAIN
         self._options = options
         self._stop = Event()
@@ -77,7 +73,7 @@ class WritableRepository:
     @property
     def label(self) -> str:
         """The name of the repository in messages."""
-        return self.repo_id if self.revision == MAIN else f"{self.repo_id} at {self.revision}"
+        return self.name if self.revision == MAIN else f"{self.name} at {self.revision}"
 
     def prepare(self, ours: Sequence[str]) -> None:
         """Create the repository and the branch unless they exist, and check that the token may write there.
@@ -89,25 +85,27 @@ class WritableRepository:
         quiet_huggingface_hub()
         if self._options.token is None and get_token() is None:
             raise AccessDeniedError(
-                f"{self.repo_id}: writing to the Hub needs a token", hint="Set HF_TOKEN or run `hf auth login`."
+                f"{self.name}: writing to the Hub needs a token", hint="Set HF_TOKEN or run `hf auth login`."
             )
-        self._call(self._require_repository, self.repo_id)
+        self._call(self._require_repository, self.name)
         self._call(self._require_branch, self.label)
         self._call(lambda: self._lfs().missing([_PROBE], self.label), self.label)
-        self._refuse_foreign_weights(self.states(), ours)
+        refuse_foreign_weights(self.label, self.states(), ours)
 
-    def missing(self, objects: Sequence[LfsObject]) -> set[str]:
-        """The sha256 of the objects that the repository does not have."""
-        return self._call(lambda: self._lfs().missing(objects, self.label), self.label)
+    def missing(self, files: Sequence[PushFile]) -> set[str]:
+        """The names of the files whose bytes the repository does not have."""
+        objects = [file.lfs for file in files]
+        missing = self._call(lambda: self._lfs().missing(objects, self.label), self.label)
+        return {file.name for file in files if file.sha256 in missing}
 
-    def upload(self, file: PushFile) -> Upload:
+    def upload(self, file: PushFile) -> Uploaded:
         """Upload a file that is here, unless the repository has its bytes. They are not visible before a commit."""
         what = f"{self.label}: {file.name}"
         if not self._call(lambda: self._lfs().missing([file.lfs], what), what):
-            return "had"
+            return Uploaded("had")
         operation = addition_of(file)
         self._call(lambda: self._preupload([operation]), what)
-        return "sent" if operation._is_uploaded else "for the commit"
+        return Uploaded("sent" if operation._is_uploaded else "for the commit")
 
     def commit(self, files: Sequence[PushFile], message: str) -> Commit:
         """Make one commit that adds all of these files, unless they are all there.
@@ -124,7 +122,7 @@ class WritableRepository:
         from huggingface_hub.hf_api import RepoFile
 
         def read() -> dict[str, tuple[str, ...]]:
-            entries = self._api().list_repo_tree(self.repo_id, recursive=True, revision=revision or self.revision)
+            entries = self._api().list_repo_tree(self.name, recursive=True, revision=revision or self.revision)
             files = [each for each in entries if isinstance(each, RepoFile)]
             return {each.path: (each.lfs.sha256,) if each.lfs else (each.blob_id,) for each in files}
 
@@ -142,7 +140,7 @@ class WritableRepository:
     def _lfs(self) -> LfsServer:
         from huggingface_hub import constants
 
-        url = f"{self._options.endpoint or constants.ENDPOINT}/{self.repo_id}"
+        url = f"{self._options.endpoint or constants.ENDPOINT}/{self.name}"
         headers = request_headers(self._options.token)
         return LfsServer(url, self.revision, headers, constants.HF_HUB_DOWNLOAD_TIMEOUT)
 
@@ -150,13 +148,13 @@ class WritableRepository:
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
-            found = self._api().repo_info(self.repo_id)
+            found = self._api().repo_info(self.name)
         except RepositoryNotFoundError:
-            self._api().create_repo(self.repo_id, private=True if self._options.private else None, exist_ok=True)
+            self._api().create_repo(self.name, private=True if self._options.private else None, exist_ok=True)
             return
         if self._options.private and not found.private:
             raise DestinationError(
-                f"{self.repo_id} exists and is public", hint="Choose another name, or make the repository private."
+                f"{self.name} exists and is public", hint="Choose another name, or make the repository private."
             )
 
     def _require_branch(self) -> None:
@@ -165,35 +163,36 @@ class WritableRepository:
         if self.revision == MAIN:
             return
         try:
-            self._api().repo_info(self.repo_id, revision=self.revision)
+            self._api().repo_info(self.name, revision=self.revision)
         except RevisionNotFoundError:
             if self.revision.startswith("refs/"):
                 raise
-            self._api().create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            self._api().create_branch(self.name, branch=self.revision, exist_ok=True)
 
     def _preupload(self, operations: "Sequence[CommitOperationAdd]") -> None:
         with without_bars():
             self._api().preupload_lfs_files(
-                self.repo_id, operations, revision=self.revision, free_memory=False, num_threads=1
+                self.name, operations, revision=self.revision, free_memory=False, num_threads=1
             )
 
     def _commit(self, files: Sequence[PushFile], message: str) -> Commit:
         """One attempt. What an attempt whose answer was lost has committed is not committed again."""
         there = self.states()
-        self._refuse_foreign_weights(there, [file.name for file in files])
+        refuse_foreign_weights(self.label, there, [file.name for file in files])
         new = [file for file in files if not is_there(file, there)]
         if not new:
-            head = self._api().repo_info(self.repo_id, revision=self.revision).sha
+            head = self._api().repo_info(self.name, revision=self.revision).sha
             return Commit(str(head), made=False)
-        lost = self.missing([file.lfs for file in new if file.path is None]) if any(not f.path for f in new) else set()
+        lost = self.missing([file for file in new if file.path is None])
         if lost:
-            names = _named([file.name for file in new if file.sha256 in lost])
-            raise DestinationError(f"{self.label}: the Hub no longer has the bytes of {names}", hint=TRY_AGAIN)
+            raise DestinationError(
+                f"{self.label}: the Hub no longer has the bytes of {named(sorted(lost))}", hint=TRY_AGAIN
+            )
         operations = [addition_of(file) for file in new]
         with without_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the card's metadata: the Hub shows them on the model's page
             info = self._api().create_commit(
-                self.repo_id, operations, commit_message=message, revision=self.revision, num_threads=1
+                self.name, operations, commit_message=message, revision=self.revision, num_threads=1
             )
         return Commit(info.oid, made=True)
 
@@ -201,16 +200,8 @@ class WritableRepository:
         missing = [file.name for file in files if not is_there(file, there)]
         if missing:
             raise DestinationError(
-                f"{self.label}: the commit lacks {_named(missing)}",
+                f"{self.label}: the commit lacks {named(missing)}",
                 hint="Check .gitignore in the repository, and who else writes to it.",
-            )
-
-    def _refuse_foreign_weights(self, there: dict[str, tuple[str, ...]], ours: Sequence[str]) -> None:
-        foreign = sorted(name for name in there.keys() - set(ours) if is_weight_name(name))
-        if foreign:
-            raise DestinationError(
-                f"{self.label} holds another model: {_named(foreign)}",
-                hint="Choose another repository or branch, or delete these files there: loaders would find both.",
             )
 
     def _call(self, request: Callable[[], T], what: str) -> T:
@@ -232,11 +223,6 @@ def _unwrapped(request: Callable[[], T], what: str) -> T:
         if not is_foreign(cause) and is_refusal(cause):
             raise upload_error(cause, what) from error
         raise cause from None
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
 
 
 def _checked_id(repo_id: str) -> str:
