@@ -455,7 +455,11 @@ def test_a_push_that_lacks_its_commit_is_not_finished(user: User, converted: Pat
 
 def test_uploaded_shards_are_not_left_behind(user: User) -> None:
     some_uploaded(user)
-    refused(user.convert(), f"1 of 3 shards are not here: they were uploaded to {REPO}", "--push-to-hub REPO or --push-to ADDRESS goes on there")
+    refused(
+        user.convert(),
+        f"1 of 3 shards are not here: they were uploaded to {REPO}",
+        "--push-to-hub or --push-to goes on",
+    )
     other = user.convert("--push-to-hub", "me/other", "--no-keep-output")
     refused(other, f"shards of {SOURCE} were uploaded to {REPO} and removed here", f"Push to {REPO} to go on")
 

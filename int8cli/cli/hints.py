@@ -25,7 +25,7 @@ CONVERT: Hints = {
     errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
-    errors.ShardsRemovedError: "--push-to-hub REPO or --push-to ADDRESS goes on there, --overwrite converts everything again.",
+    errors.ShardsRemovedError: "--push-to-hub or --push-to goes on there, --overwrite starts over.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",
