@@ -233,8 +233,8 @@ def test_a_public_repository_is_no_private_one(user: User) -> None:
 
 def test_a_repository_with_another_model_is_refused(user: User) -> None:
     user.hub.new_repo(REPO, {"pytorch_model.bin": b"weights"})
-    refused(user.push(), "holds another model: pytorch_model.bin", "another repository or branch")
-    refused(user.convert(*STREAM), "holds another model: pytorch_model.bin", "another repository or branch")
+    refused(user.push(), "holds another model: pytorch_model.bin", "Choose another place")
+    refused(user.convert(*STREAM), "holds another model: pytorch_model.bin", "Choose another place")
     assert user.hub.put_bytes == 0
 
 
