@@ -32,6 +32,9 @@ BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
 SECONDS ?= 600
 TORTURE ?=
 
+# The tests read and write text in UTF-8 in every locale. The package and the scripts do so by themselves (PLW1514).
+export PYTHONUTF8 := 1
+
 DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 DEMO_PAGE := demo/report.html
@@ -56,6 +59,7 @@ torture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --preview --select PLW1514 int8cli scripts
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive int8cli scripts
 	$(BIN)/python scripts/audit.py
 
@@ -88,6 +92,7 @@ lock: .venv-lock/.ready
 $(READY): pyproject.toml requirements.lock requirements-oldest.lock $(if $(filter newest,$(END)),always)
 	@echo "Installing into $(VENV). This is silent and takes minutes: on Linux, torch brings up to 5.4 GB of CUDA"
 	@echo "libraries (three minutes on a fast line). TORCH_BACKEND=cpu leaves them out."
+	$(PYTHON) scripts/check_python.py
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install -qq --constraint requirements.lock hatchling packaging pip
 	$(BIN)/python scripts/pins.py print $(END) $(TORCH_OPTION) > $(PINS)

@@ -33,6 +33,8 @@ class SourceError(Int8cliError):
 class ModelNotFoundError(SourceError):
     """No such repository, revision, directory or file."""
 
+    usual_hint = "MODEL is a Hub id (org/name), a directory, or one checkpoint file."
+
 
 class AccessDeniedError(SourceError):
     """The repository is gated or private, and the token, if any, gives no access."""

@@ -15,6 +15,9 @@ from typing import Any
 
 from pins import LOCKED
 
+# pip-audit asks for one package after the other, and waits for each.
+LIMIT_S = 120
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,8 +27,11 @@ def main() -> None:
     strict = parser.parse_args().strict
     command = [sys.executable, "-m", "pip_audit", "--disable-pip", "--no-deps", "--progress-spinner", "off"]
     command += ["--timeout", "10", "--format", "json", "--requirement", str(LOCKED)]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    verdict, clean = judged(ended.stdout, ended.stderr)
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        verdict, clean = judged(ended.stdout, ended.stderr)
+    except subprocess.TimeoutExpired:
+        verdict, clean = f"not run: no answer within {LIMIT_S} seconds", False
     print(f"pip-audit: {verdict}")
     sys.exit(1 if strict and not clean else 0)
 

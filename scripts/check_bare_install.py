@@ -111,7 +111,7 @@ class Pip:
         return {package["name"] for package in json.loads(self.run("list", "--format", "json"))}
 
     def install(self, requirement: str, constraints: list[str]) -> None:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt") as file:
             file.write("\n".join(constraints))
             file.flush()
             self.run("install", "-qq", "--constraint", file.name, requirement)

@@ -67,14 +67,14 @@ def _resolve(what: list[str], constraints: list[str], before: str) -> str:
     python = read_project()["project"]["requires-python"].removeprefix(">=")
     with tempfile.TemporaryDirectory() as scratch:
         output, narrowed = Path(scratch, "lock"), Path(scratch, "constraints")
-        output.write_text(before)
-        narrowed.write_text("\n".join(constraints))
+        output.write_text(before, encoding="utf-8")
+        narrowed.write_text("\n".join(constraints), encoding="utf-8")
         command = [str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--universal", "--no-header"]
         command += ["--python-version", python, "--annotation-style", "line", "--no-emit-index-url"]
         command += ["--constraint", str(narrowed), "--output-file", str(output), *what]
         if subprocess.run(command, cwd=ROOT).returncode:
             sys.exit(1)  # uv has printed the reason
-        text = re.sub(rf"(, )?-c {re.escape(str(narrowed))}(?(1)|, )", "", output.read_text())
+        text = re.sub(rf"(, )?-c {re.escape(str(narrowed))}(?(1)|, )", "", output.read_text(encoding="utf-8"))
     return "".join(_lines(text))
 
 

@@ -9,6 +9,7 @@ virtual environment:
 
 import argparse
 import fnmatch
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -63,6 +64,8 @@ def main() -> None:
     if (output / "config.json").exists():
         print(f"{output} already exists")
         return
+    if importlib.util.find_spec("transformers") is None:
+        sys.exit("This needs transformers: pip install '.[calibrate]'")
     output.parent.mkdir(parents=True, exist_ok=True)
     # Made under another name and renamed, so that a directory with the final name is always complete.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch:

@@ -33,19 +33,19 @@ def draw_recording(path: Path) -> None:
     shutil.rmtree(ROOT / CONVERTED, ignore_errors=True)
     command = ["int8cli", "convert", MODEL, "--output", CONVERTED]
     lines = record([str(PROGRAM), *command[1:]], ROOT, LIMIT_S)
-    path.write_text(to_svg(" ".join(command), lines))
+    path.write_text(to_svg(" ".join(command), lines), encoding="utf-8")
 
 
 def draw_evaluation(path: Path) -> None:
     """Perplexity by method and output error by layer, with the default text and tokens of evaluate."""
     _run("evaluate", MODEL, "--quiet", "--output", path)
-    path.write_text(slimmed(path.read_text()))
+    path.write_text(slimmed(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def draw_outliers(path: Path) -> None:
     """Outlier features by layer, as a heatmap."""
     _run("inspect-outliers", MODEL, "--quiet", "--output", path)
-    path.write_text(slimmed(path.read_text()))
+    path.write_text(slimmed(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def draw_benchmark(path: Path) -> None:

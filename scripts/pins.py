@@ -66,7 +66,7 @@ def _pin(line: str) -> Pin:
 
 
 def read_project(path: Path = PYPROJECT) -> dict[str, Any]:
-    return tomllib.loads(path.read_text())
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def requirements(project: dict[str, Any]) -> list[Requirement]:

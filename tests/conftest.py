@@ -1,14 +1,18 @@
-"""What all tests share: a Hub client that ignores this machine's cache, token and settings, a working Ctrl-C, and a
-nursery of processes for each module that uses one.
+"""What all tests share: an environment that says nothing of this machine, the same random numbers in every run, a
+working Ctrl-C, and a nursery of processes for each module that uses one.
 """
 
 import os
+import random
+import re
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from int8cli.commands.places import cache_directory
 from int8cli.machine.speed import Speed, remember
@@ -16,18 +20,24 @@ from int8cli.machine.speed import Speed, remember
 if TYPE_CHECKING:
     from support.program import Nursery
 
-# huggingface_hub reads these when it is first imported, so they are set before any test module imports it.
+# What the environment says of colors, widths, CI, proxies, tokens and caches reaches no test. A test that is about one
+# of these sets it. huggingface_hub reads its own when it is first imported, so this comes before any test module.
+_OF_THE_MACHINE = re.compile(
+    r"""
+    (HF|HUGGINGFACE|HUGGING_FACE|TRANSFORMERS|TQDM|BNB|XDG|GITHUB|GITLAB)_.*
+    | CI | CONTINUOUS_INTEGRATION | BUILD_NUMBER | TF_BUILD | TEAMCITY_VERSION
+    | (NO|FORCE|PY)_?COLORS? | CLICOLOR(_FORCE)? | COLORTERM | COLORFGBG | TTY_.* | TERM | TERM_PROGRAM
+    | COLUMNS | LINES | TERMINAL_WIDTH | JUPYTER_.* | DATABRICKS_RUNTIME_VERSION
+    | (HTTP|HTTPS|ALL|NO|FTP|WS|WSS)_PROXY
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+for _name in [name for name in os.environ if _OF_THE_MACHINE.fullmatch(name)]:
+    del os.environ[_name]
 _home = tempfile.TemporaryDirectory(prefix="int8cli-hf-home-")
-for _name in (
-    "HF_TOKEN",
-    "HF_ENDPOINT",
-    "HF_HUB_CACHE",
-    "HUGGINGFACE_HUB_CACHE",
-    "HF_HUB_OFFLINE",
-    "TRANSFORMERS_OFFLINE",
-):
-    os.environ.pop(_name, None)
 os.environ["HF_HOME"] = _home.name
+# Nothing that is published upstream can change a result: the Hub of the tests is the stand-in, and otherwise nobody.
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # The user's cache is nobody's here. It knows a speed, so that no test measures this machine but the one that means to.
 os.environ["XDG_CACHE_HOME"] = os.path.join(_home.name, "cache")
@@ -35,6 +45,48 @@ remember(Speed(bfloat16=1e11, float16=1e10, float32=5e10, quantized_bytes=4e9), 
 
 # A shell ignores SIGINT for background jobs, and all their child processes inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+_HERE = ("127.0.0.1", "::1", "localhost")
+_connect, _look_up = socket.socket.connect, socket.getaddrinfo
+
+
+def _connect_here(self: socket.socket, address: Any) -> None:
+    assert not isinstance(address, tuple) or address[0] in _HERE, f"a test connects to {address[0]}"
+    _connect(self, address)
+
+
+def _look_up_here(host: Any, *args: Any, **options: Any) -> Any:
+    assert host in (None, *_HERE), f"a test looks up {host}"
+    return _look_up(host, *args, **options)
+
+
+socket.socket.connect = _connect_here  # type: ignore[assignment, method-assign]
+socket.getaddrinfo = _look_up_here
+
+# The same examples in every run, and none fails because the machine is slow.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
+
+
+def _seed() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_numbers_for_the_module() -> None:
+    """What fixtures of a module draw does not depend on the modules that ran before it in the same process."""
+    _seed()
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """What a test draws does not depend on the tests that ran before it in the same process."""
+    _seed()
 
 
 @pytest.fixture(scope="module")

@@ -275,23 +275,47 @@ def test_a_revision_of_a_directory_is_refused(model: Path, nursery: Nursery) -> 
     assert_refused(nursery.run(*CONVERT, model, "--revision", "main", cwd=model.parent), "revision", "hint:")
 
 
+def model_for_all(place: Path) -> Path:
+    """A model that every user can read, whatever the umask is."""
+    model = llama(place / "model")
+    for path in model.iterdir():
+        path.chmod(0o644)
+    model.chmod(0o755)
+    return model
+
+
+def subject_to_permissions(place: Path) -> int | None:
+    """The user to run as: nobody in place of root, to whom no permission applies; otherwise None, the present one."""
+    if os.geteuid() != 0:
+        return None
+    place.chmod(0o755)
+    try:
+        reached = subprocess.run(["test", "-x", place], user=NOBODY, extra_groups=[]).returncode == 0
+    except OSError:
+        reached = False
+    if not reached:
+        pytest.skip("root cannot become another user here, or that user cannot reach the directory of the test")
+    return NOBODY
+
+
 @pytest.mark.parametrize("file", [FIRST, "config.json", "tokenizer_config.json", INDEX])
 def test_a_file_without_read_permission_is_an_error(file: str, nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        model = llama(Path(directory) / "model")
+        model = model_for_all(Path(directory))
         (model / file).chmod(0)
+        user = subject_to_permissions(Path(directory))
         Path(directory).chmod(0o777)
-        # No permission applies to root.
-        outcome = nursery.run(*CONVERT, model, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
+        outcome = nursery.run(*CONVERT, model, cwd=Path(directory), user=user)
         assert_refused(outcome, f"{file} cannot be read: Permission denied", "hint:")
         assert "config.json" not in weights_in(Path(directory) / "model-int8")
 
 
 def test_a_directory_without_write_permission_is_an_error(nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        model = llama(Path(directory) / "model")
+        model = model_for_all(Path(directory))
+        user = subject_to_permissions(Path(directory))
         Path(directory).chmod(0o555)
-        outcome = nursery.run(*CONVERT, model, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
+        outcome = nursery.run(*CONVERT, model, cwd=Path(directory), user=user)
         Path(directory).chmod(0o755)
         assert_refused(outcome, "model-int8: cannot be written (Permission denied)", "can write to")
         assert not (Path(directory) / "model-int8").exists()
@@ -299,12 +323,12 @@ def test_a_directory_without_write_permission_is_an_error(nursery: Nursery) -> N
 
 def test_an_output_that_cannot_be_accessed_is_an_error(nursery: Nursery) -> None:
     with tempfile.TemporaryDirectory() as directory:
-        model = llama(Path(directory) / "model")
-        Path(directory).chmod(0o755)
+        model = model_for_all(Path(directory))
+        user = subject_to_permissions(Path(directory))
         closed = Path(directory) / "closed"
         closed.mkdir(0o000)
         line = (*CONVERT, model, "--workers", "2", "-o", closed / "out")
-        outcome = nursery.run(*line, cwd=Path(directory), user=NOBODY if os.geteuid() == 0 else None)
+        outcome = nursery.run(*line, cwd=Path(directory), user=user)
         assert_refused(outcome, "cannot be written (Permission denied)", "hint:")
 
 

@@ -12,9 +12,9 @@ import torch
 from support.calibration_models import calibrated, make_model, save_tokenizer, some_text
 from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
-from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
+from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.errors import (
     CannotRunError,
     CheckpointError,

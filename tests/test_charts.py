@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.browser import needs_browser, seen_at, seen_by
+from support.browser import WATCHING, needs_browser, seen_at, seen_by
 
 from int8cli.errors import OutputError
 from int8cli.llm_int8.inputs import InputStatistics
@@ -101,34 +101,16 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None
         write_picture(made_up(), tmp_path / "file" / "heatmap.png")
 
 
-PROBE = """
-<script>
-const seen = {errors: []};
-window.addEventListener('error', event => seen.errors.push(event.message));
-window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
-const hover = () => {
-  const cell = document.querySelector('#heatmap [aria-label^="dimension: 11; layer: 2;"]');
-  if (!cell) { setTimeout(hover, 50); return; }
-  const box = cell.getBoundingClientRect();
-  const place = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
-  cell.dispatchEvent(new MouseEvent('mouseover', place));
-  cell.dispatchEvent(new PointerEvent('pointermove', place));
-  cell.dispatchEvent(new MouseEvent('mousemove', place));
-  setTimeout(() => {
-    seen.tooltip = document.getElementById('vg-tooltip-element')?.innerText ?? '';
-    seen.charts = [...document.querySelectorAll('.chart')].map(chart => chart.querySelectorAll('svg').length);
-    const table = [...document.querySelectorAll('.scroll table')].at(-1);
-    const layers = () => [...table.tBodies[0].rows].map(row => Number(row.cells[2].textContent));
-    const button = table.querySelectorAll('th button')[2];
-    button.click(); seen.down = layers();
-    button.click(); seen.up = layers();
-    const out = document.createElement('pre');
-    out.id = 'seen';
-    out.textContent = JSON.stringify(seen);
-    document.body.append(out);
-  }, 200);
-};
-hover();
+PROBE = f"""
+<script>{WATCHING}
+hoverOver('#heatmap [aria-label^="dimension: 11; layer: 2;"]', () => {{
+  const table = [...document.querySelectorAll('.scroll table')].at(-1);
+  const layers = () => [...table.tBodies[0].rows].map(row => Number(row.cells[2].textContent));
+  const button = table.querySelectorAll('th button')[2];
+  button.click(); seen.down = layers();
+  button.click(); seen.up = layers();
+  tell();
+}});
 </script>
 """
 

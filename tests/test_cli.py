@@ -1,6 +1,8 @@
 """The program as users see it: what it prints to stdout and stderr, its exit codes, and errors of usage."""
 
+import dataclasses
 import fcntl
+import inspect
 import json
 import os
 import pty
@@ -13,16 +15,31 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.program import CONVERT, Nursery, environment, llama, outcome_of, run, start, tree, wait_until
 from typer.testing import CliRunner
 
-from int8cli import __version__
+from int8cli import (
+    ConvertOptions,
+    DequantizeOptions,
+    EstimateOptions,
+    EvaluateOptions,
+    GenerateOptions,
+    InspectOptions,
+    VerifyOptions,
+    __version__,
+)
 from int8cli.cli import app
-from int8cli.cli.convert import EXAMPLES
-from int8cli.cli.options import complete_path
+from int8cli.cli.convert import EXAMPLES, complete_outliers
+from int8cli.cli.estimate_memory import complete_card
+from int8cli.cli.evaluate import complete_methods
+from int8cli.cli.options import LayoutName, complete_path, options_of
+from int8cli.columns.wanted import MODES
 from int8cli.commands.places import default_output
+from int8cli.estimate.cards import parse_cards
+from int8cli.results.method_names import METHOD_KEYS, chosen_keys
 
 SHARDS = 3
 
@@ -76,7 +93,7 @@ def test_json_is_one_document_and_the_report_on_disk(model: Path, nursery: Nurse
 def test_an_output_inside_the_source_is_warned_of(model: Path, nursery: Nursery) -> None:
     outcome = nursery.run(*CONVERT, "model", "-o", "model/int8-form", cwd=model.parent)
     assert outcome.code == 0
-    assert "warning: model/int8-form lies inside the directory of the source" in outcome.err
+    assert "warning: model/int8-form is inside the directory of the source" in outcome.err
     assert "warning" not in nursery.run(*CONVERT, "model", cwd=model.parent).err
 
 
@@ -308,9 +325,16 @@ def test_the_help_of_every_command_is_plain_text() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "completed"),
-    [("int8cli con", "convert"), ("int8cli convert --lay", "--layout"), ("int8cli convert mod", "model/")],
+    [
+        ("int8cli con", "convert"),
+        ("int8cli convert --lay", "--layout"),
+        ("int8cli convert mod", "model/"),
+        ("int8cli convert model --outliers act", "activations"),
+        ("int8cli evaluate model --methods vector-wise,smoothed-v", "vector-wise,smoothed-vector-wise"),
+        ("int8cli estimate-memory model --gpu H100", "H100 80GB"),
+    ],
 )
-def test_the_shell_completes_paths(typed: str, completed: str, model: Path) -> None:
+def test_the_shell_completes_what_is_typed(typed: str, completed: str, model: Path) -> None:
     asked = {"_INT8CLI_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     shown = subprocess.run(
         [sys.executable, "-c", "from int8cli.cli import app; app(prog_name='int8cli')"],
@@ -320,7 +344,7 @@ def test_the_shell_completes_paths(typed: str, completed: str, model: Path) -> N
         text=True,
         check=True,
     )
-    assert shown.stdout.split() == [completed]
+    assert shown.stdout.splitlines() == [completed]
 
 
 @pytest.mark.parametrize(
@@ -353,6 +377,73 @@ def test_models_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(complete_path("mod")) == ["models/"]
     assert list(complete_path("models/b")) == ["models/bert.bin", "models/bloom/", "models/bloom.safetensors"]
     assert list(complete_path("bigscience/bl")) == []
+
+
+def test_outliers_are_completed_by_modes_and_by_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "auto-corpus").mkdir()
+    (tmp_path / "weights.safetensors").touch()
+    monkeypatch.chdir(tmp_path)
+    assert list(complete_outliers("")) == [*MODES, "auto-corpus/", "weights.safetensors"]
+    assert list(complete_outliers("weights")) == ["weights", "weights.safetensors"]
+    assert list(complete_outliers("auto-")) == ["auto-corpus/"]
+
+
+def test_methods_are_completed_one_after_the_other() -> None:
+    assert set(complete_methods("")) == {*METHOD_KEYS, "all"}
+    assert list(complete_methods("all")) == ["all"]
+    assert list(complete_methods("int8-weights,absmax-t")) == ["int8-weights,absmax-tensor"]
+    for completed in complete_methods("vector-wise,smoothed-"):
+        chosen_keys(tuple(completed.split(",")))  # every one is a name that evaluate takes
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("rtx 309", ["RTX 3090"]),
+        ("8x RTX 309", ["8x RTX 3090"]),
+        ("2x RTX 3090, T", ["2x RTX 3090, T4"]),
+        ("2x RTX 3090, 4 x t", ["2x RTX 3090, 4 x T4"]),
+        ("Voodoo", []),
+    ],
+)
+def test_cards_are_completed(typed: str, completed: list[str]) -> None:
+    assert list(complete_card(typed)) == completed
+    for cards in completed:
+        parse_cards(cards)  # what is completed is understood
+
+
+# Fields of the library's options that a command does not have.
+NOT_ON_THE_COMMAND_LINE = {
+    ConvertOptions: {"sequence_length", "seed", "threads"},
+    VerifyOptions: {"threads"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("convert", ConvertOptions),
+        ("dequantize", DequantizeOptions),
+        ("estimate-memory", EstimateOptions),
+        ("evaluate", EvaluateOptions),
+        ("generate", GenerateOptions),
+        ("inspect-outliers", InspectOptions),
+        ("verify", VerifyOptions),
+    ],
+)
+def test_the_library_and_the_command_line_have_the_same_options_and_defaults(command: str, kind: Any) -> None:
+    [function] = [each.callback for each in app.registered_commands if each.name == command and each.callback]
+    parameters = inspect.signature(function).parameters
+    fields = {field.name for field in dataclasses.fields(kind)}
+    assert fields - set(parameters) == NOT_ON_THE_COMMAND_LINE.get(kind, set())
+    assert options_of(kind, {name: each.default for name, each in parameters.items()}) == kind()
+
+
+def test_what_is_parsed_reaches_the_library_in_its_own_form() -> None:
+    given = {"skip": ["*.down_proj"], "layout": LayoutName.compressed_tensors, "text": Path("a.txt"), "quiet": True}
+    options = options_of(ConvertOptions, given, tokens=7)
+    assert options == ConvertOptions(skip=("*.down_proj",), layout="compressed-tensors", text=Path("a.txt"), tokens=7)
+    assert (type(options.layout), type(options.skip)) == (str, tuple)
 
 
 # A terminal

@@ -13,6 +13,7 @@ from test_charts import markup
 
 import int8cli
 from int8cli.errors import OutputError
+from int8cli.report.conversion_charts import EXACT
 from int8cli.report.conversion_page import conversion_page, verdict_lines
 from int8cli.report.layer_roles import OUTSIDE, LayerPlace, places_by_name
 from int8cli.results.conversion import ConversionReport
@@ -151,6 +152,8 @@ def test_in_a_browser_the_page_fits_its_width(found: ConversionReport, tmp_path:
     assert set(seen["charts"]) == {"kinds", "depth", "columns"}
     for drawn, room in seen["charts"].values():
         assert room - 12 <= drawn <= room <= width
+    for name in ("Kinds of layers", "Every layer in int8"):
+        assert seen["tables"][name][1] == EXACT, "the error that a user gets is seen before a table is scrolled"
     assert seen["paper"] == ("rgb(20, 23, 28)" if dark else "rgb(255, 255, 255)")
     order = [name for name, _ in seen["read"]]
     assert order[:3] == ["H1", "P", "H2"]

@@ -62,7 +62,7 @@ def test_the_table_ends_where_one_card_is_enough(nursery: Nursery, published: Pa
     shown = estimate(nursery, published, cwd=published).out
     assert "RTX 4060" in shown
     assert "B200" not in shown
-    assert "One larger card is enough." in shown
+    assert "One card is enough if it is larger than these." in shown
     more = estimate(nursery, published, "--context", "40000000", cwd=published).out
     assert "MI300X" in more
 

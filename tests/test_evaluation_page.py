@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.browser import needs_browser, seen_at, seen_by
+from support.browser import WATCHING, needs_browser, seen_at, seen_by
 from test_charts import markup
 
 from int8cli.errors import MissingExtraError, OutputError
@@ -241,46 +241,26 @@ def test_missing_altair_is_named_with_how_to_get_it(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
-PROBE = """
-<script>
-const seen = {errors: []};
-window.addEventListener('error', event => seen.errors.push(event.message));
-window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
-const hover = () => {
-  const dot = document.querySelector('#errors path[aria-label*="h.2.mlp.down"][aria-label*="vector-wise"]');
-  if (!dot) { setTimeout(hover, 50); return; }
-  const box = dot.getBoundingClientRect();
-  const place = {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
-  dot.dispatchEvent(new MouseEvent('mouseover', place));
-  dot.dispatchEvent(new PointerEvent('pointermove', place));
-  dot.dispatchEvent(new MouseEvent('mousemove', place));
-  setTimeout(() => {
-    seen.tooltip = document.getElementById('vg-tooltip-element')?.innerText ?? '';
-    seen.charts = [...document.querySelectorAll('.chart')].map(chart => chart.querySelectorAll('svg').length);
-    seen.legend = document.querySelectorAll('#errors .role-legend-symbol path').length;
-    const table = document.querySelector('.scroll table');
-    const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
-    const button = table.querySelectorAll('th button')[2];
-    button.click(); seen.down = names();
-    button.click(); seen.up = names();
-    const symbol = document.querySelector('#errors .role-legend-symbol path');
-    const at = symbol.getBoundingClientRect();
-    const there = {bubbles: true, clientX: at.x + at.width / 2, clientY: at.y + at.height / 2};
-    for (const event of ['pointerdown', 'mousedown', 'pointerup', 'mouseup', 'click']) {
-      symbol.dispatchEvent(new MouseEvent(event, there));
-    }
-    setTimeout(tell, 200);
-  }, 200);
-};
-const tell = () => {
-  const dots = [...document.querySelectorAll('#errors path[aria-label*="input:"]')];
-  seen.left = dots.filter(dot => Number(dot.getAttribute('opacity')) > 0.5).map(dot => dot.getAttribute('aria-label'));
-  const out = document.createElement('pre');
-  out.id = 'seen';
-  out.textContent = JSON.stringify(seen);
-  document.body.append(out);
-};
-hover();
+PROBE = f"""
+<script>{WATCHING}
+hoverOver('#errors path[aria-label*="h.2.mlp.down"][aria-label*="vector-wise"]', () => {{
+  seen.legend = document.querySelectorAll('#errors .role-legend-symbol path').length;
+  const table = document.querySelector('.scroll table');
+  const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+  const button = table.querySelectorAll('th button')[2];
+  button.click(); seen.down = names();
+  button.click(); seen.up = names();
+  const symbol = document.querySelector('#errors .role-legend-symbol path');
+  for (const event of ['pointerdown', 'mousedown', 'pointerup', 'mouseup', 'click']) {{
+    symbol.dispatchEvent(new MouseEvent(event, middleOf(symbol)));
+  }}
+  setTimeout(() => {{
+    const dots = [...document.querySelectorAll('#errors path[aria-label*="input:"]')];
+    const left = dots.filter(dot => Number(dot.getAttribute('opacity')) > 0.5);
+    seen.left = left.map(dot => dot.getAttribute('aria-label'));
+    tell();
+  }}, 200);
+}});
 </script>
 """
 
@@ -310,3 +290,4 @@ def test_in_a_browser_the_page_fits_its_width(tmp_path: Path, width: int, dark: 
     assert set(seen["charts"]) == {"perplexity", "agreement", "errors"}
     for drawn, room in seen["charts"].values():
         assert room - 12 <= drawn <= room <= width
+    assert seen["tables"]["Methods"][:3] == ["method", "perplexity", "Δ nats"]

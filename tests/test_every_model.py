@@ -19,7 +19,7 @@ from int8cli.commands.options import LayoutName
 from int8cli.errors import UnsupportedModelError
 from int8cli.loaders import transformers_versions
 from int8cli.loaders.older_names import names_on_load
-from int8cli.planning import architectures as names
+from int8cli.planning import reasons as why
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
 from int8cli.results.verification import Check
@@ -135,15 +135,15 @@ def test_a_matrix_with_a_row_for_each_token_is_the_output_head(embedding: str, h
     tensors = (spec(embedding, 96, 32), spec(head, 96, 32), spec(*BLOCK))
     plan = plan_of(*tensors, config={"model_type": "own_code", "llm_config": {"vocab_size": 96}})
     reasons = {decision.spec.name: decision.reason for decision in plan.decisions}
-    assert reasons[head] == names.HEAD
-    assert reasons[BLOCK[0]] == names.LINEAR
+    assert reasons[head] == why.HEAD
+    assert reasons[BLOCK[0]] == why.LINEAR
 
 
 def test_a_head_of_a_padded_vocabulary_is_told_and_a_layer_of_that_width_in_blocks_is_not() -> None:
     layers = [spec(f"layers.{i}.mlp.up_proj.weight", 32064, 64) for i in range(2)]
     tensors = (spec("tok_embeddings.weight", 32064, 64), spec("out_proj.weight", 32064, 64), *layers)
     plan = plan_of(*tensors, config={"model_type": "own_code", "vocab_size": 32001})
-    assert [decision.reason for decision in plan.decisions[1:]] == [names.HEAD, names.LINEAR, names.LINEAR]
+    assert [decision.reason for decision in plan.decisions[1:]] == [why.HEAD, why.LINEAR, why.LINEAR]
 
 
 # a judge that shares no table

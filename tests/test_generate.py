@@ -133,6 +133,14 @@ def test_a_comparison_says_where_the_first_token_differs(root: Path, words: str,
     assert 0 <= found.agreement.agreeing_tokens < found.new_tokens
 
 
+def test_a_quantized_model_is_no_16_bit_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared with itself, a conversion would agree in every token. It is refused before any weight is read."""
+    monkeypatch.setattr("int8cli.commands.generate._open", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ReferenceModelError, match=r"quantized model \(bitsandbytes\), not the 16-bit one") as refused:
+        generate(root / "out", "a", GenerateOptions(compare=root / "out"))
+    assert "that was converted" in refused.value.hint
+
+
 def reference(directory: Path, text: str) -> list[int]:
     from transformers import AutoModelForCausalLM
 

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 from support.hub_stand_in import Cdn, Fault, HubStandIn, commit_of, sha256_of
+from support.program import LIMIT_S
 
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.locate import open_source
@@ -84,7 +85,7 @@ def fetched(source: HubSource, file_name: str) -> bytes:
         return local.path.read_bytes()
 
 
-def wait_until(happened: Callable[[], bool], within_s: float = 20.0) -> None:
+def wait_until(happened: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not happened():
         assert time.monotonic() < deadline, "it never happened"
@@ -336,8 +337,8 @@ def test_the_server_decides_how_long_to_wait(hub, model, tmp_path, headers):
 
 
 def test_a_silent_server_is_disconnected_and_asked_again(hub, model, tmp_path):
-    hub.fail(SHARD, Fault(drop_after_bytes=100_000, stall_s=1.0))
-    assert fetched(source_of(hub, tmp_path, timeout_s=0.3), SHARD) == (model / SHARD).read_bytes()
+    hub.fail(SHARD, Fault(drop_after_bytes=100_000, stall_s=3.0))
+    assert fetched(source_of(hub, tmp_path, timeout_s=1.0), SHARD) == (model / SHARD).read_bytes()
     assert hub.bytes_sent(SHARD) == 300_000
 
 
@@ -505,16 +506,15 @@ def test_a_failure_in_the_background_is_raised_when_the_file_is_needed(hub, tmp_
 
 
 def test_close_does_not_wait_for_a_long_download_and_keeps_its_part(hub, model, tmp_path):
-    hub.fail(SHARD, Fault(bytes_per_s=200_000))
+    hub.fail(SHARD, Fault(bytes_per_s=20_000))
     source = source_of(hub, tmp_path)
     source.prefetch(SHARD)
-    wait_until(lambda: hub.bytes_sent(SHARD) >= 50_000)
-    began = time.monotonic()
-    source.close()
-    assert time.monotonic() - began < 0.8
-    (part,) = (tmp_path / "out" / "incoming").rglob("*.incomplete")
+    parts = (tmp_path / "out" / "incoming").rglob
+    wait_until(lambda: any(part.stat().st_size for part in parts("*.incomplete")))
+    source.close()  # the rest would take fourteen seconds
+    (part,) = parts("*.incomplete")
     held = part.stat().st_size
-    assert held > 0
+    assert 0 < held < 300_000
     assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
     assert hub.ranges_asked(SHARD)[-1] == f"bytes={held}-"
 
@@ -524,10 +524,10 @@ def test_close_ends_a_pause(hub, tmp_path):
     waiting = threading.Event()
     source = source_of(hub, tmp_path, on_wait=lambda *_: waiting.set())
     source.prefetch(SHARD)
-    assert waiting.wait(5)
+    assert waiting.wait(LIMIT_S)
     began = time.monotonic()
     source.close()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 50  # of the pause of a hundred seconds
 
 
 # The cache
@@ -652,7 +652,7 @@ def run(hub: HubStandIn, tmp_path: Path, *args: str, **env: str) -> "subprocess.
 def test_the_environment_is_honoured_and_stderr_left_alone(hub, model, tmp_path):
     hub.add_repo("org/private", model, token="hf_secret")
     process = run(hub, tmp_path, "org/private", "", SHARD, HF_TOKEN="hf_secret")
-    assert process.communicate(timeout=30) == (f"{SHARD} 300000\n", "")
+    assert process.communicate(timeout=LIMIT_S) == (f"{SHARD} 300000\n", "")
 
 
 @pytest.mark.parametrize("keep", ["", "keep"])
@@ -661,26 +661,26 @@ def test_after_kill_9_the_next_run_resumes_the_part(hub, tmp_path, keep):
     process = run(hub, tmp_path, REPO, keep, SHARD)
     wait_until(lambda: hub.bytes_sent(SHARD) >= 120_000)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=10)
+    process.communicate(timeout=LIMIT_S)
     (part,) = (path for path in tmp_path.rglob("*.incomplete") if path.is_file())
     held = part.stat().st_size
     assert held > 60_000
     again = run(hub, tmp_path, REPO, keep, SHARD)
-    assert again.communicate(timeout=30) == (f"{SHARD} 300000\n", "")
+    assert again.communicate(timeout=LIMIT_S) == (f"{SHARD} 300000\n", "")
     assert hub.ranges_asked(SHARD) == [None, f"bytes={held}-"]
     assert not part.exists()
 
 
 def test_offline_serves_what_the_cache_holds(hub, tmp_path):
     kept = run(hub, tmp_path, REPO, "keep", "config.json", SHARD)
-    assert kept.communicate(timeout=30)[1] == ""
+    assert kept.communicate(timeout=LIMIT_S)[1] == ""
     hub.requests.clear()
     offline = run(hub, tmp_path, REPO, "", "config.json", SHARD, NEXT_SHARD, HF_HUB_OFFLINE="1")
-    out, err = offline.communicate(timeout=30)
+    out, err = offline.communicate(timeout=LIMIT_S)
     assert out == f"config.json 22\n{SHARD} 300000\n"
     assert err.startswith(f"ModelNotFoundError: {REPO}: {NEXT_SHARD} is not in the Hub cache")
     unknown = run(hub, tmp_path, "org/none", "", HF_HUB_OFFLINE="1")
-    assert "org/none is not in the Hub cache" in unknown.communicate(timeout=30)[1]
+    assert "org/none is not in the Hub cache" in unknown.communicate(timeout=LIMIT_S)[1]
     assert hub.requests == []
 
 

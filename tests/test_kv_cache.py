@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from support.checkpoints import LISTED, OTHERS, Tiny, is_known
+from support.further_checkpoints import FURTHER
 
 from int8cli.estimate.kv_cache import read_kv_cache
 from int8cli.loaders.transformers_versions import release
@@ -52,36 +53,6 @@ VARIANTS = {
     "gpt_bigcode-multi-head": Tiny(
         "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {**OTHERS["gpt_bigcode"].arguments, "multi_query": False}
     ),
-    "deepseek_v2": Tiny("DeepseekV2ForCausalLM", "DeepseekV2Config", LISTED["deepseek_v3"].arguments),
-    "zamba": Tiny(
-        "ZambaForCausalLM",
-        "ZambaConfig",
-        {
-            **_GQA,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 6,
-            "attn_layer_period": 3,
-            "attn_layer_offset": 2,
-            "mamba_d_state": 4,
-            "use_mamba_kernels": False,
-            "attention_head_dim": 16,
-        },
-    ),
-    "zamba2": Tiny(
-        "Zamba2ForCausalLM",
-        "Zamba2Config",
-        {
-            **LISTED["llama"].arguments,
-            "num_key_value_heads": 4,
-            "num_hidden_layers": 4,
-            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
-            "mamba_d_state": 4,
-            "n_mamba_heads": 8,
-            "mamba_headdim": 8,
-            "num_mem_blocks": 1,
-        },
-    ),
-    "falcon_h1": Tiny("FalconH1ForCausalLM", "FalconH1Config", {**_GQA, **_MAMBA2, "mamba_d_ssm": 64}),
     "granitemoehybrid": Tiny(
         "GraniteMoeHybridForCausalLM",
         "GraniteMoeHybridConfig",
@@ -94,11 +65,6 @@ VARIANTS = {
             "shared_intermediate_size": 32,
         },
     ),
-    "bamba": Tiny(
-        "BambaForCausalLM",
-        "BambaConfig",
-        {**LISTED["llama"].arguments, **_MAMBA2, "num_hidden_layers": 3, "attn_layer_indices": [1]},
-    ),
     "nemotron_h": Tiny(
         "NemotronHForCausalLM",
         "NemotronHConfig",
@@ -109,22 +75,6 @@ VARIANTS = {
             "mamba_head_dim": 8,
             "ssm_state_size": 4,
             "n_groups": 1,
-        },
-    ),
-    "qwen3_next": Tiny(
-        "Qwen3NextForCausalLM",
-        "Qwen3NextConfig",
-        {
-            **_GQA,
-            "num_hidden_layers": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 24,
         },
     ),
     "exaone4": Tiny("Exaone4ForCausalLM", "Exaone4Config", {**_SLIDING, "num_hidden_layers": 5}),
@@ -146,9 +96,6 @@ VARIANTS = {
     ),
     "minicpm3": Tiny("MiniCPM3ForCausalLM", "MiniCPM3Config", LISTED["deepseek_v3"].arguments),
     "glm4_moe_lite": Tiny("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", LISTED["deepseek_v3"].arguments),
-    "lfm2": Tiny(
-        "Lfm2ForCausalLM", "Lfm2Config", {**LISTED["llama"].arguments, "layer_types": ["conv", "full_attention"]}
-    ),
 }
 WITH_CACHE = {
     **{name: tiny for name, tiny in LISTED.items() if name not in ("bert", "roberta", "deberta-v2", "vit")},
@@ -159,6 +106,7 @@ WITH_CACHE = {
             *("olmo2", "starcoder2"),
         )
     },
+    **{name: FURTHER[name] for name in ("bamba", "deepseek_v2", "falcon_h1", "lfm2", "qwen3_next", "zamba", "zamba2")},
     **VARIANTS,
 }
 

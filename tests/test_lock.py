@@ -1,6 +1,7 @@
 """The lock files match pyproject.toml, and contain only versions."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
+from check_python import PYPROJECT, declared
 from lock import moved
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -118,3 +120,16 @@ def test_the_workflow_runs_every_python_that_the_package_is_declared_for() -> No
     listed = re.search(r"python: \[(.*)\]", workflow)
     assert listed
     assert re.findall(r"3\.\d+", listed[1]) == pythons(PROJECT)
+
+
+def test_only_a_python_that_the_lock_files_are_for_is_taken(tmp_path: Path) -> None:
+    assert [f"{major}.{minor}" for major, minor in declared(PYPROJECT.read_text())] == pythons(PROJECT)
+    script = tmp_path / "scripts" / "check_python.py"
+    script.parent.mkdir()
+    script.write_text((ROOT / "scripts" / "check_python.py").read_text())
+    here = "{}.{}".format(*sys.version_info)
+    for declares, code in ((here, 0), ("3.99", 1)):
+        (tmp_path / "pyproject.toml").write_text(f'"Programming Language :: Python :: {declares}"')
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+        assert done.returncode == code
+        assert ("is Python" in done.stderr) == bool(code)

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,7 +20,7 @@ SCHEMES: tuple[InputScheme, ...] = ("absmax", "zeropoint")
 # on one, and what it holds at all.
 BOUNDARIES = (1040, 1041, 33_025, 33_026, 65_793, 65_794, 131_071, 131_072, 200_003)
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few = settings(max_examples=60)
 
 
 def special_values(dtype: torch.dtype) -> Tensor:
@@ -158,7 +158,7 @@ def factors(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return side(tokens), side(outs)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 @given(factors())
 def test_integer_products_are_exact_at_every_number_of_features(both: tuple[Tensor, Tensor]) -> None:
     left, right = both

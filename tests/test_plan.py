@@ -1,22 +1,27 @@
 """What becomes int8 and why, compared with what transformers' bitsandbytes path replaces on the meta device."""
 
-import importlib.util
 import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.loaders.transformers_versions import SKIP_RULES, release, skip_rule
-from int8cli.planning import architectures as names
+from int8cli.planning import absent_modules
+from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import EXPERTS_PATTERN, covers, skip_modules
 from int8cli.planning.plan import kind_of, make_plan
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+from surveying.building import build, describe
+from surveying.built_model import as_built_model
+from surveying.comparing import differences, dtype_differences, plan_for, skip_differences
 
 
 def spec(name: str, *shape: int, dtype: str = "BF16") -> TensorSpec:
@@ -57,10 +62,10 @@ def llama(layers: int = 2, prefix: str = "model.") -> list[TensorSpec]:
 
 def test_projections_become_int8_and_the_rest_has_reasons() -> None:
     reasons = {d.kind: d.reason for d in plan_of(*llama()).decisions}
-    assert reasons["model.layers.*.mlp.up_proj.weight"] == names.LINEAR
-    assert reasons["model.embed_tokens.weight"] == names.EMBEDDING
-    assert reasons["lm_head.weight"] == names.HEAD
-    assert reasons["model.norm.weight"] == names.NORM_OR_BIAS
+    assert reasons["model.layers.*.mlp.up_proj.weight"] == why.LINEAR
+    assert reasons["model.embed_tokens.weight"] == why.EMBEDDING
+    assert reasons["lm_head.weight"] == why.HEAD
+    assert reasons["model.norm.weight"] == why.NORM_OR_BIAS
 
 
 def test_percent_counts_every_stored_element() -> None:
@@ -85,15 +90,15 @@ def test_tiny_and_odd_linears_become_int8(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("tensor", "reason"),
     [
-        (spec("layers.0.q_proj.weight", 8, 8, dtype="I64"), names.NOT_FLOAT),
-        (spec("layers.0.q_proj.weight", 8, 8, dtype="F64"), names.NOT_FLOAT),
-        (spec("layers.0.q_proj.weight", 8, 8, dtype="F8_E4M3"), names.NOT_FLOAT),
-        (spec("conv1.weight", 8, 3, 4, 4), names.NOT_A_MATRIX),
-        (spec("mlp.experts.gate_up_proj", 4, 8, 8), names.NOT_A_MATRIX),
-        (spec("attn.relative_position_bias_table", 9, 4), names.NOT_A_WEIGHT),
-        (spec("layers.0.q_proj.weight", 0, 8), names.EMPTY),
-        (spec("logit_scale"), names.NORM_OR_BIAS),
-        (spec("mystery.weight", 8, 8), names.UNKNOWN),
+        (spec("layers.0.q_proj.weight", 8, 8, dtype="I64"), why.NOT_FLOAT),
+        (spec("layers.0.q_proj.weight", 8, 8, dtype="F64"), why.NOT_FLOAT),
+        (spec("layers.0.q_proj.weight", 8, 8, dtype="F8_E4M3"), why.NOT_FLOAT),
+        (spec("conv1.weight", 8, 3, 4, 4), why.NOT_A_MATRIX),
+        (spec("mlp.experts.gate_up_proj", 4, 8, 8), why.NOT_A_MATRIX),
+        (spec("attn.relative_position_bias_table", 9, 4), why.NOT_A_WEIGHT),
+        (spec("layers.0.q_proj.weight", 0, 8), why.EMPTY),
+        (spec("logit_scale"), why.NORM_OR_BIAS),
+        (spec("mystery.weight", 8, 8), why.UNKNOWN),
     ],
 )
 def test_what_cannot_be_a_linear_is_copied(tensor: TensorSpec, reason: str) -> None:
@@ -107,36 +112,36 @@ def test_a_bias_distinguishes_a_linear_from_an_embedding() -> None:
 
 
 def test_a_bias_of_another_length_does_not_mark_a_linear() -> None:
-    assert decide(spec("mystery.weight", 8, 12), spec("mystery.bias", 5)).reason == names.UNKNOWN
+    assert decide(spec("mystery.weight", 8, 12), spec("mystery.bias", 5)).reason == why.UNKNOWN
 
 
 def test_routers_and_experts_are_not_quantized() -> None:
     router = decide(spec("model.layers.0.mlp.gate.weight", 4, 8))
     expert = decide(spec("model.layers.0.mlp.experts.3.up_proj.weight", 8, 8))
     shared = decide(spec("model.layers.0.mlp.shared_experts.up_proj.weight", 8, 8))
-    assert (router.reason, expert.reason, shared.reason) == (names.ROUTER, names.EXPERT, names.LINEAR)
+    assert (router.reason, expert.reason, shared.reason) == (why.ROUTER, why.EXPERT, why.LINEAR)
 
 
 def test_a_head_in_the_file_has_a_reason_if_it_is_tied() -> None:
-    assert decide(spec("lm_head.weight", 96, 8), config={"tie_word_embeddings": True}).reason == names.TIED_HEAD
+    assert decide(spec("lm_head.weight", 96, 8), config={"tie_word_embeddings": True}).reason == why.TIED_HEAD
 
 
 def test_the_wo_of_t5_is_not_quantized_but_that_of_other_models_is() -> None:
     wo = spec("encoder.block.0.layer.1.DenseReluDense.wo.weight", 8, 16)
-    assert decide(wo, config={"model_type": "t5"}).reason == names.FLOAT32
-    assert decide(wo, config={"model_type": "vision", "text_config": {"model_type": "umt5"}}).reason == names.FLOAT32
+    assert decide(wo, config={"model_type": "t5"}).reason == why.FLOAT32
+    assert decide(wo, config={"model_type": "vision", "text_config": {"model_type": "umt5"}}).reason == why.FLOAT32
     assert decide(wo, config={"model_type": "longt5"}).quantize
 
 
 def test_falcon_says_that_its_linears_are_its_own() -> None:
     weight = spec("transformer.h.0.mlp.dense_h_to_4h.weight", 16, 4)
-    assert decide(weight, config={"model_type": "falcon"}).reason == names.SUBCLASS
+    assert decide(weight, config={"model_type": "falcon"}).reason == why.SUBCLASS
 
 
 def test_torch_attention_keeps_its_own_output_projection() -> None:
     out = (spec("head.attention.out_proj.weight", 8, 8), spec("head.attention.out_proj.bias", 8))
     assert decide(*out).quantize
-    assert decide(*out, spec("head.attention.in_proj_weight", 24, 8)).reason == names.SUBCLASS
+    assert decide(*out, spec("head.attention.in_proj_weight", 24, 8)).reason == why.SUBCLASS
 
 
 def test_a_square_conv1d_is_transposed_too() -> None:
@@ -168,19 +173,19 @@ def test_kinds_hide_every_index() -> None:
 
 def test_skipped_modules_are_not_quantized() -> None:
     plan = plan_of(*llama(), skip=("*.layers.1.*",))
-    assert {d.reason for d in plan.copied if ".1." in d.spec.name} == {names.SKIPPED, names.NORM_OR_BIAS}
+    assert {d.reason for d in plan.copied if ".1." in d.spec.name} == {why.SKIPPED, why.NORM_OR_BIAS}
     assert len(plan.quantized) == 6
 
 
 def test_only_narrows() -> None:
     plan = plan_of(*llama(), only=("*.q_proj",))
     assert {d.kind for d in plan.quantized} == {"model.layers.*.self_attn.q_proj.weight"}
-    assert names.NOT_NAMED in {d.reason for d in plan.copied}
+    assert why.NOT_NAMED in {d.reason for d in plan.copied}
 
 
 def test_only_cannot_make_an_embedding_a_linear() -> None:
     plan = plan_of(*llama(), only=("model.embed_tokens", "*.q_proj"))
-    assert plan.decisions[0].reason == names.EMBEDDING
+    assert plan.decisions[0].reason == why.EMBEDDING
     assert plan.unmatched_patterns == ("model.embed_tokens",)
 
 
@@ -191,9 +196,7 @@ def test_patterns_are_case_sensitive_and_typos_give_a_warning() -> None:
 
 def test_non_finite_tensors_become_copies() -> None:
     plan = plan_of(*llama()).with_copied({"model.layers.0.mlp.up_proj.weight", "model.norm.weight"})
-    assert [d.spec.name for d in plan.decisions if d.reason == names.NON_FINITE] == [
-        "model.layers.0.mlp.up_proj.weight"
-    ]
+    assert [d.spec.name for d in plan.decisions if d.reason == why.NON_FINITE] == ["model.layers.0.mlp.up_proj.weight"]
     assert len(plan.quantized) == 11
 
 
@@ -202,7 +205,7 @@ def test_non_finite_tensors_become_copies() -> None:
 
 def heads(*entries: str) -> list[str]:
     """These entries, and the heads that classes for other tasks would make anew."""
-    return sorted((*entries, *names.TASK_HEADS))
+    return sorted((*entries, *absent_modules.TASK_HEADS))
 
 
 def test_the_head_is_named_though_it_is_tied_and_absent() -> None:
@@ -293,21 +296,27 @@ def test_a_name_that_transformers_5_0_misreads_stays_a_float(module: str) -> Non
         assert any(rule(entry, module) for entry in skip_modules(plan))
 
 
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [
+        *(("luke", "lm_head.decoder"), ("luke", "entity_predictions.decoder"), ("mega", "mlm_head")),
+        *(("nezha", "cls.predictions.decoder"), ("rembert", "cls.predictions.decoder")),
+        ("transfo-xl", "crit.out_layers.2"),
+    ],
+)
+def test_a_tied_head_that_is_not_in_the_file_is_named_for_every_version(model_type: str, head: str) -> None:
+    plan = plan_of(*llama(), config={"model_type": model_type})
+    for rule in SKIP_RULES.values():
+        assert any(rule(entry, head) for entry in skip_modules(plan))
+
+
+def test_a_table_of_degrees_is_an_embedding() -> None:
+    for side in ("in", "out"):
+        table = spec(f"encoder.{side}_degree_encoder.weight", 64, 32)
+        assert decide(table, config={"model_type": "graphormer"}).reason == why.MAYBE_EMBEDDING
+
+
 # Against transformers
-
-
-@pytest.fixture(scope="module")
-def survey() -> ModuleType:
-    path = Path(__file__).parent.parent / "scripts" / "survey_architectures.py"
-    sys.path.append(str(path.parent))
-    module_spec = importlib.util.spec_from_file_location("survey_architectures", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules["survey_architectures"] = module
-    module_spec.loader.exec_module(module)
-    return module
-
 
 CLASSES = [
     ("bloom", "BloomForCausalLM", {}),
@@ -365,7 +374,7 @@ FEWER_INT8_SINCE = {
 
 @pytest.mark.parametrize(("model_type", "class_name", "config"), CLASSES)
 def test_the_plan_equals_what_transformers_loads_in_int8(
-    survey: ModuleType, model_type: str, class_name: str, config: dict[str, Any]
+    model_type: str, class_name: str, config: dict[str, Any]
 ) -> None:
     import transformers
     from transformers import CONFIG_MAPPING
@@ -373,15 +382,15 @@ def test_the_plan_equals_what_transformers_loads_in_int8(
     version = transformers.__version__
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"transformers {version} does not know {model_type}")
-    model = survey.build(class_name, partial(CONFIG_MAPPING[model_type], **config), "")
-    built = survey.as_built_model(survey.describe(model_type, class_name, model))
-    plan = survey.plan_for(built)
+    model = build(class_name, partial(CONFIG_MAPPING[model_type], **config), "")
+    built = as_built_model(describe(model_type, class_name, model))
+    plan = plan_for(built)
     assert plan.quantized or model_type == "falcon"
-    found = list(survey.differences(built, plan))
+    found = list(differences(built, plan))
     if release(version) < release(FEWER_INT8_SINCE.get(model_type, "0")):
         assert {severity for severity, *_ in found} == {"missed"}
     else:
         assert found == []
     rule = skip_rule(version)
-    assert [found for found in survey.skip_differences(built, plan, rule) if found[0] == "FATAL"] == []
-    assert [found for found in survey.dtype_differences(built) if found[0] == "narrow"] == []
+    assert [found for found in skip_differences(built, plan, rule) if found[0] == "FATAL"] == []
+    assert [found for found in dtype_differences(built) if found[0] == "narrow"] == []

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from int8cli import convert, estimate_memory
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor, TensorSpec
+from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.errors import AlreadyConvertedError, AlreadyQuantizedError, UnsupportedModelError
 from int8cli.planning.quantized import declared_methods, refuse_quantized, without_quantization
 

@@ -17,7 +17,7 @@ from int8cli.loaders.transformers_versions import (
     release,
     skip_rule,
 )
-from int8cli.planning import architectures as names
+from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import skip_modules
 from int8cli.planning.plan import make_plan
@@ -79,7 +79,7 @@ def test_the_rule_agrees_with_the_installed_transformers() -> None:
 def test_skipped_modules_are_not_quantized_in_any_version(rule: SkipRule, skip: tuple[str, ...]) -> None:
     plan = plan_of(*llama(12), skip=skip)
     found = left_alone(plan, rule)
-    assert {d.module for d in plan.copied if d.reason == names.SKIPPED} <= found
+    assert {d.module for d in plan.copied if d.reason == why.SKIPPED} <= found
     assert not found & {d.module for d in plan.quantized}
 
 
@@ -96,7 +96,7 @@ def test_the_head_of_modernbert_is_named_in_every_version(rule: SkipRule) -> Non
 def test_linear_subclasses_are_skipped_because_older_versions_replace_them(rule: SkipRule) -> None:
     linear = spec("transformer.h.0.mlp.dense_h_to_4h.weight", 8, 8)
     plan = plan_of(linear, config={"model_type": "falcon"})
-    assert [d.reason for d in plan.decisions] == [names.SUBCLASS]
+    assert [d.reason for d in plan.decisions] == [why.SUBCLASS]
     assert left_alone(plan, rule) == {"transformer.h.0.mlp.dense_h_to_4h"}
 
 
@@ -106,7 +106,7 @@ def test_routers_are_named_but_never_one_by_one(rule: SkipRule) -> None:
     plan = plan_of(*llama(50), *gates, spec("model.layers.0.other.gate.weight", 8, 8), spec("b.gate.bias", 8))
     assert sum("gate" in entry for entry in skip_modules(plan)) < 3
     if rule is not covers_by_name:
-        assert {d.module for d in plan.copied if d.reason == names.ROUTER} <= left_alone(plan, rule)
+        assert {d.module for d in plan.copied if d.reason == why.ROUTER} <= left_alone(plan, rule)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])

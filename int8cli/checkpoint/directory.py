@@ -75,6 +75,7 @@ class DirectorySource:
         return None
 
     def list_files(self) -> tuple[str, ...]:
+        """All names, also of what cannot be read, such as a link that leads nowhere: using that is an error."""
         return tuple(sorted(self._walk() if self._only is None else self._file_and_companions(self._only)))
 
     def size_bytes(self, file_name: str) -> int:
@@ -121,7 +122,8 @@ class DirectorySource:
             raise reading_error(path, error, file_name) from error
         if status is None or not stat.S_ISREG(status.st_mode):
             raise ModelNotFoundError(
-                f"{self._identity.name}: {file_name!r} is missing", hint="The checkpoint may be incomplete."
+                f"{self._identity.name}: {file_name!r} is {_what_instead(path, status)}",
+                hint="The checkpoint may be incomplete.",
             )
         if file_name not in self._states:
             self._refuse_link_outside(path, file_name)
@@ -157,9 +159,9 @@ class DirectorySource:
                 for name in subdirectories
                 if not is_hidden(name) and os.path.realpath(os.path.join(directory, name)) != self._output
             ]
-            for name in names:
+            for name in [*names, *filter(_is_expected_to_be_a_file, subdirectories)]:
                 path = Path(directory, name)
-                if not is_hidden(name) and os.path.isfile(path):
+                if not is_hidden(name) and not _is_link_to_directory(path):
                     yield path.relative_to(self._root).as_posix()
 
     def _file_and_companions(self, only: str) -> Iterator[str]:
@@ -167,7 +169,9 @@ class DirectorySource:
         with reading_errors(self._root, self._identity.name):
             names = os.listdir(self._root)
         for name in names:
-            if name != only and os.path.isfile(self._root / name) and not is_hidden(name) and not is_weight_name(name):
+            if name == only or is_hidden(name) or is_weight_name(name):
+                continue
+            if _is_expected_to_be_a_file(name) or not os.path.isdir(self._root / name):
                 yield name
 
 
@@ -182,6 +186,21 @@ def _kind_of(path: Path) -> int:
     if kind not in (stat.S_IFDIR, stat.S_IFREG):
         raise ModelNotFoundError(f"{path} is neither a directory nor a file")
     return kind
+
+
+def _is_expected_to_be_a_file(name: str) -> bool:
+    return name.endswith(".json")
+
+
+def _is_link_to_directory(path: Path) -> bool:
+    return os.path.islink(path) and os.path.isdir(path) and not _is_expected_to_be_a_file(path.name)
+
+
+def _what_instead(path: Path, status: os.stat_result | None) -> str:
+    """What is in the place of a file."""
+    if status is not None:
+        return "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+    return f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "missing"
 
 
 def _is_shard_name(file_name: str) -> bool:

@@ -104,7 +104,7 @@ def reason_by_pattern(file: str) -> str | None:
 def reason_to_pass_over(
     file: str, weight_format: WeightFormat, files: Sequence[str], module_directories: Collection[str] = ()
 ) -> str | None:
-    """Why a file that is no shard does not go along; None for one that does.
+    """Why a file that is no shard is not copied; None for one that is.
 
     `module_directories` are those which the source itself says that sentence-transformers reads.
     """

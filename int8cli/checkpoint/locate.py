@@ -41,11 +41,7 @@ def open_source(
     """
     path = Path(os.path.expanduser(model))
     if model and os.path.exists(path):  # unlike Path's own, false rather than an error where looking is not allowed
-        if revision is not None:
-            raise SourceError(
-                f"{model} is a local path and has no revision {revision!r}",
-                hint="Leave the revision out, or give the Hub id of the model.",
-            )
+        _refuse_revision(model, revision)
         return DirectorySource(path, output=output)
     if is_remote(model) and revision is not None:
         raise SourceError(f"{model} has no revision {revision!r}", hint="Leave the revision out.")
@@ -64,6 +60,21 @@ def open_source(
     if is_remote(model):
         return RemoteSource(model, options)
     source = HubSource(model, revision, options)
+    _resolve(source, model, path, probably_a_path=probably_a_path)
+    return source
+
+
+def _refuse_revision(model: str, revision: str | None) -> None:
+    """Raise SourceError for a revision of a model that is on this machine."""
+    if revision is not None:
+        raise SourceError(
+            f"{model} is a local path and has no revision {revision!r}",
+            hint="Leave the revision out, or give the Hub id of the model.",
+        )
+
+
+def _resolve(source: HubSource, model: str, path: Path, *, probably_a_path: bool) -> None:
+    """Ask the Hub for the source's commit. An error about a probable path says that it does not exist here either."""
     try:
         source.resolve()
     except ModelNotFoundError as error:
@@ -77,7 +88,6 @@ def open_source(
             _not_here_either(error, model, probably_a_path),
             hint=f"{_hint_for(model, path)} If you mean a repository on the Hub, check the network and HF_ENDPOINT.",
         ) from error
-    return source
 
 
 def _not_here_either(error: SourceError, model: str, probably_a_path: bool) -> str:

@@ -89,6 +89,18 @@ def open_or_create(name: str, directory: int) -> int:
     return os.open(name, flags, 0o666, dir_fd=directory)
 
 
+def sync_files(directory: Path, below: Path) -> None:
+    """Write the files in a directory of ours, and their names, to the disk. Raises OSError, OutputError."""
+    with opened_directory(directory, below) as itself:
+        for name in os.listdir(itself):
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=itself)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+        os.fsync(itself)
+
+
 def remove_tree(directory: Path, below: Path) -> None:
     """Remove a directory of ours. Errors are ignored. Links are neither followed nor removed.
 
@@ -108,7 +120,7 @@ def remove_file(path: Path, below: Path) -> None:
 def remove_empty_directories(directory: Path, below: Path) -> None:
     """Remove a directory of ours and those in it, as far as they hold no file. No link is followed.
 
-    Raises OutputError where it does not lie below `below`.
+    Raises OutputError if it is not below `below`.
     """
     _parts_below(directory, below)
     with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:

@@ -5,8 +5,6 @@ here and a line below. The docstring of a command is its help.
 """
 
 import inspect
-import io
-import sys
 from collections.abc import Callable
 from typing import Annotated
 
@@ -26,9 +24,9 @@ from int8cli.cli import (
     status,
     verify,
 )
-from int8cli.cli.errors import interruptions
+from int8cli.cli.errors import errors_outside_commands, interruptions
 from int8cli.cli.signals import end_on_signals
-from int8cli.report.text import PrintableStream
+from int8cli.cli.streams import prepare_streams
 
 app = typer.Typer(
     name="int8cli",
@@ -92,9 +90,7 @@ _add("env", env.env, env.EXAMPLES)
 def main() -> None:
     """Entry point of the `int8cli` program."""
     with interruptions():
+        prepare_streams()
         end_on_signals()
-        if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack × or characters of file names
-            sys.stdout.reconfigure(errors="backslashreplace")
-        if sys.stderr is not None:  # None if it was closed before the start
-            sys.stderr = PrintableStream(sys.stderr)
-        app()
+        with errors_outside_commands():
+            app()

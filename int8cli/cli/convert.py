@@ -26,6 +26,7 @@ from int8cli.cli.options import (
     Tokens,
     check_outputs,
     complete_path,
+    options_of,
     say_written,
 )
 from int8cli.commands.options import CONVERT_TOKENS, RETRY_FOR_S, ConvertOptions
@@ -193,31 +194,7 @@ def convert(
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
 
-    options = ConvertOptions(
-        revision=revision,
-        layout=layout.value,
-        threshold=threshold,
-        skip=tuple(skip or ()),
-        only=tuple(only or ()),
-        float32=float32.value,
-        on_nonfinite=on_nonfinite.value,
-        outliers=outliers,
-        outlier_columns=outlier_columns,
-        text=text,
-        tokens=tokens,
-        workers=workers,
-        device=device.value,
-        figures=figures,
-        keep_source=keep_source,
-        retry_for=retry_for,
-        overwrite=overwrite,
-        push_to_hub=push_to_hub,
-        push_to=push_to,
-        private=private,
-        push_revision=push_revision,
-        commit_message=commit_message,
-        keep_output=keep_output,
-    )
+    options = options_of(ConvertOptions, locals())
     found: ConversionPlan | ConversionResult
     with shown_progress(quiet=quiet) as progress:
         if dry_run:

@@ -9,7 +9,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import ConvertedDirectory, Json, Quiet
+from int8cli.cli.options import ConvertedDirectory, Json, Quiet, options_of
 from int8cli.commands.options import DequantizeOptions
 
 EXAMPLES = """\
@@ -52,7 +52,7 @@ def dequantize(
     from int8cli.report.text import printable
     from int8cli.results.units import human_bytes
 
-    options = DequantizeOptions(None if dtype is None else dtype.value)
+    options = options_of(DequantizeOptions, locals())
     with shown_progress(quiet=quiet) as progress:
         found = command.dequantize(directory, output, options, progress=progress)
     with writing_result():

@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -56,8 +56,7 @@ def shows_errors(
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
             except (OSError, MemoryError, ImportError) as error:  # raised outside the library functions
                 refusal = _refusal(error)
-                with suppress(OSError):
-                    show_error(refusal, hint_for(refusal, hints))
+                show_error(refusal, hint_for(refusal, hints))
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
 
         return run
@@ -83,12 +82,25 @@ def interruptions() -> Iterator[None]:
 
 
 @contextmanager
+def errors_outside_commands() -> Iterator[None]:
+    """Show errors of the system where no command runs: help that cannot be written, for example."""
+    try:
+        with writing_result():
+            yield
+    except BrokenPipeError:
+        _forget_stdout()
+        raise SystemExit(_ended_by(EXIT_ERROR)) from None
+    except Int8cliError as error:
+        show_error(error, error.hint)
+        raise SystemExit(_ended_by(EXIT_ERROR)) from None
+
+
+@contextmanager
 def writing_result() -> Iterator[None]:
     """Write to stdout and flush it, so that a failure is reported here and not by Python at exit."""
     try:
         yield
-        if sys.stdout is not None:  # closed before the start
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -129,7 +141,7 @@ def flag_of(option: str) -> str:
 
 def _forget_stdout() -> None:
     """Discard what is in the buffer of stdout. Otherwise Python would write it at exit and fail again."""
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
 
 
 def show_error(error: Int8cliError, hint: str) -> None:

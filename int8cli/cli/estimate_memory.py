@@ -10,7 +10,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, LayoutName, Model, Revision
+from int8cli.cli.options import Json, LayoutName, Model, Revision, options_of
 from int8cli.commands.options import EstimateOptions
 
 EXAMPLES = """\
@@ -32,7 +32,7 @@ class KvDtype(enum.StrEnum):
 
 
 def complete_card(incomplete: str) -> Iterator[str]:
-    """Names of known cards, and of several: what stands before `x` or a comma is kept."""
+    """Names of known cards, after a count (`8x`) or after other cards and a comma."""
     from int8cli.estimate.cards import CARDS
 
     match = re.match(r"(.*,\s*|)(\d+\s*x\s*|)(.*)", incomplete, re.IGNORECASE)
@@ -82,7 +82,7 @@ def estimate_memory(
     from int8cli.report.memory_json import memory_to_json
     from int8cli.report.text import printable
 
-    options = EstimateOptions(revision, context, batch, kv_dtype.value, tuple(gpu or ()), layout.value)
+    options = options_of(EstimateOptions, locals())
     with shown_progress(quiet=False) as progress:
         report = command.estimate_memory(model, options, progress=progress)
     with writing_result():

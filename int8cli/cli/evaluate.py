@@ -23,6 +23,7 @@ from int8cli.cli.options import (
     TextFile,
     WorkDir,
     check_outputs,
+    options_of,
     say_written,
 )
 from int8cli.commands.options import RETRY_FOR_S, EvaluateOptions
@@ -113,20 +114,8 @@ def evaluate(
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import evaluate as command
 
-    options = EvaluateOptions(
-        text=text,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        seed=seed,
-        methods=tuple(name.strip() for names in methods or () for name in names.split(",") if name.strip()),
-        outlier_columns=outlier_columns,
-        outliers=outliers,
-        source=source,
-        revision=revision,
-        device=device.value,
-        work_dir=work_dir,
-        retry_for=retry_for,
-    )
+    named = tuple(name.strip() for names in methods or () for name in names.split(",") if name.strip())
+    options = options_of(EvaluateOptions, locals(), methods=named)
     with shown_progress(quiet=quiet) as progress:
         found = command.evaluate(model, options, progress=progress)
     for path in outputs:

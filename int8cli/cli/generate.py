@@ -11,7 +11,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import ConvertedDirectory, Device, InputsScheme, Json, Quiet
+from int8cli.cli.options import ConvertedDirectory, Device, InputsScheme, Json, Quiet, options_of
 from int8cli.commands.options import GenerateOptions
 from int8cli.errors import TextError
 
@@ -69,21 +69,12 @@ def generate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Have a converted model answer a prompt; the text appears as it is generated.
+    """Generate text with a converted model; the text appears as it is generated.
 
     The prompt goes into the model's chat template, if it has one. Stored columns are exact. A model that is larger than
-    the memory runs too: what does not fit is read from the disk for each token, and how long that takes is said first.
+    the memory runs too: what does not fit is read from the disk for each token, and it says first how long that takes.
     """
-    options = GenerateOptions(
-        raw=raw,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        inputs=inputs.value,
-        device=None if device is None else device.value,
-        max_memory=tuple(max_memory or ()),
-        compare=compare,
-    )
+    options = options_of(GenerateOptions, locals())
     if chat:
         if prompt is not None or raw or as_json or compare is not None:
             raise typer.BadParameter("it takes no PROMPT, --raw, --json or --compare", param_hint="'--chat'")

@@ -23,6 +23,7 @@ from int8cli.cli.options import (
     Tokens,
     WorkDir,
     check_outputs,
+    options_of,
     say_written,
 )
 from int8cli.commands.options import RETRY_FOR_S, InspectOptions
@@ -98,18 +99,7 @@ def inspect_outliers(
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import inspect_outliers as command
 
-    options = InspectOptions(
-        evidence=evidence.value if evidence is not None else None,
-        revision=revision,
-        text=text,
-        tokens=tokens,
-        sequence_length=sequence_length,
-        seed=seed,
-        threshold=threshold,
-        device=device.value,
-        work_dir=work_dir,
-        retry_for=retry_for,
-    )
+    options = options_of(InspectOptions, locals())
     with shown_progress(quiet=quiet) as progress:
         found = command.inspect_outliers(model, options, progress=progress)
     for path in outputs:

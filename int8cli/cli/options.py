@@ -3,11 +3,17 @@
 import enum
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -31,6 +37,22 @@ class InputsScheme(enum.StrEnum):
 
     zeropoint = "zeropoint"
     absmax = "absmax"
+
+
+def options_of(kind: type[Options], parameters: Mapping[str, object], **others: object) -> Options:
+    """The library's options: each field from the command's parameter of that name or, where it is None, its default.
+
+    `parameters` are the locals of a command. `others` are fields that the command makes itself.
+    """
+    named = {field.name: _plain(parameters.get(field.name)) for field in fields(kind)}
+    return kind(**{name: value for name, value in named.items() if value is not None} | others)
+
+
+def _plain(value: object) -> object:
+    """The library's form of a parsed value: a choice by its name, a repeated option as a tuple."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    return tuple(value) if isinstance(value, list) else value
 
 
 def parse_duration(text: str | float) -> float:

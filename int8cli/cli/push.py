@@ -7,7 +7,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import CommitMessage, ConvertedDirectory, Json, Private, Quiet, RetryFor
+from int8cli.cli.options import CommitMessage, ConvertedDirectory, Json, Private, Quiet, RetryFor, options_of
 from int8cli.commands.options import RETRY_FOR_S, PushOptions
 
 EXAMPLES = """\
@@ -52,7 +52,7 @@ def push(
     from int8cli.report.text import printable
     from int8cli.results.units import counted, human_bytes
 
-    options = PushOptions(private, revision, commit_message, retry_for)
+    options = options_of(PushOptions, locals())
     with shown_progress(quiet=quiet) as progress:
         found = command.push(directory, repository, options, progress=progress)
     with writing_result():

@@ -28,7 +28,7 @@ Directory = Annotated[
 
 @shows_errors(hints.STATUS)
 def status(directory: Directory, as_json: Json = False) -> None:
-    """Show how far a conversion is: finished shards, blocks that were run, downloads, and what to do next.
+    """Show how much of a conversion is finished: shards, blocks that were run, downloads, and what to do next.
 
     Can be used while the conversion runs. The exit code is 0 whether or not it is finished.
     """

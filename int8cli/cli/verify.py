@@ -7,7 +7,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import EXIT_ERROR, shows_errors, writing_result
-from int8cli.cli.options import ConvertedDirectory, Device, Json, Quiet, RetryFor
+from int8cli.cli.options import ConvertedDirectory, Device, Json, Quiet, RetryFor, options_of
 from int8cli.commands.options import RETRY_FOR_S, VerifyOptions
 from int8cli.errors import OutputError
 
@@ -48,7 +48,7 @@ def verify(
     from int8cli.commands import verify as command
     from int8cli.report.verification import show_verification
 
-    options = VerifyOptions(source, revision, device.value, retry_for=retry_for)
+    options = options_of(VerifyOptions, locals())
     with shown_progress(quiet=quiet) as progress:
         verification = command.verify(directory, options, progress=progress)
     with writing_result():

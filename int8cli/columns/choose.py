@@ -11,7 +11,7 @@ from int8cli.checkpoint.source import Source
 from int8cli.columns.foreseen import TOKENIZER_FILES
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
-from int8cli.errors import CANNOT_CALIBRATE, CannotRunError
+from int8cli.errors import CANNOT_CALIBRATE, CannotRunError, Int8cliError, MissingExtraError
 from int8cli.model.extra import require_transformers
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
@@ -45,7 +45,7 @@ def column_strategies(
             if mode == FROM_ACTIVATIONS:
                 raise
             fallback = "the weights" if counts_from_weights(survey, wanted.limit) else "no outlier columns"
-            note(f"cannot calibrate ({error}); falling back to {fallback}")
+            note(falling_back(error, fallback))
         else:
             yield strategy
     if mode in (AUTO, FROM_WEIGHTS):
@@ -54,6 +54,12 @@ def column_strategies(
             yield strategy_from_weights(wanted, source, survey, settings, counts, state_directory)
     if mode == AUTO:
         yield without_columns(survey, settings)
+
+
+def falling_back(error: Int8cliError, fallback: str) -> str:
+    """The line that says why the model is not run, what is done instead and, if a package is missing, its command."""
+    command = f": {error.hint.rstrip('.')}" if isinstance(error, MissingExtraError) else ""
+    return f"cannot calibrate ({error}{command}); falling back to {fallback}"
 
 
 def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> ColumnStrategy:

@@ -1,6 +1,6 @@
-"""What is known of a conversion's stored columns before torch is imported: the settings, and how many there will be.
+"""What is known about a conversion's stored columns before torch is imported: the settings, and the most columns.
 
-Owns what a choice by activations writes into the settings. With it a directory that holds another conversion is refused
+Owns what a choice by activations writes into the settings, so that a directory with another conversion is refused
 before anything slow begins.
 """
 
@@ -54,7 +54,7 @@ def planned_calibration(wanted: ColumnsWanted, survey: Survey, settings: Setting
 
 
 def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
-    """Those of a choice by the statistics file that is wanted. Raises StatisticsFileError if it cannot be read."""
+    """The settings of a choice by the statistics file. Raises StatisticsFileError if it cannot be read."""
     path = Path(wanted.mode)
     try:
         digest = xxhash.xxh3_128_hexdigest(read_small(path))
@@ -68,7 +68,7 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
 
 
 def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Settings:
-    """The settings of the strategy that will probably be taken. Raises TextError for a text that cannot be used."""
+    """The settings of the strategy that will probably be used. Raises TextError for a text that cannot be used."""
     if wanted.nothing(survey):
         return settings
     mode = wanted.mode_to_resume

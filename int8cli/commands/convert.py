@@ -18,7 +18,7 @@ from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
-from int8cli.columns.choose import column_strategies
+from int8cli.columns.choose import column_strategies, falling_back
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
@@ -48,7 +48,7 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import counted, human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
-# Longer than this, somebody who did not ask for a calibration is asked, or told how to do without.
+# If it takes longer than this, a user who did not ask for a calibration is asked, or gets the alternatives.
 LONG_S = 300.0
 Choose = Callable[[Sequence[Way]], Way]
 _DEFAULTS = ConvertOptions()
@@ -204,7 +204,7 @@ class _Job:
         self.progress.note(self._first_line())
         self._note_experts()
         if isinstance(self.source, DirectorySource) and self.source.contains_output:
-            self.progress.note(f"warning: {self.run.output} lies inside the directory of the source")
+            self.progress.note(f"warning: {self.run.output} is inside the directory of the source")
 
     def chosen(self, choose: Choose) -> "_Job":
         """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""
@@ -232,7 +232,7 @@ class _Job:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                self.progress.note(f"cannot calibrate ({error}); falling back to {_fallback(following)}")
+                self.progress.note(falling_back(error, _fallback(following)))
                 strategy = following
 
     def _ways(self) -> tuple[Way, ...]:

@@ -71,7 +71,7 @@ def _disks() -> list[tuple[str, int]]:
 
 
 def _hub() -> dict[str, str]:
-    """The settings that are set; addresses without what stands before an @."""
+    """The settings that are set; addresses without credentials."""
     from huggingface_hub import constants, get_token
 
     settings = {name: _without_credentials(os.environ[name]) for name in _HUB_SETTINGS if os.environ.get(name)}
@@ -81,7 +81,7 @@ def _hub() -> dict[str, str]:
 
 
 def _without_credentials(text: str) -> str:
-    """The text without what stands before an @ and after a question mark, whether or not it is a valid address."""
+    """The text without the part before an @ and the part after a question mark, even if it is no valid address."""
     scheme, found, rest = text.rpartition("://")
     host, slash, path = rest.partition("?")[0].partition("/")
     return f"{scheme}{found}{host.rpartition('@')[2]}{slash}{path}"

@@ -1,8 +1,10 @@
 """Compare int8 methods on a model: its predictions, and the errors of its layers."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
@@ -13,6 +15,7 @@ from int8cli.commands.first_words import announce
 from int8cli.commands.options import EvaluateOptions
 from int8cli.commands.places import work_directory
 from int8cli.data import HELD_OUT_NAME, held_out_text
+from int8cli.model.extra import require_installed
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.progress import SILENT, Progress
@@ -34,18 +37,21 @@ def evaluate(model: str | Path, options: EvaluateOptions = _DEFAULTS, *, progres
     Raises UnknownMethodError, TextError, StatisticsMismatchError, ReferenceModelError, NotEnoughMemoryError, and the
     errors of a bad checkpoint.
     """
+    begun_s = time.monotonic()
     check_evaluate(options)
     check_device(options.device)
     methods = chosen_keys(options.methods)
     sampling = Sampling(options.tokens, options.sequence_length, options.seed)
     text = _text(options.text, sampling)
+    require_installed()
     work = work_directory(options.work_dir, str(model), options.revision)
     with torch_threads_restored(), _sources(str(model), options, work, progress) as (source, reference):
         require_bytes_for_a_sequence(text, reference or source, sampling)
         announce(source, progress)
         from int8cli.commands.evaluate_job import EvaluationJob
 
-        return EvaluationJob(methods, text, sampling, options, work, progress).run(source, reference)
+        found = EvaluationJob(methods, text, sampling, options, work, progress).run(source, reference)
+        return replace(found, seconds=time.monotonic() - begun_s)  # of the calibration too
 
 
 def _text(chosen: Path | None, sampling: Sampling) -> Text:

@@ -9,6 +9,7 @@ from pathlib import Path
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_statistics import require_same_model
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
+from int8cli.commands.first_words import announce_duration
 from int8cli.commands.options import EvaluateOptions
 from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
@@ -28,7 +29,7 @@ from int8cli.outliers.calibrate import CalibrateOptions
 from int8cli.outliers.statistics_file import load_statistics
 from int8cli.progress import Progress
 from int8cli.results.evaluation import Evaluation
-from int8cli.results.units import human_seconds
+from int8cli.results.units import counted
 
 _MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are reused: half the CPU time, 80 MB more than with 1 MiB
 
@@ -62,7 +63,8 @@ class EvaluationJob:
         needed = found.needs_columns or found.needs_smoothing
         if needed and subject.converted is None and self.options.outliers is None:
             seconds += calibration_s(subject.survey, speed, Sampling()) * (2 if found.needs_smoothing else 1)
-        self.progress.note(f"about {human_seconds(seconds)} on this machine")
+        doing = f"{counted(len(found.methods), 'method')} on {self.sampling.tokens:,} tokens"
+        announce_duration(doing, seconds, self.progress)
 
     def _require_long_enough(self, subject: Subject) -> None:
         """Raises TextError now rather than after a calibration of the whole model."""

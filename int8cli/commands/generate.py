@@ -1,4 +1,4 @@
-"""Have a converted model continue a prompt, or answer in a conversation."""
+"""Generate text with a converted model: continue a prompt, or answer in a conversation."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +15,7 @@ from int8cli.model.memory import peak_bytes, return_memory_promptly
 from int8cli.model.text import load_tokenizer
 from int8cli.progress import SILENT, Progress
 from int8cli.results.generation import Agreement, Generation
+from int8cli.runtime.reference import load_reference, refuse_quantized_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ def generate(
     on_text: OnText | None = None,
     progress: Progress = SILENT,
 ) -> Generation:
-    """Have the model in a directory that `convert` wrote continue a prompt.
+    """Continue a prompt with the model in a directory that `convert` wrote.
 
     `on_text` gets the text in pieces as it comes, and an empty piece at its end. The prompt is put into the tokenizer's
     chat template where there is one, unless `raw`. The model may be larger than the machine: what does not fit is read
@@ -43,6 +44,8 @@ def generate(
     on the same prompt afterwards, once the int8 model has left the memory. Raises what `load_model` raises,
     CannotRunError without a tokenizer, TextError, ReferenceModelError.
     """
+    if options.compare is not None:
+        refuse_quantized_reference(str(options.compare))
     session = _open(Path(directory), options, progress)
     speaker = session.speaker
     ids = speaker.prompt(prompt) if options.raw or not speaker.has_chat_template() else speaker.turn([_user(prompt)])
@@ -99,7 +102,7 @@ def _user(text: str) -> dict[str, str]:
 
 @dataclass(slots=True)
 class _Session:
-    """A loaded model; `forget` lets it go."""
+    """A loaded model; `forget` frees its memory."""
 
     directory: Path
     options: GenerateOptions
@@ -165,7 +168,7 @@ def _speaker(model: Any, tokenizer: Any, options: GenerateOptions) -> "Speaker":
 
 
 def _limits(max_memory: tuple[str, ...]) -> dict[int | str, int | str] | None:
-    """`cpu=8GB` and `0=10GB`, as `check_generate` let them pass."""
+    """`cpu=8GB` and `0=10GB`, after `check_generate`."""
     pairs = (entry.split("=", 1) for entry in max_memory)
     return {int(device) if device.isdecimal() else device: size for device, size in pairs} or None
 
@@ -175,8 +178,6 @@ def _weights_bytes(model: Any) -> int:
 
 
 def _agreement(source: str, session: _Session, ids: "Tensor", spoken: "Spoken") -> Agreement:
-    from int8cli.runtime.reference import load_reference
-
     with without_progress_bars():
         model = load_reference(source, session.device)
     speaker = _speaker(model, session.tokenizer, session.options)

@@ -6,21 +6,22 @@ from typing import TYPE_CHECKING
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
 from int8cli.checkpoint.source import Source
+from int8cli.columns.choose import falling_back
 from int8cli.commands.checks import check_device, check_inspect
-from int8cli.commands.first_words import announce
+from int8cli.commands.first_words import announce, announce_duration
 from int8cli.commands.options import InspectOptions
 from int8cli.commands.places import work_directory
 from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import MissingExtraError, UnsupportedModelError
 from int8cli.estimate.ways import forwards_s
+from int8cli.model.extra import require_installed
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
-from int8cli.results.units import human_seconds
 from int8cli.workers.torch_start import torch_threads_restored
 
 if TYPE_CHECKING:
@@ -59,19 +60,34 @@ def inspect_outliers(
         ) as source,
     ):
         survey = survey_source(source, PlanOptions())
-        if options.evidence != "weights":
+        runs = _can_run(options, progress)
+        if runs:
             require_bytes_for_a_sequence(text, source, sampling)
-        announce(source, progress)
+        announce(source, progress, runs=runs)
         from int8cli.outliers.suspects import find_suspects
 
-        if options.evidence != "weights":
+        if runs:
             try:
                 return _run_model(source, survey, text, sampling, options, work / "blocks", progress)
             except (MissingExtraError, UnsupportedModelError) as error:
                 if options.evidence == "activations":
                     raise
-                progress.note(f"cannot calibrate ({error}); falling back to the weights")
+                progress.note(falling_back(error, "the weights"))
         return find_suspects(source, survey)
+
+
+def _can_run(options: InspectOptions, progress: Progress) -> bool:
+    """Whether to run the model. Says why not, if nothing was asked for. Raises MissingExtraError for "activations"."""
+    if options.evidence == "weights":
+        return False
+    try:
+        require_installed()
+    except MissingExtraError as error:
+        if options.evidence == "activations":
+            raise
+        progress.note(falling_back(error, "the weights"))
+        return False
+    return True
 
 
 def _text(chosen: Path | None, sampling: Sampling) -> Text:
@@ -91,6 +107,6 @@ def _run_model(
 
     return_memory_promptly()
     seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
-    progress.note(f"about {human_seconds(seconds)} on this machine")
+    announce_duration(f"running the model on {sampling.tokens:,} tokens", seconds, progress)
     how = CalibrateOptions(sampling, options.threshold, options.device, state)
     return calibrate(source, survey, text, how, progress)

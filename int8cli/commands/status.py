@@ -1,4 +1,4 @@
-"""How far a conversion in a directory is. Reads records only, and disturbs nobody who writes them."""
+"""How much of a conversion is finished. Reads records only, and does not disturb a running conversion."""
 
 import os
 from contextlib import suppress
@@ -21,7 +21,7 @@ _BLOCKS = "blocks/record.json"  # below the directory of a calibration
 
 @system_errors()
 def status(directory: str | Path) -> ConversionStatus:
-    """How far the conversion in `directory` is. Raises OutputError for a directory without one."""
+    """How much of the conversion in `directory` is finished. Raises OutputError for a directory without one."""
     directory = Path(directory)
     store = RecordStore(directory)
     conversion = store.conversion()
@@ -61,7 +61,7 @@ def _state(store: RecordStore, directory: Path) -> State:
 
 
 def _finished_blocks(record: Path) -> list[Any]:
-    """Empty where there is no calibration, or its record is just being replaced."""
+    """The names of finished blocks; empty if there is no calibration, or if its record is being replaced now."""
     with suppress(FileNotFoundError, InvalidJsonError):
         document = parse_json(read_small(record))
         if isinstance(document, dict) and isinstance(document.get("finished"), list):
@@ -70,9 +70,13 @@ def _finished_blocks(record: Path) -> list[Any]:
 
 
 def _bytes_below(directory: Path) -> int:
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     total = 0
-    for parent, _, files in os.walk(directory):
+    for parent, _, files in os.walk(directory, onerror=refuse):
         for name in files:
-            with suppress(FileNotFoundError):  # converted in between, and removed
+            with suppress(FileNotFoundError):  # converted and removed meanwhile
                 total += os.stat(os.path.join(parent, name), follow_symlinks=False).st_size
     return total

@@ -19,12 +19,12 @@ from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import reading_errors
 from int8cli.checkpoint.header import encode_header
-from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.lock import locked
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.own_files import name_aside, remove_tree
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import TORCH_NAMES, ShardContents, StoredTensor, TensorSpec
+from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.checkpoint.writer import ShardWriter, copy_file, free_bytes, write_file
 from int8cli.conversion.buffers import bytes_of
 from int8cli.conversion.float_blocks import FloatTensor, float_blocks, written_spec
@@ -71,7 +71,7 @@ def dequantize(
     DiskSpaceError, UnsupportedModelError for a directory whose records are not whole, and what reading raises.
     """
     source = DirectorySource(directory, output=output)
-    if output.resolve().is_relative_to((directory / OWN_DIRECTORY).resolve()):
+    if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(directory / OWN_DIRECTORY)):
         raise OutputError(f"{output} is inside {directory / OWN_DIRECTORY}", hint="Choose another directory.")
     weights = find_weights(source)
     contents = read_headers(source, weights)

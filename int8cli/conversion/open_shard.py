@@ -10,10 +10,10 @@ from functools import partial
 
 from int8cli.checkpoint.digest import SourceDigest
 from int8cli.checkpoint.disk import reading_errors
-from int8cli.checkpoint.index import read_contents
 from int8cli.checkpoint.pickled import load_legacy
 from int8cli.checkpoint.reader import FileReader, ShardReader, TensorsReader, open_to_read
 from int8cli.checkpoint.source import LocalFile
+from int8cli.checkpoint.weight_files import read_contents
 from int8cli.conversion.pass_ledger import PassResult
 from int8cli.conversion.shard_pass import ShardPass, Sink
 from int8cli.conversion.task import PassOptions, ShardTask

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from int8cli.planning import architectures as names
+from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Decision
 
 EMBEDDINGS = "embeddings"
@@ -89,9 +89,9 @@ def _unit(decision: Decision, *, both: bool) -> MemoryUnit:
     if stack:
         index = name[len(stack) + 1 :].partition(".")[0]
         return MemoryUnit(f"{stack}.{index}", _part_of_stack(stack, both=both), stack, int(index))
-    if decision.reason in (names.HEAD, names.TIED_HEAD) or _HEAD.search(name):
+    if decision.reason in (why.HEAD, why.TIED_HEAD) or _HEAD.search(name):
         return MemoryUnit(HEAD, HEAD)
-    if decision.reason == names.EMBEDDING or _EMBEDDING.search(name):
+    if decision.reason == why.EMBEDDING or _EMBEDDING.search(name):
         return MemoryUnit(EMBEDDINGS, EMBEDDINGS)
     return MemoryUnit(OTHER, OTHER)
 

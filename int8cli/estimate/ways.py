@@ -1,7 +1,7 @@
 """The ways to choose stored columns in a conversion, with the time, memory and disk of each, before any weight is read.
 
-Owns how much work a way is, and how measured rates become time. No torch. Downloads are counted in bytes, not in time:
-nobody knows the network.
+Owns how much work a way is, and how measured rates become time. No torch. Downloads are counted in bytes, not in
+time, because the speed of the network is not known.
 """
 
 from dataclasses import asdict, dataclass
@@ -26,6 +26,8 @@ VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9
+# Floats written from int8: SmolLM2-135M's 269 MB took 1.0 s of CPU time beside the import of torch, on one core.
+_RESTORED_BYTES_A_SECOND = 0.27e9
 _START_S = 3.0  # Python, torch, transformers
 
 
@@ -60,18 +62,29 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     survey, runs = candidate.survey, candidate.mode == FROM_ACTIVATIONS
     seconds = None
     if speed is not None:
-        seconds = _conversion_s(survey, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
+        seconds = conversion_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
     buffers = threads * BUFFER_BYTES_A_THREAD
     memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
-def _conversion_s(survey: Survey, speed: Speed) -> float:
-    return _START_S + survey.source_bytes / speed.quantized_bytes + survey.source_bytes / DISK_BYTES_A_SECOND
+def conversion_s(source_bytes: int, speed: Speed) -> float:
+    """Seconds to read, quantize and write a source, with the start of the program."""
+    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / DISK_BYTES_A_SECOND
+
+
+def reading_s(size_bytes: int) -> float:
+    """Seconds to read files once, from a disk."""
+    return size_bytes / DISK_BYTES_A_SECOND
+
+
+def restoring_s(size_bytes: int) -> float:
+    """Seconds to write so many bytes of floats from int8."""
+    return size_bytes / _RESTORED_BYTES_A_SECOND
 
 
 def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
-    """Seconds for one forward of all tokens, what is taken down of each value, and what is computed of each weight."""
+    """Seconds for one forward of all tokens, the statistics of each value, and the figures of each weight."""
     quantizing_s = 2.0 / speed.quantized_bytes  # one 16-bit weight
     seconds = 0.0
     for decision in survey.plan.quantized:
@@ -84,7 +97,7 @@ def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
 
 
 def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:
-    """Seconds for all tokens to pass every linear layer so often, with less taken down of each value."""
+    """Seconds for all tokens to pass every linear layer `passes` times, with fewer statistics of each value."""
     seconds = 0.0
     for decision in survey.plan.quantized:
         rows, columns = decision.spec.shape

@@ -22,7 +22,7 @@ from int8cli.estimate.config_fields import (
     language_model,
 )
 from int8cli.loaders.class_defaults import ties_head
-from int8cli.planning import architectures as names
+from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import output_specs
 
@@ -76,7 +76,7 @@ def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
     if spec.dtype not in _FLOATS:
         return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
     float32_bytes = 4 * spec.numel
-    always_float32 = decision.float32 == names.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
+    always_float32 = decision.float32 == why.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
     float16_bytes = float32_bytes if always_float32 or decision.float32 is not None else 2 * spec.numel
     float32_in_memory = always_float32 or (decision.float32 is not None and spec.dtype == "F16")
     written = {made.dtype: made.nbytes for made in output_specs(decision)}
@@ -90,9 +90,9 @@ def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
 def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
     """The tensors that are in the file but not in memory: leftovers, and second names of a shared weight."""
     specs = {decision.spec.name: decision.spec for decision in decisions}
-    embeddings = {d.spec.shape for d in decisions if d.reason in (names.EMBEDDING, names.MAYBE_EMBEDDING)}
+    embeddings = {d.spec.shape for d in decisions if d.reason in (why.EMBEDDING, why.MAYBE_EMBEDDING)}
     tied = ties_head(config, language_model(config).fields.config)
-    heads = (names.HEAD, names.TIED_HEAD) if tied else (names.TIED_HEAD,)
+    heads = (why.HEAD, why.TIED_HEAD) if tied else (why.TIED_HEAD,)
     layers = _layers_loaded(config)
     found = {name for name, spec in specs.items() if _is_leftover(spec) or _is_prediction(name, layers)}
     for decision in decisions:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
+from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError, UnsupportedModelError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.planning.decisions import PlanOptions

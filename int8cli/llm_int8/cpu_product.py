@@ -32,7 +32,7 @@ def laid_out(data: Tensor) -> Tensor:
 
 
 def has_whole_rows(data: Tensor) -> bool:
-    """Whether each row lies in one piece, after the row before it: rows may have a gap between them."""
+    """Whether each row is contiguous and follows the row before it. There may be a gap between rows."""
     return data.shape[0] > 1 and data.stride(1) == 1 and data.stride(0) >= data.shape[1] > 1
 
 

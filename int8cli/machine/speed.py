@@ -97,7 +97,7 @@ def measured_beside(directory: Path) -> Speed | None:
 def cpu_name() -> str:
     """What the system calls the processor."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

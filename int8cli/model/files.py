@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from int8cli.checkpoint.index import WeightFiles
 from int8cli.checkpoint.source import Source
+from int8cli.checkpoint.weight_files import WeightFiles
 
 _CONFIG = "config.json"
 _LIMIT_BYTES = 100_000_000

@@ -44,7 +44,7 @@ def peak_bytes(device: str) -> int | None:
 
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
@@ -52,7 +52,7 @@ def peak_bytes(device: str) -> int | None:
 
 def _machine_bytes() -> int | None:
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import lock_by_name
-from int8cli.checkpoint.own_files import create_file, open_or_create, opened_directory, remove_file, remove_tree
+from int8cli.checkpoint.own_files import (
+    create_file,
+    open_or_create,
+    opened_directory,
+    remove_file,
+    remove_tree,
+    sync_files,
+)
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, OutputError, SavedStateError, UnsupportedModelError
@@ -104,6 +111,9 @@ class SavedStates:
         """Record the block as finished, and delete the outputs of the block before it."""
         if not self._usable:
             return
+        written = self._directory / _key(block, visit)
+        with disk_errors(written):
+            sync_files(written, self.below)  # after a power failure, the record must not name what is lost
         before = self._latest.get(stack)
         self._finished.append(_key(block, visit))
         self._latest[stack] = _key(block, visit)

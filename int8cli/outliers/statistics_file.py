@@ -7,6 +7,7 @@ model, revision and text, is one JSON document in the metadata.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from int8cli.checkpoint.reader import open_regular
 from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import StatisticsFileError
@@ -52,6 +54,7 @@ def save_statistics(statistics: OutlierStatistics, path: Path, *, below: Path | 
 def load_statistics(path: Path) -> OutlierStatistics:
     """Read a statistics file. Raises StatisticsFileError for any other file, with the reason."""
     try:
+        os.close(open_regular(path))  # a pipe could block for ever
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(_KEY)
             if metadata is None:

@@ -1,7 +1,7 @@
 """What a tensor's name says about its module, in general and by model family.
 
-Owns the reasons that a plan gives, the vocabulary of module names, and the exceptions for single model types and model
-classes. Has only tables: `plan` applies them. Facts about single versions of transformers are in
+Owns the vocabulary of module names, and the exceptions for single model types and model classes. Has only tables:
+`plan` applies them, `reasons` names what they say. Facts about single versions of transformers are in
 `transformers_versions`. scripts/survey_architectures.py compares both with an installed transformers; add what it
 reports.
 """
@@ -9,39 +9,16 @@ reports.
 import re
 from dataclasses import dataclass
 
-# Why a tensor becomes int8, or does not. One short fragment each, fit for a table.
-LINEAR = "linear layer"
-NOT_FLOAT = "neither float32, float16 nor bfloat16"
-NORM_OR_BIAS = "norm or bias"
-NOT_A_MATRIX = "not a matrix"
-NOT_A_WEIGHT = "a parameter that is no layer's weight"
-EMPTY = "empty"
-EMBEDDING = "embedding"
-MAYBE_EMBEDDING = "embedding, by its name"  # a linear layer may go by it too
-HEAD = "output head"
-TIED_HEAD = "output head, tied with the embedding"
-TIED = "tied with another layer"
-LAST = "last layer, which transformers leaves alone"
-ROUTER = "MoE router"
-EXPERT = "expert, fused by transformers"
-FUSED = "split or merged by transformers on load"
-FLOAT32 = "kept in float32 by transformers"  # in a float16 model
-FLOAT32_ALWAYS = "always kept in float32 by transformers"  # in a bfloat16 model too
-SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
-MISREAD = "named so that transformers 5.0 would not load it in int8"
-CONV1D = "a Conv1D, which this layout's loaders do not replace"
-LOADER_FLOAT = "not supported in int8 by the loaders of this layout"
-UNKNOWN = "not recognised as a linear layer"
-SKIPPED = "left alone by --skip"
-NOT_NAMED = "not named by --only"
-NON_FINITE = "holds NaN or infinity"
-
-# These are linear layers all the same.
-LINEAR_LEFT_ALONE = frozenset(
-    {
-        *(TIED, ROUTER, EXPERT, FUSED, FLOAT32, FLOAT32_ALWAYS, SUBCLASS, CONV1D, LOADER_FLOAT, SKIPPED, NOT_NAMED),
-        NON_FINITE,
-    }
+from int8cli.planning.reasons import (
+    EMBEDDING,
+    EXPERT,
+    FUSED,
+    HEAD,
+    LAST,
+    LINEAR,
+    ROUTER,
+    SUBCLASS,
+    TIED,
 )
 
 
@@ -182,6 +159,7 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "dab-detr": (_under("bbox_predictor", TIED),),
     "deepseek_v4": (_leaf("wo_a", SUBCLASS),),
     "gradium_phonon_tts": (_leaf(r"self_attn\.in_proj", FUSED),),
+    "graphormer": (_leaf("(?:in|out)_degree_encoder", EMBEDDING),),
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
@@ -227,76 +205,3 @@ ARCHITECTURE_RULES: tuple[tuple[str, tuple[Rule, ...]], ...] = (
     ("Voxtral(?:Realtime)?Model", (_leaf(r"multi_modal_projector\.linear_2", LAST),)),
     ("XCLIPModel", (_top("text_projection", LINEAR),)),
 )
-
-# Output heads that are not called lm_head, by model type. A tied head is not in the file, but `llm_int8_skip_modules`
-# must still name it.
-TIED_HEADS: dict[str, tuple[str, ...]] = {
-    "cls.predictions.decoder": (
-        *("bert", "big_bird", "blip", "deberta", "deberta-v2", "encoder-decoder", "ernie", "fnet", "layoutlm"),
-        *("lxmert", "megatron-bert", "mobilebert", "mra", "nomic_bert", "nystromformer", "roc_bert", "roformer"),
-        *("squeezebert", "tapas", "visual_bert", "yoso"),
-    ),
-    "lm_head.decoder": (
-        *("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "jina_embeddings_v3", "longformer"),
-        *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
-    ),
-    "proj_out": ("canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"),
-    "output_projection": ("biogpt", "fsmt", "trocr"),
-    "generator_lm_head": ("convbert", "electra"),
-    "^decoder$": ("modernbert", "modernbert-decoder"),
-    "pred_layer.proj": ("flaubert", "xlm"),
-    "predictions.decoder": ("albert",),
-    "vocab_projector": ("distilbert",),
-    "embed_out": ("gpt_neox", "gpt_neox_japanese"),
-    "ctc_head": ("granite_speech5_ctc",),
-    "entity_predictions.decoder": ("luke",),
-    "head.decoder": ("ultrabert",),
-    "lm_loss": ("xlnet",),
-    "unembedding_projection": ("neomme",),
-    "^head$": ("rwkv",),
-    "^output$": ("git",),
-}
-
-# Heads of other tasks. A class of the same family creates one that the checkpoint lacks. The loader supports that only
-# for plain linear layers.
-TASK_HEADS = ("score", "classifier", "qa_outputs", "classification_head")
-
-# Families whose base class has a pooler that checkpoints of the masked language model lack. The loader creates it, but
-# only as a plain linear layer.
-POOLED = frozenset(TIED_HEADS["cls.predictions.decoder"] + TIED_HEADS["lm_head.decoder"])
-POOLER = "pooler.dense"
-
-# Other linear layers that transformers leaves alone, whose own names are not in the file: they are tied to others, or
-# made from a weight that is split on load. Entries for `llm_int8_skip_modules`, by model type.
-_SELF_ATTENTION = (r".*\.self_attn\.[qkv]_proj",)
-ABSENT_LINEARS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("d_fine", "deimv2", "rt_detr_v2"), ("class_embed", "bbox_embed")),
-    **dict.fromkeys(("grounding-dino", "mm-grounding-dino"), ("bbox_embed", r".*\.bbox_embed")),
-    **dict.fromkeys(("jina_embeddings_v3", "nemo_speechlm", "nomic_bert", "tipsv2_text_model"), _SELF_ATTENTION),
-    **dict.fromkeys(
-        ("molmo2", "molmo2_text"),
-        (r"(?:.*language_model\.)?layers\.\d+\.(?:self_attn\.[qkv]|mlp\.(?:gate|up))_proj",),
-    ),
-    **dict.fromkeys(("radio", "tipsv2", "tipsv2_dpt", "tipsv2_vision_model"), (r".*\.attention\.[qkv]_proj",)),
-    **dict.fromkeys(("zamba", "zamba2"), (r".*\.shared_transf(?:ormer)?",)),
-    "bark": (r"fine_acoustics\.lm_heads", "lm_heads"),
-    "blip": ("text_decoder.cls.predictions.decoder",),
-    "dab-detr": (r"(?:.*\.)?decoder\.bbox_embed",),
-    "deepseek_v4": (r".*\.compressor\.(?:indexer\.)?(?:gate|kv)_proj",),
-    "deformable_detr": (r"(?:.*\.)?bbox_embed", r"(?:.*\.)?class_embed"),
-    "gradium_phonon_tts": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "gte": ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"),
-    "hrm_text": (r".*\.self_attn\.(?:q|k|v|gate)_proj", r".*\.mlp\.(?:gate|up)_proj"),
-    "jev": ("^proj$",),
-    "kimi_k25": (r".*\.attn\.[qkv]_proj",),
-    "lara_mini": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
-    "mistral_large4": (r".*vision_tower\.transformer\.layers\.\d+\.attention\.[qk]_proj",),
-    "nemotron_h_omni": (r".*\.attention\.[qkv]_proj", "multi_modal_projector.linear_2"),
-    "pp_doclayout_v3": (r"(?:.*\.)?decoder\.bbox_embed", r"(?:.*\.)?decoder\.class_embed"),
-    "qianfan_ocr": (r".*vision_tower\.layers\.\d+\.attention\.[qkv]_proj",),
-    "rf_detr": (r".*decoder\.layers\.\d+\.self_attn\.[qkv]_proj",),
-    "sapiens2": (r".*\.mlp\.(?:gate|up)_proj",),
-    "sarvam_moe": (r".*\.self_attn\.[qkv]_proj", r"layers\.\d+\.self_attn\.[qkv]_proj"),
-    "step3p7": (r".*vision_model\.layers\.\d+\.self_attn\.[qkv]_proj",),
-    "unlimited_ocr": ("multi_modal_projector", r".*vision_encoder\.encoder\.layers\.\d+\.self_attn\.[qkv]_proj"),
-}

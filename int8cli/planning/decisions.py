@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.planning import architectures as names
+from int8cli.planning import reasons as why
 
 _WEIGHT = ".weight"
 
@@ -50,7 +50,7 @@ class Decision:
 
     `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
     expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float. `float32` says
-    when loaders hold it in float32 (`names.FLOAT32`, `names.FLOAT32_ALWAYS`); None if never.
+    when loaders hold it in float32 (`why.FLOAT32`, `why.FLOAT32_ALWAYS`); None if never.
     """
 
     spec: TensorSpec
@@ -105,7 +105,7 @@ class Plan:
     @property
     def has_linear_layers(self) -> bool:
         """Whether any tensor is recognised as a linear layer's weight, even one that is left alone."""
-        return any(decision.quantize or decision.reason in names.LINEAR_LEFT_ALONE for decision in self.decisions)
+        return any(decision.quantize or decision.reason in why.LINEAR_LEFT_ALONE for decision in self.decisions)
 
     @property
     def unmatched_patterns(self) -> tuple[str, ...]:
@@ -126,7 +126,7 @@ class Plan:
         """The same plan with these tensors, which hold NaN or infinity, copied unchanged."""
         non_finite = frozenset(tensor_names)
         decisions = (
-            replace(d, quantize=False, transpose=False, reason=names.NON_FINITE, written_dtype=d.spec.dtype)
+            replace(d, quantize=False, transpose=False, reason=why.NON_FINITE, written_dtype=d.spec.dtype)
             if d.quantize and d.spec.name in non_finite
             else d
             for d in self.decisions

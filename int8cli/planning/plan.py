@@ -15,7 +15,9 @@ from typing import Any
 
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.loaders.transformers_versions import float32_of, is_misread
+from int8cli.planning import absent_modules
 from int8cli.planning import architectures as names
+from int8cli.planning import reasons as why
 from int8cli.planning.architectures import Rule
 from int8cli.planning.decisions import Acceptance, Decision, Plan, PlanOptions
 
@@ -90,11 +92,11 @@ class _Checkpoint:
     def float32(self, module: str) -> str | None:
         """When any loader holds the module in float32: FLOAT32_ALWAYS, FLOAT32 (in float16 models), or None."""
         always = {fact.always for fact in self._float32 if fact.covers(module)}
-        return (names.FLOAT32_ALWAYS if True in always else names.FLOAT32) if always else None
+        return (why.FLOAT32_ALWAYS if True in always else why.FLOAT32) if always else None
 
     def stays_float(self, module: str) -> bool:
         """Whether a linear layer is left alone because of its float32. One that is always float32 becomes int8."""
-        return self.float32(module) == names.FLOAT32
+        return self.float32(module) == why.FLOAT32
 
     def is_float_for(self, loader: Acceptance, module: str) -> bool:
         """Whether a loader does not support this linear layer in int8."""
@@ -109,17 +111,17 @@ class _Checkpoint:
 
 def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> Decision:
     reason = _why_not_linear(spec) or _reason_by_name(spec, checkpoint)
-    if reason == names.EXPERT and options.loader.experts:
-        reason = names.LINEAR
-    if reason == names.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
-        reason = names.CONV1D
-    if reason == names.LINEAR and is_misread(_module(spec)):
-        reason = names.MISREAD
-    if reason == names.LINEAR and checkpoint.is_float_for(options.loader, _module(spec)):
-        reason = names.LOADER_FLOAT
-    if reason == names.LINEAR:
+    if reason == why.EXPERT and options.loader.experts:
+        reason = why.LINEAR
+    if reason == why.LINEAR and checkpoint.is_conv1d(spec) and not options.loader.conv1d:
+        reason = why.CONV1D
+    if reason == why.LINEAR and is_misread(_module(spec)):
+        reason = why.MISREAD
+    if reason == why.LINEAR and checkpoint.is_float_for(options.loader, _module(spec)):
+        reason = why.LOADER_FLOAT
+    if reason == why.LINEAR:
         reason = _reason_by_options(_module(spec), options)
-    quantize = reason == names.LINEAR
+    quantize = reason == why.LINEAR
     transpose = quantize and checkpoint.is_conv1d(spec)
     written_dtype = spec.dtype if quantize else _written_dtype(spec, checkpoint)
     float32 = None if quantize else checkpoint.float32(_module(spec))
@@ -136,7 +138,7 @@ def _written_dtype(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
     """
     if spec.dtype not in CAST_ON_LOAD or not spec.name.endswith(_WEIGHT) or checkpoint.dtype is None:
         return spec.dtype
-    widening = {"F16": {names.FLOAT32, names.FLOAT32_ALWAYS}, "BF16": {names.FLOAT32_ALWAYS}}.get(checkpoint.dtype, ())
+    widening = {"F16": {why.FLOAT32, why.FLOAT32_ALWAYS}, "BF16": {why.FLOAT32_ALWAYS}}.get(checkpoint.dtype, ())
     return "F32" if checkpoint.float32(_module(spec)) in widening else checkpoint.dtype
 
 
@@ -174,14 +176,14 @@ def _most_common_float(specs: Iterable[TensorSpec]) -> str | None:
 def _why_not_linear(spec: TensorSpec) -> str | None:
     """Why a tensor cannot be the weight of a linear layer, by its dtype, shape and suffix; None if it can."""
     if spec.dtype not in QUANTIZABLE_DTYPES:
-        return names.NOT_FLOAT
+        return why.NOT_FLOAT
     if len(spec.shape) < 2:
-        return names.NORM_OR_BIAS
+        return why.NORM_OR_BIAS
     if len(spec.shape) > 2:
-        return names.NOT_A_MATRIX
+        return why.NOT_A_MATRIX
     if not spec.name.endswith(_WEIGHT):
-        return names.NOT_A_WEIGHT
-    return names.EMPTY if spec.numel == 0 else None
+        return why.NOT_A_WEIGHT
+    return why.EMPTY if spec.numel == 0 else None
 
 
 def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
@@ -190,28 +192,28 @@ def _reason_by_name(spec: TensorSpec, checkpoint: _Checkpoint) -> str:
     bias_length = checkpoint.bias_length(module)
     for rule in checkpoint.rules:
         if rule.pattern.search(module) and not (rule.biasless and bias_length is not None):
-            reason = names.TIED_HEAD if rule.reason == names.HEAD and checkpoint.tied else rule.reason
-            if reason == names.EMBEDDING and not checkpoint.is_surely_embedding(spec):
-                return names.MAYBE_EMBEDDING
-            return names.FLOAT32 if reason == names.LINEAR and checkpoint.stays_float(module) else reason
+            reason = why.TIED_HEAD if rule.reason == why.HEAD and checkpoint.tied else rule.reason
+            if reason == why.EMBEDDING and not checkpoint.is_surely_embedding(spec):
+                return why.MAYBE_EMBEDDING
+            return why.FLOAT32 if reason == why.LINEAR and checkpoint.stays_float(module) else reason
     if checkpoint.is_head(spec):
-        return names.TIED_HEAD if checkpoint.tied else names.HEAD
+        return why.TIED_HEAD if checkpoint.tied else why.HEAD
     if checkpoint.stays_float(module):
-        return names.FLOAT32
+        return why.FLOAT32
     if module.endswith(".out_proj") and checkpoint.has(f"{module.removesuffix('.out_proj')}.in_proj_weight"):
-        return names.SUBCLASS  # torch.nn.MultiheadAttention's NonDynamicallyQuantizableLinear
+        return why.SUBCLASS  # torch.nn.MultiheadAttention's NonDynamicallyQuantizableLinear
     if bias_length is None:
-        return names.LINEAR if names.LINEAR_NAME.search(module) else names.UNKNOWN
+        return why.LINEAR if names.LINEAR_NAME.search(module) else why.UNKNOWN
     out_features = spec.shape[1] if checkpoint.is_conv1d(spec) else spec.shape[0]
-    return names.LINEAR if bias_length == out_features else names.UNKNOWN
+    return why.LINEAR if bias_length == out_features else why.UNKNOWN
 
 
 def _reason_by_options(module: str, options: PlanOptions) -> str:
     if any(fnmatchcase(module, pattern) for pattern in options.skip):
-        return names.SKIPPED
+        return why.SKIPPED
     if options.only and not any(fnmatchcase(module, pattern) for pattern in options.only):
-        return names.NOT_NAMED
-    return names.LINEAR
+        return why.NOT_NAMED
+    return why.LINEAR
 
 
 def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
@@ -227,13 +229,13 @@ def _rules_for(config: Mapping[str, Any]) -> Iterator[Rule]:
 def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
     """Entries for linear layers that are left alone and not in the file; all heads if the model type is unknown."""
     types = tuple(model_types(config))
-    for head, owners in names.TIED_HEADS.items():
+    for head, owners in absent_modules.TIED_HEADS.items():
         if not types or any(model_type in owners for model_type in types):
             yield head
     for model_type in types:
-        yield from names.ABSENT_LINEARS.get(model_type, ())
-        if model_type in names.POOLED:
-            yield names.POOLER
+        yield from absent_modules.ABSENT_LINEARS.get(model_type, ())
+        if model_type in absent_modules.POOLED:
+            yield absent_modules.POOLER
 
 
 def model_types(config: Mapping[str, Any]) -> Iterator[str]:

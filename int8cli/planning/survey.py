@@ -17,9 +17,9 @@ import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.disk import disk_errors
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
+from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.writer import existing_parent, free_bytes
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts

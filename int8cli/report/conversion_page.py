@@ -3,7 +3,7 @@
 Owns which charts and tables there are, their order, and the sentences at the top.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,21 +159,25 @@ def _spoken_kinds(report: ConversionReport) -> Iterator[tuple[str, str]]:
 
 def _kinds_table(report: ConversionReport, stored: StoredSummary | None) -> str:
     by_kind = {kind.kind: kind for kind in stored.kinds} if stored is not None else {}
-    heads = ("kind", "layers", "before", "after", WEIGHTS, PLAIN, EXACT, "exact columns")
+    measured = _measured(report)
+    heads = ("kind", *measured, "exact columns", "layers", "before", "after")
     rows = []
     for kind in summarize_kinds(report.layers):
         of = by_kind.get(kind.kind)
         error = of.error if of is not None else None
+        errors = {
+            EXACT: None if error is None else error.with_stored,
+            PLAIN: None if error is None else error.all_int8,
+            WEIGHTS: None if kind.sums is None else kind.sums.relative_frobenius_error,
+        }
         rows.append(
             (
                 kind.kind,
+                *(markup.share(errors[of_what]) for of_what in measured),
+                markup.whole(0 if of is None else of.columns),
                 markup.whole(kind.layers),
                 markup.size(kind.bytes_before),
                 markup.size(kind.bytes_after),
-                markup.share(None if kind.sums is None else kind.sums.relative_frobenius_error),
-                markup.share(None if error is None else error.all_int8),
-                markup.share(None if error is None else error.with_stored),
-                markup.whole(0 if of is None else of.columns),
             )
         )
     return markup.table(heads, rows, "None.", name="Kinds of layers")
@@ -238,22 +242,27 @@ def _layers_table(report: ConversionReport) -> Iterator[str]:
     if len(layers) > MOST_LAYERS:
         note = f"The {MOST_LAYERS:,} largest errors of {len(layers):,} layers. int8/report.json has all."
         yield f'<p class="note">{note}</p>'
-    heads = ("layer", "out × in", "before", "after", WEIGHTS, PLAIN, EXACT, "exact columns")
-    yield markup.table(
-        heads, [_layer_cells(report, layer) for layer in layers[:MOST_LAYERS]], "None.", name="Every layer in int8"
-    )
+    measured = _measured(report)
+    heads = ("layer", *measured, "exact columns", "out × in", "before", "after")
+    rows = [_layer_cells(layer, errors_of(report, layer), measured) for layer in layers[:MOST_LAYERS]]
+    yield markup.table(heads, rows, "None.", name="Every layer in int8")
 
 
-def _layer_cells(report: ConversionReport, layer: LayerReport) -> tuple[markup.Cell, ...]:
-    errors = errors_of(report, layer)
+def _layer_cells(layer: LayerReport, errors: Mapping[str, float], measured: Sequence[str]) -> tuple[markup.Cell, ...]:
     return (
         layer.name,
+        *(markup.share(errors.get(of)) for of in measured),
+        markup.whole(len(layer.stored.columns) if layer.stored is not None else 0),
         f"{layer.shape[0]:,} × {layer.shape[1]:,}",
         markup.size(layer.bytes_before),
         markup.size(layer.bytes_after),
-        *(markup.share(errors.get(of)) for of in (WEIGHTS, PLAIN, EXACT)),
-        markup.whole(len(layer.stored.columns) if layer.stored is not None else 0),
     )
+
+
+def _measured(report: ConversionReport) -> tuple[str, ...]:
+    """The errors that any layer has: first the one that a user gets. On a phone, only the first columns are seen."""
+    known = {of for layer in report.layers for of in errors_of(report, layer)}
+    return tuple(of for of in (EXACT, PLAIN, WEIGHTS) if of in known)
 
 
 def _settings_table(report: ConversionReport) -> str:

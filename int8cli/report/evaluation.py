@@ -53,7 +53,11 @@ def verdict(found: Evaluation) -> str:
         parts.append(
             f"with {loader} ({method.key}) the text's perplexity changes by {100 * (math.exp(lost) - 1):+.2f} %"
             + (", within the noise" if within else "")
-            + (f", and {100 * scores.same_top_share:.1f} % of top tokens stay" if scores.same_top_share else "")
+            + (
+                f", and {100 * scores.same_top_share:.1f} % of top tokens stay"
+                if scores.same_top_share is not None
+                else ""
+            )
         )
     return f"Verdict: {'; '.join(parts)}."
 

@@ -176,7 +176,8 @@ def _score_cells(method: MethodResult) -> Iterator[markup.Cell]:
     yield _cell(scores.nats_over_reference, "+.2g")
     yield _cell(scores.standard_error, ".2g")
     yield _cell(scores.kl_divergence, ".2g")
-    yield _cell(scores.same_top_share, ".1%")
+    share = scores.same_top_share
+    yield markup.NOTHING if share is None else (share, f"{100 * share:.1f} %")
 
 
 def _error_cells(method: MethodResult) -> Iterator[markup.Cell]:

@@ -1,4 +1,4 @@
-"""What is said of a generation once its text is out: speed, memory, agreement with 16 bit."""
+"""The figures of a generation, after its text: speed, memory, agreement with 16 bit."""
 
 from int8cli.report.text import printable, printable_lines
 from int8cli.results.generation import Agreement, Generation
@@ -8,7 +8,7 @@ from int8cli.results.units import human_bytes
 def generation_lines(found: Generation) -> list[str]:
     """Lines for a terminal."""
     rate = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:.1f} tokens/s"
-    ended = "" if found.stopped == "end" else ", cut at the limit"
+    ended = "" if found.stopped == "end" else ", stopped at the limit"
     lines = [
         f"{found.new_tokens} tokens after a prompt of {found.prompt_tokens}: the first in "
         f"{found.seconds_to_first_token:.2f} s{rate}{ended}",
@@ -39,5 +39,5 @@ def _agreement_lines(found: Generation, agreement: Agreement) -> list[str]:
         "",
         f"{differs}; given the same words before it, 16 bit would choose {agreement.agreeing_tokens} of the "
         f"{found.new_tokens} tokens too",
-        f"int8 holds it in {100 * share:.0f} % of the memory",
+        f"the int8 weights take {100 * share:.0f} % of the memory of the 16-bit weights",
     ]

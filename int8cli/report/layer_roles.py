@@ -50,7 +50,7 @@ def places_by_name(names: Sequence[str]) -> list[LayerPlace]:
 
 
 def _around_first_number(name: str) -> tuple[str, int | None, str]:
-    """What stands before the number, the number, and what stands after it, with `*` for further numbers."""
+    """The part before the number, the number, and the part after it, with `*` for further numbers."""
     parts = name.split(".")
     place = next((place for place, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
     if place is None:

@@ -35,7 +35,7 @@ def show_cards(console: PrintingConsole, report: MemoryReport) -> None:
             f"[dim]in use: with {tokens_in_words(report.use)} · -: too small for one layer[/dim]", soft_wrap=True
         )
         if len(list(_rows_that_differ(report.table))) < len(report.table):
-            console.print("[dim]One larger card is enough.[/dim]")
+            console.print("[dim]One card is enough if it is larger than these.[/dim]")
     console.print(f"[dim]{USABLE_RULE}[/dim]", soft_wrap=True)
 
 

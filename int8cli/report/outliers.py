@@ -81,7 +81,8 @@ def summary_lines(
         f"text: {of.text}",
         f"{len(features)} systematic outlier feature{plural}"
         + (f": {named}" if features else "")
-        + f"  (|x| ≥ {of.threshold:g} in ≥ {LAYER_SHARE:.0%} of layers, ≥ {POSITION_SHARE:.0%} of positions)",
+        + f"  (|x| ≥ {of.threshold:g} in ≥ {100 * LAYER_SHARE:.0f} % of layers, "
+        f"≥ {100 * POSITION_SHARE:.0f} % of positions)",
         f"{len(massive)} massive activation{'' if len(massive) == 1 else 's'}"
         + (f", the largest {massive[0].largest:,.0f}" if massive else ""),
     ]
@@ -157,8 +158,8 @@ def _features_table(features: Sequence[LocatedFeature]) -> Table:
         table.add_row(
             str(feature.dimension),
             f"{len(located.layers)} of {located.layer_count}",
-            f"{feature.position_share:.1%}",
-            f"{feature.peak_share:.1%}",
+            f"{100 * feature.position_share:.1f} %",
+            f"{100 * feature.peak_share:.1f} %",
             f"{feature.largest:.1f}",
             escape(feature.sign),
             ranges(located.layers),
@@ -195,7 +196,7 @@ def _kinds_table(sites: Sequence[SiteStatistics]) -> Table:
         table.add_row(
             escape(kind),
             str(len(members)),
-            f"{stats.mean(site.inputs.share_of_values_over for site in members):.3%}",
+            f"{100 * stats.mean(site.inputs.share_of_values_over for site in members):.3f} %",
             f"{max(float(site.inputs.absmax.max()) for site in members):,.1f}",
             *(_median_and_worst(members, int8_inputs=both) for both in (False, True)),
         )

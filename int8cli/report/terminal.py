@@ -41,11 +41,19 @@ class PrintingConsole(Console):
         least = table.__rich_measure__(self, self.options.update(max_width=_UNBROKEN)).minimum
         width, self.width = self.width, max(self.width, least)
         try:
-            self.print(table, crop=False)
+            if self.is_terminal:
+                self.print(table, crop=False)
+            else:
+                self._print_lines(table)
         finally:
             self.width = width
         if caption:
             self.print(caption, style="dim italic", soft_wrap=not self.is_terminal)
+
+    def _print_lines(self, table: Table) -> None:
+        """Print the rows as lines of text, without the spaces that fill up the last column."""
+        for line in self.render_lines(table, pad=False):
+            self.out("".join(segment.text for segment in line).rstrip(), highlight=False)
 
 
 def _widest(console: Console, column: Column) -> int:

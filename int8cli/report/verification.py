@@ -18,9 +18,9 @@ _MARKS = {
 def show_verification(verification: Verification) -> None:
     """Print the checks and their failures, at most `FAILURES_SHOWN` for each check."""
     console = stdout_console()
-    against = f" against [bold]{escape(verification.source)}[/bold]" if verification.source else ""
-    head = f"[bold]{escape(verification.directory)}[/bold]: {escape(verification.model)}, {escape(verification.layout)}"
-    console.print(head + against, soft_wrap=True)
+    made = f"made from {escape(verification.model)}, layout {escape(verification.layout)}"
+    compared = f"; compared with [bold]{escape(verification.source)}[/bold]" if verification.source else ""
+    console.print(f"[bold]{escape(verification.directory)}[/bold]: {made}{compared}", soft_wrap=True)
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

@@ -108,7 +108,8 @@ class Evaluation:
 
     `converted`: the int8 tensors are those of a converted model, named `model`; `reference` is then the 16-bit model
     that was given, or None. `int8_layers` counts the linear layers that the methods compute in int8. `error_tokens`
-    counts the tokens on which the layers' errors were measured. `notes` are sentences for the reader.
+    counts the tokens on which the layers' errors were measured. `notes` are sentences for the reader. `seconds` is the
+    time of the whole evaluation, the calibration included.
     """
 
     model: str

@@ -1,7 +1,7 @@
-"""Blocks whose int8 weights lie in RAM or on the disk, and are with the computing device only while the block runs.
+"""Blocks whose int8 weights stay in RAM or on the disk, and are on the computing device only while the block runs.
 
-Owns when weights come and go: the next block's are brought while one computes. What lies on the disk is mapped from the
-shards, for as long as it is used, so that neither memory nor address space grows with the model. Always in int8.
+Owns when weights are loaded and dropped: those of the next block are loaded while one computes. Weights on the disk are
+mapped from the shards only while they are used, so that neither memory nor address space grows with the model.
 """
 
 import time
@@ -22,7 +22,7 @@ _PAGE_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class FedBlock:
-    """A block, its int8 layers, and where each one's weight comes from: a call gives it, in RAM or mapped."""
+    """A block and its int8 layers. `weights` has a function per layer that returns its weight, in RAM or mapped."""
 
     name: str
     module: nn.Module
@@ -31,10 +31,10 @@ class FedBlock:
 
 
 class BlockFeed:
-    """Gives blocks their weights before they run, in hooks on them, and takes them away after.
+    """Loads the weights of a block before it runs and drops them after, in hooks on the block.
 
-    Blocks may run in any order: what is read ahead is the block that followed the last time, and before that the next
-    in the list.
+    Blocks may run in any order. The one that is loaded ahead is the one that followed the last time or, in the first
+    pass, the next in the list.
     """
 
     def __init__(self, blocks: Sequence[FedBlock], device: torch.device, close: Callable[[], None]) -> None:
@@ -53,9 +53,9 @@ class BlockFeed:
         self._close()
 
     def seconds_for(self, index: int) -> float:
-        """How long it takes to bring one block's weights; the pages of what is mapped are touched."""
+        """How long it takes to load one block's weights: they are loaded, and dropped."""
         begin = time.perf_counter()
-        self._bring(index)
+        self._load(index)
         return time.perf_counter() - begin
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
@@ -65,7 +65,7 @@ class BlockFeed:
         self._last = index
         following = self._followed_by.get(index, (index + 1) % len(self._blocks))
         if following != index:
-            self._ahead = (following, self._pool.submit(self._bring, following))
+            self._ahead = (following, self._pool.submit(self._load, following))
         for layer, weight in zip(self._blocks[index].layers, weights, strict=True):
             layer.take_weight(weight)
 
@@ -74,22 +74,22 @@ class BlockFeed:
             layer.drop_weight()
 
     def _taken(self, index: int) -> list[Tensor]:
-        """The weights of a block: those that were read ahead, if they are these."""
+        """The weights of a block. They may have been loaded ahead."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
-            return self._bring(index)
+            return self._load(index)
         found, future = ahead
         weights = future.result()
-        return weights if found == index else self._bring(index)
+        return weights if found == index else self._load(index)
 
-    def _bring(self, index: int) -> list[Tensor]:
-        brought = []
+    def _load(self, index: int) -> list[Tensor]:
+        loaded = []
         for weight in self._blocks[index].weights:
             tensor = weight()
             if self._device.type == "cpu":
                 tensor.view(-1)[::_PAGE_BYTES].sum()  # reads every page: in this thread, not when it is multiplied
-            brought.append(tensor.to(self._device))
-        return brought
+            loaded.append(tensor.to(self._device))
+        return loaded
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise _refusal()
@@ -100,5 +100,5 @@ class BlockFeed:
 
 def _refusal() -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        "a model whose blocks lie on the disk or in RAM cannot be copied or pickled: load its directory again"
+        "a model whose blocks are on the disk or in RAM cannot be copied or pickled: load its directory again"
     )

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int8cli.checkpoint.index import read_contents
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
+from int8cli.checkpoint.weight_files import read_contents
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.quantize import INT8_MAX

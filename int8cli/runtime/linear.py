@@ -59,7 +59,7 @@ class Int8Linear(nn.Linear):
         def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device), persistent=persistent)
 
-        # Not registered: to whoever asks for it by name, `weight` is the property below.
+        # Not registered as a buffer: `weight` is the property below.
         self._buffers["weight"] = torch.empty((out_features, in_features), dtype=torch.int8, device=device)
         allocate("row_absmax", (out_features,), torch.float32)
         allocate("outlier_cols", (columns,), torch.int32)

@@ -4,7 +4,6 @@ Owns the use of transformers for this. Its loader builds the model, matches name
 weights, each linear layer that is int8 in the directory is replaced by an Int8Linear.
 """
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from torch import nn
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.errors import CheckpointError, Int8cliError, MissingExtraError, OptionError, UnsupportedModelError
+from int8cli.errors import CheckpointError, Int8cliError, OptionError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, INPUT_SCHEMES, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
-from int8cli.model.extra import require_version
+from int8cli.model.extra import require_installed
 from int8cli.model.loading import as_large_as, name_targets
 from int8cli.progress import SILENT, Progress
 from int8cli.runtime.experts import ExpertPlace, find_experts, replace_experts
@@ -64,11 +63,8 @@ def load_model(
     transformers has no class for the model, CheckpointError for tensors that do not fit, OptionError for an invalid
     `inputs`, `device_map` or `max_memory`, NotEnoughMemoryError if two blocks do not fit.
     """
-    if inputs not in INPUT_SCHEMES:
-        raise OptionError(f"{inputs!r} is not one of {', '.join(INPUT_SCHEMES)}", option="inputs")
-    if device_map not in (None, "auto"):
-        raise OptionError(f"{device_map!r} is not 'auto'", option="device_map", hint="One device is `device`.")
-    _require_extra()
+    _check_options(inputs, device_map)
+    require_installed("accelerate")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     limits = memory_limits(place.type, max_memory) if device_map == "auto" or max_memory is not None else None
     offload = Offload(limits, place) if limits is not None else None
@@ -88,13 +84,12 @@ def load_model(
     return model if offload is None else model.to(place)
 
 
-def _require_extra() -> None:
-    for package in ("transformers", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(
-                f"running a model needs {package}, which is not installed", hint="pip install 'int8cli[calibrate]'"
-            )
-    require_version()
+def _check_options(inputs: str, device_map: str | None) -> None:
+    """Raise OptionError for values that callers without a type checker may give."""
+    if inputs not in INPUT_SCHEMES:
+        raise OptionError(f"{inputs!r} is not one of {', '.join(INPUT_SCHEMES)}", option="inputs")
+    if device_map not in (None, "auto"):
+        raise OptionError(f"{device_map!r} is not 'auto'", option="device_map", hint="One device is `device`.")
 
 
 def _config(directory: Path) -> Any:

@@ -1,6 +1,6 @@
-"""A model whose weights are more than its machine holds: which blocks stay, and feeding the others.
+"""A model with more weights than the memory holds: which blocks stay in memory, and how the others get their weights.
 
-Owns the way from memory limits to a model that runs within them, and what is said of its speed beforehand.
+Owns the steps from memory limits to a model that runs within them, and the note about its speed.
 """
 
 import weakref
@@ -22,7 +22,7 @@ from int8cli.runtime.stored import StoredLinear, StoredModel
 
 
 class Offload:
-    """What becomes of the blocks of one model: `plan` before its weights are read, `start` after."""
+    """Keeps a model within memory limits: call `plan` before its weights are read, and `start` after."""
 
     def __init__(self, limits: MemoryLimits, device: torch.device) -> None:
         self._limits, self._device = limits, device
@@ -34,7 +34,7 @@ class Offload:
         return self._placement is not None and self._placement.moves
 
     def plan(self, model: Any, linears: Mapping[str, StoredLinear]) -> set[str]:
-        """Place the blocks of a model without weights; returns the tensors that are not to be read into memory.
+        """Place the blocks of a model that has no weights yet. Returns the tensors not to be read into memory.
 
         `linears` are its int8 layers by their modules' names. Raises NotEnoughMemoryError.
         """
@@ -54,7 +54,7 @@ class Offload:
         return {linear.weight_name for block in on_disk for linear in self._layers[block].values()}
 
     def start(self, model: Any, stored: StoredModel, progress: Progress) -> None:
-        """Have the blocks fed, now that everything else is in memory. `stored` stays open as long as the model."""
+        """Load blocks whenever they run; all else is in memory now. `stored` stays open as long as the model."""
         placement = self._placement
         assert placement is not None
         fed = [self._fed(model, stored, block, place) for block, place in placement.places.items() if place != "device"]
@@ -77,7 +77,7 @@ class Offload:
             weights.append(
                 partial(stored.map, linear.weight_name)
                 if place == "disk"
-                else _held(layer, self._device.type == "cuda")
+                else _in_ram(layer, self._device.type == "cuda")
             )
             layer.drop_weight()
             layers.append(layer)
@@ -88,21 +88,21 @@ class Offload:
 
 
 def _size_bytes(model: Any) -> int:
-    """All parameters and buffers, but one of each tied pair: they are tied only once weights have been read."""
+    """Bytes of all parameters and buffers. A tied pair counts once, although it is tied only after reading weights."""
     tied = getattr(model, "all_tied_weights_keys", {})
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if name not in tied)
 
 
-def _held(layer: Int8Linear, pinned: bool) -> Callable[[], Tensor]:
-    """A layer's weight, held in RAM: page-locked where a GPU copies it."""
+def _in_ram(layer: Int8Linear, pinned: bool) -> Callable[[], Tensor]:
+    """A function that returns the layer's weight from RAM, page-locked if a GPU copies it."""
     weight = layer.weight.as_subclass(Tensor)
-    held = weight.contiguous().pin_memory() if pinned else weight
-    return lambda: held
+    found = weight.contiguous().pin_memory() if pinned else weight
+    return lambda: found
 
 
 def _speed(placement: BlockPlacement, feed: BlockFeed, places: list[Place]) -> str:
-    """What is brought for each token, and how long that takes at the rate of the first block of each place."""
+    """What is loaded for each token, and how long that takes at the rate of the first block of each place."""
     parts, seconds = [], 0.0
     for place, where in (("ram", "RAM"), ("disk", "the disk")):
         if place not in places:
@@ -112,9 +112,9 @@ def _speed(placement: BlockPlacement, feed: BlockFeed, places: list[Place]) -> s
         rate = block_bytes / max(feed.seconds_for(first), 1e-9)
         seconds += placement.bytes_in(place) / rate
         count = len(placement.blocks_in(place))
-        parts.append(f"{count} with {human_bytes(placement.bytes_in(place))} from {where} at {human_bytes(rate)}/s")
+        parts.append(f"{count} ({human_bytes(placement.bytes_in(place))}) from {where} at {human_bytes(rate)}/s")
     how_long = human_seconds(seconds) if seconds >= 1 else f"{seconds:.2f} s"
     return (
-        f"{len(placement.places)} blocks, of which are brought for each token: {', '.join(parts)}; "
-        f"that is {how_long} a token, beside the arithmetic"
+        f"of {len(placement.places)} blocks, {' and '.join(parts)} are loaded for each token: "
+        f"{how_long} per token, plus the arithmetic"
     )

@@ -1,6 +1,6 @@
-"""Where each block of a model has its int8 weights: with the computing device, in RAM, or on the disk.
+"""Where the int8 weights of each block stay: on the computing device, in RAM, or on the disk.
 
-Owns that decision, from sizes alone. Knows no tensor and no file.
+Owns that decision, which depends on sizes alone. Knows no tensors and no files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from int8cli.results.units import human_bytes
 Place = Literal["device", "ram", "disk"]
 # max_memory as accelerate takes it: GPU 0 and "cpu", in bytes or as "8GB".
 MaxMemory = Mapping[Any, int | str]
-# What is left for activations, the KV cache and the rest of the machine where no limit is given.
+# The share of the free memory for weights, if no limit is given. Activations and the KV cache need the rest.
 _SHARE = 0.8
-# Weights of the block that runs, and of the next one, which is read meanwhile.
+# The block that runs, and the next one, which is loaded meanwhile.
 _BLOCKS_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimits:
-    """Bytes that weights may take: on the computing device, and in RAM if that is another."""
+    """Most bytes of weights: on the computing device and, if that is a GPU, in RAM."""
 
     device_bytes: int
     ram_bytes: int | None
@@ -44,17 +44,17 @@ class BlockPlacement:
 
     @property
     def moves(self) -> bool:
-        """Whether any block's weights have to be brought to the device each time that it runs."""
+        """Whether some blocks are elsewhere than on the device, so that their weights are loaded each time they run."""
         return any(place != "device" for place in self.places.values())
 
 
 def memory_limits(device: str, max_memory: MaxMemory | None) -> MemoryLimits:
-    """From what the caller allows; without that, four fifths of what is free. Raises OptionError."""
+    """The limits that the caller gave, or else four fifths of the free memory. Raises OptionError for a bad one."""
     allowed = {key: _in_bytes(size) for key, size in (max_memory or {}).items()}
     unknown = [key for key in allowed if key != "cpu" and not (device == "cuda" and key == 0)]
     if unknown:
-        known = "'cpu' and, where there is a GPU, 0" if device == "cuda" else "'cpu'"
-        raise OptionError(f"{unknown[0]!r} is not a device that weights can be placed on: {known}", option="max_memory")
+        known = "'cpu' and 0, the GPU" if device == "cuda" else "'cpu'"
+        raise OptionError(f"{unknown[0]!r} is not a device for weights here: use {known}", option="max_memory")
     if device == "cuda":
         return MemoryLimits(_allowed(allowed, 0, "cuda"), _allowed(allowed, "cpu", "cpu"))
     return MemoryLimits(_allowed(allowed, "cpu", "cpu"), None)
@@ -79,8 +79,8 @@ def _in_bytes(size: int | str) -> int:
 def place_blocks(block_bytes: Mapping[str, int], fixed_bytes: int, limits: MemoryLimits) -> BlockPlacement:
     """Whole blocks on the device as far as they fit, then in RAM, the rest on the disk.
 
-    `fixed_bytes` is everything but the int8 weights of blocks; it is always on the device. Where anything is brought
-    from elsewhere, the device has room for two blocks of that. Raises NotEnoughMemoryError.
+    `fixed_bytes` are all weights but the int8 weights of blocks; they are always on the device. If a block is
+    elsewhere, the device keeps room for two blocks. Raises NotEnoughMemoryError if the device has no room for both.
     """
     if fixed_bytes + sum(block_bytes.values()) <= limits.device_bytes:
         return BlockPlacement(dict.fromkeys(block_bytes, "device"), block_bytes, fixed_bytes)
@@ -88,8 +88,8 @@ def place_blocks(block_bytes: Mapping[str, int], fixed_bytes: int, limits: Memor
     room = limits.device_bytes - fixed_bytes - in_flight
     if room < 0:
         raise NotEnoughMemoryError(
-            f"embeddings, norms and the output head take {human_bytes(fixed_bytes)}, two blocks "
-            f"{human_bytes(in_flight)}; {human_bytes(limits.device_bytes)} are allowed",
+            f"embeddings, norms and the output head take {human_bytes(fixed_bytes)} and two blocks "
+            f"{human_bytes(in_flight)}, but only {human_bytes(limits.device_bytes)} are allowed",
             hint="Allow more memory, or use a machine with more.",
         )
     places: dict[str, Place] = {}

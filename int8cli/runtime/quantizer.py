@@ -1,6 +1,6 @@
 """The quantizer that transformers' loader calls between building a model and reading its weights.
 
-Owns what transformers is told of a loaded model: that it cannot be saved, that adapters on top of it can be trained,
+Owns what transformers must know about a loaded model: that it cannot be saved, that adapters can be trained with it,
 and how it becomes a model in floats. Importing this imports transformers.
 """
 

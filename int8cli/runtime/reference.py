@@ -3,22 +3,46 @@
 Owns how a source, a directory or a Hub id, becomes that model. No code but transformers' own is ever run.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.checkpoint.config_file import read_config as read_config_file
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.errors import ReferenceModelError
-from int8cli.model.config import model_class_of, read_config
+from int8cli.planning.quantized import declared_methods
+
+if TYPE_CHECKING:
+    import torch
+
+_HINT = "Give the directory or Hub id that was converted."
 
 
-def load_reference(source: str, device: torch.device) -> Any:
-    """The model in the dtype of its config, in eval mode. Raises ReferenceModelError where transformers cannot."""
+def refuse_quantized_reference(source: str) -> None:
+    """Raise ReferenceModelError for a directory whose config.json says that its weights are quantized.
+
+    Reads nothing else and needs no torch, so that it can be asked before a model is loaded. Says nothing about a
+    directory without a config, or a Hub id: `load_reference` finds out.
+    """
+    path = Path(source).expanduser()
+    if (path / CONFIG_FILE).is_file():
+        _refuse_quantized(source, read_config_file(DirectorySource(path)))
+
+
+def load_reference(source: str, device: "torch.device") -> Any:
+    """The model in the dtype of its config, in eval mode.
+
+    Raises ReferenceModelError if transformers cannot load it, or if it is quantized: it would not be a 16-bit model.
+    """
     from transformers import AutoConfig
+
+    from int8cli.model.config import model_class_of, read_config
 
     path = Path(source).expanduser()
     try:
         config = read_config(path) if path.exists() else AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _refuse_quantized(source, config.to_dict())
         model_class = model_class_of(config)
         return model_class.from_pretrained(
             str(path) if path.exists() else source, config=config, dtype="auto", device_map={"": device}
@@ -26,6 +50,11 @@ def load_reference(source: str, device: torch.device) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first_line = (str(error) or repr(error)).splitlines()[0]
         raise ReferenceModelError(
-            f"{source} cannot be loaded as the 16-bit model: {first_line:.200}",
-            hint="Give the directory or Hub id that was converted.",
+            f"{source} cannot be loaded as the 16-bit model: {first_line:.200}", hint=_HINT
         ) from error
+
+
+def _refuse_quantized(source: str, config: Mapping[str, Any]) -> None:
+    methods = ", ".join(dict.fromkeys(declared_methods(config)))
+    if methods:
+        raise ReferenceModelError(f"{source} is a quantized model ({methods}), not the 16-bit one", hint=_HINT)

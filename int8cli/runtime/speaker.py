@@ -1,6 +1,6 @@
-"""A model and its tokenizer, saying something: a prompt's continuation, token by token, with the time each took.
+"""Generates text from a prompt, with a model and its tokenizer, and measures when each token comes.
 
-Owns prompts, chat templates, sampling and clocks. Knows no directory; the model may be in int8 or not.
+Owns prompts, chat templates, sampling and time. Knows no directories; the model may be in int8 or in floats.
 """
 
 import time
@@ -20,7 +20,7 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """New tokens, int64 (n,); their text; when each came, in seconds from the call; whether the model ended it."""
+    """New tokens, int64 (n,); their text; when each came, in seconds after the call; whether the model ended it."""
 
     ids: Tensor
     text: str
@@ -29,7 +29,7 @@ class Spoken:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of the tokens after the first."""
+        """Over the tokens after the first; None if there is only one."""
         if len(self.times_s) < 2 or self.times_s[-1] <= self.times_s[0]:
             return None
         return (len(self.times_s) - 1) / (self.times_s[-1] - self.times_s[0])
@@ -49,16 +49,19 @@ class Speaker:
         return bool(getattr(self._tokenizer, "chat_template", None))
 
     def prompt(self, text: str) -> Tensor:
-        """The tokens of a text to continue: int64 (1, n). Raises TextError for none, CannotRunError."""
+        """The tokens of a text to continue: int64 (1, n).
+
+        Raises TextError for an empty text, CannotRunError if the tokenizer fails.
+        """
         _require_unicode(text)
         with _rejections("the tokenizer cannot read the prompt", "Check the tokenizer's files."):
             found = self._tokenizer(text, return_tensors="pt")["input_ids"]
         return self._checked(found)
 
     def turn(self, messages: Sequence[dict[str, str]]) -> Tensor:
-        """The tokens of a conversation at the point where the model speaks: int64 (1, n).
+        """The tokens of a conversation up to the point where the model answers: int64 (1, n).
 
-        Raises TextError for none, CannotRunError for a chat template that does not work.
+        Raises TextError for an empty conversation, CannotRunError for a chat template that does not work.
         """
         for message in messages:
             _require_unicode(message["content"])
@@ -69,9 +72,9 @@ class Speaker:
         return self._checked(found)
 
     def speak(self, prompt: Tensor, on_text: OnText | None = None) -> Spoken:
-        """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty one at its end.
+        """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty piece at its end.
 
-        Raises CannotRunError where the model cannot be run as generation_config.json and the options say.
+        Raises CannotRunError if the model cannot be run as generation_config.json and the options say.
         """
         streamer = _Clock(self._tokenizer, on_text)
         prompt = prompt.to(self._model.device)
@@ -86,7 +89,7 @@ class Speaker:
         return Spoken(ids, streamer.text, tuple(streamer.times_s), self._ends(ids))
 
     def likeliest(self, prompt: Tensor, ids: Tensor) -> Tensor:
-        """What this model would have chosen at each of the new tokens, given those before it: int64 (n,)."""
+        """The likeliest token for this model at each place of `ids`, given the tokens before it: int64 (n,)."""
         prompt, ids = prompt.to(self._model.device), ids.to(self._model.device)
         with torch.inference_mode():
             if self._model.config.is_encoder_decoder:
@@ -117,7 +120,7 @@ class Speaker:
         return {**options, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
     def _padding(self) -> int | None:
-        """Where no token is for padding, that which ends a text: a single prompt has none, and transformers warns."""
+        """The token for padding or, if there is none, the one that ends a text. Without either, transformers warns."""
         configured = self._model.generation_config.pad_token_id
         if configured is not None:
             return int(configured)
@@ -151,7 +154,7 @@ def _rejections(problem: str, hint: str) -> Iterator[None]:
 
 
 class _Clock(TextStreamer):
-    """Notes when each token comes, and hands its text on."""
+    """Records when each token comes, and passes its text on."""
 
     def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import find_weights, read_headers
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
+from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.errors import ModelNotFoundError, UnsupportedModelError
 from int8cli.llm_int8.quantize import INT8_MAX
 from int8cli.runtime.converted import Converted, check_indices, find_converted

@@ -1,95 +1,40 @@
 """Checks that a conversion matches its source: every shard is converted again, and compared instead of written.
 
-Owns the comparison; the conversion itself is in `conversion`. It uses the recorded decisions, so the check also works
-in a later version that decides differently.
+Owns what is compared and what a difference means. `recorded_task` says how a shard was converted, `conversion` converts
+it, `comparison` compares bytes.
 """
 
 import math
-import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
 from int8cli.checkpoint.digest import NOT_AS_PUBLISHED
-from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.source import LocalFile, Source
-from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, StoredTensor
 from int8cli.conversion.open_shard import open_shard
 from int8cli.conversion.pass_ledger import PassResult
 from int8cli.conversion.shard import layer_report
-from int8cli.conversion.task import PassOptions, ShardTask
+from int8cli.conversion.task import ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
-from int8cli.planning.decisions import Decision, Plan, PlanOptions
+from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS
-from int8cli.planning.output_files import OutputShard, sidecar_file_name
-from int8cli.planning.plan import make_plan
-from int8cli.planning.planned_shard import PlannedShard, plan_shard
-from int8cli.planning.survey import Survey, decisions_by_name, fingerprint, survey_source
+from int8cli.planning.planned_shard import PlannedShard
+from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
-from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
+from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import SideFile
 from int8cli.records.shard_record import ShardRecord
-from int8cli.results.conversion import LayerReport
 from int8cli.results.verification import Check, Failure
+from int8cli.verification.comparison import Comparison
 from int8cli.verification.options import VerificationRun
-from int8cli.verification.sidecars import column_problem
+from int8cli.verification.recorded_task import task_as_recorded
 
 # Two machines may add the same float64 values in different orders.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
 
 COMPARE = "compare"
-
-
-class Comparison:
-    """Compares the bytes that a pass writes with an existing file. Safe to call from several threads."""
-
-    def __init__(self, path: Path, output: OutputShard) -> None:
-        self._reader = FileReader(path)
-        self._file = output.file_name
-        self._header_bytes = len(output.header)
-        self._places = sorted(output.tensors.values(), key=lambda place: (place.offset_bytes, place.end_bytes))
-        self._starts = [place.offset_bytes for place in self._places]
-        self._buffers = threading.local()
-        self._first: dict[str | None, int] = {}
-        self._lock = threading.Lock()
-
-    def write_at(self, offset_bytes: int, data: memoryview | bytes) -> None:
-        """Compare bytes of the file. Raises CorruptShardError if the file is too short."""
-        wanted, found = memoryview(data), self._buffer(len(data))
-        self._reader.read_into(offset_bytes, found)
-        # bytes compare with memcmp, memoryviews item by item.
-        if bytes(found) != bytes(wanted):
-            self._record(offset_bytes, wanted, found)
-
-    def differences(self) -> Iterator[Failure]:
-        """The tensors that differ, with the position of the first difference, and the header if it differs."""
-        places = {place.spec.name: place for place in self._places}
-        for name, offset_bytes in self._first.items():
-            if name is None:
-                yield Failure(self._file, "its header differs from the one made from the source")
-            else:
-                position = _position(places[name], offset_bytes)
-                yield Failure(self._file, f"differs from the conversion of the source, first at {position}", name)
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def _buffer(self, size_bytes: int) -> memoryview:
-        buffer: memoryview | None = getattr(self._buffers, "view", None)
-        if buffer is None or len(buffer) < size_bytes:
-            buffer = self._buffers.view = memoryview(bytearray(size_bytes))
-        return buffer[:size_bytes]
-
-    def _record(self, offset_bytes: int, wanted: memoryview, found: memoryview) -> None:
-        first = offset_bytes + next(place for place in range(len(wanted)) if wanted[place] != found[place])
-        name = None
-        if offset_bytes >= self._header_bytes:
-            name = self._places[bisect_right(self._starts, first) - 1].spec.name
-        with self._lock:
-            self._first[name] = min(first, self._first.get(name, first))
 
 
 def survey_for(source: Source, conversion: Conversion) -> Survey:
@@ -141,7 +86,7 @@ def check_weights(
     shards = [shard for shard in alike if shard.file in records]
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
-        task = _task(directory, shard, survey, conversion, record, options)
+        task = task_as_recorded(directory, shard, survey, conversion, record, options)
         layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
         try:
@@ -177,65 +122,6 @@ def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
         except (OSError, Int8cliError) as error:
             failures.append(Failure(name, str(error)))
     return Check.of("copies", f"{len(survey.weights.copied)} copied files", failures)
-
-
-def _task(
-    directory: Path,
-    shard: ShardSource,
-    survey: Survey,
-    conversion: Conversion,
-    record: ShardRecord,
-    options: VerificationRun,
-) -> ShardTask:
-    """The task that converts the shard as its record says it was converted."""
-    contents = _contents_as_recorded(survey, shard, record)
-    via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
-    stored = None
-    if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
-        stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
-    columns = {name: each.indices for name, each in stored.items()} if stored is not None else None
-    plan = _plan_as_recorded(survey, contents, record)
-    return ShardTask(
-        source=shard,
-        weight_format=survey.weights.format,
-        planned=plan_shard(contents, plan, shard.output, survey.target, columns),
-        directory=directory,
-        partial=directory / shard.output,
-        options=PassOptions(options.threads, options.device, via_half, keep_non_finite=True, figures=figures),
-        stored=stored or {},
-    )
-
-
-def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecord) -> ShardContents:
-    """The shard's tensors, with fused experts split if they were split when it was converted."""
-    contents = next(each for each in survey.shards if each.file_name == shard.file)
-    recorded = {spec.name for spec in record.source_tensors}
-    return contents if recorded == {stored.spec.name for stored in contents.tensors} else contents.as_in_file()
-
-
-def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
-    """Whether there is a sidecar with a plausible record. If it is implausible, the check of sidecars reports that."""
-    known = {stored.spec.name for stored in contents.tensors}
-    most = conversion.settings.outlier_columns
-    sound = (f"{layer.name}.weight" in known and column_problem(layer, most) is None for layer in record.layers)
-    return sidecar in (file.file for file in record.files[1:]) and all(sound)
-
-
-def _plan_as_recorded(survey: Survey, contents: ShardContents, record: ShardRecord) -> Plan:
-    layers = {f"{layer.name}.weight": layer for layer in record.layers}
-    decisions = survey.decisions
-    if any(stored.spec.name not in decisions for stored in contents.tensors):
-        whole = [stored.spec for each in survey.source_shards for stored in each.tensors]
-        decisions = decisions_by_name(make_plan(whole, survey.config, survey.plan.options))
-    own = (decisions[stored.spec.name] for stored in contents.tensors)
-    return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
-
-
-def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
-    if layer is None:
-        return replace(decision, quantize=False, transpose=False)
-    transpose = decision.transpose if decision.quantize else layer.shape != decision.spec.shape
-    return replace(decision, quantize=True, transpose=transpose)
 
 
 def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[PassResult, list[Failure]]:
@@ -289,13 +175,3 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
             now, was = getattr(recomputed.sums, name), getattr(before.sums, name)
             if not math.isclose(now, was, rel_tol=_SUMS_RELATIVE_TOLERANCE):
                 yield Failure(record.files[0].file, f"{name} is {now!r}, the report has {was!r}", decision.module)
-
-
-def _position(place: StoredTensor, offset_bytes: int) -> str:
-    """The index of the element that contains a byte of the file."""
-    element = (offset_bytes - place.offset_bytes) * 8 // DTYPE_BITS[place.spec.dtype]
-    index: list[int] = []
-    for extent in reversed(place.spec.shape):
-        element, remainder = divmod(element, max(extent, 1))
-        index.insert(0, remainder)
-    return f"[{', '.join(map(str, index))}]"

@@ -43,7 +43,8 @@ def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardReco
     """
     absent = absent_packages(layout)
     if absent:
-        yield partial(Check.not_made, NAME, f"needs {' and '.join(absent)}, which is not installed")
+        are = "is" if len(absent) == 1 else "are"
+        yield partial(Check.not_made, NAME, f"needs {_listed(absent)}, which {are} not installed")
     elif is_imported(layout):
         yield partial(check_loads, directory, layout, records)
     else:
@@ -51,6 +52,12 @@ def check_loads_beside(directory: Path, layout: str, records: Sequence[ShardReco
             with suppress(OSError):  # the process has already ended: _answer_of reports how
                 pipe.send((directory, layout, records))
             yield partial(_answer_of, process, pipe)
+
+
+def _listed(packages: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *others, last = packages
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 @contextmanager

@@ -181,7 +181,7 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 def _write_json(path: Path, document: object) -> None:
-    path.write_text(json.dumps(document, indent=2))
+    path.write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
 def main() -> None:

@@ -87,7 +87,7 @@ def _tree(pid: int) -> list[int]:
 def _pss_bytes(pid: int) -> int:
     """The memory of a process, with shared memory divided by the number of processes that share it."""
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     return 0

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 # In the order of the table. Each is the name of a module here.
-MACHINES: tuple[str, ...] = ("kills", "faults", "hub_faults", "processes", "signals", "headers", "formats")
+MACHINES: tuple[str, ...] = (
+    *("kills", "power", "faults", "full_disk", "streams", "hub_faults", "processes", "signals", "headers", "formats"),
+)
 
 
 @dataclass(frozen=True, slots=True)

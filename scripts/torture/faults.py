@@ -91,7 +91,7 @@ def _case(bench: Bench, tally: Tally, fault: Fault) -> bool:
     reference.prepare(directory)
     watch = bench.watch(scenario, directory, _NAMES)
     ended = bench.run(scenario, directory, watch, (fault.blow,))
-    complaint = ended.complaint() or reference.not_whole(directory)
+    complaint = ended.complaint(judges=scenario.judges) or reference.not_whole(directory)
     if not complaint and ended.code == 0:
         complaint = "" if without_times(ended.out) == reference.stdout else "exit 0 with another standard output"
         complaint = complaint or reference.difference_but_for_leftovers(directory)

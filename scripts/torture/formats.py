@@ -46,7 +46,7 @@ def fuzzed(names: Sequence[str], seconds: float, seed: int) -> dict[str, Answer]
             for name in left:
                 path = Path(scratch, f"{name}.json")
                 if path.exists():
-                    told = json.loads(path.read_text())
+                    told = json.loads(path.read_text(encoding="utf-8"))
                     answers[name] = Answer(**{**told, "faults": tuple(told["faults"])})
             if ended:
                 name, data = at_hand(Path(scratch, "input"))

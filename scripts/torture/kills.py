@@ -7,7 +7,7 @@ import random
 import shutil
 
 from torture import Figures, kernel
-from torture.scenarios import SCENARIOS, Bench, Scenario, shared_bench
+from torture.scenarios import SCENARIOS, WRITING, Bench, Scenario, shared_bench
 from torture.tally import Tally
 from torture.tracing import CHANGING, KILL, Blow
 
@@ -40,7 +40,7 @@ class _Boundaries:
         self._met: dict[str, set[int]] = {}
 
     def next(self) -> tuple[Scenario, tuple[int, ...]]:
-        [scenario] = self._chance.choices(SCENARIOS, [each.every for each in SCENARIOS])
+        [scenario] = self._chance.choices(WRITING, [each.every for each in WRITING])
         if not self._left.get(scenario.name):
             calls = self._bench.reference(scenario).calls(CHANGING, changing=True)
             self._all[scenario.name] = len(calls)

@@ -42,7 +42,10 @@ _USED_LATER = (
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A run of the program: its arguments, where, changes to the environment, and how it is traced, if it is."""
+    """A run of the program: its arguments, where, changes to the environment, and how it is traced, if it is.
+
+    `stdout` and `stderr`: a path, CLOSED, or UNREAD; by default files whose text is in the answer.
+    """
 
     args: tuple[str, ...]
     cwd: str
@@ -50,6 +53,8 @@ class Request:
     watch: Watch | None = None
     blows: Sequence[Blow] = ()
     limit_s: float = _LIMIT_S
+    stdout: str = ""
+    stderr: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +69,19 @@ class Ended:
     def code(self) -> int | None:
         return self.traced.code
 
-    def complaint(self, codes: Collection[int] = (0, 1)) -> str:
-        """What is wrong with the end itself, whatever the files are; empty if nothing is."""
+    def complaint(self, codes: Collection[int] = (0, 1), *, judges: bool = False) -> str:
+        """What is wrong with the end itself, whatever the files are; empty if nothing is.
+
+        `judges`: with exit code 1, a judgement on standard output is as good as an error.
+        """
         if self.code is None:
             return f"did not end within {_LIMIT_S:.0f} s"
         if "Traceback (most recent call last)" in self.err:
             return f"traceback: {self.err.strip().splitlines()[-1][:200]}"
         if self.code not in codes:
             return f"exit {self.code}: {self.err.strip()[-200:]}"
+        if self.code == 1 and judges and '"holds": false' in self.out:
+            return ""
         if self.code == 1 and self.err.count("error: ") != 1:
             return f"{self.err.count('error: ')} error lines: {self.err.strip()[-300:]}"
         if self.code == 1 and "hint: " not in self.err:
@@ -104,8 +114,10 @@ class Launcher:
         env: Mapping[str, str] | None = None,
         watch: Watch | None = None,
         blows: Sequence[Blow] = (),
+        stdout: str = "",
+        stderr: str = "",
     ) -> Ended:
-        request = Request(tuple(map(str, args)), str(cwd), env or {}, watch, tuple(blows))
+        request = Request(tuple(map(str, args)), str(cwd), env or {}, watch, tuple(blows), stdout=stdout, stderr=stderr)
         pickle.dump(request, self._requests)
         self._requests.flush()
         ready, _, _ = select.select([self._answers], [], [], 3 * request.limit_s)
@@ -194,7 +206,7 @@ def _run(request: Request) -> Ended:
             os.close(release)
             os.read(waiting, 1)
             os.close(waiting)
-            _become_the_program(request, stdout, stderr)
+            _become_the_program(request, request.stdout or str(stdout), request.stderr or str(stderr))
         os.close(waiting)
         watch = request.watch or Watch(frozenset(), ())
         traced = Tracer(pid, watch, request.blows, request.limit_s).follow(lambda: os.close(release))
@@ -202,7 +214,7 @@ def _run(request: Request) -> Ended:
         return Ended(traced, out, err)
 
 
-def _become_the_program(request: Request, stdout: Path, stderr: Path) -> None:
+def _become_the_program(request: Request, stdout: str, stderr: str) -> None:
     from huggingface_hub import constants
     from support.program import become_the_program
 
@@ -212,9 +224,9 @@ def _become_the_program(request: Request, stdout: Path, stderr: Path) -> None:
         if request.watch is not None:
             kernel.stop_at_calls(sorted(kernel.CALLS[name] for name in request.watch.names))
     except BaseException:
-        stderr.write_text(traceback.format_exc())
+        Path(stderr).write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(70)
-    become_the_program(list(request.args), request.cwd, dict(request.env), str(stdout), str(stderr), None)
+    become_the_program(list(request.args), request.cwd, dict(request.env), stdout, stderr, None)
 
 
 def _quick_retries() -> None:

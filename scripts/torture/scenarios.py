@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from support.calibration_models import make_model, some_text
 from support.hub_stand_in import HubStandIn
 from support.program import llama, tree, write_json
 
+from torture import mounts
 from torture.launcher import Ended, Launcher, launched
 from torture.scratch import scratch_directory
 from torture.tracing import Blow, Watch
@@ -32,6 +33,7 @@ class Scenario:
     """A command. `SOURCE` in `args` stands for the checkpoint's path or repository, `TEXT` for a file of words.
 
     `source` names how the checkpoint is made. `before` runs first, undisturbed. `every`: how often it is drawn.
+    `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it.
     """
 
     name: str
@@ -39,11 +41,13 @@ class Scenario:
     source: str = "safetensors"
     before: tuple[str, ...] = ()
     every: int = 4
-    stdout: bool = True
+    writes: bool = True
+    judges: bool = False
 
 
 _CONVERT = ("convert", "SOURCE", "-o", "out", "--json")
 _BRIEF = ("--text", "TEXT", "--tokens", "48")
+_CONVERTED = ("convert", "SOURCE", "-o", "out", "-q", "--outliers", "weights")
 
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("plain", (*_CONVERT, "--outliers", "none")),
@@ -76,11 +80,48 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "dequantize",
         ("dequantize", "out", "-o", "back", "-q"),
-        before=("convert", "SOURCE", "-o", "out", "-q", "--outliers", "weights"),
+        before=_CONVERTED,
         every=2,
+    ),
+    Scenario("report", ("report", "out", "--json", "-o", "found.html", "-o", "found.svg"), before=_CONVERTED, every=1),
+    Scenario(
+        "evaluate to a page",
+        ("evaluate", "SOURCE", "--json", "-o", "found.html", *_BRIEF),
+        source="runnable",
+        every=1,
+    ),
+    Scenario("status", ("status", "out", "--json"), before=_CONVERTED, writes=False, every=1),
+    Scenario("estimate", ("estimate-memory", "SOURCE", "--json"), writes=False, every=1),
+    Scenario("estimate hub", ("estimate-memory", "SOURCE", "--json"), source="hub", writes=False, every=1),
+    Scenario(
+        "verify",
+        ("verify", "out", "--json"),
+        source="runnable",
+        before=_CONVERTED,
+        writes=False,
+        judges=True,
+        every=1,
+    ),
+    Scenario(
+        "verify with source",
+        ("verify", "out", "--source", "SOURCE", "--json"),
+        before=_CONVERTED,
+        writes=False,
+        judges=True,
+        every=1,
+    ),
+    Scenario(
+        "generate",
+        ("generate", "out", "Hello", "--max-new-tokens", "4", "-q"),
+        source="runnable",
+        before=_CONVERTED,
+        writes=False,
+        every=1,
     ),
     Scenario("two workers", (*_CONVERT, "--outliers", "weights", "--workers", "2"), every=1),
 )
+
+WRITING = tuple(each for each in SCENARIOS if each.writes)
 
 
 @dataclass
@@ -112,10 +153,12 @@ class Bench:
         blows: tuple[Blow, ...] = (),
         *,
         first: bool = False,
+        stdout: str = "",
+        stderr: str = "",
     ) -> Ended:
-        """Run the command in a directory; `first`: what comes before it."""
+        """Run the command in a directory; `first`: what comes before it. Streams as in `launcher.Request`."""
         args, env = self.words(scenario, first=first), self.environment(cwd)
-        return self.launcher.run(*args, cwd=cwd, env=env, watch=watch, blows=blows)
+        return self.launcher.run(*args, cwd=cwd, env=env, watch=watch, blows=blows, stdout=stdout, stderr=stderr)
 
     def words(self, scenario: Scenario, *, first: bool = False) -> list[str]:
         """The command's words; what they name is there from now on."""
@@ -245,6 +288,8 @@ def shared_bench() -> Bench:
     """One for all machines of this process: to start the launcher takes longer than twenty runs. Closed at exit."""
     stack = ExitStack()
     atexit.register(stack.close)
+    with suppress(OSError):  # without the right to do so; then the machine that mounts says that it cannot
+        mounts.make_private()
     scratch = stack.enter_context(scratch_directory())
     hub = stack.enter_context(HubStandIn())
     return Bench(scratch, stack.enter_context(launched(scratch, hub.endpoint)), hub)

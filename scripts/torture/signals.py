@@ -22,12 +22,15 @@ from torture.tracing import FILES, SIGNAL, SOCKETS, Blow
 LIMIT_S = 2.0
 START = "start"
 PHASES = {
-    START: ("plain", "weights", "evaluate"),
+    START: ("plain", "weights", "evaluate", "dequantize", "report", "status", "generate"),
     "download": ("hub", "hub weights", "hub keep", "hub activations"),
     "conversion": ("plain", "weights", "bin", "overwrite", "compressed-tensors"),
     "workers": ("two workers",),
     "calibration": ("activations", "inspect-outliers"),
-    "evaluation": ("evaluate",),
+    "evaluation": ("evaluate", "evaluate to a page"),
+    "reading": ("status", "report", "verify", "verify with source", "estimate", "estimate hub"),
+    "restoring": ("dequantize",),
+    "generation": ("generate",),
 }
 _NUMBERS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 _LATEST_START_S = 3.0

@@ -48,7 +48,9 @@ SOCKETS = frozenset({"connect", "sendto", "recvfrom", "read", "write", "close"})
 KILL, ERROR, SHORT, SIGNAL = "kill", "error", "short", "signal"
 
 _WALL = 0x40000000
-_PATH_AT = {  # where a call has its path: the register of the directory's descriptor, or None, and that of the path
+_PATH_AT: dict[
+    str, tuple[str | None, str]
+] = {  # where a call has its path: the register of the directory's descriptor, or None, and that of the path
     **dict.fromkeys(
         ("open", "mkdir", "rmdir", "unlink", "stat", "lstat", "readlink", "chmod", "statfs"), (None, "rdi")
     ),
@@ -58,6 +60,11 @@ _PATH_AT = {  # where a call has its path: the register of the directory's descr
     "symlink": (None, "rsi"),
     "symlinkat": ("rsi", "rdx"),
 }
+_RENAMED_AT: dict[str, tuple[str | None, str]] = {  # and the old one, of those that have two
+    "rename": (None, "rdi"),
+    **dict.fromkeys(("renameat", "renameat2"), ("rdi", "rsi")),
+}
+RENAMED_TO = " to "  # between the two, in the record of a call
 _DESCRIPTOR_IN = {"mmap": "r8", "copy_file_range": "rdx"}  # rdi for all others
 _LENGTH_IN = {**dict.fromkeys(("read", "write", "pread64", "pwrite64", "recvfrom", "sendto"), "rdx"), "sendfile": "r10"}
 _VECTORS_IN = frozenset({"preadv", "preadv2", "pwritev", "writev"})
@@ -228,14 +235,20 @@ class Tracer:
                 return "socket" if self._watch.sockets and name in SOCKETS else None
             for root in self._watch.roots:
                 if path == root or path.startswith(f"{root}/"):
-                    return path[root.rfind("/") + 1 :]
+                    short = path[root.rfind("/") + 1 :]
+                    if name not in _RENAMED_AT:
+                        return short
+                    return f"{_path_at(thread, found, *_RENAMED_AT[name])[root.rfind('/') + 1 :]}{RENAMED_TO}{short}"
         return None
 
 
 def _path_of(thread: int, name: str, found: kernel.Registers) -> str:
     if name not in _PATH_AT:
         return _descriptor(thread, getattr(found, _DESCRIPTOR_IN.get(name, "rdi")))
-    directory, path = _PATH_AT[name]
+    return _path_at(thread, found, *_PATH_AT[name])
+
+
+def _path_at(thread: int, found: kernel.Registers, directory: str | None, path: str) -> str:
     said = _text(thread, getattr(found, path))
     if said.startswith("/"):
         return os.path.normpath(said)

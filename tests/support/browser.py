@@ -29,10 +29,15 @@ const look = () => {{
   const read = [...inside.querySelectorAll('h1, h2, p, [role=img], caption')].map(
     each => [each.tagName, each.getAttribute('aria-label') ?? each.textContent]);
   const fills = [...inside.querySelectorAll('.mark-rect path')].map(each => each.getAttribute('fill'));
+  const tables = Object.fromEntries([...inside.querySelectorAll('.scroll')].map(box => {{
+    const edge = box.getBoundingClientRect().right + 1;
+    const heads = [...box.querySelectorAll('th')].filter(head => head.getBoundingClientRect().right <= edge);
+    return [box.getAttribute('aria-label'), heads.map(head => head.textContent)];
+  }}));
   const page = inside.documentElement.scrollWidth, paper = getComputedStyle(inside.body).backgroundColor;
   const out = document.createElement('pre');
   out.id = 'seen';
-  out.textContent = JSON.stringify({{charts, read, page, paper, fills: [...new Set(fills)]}});
+  out.textContent = JSON.stringify({{charts, read, tables, page, paper, fills: [...new Set(fills)]}});
   document.body.append(out);
 }};
 look();
@@ -40,11 +45,42 @@ look();
 """
 
 
+# For `seen_by`: collects the errors of a page in `seen`, hovers over a mark, and hands `seen` over at the end.
+WATCHING = """
+const seen = {errors: []};
+window.addEventListener('error', event => seen.errors.push(event.message));
+window.addEventListener('unhandledrejection', event => seen.errors.push(String(event.reason)));
+const middleOf = mark => {
+  const box = mark.getBoundingClientRect();
+  return {bubbles: true, clientX: box.x + box.width / 2, clientY: box.y + box.height / 2};
+};
+const hoverOver = (found, then) => {
+  const mark = document.querySelector(found);
+  if (!mark) { setTimeout(() => hoverOver(found, then), 50); return; }
+  mark.dispatchEvent(new MouseEvent('mouseover', middleOf(mark)));
+  mark.dispatchEvent(new PointerEvent('pointermove', middleOf(mark)));
+  mark.dispatchEvent(new MouseEvent('mousemove', middleOf(mark)));
+  setTimeout(() => {
+    seen.tooltip = document.getElementById('vg-tooltip-element')?.innerText ?? '';
+    seen.charts = [...document.querySelectorAll('.chart')].map(chart => chart.querySelectorAll('svg').length);
+    then();
+  }, 200);
+};
+const tell = () => {
+  const out = document.createElement('pre');
+  out.id = 'seen';
+  out.textContent = JSON.stringify(seen);
+  document.body.append(out);
+};
+"""
+
+
 def seen_at(width: int, page: Path, *, dark: bool) -> Any:
     """What a reader with a screen of this width sees, once all charts are drawn, in light or dark colors.
 
     `charts`: the width of each and of its place. `read`: headings, sentences, charts and tables in the order in which a
-    screen reader reads them. `page`: the width of the content. `paper`: the color behind it. `fills`: those of cells.
+    screen reader reads them. `tables`: the heads of each that are seen before it is scrolled. `page`: the width of the
+    content. `paper`: the color behind it. `fills`: those of cells.
     """
     framed = page.with_name(f"framed-{width}-{dark}.html")
     framed.write_text(_FRAME.format(page=page.as_uri(), width=width))

@@ -28,6 +28,9 @@ LIMIT_S = 120.0
 # What most tests convert with: stored columns have test_sidecars.py and test_outlier_conversion.py.
 CONVERT = ("convert", "--outliers", "none")
 
+# In place of a path, for a standard stream: no descriptor, and a pipe that nobody reads.
+CLOSED, UNREAD = "closed", "unread"
+
 _LARGE_BYTES = 1 << 16
 
 
@@ -290,12 +293,13 @@ def become_the_program(
 ) -> None:
     """What a fork of a process that has imported the program does in place of starting it. Never returns."""
     os.setsid()
-    for descriptor, path in ((1, stdout), (2, stderr)):
-        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(opened, descriptor)
-        os.close(opened)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
+    os.close(null)
+    for descriptor, path in ((1, stdout), (2, stderr)):
+        _connect(descriptor, path)
+    sys.stdout = None if stdout == CLOSED else sys.stdout  # as Python starts in such a process
+    sys.stderr = None if stderr == CLOSED else sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(cwd)
     os.environ.update(env)
@@ -317,6 +321,20 @@ def become_the_program(
     finally:
         sys.stderr.flush()
         os._exit(code)  # taking torch down in order would take a second
+
+
+def _connect(descriptor: int, path: str) -> None:
+    """Make a standard descriptor write to a file, or to nothing as CLOSED and UNREAD say."""
+    if path == CLOSED:
+        os.close(descriptor)
+        return
+    if path == UNREAD:
+        reader, opened = os.pipe()
+        os.close(reader)
+    else:
+        opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(opened, descriptor)
+    os.close(opened)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from int8cli.progress import BYTES
 
 
 class CoherentProgress:
-    """Asserts that tasks and parts begin before they advance, are finish once, and finish completely."""
+    """Asserts that tasks and parts begin before they advance, are finished once, and end complete."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

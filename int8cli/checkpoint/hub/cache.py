@@ -64,7 +64,7 @@ class HubCache:
         if file_name not in self._downloaded:
             raise CorruptShardError(
                 f"{self._repository.label(file_name)}: the copy in the Hub cache differs from the published file",
-                hint=f"Delete {cached.resolve()} and run the same command again.",
+                hint=f"Delete {os.path.realpath(cached)} and run the same command again.",
             )
         cached.unlink()
         self._blob(self._remote.published(file_name).etag).unlink(missing_ok=True)

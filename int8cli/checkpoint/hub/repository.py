@@ -21,7 +21,7 @@ from int8cli.typed_json import InvalidJsonError, parse_json, read_as, shown
 
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 _ANSWER_LIMIT_BYTES = 256 << 20  # 100 bytes a file
-_FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be told in seconds, not minutes
+_FIRST_CONTACT_ATTEMPTS = 5  # a wrong endpoint or a missing network should be reported in seconds, not minutes
 _PROBABLY_A_PATH_ATTEMPTS = 2  # and a mistyped directory in a second
 
 

@@ -10,14 +10,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from int8cli.loaders.older_names import names_on_load
 from int8cli.loaders.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
-from int8cli.planning import architectures as names
+from int8cli.planning import absent_modules
+from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Decision, Plan
 
 EXPERTS_PATTERN = r".*\.experts"
 ALL_RULES = tuple(dict.fromkeys(reversed(SKIP_RULES.values())))  # the newest first: its entries work most widely
 
 # A version that compares whole names would need one entry for each of these; it quantizes them on load instead.
-_NOT_BY_NAME = frozenset({names.ROUTER, names.EXPERT})
+_NOT_BY_NAME = frozenset({why.ROUTER, why.EXPERT})
 
 
 def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]:
@@ -45,7 +46,7 @@ def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]
 def _may_be_linear(decision: Decision) -> bool:
     """Whether the loader might build a linear layer for a tensor, by what it is and not by why it is left alone."""
     spec = decision.spec
-    return len(spec.shape) == 2 and spec.name.endswith(".weight") and decision.reason != names.EMBEDDING
+    return len(spec.shape) == 2 and spec.name.endswith(".weight") and decision.reason != why.EMBEDDING
 
 
 def covers(entry: str, module: str) -> bool:
@@ -61,8 +62,8 @@ def _always_named(plan: Plan) -> Iterator[str]:
         if re.fullmatch(r"\^\w+\$", entry):
             yield entry[1:-1]  # for the version that does not support expressions
     present = {part for decision in plan.decisions for part in decision.module.split(".")}
-    yield from (head for head in names.TASK_HEADS if head not in present)
-    if any(decision.reason == names.EXPERT for decision in plan.copied):
+    yield from (head for head in absent_modules.TASK_HEADS if head not in present)
+    if any(decision.reason == why.EXPERT for decision in plan.copied):
         yield EXPERTS_PATTERN
 
 

@@ -49,7 +49,7 @@ def main(names: str, seconds: str, seed: str, corpus: str, scratch: str) -> None
             faults = tuple(fault.line() for fault in fuzzing.faults.values())
             answer = Answer(fuzzing.runs, fuzzing.refused, fuzzing.steps, faults)
             aside = Path(scratch, "aside")
-            aside.write_text(json.dumps(asdict(answer)))
+            aside.write_text(json.dumps(asdict(answer)), encoding="utf-8")
             aside.replace(Path(scratch, f"{name}.json"))
 
 
@@ -61,7 +61,8 @@ def at_hand(path: Path) -> tuple[str, bytes]:
 
 
 def _bound_memory() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").exists() else 0
+    statm = Path("/proc/self/statm")
+    pages = int(statm.read_text(encoding="utf-8").split()[0]) if statm.exists() else 0
     if pages:
         limit = pages * resource.getpagesize() + _MORE_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -12,7 +12,7 @@ import torch
 from support.calibration_models import WORDS, make_model
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import find_weights, read_headers
+from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.errors import SavedStateError
 from int8cli.llm_int8.inputs import InputStatistics
 from int8cli.model.sampling import Sampling

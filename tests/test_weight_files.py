@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from int8cli.checkpoint.directory import DirectorySource
-from int8cli.checkpoint.index import WeightFiles, find_weights, read_headers
+from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.errors import (
     CorruptShardError,
     IndexFileError,
