@@ -434,8 +434,10 @@ def test_status_and_verify_say_where_shards_are(user: User) -> None:
     assert status["shards_finished"] >= 1
     assert f"uploaded  1 of 3 to {REPO}, not committed yet; 1 are not here any more" in user.run("status", "out").out
     assert user.convert(*STREAM, "-q").code == 0
-    refused(user.run("verify", "out"), f"3 of 3 shards are not here: they were uploaded to {REPO}", "hf download")
-    refused(user.run("dequantize", "out", "-o", "floats"), "3 of 3 shards are not here", "hf download")
+    refused(
+        user.run("verify", "out"), f"3 of 3 shards are not here: they were uploaded to {REPO}", f"Download {REPO} into"
+    )
+    refused(user.run("dequantize", "out", "-o", "floats"), "3 of 3 shards are not here", f"Download {REPO} into")
     shown = user.run("status", "out").out
     commit = user.hub.repo(REPO).commit
     assert f"uploaded  3 of 3 to {REPO}, commit {commit[:12]}; 3 are not here any more" in shown

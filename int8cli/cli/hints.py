@@ -11,7 +11,6 @@ _BY_WEIGHTS = "--outliers weights chooses the columns without running the model.
 _FROM_WEIGHTS = "--from weights works without running the model."
 _SMALLER_RUN = "--sequence-length N uses shorter sequences, --device cpu needs no GPU."
 _TEXT = "--text FILE and --sequence-length N select the text to run."
-_DOWNLOAD = "`hf download REPO --local-dir COPY`, or the store's own tool, gets all files."
 _PLACES = "--output FILE and --work-dir DIR set where to write."
 
 CONVERT: Hints = {
@@ -35,7 +34,6 @@ CONVERT: Hints = {
 DEQUANTIZE: Hints = {
     errors.DiskSpaceError: "--output OUT can be on another disk.",
     errors.OutputError: "--output OUT names another directory.",
-    errors.ShardsRemovedError: _DOWNLOAD,
 }
 ESTIMATE_MEMORY: Hints = {}
 INSPECT_OUTLIERS: Hints = {
@@ -48,7 +46,7 @@ INSPECT_OUTLIERS: Hints = {
     errors.NoSuspectsError: "--from activations runs the model.",
 }
 PUSH: Hints = {}
-VERIFY: Hints = {errors.ShardsRemovedError: _DOWNLOAD}
+VERIFY: Hints = {}
 STATUS: Hints = {}
 REPORT: Hints = {}
 ENV: Hints = {}
