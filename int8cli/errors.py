@@ -128,6 +128,10 @@ class SettingsMismatchError(OutputError):
     """The output directory holds a conversion of another model, or one with other settings."""
 
 
+class InexactSmoothingError(CheckpointError):
+    """A value of a tensor cannot be multiplied by a power of two without losing digits."""
+
+
 class SavedStateError(Int8cliError):
     """The state that an interrupted run saved cannot be read back."""
 

@@ -74,6 +74,7 @@ def test_stdout_is_the_report_and_stderr_has_a_line_per_shard(model: Path) -> No
     assert outcome.out.startswith("Done. model is in int8 in model-int8, 1.")
     assert "\nNext:\n  int8cli verify model-int8\n" in outcome.out
     assert len(outcome.out.splitlines()) <= 24
+    assert not [line for line in outcome.out.splitlines() if line.endswith(" ")]
     assert "Worst layers" not in outcome.out
     assert "\x1b" not in outcome.out + outcome.err
 
@@ -432,7 +433,8 @@ NOT_ON_THE_COMMAND_LINE = {
     ],
 )
 def test_the_library_and_the_command_line_have_the_same_options_and_defaults(command: str, kind: Any) -> None:
-    [function] = [each.callback for each in app.registered_commands if each.name == command and each.callback]
+    [function] = [each.callback for each in app.registered_commands if each.name == command]
+    assert function is not None
     parameters = inspect.signature(function).parameters
     fields = {field.name for field in dataclasses.fields(kind)}
     assert fields - set(parameters) == NOT_ON_THE_COMMAND_LINE.get(kind, set())

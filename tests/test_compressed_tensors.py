@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from support.program import llama, run, tree
 from support.verifying import verified
 from torch import Tensor, nn
 
-from int8cli import ConvertOptions, convert
+from int8cli import ConvertOptions, DequantizeOptions, convert, dequantize, load_model
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.commands.options import LayoutName
+from int8cli.commands.options import InputsName, LayoutName
+from int8cli.errors import OptionError, UnsupportedModelError
+from int8cli.llm_int8.matmul import quantize_tokens
 from int8cli.planning.decisions import Acceptance, PlanOptions
 from int8cli.planning.layouts import LAYOUTS, bitsandbytes, compressed_tensors
 from int8cli.planning.plan import make_plan
@@ -432,3 +435,146 @@ def test_verify_says_that_transformers_does_not_read_mixtures(skip: tuple[str, .
     else:
         assert loads.status == "not checked"
         assert "vLLM can" in loads.detail
+
+
+# Inputs with a zero point
+
+
+def test_inputs_with_a_zero_point_are_only_another_config(tmp_path: Path) -> None:
+    source = llama(tmp_path / "source")
+    convert(source, tmp_path / "plain", ConvertOptions(outliers="none", layout=LAYOUT))
+    report = convert(
+        source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, inputs="zeropoint")
+    ).report
+    assert report.settings["inputs"] == "zeropoint"
+    plain, out = (read_json(tmp_path / name / "config.json")["quantization_config"] for name in ("plain", "out"))
+    assert plain["config_groups"]["group_0"]["input_activations"].pop("symmetric") is True
+    assert out["config_groups"]["group_0"]["input_activations"].pop("symmetric") is False
+    assert out == plain
+    for file in (tmp_path / "plain").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    assert "SGLang ignores the zero points" in (tmp_path / "out/README.md").read_text()
+    assert [check.name for check in verified(tmp_path / "out", source).checks if check.failures] == []
+
+
+def test_transformers_gives_inputs_a_zero_point(tmp_path: Path) -> None:
+    """Inputs that are not centred on zero are rounded half as much. transformers rounds them, and nothing else."""
+    from transformers import AutoModelForCausalLM
+
+    source = llama(tmp_path / "source")
+    name = "model.layers.0.self_attn.q_proj"
+    values = (torch.randn(7, 64, generator=torch.Generator().manual_seed(5)).abs() + 1).bfloat16()
+    errors = {}
+    schemes: tuple[InputsName, ...] = ("absmax", "zeropoint")
+    for inputs in schemes:
+        convert(source, tmp_path / inputs, ConvertOptions(outliers="none", layout=LAYOUT, inputs=inputs))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / inputs, dtype=torch.float32).eval()
+        tensors = read_all(tmp_path / inputs)
+        weight = tensors[f"{name}.weight"].float() * tensors[f"{name}.weight_scale"]
+        with torch.no_grad():
+            model(torch.arange(4)[None])  # the first run expands the weights
+            found = model.get_submodule(name)(values.float())
+        errors[inputs] = float((found - values.float() @ weight.t()).norm())
+        tokens = quantize_tokens(values, inputs)
+        rounded = (tokens.data.float() - tokens.zero_point[:, None]) * tokens.step[:, None]
+        expected = float(((rounded - values.float()) @ weight.t()).norm())
+        assert expected / 2 < errors[inputs] < expected * 2
+    assert errors["zeropoint"] < 0.75 * errors["absmax"]
+
+
+def test_the_other_layout_has_no_word_for_zero_points(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="zeropoint"):
+        convert(tmp_path, tmp_path / "out", ConvertOptions(inputs="zeropoint"))
+
+
+# Weights only, W8A16
+
+
+@pytest.fixture(scope="module")
+def weights_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source, and beside it its conversions with int8 inputs and with weights alone."""
+    root = tmp_path_factory.mktemp("weights")
+    source = llama(root / "source", layers=4)
+    for inputs in INPUTS:
+        convert(source, root / inputs, ConvertOptions(outliers="none", layout=LAYOUT, inputs=inputs))
+    return root
+
+
+INPUTS: tuple[InputsName, ...] = ("absmax", "none")
+INDEX = "model.safetensors.index.json"
+
+
+def test_weights_are_packed_as_compressed_tensors_packs_them(weights_only: Path) -> None:
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    int8, packed = read_all(weights_only / "absmax"), read_all(weights_only / "none")
+    layers = [name for name, each in int8.items() if each.dtype == torch.int8]
+    assert len(layers) == 28
+    for name in layers:
+        assert torch.equal(packed.pop(f"{name}_packed"), pack_to_int32(int8[name], 8))
+        assert packed.pop(f"{name}_shape").tolist() == list(int8[name].shape)
+        assert torch.equal(packed.pop(f"{name}_scale"), int8[f"{name}_scale"])
+    assert all(torch.equal(each, int8[name]) for name, each in packed.items())
+    config = read_json(weights_only / "none/config.json")["quantization_config"]
+    assert config["format"] == "pack-quantized"
+    assert config["config_groups"]["group_0"]["input_activations"] is None
+
+
+def test_transformers_computes_with_the_int8_weights_and_16_bit_inputs(weights_only: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    dequantize(weights_only / "none", tmp_path / "floats", DequantizeOptions())
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        found, floats, exact = (
+            AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()(ids).logits.float()
+            for directory in (weights_only / "none", tmp_path / "floats", weights_only / "source")
+        )
+    # Its scales are cast to bfloat16, with an error of at most 2^-9.
+    assert float((found - floats).norm()) < 2.0**-8 * float(floats.norm())
+    assert float((found - exact).norm()) < 0.01 * float(exact.norm())
+
+
+def test_every_reader_sees_the_weights_of_the_other_form(weights_only: Path, tmp_path: Path) -> None:
+    source = weights_only / "source"
+    assert [check.name for check in verified(weights_only / "none", source).checks if check.failures] == []
+    for inputs in INPUTS:
+        dequantize(weights_only / inputs, tmp_path / inputs, DequantizeOptions())
+    assert read_json(tmp_path / "none" / INDEX) == read_json(tmp_path / "absmax" / INDEX)
+    one, other = (read_all(tmp_path / inputs) for inputs in INPUTS)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(each, other[name]) for name, each in one.items())
+    ids = torch.arange(16)[None]
+    found = [load_model(weights_only / inputs)(ids).logits for inputs in INPUTS]
+    found.append(load_model(weights_only / "none", device_map="auto", max_memory={"cpu": 140_000})(ids).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_changed_byte_of_a_packed_weight_is_found(weights_only: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights_only / "none", tmp_path / "out")
+    file = next(
+        path for path in sorted((tmp_path / "out").glob("*.safetensors")) if b"weight_packed" in path.read_bytes()
+    )
+    tensors = read_tensors(file)
+    name = next(name for name in tensors if name.endswith("weight_packed"))
+    data = file.read_bytes()
+    place = data.index(bytes(tensors[name].view(torch.uint8)[0].tolist()))
+    file.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    failed = {check.name for check in verified(tmp_path / "out", weights_only / "source").checks if check.failures}
+    assert failed >= {"shards", "weights"}
+
+
+def test_columns_that_fill_no_word_are_refused(tmp_path: Path) -> None:
+    source = save_by_hand(tmp_path / "source", {WEIGHT: normal(8, 30)})
+    with pytest.raises(UnsupportedModelError, match="30 input columns"):
+        convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT, inputs="none"))
+
+
+def test_four_bits_are_not_taken_for_eight(weights_only: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights_only / "none", tmp_path / "out")
+    config = read_json(tmp_path / "out/config.json")
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="no int8 weights"):
+        load_model(tmp_path / "out")

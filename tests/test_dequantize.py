@@ -225,6 +225,13 @@ def test_our_own_directory_is_no_place_for_a_model(tmp_path: Path) -> None:
         dequantize(output, output / "int8/floats")
 
 
+def test_an_output_that_is_a_link_to_itself_is_an_error(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    (tmp_path / "floats").symlink_to("floats")
+    with pytest.raises(OutputError, match="Too many levels"):
+        dequantize(output, tmp_path / "floats")
+
+
 def test_a_run_killed_before_it_claimed_the_directory_is_resumed(tmp_path: Path) -> None:
     output = converted("llama", tmp_path)
     (tmp_path / "floats/int8").mkdir(parents=True)

@@ -1,12 +1,13 @@
 """Checkpoints on this machine, and how an argument is interpreted."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.locate import open_source
-from int8cli.errors import CorruptShardError, IndexFileError, ModelNotFoundError, SourceError
+from int8cli.errors import CorruptShardError, IndexFileError, Int8cliError, ModelNotFoundError, SourceError
 
 
 def write(root: Path, *names: str) -> Path:
@@ -84,12 +85,34 @@ def test_the_links_of_a_hub_cache_are_followed(tmp_path):
         assert file.read() == b"blobs/abc"
 
 
-def test_a_broken_link_is_not_a_file(tmp_path):
+def test_a_broken_link_is_a_file_that_is_missing(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("gone")
     source = DirectorySource(tmp_path)
-    assert source.list_files() == ()
-    with pytest.raises(ModelNotFoundError, match=r"model\.safetensors"):
+    assert source.list_files() == ("model.safetensors",)
+    with pytest.raises(ModelNotFoundError, match=r"'model\.safetensors' is a link to gone, which does not exist"):
         source.size_bytes("model.safetensors")
+
+
+def in_place_of(path, kind):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to({"loop": path.name, "nowhere": "gone", "device": "/dev/zero"}[kind])
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["directory", "file"])
+@pytest.mark.parametrize("kind", ["pipe", "directory", "loop", "nowhere", "device"])
+def test_what_lies_in_the_place_of_a_file_is_no_absent_file(tmp_path, kind, alone):
+    """Otherwise a conversion would be finished without a tokenizer whose link leads nowhere."""
+    root = write(tmp_path / "m", "model.safetensors")
+    in_place_of(root / "tokenizer.json", kind)
+    source = DirectorySource(root / "model.safetensors" if alone else root)
+    assert "tokenizer.json" in source.list_files()
+    with pytest.raises(Int8cliError, match=r"tokenizer\.json") as refused, source.fetch("tokenizer.json"):
+        pass
+    assert refused.value.hint
 
 
 def test_a_local_copy_is_never_discarded(tmp_path):

@@ -127,6 +127,27 @@ def test_out_of_memory_errors_become_int8cli_errors(model: Path, monkeypatch: py
         estimate_memory(str(model), EstimateOptions())
 
 
+def test_a_block_is_on_the_disk_before_the_record_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a power failure leaves a record of outputs that are zeros, which no reader of them notices."""
+    synced: list[str] = []
+    right = os.fsync
+
+    def watched(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        right(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    states = SavedStates(tmp_path / "blocks", {"run": 1})
+    for sequence in range(2):
+        states.put("layers", "0", 1, sequence, torch.ones(4))
+    states.finish("layers", "0", 1)
+    states.close()
+    record = synced.index(".record.json.partial")
+    assert sorted(synced[:record]) == ["0.pt", "0@1", "1.pt"]
+
+
 def test_a_full_disk_between_blocks_is_reported(tmp_path: Path) -> None:
     states = SavedStates(tmp_path / "blocks", {"run": 1})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

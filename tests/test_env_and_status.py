@@ -87,3 +87,13 @@ def test_env_works_in_a_directory_that_was_removed(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert env().cores >= 1
+
+
+def test_status_does_not_take_what_it_cannot_read_for_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    llama(tmp_path / "model", layers=1)
+    assert nursery.run(*CONVERT, "model", "-o", "out", "-q", cwd=tmp_path).code == 0
+    (tmp_path / "out/int8/incoming").symlink_to("incoming")
+    ended = nursery.run("status", "out", cwd=tmp_path)
+    assert ended.code == 1
+    assert "Too many levels of symbolic links" in ended.err
+    assert ended.err.count("hint: ") == 1

@@ -380,7 +380,7 @@ def test_an_error_of_the_conversion_does_not_start_the_calibration_over(
 def test_torch_has_the_models_threads_while_it_runs_and_one_while_a_shard_is_converted(
     model: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("int8cli.commands.convert.usable_cores", lambda: 3)
+    monkeypatch.setattr("int8cli.commands.wanted_columns.usable_cores", lambda: 3)
     before = torch.get_num_threads()
     watch = FailsAt()
     convert(model, tmp_path / "out", options(text=words), progress=watch)

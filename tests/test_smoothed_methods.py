@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from support.calibration_models import make_model, some_text
-from support.smoothing import smoothed_copy, smoothed_statistics, spread
+from support.smoothing import planted, smoothed_copy, smoothed_statistics, spread
 from typer.testing import CliRunner, Result
 
 from int8cli import ConvertOptions, convert
@@ -28,6 +27,7 @@ TEXT = some_text(200, seed=1)
 PAIRS = {
     "smoothed-vector-wise": "vector-wise",
     "smoothed-zeropoint": "zeropoint-vector-wise",
+    "smoothed-zeropoint-inputs": "zeropoint-inputs",
     "smoothed-bitsandbytes": "bitsandbytes",
     "smoothed-int8-weights": "int8-weights",
     "smoothed-stored": "zeropoint-llm-int8-stored",
@@ -78,16 +78,6 @@ def test_without_exponents_for_a_layer_it_is_left_alone(tmp_path: Path) -> None:
     )
     for smoothed, plain in PAIRS.items():
         assert kl(found, smoothed) == kl(found, plain), smoothed
-
-
-def planted(model: Any) -> None:
-    """Two input dimensions of every norm-fed linear become outliers; the function stays as it is."""
-    spread(model)
-    for name, weight in model.named_parameters():
-        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
-            weight[[3, 20]] *= 256.0
-        elif name.endswith(tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))):
-            weight[:, [3, 20]] /= 256.0
 
 
 def test_smoothing_helps_a_model_with_planted_outliers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Files of outlier statistics from anywhere: read back, or refused with the place of the error."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,9 @@ def test_a_document_of_another_kind_is_refused(text: str, file: Path) -> None:
     save_file({"x": torch.zeros(1)}, file, metadata={"int8cli": text})
     with pytest.raises(CheckpointError, match=r"statistics\.safetensors"):
         load_statistics(file)
+
+
+def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        load_statistics(tmp_path / "pipe")

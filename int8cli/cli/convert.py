@@ -39,6 +39,7 @@ int8cli convert bigscience/bloom
 int8cli convert ./my-model -o ./my-model-int8 --dry-run
 int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.json
 int8cli convert org/name --layout compressed-tensors
+int8cli convert org/name --smooth auto
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
@@ -68,6 +69,20 @@ Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
 ]
 Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
+
+
+class Inputs8(enum.StrEnum):
+    """How the inputs of an int8 layer are quantized."""
+
+    absmax = "absmax"
+    zeropoint = "zeropoint"
+    none = "none"
+
+
+Inputs = Annotated[
+    Inputs8,
+    typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
+]
 Threshold = Annotated[
     float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
 ]
@@ -99,6 +114,24 @@ Outliers = Annotated[
         "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
         "run, otherwise weights.",
         autocompletion=complete_outliers,
+    ),
+]
+
+
+def complete_smooth(incomplete: str) -> Iterator[str]:
+    """The modes, then statistics files and the directories on the way to them."""
+    yield from (mode for mode in ("auto", "none") if mode.startswith(incomplete))
+    yield from complete_path(incomplete)
+
+
+Smooth = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|none|FILE",
+        help="Move what is hard to round from inputs into weights by powers of two, where the run of the model proves "
+        "that it computes the same bits (auto), or by a statistics file of inspect-outliers --smooth.",
+        show_default="auto for compressed-tensors, else none",
+        autocompletion=complete_smooth,
     ),
 ]
 
@@ -153,6 +186,7 @@ def convert(
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
+    inputs: Inputs = Inputs8.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,
@@ -160,6 +194,7 @@ def convert(
     on_nonfinite: WhenNonFinite = OnNonFinite.error,
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
+    smooth: Smooth = None,
     text: TextFile = None,
     tokens: Tokens = CONVERT_TOKENS,
     workers: Workers = None,

@@ -72,7 +72,8 @@ def generate(
     """Generate text with a converted model; the text appears as it is generated.
 
     The prompt goes into the model's chat template, if it has one. Stored columns are exact. A model that is larger than
-    the memory runs too: what does not fit is read from the disk for each token, and it says first how long that takes.
+    the memory runs too: what does not fit is read from the disk for each token, and a line says first how long that
+    takes.
     """
     options = options_of(GenerateOptions, locals())
     if chat:

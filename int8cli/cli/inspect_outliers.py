@@ -69,6 +69,10 @@ Outputs = Annotated[
     ),
 ]
 
+Smooth = Annotated[
+    bool, typer.Option("--smooth", help="Also find and prove what convert --smooth FILE can smooth. Takes longer.")
+]
+
 
 @shows_errors(hints.INSPECT_OUTLIERS, resumes=True)
 def inspect_outliers(
@@ -80,6 +84,7 @@ def inspect_outliers(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     threshold: Threshold = 6.0,
+    smooth: Smooth = False,
     device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,

@@ -44,12 +44,13 @@ def column_strategies(
         except CANNOT_CALIBRATE as error:
             if mode == FROM_ACTIVATIONS:
                 raise
-            fallback = "the weights" if counts_from_weights(survey, wanted.limit) else "no outlier columns"
-            note(falling_back(error, fallback))
+            by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
+            fallback = "the weights" if by_weights else "no outlier columns"
+            note(falling_back(error, fallback + (", without smoothing" if wanted.smooth else "")))
         else:
             yield strategy
     if mode in (AUTO, FROM_WEIGHTS):
-        counts = counts_from_weights(survey, wanted.limit)
+        counts = counts_from_weights(survey, wanted.limit) if wanted.limit else {}
         if counts or mode == FROM_WEIGHTS:
             yield strategy_from_weights(wanted, source, survey, settings, counts, state_directory)
     if mode == AUTO:

@@ -19,7 +19,15 @@ from int8cli.errors import StatisticsFileError
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import (
+    EXACT_SMOOTHING,
+    FROM_ACTIVATIONS,
+    FROM_STATISTICS,
+    FROM_WEIGHTS,
+    NO_OUTLIERS,
+    NO_SMOOTHING,
+    Settings,
+)
 
 # Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
 TOKENIZER_FILES = frozenset(
@@ -48,8 +56,14 @@ def planned_calibration(wanted: ColumnsWanted, survey: Survey, settings: Setting
     used += f", seed {sampling.seed}, sha256 {text.sha256[:16]}"
     return PlannedCalibration(
         text,
-        replace(survey, stored_counts={each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized}),
-        replace(settings, outliers=FROM_ACTIVATIONS, outlier_columns=wanted.limit, calibration=used),
+        _storing(survey, wanted.limit, smooth=wanted.smooth),
+        replace(
+            settings,
+            outliers=FROM_ACTIVATIONS,
+            outlier_columns=wanted.limit,
+            calibration=used,
+            smooth=_smooth(wanted),
+        ),
     )
 
 
@@ -64,7 +78,7 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
             hint="Running the model makes such a file.",
         ) from error
     chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit)
-    return replace(chosen, calibration=f"statistics {digest}")
+    return replace(chosen, calibration=f"statistics {digest}", smooth=_smooth(wanted))
 
 
 def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Settings:
@@ -81,6 +95,16 @@ def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, set
     return planned.settings
 
 
+def _storing(survey: Survey, limit: int, *, smooth: bool) -> Survey:
+    """The survey of a conversion that stores so many columns of every linear."""
+    counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
+    return replace(survey, stored_counts=counts, smooth=smooth)
+
+
+def _smooth(wanted: ColumnsWanted) -> str:
+    return EXACT_SMOOTHING if wanted.smooth else NO_SMOOTHING
+
+
 def may_run(source: Source) -> bool:
     """Whether the model can probably be run: transformers, a config and a tokenizer are there."""
     files = set(source.list_files())
@@ -91,12 +115,11 @@ def surveys_by_mode(wanted: ColumnsWanted, source: Source, survey: Survey) -> di
     """Every mode that can be chosen for this model, with a survey of what it writes, the one of `auto` first."""
     if not survey.plan.quantized:
         return {NO_OUTLIERS: survey}
-    limit = wanted.limit or DEFAULT_OUTLIER_COLUMNS
+    limit = wanted.limit if wanted.smooth else wanted.limit or DEFAULT_OUTLIER_COLUMNS
     found = {}
     if may_run(source):
-        counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
-        found[FROM_ACTIVATIONS] = replace(survey, stored_counts=counts)
-    counts = counts_from_weights(survey, limit)
+        found[FROM_ACTIVATIONS] = _storing(survey, limit, smooth=wanted.smooth)
+    counts = counts_from_weights(survey, limit) if limit else {}
     if counts:
         found[FROM_WEIGHTS] = replace(survey, stored_counts=counts)
     return found | {NO_OUTLIERS: replace(survey, stored_counts=None)}

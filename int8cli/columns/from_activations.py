@@ -18,13 +18,15 @@ from int8cli.columns.from_statistics import StatisticsColumns
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
 from int8cli.errors import CannotRunError
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, Calibration, UnitStatistics
+from int8cli.planning.exponents import ShardSmoothing, TensorExponents
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.conversion import Settings
+from int8cli.records.conversion import WEIGHTS_ONLY, Settings
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 
@@ -44,6 +46,8 @@ def strategy_from_activations(
         state_directory.below,
         leave_state=True,
         stored_columns=wanted.limit,
+        smooth=wanted.smooth,
+        smooth_for=None if settings.inputs == WEIGHTS_ONLY else DEFAULT_INPUTS,
     )
 
     def columns(progress: Progress) -> ColumnSource:
@@ -72,7 +76,7 @@ class CalibratedColumns(ColumnSource):
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
-        self._columns = StatisticsColumns(survey, run.options.stored_columns)
+        self._columns = StatisticsColumns(survey, run.options.stored_columns, smooth=run.options.smooth)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
         """Run the model, and yield each shard with torch set to one thread. Raises what `calibrate` raises."""
@@ -85,13 +89,19 @@ class CalibratedColumns(ColumnSource):
             require_room(calibration.peak_shard_bytes)
             for step in steps:
                 if isinstance(step, UnitStatistics):
-                    self._columns.learn(step.sites)
+                    self._columns.learn(step.sites, step.tensors)
                 else:
                     with torch_threads(1):
                         yield step
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         return self._columns.columns_of(shard, local, run)
+
+    def smoothing_of(self, shard: str) -> ShardSmoothing:
+        return self._columns.smoothing_of(shard)
+
+    def settled(self) -> Mapping[str, TensorExponents]:
+        return self._columns.settled()
 
 
 def _require_text_model(survey: Survey) -> None:

@@ -3,7 +3,7 @@
 Owns how existing statistics are used, and the check that they belong to this model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns.foreseen import statistics_settings
+from int8cli.columns.smoothing import Smoothings
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
 from int8cli.conversion.column_source import ColumnSource, RunTask
 from int8cli.errors import StatisticsMismatchError
@@ -18,6 +19,7 @@ from int8cli.llm_int8.columns import choose_columns, predicted_output_error
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
 from int8cli.outliers.statistics_file import load_statistics
 from int8cli.planning.decisions import Decision
+from int8cli.planning.exponents import NOT_SCALED, NOT_SMOOTHED, ShardSmoothing, TensorExponents
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey, model_fingerprint
 from int8cli.records.conversion import FROM_ACTIVATIONS, Settings
@@ -31,27 +33,36 @@ def strategy_from_statistics(
     path = Path(wanted.mode)
     statistics = load_statistics(path)
     require_same_model(statistics, source, survey)
-    columns = StatisticsColumns(survey, wanted.limit)
+    columns = StatisticsColumns(survey, wanted.limit, smooth=wanted.smooth)
     columns.learn(statistics.sites)
     known = {linear.name for site in statistics.sites for linear in site.linears}
     counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
     return ColumnStrategy(
-        replace(survey, stored_counts=counts),
+        replace(survey, stored_counts=counts, smooth=wanted.smooth),
         statistics_settings(wanted, settings),
         lambda progress: columns,
     )
 
 
 class StatisticsColumns(ColumnSource):
-    """At most `limit` columns of each linear, from the sites of a calibration. `learn` adds sites."""
+    """At most `limit` columns of each linear, from the sites of a calibration. `learn` adds sites.
 
-    def __init__(self, survey: Survey, limit: int) -> None:
+    With `smooth`, a site is smoothed where the calibration proved that it can be, and its columns are chosen after it.
+    """
+
+    def __init__(self, survey: Survey, limit: int, *, smooth: bool = False) -> None:
         self._shards = {contents.file_name: contents for contents in survey.shards}
         self._decisions = survey.decisions
         self._limit = limit
         self._linears: dict[str, tuple[SiteStatistics, LinearStatistics]] = {}
+        self._smoothings = Smoothings(survey.decisions) if smooth else None
+        self._settled: dict[str, TensorExponents] = {}
 
-    def learn(self, sites: tuple[SiteStatistics, ...]) -> None:
+    def learn(self, sites: tuple[SiteStatistics, ...], tensors: Iterable[str] = ()) -> None:
+        """Add the sites of a unit, which has these tensors of the checkpoint."""
+        if self._smoothings is not None:
+            sites = tuple(map(self._smoothings.learn, sites))
+            self._settled |= {name: self._smoothings.exponents.get(name, NOT_SCALED) for name in tensors}
         self._linears.update({linear.name: (site, linear) for site in sites for linear in site.linears})
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
@@ -59,6 +70,14 @@ class StatisticsColumns(ColumnSource):
         decisions = (self._decisions[stored.spec.name] for stored in self._shards[shard].tensors)
         known = [each for each in decisions if each.quantize and each.module in self._linears]
         return {each.spec.name: stored_columns(*self._linears[each.module], each, self._limit) for each in known}
+
+    def smoothing_of(self, shard: str) -> ShardSmoothing:
+        if self._smoothings is None:
+            return NOT_SMOOTHED
+        return self._smoothings.of(stored.spec.name for stored in self._shards[shard].tensors)
+
+    def settled(self) -> Mapping[str, TensorExponents]:
+        return self._settled
 
 
 def require_same_model(statistics: OutlierStatistics, source: Source, survey: Survey) -> None:

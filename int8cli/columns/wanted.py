@@ -14,10 +14,11 @@ from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
 
 AUTO = "auto"
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
+SMOOTH_MODES = (AUTO, NO_SMOOTHING)
 # The most input columns to store for each linear. They add 1.5 % to the bytes of SmolLM2-135M (576 wide), less to wider
 # models. With 4, 8 and 10 columns, and zero-point inputs, the model was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
 # without any 0.0208; 0.0235 with the LLM.int8() of bitsandbytes.
@@ -28,7 +29,8 @@ DEFAULT_OUTLIER_COLUMNS = 8
 class ColumnsWanted:
     """What the user asked for: one of MODES or a statistics file, and the most columns for each linear.
 
-    A `text` of None means the built-in sample. `known` are the settings of an unfinished conversion to resume.
+    `smooth`: smooth what a calibration or the file has proved. A `text` of None means the built-in sample. `known` are
+    the settings of an unfinished conversion to resume.
     """
 
     mode: str
@@ -38,6 +40,7 @@ class ColumnsWanted:
     device: Literal["cpu", "cuda"] = "cpu"
     model_threads: int = 1
     known: Settings | None = None
+    smooth: bool = False
 
     @property
     def mode_to_resume(self) -> str:
@@ -47,7 +50,8 @@ class ColumnsWanted:
 
     def nothing(self, survey: Survey) -> bool:
         """Whether there is nothing to choose."""
-        return not self.limit or self.mode_to_resume == NO_OUTLIERS or not survey.plan.quantized
+        nothing = not self.limit and not self.smooth
+        return nothing or self.mode_to_resume == NO_OUTLIERS or not survey.plan.quantized
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from int8cli.checkpoint.object_store import is_remote
-from int8cli.columns.wanted import AUTO, MODES
+from int8cli.columns.wanted import AUTO, MODES, SMOOTH_MODES
 from int8cli.commands.options import (
     ConvertOptions,
     DequantizeOptions,
@@ -16,13 +16,14 @@ from int8cli.commands.options import (
     EstimateOptions,
     EvaluateOptions,
     GenerateOptions,
+    InputsName,
     InspectOptions,
     PushOptions,
     VerifyOptions,
 )
 from int8cli.errors import OptionError
-from int8cli.planning.layouts import LAYOUTS
-from int8cli.records.conversion import FROM_ACTIVATIONS
+from int8cli.planning.layouts import LAYOUTS, layout_of
+from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
 from int8cli.workers.torch_start import start_torch
 
 # The smallest allowed value of each count, by option. None is always allowed.
@@ -41,11 +42,18 @@ _SMALLEST = {
 def check_convert(options: ConvertOptions) -> None:
     _check_counts(options)
     _check_choice("layout", options.layout, LAYOUTS)
+    _check_choice("inputs", options.inputs, get_args(InputsName))
+    if layout_of(options.layout, options.inputs) is None:
+        raise OptionError(f"the layout {options.layout} cannot say {options.inputs!r} to loaders", option="inputs")
     _check_choice("float32", options.float32, ("direct", "float16"))
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
     _check_target(options)
+    if options.smooth is not None:
+        _check_smooth(str(options.smooth), str(options.outliers))
+        if not options.keep_output:
+            raise OptionError("a smoothed conversion needs its shards until it is finished", option="keep_output")
 
 
 def check_push(options: PushOptions) -> None:
@@ -139,12 +147,25 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _check_outliers(value: str, text: Path | None) -> None:
-    looks_like_a_file = os.path.isfile(value) or Path(value).suffix or len(Path(value).parts) > 1
-    if value not in MODES and not looks_like_a_file:
+    if value not in MODES and not _looks_like_a_file(value):
         message = f"{value!r} is not one of {', '.join(MODES)} and not a file{_suggestion(value, MODES)}"
         raise OptionError(message, option="outliers")
     if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
         raise OptionError(f"a text has no effect if outlier columns come from {value!r}", option="text")
+
+
+def _check_smooth(value: str, outliers: str) -> None:
+    if value in SMOOTH_MODES:
+        return
+    if not _looks_like_a_file(value):
+        message = f"{value!r} is not one of {', '.join(SMOOTH_MODES)} and not a file{_suggestion(value, SMOOTH_MODES)}"
+        raise OptionError(message, option="smooth")
+    if outliers not in (AUTO, NO_OUTLIERS, value):
+        raise OptionError(f"what {value} smooths does not fit columns that come from {outliers!r}", option="smooth")
+
+
+def _looks_like_a_file(value: str) -> bool:
+    return bool(os.path.isfile(value) or Path(value).suffix or len(Path(value).parts) > 1)
 
 
 def _suggestion(value: str, choices: Collection[str]) -> str:

@@ -20,22 +20,21 @@ from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
 from int8cli.columns.choose import column_strategies, falling_back
 from int8cli.columns.foreseen import foreseen_settings, may_run
-from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnStrategy, ColumnsWanted
+from int8cli.columns.wanted import AUTO, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
 from int8cli.commands.push import Push, push_of
+from int8cli.commands.wanted_columns import columns_wanted, why_not_smoothed
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
 from int8cli.estimate.ways import Way, calibration_s
 from int8cli.machine.memory_use import peak_memory_bytes
-from int8cli.machine.speed import usable_cores
-from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.layouts import LAYOUTS
+from int8cli.planning.layouts import LAYOUTS, layout_of
 from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Survey, survey_source
@@ -136,7 +135,8 @@ def plan_conversion(
 def settings_of(options: ConvertOptions) -> Settings:
     """The options that determine the bytes of the output. The strategy for the outlier columns adds its part."""
     patterns = tuple(options.skip), tuple(options.only)
-    return Settings(options.layout, options.threshold, *patterns, options.float32, figures=options.figures)
+    exact = options.layout, options.threshold
+    return Settings(*exact, *patterns, options.float32, figures=options.figures, inputs=options.inputs)
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     store.refuse_links()
     refuse_if_in_use(output, store.own)
     known = store.conversion() if not options.overwrite else None
-    wanted = _columns_wanted(options, known.settings if known is not None else None)
+    wanted = columns_wanted(options, known.settings if known is not None else None)
     with opened_source(
         model,
         revision=options.revision,
@@ -157,27 +157,24 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         retry_for_s=options.retry_for,
         progress=progress,
     ) as source:
-        survey = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[options.layout])
+        target = layout_of(options.layout, options.inputs) or LAYOUTS[options.layout]
+        survey = survey_source(source, PlanOptions(settings.skip, settings.only), target)
         workers = options.workers or choose_workers(source, survey, options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
         if not options.keep_output:
             run = replace(run, most_outputs=workers + 1)  # one is uploaded while each worker converts another
         state = OwnPath(store.calibration_directory, output)
-        yield _Job(source, survey, settings, wanted, run, state, progress, push_of(options, progress))
-
-
-def _columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
-    mode, limit = str(options.outliers), options.outlier_columns
-    if limit is None:
-        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS else 0
-    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
-    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known)
+        push = push_of(options, progress)
+        yield _Job(source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), push)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A conversion that is ready to be planned or run. An interrupted run resumes from the files in `state`."""
+    """A conversion that is ready to be planned or run. An interrupted run resumes from the files in `state`.
+
+    `not_smoothed` says that it will not be smoothed, where somebody may expect that it is.
+    """
 
     source: Source
     survey: Survey
@@ -186,6 +183,7 @@ class _Job:
     run: ConversionRun
     state: OwnPath
     progress: Progress
+    not_smoothed: str = ""
     push: Push | None = None
 
     def plan(self) -> ConversionPlan:
@@ -203,6 +201,8 @@ class _Job:
         require_possible(self.source, self.survey, foreseen, self.run)
         self.progress.note(self._first_line())
         self._note_experts()
+        if self.not_smoothed:
+            self.progress.note(self.not_smoothed)
         if isinstance(self.source, DirectorySource) and self.source.contains_output:
             self.progress.note(f"warning: {self.run.output} is inside the directory of the source")
 
@@ -232,7 +232,8 @@ class _Job:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                self.progress.note(falling_back(error, _fallback(following)))
+                fallback = _fallback(following) + (", without smoothing" if strategy.survey.smooth else "")
+                self.progress.note(falling_back(error, fallback))
                 strategy = following
 
     def _ways(self) -> tuple[Way, ...]:
@@ -284,7 +285,10 @@ class _Job:
         else:
             chosen = "from the weights alone, without running the model"
         size = human_bytes(strategy.survey.sidecar_bytes)
-        return f"Choosing outlier columns {chosen}. Up to {settings.outlier_columns} per layer, +{size}."
+        if not settings.outlier_columns:
+            return f"Finding what to smooth {chosen}."
+        what = "outlier columns" + (" and what to smooth" if strategy.survey.smooth else "")
+        return f"Choosing {what} {chosen}. Up to {settings.outlier_columns} columns per layer, +{size}."
 
 
 def _fallback(strategy: ColumnStrategy) -> str:

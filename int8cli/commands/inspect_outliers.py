@@ -14,7 +14,7 @@ from int8cli.commands.places import work_directory
 from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import MissingExtraError, UnsupportedModelError
-from int8cli.estimate.ways import forwards_s
+from int8cli.estimate.ways import forwards_s, smoothing_s
 from int8cli.model.extra import require_installed
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
@@ -107,6 +107,7 @@ def _run_model(
 
     return_memory_promptly()
     seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
+    seconds += smoothing_s(survey, speed_here(options.device)) if options.smooth else 0.0
     announce_duration(f"running the model on {sampling.tokens:,} tokens", seconds, progress)
-    how = CalibrateOptions(sampling, options.threshold, options.device, state)
+    how = CalibrateOptions(sampling, options.threshold, options.device, state, smooth=options.smooth)
     return calibrate(source, survey, text, how, progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 LayoutName = Literal["bitsandbytes", "compressed-tensors"]
+InputsName = Literal["absmax", "zeropoint", "none"]
 DeviceName = Literal["cpu", "cuda"]
 # On SmolLM2-135M, columns chosen on 512, 1,024, 2,048 and 4,096 tokens leave a mean output error of 0.01055, 0.01056,
 # 0.01055 and 0.01053, and a divergence of 0.0082, 0.0078, 0.0081 and 0.0080 nats from 16 bit. More tokens only take
@@ -23,6 +24,8 @@ class ConvertOptions:
 
     - `revision`: branch, tag or commit of a model on the Hub; None is its main branch.
     - `layout`: which loaders can open the output.
+    - `inputs`: how loaders of compressed-tensors quantize the inputs of a layer: around zero, which all of them do,
+      with a zero point, which is more accurate in vLLM and transformers, and which others ignore, or not at all.
     - `threshold`: llm_int8_threshold for the loader: inputs of this magnitude or more are multiplied in 16 bit.
     - `skip`, `only`: globs on module names. Modules that match `skip`, or do not match `only`, are not quantized.
     - `float32`: quantize float32 weights directly, or from float16 as bitsandbytes does.
@@ -30,6 +33,9 @@ class ConvertOptions:
     - `outliers`: how the columns to store exactly are chosen: "auto", "activations", "weights", "none", or the path of
       a statistics file of `inspect_outliers`.
     - `outlier_columns`: the most columns to store for each linear layer; None is the measured optimum, 8.
+    - `smooth`: move what is hard to round from inputs into weights by powers of two: "auto" where statistics are there
+      and prove that the model computes the same bits, "none", or the path of a statistics file of `inspect_outliers`.
+      None is "auto" in the layout compressed-tensors where loaders round every input, else "none".
     - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
       `sequence_length`; `seed` selects the pieces of a long text.
     - `workers`: processes, each converts one shard at a time; None chooses from cores and shards. `threads`: per
@@ -47,6 +53,7 @@ class ConvertOptions:
 
     revision: str | None = None
     layout: LayoutName = "bitsandbytes"
+    inputs: InputsName = "absmax"
     threshold: float = 6.0
     skip: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -54,6 +61,7 @@ class ConvertOptions:
     on_nonfinite: Literal["error", "keep"] = "error"
     outliers: str | Path = "auto"
     outlier_columns: int | None = None
+    smooth: str | Path | None = None
     text: Path | None = None
     tokens: int = CONVERT_TOKENS
     sequence_length: int = 512
@@ -102,6 +110,7 @@ class InspectOptions:
     - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
       `sequence_length`; `seed` selects the pieces of a long text.
     - `threshold`: values of this magnitude or more are outliers.
+    - `smooth`: also find and prove what `convert` can smooth, which takes about as long as the rest.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     - `retry_for`: seconds for which a download that fails without progress is tried again.
@@ -114,6 +123,7 @@ class InspectOptions:
     sequence_length: int = 512
     seed: int = 0
     threshold: float = 6.0
+    smooth: bool = False
     device: DeviceName = "cpu"
     work_dir: Path | None = None
     retry_for: float = RETRY_FOR_S

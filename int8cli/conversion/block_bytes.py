@@ -1,7 +1,7 @@
 """One block: from its bytes in the source to its bytes in the outputs.
 
-Owns what happens to a block: it is copied, rewritten in another order or dtype, or quantized. Does not know about
-files, threads, or the order of blocks.
+Owns what happens to a block: it is copied, rewritten in another order or dtype, or quantized, the last two also scaled
+by powers of two. Does not know about files, threads, or the order of blocks.
 """
 
 from bisect import bisect_left
@@ -14,6 +14,7 @@ from int8cli.checkpoint.reader import ShardReader
 from int8cli.checkpoint.tensor import DTYPE_BITS
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.conversion.buffers import CrosswiseTiles, WideRowAbsmax, Workbench
+from int8cli.conversion.scaling import BlockScaling
 from int8cli.conversion.task import PassOptions
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError, quantization_steps
@@ -64,6 +65,7 @@ class BlockConverter:
         self._options = options
         self._tiles = CrosswiseTiles(reader)
         self._wide_row = WideRowAbsmax()
+        self._scaling = BlockScaling(planned.exponents, options.device)
 
     def workbench(self) -> Workbench:
         """The buffers for one thread."""
@@ -88,7 +90,13 @@ class BlockConverter:
         matrix, part = block.matrix, block.part
         spec, dtype_name = matrix.stored.spec, self._planned.output.tensors[matrix.stored.spec.name].spec.dtype
         width_bytes = DTYPE_BITS[dtype_name] // 8
-        if dtype_name == spec.dtype:
+        if spec.name in self._planned.exponents:
+            loaded = self._scaling.scaled_vector(
+                spec.name, part, bench.load_here(matrix, part, TORCH_DTYPES[spec.dtype])
+            )
+            bench.scales.tensor(TORCH_DTYPES[dtype_name], (part.rows, part.columns)).copy_(loaded)
+            data = bench.scales.bytes[: part.numel * width_bytes]
+        elif dtype_name == spec.dtype:
             bench.load_here(matrix, part, _DTYPE_OF_WIDTH[width_bytes])
             data = bench.source.bytes[: part.numel * width_bytes]
         else:
@@ -102,12 +110,20 @@ class BlockConverter:
         matrix, part = block.matrix, block.part
         spec = matrix.stored.spec
         try:
-            loaded = bench.load(matrix, part, TORCH_DTYPES[spec.dtype])
+            loaded = self._load(bench, matrix, part)
             absmax = self._row_absmax(bench, matrix, part, loaded)
         except NonFiniteWeightError as found:
             return BlockBytes(spec.name, non_finite=self._place(matrix, part, found))
         sums = self._quantize_into_bench(bench, *self._as_loaders_cast(loaded, absmax))
-        outputs = [(spec.name, part.row * matrix.in_features + part.column, bench.data.bytes[: part.numel])]
+        if self._target.PACKED:
+            bench.data.tensor(torch.int8, (part.numel,)).bitwise_xor_(-128)
+        outputs = [
+            (
+                self._target.data_name(spec.name),
+                part.row * matrix.in_features + part.column,
+                bench.data.bytes[: part.numel],
+            )
+        ]
         if part.column == 0:
             outputs.append((self._target.scale_name(spec.name), part.row * 4, bench.scales.bytes[: part.rows * 4]))
         outputs += self._stored_columns(bench, spec.name, part, loaded)
@@ -152,9 +168,14 @@ class BlockConverter:
     def _row_absmax(self, bench: Workbench, matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
         if part.columns == matrix.in_features:
             return bench.quantizer.row_absmax(loaded)
-        absmax = self._wide_row.get(bench, matrix, part.row)
-        bench.load(matrix, part, loaded.dtype)
+        absmax = self._wide_row.get(bench, matrix, part.row, lambda piece: self._load(bench, matrix, piece))
+        self._load(bench, matrix, part)
         return absmax
+
+    def _load(self, bench: Workbench, matrix: Matrix, part: Rectangle) -> Tensor:
+        """A rectangle of a weight, smoothed if the weight is. Overwrites the previous one."""
+        loaded = bench.load(matrix, part, TORCH_DTYPES[matrix.stored.spec.dtype])
+        return self._scaling.scaled(bench, matrix, part, loaded)
 
     def _place(self, matrix: Matrix, part: Rectangle, found: NonFiniteWeightError) -> NonFiniteValue:
         row, column = part.row + found.row, found.column

@@ -7,6 +7,7 @@ import ctypes
 import mmap
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from int8cli.checkpoint.reader import ShardReader
 from int8cli.checkpoint.tensor import StoredTensor
-from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
 from int8cli.planning.blocks import BLOCK_ELEMENTS, TILE_BYTES, Matrix, Rectangle
 
@@ -125,6 +125,7 @@ class Workbench:
         self._tiles = tiles
         self._strip: Buffer | None = None
         self._gathered: Buffer | None = None
+        self._scaled: Buffer | None = None
         self._stream = _new_stream(quantizer.device) if on_gpu else None
         self._on_gpu = torch.empty(BLOCK_ELEMENTS * 4, dtype=torch.uint8, device=quantizer.device) if on_gpu else None
 
@@ -145,6 +146,14 @@ class Workbench:
             self._gathered = Buffer(size_bytes)
         self._gathered.tensor(loaded.dtype, (rows, count)).copy_(loaded.index_select(1, columns))
         return self._gathered.bytes[:size_bytes]
+
+    def scaled_copy(self, loaded: Tensor) -> Tensor:
+        """A copy of a loaded rectangle to be changed, in a buffer that the next copy overwrites; on a GPU in place."""
+        if self._on_gpu is not None:
+            return loaded
+        if self._scaled is None:
+            self._scaled = Buffer(BLOCK_ELEMENTS * 8)
+        return self._scaled.tensor(loaded.dtype, tuple(loaded.shape)).copy_(loaded)
 
     def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
         """Read bytes of the source file into the source buffer."""
@@ -198,14 +207,14 @@ class WideRowAbsmax:
         self._row: tuple[StoredTensor, int] | None = None
         self._absmax: Tensor | None = None
 
-    def get(self, bench: Workbench, matrix: Matrix, row: int) -> Tensor:
-        """The absmax, float32 (1,). Overwrites the source buffer of `bench`.
+    def get(self, bench: Workbench, matrix: Matrix, row: int, load: Callable[[Rectangle], Tensor]) -> Tensor:
+        """The absmax, float32 (1,). `load` reads a piece of the row and overwrites the buffers of `bench`.
 
         Raises NonFiniteWeightError with a column of the whole row.
         """
         with self._lock:
             if self._absmax is None or self._row != (matrix.stored, row):
-                self._absmax = _scan(bench, matrix, row)
+                self._absmax = _scan(bench, matrix, row, load)
                 bench.settle()
                 self._row = (matrix.stored, row)
             return self._absmax
@@ -215,12 +224,11 @@ def _new_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def _scan(bench: Workbench, matrix: Matrix, row: int) -> Tensor:
-    dtype = TORCH_DTYPES[matrix.stored.spec.dtype]
+def _scan(bench: Workbench, matrix: Matrix, row: int, load: Callable[[Rectangle], Tensor]) -> Tensor:
     pieces = []
     for piece in matrix.row_pieces(row):
         try:
-            pieces.append(bench.quantizer.row_absmax(bench.load(matrix, piece, dtype)))
+            pieces.append(bench.quantizer.row_absmax(load(piece)))
         except NonFiniteWeightError as found:
             raise NonFiniteWeightError(0, piece.column + found.column, found.value) from None
     return torch.stack(pieces).amax(dim=0)

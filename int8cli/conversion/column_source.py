@@ -1,4 +1,4 @@
-"""The interface through which a conversion learns which input columns of each linear to store exactly.
+"""The interface through which a conversion learns which input columns to store exactly, and what to smooth.
 
 Owns the protocol, and the implementation that stores nothing. The other implementations are in `columns`.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping
 from typing import Protocol
 
 from int8cli.checkpoint.source import LocalFile, ShardFile
+from int8cli.planning.exponents import NOT_SMOOTHED, ShardSmoothing, TensorExponents
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
@@ -38,6 +39,14 @@ class ColumnSource(Protocol):
 
         Work for a process that has torch goes through `run`.
         """
+
+    def smoothing_of(self, shard: str) -> ShardSmoothing:
+        """The smoothing of a source shard, once its columns are known."""
+        return NOT_SMOOTHED
+
+    def settled(self) -> Mapping[str, TensorExponents]:
+        """The exponents of every tensor for which this run has found them, also those that are not scaled."""
+        return {}
 
 
 class NoColumns(ColumnSource):

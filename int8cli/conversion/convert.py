@@ -22,6 +22,7 @@ from int8cli.conversion.announce import TASK, advance, begin_conversion
 from int8cli.conversion.column_source import ColumnSource, NoColumns
 from int8cli.conversion.destination import Destination
 from int8cli.conversion.finish import RenderCard, write_conclusion
+from int8cli.conversion.resumed_smoothing import recorded_exponents
 from int8cli.conversion.shard_loop import ShardLoop
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import (
@@ -98,8 +99,9 @@ def convert(
         executor = _executor(options, len(remaining), lock, progress)
         try:
             tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
+            recorded = recorded_exponents(options.output, records.values()) if survey.smooth and remaining else {}
             on_record = None if destination is None else destination.add
-            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), on_record)
+            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded, on_record)
             records.update(loop.run(partial(_require_room, source, survey, options, remaining)))
         except CANNOT_CALIBRATE:
             # So that another strategy can use the directory.

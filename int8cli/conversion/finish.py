@@ -13,6 +13,7 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
+from int8cli.conversion.resumed_smoothing import require_fitting
 from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
 from int8cli.planning.quantized import without_quantization
@@ -29,6 +30,7 @@ def write_conclusion(
     survey: Survey, conversion: Conversion, records: list[ShardRecord], output: Path, render_card: RenderCard
 ) -> ConversionReport:
     """Write these files into `output`, where all shards are in place. `records` are in the order of the shards."""
+    require_fitting(output, records)
     plan = survey.plan.with_copied([weight.tensor for record in records for weight in record.non_finite])
     report = _report(survey, conversion, records, plan)
     write_file(output / REPORT_FILE, _json_bytes(report.to_json()), below=output)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
+from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.runtime.converted import ConvertedTensors
 
 _BLOCK_ELEMENTS = 1 << 20
@@ -33,12 +33,14 @@ def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Ten
     """The tensor's values in row-major order, in pieces of its dtype. Each is to be used before the next is asked for.
 
     A weight is the one that `load_model` computes with: data * row_absmax / 127, and in the stored columns the source's
-    own values. Raises CheckpointError for a value that the dtype cannot hold, and what reading raises.
+    own values. A smoothing is undone in all tensors. Raises CheckpointError for a value that the dtype cannot hold, and
+    what reading raises.
     """
     dtype = TORCH_DTYPES[wanted.spec.dtype]
     if not wanted.quantized:
         yield from (_cast(block, dtype, wanted.spec) for block in _flat_blocks(tensors, wanted.spec.name))
         return
+    rows, columns = tensors.exponents(wanted.spec.name)
     module = wanted.spec.name.removesuffix(".weight")
     row_absmax, exact = tensors.row_absmax(module), tensors.exact_columns(module)
     if not wanted.transpose:
@@ -48,13 +50,24 @@ def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Ten
             block = restored_weight(data, row_absmax[part], torch.float32)
             if exact is not None:
                 block.index_copy_(1, exact.columns, exact.weight[part].float())
+            _undo(block, None if rows is None else rows[part], columns)
             yield _cast(block, dtype, wanted.spec)
             start = part.stop
         return
-    yield from _transposed_blocks(tensors, wanted, row_absmax)
+    yield from _transposed_blocks(tensors, wanted, row_absmax, rows, columns)
 
 
-def _transposed_blocks(tensors: ConvertedTensors, wanted: FloatTensor, row_absmax: Tensor) -> Iterator[Tensor]:
+def _undo(block: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Undo a smoothing in a block of float32 (rows, columns), in place."""
+    if rows is not None:
+        block *= powers_of_two(-rows, block.dtype)[:, None]
+    if columns is not None:
+        block *= powers_of_two(-columns, block.dtype)
+
+
+def _transposed_blocks(
+    tensors: ConvertedTensors, wanted: FloatTensor, row_absmax: Tensor, rows: Tensor | None, columns: Tensor | None
+) -> Iterator[Tensor]:
     """Blocks of input columns, from a mapping of the data: (columns, out_features) each."""
     module, name = wanted.spec.name.removesuffix(".weight"), wanted.spec.name
     exact, data = tensors.exact_columns(module), tensors.map_stored(name)  # (out, in)
@@ -65,13 +78,17 @@ def _transposed_blocks(tensors: ConvertedTensors, wanted: FloatTensor, row_absma
         for column in range(start, start + block.shape[1]):
             if exact is not None and column in places:
                 block[:, column - start] = exact.weight[:, places[column]].float()
+        _undo(block, rows, None if columns is None else columns[start : start + block.shape[1]])
         yield _cast(block.t().contiguous(), TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
 
 
-def _flat_blocks(tensors: CheckpointTensors, name: str) -> Iterator[Tensor]:
-    flat = tensors.map(name).reshape(-1)
+def _flat_blocks(tensors: ConvertedTensors, name: str) -> Iterator[Tensor]:
+    flat, (exponents, _) = tensors.map(name).reshape(-1), tensors.exponents(name)
     for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
-        yield flat[start : start + _BLOCK_ELEMENTS]
+        block = flat[start : start + _BLOCK_ELEMENTS]
+        if exponents is not None:
+            block = block * powers_of_two(-exponents[start : start + _BLOCK_ELEMENTS], block.dtype)
+        yield block
 
 
 def _cast(block: Tensor, dtype: torch.dtype, spec: TensorSpec) -> Tensor:

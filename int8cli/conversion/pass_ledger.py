@@ -37,7 +37,7 @@ class PassLedger:
         self, planned: PlannedShard, *, keep_non_finite: bool, source_digest: SourceDigest | None = None
     ) -> None:
         self._contents = planned.contents
-        self._keep_non_finite = keep_non_finite
+        self._keep_non_finite, self._scaled = keep_non_finite, planned.exponents
         self._source_digest = source_digest
         self._digests = {name: new_digest() for file in planned.files for name in file.tensors}
         self._sums: dict[str, ErrorSums] = {}
@@ -46,7 +46,7 @@ class PassLedger:
     def add(self, block: BlockBytes) -> None:
         """Record the result of a block. Raises NonFiniteError unless non-finite weights stay in their dtype."""
         if block.non_finite is not None:
-            if not self._keep_non_finite:
+            if not self._keep_non_finite or block.name in self._scaled:
                 raise _non_finite_error(self._contents.file_name, block.name, block.non_finite)
             self._non_finite.setdefault(block.name, block.non_finite)
         if block.sums is not None:

@@ -18,7 +18,7 @@ def require_as_recorded(records: Sequence[ShardRecord], converted: Converted) ->
     files = [file for record in records for file in record.files]
     recorded = {file.file: file for file in files}
     shards = {contents.file_name for contents in converted.shards}
-    found = {contents.file_name: contents for contents in (*converted.shards, *converted.sidecars)}
+    found = {contents.file_name: contents for contents in (*converted.headers, *converted.sidecars)}
     for name in sorted(shards - {record.source.output for record in records}):
         raise CheckpointError(f"{name} has no record", hint=_HINT)
     for name in sorted(recorded.keys() - found.keys()):

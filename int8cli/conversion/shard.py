@@ -19,6 +19,7 @@ from int8cli.planning.layouts import Layout
 from int8cli.planning.output_files import OutputShard, output_specs
 from int8cli.records.shard_record import FileRecord, NonFiniteTensor, ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport
+from int8cli.results.smoothing import LayerSmoothing
 from int8cli.results.stored_columns import NOTHING_STORED, StoredColumns
 from int8cli.workers.processes import OnBytes
 
@@ -77,21 +78,26 @@ def _file_record(output: OutputShard, result: PassResult) -> FileRecord:
 def _layer(task: ShardTask, decision: Decision, result: PassResult) -> LayerReport:
     has_sidecar = task.planned.sidecar is not None
     stored = task.stored.get(decision.spec.name, NOTHING_STORED) if has_sidecar else None
-    return layer_report(decision, task.planned.target, result, stored)
+    return layer_report(decision, task.planned.target, result, stored, task.smoothing.get(decision.spec.name))
 
 
 def layer_report(
-    decision: Decision, target: Layout, result: PassResult, stored: StoredColumns | None = None
+    decision: Decision,
+    target: Layout,
+    result: PassResult,
+    stored: StoredColumns | None = None,
+    smoothing: LayerSmoothing | None = None,
 ) -> LayerReport:
     """The report on a layer after the pass that wrote or compared it. Includes its errors if they were measured."""
     data, *companions = output_specs(decision, target)
     return LayerReport(
         name=decision.module,
         kind=decision.kind.removesuffix(".weight"),
-        shape=(data.shape[0], data.shape[1]),
+        shape=(decision.computed_shape[0], decision.computed_shape[1]),
         source_dtype=TORCH_NAMES[decision.spec.dtype],
         bytes_before=decision.spec.nbytes,
         bytes_after=data.nbytes + sum(spec.nbytes for spec in companions),
         sums=result.sums.get(decision.spec.name),
         stored=stored,
+        smoothing=smoothing,
     )

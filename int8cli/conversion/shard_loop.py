@@ -4,7 +4,7 @@ Owns the order of these steps, and which shards are converted at the same time. 
 where tasks run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -14,9 +14,11 @@ from heapq import nlargest
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.conversion.announce import TASK, advance, shard_outcome
 from int8cli.conversion.column_source import ColumnSource, RequireRoom
+from int8cli.conversion.resumed_smoothing import require_same
 from int8cli.conversion.task import ShardTask
 from int8cli.errors import DigestMismatchError, WorkerLostError
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.planning.exponents import NOTHING_SCALED, TensorExponents
 from int8cli.progress import Progress
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
@@ -46,11 +48,12 @@ class ShardLoop:
         store: RecordStore,
         progress: Progress,
         columns: ColumnSource,
+        recorded: Mapping[str, TensorExponents] = NOTHING_SCALED,
         on_record: Callable[[ShardRecord], None] | None = None,
     ) -> None:
+        """`recorded` are the exponents of all tensors in shards that an earlier run finished."""
         self._source, self._executor, self._store, self._progress = source, executor, store, progress
-        self._columns = columns
-        self._on_record = on_record
+        self._columns, self._recorded, self._on_record = columns, recorded, on_record
         self._waiting = {task.source.file: task for task in tasks}
         self._under_way: dict[Future[ShardRecord], _UnderWay] = {}
         self._fetched_again: set[str] = set()
@@ -134,9 +137,11 @@ class ShardLoop:
         """
         self._progress.advance(TASK, task.source.file, 0)
         stored = self._columns.columns_of(task.source.file, local, self._run_task)
+        require_same(self._columns.settled(), self._recorded)
+        task = task.storing(stored, self._columns.smoothing_of(task.source.file))
         threads = round(task.options.threads * self._executor.slots * share)
         threads = min(max(1, threads), max(THREADS_FOR_A_SHARD, task.options.threads))
-        return replace(task.storing(stored), options=replace(task.options, threads=threads))
+        return replace(task, options=replace(task.options, threads=threads))
 
     def _bytes_beside(self) -> int:
         """The most bytes that may be converted at the same time as the next shard: the largest others, one per slot."""

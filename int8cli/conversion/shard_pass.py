@@ -16,6 +16,7 @@ from int8cli.conversion.block_bytes import BlockBytes, BlockConverter
 from int8cli.conversion.pass_ledger import PassLedger, PassResult
 from int8cli.conversion.task import PassOptions
 from int8cli.planning.blocks import Block, blocks_of
+from int8cli.planning.exponents import exponent_specs
 from int8cli.planning.output_files import outlier_cols_name
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.workers.threads import TurnAbandonedError, Turnstile, run_in_threads
@@ -54,7 +55,7 @@ class ShardPass:
             for name, place in file.tensors.items()
         }
         self._turnstile = Turnstile()
-        self._tickets = enumerate(blocks_of(planned.contents, planned.decisions))
+        self._tickets = enumerate(blocks_of(planned.contents, planned.decisions, planned.exponents))
         self._tickets_lock = threading.Lock()
         self._error: BaseException | None = None
 
@@ -117,9 +118,12 @@ class ShardPass:
 
 
 def _constants(planned: PlannedShard) -> Iterator[tuple[str, bytes]]:
-    """The tensors that no block produces: the layout's marks, and the indices of stored columns."""
+    """The tensors that no block produces: the layout's marks, the indices of stored columns, and exponents."""
     for decision in planned.plan.quantized:
-        yield from planned.target.marks(decision.spec.name).items()
+        yield from planned.target.marks(decision.spec.name, decision.computed_shape).items()
         if planned.sidecar is not None:
             columns = planned.columns.get(decision.spec.name, ())
             yield outlier_cols_name(decision.module), struct.pack(f"<{len(columns)}i", *columns)
+    if planned.sidecar is not None:
+        for name, exponents in planned.exponents.items():
+            yield from ((spec.name, data) for spec, data in exponent_specs(name, exponents))

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from int8cli.checkpoint.file_kinds import WeightFormat
 from int8cli.checkpoint.own_files import name_aside
+from int8cli.planning.exponents import NOT_SMOOTHED, ShardSmoothing
 from int8cli.planning.output_files import OutputShard
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.records.conversion import ShardSource
+from int8cli.results.smoothing import LayerSmoothing
 from int8cli.results.stored_columns import StoredColumns
 
 
@@ -35,7 +37,7 @@ class ShardTask:
     """Everything that a process needs to convert one shard on this machine. Picklable.
 
     Files are written at `partial` first and then moved to `directory`. `stored` has the reasons for the stored columns
-    of each tensor.
+    of each tensor, `smoothing` what to report on the smoothing of each weight.
     """
 
     source: ShardSource
@@ -45,6 +47,7 @@ class ShardTask:
     partial: Path
     options: PassOptions
     stored: Mapping[str, StoredColumns] = field(default_factory=dict)
+    smoothing: Mapping[str, LayerSmoothing] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
@@ -55,7 +58,8 @@ class ShardTask:
         is_shard = file.file_name == self.planned.output.file_name
         return self.partial if is_shard else self.partial.with_name(name_aside(self.partial.name, suffix=".outliers"))
 
-    def storing(self, stored: Mapping[str, StoredColumns]) -> "ShardTask":
-        """The same task with these columns in the sidecar, if a sidecar is planned."""
+    def storing(self, stored: Mapping[str, StoredColumns], smoothing: ShardSmoothing = NOT_SMOOTHED) -> "ShardTask":
+        """The same task with these columns in the sidecar, if a sidecar is planned, and smoothed."""
         columns = {name: each.indices for name, each in stored.items()}
-        return replace(self, planned=self.planned.with_columns(columns), stored=stored)
+        planned = self.planned.with_columns(columns, smoothing.exponents)
+        return replace(self, planned=planned, stored=stored, smoothing=smoothing.layers)

@@ -10,7 +10,7 @@ from typing import Any
 from int8cli.estimate.units import units_of
 from int8cli.machine.speed import Speed
 from int8cli.model.sampling import Sampling
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS
 
@@ -24,6 +24,7 @@ TRANSFORMERS_BYTES = 520_000_000
 # run twice in int8 on 128 positions).
 VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
+SMOOTHING_WORK = 120.0
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9
 # Floats written from int8: SmolLM2-135M's 269 MB took 1.0 s of CPU time beside the import of torch, on one core.
@@ -63,7 +64,7 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     seconds = None
     if speed is not None:
         seconds = conversion_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
-    buffers = threads * BUFFER_BYTES_A_THREAD
+    buffers = threads * (BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0))
     memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
@@ -93,7 +94,13 @@ def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
         seconds += 2.0 * weights * sampling.tokens / speed.product(decision.spec.dtype)
         seconds += (rows + columns) * sampling.tokens * VALUE_WORK * quantizing_s
         seconds += weights * WEIGHT_WORK * quantizing_s
-    return seconds
+    return seconds + (smoothing_s(survey, speed) if survey.smooth else 0.0)
+
+
+def smoothing_s(survey: Survey, speed: Speed) -> float:
+    """Seconds to find and prove the smoothing of every layer: products on some positions, one for each choice."""
+    quantizing_s = 2.0 / speed.quantized_bytes
+    return sum(each.spec.numel * SMOOTHING_WORK * quantizing_s for each in survey.plan.quantized)
 
 
 def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:

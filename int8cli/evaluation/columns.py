@@ -74,7 +74,7 @@ def calibrated_columns(
 def smoothing_from(statistics: OutlierStatistics) -> dict[str, SmoothedColumns]:
     """The proved smoothing of each linear layer that has one."""
     return {
-        linear.name: SmoothedColumns(site.smoothing.exponents, linear.smoothed_stored)
+        linear.name: SmoothedColumns(site.smoothing.exponents, linear.smoothed.stored if linear.smoothed else ())
         for site in statistics.linear_sites
         if site.smoothing is not None
         for linear in site.linears

@@ -228,6 +228,7 @@ class _Run:
             methods=results,
             notes=self._wanted.notes,
             seconds=time.monotonic() - self._begun_s,
+            inputs=subject.inputs,
         )
 
     def _evaluated_text(self) -> EvaluatedText:

@@ -39,6 +39,8 @@ class Layer:
     `weight` is the 16-bit weight, None if only int8 is available. `stored` is the int8 data of a converted model;
     without it, the weight is quantized as in `convert`. `exact_columns` are the stored outlier columns, if any.
     `smoothing` is what the smoothed methods compute with; without it, they compute with the layer as it is.
+    `columns_of_stored` are the exponents by which the columns of `stored` were multiplied, int8 (in,), if inputs are
+    given undivided: the layer is then the smoothed one, and `given` divides its inputs.
     """
 
     def __init__(
@@ -50,10 +52,14 @@ class Layer:
         exact_columns: ExactColumns | None = None,
         threshold: float,
         smoothing: SmoothedLayer | None = None,
+        columns_of_stored: Tensor | None = None,
     ) -> None:
         self.name, self.threshold, self.exact_columns = name, threshold, exact_columns
         self._smoothing = smoothing
         self._smoothed: Layer | None = None
+        self._columns_of_stored = columns_of_stored
+        if weight is not None and columns_of_stored is not None:
+            weight = weight * powers_of_two(columns_of_stored, weight.dtype)
         self._weight, self._stored = weight, stored
         self._matrix: tuple[InputScheme, Span, Int8Matrix] | None = None
         self._restored: Tensor | None = None
@@ -94,6 +100,12 @@ class Layer:
             columns_and_weight = (found.columns, found.weight) if found is not None else (None, None)
             self._with_columns = Int8Weight.of(self.rows.data, self.rows.row_absmax, *columns_and_weight)
         return self._with_columns
+
+    def given(self, inputs: Tensor) -> Tensor:
+        """The inputs (tokens, in) of this layer, from those in the 16-bit model."""
+        if self._columns_of_stored is None:
+            return inputs
+        return inputs * powers_of_two(-self._columns_of_stored, inputs.dtype)
 
     @property
     def smoothed(self) -> "Layer":

@@ -19,7 +19,7 @@ from int8cli.llm_int8.baselines import (
     outlier_columns,
     quantize_matrix,
 )
-from int8cli.llm_int8.matmul import InputScheme, llm_int8_linear
+from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
 from int8cli.results.evaluation import REFERENCE
 from int8cli.results.method_names import METHOD_NAMES, chosen_keys
 
@@ -77,6 +77,12 @@ def _stored(scheme: InputScheme) -> Product:
     return product
 
 
+def _zero_point_inputs(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of loaders that round inputs with a zero point, and weights around zero."""
+    weight = Int8Weight.of(layer.rows.data, layer.rows.row_absmax)
+    return _biased(llm_int8_linear(inputs, weight, "zeropoint"), bias)
+
+
 def _weights_only(layer: Layer, inputs: Tensor, bias: Tensor | None) -> Tensor:
     return functional.linear(inputs, layer.restored(inputs.dtype), bias)
 
@@ -105,6 +111,7 @@ _PRODUCTS: dict[str, Product | None] = {
     "absmax-weight-row": _by_scale("absmax", "tensor", "row"),
     "vector-wise": _by_scale("absmax", "row", "row"),
     "zeropoint-vector-wise": _by_scale("zeropoint", "row", "row"),
+    "zeropoint-inputs": _zero_point_inputs,
     "bitsandbytes": _bitsandbytes,
     "llm-int8-exact": _exact,
     "llm-int8-whole": _whole("absmax"),
@@ -114,6 +121,7 @@ _PRODUCTS: dict[str, Product | None] = {
     "int8-weights": _weights_only,
     "smoothed-vector-wise": _smoothed(_by_scale("absmax", "row", "row")),
     "smoothed-zeropoint": _smoothed(_by_scale("zeropoint", "row", "row")),
+    "smoothed-zeropoint-inputs": _smoothed(_zero_point_inputs),
     "smoothed-bitsandbytes": _smoothed(_bitsandbytes),
     "smoothed-stored": _smoothed(_stored("zeropoint")),
     "smoothed-int8-weights": _smoothed(_weights_only),

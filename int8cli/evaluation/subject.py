@@ -13,8 +13,9 @@ from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.errors import CheckpointError, NothingToQuantizeError, ReferenceModelError, UnsupportedModelError
 from int8cli.llm_int8.inputs import THRESHOLD
-from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.experts import were_fused
+from int8cli.planning.layouts import LAYOUTS_BY_KEY
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.runtime.converted import Converted, ConvertedTensors, find_converted
 from int8cli.typed_json import InvalidJsonError, read_as
@@ -29,7 +30,7 @@ class Subject:
 
     `survey` is that of the 16-bit model, None without one. `specs` are the tensors of the running model, `modules` its
     linear layers that are or become int8, by their names in the checkpoint. `threshold` is the outlier threshold in a
-    converted model's config.json.
+    converted model's config.json, `inputs` how it asks loaders to quantize inputs.
     """
 
     source: Source
@@ -41,6 +42,7 @@ class Subject:
     survey: Survey | None
     converted: Converted | None
     threshold: float = THRESHOLD
+    inputs: str = "absmax"
 
     @property
     def has_reference(self) -> bool:
@@ -83,7 +85,8 @@ def find_subject(source: Source, reference: Source | None) -> Subject:
     _require_known_experts(source, converted)
     if reference is None:
         threshold = _threshold(source)
-        return Subject(source, source, weights, shards, converted.specs, converted.modules, None, converted, threshold)
+        of_model = weights, shards, converted.specs, converted.modules
+        return Subject(source, source, *of_model, None, converted, threshold, _inputs(source))
     survey = survey_source(reference, PlanOptions())
     _require_same(source, survey, converted)
     return _with_floats(source, reference, survey, converted.modules, converted)
@@ -105,7 +108,20 @@ def _with_floats(
 ) -> Subject:
     specs = {stored.spec.name: stored.spec for contents in survey.shards for stored in contents.tensors}
     threshold = _threshold(source) if converted else THRESHOLD
-    return Subject(source, runs, survey.weights, survey.shards, specs, modules, survey, converted, threshold)
+    inputs = _inputs(source) if converted else "absmax"
+    return Subject(source, runs, survey.weights, survey.shards, specs, modules, survey, converted, threshold, inputs)
+
+
+def _inputs(source: Source) -> str:
+    """How config.json asks loaders to quantize inputs."""
+    declared = read_config(source).get("quantization_config") if CONFIG_FILE in source.list_files() else None
+    groups = declared.get("config_groups") if isinstance(declared, Mapping) else None
+    known = (
+        layout.INPUTS
+        for layout in LAYOUTS_BY_KEY.values()
+        if groups is not None and layout.quantization_config(Plan(()), 0.0).get("config_groups") == groups
+    )
+    return next(known, "absmax")
 
 
 def _threshold(source: Source) -> float:

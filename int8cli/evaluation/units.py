@@ -131,9 +131,9 @@ class UnitEvaluation:
             product = self._method.product
             if product is None or not inputs.numel():
                 if self._measuring and self._meters:
-                    self._meters[name].record(self._copied(inputs), layer.weight)
+                    self._meters[name].record(layer.given(self._copied(inputs)), layer.weight)
                 return original(inputs)
-            output = product(layer, inputs.reshape(-1, inputs.shape[-1]), bias)
+            output = product(layer, layer.given(inputs.reshape(-1, inputs.shape[-1])), bias)
             return output.to(inputs.dtype).reshape(*inputs.shape[:-1], -1)
 
         return forward

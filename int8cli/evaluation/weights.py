@@ -5,12 +5,13 @@ the chosen columns.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from int8cli.errors import NonFiniteError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.layers import Layer, SmoothedLayer
 from int8cli.evaluation.subject import Subject
+from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import weight_of
 from int8cli.runtime.converted import ConvertedTensors, ExactColumns, Int8Data
@@ -50,9 +51,7 @@ class LayerWeights:
             )
         stored = exact_columns = None
         if self._int8 is not None:
-            data, exact = self._int8.int8(name), self._int8.exact_columns(name)
-            stored = Int8Data(data.data.to(weight.device), data.row_absmax.to(weight.device))
-            exact_columns = exact and ExactColumns(exact.columns.to(weight.device), exact.weight.to(weight.device))
+            stored, exact_columns = self._converted(self._int8, name, weight.device)
         elif self._columns is not None:
             columns = torch.tensor(self._columns.by_layer.get(name, ()), dtype=torch.int64, device=weight.device)
             exact_columns = ExactColumns(columns, weight[:, columns])
@@ -64,7 +63,31 @@ class LayerWeights:
             exact_columns=exact_columns,
             threshold=self._threshold,
             smoothing=self._smoothing(name, weight.device),
+            columns_of_stored=self._columns_of_stored(name, weight.device),
         )
+
+    def _converted(
+        self, int8: ConvertedTensors, name: str, device: torch.device
+    ) -> tuple[Int8Data, ExactColumns | None]:
+        """The int8 data and exact columns of a layer. With the source's model around it, rows have the source's size:
+        what they make is not divided there."""
+        data, exact = int8.int8(name), int8.exact_columns(name)
+        rows, _ = int8.exponents(f"{name}.weight")
+        absmax, weight = data.row_absmax, None if exact is None else exact.weight
+        if rows is not None and self._subject.has_reference:
+            absmax = absmax * powers_of_two(-rows, absmax.dtype)
+            weight = None if weight is None else weight * powers_of_two(-rows, weight.dtype)[:, None]
+        columns = None
+        if exact is not None and weight is not None:
+            columns = ExactColumns(exact.columns.to(device), weight.to(device))
+        return Int8Data(data.data.to(device), absmax.to(device)), columns
+
+    def _columns_of_stored(self, name: str, device: torch.device) -> Tensor | None:
+        """The exponents of a converted layer's columns, for inputs of the source's model, which are not divided."""
+        if self._int8 is None or not self._subject.has_reference:
+            return None
+        _, columns = self._int8.exponents(f"{name}.weight")
+        return None if columns is None else columns.to(device)
 
     def _smoothing(self, name: str, device: torch.device) -> SmoothedLayer | None:
         found = None if self._columns is None else (self._columns.smoothing or {}).get(name)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.limits import MAX_EXPONENT
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
 from int8cli.llm_int8.quantize import quantize_rowwise
 
 # How much of a column's range moves from the inputs to the weight: 0.5 shares it equally between both.
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
-# The largest exponent of either sign. 2^14 is the largest power whose reciprocal is normal in float16.
-MAX_EXPONENT = 14
 _CHUNK_ELEMENTS = 1 << 21
 _FLOAT32_DIGITS = 24
 
@@ -132,23 +132,31 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(found).amax(dim=0)
 
 
-def smoothed_output_error(inputs: Tensor, weight: Tensor, exponents: Tensor, scheme: InputScheme) -> float:
-    """||error||² / ||X Wᵀ||² of the int8 product of the smoothed inputs and the smoothed weight.
+def smoothed_output_errors(
+    inputs: Tensor, weight: Tensor, choices: Sequence[Tensor], scheme: InputScheme | None
+) -> tuple[float, ...]:
+    """||error||² / ||X Wᵀ||² of the int8 product of the smoothed inputs and the smoothed weight, for each choice.
 
-    inputs (positions, in_features) and weight (out_features, in_features), neither smoothed yet. Works on blocks of
-    rows. 0 if the output is 0.
+    inputs (positions, in_features) and weight (out_features, in_features), neither smoothed yet; each choice has the
+    exponents of the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. 0 if the output
+    is 0.
     """
-    smoothed = inputs * powers_of_two(-exponents, inputs.dtype)
-    factors, whole = powers_of_two(exponents, weight.dtype), inputs.float()
-    total = error = 0.0
+    smoothed = [inputs * powers_of_two(-exponents, inputs.dtype) for exponents in choices]
+    factors, whole = [powers_of_two(exponents, weight.dtype) for exponents in choices], inputs.float()
+    total, errors = 0.0, [0.0] * len(choices)
     step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step]
         exact = whole @ rows.float().t()
-        product = llm_int8_linear(smoothed, Int8Weight.of(*quantize_rowwise(rows * factors)), scheme)
         total += float(exact.square().sum(dtype=torch.float64))
-        error += float((product - exact).square_().sum(dtype=torch.float64))
-    return error / total if total > 0.0 else 0.0
+        for place, (given, factor) in enumerate(zip(smoothed, factors, strict=True)):
+            data, row_absmax = quantize_rowwise(rows * factor)
+            if scheme is None:
+                product = given.float() @ restored_weight(data, row_absmax, torch.float32).t()
+            else:
+                product = llm_int8_linear(given, Int8Weight.of(data, row_absmax), scheme)
+            errors[place] += float((product - exact).square_().sum(dtype=torch.float64))
+    return tuple(error / total if total > 0.0 else 0.0 for error in errors)
 
 
 def _largest(values: Tensor, group: Tensor) -> Tensor:

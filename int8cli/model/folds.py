@@ -41,6 +41,10 @@ class Fold:
         """The columns that share a row, as `smoothing_exponents` wants them; None if no two do."""
         return self.rows if len(set(self.rows.tolist())) < len(self.rows) else None
 
+    def overlaps(self, other: "Fold") -> bool:
+        """Whether both scale a row of one producer."""
+        return self.producer == other.producer and not set(self.rows.tolist()).isdisjoint(other.rows.tolist())
+
     def row_exponents(self, exponents: Tensor, size: int) -> Tensor:
         """The exponents of the producer's rows, int8 (size,): each is multiplied by 2^k."""
         found = torch.zeros(size, dtype=torch.int8, device=exponents.device)
@@ -51,10 +55,10 @@ class Fold:
 def folds_of(loaded: LoadedUnit, site: Site, earlier: Sequence[str]) -> Iterator[Fold]:
     """The ways that are worth a proof, the likeliest first. `earlier` are the linears called before the site.
 
-    Only parameters that are tensors of the checkpoint are scaled, one to one. In a unit that limits values, only norms
-    can divide: a limit that the run does not reach would not be seen.
+    Only parameters that are tensors of the checkpoint are scaled, one to one, and none that is used elsewhere too. In a
+    unit that limits values, only norms can divide: a limit that the run does not reach would not be seen.
     """
-    if not all(f"{name}.weight" in loaded.unit.sources for name in site.linears):
+    if not all(loaded.owns(f"{name}.weight") for name in site.linears):
         return
     if site.norm is not None:
         rows = torch.arange(site.in_features)
@@ -73,13 +77,13 @@ def _sound(loaded: LoadedUnit, site: Site, producer: str, rows: Tensor, layout: 
     """The fold, if every parameter of the producer has one row (or element) for each of `rows`."""
     module = loaded.module_of(producer)
     parameters = dict(module.named_parameters(recurse=False))
-    known = all(f"{producer}.{name}" in loaded.unit.sources for name in parameters)
+    known = all(loaded.owns(f"{producer}.{name}") for name in parameters)
     if not parameters or not known or set(parameters) - {"weight", "bias"} or any(True for _ in module.children()):
         return
     is_linear = bool(linears_of(module))
     size = weight_of(module).shape[0] if is_linear else site.in_features
-    sizes = {parameter.numel() for name, parameter in parameters.items() if not (is_linear and name == "weight")}
-    if not sizes - {size} and int(rows.max()) < size:
+    vectors = [tuple(each.shape) for name, each in parameters.items() if not (is_linear and name == "weight")]
+    if all(shape == (size,) for shape in vectors) and int(rows.max()) < size:
         yield Fold(site, producer, tuple(parameters), rows.to(parameters["weight"].device), layout)
 
 

@@ -57,7 +57,7 @@ class LoadedUnit:
         self._device = device
         self._pass_on = pass_on
         head = skeleton.output_head()
-        self._weight_name = skeleton.weight_name
+        self._weight_name, self._is_sole = skeleton.weight_name, skeleton.is_sole
         self._example: UnitCall | None = None
         self._modules: dict[nn.Module, str] = {module: name for name, module in self.module.named_modules()}
         self._names = {
@@ -115,6 +115,10 @@ class LoadedUnit:
                 self._pass_on(sequence, output)
                 del output  # it may be large, and the sequence no longer needs it here
         return sites
+
+    def owns(self, source: str) -> bool:
+        """Whether a tensor of the checkpoint becomes one parameter of this unit, and nothing else in the model."""
+        return source in self.unit.sources and self._is_sole(source)
 
     def again(self) -> Any:
         """The output of the unit, with its weights as they are now, for the sequence that `run` kept."""

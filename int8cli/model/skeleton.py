@@ -55,6 +55,13 @@ class Skeleton:
         sources = self._sources_of.get(f"{module_name}.weight", [])
         return sources[0].removesuffix(".weight") if len(sources) == 1 else module_name
 
+    def is_sole(self, source: str) -> bool:
+        """Whether a tensor of the checkpoint alone becomes one parameter, which is not tied to another."""
+        target = self._target_of.get(source)
+        if target is None or self._sources_of[target] != [source]:
+            return False
+        return target not in self._tied and target not in self._tied.values()
+
     def output_head(self) -> nn.Module | None:
         """The layer that computes the logits; None if the model has none."""
         head = self.model.get_output_embeddings()

@@ -14,6 +14,7 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.loaded_unit import LoadedUnit
@@ -42,7 +43,8 @@ class CalibrateOptions:
     unless `leave_state` is set: then the same call finishes at once. Links are followed up to `state_below`, by default
     the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
     alone and with that many columns exact. With `smooth`, the smoothing of each site is found and proved, which takes
-    about as long as the rest.
+    about as long as the rest; it is chosen for inputs that are quantized by `smooth_for`,
+    or not at all.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -53,14 +55,19 @@ class CalibrateOptions:
     leave_state: bool = False
     stored_columns: int = 0
     smooth: bool = False
+    smooth_for: InputScheme | None = DEFAULT_INPUTS
 
 
 @dataclass(frozen=True, slots=True)
 class UnitStatistics:
-    """The statistics of one unit of the model, from this run or from the run that it resumes."""
+    """The statistics of one unit of the model, from this run or from the run that it resumes.
+
+    `tensors` are those of the checkpoint that the unit reads.
+    """
 
     unit: str
     sites: tuple[SiteStatistics, ...]
+    tensors: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -107,9 +114,9 @@ class Calibration:
         self._require_memory(skeleton)
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
-        self._smoother = UnitSmoother() if options.smooth else None
+        self._smoother = UnitSmoother(options.smooth_for) if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
-        identity |= {"smooth": True} if options.smooth else {}
+        identity |= {"smooth": str(options.smooth_for)} if options.smooth else {}
         below = options.state_below
         self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 
@@ -155,7 +162,8 @@ class Calibration:
             finished=self._saved.finished if self._saved else (),
         )
         self._found = dict(self._recalled())
-        yield from (UnitStatistics(unit, sites) for unit, sites in self._found.items())
+        tensors_of = {unit.name: unit.sources for unit in skeleton.units}
+        yield from (UnitStatistics(unit, sites, tensors_of[unit]) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
         with CheckpointTensors(self._source, self._shards) as tensors:
             stream = StreamedModel(skeleton, tensors, device=self._options.device, saved=self._saved)
@@ -182,7 +190,7 @@ class Calibration:
         if unit.is_block:
             self._save(unit.name, sites)
             self._progress.done(TASK, unit.name)
-        return UnitStatistics(unit.name, sites)
+        return UnitStatistics(unit.name, sites, unit.sources)
 
     @property
     def _largest_bytes(self) -> int:

@@ -4,13 +4,14 @@ Computes nothing itself; the definitions of outliers are in `llm_int8.outliers`.
 these objects.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from int8cli.llm_int8.columns import predicted_output_error
 from int8cli.llm_int8.inputs import InputSummary
 from int8cli.llm_int8.outliers import MassiveActivation, OutlierFeature, massive_activations, systematic_features
+from int8cli.llm_int8.smoothing import smoothed_summary
 
 NORM_FED = "norm-fed"
 ATTENTION_OUTPUT = "attention output"
@@ -54,11 +55,24 @@ class SiteSmoothing:
     """The exact smoothing of a site: inputs divided by 2^exponents, columns of its linears multiplied by them.
 
     exponents: int8 (in_features,), chosen with `alpha`. `scaled` are the tensors that make the divided input.
+    `mean_squared_rowmax` is that of some of the divided inputs.
     """
 
     exponents: Tensor
     alpha: float
     scaled: tuple[ScaledRows, ...]
+    mean_squared_rowmax: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothedLinear:
+    """The figures of a linear layer once its site is smoothed: those of `LinearStatistics`, of the changed columns."""
+
+    weight_error: Tensor
+    weight_sum_squares: float
+    stored: tuple[int, ...] = ()
+    measured_error: float | None = None
+    measured_error_stored: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,7 @@ class LinearStatistics:
     """A linear layer: its shape, ||dW_:j||² by input column (in,), ||W||², and the measured E||X Wᵀ||² without bias.
 
     If the layer was also run in int8: the columns that were exact, and its relative output error without and with
-    them. `smoothed_stored` are the columns worth storing once its site is smoothed.
+    them. `smoothed` has these figures once its site is smoothed.
     """
 
     name: str
@@ -78,7 +92,7 @@ class LinearStatistics:
     stored: tuple[int, ...] = ()
     measured_error: float | None = None
     measured_error_stored: float | None = None
-    smoothed_stored: tuple[int, ...] = ()
+    smoothed: SmoothedLinear | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,8 @@ class SiteStatistics:
     """An input that `linears` share. `kind` is one of the four names above; a residual site has no linears.
 
     `stack` and `layer` say which block it is in. Both are None outside the blocks. `smoothing` is there if the
-    calibration looked for one, and found and proved it; the other figures are those of the unsmoothed model.
+    calibration looked for one, and found and proved it; the other figures are those of the unsmoothed model. If it
+    looked and found none, `not_smoothed` says why.
     """
 
     name: str
@@ -96,6 +111,15 @@ class SiteStatistics:
     inputs: InputSummary
     linears: tuple[LinearStatistics, ...]
     smoothing: SiteSmoothing | None = None
+    not_smoothed: str = ""
+
+    def once_smoothed(self) -> "SiteStatistics":
+        """The site of the smoothed model: its inputs divided, its linears with their figures after it."""
+        if self.smoothing is None:
+            return self
+        inputs = smoothed_summary(self.inputs, self.smoothing.exponents)
+        inputs = replace(inputs, mean_squared_rowmax=self.smoothing.mean_squared_rowmax)
+        return replace(self, inputs=inputs, linears=tuple(_once_smoothed(linear) for linear in self.linears))
 
     def predicted_error(self, linear: LinearStatistics, *, int8_inputs: bool, exact: tuple[int, ...] = ()) -> float:
         """Relative output error of one of the linears with int8 weights and, if `int8_inputs`, int8 inputs by row."""
@@ -111,6 +135,20 @@ class SiteStatistics:
     def worst_predicted_error(self, *, int8_inputs: bool) -> float:
         """The largest error of its linears."""
         return max((self.predicted_error(linear, int8_inputs=int8_inputs) for linear in self.linears), default=0.0)
+
+
+def _once_smoothed(linear: LinearStatistics) -> LinearStatistics:
+    found = linear.smoothed
+    if found is None:
+        return linear
+    return replace(
+        linear,
+        weight_error=found.weight_error,
+        weight_sum_squares=found.weight_sum_squares,
+        stored=found.stored,
+        measured_error=found.measured_error,
+        measured_error_stored=found.measured_error_stored,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 
 Owns its format. Each site has the tensors `<site>.minimum`, `.maximum`, `.absmax_later`, `.absmax_position`,
 `.mean_square` and `.share_over`, and each linear layer has `<linear>.weight_error`. A smoothed site has
-`.smooth_exponents`, and `.smooth_exponents.<tensor>` for each tensor whose rows are scaled. Everything else, including
-model, revision and text, is one JSON document in the metadata.
+`.smooth_exponents`, and `.smooth_exponents.<tensor>` for each tensor whose rows are scaled; its linears have
+`.smoothed_weight_error`. Everything else, including model, revision and text, is one JSON document in the metadata.
 """
 
 import json
@@ -22,7 +22,7 @@ from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import StatisticsFileError
 from int8cli.llm_int8.inputs import InputSummary
-from int8cli.llm_int8.smoothing import MAX_EXPONENT
+from int8cli.llm_int8.limits import MAX_EXPONENT
 from int8cli.outliers.statistics import (
     LinearStatistics,
     OutlierStatistics,
@@ -30,6 +30,7 @@ from int8cli.outliers.statistics import (
     ScaledRows,
     SiteSmoothing,
     SiteStatistics,
+    SmoothedLinear,
 )
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as, shown
 
@@ -73,6 +74,16 @@ def load_statistics(path: Path) -> OutlierStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class _SmoothedFields:
+    """What the document has of a linear layer once it is smoothed."""
+
+    weight_sum_squares: float
+    stored: tuple[int, ...] = ()
+    measured_error: float | None = None
+    measured_error_stored: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _LinearFields:
     """A linear layer in the document. Its weight error is a tensor of the file."""
 
@@ -84,7 +95,7 @@ class _LinearFields:
     stored: tuple[int, ...] = ()
     measured_error: float | None = None
     measured_error_stored: float | None = None
-    smoothed_stored: tuple[int, ...] = ()
+    smoothed: _SmoothedFields | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +104,7 @@ class _SmoothingFields:
 
     alpha: float
     scaled: tuple[str, ...]
+    mean_squared_rowmax: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,7 @@ class _SiteFields:
     median: float
     linears: tuple[_LinearFields, ...]
     smoothing: _SmoothingFields | None = None
+    not_smoothed: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +152,8 @@ def _site(place: str, site: _SiteFields, tensor: Callable[[str], Tensor], thresh
             _linear(f"linears[{index}]", linear, tensor, inputs.features) for index, linear in enumerate(site.linears)
         )
         smoothing = _smoothing(site, tensor, inputs.features)
-    return SiteStatistics(site.name, site.kind, site.stack, site.layer, inputs, linears, smoothing)
+    where = site.name, site.kind, site.stack, site.layer
+    return SiteStatistics(*where, inputs, linears, smoothing, site.not_smoothed)
 
 
 def _smoothing(site: _SiteFields, tensor: Callable[[str], Tensor], features: int) -> SiteSmoothing | None:
@@ -149,7 +163,7 @@ def _smoothing(site: _SiteFields, tensor: Callable[[str], Tensor], features: int
     if len(exponents) != features:
         raise InvalidJsonError(f"{_smooth_name(site.name)} has {len(exponents)} values, not {features}")
     scaled = (ScaledRows(name, _exponents(tensor, _scaled_name(site.name, name))) for name in site.smoothing.scaled)
-    return SiteSmoothing(exponents, site.smoothing.alpha, tuple(scaled))
+    return SiteSmoothing(exponents, site.smoothing.alpha, tuple(scaled), site.smoothing.mean_squared_rowmax)
 
 
 def _exponents(tensor: Callable[[str], Tensor], name: str) -> Tensor:
@@ -163,6 +177,10 @@ def _smooth_name(site: str) -> str:
     return f"{site}.smooth_exponents"
 
 
+def _smoothed_name(linear: str) -> str:
+    return f"{linear}.smoothed_weight_error"
+
+
 def _scaled_name(site: str, tensor: str) -> str:
     return f"{site}.smooth_exponents.{tensor}"
 
@@ -174,9 +192,22 @@ def _linear(place: str, linear: _LinearFields, tensor: Callable[[str], Tensor], 
             raise InvalidJsonError(
                 f"{linear.name} has {linear.in_features} inputs, {len(weight_error)} errors and a site of {features}"
             )
-        if any(column >= features for column in linear.stored):
-            raise InvalidJsonError(f"{shown(list(linear.stored))} are not all among {features} inputs", "stored")
-    return LinearStatistics(weight_error=weight_error, **_fields(linear))
+        _check_stored(linear.stored, features)
+        smoothed = None
+        if linear.smoothed is not None:
+            name = _smoothed_name(linear.name)
+            smoothed_error = _vector(tensor, name)
+            if len(smoothed_error) != features:
+                raise InvalidJsonError(f"{name} has {len(smoothed_error)} values, not {features}")
+            with inside("smoothed"):
+                _check_stored(linear.smoothed.stored, features)
+            smoothed = SmoothedLinear(weight_error=smoothed_error, **_fields(linear.smoothed))
+    return LinearStatistics(weight_error=weight_error, **{**_fields(linear), "smoothed": smoothed})
+
+
+def _check_stored(stored: tuple[int, ...], features: int) -> None:
+    if any(not 0 <= column < features for column in stored):
+        raise InvalidJsonError(f"{shown(list(stored))} are not all among {features} inputs", "stored")
 
 
 def _vector(tensor: Callable[[str], Tensor], name: str) -> Tensor:
@@ -192,6 +223,8 @@ def _tensors(statistics: OutlierStatistics) -> Iterator[tuple[str, Tensor]]:
             yield f"{site.name}.{name}", getattr(site.inputs, name).contiguous()
         for linear in site.linears:
             yield f"{linear.name}.weight_error", linear.weight_error.contiguous()
+            if linear.smoothed is not None:
+                yield _smoothed_name(linear.name), linear.smoothed.weight_error.contiguous()
         if site.smoothing is not None:
             yield _smooth_name(site.name), site.smoothing.exponents
             for scaled in site.smoothing.scaled:
@@ -207,17 +240,26 @@ def _site_to_json(site: SiteStatistics) -> dict[str, Any]:
         **{name: getattr(site.inputs, name) for name in _BY_SITE},
         "linears": [_linear_to_json(linear) for linear in site.linears],
         **({"smoothing": _smoothing_to_json(site.smoothing)} if site.smoothing is not None else {}),
+        **({"not_smoothed": site.not_smoothed} if site.not_smoothed else {}),
     }
 
 
 def _linear_to_json(linear: LinearStatistics) -> dict[str, Any]:
-    fields = _fields(linear)
-    left_out = {"weight_error"} | (set() if linear.smoothed_stored else {"smoothed_stored"})
-    return {name: value for name, value in fields.items() if name not in left_out}
+    fields = _without_error(linear)
+    del fields["smoothed"]
+    return fields | ({"smoothed": _without_error(linear.smoothed)} if linear.smoothed is not None else {})
+
+
+def _without_error(linear: LinearStatistics | SmoothedLinear) -> dict[str, Any]:
+    return {name: value for name, value in _fields(linear).items() if name != "weight_error"}
 
 
 def _smoothing_to_json(smoothing: SiteSmoothing) -> dict[str, Any]:
-    return {"alpha": smoothing.alpha, "scaled": [scaled.tensor for scaled in smoothing.scaled]}
+    return {
+        "alpha": smoothing.alpha,
+        "scaled": [scaled.tensor for scaled in smoothing.scaled],
+        "mean_squared_rowmax": smoothing.mean_squared_rowmax,
+    }
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInpu
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
 from int8cli.llm_int8.quantize import NonFiniteWeightError
-from int8cli.llm_int8.smoothing import smoothed_summary
+from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, first_hidden, weight_of
-from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteSmoothing, SiteStatistics
-from int8cli.outliers.unit_smoothing import UnitSmoother
+from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteStatistics, SmoothedLinear
+from int8cli.outliers.unit_smoothing import UnitSmoother, UnitSmoothing
 
 _STEP_ELEMENTS = 1 << 22
 # How many positions of the last sequence, evenly spaced, are used to measure the error of a linear in int8.
@@ -84,26 +84,34 @@ class UnitWatch:
         """The sites with what smooths them, and with the columns that are worth storing after that."""
         inputs = {site.name: site.inputs for site in found}
         with smoother.smoothed(loaded, sites, inputs, self._examples) as smoothing:
-            return [self._after(site, smoothing.get(site.name), loaded.linears) for site in found]
+            return [self._after(site, smoothing, loaded.linears) for site in found]
 
-    def _after(
-        self, site: SiteStatistics, smoothing: SiteSmoothing | None, modules: Mapping[str, nn.Module]
-    ) -> SiteStatistics:
+    def _after(self, site: SiteStatistics, unit: UnitSmoothing, modules: Mapping[str, nn.Module]) -> SiteStatistics:
         """A site, with its linears smoothed now."""
+        smoothing = unit.found.get(site.name)
         if smoothing is None:
-            return site
-        summary, linears = smoothed_summary(site.inputs, smoothing.exponents), site.linears
+            return dataclasses.replace(site, not_smoothed=unit.reasons.get(site.name, ""))
+        site = dataclasses.replace(site, smoothing=smoothing)
+        examples = self._examples[site.name]
+        divided = examples * powers_of_two(-smoothing.exponents.to(examples.device), examples.dtype)
+        linears = []
+        for linear in site.linears:
+            weight = _with_its_rows(weight_of(modules[linear.name]), unit.rows_of(linear.name))
+            linears.append(self._smoothed_linear(site, linear, divided, weight))
+        return dataclasses.replace(site, linears=tuple(linears))
+
+    def _smoothed_linear(
+        self, site: SiteStatistics, linear: LinearStatistics, divided: Tensor, weight: Tensor
+    ) -> LinearStatistics:
+        """The linear with its figures in the smoothed model, from its weight with only the columns scaled."""
+        errors, sum_squares = column_errors(weight)
+        found = dataclasses.replace(linear, smoothed=SmoothedLinear(errors.cpu(), sum_squares))
         if self._stored_columns:
-            linears = tuple(
-                dataclasses.replace(
-                    linear,
-                    smoothed_stored=choose_columns(
-                        summary, column_errors(weight_of(modules[linear.name]))[0].cpu(), self._stored_columns
-                    ),
-                )
-                for linear in linears
-            )
-        return dataclasses.replace(site, smoothing=smoothing, linears=linears)
+            summary = dataclasses.replace(site, linears=(found,)).once_smoothed().inputs
+            stored = choose_columns(summary, errors.cpu(), self._stored_columns)
+            measured = measured_output_errors(divided, weight, stored, DEFAULT_INPUTS)
+            found = dataclasses.replace(found, smoothed=SmoothedLinear(errors.cpu(), sum_squares, stored, *measured))
+        return found
 
     def _take_input(self, name: str, x: Tensor) -> None:
         with _naming(f"{name}: its input"):
@@ -181,6 +189,13 @@ def _naming(what: str) -> Iterator[None]:
             f"{what} contains {error.value} at position {error.position:,}, dimension {error.dimension:,}",
             hint="The model overflows there, or a weight before it is damaged.",
         ) from error
+
+
+def _with_its_rows(weight: Tensor, rows: Tensor | None) -> Tensor:
+    """A weight whose rows are scaled, with its own rows again: its output has the size that it had."""
+    if rows is None:
+        return weight
+    return weight * powers_of_two(-rows.to(weight.device), weight.dtype)[:, None]
 
 
 def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:

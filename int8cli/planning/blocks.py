@@ -4,7 +4,7 @@ Owns the size and shape of a block, which is a rectangle of one tensor in the sh
 the tensor alone, not on the number of threads, so every run adds the same sums in the same order.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor
@@ -21,6 +21,8 @@ THREADS_FOR_A_SHARD = 4
 # The buffers of one thread, in bytes for each element of a block: source 8 (the widest dtype), float32 scaled and
 # rounded 4 + 4, int8 data 1, scales 4 (a block may have one column).
 BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
+# And of one that smooths: a copy of the block in the source's dtype.
+SMOOTHING_BYTES_A_THREAD = BLOCK_ELEMENTS * 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class QuantizeBlock(_MatrixBlock):
 
 
 class RewriteBlock(_MatrixBlock):
-    """Read a rectangle of a tensor that is stored transposed or changes its dtype, write it in the output's form."""
+    """Read a rectangle of a tensor that is stored transposed or that changes, write it in the output's form."""
 
     __slots__ = ()
 
@@ -131,8 +133,10 @@ class CopyBlock:
 Block = QuantizeBlock | RewriteBlock | CopyBlock
 
 
-def blocks_of(contents: ShardContents, decisions: Mapping[str, Decision]) -> Iterator[Block]:
-    """Every block of a shard, in the order of the source file."""
+def blocks_of(
+    contents: ShardContents, decisions: Mapping[str, Decision], scaled: Collection[str] = ()
+) -> Iterator[Block]:
+    """Every block of a shard, in the order of the source file. `scaled` tensors are multiplied by powers of two."""
     for stored in contents.tensors:
         decision = decisions[stored.spec.name]
         if not stored.spec.numel:
@@ -140,7 +144,7 @@ def blocks_of(contents: ShardContents, decisions: Mapping[str, Decision]) -> Ite
         if decision.quantize:
             matrix = Matrix.of(stored, transpose=decision.transpose)
             yield from (QuantizeBlock(matrix, part) for part in matrix.rectangles())
-        elif stored.column_major or decision.written_dtype != stored.spec.dtype:
+        elif stored.column_major or decision.written_dtype != stored.spec.dtype or stored.spec.name in scaled:
             matrix = Matrix.of(stored, transpose=False) if stored.column_major else Matrix.flat(stored)
             yield from (RewriteBlock(matrix, part) for part in matrix.rectangles())
         else:

@@ -62,6 +62,11 @@ class Decision:
     float32: str | None = None
 
     @property
+    def computed_shape(self) -> tuple[int, ...]:
+        """The shape of a weight as (out_features, in_features)."""
+        return self.spec.shape[::-1] if self.transpose else self.spec.shape
+
+    @property
     def module(self) -> str:
         """The name of the module that owns the tensor."""
         return self.spec.name.rpartition(".")[0]

@@ -75,17 +75,22 @@ def sidecar_file_name(output_file: str) -> str:
 
 
 def plan_sidecar(
-    contents: ShardContents, decisions: Mapping[str, Decision], file_name: str, counts: Mapping[str, int]
+    contents: ShardContents,
+    decisions: Mapping[str, Decision],
+    file_name: str,
+    counts: Mapping[str, int],
+    smoothed: Sequence[TensorSpec] = (),
 ) -> OutputShard | None:
-    """Lay out the sidecar of an output shard; None if nothing in the shard is quantized.
+    """Lay out the sidecar of an output shard; None if nothing in the shard is quantized or smoothed.
 
     For each quantized X: `X.outlier_cols` int32 (k,) and `X.outlier_weight` (out_features, k) in the source's dtype,
-    where k is the tensor's entry in `counts`, or 0.
+    where k is the tensor's entry in `counts`, or 0. `smoothed` are the tensors for the exponents of a smoothing.
     """
     quantized = [decision for stored in contents.tensors if (decision := decisions[stored.spec.name]).quantize]
-    if not quantized:
-        return None
     specs = [spec for each in quantized for spec in sidecar_specs(each, counts.get(each.spec.name, 0))]
+    specs += smoothed
+    if not specs:
+        return None
     header, places = encode_header(specs, {"format": "pt"})
     return OutputShard(sidecar_file_name(file_name), header, {place.spec.name: place for place in places})
 

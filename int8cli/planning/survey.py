@@ -23,6 +23,7 @@ from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_head
 from int8cli.checkpoint.writer import existing_parent, free_bytes
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
+from int8cli.planning.exponents import most_specs
 from int8cli.planning.layouts import Layout, bitsandbytes
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import make_plan
@@ -43,7 +44,7 @@ class Survey:
 
     `target` is the layout of the output. `shards` have the matrices of fused experts, where the layout stores those in
     int8, in place of the tensors of the file. `stored_counts` is the most columns that a sidecar stores, by quantized
-    tensor; None without sidecars.
+    tensor; None without sidecars. `smooth`: sidecars have the exponents of a smoothing too.
     """
 
     identity: SourceIdentity
@@ -54,6 +55,7 @@ class Survey:
     plan: Plan
     target: Layout = bitsandbytes
     stored_counts: Mapping[str, int] | None = None
+    smooth: bool = False
 
     @cached_property
     def decisions(self) -> dict[str, Decision]:
@@ -75,7 +77,11 @@ class Survey:
             return {}
         planned = {
             contents.file_name: plan_sidecar(
-                contents, self.decisions, self.outputs[contents.file_name].file_name, self.stored_counts
+                contents,
+                self.decisions,
+                self.outputs[contents.file_name].file_name,
+                self.stored_counts,
+                tuple(most_specs(contents, self.decisions)) if self.smooth else (),
             )
             for contents in self.shards
         }
@@ -86,7 +92,7 @@ class Survey:
         contents = next(each for each in self.shards if each.file_name == file_name)
         decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
         plan = replace(self.plan, decisions=decisions)
-        return PlannedShard(contents, plan, self.target.NAME, self.outputs[file_name], self.sidecars.get(file_name))
+        return PlannedShard(contents, plan, self.target.KEY, self.outputs[file_name], self.sidecars.get(file_name))
 
     def in_layout(self, target: Layout) -> "Survey":
         """The same source planned for another layout, without stored columns."""
@@ -118,7 +124,7 @@ class Survey:
 
     @property
     def sidecar_bytes(self) -> int:
-        """The size of all sidecars, to the byte. The real size is smaller if a linear has fewer columns to store."""
+        """The size of all sidecars, to the byte. It is smaller if a linear has fewer columns to store, or no fold."""
         return sum(sidecar.file_bytes for sidecar in self.sidecars.values())
 
     @property

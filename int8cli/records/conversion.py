@@ -17,6 +17,12 @@ NO_OUTLIERS = "none"
 FROM_ACTIVATIONS = "activations"
 FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
+# The values of Settings.smooth.
+NO_SMOOTHING = "none"
+# Values of Settings.inputs: the default, and inputs that stay in 16 bit.
+ABSMAX_INPUTS = "absmax"
+WEIGHTS_ONLY = "none"
+EXACT_SMOOTHING = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +31,8 @@ class Settings:
 
     `outliers` is the strategy that chooses the stored columns ("none" where none are stored), `outlier_columns` the
     most columns of one linear. `calibration` names the text and how much of it is used, or the statistics. `figures`:
-    whether the error of every layer is measured.
+    whether the error of every layer is measured. `smooth`: whether what the calibration proved is smoothed.
+    `inputs` says how loaders quantize inputs, where the layout leaves that open.
     """
 
     layout: str
@@ -37,6 +44,8 @@ class Settings:
     outlier_columns: int = 0
     calibration: str = ""
     figures: bool = True
+    smooth: str = NO_SMOOTHING
+    inputs: str = ABSMAX_INPUTS
 
 
 @dataclass(frozen=True, slots=True)

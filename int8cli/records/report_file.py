@@ -74,6 +74,7 @@ class _Fields:
     left_alone: tuple[TensorGroup, ...]
     passed_over: tuple[_PassedOver, ...]
     unmatched_patterns: tuple[str, ...]
+    smoothing: Any = None
 
 
 def _layers(values: Any) -> tuple[LayerReport, ...]:

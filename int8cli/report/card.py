@@ -10,6 +10,7 @@ from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report import markdown
+from int8cli.report.smoothing import smoothing_section
 from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
@@ -27,6 +28,16 @@ _AUTO_CLASSES = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForImageClassification": "AutoModelForImageClassification",
+}
+
+# Which loader computes what, by the inputs of the layout compressed-tensors.
+_INPUTS = {
+    "absmax": "Every loader rounds inputs to int8 too, with one scale for each token.",
+    "zeropoint": (
+        "Inputs are rounded to int8 too, with a scale and a zero point for each token: by vLLM in linear layers, and "
+        "by transformers. vLLM in experts, and SGLang everywhere, leave the zero point out without a warning."
+    ),
+    "none": "Only weights are int8. Inputs stay in 16 bit, and products are computed in it.",
 }
 
 
@@ -56,13 +67,19 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
         f"{model}{revision}, converted by int8cli to 8-bit integers as in "
         "[LLM.int8()](https://arxiv.org/abs/2208.07339): one scale for each output row, round half to even."
     )
-    yield "Embeddings, norms, biases and the output head are unchanged.\n"
+    smoothing = report.smoothing
+    if smoothing is not None and smoothing.smoothed:
+        yield "Embeddings and the output head are unchanged; norms and biases as [below](#smoothing).\n"
+    else:
+        yield "Embeddings, norms, biases and the output head are unchanged.\n"
     yield from _size_table(report)
     if survey.has_config:
         yield from _loading(survey)
         yield from _too_large(survey)
     stored = report.stored
-    if stored is not None:
+    if smoothing is not None:
+        yield from smoothing_section(smoothing)
+    if stored is not None and (stored.total.columns or report.settings["outlier_columns"]):
         yield from _stored_columns(report, stored, survey)
     yield from _layers(report)
 
@@ -88,6 +105,7 @@ def _loading(survey: Survey) -> Iterator[str]:
     yield "## Loading\n"
     if package == compressed_tensors.NAME:
         yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
+        yield f"{_INPUTS[survey.target.INPUTS]}\n"
     yield from (f"Note: {markdown.text(caveat)}.\n" for caveat in survey.target.caveats(survey.plan))
     if not survey.target.transformers_reads(survey.decisions):
         return

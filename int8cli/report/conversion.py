@@ -6,6 +6,7 @@ from rich.table import Table
 
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
+from int8cli.report.smoothing import smoothed_line
 from int8cli.report.stored import chosen_by, how_many, percent_more
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import escape
@@ -34,6 +35,8 @@ def show_report(report: ConversionReport, output: Path) -> None:
     stored = report.stored
     for line in _stored_lines(report, stored) if stored is not None else ():
         console.print(line)
+    if report.smoothing is not None:
+        console.print(f"Smoothed: {escape(smoothed_line(report.smoothing))}")
     if stored is not None and stored.basis is not None:
         console.print_table(_output_error_table(stored, stored.basis))
         console.print_table(_worst_output_table(report.layers, stored.basis))

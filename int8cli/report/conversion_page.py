@@ -23,6 +23,7 @@ from int8cli.report.conversion_charts import (
 )
 from int8cli.report.conversion_columns import repeated_columns
 from int8cli.report.outliers import ranges
+from int8cli.report.smoothing import smoothed_line
 from int8cli.report.stored import SUSPECTS, chosen_by, percent_more
 from int8cli.report.vega import finished, require_altair, save_chart, stacked
 from int8cli.results.conversion import ConversionReport, LayerReport, summarize_kinds
@@ -272,4 +273,5 @@ def _settings_table(report: ConversionReport) -> str:
     rows += [("skip", ", ".join(settings["skip"]) or "none"), ("only", ", ".join(settings["only"]) or "all")]
     how = "not stored" if report.stored is None else chosen_by(settings)
     rows += [("exact columns", how if how != SUSPECTS else f"suspects: {SUSPECTS}"), ("shards", f"{report.shards:,}")]
+    rows += [("smoothed", smoothed_line(report.smoothing) if report.smoothing is not None else "nothing")]
     return markup.table(("setting", "value"), rows, "", name="How it was converted")

@@ -10,6 +10,7 @@ from int8cli.planning.mixtures import LayoutShare, about_experts
 from int8cli.planning.output_files import REPORT_FILE
 from int8cli.records.conversion import FROM_WEIGHTS
 from int8cli.report.conversion import groups_table
+from int8cli.report.smoothing import smoothed_line
 from int8cli.report.stored import SUSPECTS, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
@@ -87,6 +88,9 @@ def _rows(report: ConversionReport, output: Path, cost: Cost, tables: str) -> It
                 f"{percent(error.all_int8)} plain int8, {at_most}{percent(error.with_stored)} with exact columns "
                 f"({stored.basis}, mean of the layers)",
             )
+    smoothing = report.smoothing
+    if smoothing is not None:
+        yield "smoothed", escape(smoothed_line(smoothing))
     sums = report.sums
     if sums is not None and report.layers:
         yield "weight error", percent(sums.relative_frobenius_error)

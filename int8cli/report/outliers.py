@@ -1,6 +1,7 @@
 """Outlier statistics and suspects on the terminal: the summary first, then the details."""
 
 import statistics as stats
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
@@ -30,11 +31,21 @@ def show_statistics(found: OutlierStatistics) -> None:
     features, massive = found.features(), grouped_massive(found.massive())
     for place, line in enumerate(summary_lines(found, features, massive)):
         console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place in (0, 2) else None)
+    if any(site.smoothing is not None or site.not_smoothed for site in found.linear_sites):
+        console.print(smoothed_sites(found.linear_sites), soft_wrap=True, markup=False)
     tables = [_features_table(features)] if features else []
     tables += [_massive_table(massive)] if massive else []
     for table in (*tables, _kinds_table(found.linear_sites), _sites_table(found.linear_sites)):
         console.print()
         console.print_table(table)
+
+
+def smoothed_sites(sites: Sequence[SiteStatistics]) -> str:
+    """How many inputs can be smoothed exactly, and why the others cannot."""
+    smoothed = sum(site.smoothing is not None for site in sites)
+    reasons = Counter(site.not_smoothed for site in sites if site.not_smoothed)
+    left = "; ".join(f"{count:,} ({reason})" for reason, count in sorted(reasons.items()))
+    return f"{smoothed:,} of {len(sites):,} inputs can be smoothed exactly" + (f"; not: {left}" if left else "")
 
 
 def show_suspects(found: WeightSuspects) -> None:

@@ -110,6 +110,19 @@ def _site(site: SiteStatistics) -> dict[str, Any]:
             }
             for linear in site.linears
         ],
+        "smoothing": _smoothing(site),
+    }
+
+
+def _smoothing(site: SiteStatistics) -> dict[str, Any] | None:
+    """What was found to smooth; None if nothing was looked for."""
+    if site.smoothing is None:
+        return {"scaled": [], "reason": site.not_smoothed} if site.not_smoothed else None
+    return {
+        "scaled": sorted(each.tensor for each in site.smoothing.scaled),
+        "alpha": site.smoothing.alpha,
+        "exponents": site.smoothing.exponents.tolist(),
+        "reason": "",
     }
 
 

@@ -25,7 +25,8 @@ def plan_to_json(
 ) -> dict[str, Any]:
     """The plan as JSON. `output_bytes` counts the shards; `settings` say how stored columns will be chosen.
 
-    `figures` says whether the error of every layer will be measured, null if that is not decided.
+    `smooth` says whether what a calibration proves will be smoothed, `figures` whether the error of every layer will be
+    measured; null if that is not decided.
     """
     plan = survey.plan
     return {
@@ -37,6 +38,7 @@ def plan_to_json(
         "sidecar_bytes": survey.sidecar_bytes,
         "total_bytes": survey.output_bytes + survey.sidecar_bytes,
         "stored_columns": _stored_to_json(survey, settings),
+        "smooth": settings.smooth if settings is not None else None,
         "figures": settings.figures if settings is not None else None,
         "shards": [_shard_to_json(survey, contents) for contents in survey.shards],
         "parameters": plan.parameters,
@@ -129,17 +131,21 @@ def show_plan(
 def _stored_lines(survey: Survey) -> list[str]:
     if survey.stored_counts is None:
         return []
+    what = "stored columns" + (" and exponents of the smoothing" if survey.smooth else "")
     size_bytes, more = survey.sidecar_bytes, percent_more(survey.sidecar_bytes, survey.output_bytes)
-    return [f"sidecars  {size_bytes:>19,} bytes  {human_bytes(size_bytes):>10}  {more} more, for stored columns"]
+    return [f"sidecars  {size_bytes:>19,} bytes  {human_bytes(size_bytes):>10}  {more} more, for {what}"]
 
 
 def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
+    if not settings.outlier_columns:
+        return f"smoothed where the model proves to compute the same bits; {escape(chosen_by(asdict(settings)))}"
     values = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(values))
     by = escape(chosen_by(values))
-    return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}"
+    smoothed = "; smoothed where the model proves to compute the same bits" if survey.smooth else ""
+    return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}{smoothed}"
 
 
 def _disk_line(room: Room) -> str:

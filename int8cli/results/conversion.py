@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from int8cli.llm_int8.metrics import ErrorSums
+from int8cli.results.smoothing import LayerSmoothing, SmoothingSummary, summarize_smoothing
 from int8cli.results.stored_columns import (
     ErrorBasis,
     RelativeOutputError,
@@ -47,6 +48,7 @@ class LayerReport:
     """One quantized linear. `shape` is (out_features, in_features). Bytes count the tensors that loaders read.
 
     `sums` is None if the error was not measured. `stored` are the columns in its sidecar, None without sidecars.
+    `smoothing` is None if no smoothing was looked for; else all figures are those of the smoothed layer.
     """
 
     name: str
@@ -57,6 +59,7 @@ class LayerReport:
     bytes_after: int
     sums: ErrorSums | None
     stored: StoredColumns | None = None
+    smoothing: LayerSmoothing | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +71,7 @@ class LayerReport:
             "bytes_after": self.bytes_after,
             **_figures(self.sums, _LAYER_FIGURES),
             "stored_columns": self.stored.to_json() if self.stored is not None else None,
+            "smoothing": self.smoothing.to_json() if self.smoothing is not None else None,
         }
 
     @classmethod
@@ -76,7 +80,8 @@ class LayerReport:
         found = read_as(_LayerFields, value)
         sizes = found.bytes_before, found.bytes_after
         sums = found.sums()
-        return cls(found.name, found.kind, found.shape, found.source_dtype, *sizes, sums, found.stored_columns)
+        named = found.name, found.kind, found.shape, found.source_dtype
+        return cls(*named, *sizes, sums, found.stored_columns, found.smoothing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class _LayerFields:
     sum_squared_weight: float | None
     sum_abs_data: float | None
     stored_columns: StoredColumns | None = None
+    smoothing: LayerSmoothing | None = None
 
     def sums(self) -> ErrorSums | None:
         figures = {name: getattr(self, name) for name in _SUMS}
@@ -195,8 +201,13 @@ class ConversionReport:
         """The stored columns; None without sidecars."""
         return summarize_stored(self.layers)
 
+    @property
+    def smoothing(self) -> SmoothingSummary | None:
+        """What was smoothed; None if no smoothing was looked for."""
+        return summarize_smoothing(layer.smoothing for layer in self.layers)
+
     def to_json(self) -> dict[str, Any]:
-        stored = self.stored
+        stored, smoothing = self.stored, self.smoothing
         return {
             "schema": REPORT_SCHEMA,
             "model": self.model,
@@ -214,6 +225,7 @@ class ConversionReport:
                 **_figures(self.sums, _TOTAL_FIGURES),
             },
             "stored_columns": stored.to_json() if stored is not None else None,
+            "smoothing": smoothing.to_json() if smoothing is not None else None,
             "kinds": [kind.to_json() for kind in summarize_kinds(self.layers)],
             "layers": [layer.to_json() for layer in self.layers],
             "left_alone": [group.to_json() for group in self.left_alone],

@@ -109,7 +109,8 @@ class Evaluation:
     `converted`: the int8 tensors are those of a converted model, named `model`; `reference` is then the 16-bit model
     that was given, or None. `int8_layers` counts the linear layers that the methods compute in int8. `error_tokens`
     counts the tokens on which the layers' errors were measured. `notes` are sentences for the reader. `seconds` is the
-    time of the whole evaluation, the calibration included.
+    time of the whole evaluation, the calibration included. `inputs`: how loaders quantize the inputs of a converted
+    model in the layout compressed-tensors.
     """
 
     model: str
@@ -125,6 +126,7 @@ class Evaluation:
     methods: tuple[MethodResult, ...]
     notes: tuple[str, ...]
     seconds: float
+    inputs: str = "absmax"
 
     def method(self, key: str) -> MethodResult | None:
         return next((method for method in self.methods if method.key == key), None)

@@ -29,6 +29,10 @@ class MethodName:
     needs_smoothing: bool = False
 
 
+# What loaders of compressed-tensors compute, by the inputs of the conversion.
+_BY_INPUTS = {"absmax": "vector-wise", "zeropoint": "zeropoint-inputs", "none": "int8-weights"}
+
+
 def _smoothed(key: str, label: str, *, needs_columns: bool = False) -> MethodName:
     return MethodName(f"smoothed-{key}", f"smoothed, {label}", True, needs_columns, False, True)
 
@@ -42,6 +46,7 @@ METHOD_NAMES = (
     MethodName("absmax-weight-row", "absmax by row of W", by_default=False),
     MethodName("vector-wise", "vector-wise"),
     MethodName("zeropoint-vector-wise", "zero-point vector-wise"),
+    MethodName("zeropoint-inputs", "vector-wise, zero-point inputs", needs_weight=False, by_default=False),
     MethodName("bitsandbytes", "LLM.int8(), bitsandbytes", needs_weight=False),
     MethodName("llm-int8-exact", "LLM.int8(), exact columns"),
     MethodName("llm-int8-whole", "LLM.int8(), whole columns", by_default=False),
@@ -51,6 +56,7 @@ METHOD_NAMES = (
     MethodName("int8-weights", "int8 weights, 16-bit inputs", needs_weight=False),
     _smoothed("vector-wise", "vector-wise"),
     _smoothed("zeropoint", "zero-point vector-wise"),
+    _smoothed("zeropoint-inputs", "vector-wise, zero-point inputs"),
     _smoothed("bitsandbytes", "LLM.int8(), bitsandbytes"),
     _smoothed("stored", "zero-point, stored columns", needs_columns=True),
     _smoothed("int8-weights", "int8 weights, 16-bit inputs"),
@@ -77,11 +83,12 @@ def chosen_keys(keys: Iterable[str]) -> tuple[str, ...]:
 def loaders_of(found: Evaluation) -> dict[str, str]:
     """The methods that loaders compute, and so what a user gets: the loader's name by the method's key.
 
-    In the layout compressed-tensors, for which bitsandbytes is not evaluated, loaders compute vector-wise int8.
+    In the layout compressed-tensors, for which bitsandbytes is not evaluated, loaders compute vector-wise int8, with
+    the inputs that config.json asks for.
     """
     loaders = {"zeropoint-llm-int8-stored": "load_model", "bitsandbytes": "transformers and bitsandbytes"}
     if found.converted and found.method("bitsandbytes") is None:
-        loaders["vector-wise"] = "vLLM, or transformers and compressed-tensors"
+        loaders[_BY_INPUTS[found.inputs]] = "vLLM, or transformers and compressed-tensors"
     return {key: loader for key, loader in loaders.items() if found.method(key) is not None}
 
 

@@ -17,7 +17,7 @@ from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.checkpoint.weight_files import find_weights, read_headers
 from int8cli.errors import ModelNotFoundError, UnsupportedModelError
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.runtime.converted import Converted, check_indices, find_converted
+from int8cli.runtime.converted import Converted, check_indices, find_converted, signed
 
 COLUMNS, COLUMN_WEIGHTS = "outlier_cols", "outlier_weight"
 
@@ -71,7 +71,7 @@ class StoredModel:
             )
         self._converted = converted
         self.left_on_disk: set[str] = set()
-        self._tensors = CheckpointTensors(source, (*shards, *converted.sidecars))
+        self._tensors = CheckpointTensors(source, (*converted.shards, *converted.sidecars))
         try:
             self.linears = tuple(_linears(converted, self._tensors))
         except BaseException:
@@ -110,12 +110,15 @@ class StoredModel:
     def _read(self, name: str) -> Tensor:
         if name in self.left_on_disk:
             return torch.zeros((), dtype=torch.int8).expand(self._converted.specs[name].shape)
-        return self._tensors.read(name)
+        return self._signed(name, self._tensors.read(name))
+
+    def _signed(self, name: str, found: Tensor) -> Tensor:
+        return signed(found) if name in self._converted.packed else found
 
     def map(self, name: str) -> Tensor:
         """A tensor as a mapping of its shard, which is read ahead. Not to be written to."""
         self._tensors.read_ahead(name)
-        return self._tensors.map(name)
+        return self._signed(name, self._tensors.map(name))
 
     def _columns(self, linear: StoredLinear, kind: str, dtype: str) -> LoadedTensor:
         if linear.columns:

@@ -19,7 +19,6 @@ from int8cli.conversion.task import ShardTask
 from int8cli.errors import Int8cliError
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.decisions import PlanOptions
-from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
@@ -28,6 +27,7 @@ from int8cli.records.manifest import SideFile
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.comparison import Comparison
+from int8cli.verification.layout import target_of
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.recorded_task import task_as_recorded
 
@@ -40,7 +40,7 @@ COMPARE = "compare"
 def survey_for(source: Source, conversion: Conversion) -> Survey:
     """The source in its current state, planned with the settings of the conversion."""
     settings = conversion.settings
-    return survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
+    return survey_source(source, PlanOptions(settings.skip, settings.only), target_of(conversion))
 
 
 def check_source(source: Source, survey: Survey, conversion: Conversion) -> Check:
@@ -76,7 +76,7 @@ def check_weights(
     """Convert every shard again and compare bytes and figures. Fetches one shard at a time from the Hub."""
     weights: list[Failure] = []
     figures: list[Failure] = []
-    layers = copied = columns = 0
+    layers = copied = columns = scaled = 0
     present = {contents.file_name: contents.file_bytes for contents in survey.shards}
     # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
     alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
@@ -89,6 +89,7 @@ def check_weights(
         task = task_as_recorded(directory, shard, survey, conversion, record, options)
         layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
+        scaled += len(task.planned.exponents)
         try:
             with source.fetch(shard.file) as local:
                 if following is not None:
@@ -102,6 +103,7 @@ def check_weights(
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
     detail += f", {columns:,} stored columns too" if columns else ""
+    detail += f"; {scaled:,} tensors are those of the source times their powers of two" if scaled else ""
     return Check.of("weights", detail, weights), Check.of("figures", _figures_detail(layers, conversion), figures)
 
 
@@ -166,7 +168,7 @@ def _figure_failures(task: ShardTask, result: PassResult, record: ShardRecord) -
         if decision.spec.name in result.non_finite:
             continue
         before = recorded[decision.module]
-        recomputed = layer_report(decision, task.planned.target, result, before.stored)
+        recomputed = layer_report(decision, task.planned.target, result, before.stored, before.smoothing)
         if replace(recomputed, sums=before.sums) != before:
             yield Failure(record.files[0].file, "its shape, kind or sizes differ from the report", decision.module)
         if recomputed.sums is None or before.sums is None:

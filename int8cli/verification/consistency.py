@@ -15,14 +15,15 @@ from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
-from int8cli.planning.layouts import LAYOUTS
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
-from int8cli.records.conversion import Conversion
+from int8cli.records.conversion import ABSMAX_INPUTS, NO_SMOOTHING, Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile
 from int8cli.records.shard_record import ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
+from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Failure
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
+from int8cli.verification.layout import target_of
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
 
@@ -56,7 +57,7 @@ def record_failures(conversion: Conversion, records: Mapping[str, ShardRecord]) 
 
 def tensor_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
     """Check that each tensor of the source became the right tensors of the layout: none missing, none extra."""
-    target = LAYOUTS[conversion.settings.layout]
+    target = target_of(conversion)
     for record in records:
         shard = record.files[0]
         layers = {f"{layer.name}.weight": layer for layer in record.layers}
@@ -125,7 +126,7 @@ def index_failures(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
 
 def config_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
     """Check that quantization_config follows from the settings and does not skip any int8 layer."""
-    settings, target = conversion.settings, LAYOUTS[conversion.settings.layout]
+    settings, target = conversion.settings, target_of(conversion)
     try:
         stated = _read_object(directory / CONFIG_FILE).get("quantization_config")
     except Int8cliError as error:
@@ -157,14 +158,17 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
         yield Failure(REPORT_FILE, str(error))
         return
     report["settings"].setdefault("figures", True)  # earlier versions always measured them
+    report["settings"].setdefault("smooth", NO_SMOOTHING)  # and smoothed nothing
+    report["settings"].setdefault("inputs", ABSMAX_INPUTS)
     layers = worst_first(layer for record in records for layer in record.layers)
     settings = json.loads(json.dumps(asdict(conversion.settings)))
-    stored = summarize_stored(layers)
+    stored, smoothing = summarize_stored(layers), summarize_smoothing(layer.smoothing for layer in layers)
     head = {
         "model": conversion.source.name,
         "revision": conversion.source.revision,
         "settings": settings,
         "stored_columns": json.loads(json.dumps(stored.to_json())) if stored is not None else None,
+        "smoothing": json.loads(json.dumps(smoothing.to_json())) if smoothing is not None else None,
     }
     totals = {
         "shards": len(records),
@@ -176,6 +180,8 @@ def report_failures(directory: Path, conversion: Conversion, records: Sequence[S
     yield from _differences(head, report)
     yield from _differences(totals, report["totals"])
     stated = {layer["name"]: layer for layer in report["layers"]}
+    for each in stated.values():
+        each.setdefault("smoothing", None)
     for layer in layers:
         if stated.pop(layer.name, None) != json.loads(json.dumps(layer.to_json())):
             yield Failure(REPORT_FILE, "its figures differ from its record", layer.name)

@@ -187,10 +187,11 @@ def _modules(model: Any, dtypes: Mapping[str, str]) -> Iterator[tuple[str, str |
             full_name = f"{module_name}.{name}"
             stored = dtypes.get(full_name) or dtypes.get(full_name.removeprefix(prefix))
             dtype = TORCH_DTYPES.get(stored or "", parameter.dtype)
-            if takes_int8 and name == "weight":
-                wanted = (module.out_features, module.in_features)
-                if dtype != torch.int8:
-                    yield full_name, f"is {dtype}, but the loader expects int8"
+            if takes_int8 and name in ("weight", "weight_packed"):
+                packed = name == "weight_packed"
+                wanted = (module.out_features, module.in_features // (4 if packed else 1))
+                if dtype != (torch.int32 if packed else torch.int8):
+                    yield full_name, f"is {dtype}, but the loader expects {'int32' if packed else 'int8'}"
                 elif tuple(parameter.shape) != wanted:
                     yield full_name, f"is {list(parameter.shape)}, the model needs {list(wanted)}"
                 else:

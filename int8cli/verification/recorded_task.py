@@ -18,7 +18,7 @@ from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.verification.options import VerificationRun
-from int8cli.verification.sidecars import column_problem
+from int8cli.verification.sidecars import column_problem, recorded_exponents
 
 
 def task_as_recorded(
@@ -32,15 +32,16 @@ def task_as_recorded(
     """The task that converts the shard as its record says it was converted."""
     contents = _contents_as_recorded(survey, shard, record)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
-    stored = None
+    stored, exponents = None, {}
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
         stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
+        exponents = recorded_exponents(directory / sidecar_file_name(shard.output), contents)
     columns = {name: each.indices for name, each in stored.items()} if stored is not None else None
     plan = _plan_as_recorded(survey, contents, record)
     return ShardTask(
         source=shard,
         weight_format=survey.weights.format,
-        planned=plan_shard(contents, plan, shard.output, survey.target, columns),
+        planned=plan_shard(contents, plan, shard.output, survey.target, columns, exponents),
         directory=directory,
         partial=directory / shard.output,
         options=PassOptions(options.threads, options.device, via_half, keep_non_finite=True, figures=figures),

@@ -13,14 +13,12 @@ from int8cli.checkpoint.lock import refuse_while_locked
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.source import Source
 from int8cli.errors import Int8cliError, OutputError
-from int8cli.planning.layouts import LAYOUTS
 from int8cli.progress import Progress
 from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.verification import Check, Failure, Verification
-from int8cli.typed_json import shown
 from int8cli.verification.beside import check_loads_beside
 from int8cli.verification.consistency import (
     config_failures,
@@ -31,6 +29,7 @@ from int8cli.verification.consistency import (
     tensor_failures,
 )
 from int8cli.verification.files import READ, DigestPass
+from int8cli.verification.layout import target_of
 from int8cli.verification.loads import NAME
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import check_sidecars
@@ -51,11 +50,7 @@ def conversion_in(directory: Path, *, weights: bool = True) -> Conversion:
         )
     in_use = f"{directory} is being written by int8cli convert"
     refuse_while_locked(directory / OWN_DIRECTORY, in_use, "Wait for it to end.")
-    if conversion.settings.layout not in LAYOUTS:
-        raise OutputError(
-            f"{directory}: {OWN_DIRECTORY}/conversion.json names the layout {shown(conversion.settings.layout)}, "
-            f"this version supports only {' and '.join(LAYOUTS)}"
-        )
+    target_of(conversion)
     if read_manifest(directory) is None:
         raise OutputError(
             f"{directory}: the conversion is not finished: {_what_is_missing(store, conversion)}",

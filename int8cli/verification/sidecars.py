@@ -11,12 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 
 from int8cli.checkpoint.reader import FileReader
-from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.checkpoint.tensor import ShardContents, TensorSpec
+from int8cli.conversion.resumed_smoothing import exponents_in
 from int8cli.errors import Int8cliError
+from int8cli.planning.exponents import TensorExponents, columns_name, is_exponents, misfits, rows_name, tensor_of
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
-from int8cli.records.conversion import NO_OUTLIERS, Conversion
+from int8cli.records.conversion import NO_OUTLIERS, NO_SMOOTHING, Conversion
 from int8cli.records.shard_record import FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
+from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Check, Failure
 
 NAME = "sidecars"
@@ -29,10 +32,41 @@ def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[Sh
         failures += _record_failures(directory, conversion, record)
     if conversion.settings.outliers == NO_OUTLIERS:
         return Check.of(NAME, "no columns are stored", failures)
+    if not failures:
+        failures += _misfits(directory, records)
     layers = [layer.stored for record in records for layer in record.layers if layer.stored is not None]
     columns, having = sum(len(stored.columns) for stored in layers), sum(1 for stored in layers if stored.columns)
     detail = f"{columns:,} columns of {having:,} layers, sorted and as reported"
+    smoothing = summarize_smoothing(layer.smoothing for record in records for layer in record.layers)
+    detail += f"; {smoothing.smoothed:,} layers are smoothed" if smoothing is not None else ""
     return Check.of(NAME, detail, failures)
+
+
+def _misfits(directory: Path, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """The smoothed layers whose columns do not fit what is divided in front of them."""
+    files = {f"{layer.name}.weight": record.source.output for record in records for layer in record.layers}
+    layers = {f"{layer.name}.weight": layer.smoothing for record in records for layer in record.layers}
+    smoothed = {name: layer for name, layer in layers.items() if layer is not None and layer.smoothed}
+    sidecars = {file.file for record in records for file in record.files[1:]}
+    found: dict[str, TensorExponents] = {}
+    for name in sorted(sidecars) if smoothed else ():
+        try:
+            found |= exponents_in(directory / name)
+        except (OSError, Int8cliError) as error:
+            yield Failure(name, str(error))
+            return
+    for weight in misfits(smoothed, found):
+        yield Failure(sidecar_file_name(files[weight]), "is not multiplied by what its input is divided by", weight)
+
+
+def recorded_exponents(sidecar: Path, contents: ShardContents) -> dict[str, TensorExponents]:
+    """The exponents of the shard's tensors. Nothing if they cannot be read, which the checks of the files report."""
+    try:
+        found = exponents_in(sidecar)
+    except (OSError, Int8cliError):
+        return {}
+    known = {stored.spec.name for stored in contents.tensors}
+    return {name: each for name, each in found.items() if name in known}
 
 
 def column_problem(layer: LayerReport, most: int) -> str | None:
@@ -63,25 +97,26 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
     """Check that the sidecar of one record exists and matches the record."""
     name = sidecar_file_name(record.source.output)
     due = conversion.settings.outliers != NO_OUTLIERS and bool(record.layers)
+    smoothed = conversion.settings.smooth != NO_SMOOTHING
     sidecars = [file for file in record.files[1:] if file.file == name]
     for other in record.files[1:]:
         if other.file != name:
             yield Failure(other.file, f"is in the record of {record.source.output}, which has no such file")
-    if not due:
+    if not due and not (smoothed and sidecars):
         if sidecars:
             yield Failure(name, "has a record, but this conversion stores no columns")
         return
     if not sidecars:
         yield Failure(name, f"is missing from the record of {record.source.output}")
         return
-    yield from _tensor_failures(record, sidecars[0])
+    yield from _tensor_failures(record, sidecars[0], smoothed=smoothed)
     problems = [(layer, column_problem(layer, conversion.settings.outlier_columns)) for layer in record.layers]
     yield from (Failure(name, problem, layer.name) for layer, problem in problems if problem is not None)
     sound = [layer for layer, problem in problems if problem is None]
     yield from _index_failures(directory, sidecars[0], sound)
 
 
-def _tensor_failures(record: ShardRecord, sidecar: FileRecord) -> Iterator[Failure]:
+def _tensor_failures(record: ShardRecord, sidecar: FileRecord, *, smoothed: bool) -> Iterator[Failure]:
     """Check that the recorded tensors are those of the layers, by name, shape and dtype: none missing, none extra."""
     sources = {spec.name: spec for spec in record.source_tensors}
     unmatched = {tensor.name: tensor for tensor in sidecar.tensors}
@@ -101,8 +136,21 @@ def _tensor_failures(record: ShardRecord, sidecar: FileRecord) -> Iterator[Failu
         if layer.stored.bytes != size_bytes:
             problem = f"its stored columns are reported as {layer.stored.bytes:,} bytes, but have {size_bytes:,}"
             yield Failure(sidecar.file, problem, layer.name)
-    for name in unmatched:
-        yield Failure(sidecar.file, "does not belong to an int8 layer", name)
+    for name, tensor in unmatched.items():
+        if not is_exponents(name) or not smoothed:
+            yield Failure(sidecar.file, "does not belong to an int8 layer", name)
+        elif (tensor.dtype, tensor.shape) != ("I8", _due_exponents(name, record)):
+            yield Failure(sidecar.file, f"is {tensor.dtype} {list(tensor.shape)}, which fits no tensor", name)
+
+
+def _due_exponents(name: str, record: ShardRecord) -> tuple[int, ...] | None:
+    """The shape of exponents, from the tensor that they belong to; None if the shard has no such tensor."""
+    tensor = tensor_of(name)
+    layer = next((each for each in record.layers if f"{each.name}.weight" == tensor), None)
+    if layer is not None:
+        return (layer.shape[1] if name == columns_name(tensor) else layer.shape[0],)
+    source = next((spec for spec in record.source_tensors if spec.name == tensor), None)
+    return source.shape if source is not None and name == rows_name(tensor) else None
 
 
 def _index_failures(directory: Path, sidecar: FileRecord, layers: Sequence[LayerReport]) -> Iterator[Failure]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -111,21 +112,25 @@ class Nursery:
         self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def start(
-        self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, user: int | None = None
+        self,
+        *args: str | Path,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        user: int | None = None,
+        stdout: str = "",
+        stderr: str = "",
     ) -> Child:
+        """`stdout` and `stderr`: where they lead, instead of files whose text is in the outcome."""
         self._count += 1
-        stdout, stderr = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
-        stdout.touch()
-        stderr.touch()  # a child may be killed before it opens them
-        pid = self._ask(
-            ("start", [str(arg) for arg in args], str(cwd), dict(env or {}), str(stdout), str(stderr), user)
-        )
-        return Child(pid, self, stdout, stderr)
+        out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
+        out.touch()
+        err.touch()  # a child may be killed before it opens them
+        words = [str(arg) for arg in args]
+        pid = self._ask(("start", words, str(cwd), dict(env or {}), stdout or str(out), stderr or str(err), user))
+        return Child(pid, self, out, err)
 
-    def run(
-        self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None, user: int | None = None
-    ) -> Outcome:
-        return self.start(*args, cwd=cwd, env=env, user=user).wait()
+    def run(self, *args: str | Path, cwd: Path, **options: Any) -> Outcome:
+        return self.start(*args, cwd=cwd, **options).wait()
 
     def wait(self, pid: int) -> int:
         return self._ask(("wait", pid))

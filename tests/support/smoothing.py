@@ -29,6 +29,16 @@ def spread(model: Any) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) + weight)
 
 
+def planted(model: Any) -> None:
+    """Two input dimensions of every norm-fed linear become outliers; the function stays as it is."""
+    spread(model)
+    for name, weight in model.named_parameters():
+        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+            weight[[3, 20]] *= 256.0
+        elif name.endswith(tuple(f"{part}_proj.weight" for part in ("q", "k", "v", "gate", "up"))):
+            weight[:, [3, 20]] /= 256.0
+
+
 def smoothed_statistics(directory: Path, **options: Any) -> OutlierStatistics:
     with opened_source(str(directory), revision=None, download_dir=directory / "incoming") as source:
         how = CalibrateOptions(Sampling(48, 16, 0), smooth=True, **options)

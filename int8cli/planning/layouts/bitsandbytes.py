@@ -12,9 +12,11 @@ from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
 
-NAME = "bitsandbytes"
+NAME = KEY = "bitsandbytes"
+INPUTS = "absmax"  # and those over the threshold in 16 bit
 ACCEPTS = Acceptance()
 SCALES: Literal["row_absmax", "step"] = "row_absmax"
+PACKED = False
 AS_ON_LOAD = True
 SKIP_KEY = "llm_int8_skip_modules"
 WEIGHT_FORMAT = b"\x00"  # bitsandbytes' number for row-major
@@ -43,7 +45,11 @@ def quantized_specs(source: TensorSpec, *, transpose: bool) -> tuple[TensorSpec,
     )
 
 
-def marks(weight_name: str) -> dict[str, bytes]:
+def data_name(weight_name: str) -> str:
+    return weight_name
+
+
+def marks(weight_name: str, shape: tuple[int, ...]) -> dict[str, bytes]:
     return {weight_format_name(weight_name): WEIGHT_FORMAT}
 
 

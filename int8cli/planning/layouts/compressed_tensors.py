@@ -17,7 +17,8 @@ from int8cli.loaders.transformers_versions import covers_by_component
 from int8cli.planning.decisions import Acceptance, FloatLayers, Plan
 from int8cli.planning.layouts.skip_modules import skip_modules
 
-NAME = "compressed-tensors"
+NAME = KEY = "compressed-tensors"
+INPUTS = "absmax"
 # The loaders replace every `nn.Linear`; vLLM also replaces layers made of them, such as separate experts. transformers'
 # Conv1D is not one, and vLLM transposes the weights that it reads for it.
 # vLLM builds some linear layers without a quantization config (0.32: qwen2_moe.py, qwen3_next.py, mamba_mixer.py), and
@@ -32,6 +33,7 @@ ACCEPTS = Acceptance(
     ),
 )
 SCALES: Literal["row_absmax", "step"] = "step"
+PACKED = False
 AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
@@ -47,7 +49,11 @@ def scale_name(weight_name: str) -> str:
     return f"{weight_name}_scale"
 
 
-def marks(weight_name: str) -> dict[str, bytes]:
+def data_name(weight_name: str) -> str:
+    return weight_name
+
+
+def marks(weight_name: str, shape: tuple[int, ...]) -> dict[str, bytes]:
     return {}
 
 

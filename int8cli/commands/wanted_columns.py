@@ -1,0 +1,39 @@
+"""What the options of a conversion ask for: which columns to store, and whether to smooth."""
+
+from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, SMOOTH_MODES, ColumnsWanted
+from int8cli.commands.options import ConvertOptions
+from int8cli.machine.speed import usable_cores
+from int8cli.model.sampling import Sampling
+from int8cli.planning.layouts import compressed_tensors, weights_only
+from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
+
+
+def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
+    """`known` are the settings of an unfinished conversion, which resumes as it began unless another way is named."""
+    mode, limit = str(options.outliers), options.outlier_columns
+    if limit is None:
+        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS else 0
+    smooth = _smooth(options)
+    if smooth not in SMOOTH_MODES:  # a statistics file, which columns that are to be chosen are chosen by too
+        mode, limit = smooth, limit if mode != NO_OUTLIERS else 0
+    smooths = smooth != NO_SMOOTHING and mode not in (FROM_WEIGHTS, NO_OUTLIERS)
+    if options.smooth is None and known is not None and mode == AUTO:
+        smooths = known.smooth != NO_SMOOTHING
+    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
+    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths)
+
+
+def why_not_smoothed(options: ConvertOptions) -> str:
+    """A line about a conversion that smooths nothing although its layout gains by it; empty for others."""
+    mode = str(options.outliers)
+    if _smooth(options) == AUTO and mode in (FROM_WEIGHTS, NO_OUTLIERS):
+        known = "the weights alone" if mode == FROM_WEIGHTS else "nothing that is known of the activations"
+        return f"not smoothed: that takes a run of the model or its statistics, and this conversion uses {known}"
+    return ""
+
+
+def _smooth(options: ConvertOptions) -> str:
+    if options.smooth is not None:
+        return str(options.smooth)
+    rounds_inputs = options.layout == compressed_tensors.NAME and options.inputs != weights_only.INPUTS
+    return AUTO if rounds_inputs else NO_SMOOTHING
