@@ -2,15 +2,21 @@
 # `cp` and other converters. Each installs what it needs, in the versions of requirements.lock.
 # `make torture SECONDS=600` tries for that long to make it lose data. `make test-oldest` and `make test-newest` run the
 # tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without test dependencies,
-# `make lock` updates the lock files. See docs/development.md.
+# `make test-vllm` opens what int8cli writes in vLLM, `make lock` and `make lock-vllm` update the lock files. See
+# docs/development.md.
 
 PYTHON ?= python3
-# Which versions: locked, oldest or newest. Each has its own virtual environment.
+COMMA := ,
+# Which versions: locked, oldest, newest, or those that vllm asks for. Each has its own virtual environment.
 END ?= locked
 VENV := .venv$(if $(filter-out locked,$(END)),-$(END))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PINS := $(VENV)/pins.txt
+# What is installed beside the package, with which extras, and which tests run.
+GROUP := $(if $(filter vllm,$(END)),vllm,dev)
+EXTRAS := $(if $(filter vllm,$(END)),calibrate,calibrate$(COMMA)plots)
+LOCKS := $(if $(filter vllm,$(END)),requirements-vllm.lock,requirements-oldest.lock)
 BARE := .venv-bare$(if $(filter-out locked,$(END)),-$(END))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # A torch release instead of the locked one: `make test TORCH=2.14.0`. By default, all ends use the locked torch, because
@@ -29,17 +35,21 @@ TORCH_BACKEND ?=
 # Takes an hour on two cores, mostly for other converters. `make benchmark BENCHMARK="--gigabytes 8"` leaves them out.
 BENCHMARK ?= --gigabytes 8 --peers 2 --growth 0.1 0.3 1 3 10
 
+TESTS ?=
+UNLOCKED ?=
+
 SECONDS ?= 600
 TORTURE ?=
 
-# The tests read and write text in UTF-8 in every locale. The package and the scripts do so by themselves (PLW1514).
+# The tests read and write text in UTF-8 in every locale. The package does so by itself.
 export PYTHONUTF8 := 1
 
 DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 DEMO_PAGE := demo/report.html
 
-.PHONY: demo test test-oldest test-newest test-bare lock benchmark torture lint types pytest always clean
+.PHONY: demo test test-oldest test-newest test-bare test-ray test-vllm lock lock-vllm benchmark torture lint types \
+	pytest always clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -59,7 +69,6 @@ torture: $(READY)
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/ruff check --preview --select PLW1514 int8cli scripts
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive int8cli scripts
 	$(BIN)/python scripts/audit.py
 
@@ -69,7 +78,7 @@ types: $(READY)
 
 # A warning is an error in the locked versions, which we can change. Older and newer ones have warnings of their own.
 pytest: $(READY)
-	$(BIN)/pytest $(if $(filter-out locked,$(END)),-W default)
+	$(BIN)/pytest $(if $(filter-out locked,$(END)),-W default) $(TESTS)
 
 # Linters and types are checked only in the locked versions.
 test-oldest:
@@ -78,6 +87,19 @@ test-oldest:
 test-newest:
 	$(MAKE) pytest END=newest
 
+# Ray is large, and nothing else needs it: its tests have an environment of their own, beside that of the others.
+test-ray: $(READY)
+	$(PYTHON) -m venv --clear .venv-ray
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> "$$(.venv-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) ray
+	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
+
+# What vLLM's CPU build makes of the output. A process that has it takes gigabytes, so the tests run one after the other.
+# vLLM asks for a CPU build of torch, for which pip needs TORCH_BACKEND=cpu unless it is configured to find one.
+test-vllm:
+	$(MAKE) pytest END=vllm TESTS="-n 0 tests/vllm $(TESTS)"
+
 # The package as users install it, without test dependencies.
 test-bare: $(READY)
 	$(PYTHON) -m venv --clear $(BARE)
@@ -85,11 +107,19 @@ test-bare: $(READY)
 	$(call install_torch,$(BARE))
 	$(BIN)/python scripts/check_bare_install.py $(BARE) $(END) $(TORCH_OPTION)
 
+# Installs the newest versions, and locks what pip has chosen.
+lock-vllm:
+	rm -rf .venv-vllm
+	: > requirements-vllm.lock
+	$(MAKE) .venv-vllm/.ready END=vllm UNLOCKED=yes
+	.venv-vllm/bin/python scripts/lock_vllm.py
+
 lock: .venv-lock/.ready
 	.venv-lock/bin/python scripts/lock.py $(PACKAGE) $(if $(TORCH),--torch $(TORCH))
 
-# The newest versions are looked up every time.
-$(READY): pyproject.toml requirements.lock requirements-oldest.lock $(if $(filter newest,$(END)),always)
+# The newest versions are looked up every time. vLLM asks for torchvision and its kin, and nothing here uses them: the
+# builds on PyPI do not load beside a CPU build of torch (`operator torchvision::nms does not exist`).
+$(READY): pyproject.toml requirements.lock $(LOCKS) $(if $(filter newest,$(END)),always)
 	@echo "Installing into $(VENV). This is silent and takes minutes: on Linux, torch brings up to 5.4 GB of CUDA"
 	@echo "libraries (three minutes on a fast line). TORCH_BACKEND=cpu leaves them out."
 	$(PYTHON) scripts/check_python.py
@@ -97,9 +127,13 @@ $(READY): pyproject.toml requirements.lock requirements-oldest.lock $(if $(filte
 	$(PIP) install -qq --constraint requirements.lock hatchling packaging pip
 	$(BIN)/python scripts/pins.py print $(END) $(TORCH_OPTION) > $(PINS)
 	$(call install_torch,$(VENV))
-	PIP_CONSTRAINT=$(PINS) $(PIP) install -qq --no-build-isolation --group dev --editable ".[calibrate,plots]"
+	PIP_CONSTRAINT=$(PINS) $(PIP) install -qq --no-build-isolation --group $(GROUP) --editable ".[$(EXTRAS)]"
+ifeq ($(END),vllm)
+	$(PIP) uninstall -qq --yes torchaudio torchcodec torchvision
+else
 	$(PIP) check
-	$(BIN)/python scripts/pins.py check $(END) $(TORCH_OPTION)
+endif
+	$(if $(UNLOCKED),,$(BIN)/python scripts/pins.py check $(END) $(TORCH_OPTION))
 	touch $@
 
 ifneq ($(TORCH_BACKEND),)

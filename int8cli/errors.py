@@ -26,6 +26,10 @@ class OptionError(Int8cliError):
         self.option = option
 
 
+class CannotRunInPartsError(OptionError):
+    """The outlier columns are to come from a run of the model, which no part of a conversion makes."""
+
+
 class SourceError(Int8cliError):
     """The model cannot be read from the place the user named."""
 
@@ -95,6 +99,8 @@ class AlreadyQuantizedError(UnsupportedModelError):
 class AlreadyConvertedError(AlreadyQuantizedError):
     """The weights are int8 already, and int8cli wrote them."""
 
+    usual_hint = "Give the 16- or 32-bit model that was converted."
+
 
 class CannotRunError(UnsupportedModelError):
     """The model cannot be run on text, because of its class, its config.json or its tokenizer."""
@@ -122,6 +128,18 @@ class OutputError(Int8cliError):
 
 class OutputInUseError(OutputError):
     """Another process is using the output directory."""
+
+
+class CannotLockError(OutputError):
+    """The disk of the output directory has no locks."""
+
+
+class UnfinishedPartsError(OutputError):
+    """Parts of a conversion are not finished, so it cannot be concluded."""
+
+
+class VersionMismatchError(OutputError):
+    """Several versions of int8cli are to work on one conversion."""
 
 
 class SettingsMismatchError(OutputError):
@@ -154,6 +172,14 @@ class DestinationError(Int8cliError):
 
 class MissingExtraError(Int8cliError):
     """A feature needs packages of an extra that is not installed."""
+
+
+class MissingRayError(MissingExtraError):
+    """Converting on a cluster needs Ray, which is not installed."""
+
+
+class ClusterError(Int8cliError):
+    """A Ray cluster cannot be reached, or cannot run the work."""
 
 
 class MissingTransformersError(MissingExtraError):

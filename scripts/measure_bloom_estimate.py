@@ -27,32 +27,32 @@ TOTAL_SIZE = 352_494_542_848
 Shapes = dict[str, tuple[int, ...]]
 
 
-def shards() -> Iterator[tuple[str, Shapes]]:
-    """File name and tensors of each of the 72 shards."""
+def shards(layers: int = LAYERS, hidden: int = HIDDEN) -> Iterator[tuple[str, Shapes]]:
+    """File name and tensors of each shard: 72 for BLOOM itself."""
     contents: list[Shapes] = [
-        {"word_embeddings.weight": (VOCABULARY, HIDDEN), **norm("word_embeddings_layernorm")},
-        *(block(layer) for layer in range(LAYERS)),
-        norm("ln_f"),
+        {"word_embeddings.weight": (VOCABULARY, hidden), **norm("word_embeddings_layernorm", hidden)},
+        *(block(layer, hidden) for layer in range(layers)),
+        norm("ln_f", hidden),
     ]
     for number, tensors in enumerate(contents, start=1):
         yield f"model_{number:05}-of-{len(contents):05}.safetensors", tensors
 
 
-def norm(name: str) -> Shapes:
-    return {f"{name}.weight": (HIDDEN,), f"{name}.bias": (HIDDEN,)}
+def norm(name: str, hidden: int) -> Shapes:
+    return {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
 
 
-def block(layer: int) -> Shapes:
+def block(layer: int, hidden: int) -> Shapes:
     def linear(name: str, out_features: int, in_features: int) -> Shapes:
         return {f"h.{layer}.{name}.weight": (out_features, in_features), f"h.{layer}.{name}.bias": (out_features,)}
 
     return {
-        **norm(f"h.{layer}.input_layernorm"),
-        **linear("self_attention.query_key_value", 3 * HIDDEN, HIDDEN),
-        **linear("self_attention.dense", HIDDEN, HIDDEN),
-        **norm(f"h.{layer}.post_attention_layernorm"),
-        **linear("mlp.dense_h_to_4h", 4 * HIDDEN, HIDDEN),
-        **linear("mlp.dense_4h_to_h", HIDDEN, 4 * HIDDEN),
+        **norm(f"h.{layer}.input_layernorm", hidden),
+        **linear("self_attention.query_key_value", 3 * hidden, hidden),
+        **linear("self_attention.dense", hidden, hidden),
+        **norm(f"h.{layer}.post_attention_layernorm", hidden),
+        **linear("mlp.dense_h_to_4h", 4 * hidden, hidden),
+        **linear("mlp.dense_4h_to_h", hidden, 4 * hidden),
     }
 
 
@@ -72,21 +72,21 @@ def write_sparse(path: Path, tensors: Shapes) -> int:
     return end
 
 
-def make_bloom(directory: Path) -> None:
+def make_bloom(directory: Path, layers: int = LAYERS, hidden: int = HIDDEN) -> int:
+    """Returns the bytes of all tensors."""
     directory.mkdir(parents=True, exist_ok=True)
     weight_map, total = {}, 0
-    for file_name, tensors in shards():
+    for file_name, tensors in shards(layers, hidden):
         total += write_sparse(directory / file_name, tensors)
         weight_map.update(dict.fromkeys(tensors, file_name))
-    assert total == TOTAL_SIZE, total
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config = {
         "architectures": ["BloomForCausalLM"],
         "model_type": "bloom",
-        "hidden_size": HIDDEN,
+        "hidden_size": hidden,
         "n_head": HEADS,
-        "n_layer": LAYERS,
+        "n_layer": layers,
         "seq_length": 2048,
         "vocab_size": VOCABULARY,
         "tie_word_embeddings": True,
@@ -94,6 +94,7 @@ def make_bloom(directory: Path) -> None:
     }
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
+    return total
 
 
 def preset_digests(directory: Path) -> None:
@@ -134,7 +135,8 @@ def main() -> None:
     ours = sys.argv[1:]
     split = ours.index("--") if "--" in ours else len(ours)
     options = parser.parse_args(ours[:split])
-    make_bloom(options.directory)
+    total = make_bloom(options.directory)
+    assert total == TOTAL_SIZE, total
     preset_digests(options.directory)
     measure(options.directory, options.latency_ms, ours[split + 1 :])
 

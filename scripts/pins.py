@@ -5,7 +5,8 @@
 
 There are three ends. `locked` has the versions of requirements.lock, `oldest` those of requirements-oldest.lock (the
 lower bounds in pyproject.toml), and `newest` the newest in the index. In all three, the tools that check the code have
-their locked versions. Only reads files and installed metadata; lock.py writes the lock files.
+their locked versions. `vllm` has those of requirements-vllm.lock: an environment apart, which vLLM sets the ranges of.
+Only reads files and installed metadata; lock.py and lock_vllm.py write the lock files.
 """
 
 import argparse
@@ -27,9 +28,12 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = ROOT / "pyproject.toml"
 LOCKED = ROOT / "requirements.lock"
 OLDEST = ROOT / "requirements-oldest.lock"
+VLLM = ROOT / "requirements-vllm.lock"
 
 # Always at their locked versions, so that a new linter cannot fail a test of an old torch.
 HELD_GROUPS = ("tools", "install", "lock")
+# Groups with a lock file of their own.
+APART_GROUPS = ("vllm",)
 # How uv names the package itself, for requirements in pyproject.toml.
 ASKED_FOR = "int8cli (pyproject.toml"
 
@@ -70,11 +74,12 @@ def read_project(path: Path = PYPROJECT) -> dict[str, Any]:
 
 
 def requirements(project: dict[str, Any]) -> list[Requirement]:
-    """All requirements in pyproject.toml: to run, to build, and those of each extra and dependency group."""
+    """The requirements in pyproject.toml of all but `APART_GROUPS`: to run, to build, of each extra and group."""
     table = project["project"]
     lists = [project["build-system"]["requires"], table["dependencies"], *table["optional-dependencies"].values()]
     asked = [Requirement(line) for lines in lists for line in lines]
-    return asked + [item for name in project["dependency-groups"] for item in group(project, name)]
+    groups = [name for name in project["dependency-groups"] if name not in APART_GROUPS]
+    return asked + [item for name in groups for item in group(project, name)]
 
 
 def group(project: dict[str, Any], name: str) -> list[Requirement]:
@@ -89,7 +94,7 @@ def held(project: dict[str, Any]) -> set[str]:
 
 def constraints(end: str, torch: str | None) -> list[str]:
     """The lines of the constraints file for an end. For `torch`, see `torch_line`."""
-    lines = {"locked": LOCKED, "oldest": OLDEST, "newest": LOCKED}[end].read_text().splitlines()
+    lines = {"locked": LOCKED, "oldest": OLDEST, "newest": LOCKED, "vllm": VLLM}[end].read_text().splitlines()
     if end == "newest":
         names = held(read_project())
         lines = [line for line in lines if _name(line) in names]
@@ -170,7 +175,7 @@ def not_as_pinned(pins: Iterable[Pin], complete: bool) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=["print", "check"])
-    parser.add_argument("end", choices=["locked", "oldest", "newest"])
+    parser.add_argument("end", choices=["locked", "oldest", "newest", "vllm"])
     parser.add_argument("--torch", help="a version of torch, or oldest or newest, instead of the locked one")
     arguments = parser.parse_args()
     lines = constraints(arguments.end, arguments.torch)

@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -212,6 +212,61 @@ def test_the_layers_to_leave_alone_too_are_named_once_for_all_blocks() -> None:
     (said,) = caveats(*specs, skip=("*.self_attn.k_proj",))
     assert "9 layers, the first model.layers.0.self_attn," in said
     assert caveats(*specs, skip=("*.self_attn.k_proj", "*.self_attn.q_proj", "*.self_attn.v_proj")) == []
+
+
+@pytest.mark.parametrize(
+    ("parent", "names"),
+    [
+        ("model.layers.0.self_attn", ("q_a_proj", "kv_a_proj_with_mqa")),
+        ("model.layers.0.linear_attn", ("in_proj_qkv", "in_proj_z")),
+        ("encoder.layer.0.attention.self", ("query", "key", "value")),
+        ("model.layers.0.feed_forward", ("w1", "w3")),
+    ],
+)
+def test_every_group_that_vllm_merges_is_named(parent: str, names: tuple[str, ...]) -> None:
+    specs = [TensorSpec(f"{parent}.{name}.weight", "BF16", (8, 8)) for name in names]
+    (said,) = caveats(*specs, skip=(f"*.{names[0]}",))
+    assert said.startswith(f"vLLM merges {', '.join(names)} of {parent} into one layer")
+    assert said.endswith(", ".join(f"*.{parent.rpartition('.')[2]}.{name}" for name in names[1:]))
+
+
+@pytest.mark.parametrize("skip", ["*.experts.1.*", "*.experts.*.down_proj", "*.layers.0.mlp.experts.0.*"])
+def test_layers_with_experts_in_int8_and_in_floats_are_named(skip: str) -> None:
+    """vLLM looks at the first expert alone, and would read the others' floats into int8."""
+    specs = [
+        TensorSpec(f"model.layers.0.mlp.experts.{number}.{name}_proj.weight", "BF16", (8, 8))
+        for number in (0, 1)
+        for name in ("gate", "up", "down")
+    ]
+    assert caveats(*specs)[1:] == caveats(*specs, skip=("*.experts.*",))[1:] == []
+    assert caveats(*specs, skip=(skip,))[1:] == [
+        "vLLM reads the experts of a layer all in int8 or all in floats, and those of model.layers.0.mlp.experts are "
+        "both; leave the others alone too: *.experts.*"
+    ]
+
+
+def test_merged_layers_are_named_before_anything_is_converted(tmp_path: Path) -> None:
+    llama(tmp_path / "source")
+    options = ("--layout", LAYOUT, "--outliers", "none", "--skip", "*.q_proj")
+    for when in ("--dry-run", "--workers=1"):
+        outcome = run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
+        assert outcome.code == 0, outcome.err
+        said = " ".join(outcome.err.split())
+        assert "leave the others alone too: *.self_attn.k_proj, *.self_attn.v_proj" in said
+        assert (tmp_path / "out").exists() == (when != "--dry-run")
+
+
+def test_layers_whose_experts_stay_fused_are_ignored_beside_layers_with_int8_experts() -> None:
+    experts = "model.layers.{}.mlp.experts"
+    specs = [
+        TensorSpec(f"{experts.format(0)}.gate_up_proj", "BF16", (2, 16, 8)),
+        TensorSpec(f"{experts.format(1)}.0.gate_proj.weight", "BF16", (8, 8)),
+    ]
+    plan = make_plan(specs, {"model_type": "qwen3_moe"}, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    entries = compressed_tensors.ignore(plan)
+    for module, covered in ((experts.format(0), True), (experts.format(1), False)):
+        assert ignored(entries, f"{module}.0.gate_proj") == covered
+        assert ignored(entries, f"language_model.{module}.0.gate_proj") == covered
 
 
 FUSED = {
@@ -465,7 +520,7 @@ def test_transformers_gives_inputs_a_zero_point(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj"
     values = (torch.randn(7, 64, generator=torch.Generator().manual_seed(5)).abs() + 1).bfloat16()
     errors = {}
-    schemes: tuple[InputsName, ...] = ("absmax", "zeropoint")
+    schemes: tuple[Literal["absmax", "zeropoint"], ...] = ("absmax", "zeropoint")
     for inputs in schemes:
         convert(source, tmp_path / inputs, ConvertOptions(outliers="none", layout=LAYOUT, inputs=inputs))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / inputs, dtype=torch.float32).eval()

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.calibration_models import WORDS, make_model
 from support.program import ROOT, llama, tree
 
-from int8cli import ConvertOptions, EstimateOptions, convert, estimate_memory, verify
+from int8cli import ConvertOptions, EstimateOptions, InspectOptions, convert, estimate_memory, inspect_outliers, verify
 from int8cli.checkpoint.disk import system_errors
 from int8cli.commands.options import VerifyOptions
 from int8cli.errors import (
@@ -26,6 +28,8 @@ from int8cli.errors import (
     SystemRefusalError,
 )
 from int8cli.model.saved_states import SavedStates
+from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.outliers.statistics_file import load_statistics, save_statistics
 
 PLAIN = ConvertOptions(outliers="none", workers=1, threads=1)
 CALLS = ["open", "fstat", "preadv", "pwrite", "fsync", "replace", "mkdir", "unlink", "posix_fallocate", "stat", "close"]
@@ -203,3 +207,24 @@ def test_a_library_that_does_not_fit_under_a_memory_limit_is_reported() -> None:
             raise error
     with pytest.raises(ImportError), system_errors():  # a bug keeps its traceback
         raise ImportError("cannot import name", path="/site/x.py")
+
+
+def test_a_directory_whose_name_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names on Linux are bytes; Python, torch and safetensors each have their own opinion of those that are no text."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    source = Path(shutil.copytree(make_model("llama", tmp_path / "m"), strange))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS * 3))
+    options = ConvertOptions(outliers="activations", text=text, tokens=64, workers=1)
+    convert(source, Path(f"{strange}-int8"), options)
+    convert(tmp_path / "m", tmp_path / "right", options)
+    assert verify(Path(f"{strange}-int8"), VerifyOptions()).passed
+    name = "model.safetensors"
+    assert Path(f"{strange}-int8/{name}").read_bytes() == (tmp_path / "right" / name).read_bytes()
+    statistics = strange / "statistics\udcff.safetensors"
+    found = inspect_outliers(source, InspectOptions(text=text, tokens=64))
+    assert isinstance(found, OutlierStatistics)
+    save_statistics(found, statistics)
+    with pytest.raises(Int8cliError, match="is not a file of outlier statistics"):
+        load_statistics(statistics)

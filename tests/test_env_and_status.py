@@ -97,3 +97,18 @@ def test_status_does_not_take_what_it_cannot_read_for_nothing(nursery: Nursery, 
     assert ended.code == 1
     assert "Too many levels of symbolic links" in ended.err
     assert ended.err.count("hint: ") == 1
+
+
+@pytest.mark.parametrize("setting", [{"HF_ENDPOINT": "http://[bad"}, {"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}], ids=str)
+def test_settings_that_the_hubs_client_refuses_are_an_error(setting: dict[str, str], tmp_path: Path) -> None:
+    """In processes of their own: its client reads them when it is imported."""
+    [(name, value)] = setting.items()
+    refused = run("estimate-memory", "org/name", cwd=tmp_path, env=setting)
+    assert (refused.code, refused.out) == (1, "")
+    assert refused.err.startswith("error: huggingface_hub refuses a setting in the environment: ")
+    assert "hint: Check HF_ENDPOINT" in refused.err
+    shown = run("env", cwd=tmp_path, env=setting)
+    assert shown.code == 0, shown.err
+    assert name in shown.out
+    assert value in shown.out
+    assert "huggingface_hub refuses one of these settings" in shown.out

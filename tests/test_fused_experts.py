@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.checkpoints import Tiny, build_tiny, read_all, read_json, read_tensors, save_by_hand
+from support.checkpoints import Tiny, build_tiny, is_known, read_all, read_json, read_tensors, save_by_hand
 from support.program import run, tree
 from support.verifying import verified
 from torch import Tensor
@@ -232,6 +232,70 @@ MODELS = {
     "granitemoe": Tiny("GraniteMoeForCausalLM", "GraniteMoeConfig", TINY),
     "llama4_text": Tiny("Llama4ForCausalLM", "Llama4TextConfig", {**TINY, "head_dim": 8, "intermediate_size_mlp": 24}),
 }
+
+
+_EXPERTS = {**TINY, "num_experts": 4}
+# Families that transformers saves under their published names, or fused under its own.
+RENAMED = {
+    "mixtral": Tiny("MixtralForCausalLM", "MixtralConfig", {**TINY, "head_dim": 8}),
+    "minimax_m2": Tiny("MiniMaxM2ForCausalLM", "MiniMaxM2Config", {**TINY, "head_dim": 8}),
+    "phimoe": Tiny("PhimoeForCausalLM", "PhimoeConfig", TINY),
+    "lfm2_moe": Tiny(
+        "Lfm2MoeForCausalLM",
+        "Lfm2MoeConfig",
+        {**_EXPERTS, "moe_intermediate_size": 24, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    ),
+    "ernie4_5_moe": Tiny(
+        "Ernie4_5_MoeForCausalLM",
+        "Ernie4_5_MoeConfig",
+        {**TINY, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
+    ),
+    "olmoe": Tiny("OlmoeForCausalLM", "OlmoeConfig", _EXPERTS),
+    "jamba": Tiny(
+        "JambaForCausalLM",
+        "JambaConfig",
+        {**_EXPERTS, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0, "mamba_d_state": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", RENAMED)
+def test_fused_saves_become_what_saves_under_published_names_become(family: str, tmp_path: Path) -> None:
+    """By transformers' own saves in both forms: the names of experts, and of the router beside them."""
+    if not is_known(RENAMED[family]):
+        pytest.skip(f"this transformers has no {family}")
+    model = build_tiny(RENAMED[family])
+    model.save_pretrained(tmp_path / "published")
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    if not [name for name, tensor in read_all(tmp_path / "fused").items() if "experts" in name and tensor.ndim == 3]:
+        pytest.skip("this transformers does not save fused experts")
+    convert(tmp_path / "published", tmp_path / "expected", OPTIONS)
+    convert(tmp_path / "fused", tmp_path / "out", OPTIONS)
+    written, expected = read_all(tmp_path / "out"), read_all(tmp_path / "expected")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+    ours, theirs = (read_json(tmp_path / out / "config.json")["quantization_config"] for out in ("out", "expected"))
+    assert ours == theirs
+    verification = verified(tmp_path / "out", tmp_path / "fused")
+    assert {check.status for check in verification.checks if check.name != "loads"} == {"passed"}
+
+
+def test_the_router_keeps_its_name_where_the_experts_stay_fused(tmp_path: Path) -> None:
+    experts = "model.layers.{}.mlp.experts"
+    tensors = {
+        f"{experts.format(layer)}.{name}": normal(*shape)
+        for layer in (0, 1)
+        for name, shape in (("gate_up_proj", (3, 48, 40)), ("down_proj", (3, 40, 24)))
+    } | {f"model.layers.{layer}.mlp.gate.weight": normal(3, 40) for layer in (0, 1)}
+    source = source_of(tmp_path / "s", "mixtral", tensors)
+    options = ConvertOptions(outliers="none", layout="compressed-tensors", skip=("*.0.mlp.experts",))
+    convert(source, tmp_path / "out", options)
+    written = read_tensors(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["model.layers.0.mlp.gate.weight"], tensors["model.layers.0.mlp.gate.weight"])
+    assert "model.layers.0.mlp.experts.gate_up_proj" in written
+    assert "model.layers.1.block_sparse_moe.gate.weight" in written
+    assert written["model.layers.1.block_sparse_moe.experts.2.w3.weight"].dtype == torch.int8
+    assert not [name for name in written if name.startswith("model.layers.1.mlp")]
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
 from check_python import PYPROJECT, declared
 from lock import moved
+from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from pins import (
@@ -18,8 +19,10 @@ from pins import (
     LOCKED,
     OLDEST,
     ROOT,
+    VLLM,
     constraints,
     disagreements,
+    group,
     held,
     pythons,
     read_pins,
@@ -68,7 +71,7 @@ def test_new_requirements_must_be_locked(where: str) -> None:
     assert list(disagreements(project, LOCKED.read_text())) == ["new-package is not locked"]
 
 
-@pytest.mark.parametrize("path", [LOCKED, OLDEST], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [LOCKED, OLDEST, VLLM], ids=lambda path: path.name)
 def test_a_lock_contains_no_path_or_index(path: Path) -> None:
     """An index, host, path or local build would be useless on another machine."""
     lines = [line.partition("# via ")[0] for line in path.read_text().splitlines() if not line.startswith("#")]
@@ -96,6 +99,16 @@ def test_the_tools_have_the_same_versions_in_the_oldest_end() -> None:
         for path in (LOCKED, OLDEST)
     )
     assert locked == oldest
+
+
+def test_the_lock_of_vllm_has_what_its_tests_ask_for_and_the_torch_of_the_others() -> None:
+    pins = {pin.name: pin.version for pin in read_pins(VLLM.read_text())}
+    calibrate = PROJECT["project"]["optional-dependencies"]["calibrate"]
+    asked = [*map(Requirement, (*PROJECT["project"]["dependencies"], *calibrate)), *group(PROJECT, "vllm")]
+    for requirement in asked:
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier
+    assert f"torch=={pins['torch']}" in constraints("locked", torch=None)
+    assert not pins.keys() & {"torchaudio", "torchcodec", "torchvision"}
 
 
 def test_the_newest_end_pins_torch_and_the_tools() -> None:

@@ -172,10 +172,10 @@ def test_the_card_has_what_the_hub_reads(user: User) -> None:
     from huggingface_hub import ModelCard
 
     assert user.push("-q").code == 0
-    data = ModelCard(user.hub.files_of(REPO)["README.md"].decode()).data
-    assert (data.base_model, data.library_name) == (SOURCE, "transformers")
-    assert data.to_dict()["base_model_relation"] == "quantized"
-    assert {"int8", "bitsandbytes"} <= set(data.tags)
+    data = ModelCard(user.hub.files_of(REPO)["README.md"].decode()).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == (SOURCE, "quantized")
+    assert data["library_name"] == "transformers"
+    assert {"int8", "bitsandbytes"} <= set(data["tags"])
 
 
 def test_branch_message_and_visibility_are_chosen(user: User, converted: Path) -> None:
@@ -193,6 +193,14 @@ def test_users_may_edit_the_card(user: User) -> None:
     (user.output / "README.md").write_text("mine\n")
     assert user.push("-q").code == 0
     assert user.hub.files_of(REPO)["README.md"] == b"mine\n"
+
+
+def test_a_conversion_in_parts_is_pushed_when_all_have_ended(user: User, converted: Path) -> None:
+    assert user.convert("--part", "1/2", "-q").code == 0
+    refused(user.push(), "the conversion is not finished", "Run the same convert command again")
+    assert user.convert("--part", "2/2", "-q").code == 0
+    assert user.push("-q").code == 0
+    assert_whole(user, converted)
 
 
 # Refusals
@@ -462,6 +470,7 @@ def test_uploaded_shards_are_not_left_behind(user: User) -> None:
         f"1 of 3 shards are not here: they were uploaded to {REPO}",
         "--push-to-hub or --push-to goes on",
     )
+    refused(user.convert("--part", "1/2"), f"1 of 3 shards are not here: they were uploaded to {REPO}", "--push-to-hub")
     other = user.convert("--push-to-hub", "me/other", "--no-keep-output")
     refused(other, f"shards of {SOURCE} were uploaded to {REPO} and removed here", f"Push to {REPO} to go on")
 
@@ -489,7 +498,7 @@ def test_a_repository_that_is_refused_ends_the_run_before_the_work(user: User) -
 
 def test_the_room_for_a_few_shards_is_enough(user: User, converted: Path) -> None:
     """The plan counts two output shards: one is uploaded while the next is converted."""
-    whole, few = (json.loads(user.convert("--dry-run", "--json", *more).out) for more in ([], STREAM))
+    whole, few = (json.loads(user.convert("--dry-run", "--json", *more).out) for more in ((), STREAM))
     outputs = sorted((converted / shard).stat().st_size for shard in SHARDS)
     [of_all], [of_two] = whole["needs"]["disks"], few["needs"]["disks"]
     assert of_all["bytes"] - of_two["bytes"] == outputs[0]

@@ -20,7 +20,7 @@ from support.program import LIMIT_S, Nursery, llama, run, start, tree
 import int8cli
 from int8cli.checkpoint.hub import HubOptions, RetryPolicy
 from int8cli.checkpoint.locate import open_source
-from int8cli.checkpoint.remote import RemoteSource
+from int8cli.checkpoint.remote import StoreSource
 from int8cli.errors import (
     AccessDeniedError,
     CorruptShardError,
@@ -82,8 +82,8 @@ def store(model: Path) -> Iterator[Store]:
     Store.on_put = lambda name: None
 
 
-def source_of(tmp_path: Path, url: str = "store://bucket/model", **options: Any) -> RemoteSource:
-    return RemoteSource(url, HubOptions(tmp_path / "incoming", retry=QUICK, **options))
+def source_of(tmp_path: Path, url: str = "store://bucket/model", **options: Any) -> StoreSource:
+    return StoreSource(url, HubOptions(tmp_path / "incoming", retry=QUICK, **options))
 
 
 def test_the_result_is_that_of_the_local_directory(store: Store, model: Path, tmp_path: Path) -> None:
@@ -91,6 +91,13 @@ def test_the_result_is_that_of_the_local_directory(store: Store, model: Path, tm
     int8cli.convert("store://bucket/model", tmp_path / "remote", OPTIONS)
     assert tree(tmp_path / "remote") == tree(tmp_path / "local")
     assert int8cli.verify(tmp_path / "remote", int8cli.VerifyOptions(source="store://bucket/model")).passed
+
+
+def test_parts_convert_from_a_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    for number in (2, 1):
+        int8cli.convert("store://bucket/model", tmp_path / "parts", replace(OPTIONS, part=(number, 2)))
+    assert tree(tmp_path / "parts") == tree(tmp_path / "local")
 
 
 def test_the_plan_reads_headers_and_edges_alone(store: Store, tmp_path: Path) -> None:

@@ -49,17 +49,17 @@ SMALL: dict[str, Any] = {"max_shard_size": "6KB"}  # cuts every block
 COLUMNS, ROWS = ".smooth_exponents", ".smooth_row_exponents"
 # Families, with the share of their int8 layers that is smoothed at least. Gemma's gains of 1 + w take no division.
 FAMILIES = {
-    "llama-biased": 0.8,
-    "mistral": 0.8,
-    "stablelm": 0.8,
-    "phi3": 0.8,
-    "phi": 0.8,
-    "opt": 0.8,
-    "bloom": 0.7,
-    "gpt_neox": 0.7,
+    "llama-biased": 0.5,
+    "mistral": 0.5,
+    "stablelm": 0.5,
+    "phi3": 0.5,
+    "phi": 0.5,
+    "opt": 0.5,
+    "bloom": 0.5,
+    "gpt_neox": 0.5,
     "gemma2": 0.2,
     "mixtral": 0.2,
-    "gpt2": 0.7,
+    "gpt2": 0.5,
 }
 
 

@@ -16,7 +16,7 @@ sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from torture import MACHINES
 
 SEED = 1
-SECONDS = 6.0  # for each, beside its corpus
+SECONDS = 4.0  # for each, beside its corpus
 
 
 @pytest.mark.parametrize("name", MACHINES)

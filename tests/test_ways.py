@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support.calibration_models import make_model
 from support.progress import CoherentProgress
 
-from int8cli import ConvertOptions, convert, estimate_memory, plan_conversion
+from int8cli import ConvertOptions, EstimateOptions, convert, estimate_memory, plan_conversion
 from int8cli.cli import choosing
+from int8cli.cli.options import parse_rate
 from int8cli.commands import convert as command
+from int8cli.errors import OptionError
 from int8cli.estimate.ways import Way
 from int8cli.machine.speed import FILE, Speed, measured_beside, remember, remembered
 
@@ -127,3 +130,54 @@ def test_a_machine_that_cannot_be_measured_has_no_times(
     report = estimate_memory(model, progress=progress)
     assert [way.seconds for way in report.ways] == [None] * 3
     assert "measuring the speed of this machine, once" in progress.notes
+
+
+# Several machines
+
+
+def test_machines_take_the_time_of_the_largest_part(model: Path) -> None:
+    one, two, many = estimate_memory(model, EstimateOptions(machines=(1, 2, 50))).on_machines
+    assert [one.machines, two.machines, many.machines] == [1, 2, 50]
+    assert one.source_bytes == sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    assert one.transfer_s is None
+    assert one.seconds is not None
+    assert many.seconds is not None
+    assert many.seconds <= one.seconds
+    assert estimate_memory(model).on_machines == ()
+
+
+def test_the_slower_of_network_and_machine_counts(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", max_shard_size="12KB")
+
+    def seconds(network: float) -> float:
+        [found] = estimate_memory(model, EstimateOptions(machines=(2,), network=network)).on_machines
+        assert found.transfer_s == found.source_bytes / network
+        assert 1 < found.shards < len(list(model.glob("*.safetensors")))
+        assert found.seconds is not None
+        return found.seconds
+
+    [alone] = estimate_memory(model, EstimateOptions(machines=(2,))).on_machines
+    assert alone.seconds is not None
+    slow = alone.source_bytes / 1e3
+    assert seconds(1e12) == pytest.approx(alone.seconds, rel=1e-6)
+    assert seconds(1e3) == pytest.approx(slow + alone.seconds / alone.shards)
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("1Gbit/s", 1.25e8), ("10 Gbit/s", 1.25e9), ("200MB/s", 2e8), ("2.5GB/s", 2.5e9), ("8Mbps", 1e6)]
+)
+def test_rates_have_units(text: str, rate: float) -> None:
+    assert parse_rate(text) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("text", ["1", "1 Gbit", "fast", "-1MB/s", "1kB/s", "1Gbit/s each"])
+def test_a_rate_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="not a rate such as"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize(("options", "option"), [({"machines": (0,)}, "machines"), ({"network": 0.0}, "network")])
+def test_no_machines_and_no_network_are_refused(options: Any, option: str, model: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        estimate_memory(model, EstimateOptions(**options))
+    assert caught.value.option == option

@@ -1,6 +1,7 @@
 """Errors of the operating system, translated into ours. Owns their messages."""
 
 import errno
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, So
 
 # For a file of a checkpoint that contradicts itself, wherever it came from.
 GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
+_HUB_SETTINGS_FILE = "huggingface_hub/constants.py"
 _MORE_MEMORY = "Close other programs, or raise the limits of this process, and run the same command again."
 
 
@@ -47,14 +49,41 @@ def system_errors() -> Iterator[None]:
             "the system does not give this process the memory that it needs",
             hint=_MORE_MEMORY,
         ) from error
-    except ImportError as error:
-        library = _unloadable(error)
-        if library is None:
+    except (ImportError, ValueError, RuntimeError) as error:
+        refusal = _refused_import(error)
+        if refusal is None:
             raise
-        raise SystemRefusalError(
-            f"{library} cannot be loaded ({error!s:.200})",
-            hint="Raise the limits of this process, or install the package again.",
-        ) from error
+        raise refusal from error
+
+
+def _refused_import(error: BaseException) -> SystemRefusalError | None:
+    """The error to show if a library cannot be imported here; None for any other error."""
+    refused = refused_setting(error)
+    if refused is not None:
+        return SystemRefusalError(
+            f"huggingface_hub refuses a setting in the environment: {refused!s:.200}",
+            hint="Check HF_ENDPOINT and the other variables whose names begin with HF_.",
+        )
+    library = _unloadable(error)
+    if library is None or not isinstance(error, ImportError):
+        return None
+    return SystemRefusalError(
+        f"{library} cannot be loaded ({error!s:.200})",
+        hint="Raise the limits of this process, or install the package again.",
+    )
+
+
+def refused_setting(error: BaseException | None) -> ValueError | None:
+    """What huggingface_hub raised when it read its settings, which it does while it is imported; None if it did not.
+
+    Such an error can arrive inside that of another library, which imports huggingface_hub too.
+    """
+    while error is not None:
+        files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+        if isinstance(error, ValueError) and any(file.endswith(_HUB_SETTINGS_FILE) for file in files):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _unloadable(error: BaseException | None) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from int8cli.checkpoint.directory import DirectorySource, is_weight_name
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
 from int8cli.checkpoint.object_store import is_remote
-from int8cli.checkpoint.remote import RemoteSource
+from int8cli.checkpoint.remote import StoreSource
 from int8cli.checkpoint.source import Source
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
 from int8cli.progress import SILENT, Progress
@@ -58,7 +58,7 @@ def open_source(
         probably_a_path=probably_a_path,
     )
     if is_remote(model):
-        return RemoteSource(model, options)
+        return StoreSource(model, options)
     source = HubSource(model, revision, options)
     _resolve(source, model, path, probably_a_path=probably_a_path)
     return source

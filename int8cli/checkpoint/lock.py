@@ -1,7 +1,8 @@
-"""Locks that allow only one run at a time on a directory.
+"""Locks that allow only one run at a time on a directory, or several that share it.
 
 They are the kernel's locks: a lock is released when the last process that holds it ends in any way, so a killed run
-never blocks a later one.
+never blocks a later one. Some file systems of a network know only the locks of one machine, and some have none: what
+several machines share must not rely on locks.
 """
 
 import fcntl
@@ -10,23 +11,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import getnode
 
 from int8cli.checkpoint.disk import disk_error, disk_errors
 from int8cli.checkpoint.own_files import open_real_directory
-from int8cli.errors import OutputError, OutputInUseError
+from int8cli.errors import CannotLockError, OutputInUseError
 
 _IN_USE_HINT = "Wait for it to end, or choose another directory."
 _A_LOOK_S = 0.05  # how long `refuse_while_locked` holds a lock, at most
 
 
-def lock_or_close(descriptor: int, in_use: str, hint: str) -> None:
+def lock_or_close(descriptor: int, in_use: str, hint: str, kind: int = fcntl.LOCK_EX) -> None:
     """Lock an open file or directory; close it if that fails.
 
-    Raises OutputInUseError with the message `in_use` if another process has the lock, OutputError if the disk does not
-    support locks.
+    Raises OutputInUseError with the message `in_use` if another process has the lock, CannotLockError if the disk does
+    not support locks.
     """
     try:
-        _flock(descriptor, fcntl.LOCK_EX, in_use, hint)
+        _flock(descriptor, kind, in_use, hint)
     except BaseException:
         os.close(descriptor)
         raise
@@ -42,14 +44,17 @@ def _flock(descriptor: int, kind: int, in_use: str, hint: str) -> None:
     except BlockingIOError as error:
         raise OutputInUseError(in_use, hint=hint) from error
     except OSError as error:
-        raise OutputError(
+        raise CannotLockError(
             f"the disk cannot lock the directory ({error.strerror}), so a second run on it could not be prevented",
             hint="Choose a directory on a local disk.",
         ) from error
 
 
 def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
-    """Raise OutputInUseError with the message `in_use` if a process has the lock. Does not lock anything itself."""
+    """Raise OutputInUseError with the message `in_use` if a process has the lock. Does not lock anything itself.
+
+    On a disk without locks nobody has it.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -57,7 +62,8 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
     except OSError as error:
         raise disk_error(path, error) from error
     try:
-        _flock(descriptor, fcntl.LOCK_SH, in_use, hint)
+        with suppress(CannotLockError):
+            _flock(descriptor, fcntl.LOCK_SH, in_use, hint)
     finally:
         os.close(descriptor)
 
@@ -78,7 +84,7 @@ def locked(output: Path, own: Path) -> Iterator[int]:
     Yields the lock's descriptor. Workers with a duplicate of it keep the lock. At the end, `own` is removed if it is
     empty. Raises OutputInUseError, OutputError.
     """
-    descriptor = _lock(output, own)
+    descriptor = _lock(output, own, fcntl.LOCK_EX)
     try:
         yield descriptor
     finally:
@@ -87,16 +93,67 @@ def locked(output: Path, own: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _lock(output: Path, own: Path) -> int:
-    def open_own() -> int:
-        with disk_errors(output):
-            own.mkdir(parents=True, exist_ok=True)
-            return open_real_directory(own)
+@contextmanager
+def shared(output: Path, own: Path) -> Iterator[int]:
+    """Lock an output directory for one of several runs that may be on it at once, and exclude `locked`.
 
-    return lock_by_name(own, open_own, _in_use(output), _IN_USE_HINT)
+    On a disk without locks nothing is locked. Otherwise as `locked`.
+    """
+    try:
+        descriptor = _lock(output, own, fcntl.LOCK_SH)
+    except CannotLockError:
+        descriptor = _open_own(output, own)
+    try:
+        yield descriptor
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            own.rmdir()
+        os.close(descriptor)
 
 
-def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str) -> int:
+def hold(descriptor: int) -> None:
+    """Lock a new file of this process for as long as it is open; does nothing on a disk without locks."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process on this machine holds a file by `hold`. A file that cannot be locked counts as held.
+
+    False for a file that does not exist.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return os.path.lexists(path)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def lock_domain() -> str:
+    """The running kernel, by a random id: within it, locks work on every disk that has any."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{getnode():012x}"  # the network address: macOS
+
+
+def _lock(output: Path, own: Path, kind: int) -> int:
+    return lock_by_name(own, lambda: _open_own(output, own), _in_use(output), _IN_USE_HINT, kind)
+
+
+def _open_own(output: Path, own: Path) -> int:
+    with disk_errors(output):
+        own.mkdir(parents=True, exist_ok=True)
+        return open_real_directory(own)
+
+
+def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str, kind: int = fcntl.LOCK_EX) -> int:
     """Open and lock a file or directory that its last holder may have removed. Returns its descriptor.
 
     A file that has lost its name does not lock out the next process, which would create and lock another. Raises as
@@ -104,7 +161,7 @@ def lock_by_name(path: Path, open_it: Callable[[], int], in_use: str, hint: str)
     """
     while True:
         descriptor = open_it()
-        lock_or_close(descriptor, in_use, hint)
+        lock_or_close(descriptor, in_use, hint, kind)
         is_current = False
         try:
             with disk_errors(path):

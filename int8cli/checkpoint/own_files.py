@@ -22,13 +22,17 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class OwnPath:
-    """A file or directory of ours, and the directory above it that the user chose: below that, no link is followed."""
+    """A file or directory of ours, and the directory above it that the user chose: below that, no link is followed.
+
+    `aside` is the directory where files are written until they are complete; None: that of the file itself.
+    """
 
     path: Path
     below: Path
+    aside: Path | None = None
 
     def __truediv__(self, name: str) -> "OwnPath":
-        return OwnPath(self.path / name, self.below)
+        return OwnPath(self.path / name, self.below, self.aside)
 
 
 def name_aside(name: str, *, prefix: str = "", suffix: str = "") -> str:

@@ -30,7 +30,7 @@ _READ_AHEAD_BYTES = 128 << 10  # for `.bin`, whose directory and pickle are read
 _EXACT_SUFFIX = ".safetensors"
 
 
-class RemoteSource:
+class StoreSource:
     """The files below a URL such as s3://bucket/model. A file must not change after it was first used.
 
     `options` say where downloads go, and how long a transfer that fails is tried again.

@@ -81,18 +81,22 @@ class ShardWriter:
             os.close(descriptor)
 
 
-def write_file(final: Path, data: bytes, *, below: Path | None = None) -> None:
-    """Write a small file completely or not at all. Links are followed only up to `below`, by default its directory."""
-    with new_file(final, len(data), below=below) as file:
+def write_file(final: Path, data: bytes, *, below: Path | None = None, aside: Path | None = None) -> None:
+    """Write a small file completely or not at all. Links are followed only up to `below`, by default its directory.
+
+    Until it is complete it is in `aside`, by default its own directory. Processes that may write one file at the same
+    time need an `aside` each.
+    """
+    with new_file(final, len(data), below=below, aside=aside) as file:
         file.write(data)
 
 
-def copy_file(source: Path, final: Path, *, below: Path | None = None) -> str:
-    """Copy a file completely or not at all. Returns the sha256 of its bytes, in hex. `below` as in `write_file`."""
+def copy_file(source: Path, final: Path, *, below: Path | None = None, aside: Path | None = None) -> str:
+    """Copy a file completely or not at all. Returns the sha256 of its bytes, in hex. As `write_file` otherwise."""
     sha256 = hashlib.sha256()
     with closing(FileReader(source)) as original:
         size_bytes = original.size_bytes
-        with new_file(final, size_bytes, below=below) as copy:
+        with new_file(final, size_bytes, below=below, aside=aside) as copy:
             for start in range(0, size_bytes, _COPY_BYTES):
                 piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
                 original.read_into(start, piece)
@@ -102,25 +106,59 @@ def copy_file(source: Path, final: Path, *, below: Path | None = None) -> str:
     return sha256.hexdigest()
 
 
+def create_file_once(final: Path, data: bytes, below: Path, aside: Path) -> None:
+    """Write a small file completely, unless there is one of that name. Of several processes, one writes it.
+
+    Where the disk has no hard links, the last one does. `below` and `aside` as in `write_file`.
+    """
+    with (
+        disk_errors(final, len(data)),
+        opened_directory(final.parent, below, make=True) as directory,
+        opened_directory(aside, below, make=True) as beside,
+    ):
+        with os.fdopen(create_file(final.name, beside), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(final.name, final.name, src_dir_fd=beside, dst_dir_fd=directory)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            os.replace(final.name, final.name, src_dir_fd=beside, dst_dir_fd=directory)
+            return
+        finally:
+            os.fsync(directory)
+        os.unlink(final.name, dir_fd=beside)
+
+
 @contextmanager
-def new_file(final: Path, size_bytes: int = 0, *, below: Path | None = None) -> Iterator[BinaryIO]:
+def new_file(
+    final: Path, size_bytes: int = 0, *, below: Path | None = None, aside: Path | None = None
+) -> Iterator[BinaryIO]:
     """A file to write in this context, under a temporary name. At the end: fsync, rename, fsync of the directory.
 
-    If the context ends with an error, the file is removed. `below` as in `write_file`. Raises DiskSpaceError,
-    OutputError.
+    If the context ends with an error, the file is removed. `below` and `aside` as in `write_file`. Raises
+    DiskSpaceError, OutputError.
     """
-    aside = name_aside(final.name, prefix=".", suffix=".partial")
+    temporary = name_aside(final.name, prefix=".", suffix=".partial")
     within = final.parent if below is None else below
-    with disk_errors(final, size_bytes), opened_directory(final.parent, within, make=True) as directory:
+    with (
+        disk_errors(final, size_bytes),
+        opened_directory(final.parent, within, make=True) as directory,
+        opened_directory(aside or final.parent, within, make=True) as beside,
+    ):
         try:
-            with os.fdopen(create_file(aside, directory), "wb") as file:
+            with os.fdopen(create_file(temporary, beside), "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, final.name, src_dir_fd=directory, dst_dir_fd=directory)
+            os.replace(temporary, final.name, src_dir_fd=beside, dst_dir_fd=directory)
         except BaseException:
             with suppress(OSError):
-                os.unlink(aside, dir_fd=directory)
+                os.unlink(temporary, dir_fd=beside)
             raise
         os.fsync(directory)
 

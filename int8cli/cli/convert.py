@@ -1,14 +1,40 @@
 """`int8cli convert`."""
 
-import enum
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from int8cli.cli import hints
+from int8cli.cli.convert_options import (
+    ConvertedInputs,
+    Details,
+    DryRun,
+    Figures,
+    Finish,
+    Float32,
+    HowFloat32,
+    Inputs,
+    KeepOutput,
+    KeepSource,
+    Layout,
+    Only,
+    OnNonFinite,
+    OnRay,
+    Outliers,
+    Output,
+    Overwrite,
+    Part,
+    PushRevision,
+    PushTo,
+    PushToHub,
+    ReportFile,
+    Skip,
+    Smooth,
+    Threshold,
+    WhenNonFinite,
+    Workers,
+)
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
     CommitMessage,
@@ -25,7 +51,6 @@ from int8cli.cli.options import (
     TextFile,
     Tokens,
     check_outputs,
-    complete_path,
     options_of,
     say_written,
 )
@@ -46,138 +71,10 @@ int8cli convert org/name --report report.html
 int8cli convert s3://bucket/model -o ./model-int8 --push-to s3://bucket/model-int8 --no-keep-output
 int8cli convert org/name --push-to-hub your-name/name-int8
 int8cli convert org/name --push-to-hub your-name/name-int8 --private --no-keep-output
+int8cli convert org/name -o /shared/name-int8 --outliers none --part 3/8
 """
 
 PAGES = (".html", ".png", ".svg")
-
-
-class Float32(enum.StrEnum):
-    """How float32 weights become int8."""
-
-    direct = "direct"
-    float16 = "float16"
-
-
-class OnNonFinite(enum.StrEnum):
-    """What to do with a weight that contains NaN or an infinity."""
-
-    error = "error"
-    keep = "keep"
-
-
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
-]
-Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
-
-
-class Inputs8(enum.StrEnum):
-    """How the inputs of an int8 layer are quantized."""
-
-    absmax = "absmax"
-    zeropoint = "zeropoint"
-    none = "none"
-
-
-Inputs = Annotated[
-    Inputs8,
-    typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
-]
-Threshold = Annotated[
-    float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
-]
-Skip = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Do not quantize modules that match this glob. Repeatable.")
-]
-Only = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only modules that match this glob. Repeatable.")
-]
-HowFloat32 = Annotated[
-    Float32, typer.Option(help="Quantize float32 weights directly, or from float16 as bitsandbytes does.")
-]
-WhenNonFinite = Annotated[
-    OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
-]
-
-
-def complete_outliers(incomplete: str) -> Iterator[str]:
-    """The modes, then statistics files and the directories on the way to them."""
-    yield from (mode for mode in ("auto", "activations", "weights", "none") if mode.startswith(incomplete))
-    yield from complete_path(incomplete)
-
-
-Outliers = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|activations|weights|none|FILE",
-        help="How to choose the outlier columns to store exactly: run the model (activations), use the weights "
-        "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
-        "run, otherwise weights.",
-        autocompletion=complete_outliers,
-    ),
-]
-
-
-def complete_smooth(incomplete: str) -> Iterator[str]:
-    """The modes, then statistics files and the directories on the way to them."""
-    yield from (mode for mode in ("auto", "none") if mode.startswith(incomplete))
-    yield from complete_path(incomplete)
-
-
-Smooth = Annotated[
-    str | None,
-    typer.Option(
-        metavar="auto|none|FILE",
-        help="Move what is hard to round from inputs into weights by powers of two, where the run of the model proves "
-        "that it computes the same bits (auto), or by a statistics file of inspect-outliers --smooth.",
-        show_default="auto for compressed-tensors, else none",
-        autocompletion=complete_smooth,
-    ),
-]
-
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Processes; each converts one shard at a time.", show_default="from cores and shards", min=1, max=256
-    ),
-]
-
-Figures = Annotated[
-    bool, typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert faster without.")
-]
-KeepSource = Annotated[bool, typer.Option("--keep-source", help="Keep downloaded shards in the Hub cache.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the plan, sizes and requirements. Fetches headers only, writes nothing.")
-]
-Details = Annotated[bool, typer.Option("--details", help="Show tables: the error by kind of layer, the worst layers.")]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        help="Write a page with the error of every layer (.html), or a picture (.png, .svg).",
-        metavar="FILE",
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
-]
-PushToHub = Annotated[
-    str | None,
-    typer.Option(
-        metavar="REPO", help="Upload each shard to this repository on the Hub as it is finished, and commit at the end."
-    ),
-]
-PushTo = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="The same with an object store: s3://bucket/model, gs://bucket/model."),
-]
-PushRevision = Annotated[
-    str | None, typer.Option(metavar="REV", help="Branch to push to; created if missing.", show_default="main")
-]
-KeepOutput = Annotated[
-    bool,
-    typer.Option("--keep-output/--no-keep-output", help="Whether shards that were pushed stay here as well."),
-]
 
 
 @shows_errors(hints.CONVERT, resumes=True)
@@ -186,7 +83,7 @@ def convert(
     output: Output = None,
     revision: Revision = None,
     layout: Layout = LayoutName.bitsandbytes,
-    inputs: Inputs = Inputs8.absmax,
+    inputs: Inputs = ConvertedInputs.absmax,
     threshold: Threshold = 6.0,
     skip: Skip = None,
     only: Only = None,
@@ -210,6 +107,9 @@ def convert(
     push_revision: PushRevision = None,
     commit_message: CommitMessage = None,
     keep_output: KeepOutput = True,
+    part: Part = None,
+    finish: Finish = False,
+    ray: OnRay = None,
     report: ReportFile = None,
     details: Details = False,
     as_json: Json = False,
@@ -225,6 +125,9 @@ def convert(
         if dry_run:
             raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
         check_outputs((report,), PAGES, drawn=PAGES, option="--report")
+    if part is not None and (report is not None or details):
+        option = "'--report'" if report is not None else "'--details'"
+        raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)
     from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
@@ -242,7 +145,19 @@ def convert(
         write_conversion(found.report, report)
         say_written(report, quiet=quiet)
     with writing_result():
-        show(found, model, options, as_json=as_json, quiet=quiet, details=details)
+        if part is not None and not isinstance(found, command.ConversionPlan):
+            show_part(found, part, as_json=as_json, quiet=quiet)
+        else:
+            show(found, model, options, as_json=as_json, quiet=quiet, details=details)
+
+
+def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool, quiet: bool) -> None:
+    from int8cli.report.part import part_to_json, show_part_ended
+
+    if as_json:
+        print(json.dumps(part_to_json(part, found.output, found.report, found.missing), indent=2))
+    elif not quiet:
+        show_part_ended(part, found.output, found.report, found.missing, found.seconds)
 
 
 def show(

@@ -44,7 +44,8 @@ def shows_errors(
             try:
                 return command(*args, **kwargs)
             except OptionError as error:
-                message = f"{error}. {error.hint}" if error.hint else str(error)
+                hint = hint_for(error, hints)
+                message = f"{error}. {hint}" if hint else str(error)
                 raise typer.BadParameter(message, param_hint=f"'{flag_of(error.option)}'") from None
             except Int8cliError as error:
                 show_error(error, hint_for(error, hints))

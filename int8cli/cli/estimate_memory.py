@@ -10,7 +10,7 @@ import typer
 
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
-from int8cli.cli.options import Json, LayoutName, Model, Revision, options_of
+from int8cli.cli.options import Json, LayoutName, Model, Revision, options_of, parse_rate
 from int8cli.commands.options import EstimateOptions
 
 EXAMPLES = """\
@@ -18,6 +18,7 @@ int8cli estimate-memory bigscience/bloom
 int8cli estimate-memory bigscience/bloom --gpu '8x RTX 3090' --context 1024
 int8cli estimate-memory ./my-model --gpu 24GiB --gpu 2x16GiB --batch 4
 int8cli estimate-memory ./my-model --gpu 'RTX 4090, 2x T4'
+int8cli estimate-memory org/name --machines 1 --machines 8 --network 1Gbit/s
 int8cli estimate-memory org/name --json > memory.json
 """
 
@@ -57,6 +58,19 @@ Gpu = Annotated[
     ),
 ]
 Layout = Annotated[LayoutName, typer.Option(help="Output layout of the conversion.")]
+Machines = Annotated[
+    list[int] | None,
+    typer.Option(metavar="N", help="How long does a conversion take on N machines like this one? Repeatable."),
+]
+Network = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_rate,
+        metavar="RATE",
+        help="What each of these machines gets of the source: 1Gbit/s, 200MB/s.",
+        show_default="transfers are left out",
+    ),
+]
 
 
 @shows_errors(hints.ESTIMATE_MEMORY)
@@ -68,6 +82,8 @@ def estimate_memory(
     kv_dtype: KvCacheDtype = KvDtype.float16,
     gpu: Gpu = None,
     layout: Layout = LayoutName.bitsandbytes,
+    machines: Machines = None,
+    network: Network = None,
     as_json: Json = False,
 ) -> None:
     """Estimate the memory a model needs and the GPUs it fits on, from config.json and file headers alone.

@@ -16,6 +16,7 @@ _PLACES = "--output FILE and --work-dir DIR set where to write."
 CONVERT: Hints = {
     errors.AlreadyConvertedError: "To check a conversion: int8cli verify DIR.",
     errors.CannotRunError: _BY_WEIGHTS,
+    errors.CannotRunInPartsError: f"{_MAKE_STATISTICS} --outliers FILE.safetensors, weights or none works in parts.",
     errors.DiskSpaceError: "--output DIR can be on another disk.",
     errors.InexactSmoothingError: "--smooth none converts the model as it is.",
     errors.MissingTransformersError: _BY_WEIGHTS,
@@ -31,6 +32,8 @@ CONVERT: Hints = {
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",
     errors.NoSuspectsError: "--outliers activations runs the model, --outliers none stores no columns.",
+    errors.UnfinishedPartsError: "int8cli status DIR shows the parts.",
+    errors.VersionMismatchError: "int8cli env shows it.",
     errors.WorkerLostError: "--workers N sets their number.",
 }
 DEQUANTIZE: Hints = {

@@ -63,6 +63,14 @@ def parse_duration(text: str | float) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def parse_rate(text: str | float) -> float:
+    """`10Gbit/s`, `200 MB/s`, in bytes a second."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([MG])(bit|b|B)(?:/s|ps)\s*", str(text))
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a rate such as 1Gbit/s or 200MB/s")
+    return float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]] / (1 if match[3] == "B" else 8)
+
+
 def complete_path(incomplete: str) -> Iterator[str]:
     """Directories and checkpoint files that begin with the typed text. Hub ids are not completed."""
     typed = Path(incomplete).expanduser()

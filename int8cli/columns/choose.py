@@ -17,6 +17,9 @@ from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, Settings
 from int8cli.workers.torch_start import start_torch
 
+# What a fallback leaves out too, where it was wanted.
+WITHOUT_SMOOTHING = ", without smoothing"
+
 
 def column_strategies(
     wanted: ColumnsWanted,
@@ -46,7 +49,7 @@ def column_strategies(
                 raise
             by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
             fallback = "the weights" if by_weights else "no outlier columns"
-            note(falling_back(error, fallback + (", without smoothing" if wanted.smooth else "")))
+            note(falling_back(error, fallback + (WITHOUT_SMOOTHING if wanted.smooth else "")))
         else:
             yield strategy
     if mode in (AUTO, FROM_WEIGHTS):

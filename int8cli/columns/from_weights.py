@@ -6,7 +6,7 @@ process that has torch.
 """
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -67,6 +67,10 @@ class SuspectColumns(ColumnSource):
         self._places = {contents.file_name: place for place, contents in enumerate(survey.shards)}
         self._seen = 0  # the number of shards, from the first, that have been scanned
         self._figures = _Figures(state_directory, pickle.dumps(self._stream), _new_key())
+
+    def expect(self, shards: Sequence[str], run: RunTask) -> None:
+        for shard in shards:
+            self._require_figures(self._places[shard], run)
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """Uses only this shard and those before it, even if later ones were scanned: a resumed run chooses the same."""
@@ -158,7 +162,7 @@ def _scan_one(
     from int8cli.outliers.suspects import SuspectScan, save_figures
 
     scan = SuspectScan(stream, lambda: on_bytes(contents.file_name, "", 0))
-    save_figures(scan.scan(contents, local), file.path, below=file.below)
+    save_figures(scan.scan(contents, local), file.path, below=file.below, aside=file.aside)
 
 
 def _can_be_read(path: Path, on_bytes: OnBytes) -> bool:

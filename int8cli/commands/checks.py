@@ -21,11 +21,12 @@ from int8cli.commands.options import (
     PushOptions,
     VerifyOptions,
 )
-from int8cli.errors import OptionError
+from int8cli.errors import CannotRunInPartsError, OptionError
 from int8cli.planning.layouts import LAYOUTS, layout_of
 from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
 from int8cli.workers.torch_start import start_torch
 
+MOST_MACHINES = 10_000
 # The smallest allowed value of each count, by option. None is always allowed.
 _SMALLEST = {
     "batch": 1,
@@ -54,10 +55,43 @@ def check_convert(options: ConvertOptions) -> None:
         _check_smooth(str(options.smooth), str(options.outliers))
         if not options.keep_output:
             raise OptionError("a smoothed conversion needs its shards until it is finished", option="keep_output")
+    if options.ray is not None and (options.part is not None or options.finish):
+        raise OptionError("a cluster converts all parts", option="ray")
+    if options.part is not None or options.finish:
+        _check_part(options)
+    if options.ray is not None:
+        if not options.ray:
+            raise OptionError("the address is empty", option="ray")
+        _refuse_running_the_model(options)
 
 
 def check_push(options: PushOptions) -> None:
     _check_counts(options)
+
+
+def _check_part(options: ConvertOptions) -> None:
+    """Refuse what several processes cannot do together."""
+    if options.part is not None:
+        part, parts = options.part
+        if not 1 <= part <= parts:
+            raise OptionError(f"{part} of {parts} is not a part: they are 1 to N of N", option="part")
+        if options.finish:
+            raise OptionError("a part finishes the conversion itself, if it is the last", option="finish")
+    if options.overwrite:
+        hint = "Delete the directory, or choose another one."
+        raise OptionError("one part would delete what the others have written", option="overwrite", hint=hint)
+    _refuse_running_the_model(options)
+
+
+def _refuse_running_the_model(options: ConvertOptions) -> None:
+    if options.smooth is not None and str(options.smooth) not in SMOOTH_MODES:
+        return  # the file tells which columns to store, too
+    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and options.outlier_columns != 0:
+        raise CannotRunInPartsError(
+            f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
+            option="outliers",
+            hint="Make statistics of the outliers once, and give the file to every part.",
+        )
 
 
 def check_dequantize(options: DequantizeOptions) -> None:
@@ -82,6 +116,11 @@ def check_estimate(options: EstimateOptions) -> None:
     _check_counts(options)
     _check_choice("layout", options.layout, LAYOUTS)
     _check_choice("kv_dtype", options.kv_dtype, ("float32", "float16", "bfloat16", "float8"))
+    for count in options.machines:
+        if not 1 <= count <= MOST_MACHINES:
+            raise OptionError(f"{count} is not from 1 to {MOST_MACHINES:,}", option="machines")
+    if options.network is not None and not (math.isfinite(options.network) and options.network > 0.0):
+        raise OptionError("the rate must be a finite number of bytes a second, over 0", option="network")
 
 
 def check_inspect(options: InspectOptions) -> None:
@@ -124,6 +163,7 @@ def _check_counts(options: object) -> None:
 
 def _check_target(options: ConvertOptions) -> None:
     """Raise OptionError for two places to push to, for the wrong kind of one, or for options that need one."""
+    _refuse_pushing_in_parts(options)
     if options.push_to_hub is not None and options.push_to is not None:
         raise OptionError("a repository is given too", option="push_to")
     if options.push_to is not None and not is_remote(options.push_to):
@@ -134,6 +174,19 @@ def _check_target(options: ConvertOptions) -> None:
         for name in ("private", "push_revision", "commit_message", "keep_output"):
             if getattr(options, name) != getattr(ConvertOptions(), name):
                 raise OptionError("it has no effect without a repository to push to", option=name)
+
+
+def _refuse_pushing_in_parts(options: ConvertOptions) -> None:
+    """Raise OptionError for a conversion by several processes that pushes: none of them knows of all uploads."""
+    if options.part is None and not options.finish and options.ray is None:
+        return
+    for name in ("push_to_hub", "push_to", "keep_output"):
+        if getattr(options, name) != getattr(ConvertOptions(), name):
+            raise OptionError(
+                "a conversion in parts or on a cluster is not pushed while it runs",
+                option=name,
+                hint="Run `int8cli push` when all parts have ended.",
+            )
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

@@ -18,68 +18,45 @@ from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
-from int8cli.columns.choose import column_strategies, falling_back
+from int8cli.columns.choose import WITHOUT_SMOOTHING, column_strategies, falling_back
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
+from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
+from int8cli.commands.conversion_results import ConversionResult as ConversionResult
+from int8cli.commands.conversion_words import described, fallback_to, first_line
+from int8cli.commands.in_parts import part_of, shards_of
+from int8cli.commands.on_ray import joined_cluster, run_on
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
 from int8cli.commands.push import Push, push_of
 from int8cli.commands.wanted_columns import columns_wanted, why_not_smoothed
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
-from int8cli.conversion.convert import ConversionRun, require_possible
+from int8cli.conversion.convert import ConversionRun, ConvertElsewhere, require_possible
 from int8cli.conversion.convert import convert as convert_shards
+from int8cli.conversion.finish import RenderCard
+from int8cli.conversion.part import PartOutcome, PartRun, convert_part
 from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
-from int8cli.estimate.ways import Way, calibration_s
+from int8cli.estimate.ways import Way
 from int8cli.machine.memory_use import peak_memory_bytes
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS, layout_of
-from int8cli.planning.mixtures import LayoutShare, about_experts, layout_shares
+from int8cli.planning.mixtures import about_experts, layout_shares
 from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import NO_OUTLIERS, Settings
 from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import counted, human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
 # If it takes longer than this, a user who did not ask for a calibration is asked, or gets the alternatives.
 LONG_S = 300.0
 Choose = Callable[[Sequence[Way]], Way]
 _DEFAULTS = ConvertOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class ConversionResult:
-    """A finished conversion: the directory that was written, the report in it, and what this run took.
-
-    `peak_memory_bytes` is that of this process, None where other processes did the work. `layouts` say what each layout
-    does with a mixture of experts, this conversion's first; empty for other models.
-    """
-
-    output: Path
-    report: ConversionReport
-    seconds: float
-    peak_memory_bytes: int | None
-    layouts: tuple[LayoutShare, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class ConversionPlan:
-    """What a conversion would do. `survey` has the plan by tensor and all sizes, `settings` determine the bytes.
-
-    `ways` are what it takes, and what it would take with stored columns chosen otherwise: the one planned comes first.
-    """
-
-    output: Path
-    survey: Survey
-    settings: Settings
-    needs: Needs
-    ways: tuple[Way, ...]
 
 
 @system_errors()
@@ -109,9 +86,10 @@ def convert(
         job.prepare()
         if choose is not None:
             job = job.chosen(choose)
-        report = job.convert()
-        peak = peak_memory_bytes() if job.run.workers == 1 else None
-        return ConversionResult(output, report, time.monotonic() - begun_s, peak, layout_shares(job.survey))
+        outcome = job.convert_part(job.part) if job.part is not None else PartOutcome(_all_of(job, model, options), ())
+        peak = peak_memory_bytes() if job.run.workers == 1 and options.ray is None else None
+        seconds = time.monotonic() - begun_s
+        return ConversionResult(output, outcome.report, seconds, peak, layout_shares(job.survey), outcome.missing)
 
 
 @system_errors()
@@ -132,6 +110,16 @@ def plan_conversion(
         return job.plan()
 
 
+def _all_of(job: "_Job", model: str | Path, options: ConvertOptions) -> ConversionReport:
+    """Convert all shards, here or on a cluster."""
+    if options.ray is None:
+        return job.convert()
+    with joined_cluster(options.ray, job.survey, options) as cluster:
+        strategy = job.only_strategy()
+        run = run_on(cluster, str(model), job.source, strategy, job.wanted, options, job.progress)
+        return job.convert_by(strategy, run)
+
+
 def settings_of(options: ConvertOptions) -> Settings:
     """The options that determine the bytes of the output. The strategy for the outlier columns adds its part."""
     patterns = tuple(options.skip), tuple(options.only)
@@ -141,9 +129,11 @@ def settings_of(options: ConvertOptions) -> Settings:
 
 @contextmanager
 def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progress) -> Iterator["_Job"]:
-    check_device(options.device)
+    if options.ray is None:  # else the machines of the cluster have it
+        check_device(options.device)
     settings = settings_of(options)
-    store = RecordStore(output)
+    part = part_of(options)
+    store = RecordStore(output, part.token if part is not None else None)
     store.refuse_links()
     refuse_if_in_use(output, store.own)
     known = store.conversion() if not options.overwrite else None
@@ -159,14 +149,14 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     ) as source:
         target = layout_of(options.layout, options.inputs) or LAYOUTS[options.layout]
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), target)
-        workers = options.workers or choose_workers(source, survey, options.device)
+        workers = options.workers or choose_workers(source, shards_of(part, survey), options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
         if not options.keep_output:
             run = replace(run, most_outputs=workers + 1)  # one is uploaded while each worker converts another
-        state = OwnPath(store.calibration_directory, output)
+        state = OwnPath(store.calibration_directory, output, store.aside)
         push = push_of(options, progress)
-        yield _Job(source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), push)
+        yield _Job(source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), part, push)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +174,7 @@ class _Job:
     state: OwnPath
     progress: Progress
     not_smoothed: str = ""
+    part: PartRun | None = None
     push: Push | None = None
 
     def plan(self) -> ConversionPlan:
@@ -198,8 +189,9 @@ class _Job:
     def prepare(self) -> None:
         """Refuse what cannot be before torch is imported, and say what is about to be done."""
         foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
-        require_possible(self.source, self.survey, foreseen, self.run)
-        self.progress.note(self._first_line())
+        if self.part is None:
+            require_possible(self.source, self.survey, foreseen, self.run)
+        self.progress.note(first_line(self.survey, self.run.output, self.push, self.part))
         self._note_experts()
         if self.not_smoothed:
             self.progress.note(self.not_smoothed)
@@ -209,7 +201,13 @@ class _Job:
     def chosen(self, choose: Choose) -> "_Job":
         """This job or, where it takes long without having been asked for, the one that `choose` wants instead."""
         wanted = self.wanted
-        if wanted.mode != AUTO or wanted.known is not None or wanted.nothing(self.survey) or not may_run(self.source):
+        if (
+            self.part is not None
+            or wanted.mode != AUTO
+            or wanted.known is not None
+            or wanted.nothing(self.survey)
+            or not may_run(self.source)
+        ):
             return self
         ways = self._ways()
         if (ways[0].seconds or 0.0) <= LONG_S:
@@ -225,16 +223,32 @@ class _Job:
         strategy = next(strategies)
         while True:
             if self.wanted.mode != NO_OUTLIERS:
-                self.progress.note(self._described(strategy))
+                self.progress.note(described(strategy, self.wanted))
             try:
-                return self._convert_by(strategy)
+                return self.convert_by(strategy)
             except CANNOT_CALIBRATE as error:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                fallback = _fallback(following) + (", without smoothing" if strategy.survey.smooth else "")
+                fallback = fallback_to(following) + (WITHOUT_SMOOTHING if strategy.survey.smooth else "")
                 self.progress.note(falling_back(error, fallback))
                 strategy = following
+
+    def convert_part(self, part: PartRun) -> PartOutcome:
+        """Convert one part. Its columns cannot come from a run of the model."""
+        if self.run.workers == 1 and part.share is not None:
+            start_torch()
+        strategy = self.only_strategy()
+        columns = strategy.columns(self.progress)
+        survey, settings = strategy.survey, strategy.settings
+        return convert_part(self.source, survey, settings, self.run, part, self._render(), self.progress, columns)
+
+    def only_strategy(self) -> ColumnStrategy:
+        """The strategy where there is no other to fall back to."""
+        strategy = next(self._strategies())
+        if self.wanted.mode != NO_OUTLIERS:
+            self.progress.note(described(strategy, self.wanted))
+        return strategy
 
     def _ways(self) -> tuple[Way, ...]:
         here = "torch" in sys.modules or self.wanted.device != "cpu"
@@ -246,18 +260,16 @@ class _Job:
         if said is not None:
             self.progress.note(said)
 
-    def _first_line(self) -> str:
-        survey = self.survey
-        sizes = f"{human_bytes(survey.source_bytes)} in {counted(len(survey.shards), 'shard')}"
-        to = self.run.output if self.push is None else f"{self.run.output} and {self.push.target.label}"
-        return f"{survey.identity.name}: {sizes} → {to}: {human_bytes(survey.output_bytes)}"
-
-    def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
-        render = partial(render_card, source_card=self._source_card())
-        columns, run, survey = strategy.columns(self.progress), self.run, strategy.survey
+    def convert_by(self, strategy: ColumnStrategy, elsewhere: ConvertElsewhere | None = None) -> ConversionReport:
+        """Convert on this machine, or `elsewhere`."""
+        columns = strategy.columns(self.progress) if elsewhere is None else None
+        run, survey, settings, render = self.run, strategy.survey, strategy.settings, self._render()
         if self.push is not None:
             run = replace(run, destination=self.push.destination(run.output, survey))
-        return convert_shards(self.source, survey, strategy.settings, run, render, self.progress, columns)
+        return convert_shards(self.source, survey, settings, run, render, self.progress, columns, elsewhere)
+
+    def _render(self) -> RenderCard:
+        return partial(render_card, source_card=self._source_card())
 
     def _source_card(self) -> SourceCard:
         """What the source's card says of license and task. A card that cannot be read stops no conversion."""
@@ -270,26 +282,3 @@ class _Job:
     def _strategies(self) -> Iterator[ColumnStrategy]:
         """The strategies for choosing the columns, best first."""
         return column_strategies(self.wanted, self.source, self.survey, self.settings, self.state, self.progress.note)
-
-    def _described(self, strategy: ColumnStrategy) -> str:
-        """One line about how the outlier columns are chosen, and what that costs."""
-        settings = strategy.settings
-        if settings.outliers == NO_OUTLIERS:
-            return "Storing no outlier columns."
-        if settings.outliers == FROM_ACTIVATIONS:
-            tokens = f"{self.wanted.sampling.tokens:,} {'sample tokens' if self.wanted.text is None else 'tokens'}"
-            seconds = calibration_s(strategy.survey, speed_here(self.wanted.device), self.wanted.sampling)
-            chosen = f"by running the model on {tokens} (about {human_seconds(seconds)})"
-        elif settings.outliers == FROM_STATISTICS:
-            chosen = "from the statistics file"
-        else:
-            chosen = "from the weights alone, without running the model"
-        size = human_bytes(strategy.survey.sidecar_bytes)
-        if not settings.outlier_columns:
-            return f"Finding what to smooth {chosen}."
-        what = "outlier columns" + (" and what to smooth" if strategy.survey.smooth else "")
-        return f"Choosing {what} {chosen}. Up to {settings.outlier_columns} columns per layer, +{size}."
-
-
-def _fallback(strategy: ColumnStrategy) -> str:
-    return "no outlier columns" if strategy.settings.outliers == NO_OUTLIERS else "the weights"

@@ -6,9 +6,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 
 from int8cli import __version__
-from int8cli.checkpoint.disk import system_errors
+from int8cli.checkpoint.disk import refused_setting, system_errors
 from int8cli.checkpoint.writer import free_bytes
 from int8cli.commands.places import cache_directory
 from int8cli.errors import Int8cliError
@@ -61,10 +62,9 @@ def _memory_bytes() -> int | None:
 
 def _disks() -> list[tuple[str, int]]:
     """Free room in the current directory and in the Hub cache, where they can be asked."""
-    from huggingface_hub import constants
-
+    cache = None if (constants := _hub_constants()) is None else Path(constants.HF_HUB_CACHE)
     found = []
-    for directory in (Path("."), Path(constants.HF_HUB_CACHE)):
+    for directory in (Path("."), *((cache,) if cache is not None else ())):
         with suppress(Int8cliError, OSError):  # the current directory may have been removed
             found.append((str(directory.absolute()), free_bytes(directory)))
     return found
@@ -72,12 +72,25 @@ def _disks() -> list[tuple[str, int]]:
 
 def _hub() -> dict[str, str]:
     """The settings that are set; addresses without credentials."""
-    from huggingface_hub import constants, get_token
-
     settings = {name: _without_credentials(os.environ[name]) for name in _HUB_SETTINGS if os.environ.get(name)}
+    if (constants := _hub_constants()) is None:
+        return {**settings, "endpoint": "huggingface_hub refuses one of these settings"}
+    from huggingface_hub import get_token
+
     settings["endpoint"] = _without_credentials(constants.ENDPOINT)
     settings["token"] = "set" if get_token() else "none"
     return settings
+
+
+def _hub_constants() -> ModuleType | None:
+    """The settings as huggingface_hub has read them; None if it refuses one."""
+    try:
+        from huggingface_hub import constants
+    except ValueError as error:
+        if refused_setting(error) is None:
+            raise
+        return None
+    return constants
 
 
 def _without_credentials(text: str) -> str:

@@ -1,5 +1,6 @@
 """Estimate the memory a model needs and the cards it fits on, before any weights are downloaded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
@@ -14,6 +15,7 @@ from int8cli.estimate.answers import MemoryReport, memory_report
 from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
 from int8cli.estimate.estimate import estimate_memory as estimate_of
+from int8cli.estimate.machines import on_machines
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
@@ -41,7 +43,8 @@ def estimate_memory(
         survey = survey_source(source, PlanOptions(), LAYOUTS[options.layout])
         estimate = estimate_of(source, survey, output, threads=THREADS_FOR_A_SHARD)
         wanted = ColumnsWanted(AUTO, DEFAULT_OUTLIER_COLUMNS, sampling=Sampling(ConvertOptions().tokens))
-        run = ConversionRun(output, threads=THREADS_FOR_A_SHARD)
-        ways = ways_to_convert(source, survey, run, wanted, speed_without_torch(progress))
+        speed = speed_without_torch(progress)
+        ways = ways_to_convert(source, survey, ConversionRun(output, threads=THREADS_FOR_A_SHARD), wanted, speed)
+        shared = on_machines(survey, options.machines, speed, options.network)
     use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
-    return memory_report(estimate, use, machines, ways, available_bytes("cpu"))
+    return replace(memory_report(estimate, use, machines, ways, available_bytes("cpu")), on_machines=shared)

@@ -107,7 +107,7 @@ def _run_model(
 
     return_memory_promptly()
     seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
-    seconds += smoothing_s(survey, speed_here(options.device)) if options.smooth else 0.0
+    seconds += smoothing_s(survey, speed_here(options.device), sampling) if options.smooth else 0.0
     announce_duration(f"running the model on {sampling.tokens:,} tokens", seconds, progress)
     how = CalibrateOptions(sampling, options.threshold, options.device, state, smooth=options.smooth)
     return calibrate(source, survey, text, how, progress)

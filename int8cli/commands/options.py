@@ -49,6 +49,11 @@ class ConvertOptions:
       files in one commit. `private`, `push_revision` and `commit_message` are those of `PushOptions`.
     - `push_to`: instead of a repository, an address in an object store, as "s3://bucket/model".
     - `keep_output`: False removes each shard from the directory once it is where it is pushed to.
+    - `part`: convert part K of N, as (K, N), K from 1 on: the shards are divided between N processes, which may run on
+      several machines that see the same directory. The part that finds all shards converted writes the other files.
+    - `finish`: convert nothing, and write the files that describe the whole after all parts.
+    - `ray`: convert the shards on a Ray cluster: its address, "auto" for the one that runs on this machine, "local" for
+      a new one. All its machines must see the output under the same path.
     """
 
     revision: str | None = None
@@ -79,6 +84,9 @@ class ConvertOptions:
     push_revision: str | None = None
     commit_message: str | None = None
     keep_output: bool = True
+    part: tuple[int, int] | None = None
+    finish: bool = False
+    ray: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +99,8 @@ class EstimateOptions:
     - `gpu`: machines to check, each by its cards: names ("RTX 3090"), sizes ("24GiB"), several of one kind ("8x24GiB"),
       several kinds ("2x RTX 3090, T4").
     - `layout`: output layout of the conversion.
+    - `machines`: numbers of machines to convert on, each with one part. `network`: what each machine gets of the source
+      in bytes a second; None leaves transfers out.
     """
 
     revision: str | None = None
@@ -99,6 +109,8 @@ class EstimateOptions:
     kv_dtype: Literal["float32", "float16", "bfloat16", "float8"] = "float16"
     gpu: tuple[str, ...] = ()
     layout: LayoutName = "bitsandbytes"
+    machines: tuple[int, ...] = ()
+    network: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

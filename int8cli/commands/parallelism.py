@@ -44,7 +44,7 @@ def start_workers_early(model: str, output: Path, options: ConvertOptions) -> No
 
     Does nothing if workers are unlikely to be needed. A server that is never used ends with this process.
     """
-    if options.device != "cpu":
+    if options.device != "cpu" or options.ray is not None or options.finish:
         return
     if str(options.outliers) not in (NO_OUTLIERS, FROM_WEIGHTS) and has_transformers():
         return  # a calibration may convert in this process, and imports torch here

@@ -23,4 +23,4 @@ def work_directory(chosen: Path | None, model: str, revision: str | None) -> Pat
     """Where the state of a run is saved: a directory for this model, inside `chosen` or the user's cache."""
     path = Path(os.path.expanduser(model))
     name = os.path.realpath(path) if os.path.exists(path) else f"{model}@{revision}"
-    return (chosen or cache_directory()) / hashlib.sha256(name.encode()).hexdigest()[:16]
+    return (chosen or cache_directory()) / hashlib.sha256(os.fsencode(name)).hexdigest()[:16]

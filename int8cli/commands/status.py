@@ -1,6 +1,7 @@
 """How much of a conversion is finished. Reads records only, and does not disturb a running conversion."""
 
 import os
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,12 @@ from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.reader import read_small
 from int8cli.errors import OutputError, OutputInUseError
+from int8cli.planning.share import Share
+from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import read_manifest
+from int8cli.records.part import KnownPart, known_parts
 from int8cli.records.store import RecordStore
-from int8cli.results.conversion_status import ConversionStatus, State
+from int8cli.results.conversion_status import ConversionStatus, PartState, PartStatus, State
 from int8cli.typed_json import InvalidJsonError, parse_json
 
 _BLOCKS = "blocks/record.json"  # below the directory of a calibration
@@ -33,9 +37,10 @@ def status(directory: str | Path) -> ConversionStatus:
     uploads = [upload for shard in conversion.shards if (upload := store.uploaded(shard))]
     removed, commit = store.removed(conversion), store.commit()
     finished = [shard for shard in conversion.shards if shard in removed or store.finished(shard) is not None]
+    known = known_parts(store.parts)
     return ConversionStatus(
         directory=str(directory),
-        state=_state(store, directory),
+        state="running" if any(part.runs for part in known) else _state(store, directory),
         model=conversion.source.name,
         revision=conversion.source.revision,
         shards=len(conversion.shards),
@@ -49,7 +54,31 @@ def status(directory: str | Path) -> ConversionStatus:
         shards_uploaded=len(uploads),
         shards_removed=len(removed),
         commit=None if commit is None else commit.commit,
+        parts=_parts(known, conversion, {shard.file for shard in finished}),
     )
+
+
+def _parts(known: Sequence[KnownPart], conversion: Conversion, finished: Collection[str]) -> tuple[PartStatus, ...]:
+    """The parts that were started, in order. Processes that only conclude are none."""
+    sizes = {shard.file: shard.size_bytes for shard in conversion.shards}
+    by_share: dict[tuple[int, int], list[KnownPart]] = {}
+    for each in known:
+        if each.record.parts:
+            by_share.setdefault((each.record.parts, each.record.part), []).append(each)
+    found = []
+    for (parts, part), processes in sorted(by_share.items()):
+        mine = Share(part, parts).of(sizes)
+        done = sum(name in finished for name in mine)
+        hosts = tuple(dict.fromkeys(process.record.host for process in processes))
+        found.append(PartStatus(part, parts, _part_state(processes, done == len(mine)), len(mine), done, hosts))
+    return tuple(found)
+
+
+def _part_state(processes: Sequence[KnownPart], finished: bool) -> PartState:
+    runs = {process.runs for process in processes}
+    if True in runs:
+        return "running"
+    return "finished" if finished else "elsewhere" if None in runs else "stopped"
 
 
 def _state(store: RecordStore, directory: Path) -> State:

@@ -3,7 +3,7 @@
 Owns the protocol, and the implementation that stores nothing. The other implementations are in `columns`.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Protocol
 
 from int8cli.checkpoint.source import LocalFile, ShardFile
@@ -33,6 +33,13 @@ class ColumnSource(Protocol):
         `require_room` is called before the first fetch.
         """
         yield from ()
+
+    def expect(self, shards: Sequence[str], run: RunTask) -> None:
+        """Learn what other processes need to know of these shards, which this process is about to convert.
+
+        Called before the first of them, where several processes share the shards. `run` as in `columns_of`.
+        """
+        return
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
         """The columns for the quantized tensors of a source shard that is on this machine.

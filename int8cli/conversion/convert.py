@@ -5,6 +5,7 @@ fetched source removed. Prints nothing; reports to a Progress.
 """
 
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,9 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
+# Converts and records shards, and returns the records by source file.
+ConvertElsewhere = Callable[[Sequence[ShardTask]], Mapping[str, ShardRecord]]
+
 
 @dataclass(frozen=True, slots=True)
 class ConversionRun:
@@ -70,14 +74,16 @@ def convert(
     render_card: RenderCard,
     progress: Progress,
     columns: ColumnSource | None = None,
+    elsewhere: ConvertElsewhere | None = None,
 ) -> ConversionReport:
     """Convert a surveyed source into `options.output`, resuming where an earlier run stopped.
 
-    `columns` determines what to store in sidecars, if the survey has any. `render_card` makes the README.md of the
-    output from the report. Raises Int8cliError. After any exception, no file is half-written under its final name, and
-    the same call resumes.
+    `columns` determines what to store in sidecars, if the survey has any. `elsewhere` converts and records shards on
+    other machines, with columns of its own; without it, this machine converts them. `render_card` makes the README.md
+    of the output from the report. Raises Int8cliError. After any exception, no file is half-written under its final
+    name, and the same call resumes.
     """
-    _require_something_to_quantize(survey, settings)
+    require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
     destination = options.destination
     with locked(options.output, store.own) as lock, nullcontext() if destination is None else closing(destination):
@@ -88,21 +94,21 @@ def convert(
         store.check(conversion)
         records = _finished(store, conversion, destination)
         remaining = [shard for shard in conversion.shards if shard.file not in records]
-        _require_room(source, survey, options, remaining)
+        require_room(source, survey, options, remaining)
         store.claim(conversion)
         store.remove_partial_files()
         begin_conversion(progress, survey, records)
-        for file_name in survey.weights.copied:
-            _copy_file(source, file_name, options.output)
-        if source.keeps_in is not None:
-            _cache_config_and_index(source, survey)
-        executor = _executor(options, len(remaining), lock, progress)
+        copy_files(source, survey, options.output)
+        executor = executor_for(options, len(remaining) if elsewhere is None else 0, lock, progress)
         try:
-            tasks = [_task(shard, survey, settings, options, store) for shard in remaining]
+            tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]
             recorded = recorded_exponents(options.output, records.values()) if survey.smooth and remaining else {}
+            if elsewhere is not None:
+                records.update(elsewhere(tasks))
+                tasks = []
             on_record = None if destination is None else destination.add
             loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded, on_record)
-            records.update(loop.run(partial(_require_room, source, survey, options, remaining)))
+            records.update(loop.run(partial(require_room, source, survey, options, remaining)))
         except CANNOT_CALIBRATE:
             # So that another strategy can use the directory.
             if not any(store.finished(shard) or store.uploaded(shard) for shard in conversion.shards):
@@ -126,14 +132,14 @@ def require_possible(source: Source, survey: Survey, settings: Settings, options
 
     `convert` checks all of it again, under the directory's lock.
     """
-    _require_something_to_quantize(survey, settings)
+    require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
     conversion = describe(source, survey, settings)
     remaining = list(conversion.shards)
     if not options.overwrite:
         store.check(conversion, all_files=False)
         remaining = [shard for shard in conversion.shards if not (store.finished(shard) or store.uploaded(shard))]
-    _require_room(source, survey, options, remaining)
+    require_room(source, survey, options, remaining)
 
 
 def _finished(store: RecordStore, conversion: Conversion, destination: Destination | None) -> dict[str, ShardRecord]:
@@ -145,7 +151,7 @@ def _finished(store: RecordStore, conversion: Conversion, destination: Destinati
     return {**here, **there}
 
 
-def _require_something_to_quantize(survey: Survey, settings: Settings) -> None:
+def require_something_to_quantize(survey: Survey, settings: Settings) -> None:
     """Raise NothingToQuantizeError if the patterns leave nothing, or if no tensor is a known linear layer's weight.
 
     The output would be a copy of a model that was not understood, under the name of int8.
@@ -186,9 +192,10 @@ def describe(source: Source, survey: Survey, settings: Settings) -> Conversion:
     return Conversion(survey.identity, settings, survey.plan_digest, shards, tuple(files))
 
 
-def _task(
+def task_of(
     shard: ShardSource, survey: Survey, settings: Settings, options: ConversionRun, store: RecordStore
 ) -> ShardTask:
+    """The task of converting a shard into the directory of `store`, without its stored columns."""
     via_half = settings.float32 == VIA_FLOAT16
     keep_non_finite = options.on_nonfinite == "keep"
     return ShardTask(
@@ -201,14 +208,15 @@ def _task(
     )
 
 
-def _executor(options: ConversionRun, shards: int, lock: int, progress: Progress) -> Executor:
+def executor_for(options: ConversionRun, shards: int, lock: int, progress: Progress) -> Executor:
+    """Where tasks for so many shards run. `lock` is the directory's: workers keep it."""
     on_bytes = partial(advance, progress)
     if options.workers > 1 and shards:
         return ProcessExecutor(min(options.workers, shards), lock, on_bytes, WORKER_PRELOAD)
     return InlineExecutor(on_bytes)
 
 
-def _require_room(
+def require_room(
     source: Source,
     survey: Survey,
     options: ConversionRun,
@@ -229,9 +237,17 @@ def _require_room(
             )
 
 
-def _copy_file(source: Source, file_name: str, output: Path) -> None:
+def copy_files(source: Source, survey: Survey, output: Path, aside: Path | None = None) -> None:
+    """Copy the files that an output has unchanged: the tokenizer and others. `aside` as in `write_file`."""
+    for file_name in survey.weights.copied:
+        _copy_file(source, file_name, output, aside)
+    if source.keeps_in is not None:
+        _cache_config_and_index(source, survey)
+
+
+def _copy_file(source: Source, file_name: str, output: Path, aside: Path | None) -> None:
     with source.fetch(file_name) as local:
-        sha256 = copy_file(local.path, output / file_name, below=output)
+        sha256 = copy_file(local.path, output / file_name, below=output, aside=aside)
     try:
         require_published(file_name, local, sha256)
     except DigestMismatchError:

@@ -7,6 +7,7 @@ do not open a directory without one.
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +28,43 @@ RenderCard = Callable[[ConversionReport, Survey], str]
 
 
 def write_conclusion(
-    survey: Survey, conversion: Conversion, records: list[ShardRecord], output: Path, render_card: RenderCard
+    survey: Survey,
+    conversion: Conversion,
+    records: list[ShardRecord],
+    output: Path,
+    render_card: RenderCard,
+    aside: Path | None = None,
 ) -> ConversionReport:
-    """Write these files into `output`, where all shards are in place. `records` are in the order of the shards."""
+    """Write these files into `output`, where all shards are in place. `records` are in the order of the shards.
+
+    `aside` as in `write_file`.
+    """
     require_fitting(output, records)
-    plan = survey.plan.with_copied([weight.tensor for record in records for weight in record.non_finite])
-    report = _report(survey, conversion, records, plan)
-    write_file(output / REPORT_FILE, _json_bytes(report.to_json()), below=output)
-    write_file(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"), below=output)
+    write = partial(write_file, below=output, aside=aside)
+    plan = _plan_as_converted(survey, records)
+    report = conversion_report(survey, conversion, records)
+    write(output / REPORT_FILE, _json_bytes(report.to_json()))
+    write(output / CARD_FILE, render_card(report, survey).encode(errors="backslashreplace"))
     if len(records) > 1:
-        write_file(output / INDEX_FILE, _json_bytes(_index(survey, records)), below=output)
+        write(output / INDEX_FILE, _json_bytes(_index(survey, records)))
     config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
     apart = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE}
     for shard in conversion.shards:  # a planned sidecar may not exist, if its only layers were not finite
         apart |= {shard.output, sidecar_file_name(shard.output)}
     on_disk = [name for name in conversion.files if name not in apart]
-    write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {})
+    write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {}, aside=aside)
     if config is not None:
-        write_file(output / CONFIG_FILE, config, below=output)
+        write(output / CONFIG_FILE, config)
     return report
 
 
-def _report(survey: Survey, conversion: Conversion, records: list[ShardRecord], plan: Plan) -> ConversionReport:
+def _plan_as_converted(survey: Survey, records: list[ShardRecord]) -> Plan:
+    return survey.plan.with_copied([weight.tensor for record in records for weight in record.non_finite])
+
+
+def conversion_report(survey: Survey, conversion: Conversion, records: list[ShardRecord]) -> ConversionReport:
+    """The report on the shards of a survey, which may be some of the conversion's. `records` are theirs, in order."""
+    plan = _plan_as_converted(survey, records)
     return ConversionReport(
         model=conversion.source.name,
         revision=conversion.source.revision,

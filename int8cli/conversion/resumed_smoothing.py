@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
-from int8cli.checkpoint.reader import FileReader, open_to_read
+from int8cli.checkpoint.reader import FileReader, open_to_read, size_of
 from int8cli.checkpoint.weight_files import read_contents
 from int8cli.errors import CheckpointError, SavedStateError
 from int8cli.planning.exponents import NOT_SCALED, TensorExponents, are_sound, gathered, is_exponents, misfits
@@ -18,7 +18,7 @@ from int8cli.records.shard_record import ShardRecord
 def exponents_in(path: Path) -> dict[str, TensorExponents]:
     """The exponents in a sidecar, by the tensor that they belong to. Raises CheckpointError, SourceError."""
     with open_to_read(path) as file:
-        contents = read_contents(file, "safetensors", path.name, path.stat().st_size)
+        contents = read_contents(file, "safetensors", path.name, size_of(path))
     wanted = [stored for stored in contents.tensors if is_exponents(stored.spec.name)]
     found: list[tuple[str, bytes]] = []
     with closing(FileReader(path)) as reader:

@@ -41,12 +41,12 @@ class BlockScaling:
         return scaled
 
     def scaled_vector(self, name: str, part: Rectangle, loaded: Tensor) -> Tensor:
-        """A piece (1, elements) of a vector of floats. Raises InexactSmoothingError if digits would be lost."""
+        """A piece (1, elements) of a vector, on the CPU. Raises InexactSmoothingError if digits would be lost."""
         rows, _ = self._factors_of(name, loaded.dtype)
         assert rows is not None
-        piece = slice(part.column, part.column + part.columns)
-        scaled = loaded * rows[piece]
-        same = scaled / rows[piece] == loaded
+        factors = rows[part.column : part.column + part.columns].to(loaded.device)
+        scaled = loaded * factors
+        same = scaled / factors == loaded
         if not bool((same | loaded.isnan()).all()):
             raise InexactSmoothingError(
                 f"{name} has the value {float(loaded[~same].flatten()[0]):.3g}, too small or too large to be divided "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from int8cli.estimate.cards import SHOWN_CARDS, Card, card_named, cards_of_this_machine
 from int8cli.estimate.estimate import INT8, PRECISIONS, Estimate, Use
 from int8cli.estimate.fit import Answer, FitRow, answer, fit_table
+from int8cli.estimate.machines import OnMachines
 from int8cli.estimate.shortage import Shortage, shortage
 from int8cli.estimate.ways import Way
 
@@ -23,7 +24,8 @@ class MachineAnswer:
 class MemoryReport:
     """An estimate for a given use, and whether the model fits on cards.
 
-    `table` has kinds of cards with counts, `ways` what a conversion takes here. `here` is for the cards of this machine
+    `table` has kinds of cards with counts, `ways` what a conversion takes here, and `on_machines` on
+    several like this one. `here` is for the cards of this machine
     and `asked` for the machines that were named, in their order.
     """
 
@@ -33,6 +35,7 @@ class MemoryReport:
     ways: tuple[Way, ...]
     here: MachineAnswer | None = None
     asked: tuple[MachineAnswer, ...] = ()
+    on_machines: tuple[OnMachines, ...] = ()
 
     @property
     def answers(self) -> tuple[Answer, ...]:

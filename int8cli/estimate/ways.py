@@ -24,7 +24,11 @@ TRANSFORMERS_BYTES = 520_000_000
 # run twice in int8 on 128 positions).
 VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
+# To smooth, likewise in CPU time on weights of 576 x 576 to 2048 x 2048: the products of five choices on 128 positions
+# take each weight as long as quantizing 41 to 64, the range of its exponents 34 to 53, its figures after that 28 to 37.
+# And a block runs one sequence again for each of its folds, and once before.
 SMOOTHING_WORK = 120.0
+PROOF_RUNS = 5
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9
 # Floats written from int8: SmolLM2-135M's 269 MB took 1.0 s of CPU time beside the import of torch, on one core.
@@ -69,9 +73,9 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
-def conversion_s(source_bytes: int, speed: Speed) -> float:
+def conversion_s(source_bytes: int, speed: Speed, disk_bytes_a_second: float = DISK_BYTES_A_SECOND) -> float:
     """Seconds to read, quantize and write a source, with the start of the program."""
-    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / DISK_BYTES_A_SECOND
+    return _START_S + source_bytes / speed.quantized_bytes + source_bytes / disk_bytes_a_second
 
 
 def reading_s(size_bytes: int) -> float:
@@ -94,13 +98,18 @@ def calibration_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
         seconds += 2.0 * weights * sampling.tokens / speed.product(decision.spec.dtype)
         seconds += (rows + columns) * sampling.tokens * VALUE_WORK * quantizing_s
         seconds += weights * WEIGHT_WORK * quantizing_s
-    return seconds + (smoothing_s(survey, speed) if survey.smooth else 0.0)
+    return seconds + (smoothing_s(survey, speed, sampling) if survey.smooth else 0.0)
 
 
-def smoothing_s(survey: Survey, speed: Speed) -> float:
-    """Seconds to find and prove the smoothing of every layer: products on some positions, one for each choice."""
-    quantizing_s = 2.0 / speed.quantized_bytes
-    return sum(each.spec.numel * SMOOTHING_WORK * quantizing_s for each in survey.plan.quantized)
+def smoothing_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
+    """Seconds to find and prove the smoothing of every layer: what is computed of each weight, and runs of a block."""
+    quantizing_s, tokens = 2.0 / speed.quantized_bytes, min(sampling.sequence_length, sampling.tokens)
+    seconds = 0.0
+    for decision in survey.plan.quantized:
+        weights = decision.spec.numel
+        seconds += weights * SMOOTHING_WORK * quantizing_s
+        seconds += PROOF_RUNS * 2.0 * weights * tokens / speed.product(decision.spec.dtype)
+    return seconds
 
 
 def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:

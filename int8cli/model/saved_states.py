@@ -148,7 +148,7 @@ class SavedStates:
 
     def _load(self, path: Path) -> Any:
         with read_back(path):
-            saved = torch.load(path, mmap=True, weights_only=True)
+            saved = _mapped(path)
             marks = iter(saved["marks"])
             return map_tensors(saved["output"], lambda tensor: mark(tensor) if next(marks) else tensor)
 
@@ -187,6 +187,16 @@ def read_back(path: Path) -> Iterator[Path]:
             f"{path} cannot be read back ({type(error).__name__}: {error!s:.200})",
             hint="Check the disk, and run the same command again.",
         ) from error
+
+
+def _mapped(path: Path) -> Any:
+    """What `_save` wrote, as a mapping of the file; in memory where torch cannot map a file whose name is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            return torch.load(file, weights_only=True)
+    return torch.load(path, mmap=True, weights_only=True)
 
 
 def _save(value: Any, path: Path, below: Path) -> None:

@@ -65,7 +65,7 @@ def load_statistics(path: Path) -> OutlierStatistics:
                 _site(f"sites[{index}]", site, file.get_tensor, found.provenance.threshold)
                 for index, site in enumerate(found.sites)
             )
-    except (SafetensorError, OSError, InvalidJsonError) as error:
+    except (SafetensorError, OSError, UnicodeError, InvalidJsonError) as error:
         raise StatisticsFileError(
             f"{path.name} is not a file of outlier statistics: {error!s:.200}",
             hint="Running the model makes such a file.",

@@ -185,9 +185,11 @@ class _Stack:
         return (site for layer in self._scored for site in layer.sites)
 
 
-def save_figures(figures: Mapping[str, Tensor], path: Path, *, below: Path | None = None) -> None:
-    """Save the figures of a scan, whole or not at all; `below` as in `write_file`. Raises OutputError."""
-    write_file(path, serialize(figures), below=below)
+def save_figures(
+    figures: Mapping[str, Tensor], path: Path, *, below: Path | None = None, aside: Path | None = None
+) -> None:
+    """Save the figures of a scan, whole or not at all; `below` and `aside` as in `write_file`. Raises OutputError."""
+    write_file(path, serialize(figures), below=below, aside=aside)
 
 
 def load_figures(path: Path) -> dict[str, Tensor]:

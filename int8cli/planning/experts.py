@@ -1,8 +1,8 @@
 """Experts that a checkpoint stores fused, one 3-D tensor for all of them, as the single matrices that they consist of.
 
-Owns the names and the orientation of fused experts, by model type. The matrices are parts of the tensor of the file:
-nothing is read here, and everything after this step handles them like experts that are stored separately. Their names
-are those that vLLM's loaders expect (fused_moe/routed_experts.py, `build_expert_params_mapping`).
+Owns the orientation of fused experts; `expert_names` has their names by model type. The matrices are parts of the
+tensor of the file: nothing is read here, and everything after this step handles them like experts that are stored
+separately.
 
 Two shapes exist: (experts, out, in), as transformers' `Experts` modules have them, and (experts, in, out), as those of
 Llama 4 and Qwen3-VL-MoE. The two tensors of a layer have different widths, so their shapes show which it is. Of the
@@ -10,36 +10,16 @@ two halves of `gate_up_proj`, gate is the first.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, ShardContents, StoredTensor, TensorSpec
 from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.expert_names import ALWAYS_FUSED, ExpertNames, names_when_split
 from int8cli.planning.plan import model_types
 
-
-def _types(names: str) -> frozenset[str]:
-    return frozenset(names.split())
-
-
-# The families whose gate and up are halves, one after the other, and whose experts vLLM reads as gate_proj, up_proj and
-# down_proj. Others are left alone: GPT-OSS interleaves the two, DBRX has no third dimension.
-_FAMILIES = _types(
-    """
-    afmoe cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5_moe exaone_moe glm4_moe glm4_moe_lite
-    glm4v_moe glm4v_moe_text granitemoe granitemoehybrid granitemoeshared llama4 llama4_text olmoe qwen2_moe
-    qwen3_5_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_vl_moe qwen3_vl_moe_text
-    """
-)
-# Of these, no loader merges separate experts again: transformers knows them fused only.
-_ALWAYS_FUSED = _types(
-    """
-    granitemoe granitemoehybrid granitemoeshared llama4 llama4_text qwen3_5_moe qwen3_5_moe_text qwen3_vl_moe
-    qwen3_vl_moe_text
-    """
-)
 _SEPARATE = re.compile(r"(?:\S+\.)?experts\.\d+\.(?:gate|up|down)_proj\.weight")
 # What precedes the expert's number, then the tensor. Granite's are named after what transformers 4 made of them.
 _FUSED = re.compile(
@@ -51,11 +31,12 @@ _KINDS = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The fused tensors of one layer: gate and up together, and down. `experts` is their module's name in vLLM."""
+    """The fused tensors of one layer: gate and up together, and down. `experts` is their module's name when split."""
 
     experts: str
     gate_up: TensorSpec
     down: TensorSpec
+    names: ExpertNames
 
     @property
     def transposed(self) -> bool | None:
@@ -70,7 +51,7 @@ class _Layer:
     @property
     def modules(self) -> Iterator[str]:
         for expert in range(self.gate_up.shape[0]):
-            yield from (f"{self.experts}.{expert}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
+            yield from (f"{self.experts}.{expert}.{name}" for name in (*self.names.gate_up, self.names.down))
 
 
 def split_experts(
@@ -80,20 +61,23 @@ def split_experts(
 
     A layer stays fused if the options leave any of its experts alone, because loaders read all or none in int8.
     """
-    if not options.loader.experts or _FAMILIES.isdisjoint(model_types(config)):
+    names = names_when_split(model_types(config))
+    if not options.loader.experts or names is None:
         return tuple(shards)
     mappable = [stored.spec for contents in shards if contents.mappable for stored in contents.tensors]
-    layers = [layer for layer in _layers(mappable) if layer.transposed is not None and _is_wanted(layer, options)]
-    by_tensor = {spec.name: layer for layer in layers for spec in (layer.gate_up, layer.down)}
-    return tuple(_split(contents, by_tensor) for contents in shards)
+    layers = [layer for layer in _layers(mappable, names) if layer.transposed is not None]
+    wanted = [layer for layer in layers if _is_wanted(layer, options)]
+    by_tensor = {spec.name: layer for layer in wanted for spec in (layer.gate_up, layer.down)}
+    modules = frozenset(layer.gate_up.name.partition(".experts.")[0] for layer in wanted if names.renames)
+    return tuple(_split(contents, by_tensor, names, modules) for contents in shards)
 
 
 def were_fused(tensor_names: Iterable[str], config: Mapping[str, Any]) -> bool:
     """Whether tensors of these names are matrices of experts that this family's loaders know only fused."""
-    return not _ALWAYS_FUSED.isdisjoint(model_types(config)) and any(map(_SEPARATE.fullmatch, tensor_names))
+    return not ALWAYS_FUSED.isdisjoint(model_types(config)) and any(map(_SEPARATE.fullmatch, tensor_names))
 
 
-def _layers(specs: Iterable[TensorSpec]) -> Iterator[_Layer]:
+def _layers(specs: Iterable[TensorSpec], names: ExpertNames) -> Iterator[_Layer]:
     found: dict[str, dict[str, TensorSpec]] = {}
     for spec in specs:
         match = _FUSED.fullmatch(spec.name)
@@ -103,11 +87,11 @@ def _layers(specs: Iterable[TensorSpec]) -> Iterator[_Layer]:
         found.setdefault(experts, {})[match["kind"] or _KINDS[match["linear"]]] = spec
     for experts, tensors in found.items():
         if len(tensors) == 2:
-            yield _Layer(experts, tensors["gate_up_proj"], tensors["down_proj"])
+            yield _Layer(names.renamed(f"{experts}.")[:-1], tensors["gate_up_proj"], tensors["down_proj"], names)
 
 
 def _is_wanted(layer: _Layer, options: PlanOptions) -> bool:
-    fused = (layer.experts, layer.gate_up.name, layer.down.name)
+    fused = (layer.experts, layer.gate_up.name.rpartition(".")[0], layer.gate_up.name, layer.down.name)
     if any(fnmatchcase(name, pattern) for pattern in options.skip for name in (*fused, *layer.modules)):
         return False
     return not options.only or all(
@@ -115,18 +99,30 @@ def _is_wanted(layer: _Layer, options: PlanOptions) -> bool:
     )
 
 
-def _split(contents: ShardContents, layers: Mapping[str, _Layer]) -> ShardContents:
+def _split(
+    contents: ShardContents, layers: Mapping[str, _Layer], names: ExpertNames, modules: Collection[str]
+) -> ShardContents:
+    """`modules` are those whose tensors have other names once their experts are split: the router moves along."""
     tensors: list[StoredTensor] = []
     for stored in contents.tensors:
         layer = layers.get(stored.spec.name)
-        tensors += [stored] if layer is None else _parts(stored, layer)
+        if layer is not None:
+            tensors += _parts(stored, layer)
+        elif any(stored.spec.name.startswith(f"{module}.") for module in modules):
+            tensors.append(_under_name(stored, names.renamed(stored.spec.name)))
+        else:
+            tensors.append(stored)
     return replace(contents, tensors=tuple(tensors))
+
+
+def _under_name(stored: StoredTensor, name: str) -> StoredTensor:
+    return stored if name == stored.spec.name else replace(stored, spec=replace(stored.spec, name=name), whole=stored)
 
 
 def _parts(whole: StoredTensor, layer: _Layer) -> Iterator[StoredTensor]:
     """The matrices (out, in) of a fused tensor, in file order: by expert, gate before up."""
     transposed = bool(layer.transposed)
-    names = ("gate_proj", "up_proj") if whole.spec.name == layer.gate_up.name else ("down_proj",)
+    names = layer.names.gate_up if whole.spec.name == layer.gate_up.name else (layer.names.down,)
     count, first, second = whole.spec.shape
     in_features, together = (first, second) if transposed else (second, first)
     out_features = together // len(names)

@@ -5,7 +5,7 @@ for safetensors sources.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import nlargest
@@ -93,6 +93,12 @@ class Survey:
         decisions = tuple(self.decisions[stored.spec.name] for stored in contents.tensors)
         plan = replace(self.plan, decisions=decisions)
         return PlannedShard(contents, plan, self.target.KEY, self.outputs[file_name], self.sidecars.get(file_name))
+
+    def only(self, names: Collection[str]) -> "Survey":
+        """The same survey of some of its shards, for what is reported about these."""
+        shards = tuple(contents for contents in self.shards if contents.file_name in names)
+        decisions = tuple(self.decisions[stored.spec.name] for contents in shards for stored in contents.tensors)
+        return replace(self, shards=shards, plan=replace(self.plan, decisions=decisions))
 
     def in_layout(self, target: Layout) -> "Survey":
         """The same source planned for another layout, without stored columns."""

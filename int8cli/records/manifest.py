@@ -56,12 +56,17 @@ class _ManifestFields:
     files: tuple[SideFile, ...]
 
 
-def write_manifest(output: Path, on_disk: Iterable[str], in_memory: Mapping[str, bytes]) -> None:
-    """Write the digests of files that are in `output`, and of those in memory that will be written after this."""
+def write_manifest(
+    output: Path, on_disk: Iterable[str], in_memory: Mapping[str, bytes], *, aside: Path | None = None
+) -> None:
+    """Write the digests of files that are in `output`, and of those in memory that will be written after this.
+
+    `aside` as in `write_file`.
+    """
     files = [SideFile.of_path(name, output / name) for name in on_disk]
     files += [SideFile.of_bytes(name, data) for name, data in in_memory.items()]
     document = {"schema": MANIFEST_SCHEMA, "files": [asdict(file) for file in sorted(files, key=lambda f: f.file)]}
-    write_file(output / MANIFEST_FILE, (json.dumps(document, indent=1) + "\n").encode(), below=output)
+    write_file(output / MANIFEST_FILE, (json.dumps(document, indent=1) + "\n").encode(), below=output, aside=aside)
 
 
 def read_manifest(output: Path) -> tuple[SideFile, ...] | None:

@@ -14,19 +14,25 @@ from typing import Any
 from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.own_files import refuse_link, remove_tree
-from int8cli.checkpoint.writer import write_file
+from int8cli.checkpoint.writer import create_file_once, write_file
 from int8cli.errors import OutputError, SettingsMismatchError, ShardsRemovedError
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.documents import read_document
+from int8cli.records.part import PARTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.upload_record import CommitRecord, UploadRecord
 
 
 class RecordStore:
-    """The records of one output directory. The caller must have locked the directory."""
+    """The records of one output directory. The caller must have locked the directory.
 
-    def __init__(self, output: Path) -> None:
+    `token` is that of a process which shares the directory with others: it has directories of its own for unfinished
+    files and downloads, so that several may write one file at the same time.
+    """
+
+    def __init__(self, output: Path, token: str | None = None) -> None:
         self._output = output
+        self._token = token
         self.own = output / OWN_DIRECTORY
         self._conversion_path = self.own / "conversion.json"
         self._records = self.own / "records"
@@ -37,21 +43,31 @@ class RecordStore:
     @property
     def partial_directory(self) -> Path:
         """Where files are written before they get their final name. What a killed run left there is useless."""
-        return self.own / "partial"
+        return self._of_this_process(self.own / "partial")
+
+    @property
+    def aside(self) -> Path | None:
+        """Where small files are written before they get their final name; None: beside it, for the only process."""
+        return None if self._token is None else self.partial_directory
 
     @property
     def incoming_directory(self) -> Path:
         """Where shards from the Hub are downloaded to. A partial download that a killed run left there is resumed."""
-        return self.own / "incoming"
+        return self._of_this_process(self.own / "incoming")
 
     @property
     def calibration_directory(self) -> Path:
         """Where the results of a calibration or of a scan of the weights are saved until the conversion is finished."""
         return self.own / "calibration"
 
+    @property
+    def parts(self) -> Path:
+        """Where processes that share the directory say what they do: see `parts`."""
+        return self.own / PARTS
+
     def refuse_links(self) -> None:
         """Raise OutputError if one of our own directories is a link: its target may belong to someone else."""
-        state = (self.incoming_directory, self.calibration_directory, self.partial_directory)
+        state = (*self._state, self.calibration_directory, self.partial_directory, self.incoming_directory)
         for directory in (self.own, self._records, self._uploads, self._sidecars, *state):
             refuse_link(directory)
 
@@ -60,9 +76,16 @@ class RecordStore:
         remove_tree(self.partial_directory, self._output)
 
     def remove_state(self) -> None:
-        """Remove everything that a later run could resume from."""
-        for directory in (self.incoming_directory, self.calibration_directory):
+        """Remove everything that a later run could resume from. No other process may be using it."""
+        for directory in (*self._state, self.calibration_directory):
             remove_tree(directory, self._output)
+
+    def remove_own_partial_files(self) -> None:
+        """Remove the unfinished files of this process, one of several.
+
+        The directory above them stays, even empty: another process may be about to make its own in it.
+        """
+        remove_tree(self.partial_directory, self._output)
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to; None if there is none. Raises OutputError."""
@@ -80,6 +103,24 @@ class RecordStore:
             self._refuse_foreign_files(conversion)
         elif known != (conversion if all_files else replace(conversion, files=known.files)):
             raise _mismatch(self._output, known, conversion)
+
+    def check_beside_others(self, conversion: Conversion) -> None:
+        """`check`, where other processes may claim the directory and write to it at this moment."""
+        try:
+            self.check(conversion)
+        except SettingsMismatchError:
+            raise
+        except OutputError:  # files without a conversion.json: another process may just have written both
+            if self.conversion() is None:
+                raise
+            self.check(conversion)
+
+    def claim_beside_others(self, conversion: Conversion) -> None:
+        """`claim`, where other processes may do the same at this moment. Raises as `check`."""
+        if self.conversion() is None:
+            path = self._conversion_path
+            create_file_once(path, _to_bytes(conversion.to_json()), self._output, self.partial_directory)
+        self.check(conversion)
 
     def claim(self, conversion: Conversion) -> None:
         """Record that the directory belongs to this conversion, unless that is recorded already. Call `check` first."""
@@ -161,7 +202,8 @@ class RecordStore:
 
     def add(self, record: ShardRecord) -> None:
         """Record that a shard is finished. Its files must be on disk under their final names."""
-        write_file(self._record_path(record.source), _to_bytes(record.to_json()), below=self._output)
+        path = self._record_path(record.source)
+        write_file(path, _to_bytes(record.to_json()), below=self._output, aside=self.aside)
 
     def clear(self) -> None:
         """Remove every file that an earlier conversion recorded as its own, and the records; nothing else.
@@ -174,13 +216,21 @@ class RecordStore:
         paths = [path(shard) for shard in known.shards for path in (self._record_path, self._upload_path)]
         records = [path.relative_to(self._output).as_posix() for path in (*paths, self._commit_path)]
         remove_files(self._output, [*known.files, *records])
-        for directory in (self.partial_directory, self.calibration_directory):
+        for directory in (self.partial_directory, self.parts, self.calibration_directory):
             remove_tree(directory, self._output)
         for directory in (self._records, self._uploads, self._sidecars):
             with suppress(OSError):  # it may hold other files
                 directory.rmdir()
         # Last: after a kill half-way, the directory still says which files are ours.
         remove_files(self._output, [self._conversion_path.relative_to(self._output).as_posix()])
+
+    @property
+    def _state(self) -> tuple[Path, ...]:
+        """The directories of all processes."""
+        return self.own / "partial", self.own / "incoming", self.parts
+
+    def _of_this_process(self, directory: Path) -> Path:
+        return directory if self._token is None else directory / self._token
 
     def _record_path(self, shard: ShardSource) -> Path:
         return self._records / _json_name(shard)

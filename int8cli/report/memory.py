@@ -14,7 +14,7 @@ from int8cli.estimate.weights import Weights
 from int8cli.report.memory_cards import LABELS, gib, show_cards, tokens_in_words
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import escape
-from int8cli.report.ways import ways_table
+from int8cli.report.ways import machines_table, ways_table
 from int8cli.results.units import human_bytes, human_count
 
 _BAR_WIDTH = 30
@@ -47,6 +47,8 @@ def show_memory(report: MemoryReport) -> None:
     for line in (*_use_lines(report), "", *_conversion_lines(estimate)):
         console.print(line, soft_wrap=True)
     console.print_table(ways_table(report.ways, "", estimate.conversion.download_bytes))
+    if report.on_machines:
+        console.print_table(machines_table(report.on_machines))
     show_cards(console, report)
 
 

@@ -40,7 +40,11 @@ def memory_to_json(report: MemoryReport) -> dict[str, Any]:
             "int8_bytes": estimate.workspace_bytes(use, INT8),
         },
         "total": {f"{precision}_bytes": total_bytes(report, precision) for precision in PRECISIONS},
-        "conversion": {**_conversion(estimate), "ways": [way.to_json() for way in report.ways]},
+        "conversion": {
+            **_conversion(estimate),
+            "ways": [way.to_json() for way in report.ways],
+            "machines": [each.to_json() for each in report.on_machines],
+        },
         "cards": {
             "usable": USABLE_RULE,
             "this_machine": _answers(report.here) if report.here is not None else [],

@@ -2,7 +2,7 @@
 
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
-from int8cli.results.conversion_status import ConversionStatus
+from int8cli.results.conversion_status import ConversionStatus, PartStatus
 from int8cli.results.units import human_bytes
 
 
@@ -24,9 +24,15 @@ def show_status(found: ConversionStatus) -> None:
         commit = "not committed yet" if found.commit is None else f"commit {escape(found.commit[:12])}"
         to = escape(str(found.uploaded_to))
         lines.append(f"  uploaded  {found.shards_uploaded} of {found.shards} to {to}, {commit}{removed}")
+    lines += [f"  part      {_part(each)}" for each in found.parts]
     lines.append(f"  next      {_next(found)}")
     for line in lines:
         console.print(line, soft_wrap=True)
+
+
+def _part(part: PartStatus) -> str:
+    where = f"{'was started on' if part.state == 'elsewhere' else part.state + ', on'} {', '.join(part.hosts)}"
+    return escape(f"{part.part} of {part.parts}: {part.shards_finished} of {part.shards} shards, {where}")
 
 
 def _next(found: ConversionStatus) -> str:
@@ -38,4 +44,8 @@ def _next(found: ConversionStatus) -> str:
         return f"download {escape(str(found.uploaded_to))}, then int8cli verify the copy"
     if found.state == "finished":
         return f"int8cli verify {escape(found.directory)}"
+    if found.parts and found.shards_finished == found.shards:
+        return "int8cli convert once more, to finish it: all parts have ended"
+    if found.parts:
+        return "the parts that stopped, or were not started: they resume"
     return "the same int8cli convert command again: it resumes"

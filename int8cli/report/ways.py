@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from int8cli.estimate.machines import OnMachines
 from int8cli.estimate.ways import Way
 from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
 from int8cli.report.terminal import titled_table
@@ -22,6 +23,20 @@ def ways_table(ways: Sequence[Way], title: str, download_bytes: int = 0) -> Tabl
     table.caption = "time: speed of this machine times the work" if any(way.seconds for way in ways) else None
     if table.caption and download_bytes:
         table.caption = f"{table.caption}; add the download of {human_bytes(download_bytes)}"
+    return table
+
+
+def machines_table(rows: Sequence[OnMachines]) -> Table:
+    """A row for each number of machines, with the figures of the machine that has most to do."""
+    table = titled_table("On machines like this one, a part each")
+    for name in ("machines", "shards", "reads", "writes", "transfer", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        transfer = "not asked" if row.transfer_s is None else human_seconds(row.transfer_s)
+        time = "unknown" if row.seconds is None else f"about {human_seconds(row.seconds)}"
+        sizes = human_bytes(row.source_bytes), human_bytes(row.output_bytes)
+        table.add_row(f"{row.machines:,}", f"{row.shards:,}", *sizes, transfer, time)
+    table.caption = "of the largest part; without running the model"
     return table
 
 

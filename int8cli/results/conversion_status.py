@@ -6,6 +6,20 @@ from typing import Any, Literal
 STATUS_SCHEMA = "int8cli.status/1"
 
 State = Literal["finished", "running", "unfinished"]
+# `elsewhere`: it was started on another machine, and is not finished. Whether it still runs cannot be told from here.
+PartState = Literal["finished", "running", "stopped", "elsewhere"]
+
+
+@dataclass(frozen=True, slots=True)
+class PartStatus:
+    """A part of a conversion that was started: its shards, those of them that are finished, and where it ran."""
+
+    part: int
+    parts: int
+    state: PartState
+    shards: int
+    shards_finished: int
+    hosts: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +30,8 @@ class ConversionStatus:
     blocks of the model that a calibration has finished. `partial_bytes` of downloads are here and will be resumed.
     `shards_uploaded` of the finished shards were uploaded to the repository `uploaded_to`, and `shards_removed` of them
     are not here any more. `commit` names all files there; None until then.
-    `options` are the settings of the conversion, by the names of `convert`'s options.
+    `options` are the settings of the conversion, by the names of `convert`'s options. `parts` are those that were
+    started, while the conversion is not finished.
     """
 
     directory: str
@@ -34,6 +49,7 @@ class ConversionStatus:
     shards_uploaded: int = 0
     shards_removed: int = 0
     commit: str | None = None
+    parts: tuple[PartStatus, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"schema": STATUS_SCHEMA, **asdict(self)}

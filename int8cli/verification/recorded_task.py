@@ -10,6 +10,7 @@ from pathlib import Path
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.planning.decisions import Decision, Plan
+from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.output_files import sidecar_file_name
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import plan_shard
@@ -17,6 +18,7 @@ from int8cli.planning.survey import Survey, decisions_by_name
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import LayerReport
+from int8cli.results.stored_columns import StoredColumns
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.sidecars import column_problem, recorded_exponents
 
@@ -32,7 +34,8 @@ def task_as_recorded(
     """The task that converts the shard as its record says it was converted."""
     contents = _contents_as_recorded(survey, shard, record)
     via_half, figures = conversion.settings.float32 == VIA_FLOAT16, conversion.settings.figures
-    stored, exponents = None, {}
+    stored: dict[str, StoredColumns] | None = None
+    exponents: dict[str, TensorExponents] = {}
     if _is_comparable(record, sidecar_file_name(shard.output), contents, conversion):
         stored = {f"{layer.name}.weight": layer.stored for layer in record.layers if layer.stored is not None}
         exponents = recorded_exponents(directory / sidecar_file_name(shard.output), contents)

@@ -38,10 +38,24 @@ AS_ON_LOAD = False
 SKIP_KEY = "ignore"
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_MERGED_IN_VLLM: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERTS_OF_A_LAYER = re.compile(r"(?P<experts>\S+\.experts)\.\d+\.")
+# Layers beside each other that vLLM loads into one (0.32, `packed_modules_mapping` and `orig_to_new_stacked`).
+_MERGED_IN_VLLM: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("in_proj_b", "in_proj_a"),
+)
 # vLLM takes fused experts for quantized layers unless an entry covers the names of single ones.
 FUSED_EXPERTS_ENTRY = r"re:.*\.experts(\.|$)"
-_FUSED_EXPERTS = re.compile(r"(?:^|\.)experts\.(?!\d+\.)|\.block_sparse_moe\.(?:in|out)put_linear\.weight$")
+_FUSED_EXPERTS = re.compile(
+    r"(?P<experts>(?:\S+\.)?experts)\.(?!\d+\.)|(?P<granite>\S+\.block_sparse_moe)\.(?:in|out)put_linear\.weight$"
+)
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
 
@@ -92,14 +106,17 @@ def ignore(plan: Plan) -> list[str]:
     replace subclasses of `nn.Linear`.
     """
     entries = [_as_pattern(entry) for entry in skip_modules(plan, (covers_by_component, _covers))]
-    return entries + ([FUSED_EXPERTS_ENTRY] if _has_fused_floats(plan) else [])
+    return entries + _fused_entries(plan)
 
 
-def _has_fused_floats(plan: Plan) -> bool:
-    """Whether fused experts stay floats, in a model without int8 experts."""
-    if any(leaves_alone(FUSED_EXPERTS_ENTRY, decision.module) for decision in plan.quantized):
-        return False
-    return any(len(each.spec.shape) >= 2 and _FUSED_EXPERTS.search(each.spec.name) for each in plan.copied)
+def _fused_entries(plan: Plan) -> list[str]:
+    """Entries for fused experts that stay floats: one for all, or one for each layer if others have int8 experts."""
+    floats = [each.spec for each in plan.copied if len(each.spec.shape) >= 2]
+    found = [match for spec in floats if (match := _FUSED_EXPERTS.match(spec.name))]
+    if found and any(leaves_alone(FUSED_EXPERTS_ENTRY, decision.module) for decision in plan.quantized):
+        modules = {match["experts"] or f"{match['granite']}.experts" for match in found}
+        return [rf"re:(?:.*\.)?{re.escape(module)}(\.|$)" for module in sorted(modules)]
+    return [FUSED_EXPERTS_ENTRY] if found else []
 
 
 def transformers_reads(tensor_names: Iterable[str]) -> bool:
@@ -108,7 +125,7 @@ def transformers_reads(tensor_names: Iterable[str]) -> bool:
 
 
 def caveats(plan: Plan) -> Iterator[str]:
-    """Warns of mixtures of experts, and of layers that vLLM merges into one although only some of them are int8."""
+    """Warns of mixtures of experts, and of what vLLM has in one piece although only a part of it is int8."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
         yield "transformers cannot read mixtures of experts in this layout; vLLM and load_model can"
     for (merged, leaf), parents in _mixed(plan).items():
@@ -118,6 +135,22 @@ def caveats(plan: Plan) -> Iterator[str]:
             f"vLLM merges {', '.join(merged)} of {where} into one layer, which cannot mix int8 and float weights; "
             f"leave the others alone too: {siblings}"
         )
+    if layers := _partly_int8_experts(plan):
+        where = layers[0] if len(layers) == 1 else f"{len(layers)} layers, the first {layers[0]},"
+        yield (
+            f"vLLM reads the experts of a layer all in int8 or all in floats, and those of {where} are both; leave the "
+            f"others alone too: *.{layers[0].rpartition('.')[2]}.*"
+        )
+
+
+def _partly_int8_experts(plan: Plan) -> list[str]:
+    """The experts of layers that have some matrices in int8 and some in floats."""
+    fates: dict[str, set[bool]] = {}
+    for decision in plan.decisions:
+        match = _EXPERTS_OF_A_LAYER.match(decision.spec.name)
+        if match is not None and decision.spec.name.endswith(".weight"):
+            fates.setdefault(match["experts"], set()).add(decision.quantize)
+    return [experts for experts, quantized in fates.items() if len(quantized) == 2]
 
 
 def _mixed(plan: Plan) -> dict[tuple[tuple[str, ...], tuple[str, ...]], list[str]]:

@@ -1,0 +1,220 @@
+"""One of several processes that convert the shards of one checkpoint into one directory, and who concludes.
+
+Owns what makes it safe that they know nothing of each other: every process writes under names of its own and renames, a
+record follows its shard, and the files that describe the whole are written by every process that finds all records.
+Two that write one file write the same bytes. Locks only keep other kinds of runs away; where the machines' disk has
+none, nothing here depends on them.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from int8cli.checkpoint.lock import locked, shared
+from int8cli.checkpoint.source import Source
+from int8cli.conversion.announce import TASK, begin_conversion
+from int8cli.conversion.column_source import ColumnSource, NoColumns
+from int8cli.conversion.convert import (
+    ConversionRun,
+    copy_files,
+    describe,
+    executor_for,
+    require_room,
+    require_something_to_quantize,
+    task_of,
+)
+from int8cli.conversion.finish import RenderCard, conversion_report, write_conclusion
+from int8cli.conversion.resumed_smoothing import recorded_exponents
+from int8cli.conversion.shard_loop import ShardLoop
+from int8cli.errors import CannotLockError, Int8cliError, OutputError, OutputInUseError, UnfinishedPartsError
+from int8cli.planning.share import Share
+from int8cli.planning.survey import Survey
+from int8cli.progress import Progress
+from int8cli.records.conversion import Conversion, Settings, ShardSource
+from int8cli.records.manifest import read_manifest
+from int8cli.records.part import PartRecord, joined, refuse_other_versions
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
+from int8cli.results.conversion import ConversionReport
+from int8cli.results.units import counted
+
+Records = Mapping[str, ShardRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class PartRun:
+    """One process of several. `share` is None for one that only concludes. `token` is a name that no other has."""
+
+    share: Share | None
+    token: str
+    version: str
+
+    @property
+    def record(self) -> PartRecord:
+        share = self.share
+        return PartRecord.here(share.part if share else 0, share.parts if share else 0, self.version)
+
+    def shards(self, survey: Survey) -> tuple[str, ...]:
+        """The source files of this part."""
+        sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
+        return self.share.of(sizes) if self.share is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class PartOutcome:
+    """What has been converted when a part ends. `missing` are the source files without a record.
+
+    While there are any, `report` is on the part's own shards, else on the whole.
+    """
+
+    report: ConversionReport
+    missing: tuple[str, ...]
+
+
+def convert_part(
+    source: Source,
+    survey: Survey,
+    settings: Settings,
+    options: ConversionRun,
+    part: PartRun,
+    render_card: RenderCard,
+    progress: Progress,
+    columns: ColumnSource | None = None,
+) -> PartOutcome:
+    """Convert the shards of a part into `options.output`, and conclude the conversion if none is missing then.
+
+    Otherwise as `convert`. Raises UnfinishedPartsError if it is only to conclude and shards are missing;
+    VersionMismatchError if other parts had another version of int8cli; ShardsRemovedError if shards were pushed and are
+    not here any more.
+    """
+    require_something_to_quantize(survey, settings)
+    store = RecordStore(options.output, part.token)
+    work = _Part(part, source, survey, describe(source, survey, settings), options, store, progress)
+    with shared(options.output, store.own) as lock:
+        store.refuse_links()
+        refuse_other_versions(store.parts, part.version)
+        store.check_beside_others(work.conversion)
+        store.refuse_removed(work.conversion)
+        with joined(options.output, store.parts, part.token, part.record):
+            records = work.run(lock, columns or NoColumns(), render_card)
+    if not work.missing(records):
+        _remove_state(options.output, store)
+    return work.outcome(records)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The steps of a part."""
+
+    part: PartRun
+    source: Source
+    survey: Survey
+    conversion: Conversion
+    options: ConversionRun
+    store: RecordStore
+    progress: Progress
+
+    def run(self, lock: int, columns: ColumnSource, render_card: RenderCard) -> Records:
+        """Convert and, if nothing is missing then, conclude. Returns the records of all that is finished."""
+        try:
+            self.store.claim_beside_others(self.conversion)
+            self._convert_own(lock, columns)
+            records = self._finished()
+            if not self.missing(records):
+                self._conclude(records, render_card)
+            return records
+        except Int8cliError:
+            if not self._concluded_by_others():
+                raise
+            return self._finished()
+        finally:
+            self.store.remove_own_partial_files()
+
+    def missing(self, records: Records) -> tuple[str, ...]:
+        """The source files without a record."""
+        return tuple(shard.file for shard in self.conversion.shards if shard.file not in records)
+
+    def outcome(self, records: Records) -> PartOutcome:
+        """Raises UnfinishedPartsError for a process that was only to conclude."""
+        missing = self.missing(records)
+        if not missing:
+            return PartOutcome(conversion_report(self.survey, self.conversion, self._in_order(records)), ())
+        if self.part.share is None:
+            raise _unfinished(missing, len(self.conversion.shards))
+        mine = self.part.shards(self.survey)
+        own = conversion_report(self.survey.only(mine), self.conversion, [records[name] for name in mine])
+        return PartOutcome(own, missing)
+
+    def _convert_own(self, lock: int, columns: ColumnSource) -> None:
+        """Convert the shards of the part that have no record."""
+        mine = self.part.shards(self.survey)
+        if not mine:
+            return
+        shards = [shard for shard in self.conversion.shards if shard.file in mine]
+        finished = {shard.file for shard in shards if self.store.finished(shard) is not None}
+        remaining = [shard for shard in shards if shard.file not in finished]
+        require_room(self.source, self.survey, self.options, remaining)
+        begin_conversion(self.progress, self.survey.only(mine), finished)
+        self._convert(remaining, lock, columns)
+        self.progress.done(TASK)
+
+    def _convert(self, remaining: Sequence[ShardSource], lock: int, columns: ColumnSource) -> None:
+        room = partial(require_room, self.source, self.survey, self.options, list(remaining))
+        settings = self.conversion.settings
+        executor = executor_for(self.options, len(remaining), lock, self.progress)
+        try:
+            tasks = [task_of(shard, self.survey, settings, self.options, self.store) for shard in remaining]
+            here = [shard.file for shard in remaining if not self.source.transfers(shard.file)]  # not to download twice
+            columns.expect(here, lambda task: executor.submit(task).result())
+            recorded = {}
+            if self.survey.smooth and tasks:
+                recorded = recorded_exponents(self.options.output, self._finished().values())
+            ShardLoop(self.source, tasks, executor, self.store, self.progress, columns, recorded).run(room)
+        finally:
+            executor.close()
+
+    def _finished(self) -> Records:
+        """The records of all shards that are finished, by any process."""
+        found = ((shard.file, self.store.finished(shard)) for shard in self.conversion.shards)
+        return {file: record for file, record in found if record is not None}
+
+    def _in_order(self, records: Records) -> list[ShardRecord]:
+        return [records[shard.file] for shard in self.conversion.shards]
+
+    def _conclude(self, records: Records, render_card: RenderCard) -> None:
+        output, aside = self.options.output, self.store.aside
+        copy_files(self.source, self.survey, output, aside)
+        write_conclusion(self.survey, self.conversion, self._in_order(records), output, render_card, aside)
+
+    def _concluded_by_others(self) -> bool:
+        """Whether another process has finished everything, and removed what this one was writing."""
+        if (self.store.parts / f"{self.part.token}.json").exists():
+            return False
+        with suppress(OutputError):
+            return read_manifest(self.options.output) is not None and not self.missing(self._finished())
+        return False
+
+
+def _remove_state(output: Path, store: RecordStore) -> None:
+    """Remove what resuming would need, unless another process is here: the last one does it.
+
+    On a disk without locks nobody knows who is the last. A process that loses its unfinished files to this one finds
+    that the conversion is finished, and ends.
+    """
+    try:
+        with locked(output, store.own):
+            store.remove_state()
+    except CannotLockError:
+        store.remove_state()
+    except OutputInUseError:
+        return
+
+
+def _unfinished(missing: Sequence[str], shards: int) -> UnfinishedPartsError:
+    names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+    return UnfinishedPartsError(
+        f"{len(missing)} of {counted(shards, 'shard')} are not converted: {names}",
+        hint="Run the parts that have not ended, or have failed, again: they convert only what is missing.",
+    )

@@ -1,0 +1,34 @@
+"""Which shards of a checkpoint one of several processes converts.
+
+Owns the division. It depends on the sizes of all shards and on nothing else, so every machine makes the same one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Part `part` of `parts`, from 1 on."""
+
+    part: int
+    parts: int
+
+    def __str__(self) -> str:
+        return f"part {self.part} of {self.parts}"
+
+    def of(self, sizes: Mapping[str, int]) -> tuple[str, ...]:
+        """The names in this part, in their order. `sizes`: name → bytes.
+
+        The largest shards are dealt first, each to the part with the fewest bytes so far. Shards of one size are dealt
+        in turn: where the first shards are needed to convert the later ones, every part has some of them.
+        """
+        order = {name: place for place, name in enumerate(sizes)}
+        loads = [0] * self.parts
+        mine = []
+        for name in sorted(sizes, key=lambda name: (-sizes[name], order[name])):
+            least = min(range(self.parts), key=loads.__getitem__)
+            loads[least] += sizes[name]
+            if least == self.part - 1:
+                mine.append(name)
+        return tuple(sorted(mine, key=order.__getitem__))

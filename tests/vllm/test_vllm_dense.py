@@ -1,0 +1,74 @@
+"""Dense models: vLLM loads them, computes every linear layer in int8, and answers as in its own 16 bit."""
+
+from pathlib import Path
+
+import pytest
+from support.checkpoints import Tiny, is_known
+from support.in_vllm import (
+    HEADS,
+    LLAMA,
+    OWN_HEADS,
+    SEQUENCES,
+    VOCABULARY,
+    Vllm,
+    relative_error,
+    same_top,
+    saved_and_converted,
+)
+
+INT8, FLOAT = "CompressedTensorsW8A8Int8", "UnquantizedLinearMethod"
+_GPT = {"vocab_size": VOCABULARY, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128}
+_OPT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "ffn_dim": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4}
+ARCHITECTURES = {
+    "llama": Tiny("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "llama-biased": Tiny("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "llama-tied": Tiny("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "tie_word_embeddings": True}),
+    "mistral": Tiny("MistralForCausalLM", "MistralConfig", HEADS),
+    "qwen2": Tiny("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
+    "qwen3": Tiny("Qwen3ForCausalLM", "Qwen3Config", HEADS),
+    "gemma": Tiny("GemmaForCausalLM", "GemmaConfig", HEADS),
+    "gemma2": Tiny("Gemma2ForCausalLM", "Gemma2Config", HEADS),
+    "gemma3": Tiny("Gemma3ForCausalLM", "Gemma3TextConfig", HEADS),
+    "phi3": Tiny("Phi3ForCausalLM", "Phi3Config", LLAMA),
+    "opt": Tiny("OPTForCausalLM", "OPTConfig", _OPT),
+    "bloom": Tiny("BloomForCausalLM", "BloomConfig", _BLOOM),
+    "gpt_neox": Tiny("GPTNeoXForCausalLM", "GPTNeoXConfig", OWN_HEADS),
+    "gptj": Tiny("GPTJForCausalLM", "GPTJConfig", {**_GPT, "rotary_dim": 16}),
+    "gpt_bigcode": Tiny("GPTBigCodeForCausalLM", "GPTBigCodeConfig", _GPT),
+    "olmo2": Tiny("Olmo2ForCausalLM", "Olmo2Config", LLAMA),
+    "starcoder2": Tiny("Starcoder2ForCausalLM", "Starcoder2Config", LLAMA),
+    "phi": Tiny("PhiForCausalLM", "PhiConfig", {**LLAMA, "num_key_value_heads": 4}),
+    "granite": Tiny("GraniteForCausalLM", "GraniteConfig", LLAMA),
+    "cohere": Tiny("CohereForCausalLM", "CohereConfig", LLAMA),
+    "stablelm": Tiny("StableLmForCausalLM", "StableLmConfig", LLAMA),
+    "glm4": Tiny("Glm4ForCausalLM", "Glm4Config", HEADS),
+    "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig", HEADS),
+    "smollm3": Tiny("SmolLM3ForCausalLM", "SmolLM3Config", LLAMA),
+    "ernie4_5": Tiny("Ernie4_5ForCausalLM", "Ernie4_5Config", HEADS),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_vllm_computes_every_linear_layer_in_int8_as_well_as_in_16_bit(
+    architecture: str, vllm: Vllm, tmp_path: Path
+) -> None:
+    tiny = ARCHITECTURES[architecture]
+    if not is_known(tiny):
+        pytest.skip(f"this transformers has no {tiny.model}")
+    source, output, _ = saved_and_converted(tiny, tmp_path)
+    expected, found = vllm.open(source, SEQUENCES), vllm.open(output, SEQUENCES)
+    linears = {name for name, kind in expected.layers.items() if kind == FLOAT}
+    assert linears
+    assert linears == {name for name, kind in found.layers.items() if kind == INT8}
+    error, top = relative_error(found.logprobs, expected.logprobs), same_top(found.logprobs, expected.logprobs)
+    print(f"{architecture}: error {error:.4f}, same top token {top:.2f}")
+    assert error < 0.06
+    assert top > 0.8

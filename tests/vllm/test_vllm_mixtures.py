@@ -1,0 +1,158 @@
+"""Mixtures of experts: vLLM loads every int8 matrix into its place, and answers as in its own 16 bit.
+
+Its int8 experts want a GPU or AMX, so here torch computes them from the parameters that vLLM registers and loads
+(client.py).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import Tiny, is_known, read_all
+from support.in_vllm import (
+    HEADS,
+    LLAMA,
+    SEQUENCES,
+    VOCABULARY,
+    Vllm,
+    relative_error,
+    same_top,
+    saved_and_converted,
+)
+from torch import Tensor
+
+EXPERTS, FLOAT_EXPERTS = "CompressedTensorsW8A8Int8MoEMethod", "UnquantizedFusedMoEMethod"
+_MOE = {**HEADS, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LOCAL = {**HEADS, "num_local_experts": 8, "num_experts_per_tok": 2}
+_SHARED = {"shared_expert_intermediate_size": 64}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_LFM2 = {**LLAMA, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "num_dense_layers": 1}
+_ERNIE = {**LLAMA, "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64}
+FAMILIES = {
+    "mixtral": Tiny("MixtralForCausalLM", "MixtralConfig", {**HEADS, "num_local_experts": 8}),
+    "qwen2_moe": Tiny("Qwen2MoeForCausalLM", "Qwen2MoeConfig", {**_MOE, **_SHARED}),
+    "qwen3_moe": Tiny("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _MOE),
+    "qwen3_next": Tiny("Qwen3NextForCausalLM", "Qwen3NextConfig", {**_MOE, **_SHARED, **_LINEAR_ATTENTION}),
+    "olmoe": Tiny("OlmoeForCausalLM", "OlmoeConfig", {**LLAMA, "num_experts": 8, "num_experts_per_tok": 2}),
+    "granitemoe": Tiny("GraniteMoeForCausalLM", "GraniteMoeConfig", _LOCAL),
+    "granitemoeshared": Tiny(
+        "GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig", {**_LOCAL, "shared_intermediate_size": 64}
+    ),
+    "llama4": Tiny(
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        {**_LOCAL, "num_experts_per_tok": 1, "intermediate_size": 64, "intermediate_size_mlp": 64},
+    ),
+    "lfm2_moe": Tiny("Lfm2MoeForCausalLM", "Lfm2MoeConfig", {**_LFM2, "layer_types": ["conv", "full_attention"]}),
+    "minimax_m2": Tiny("MiniMaxM2ForCausalLM", "MiniMaxM2Config", _LOCAL),
+    "ernie4_5_moe": Tiny("Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig", _ERNIE),
+    "glm4_moe": Tiny(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        {**_MOE, "n_routed_experts": 8, "first_k_dense_replace": 1, "n_shared_experts": 1},
+    ),
+    "jamba": Tiny(
+        "JambaForCausalLM",
+        "JambaConfig",
+        {**LLAMA, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 8},
+    ),
+}
+# vLLM cannot read these in int8 as files have them, so they stay floats: docs/limits.md says why.
+IN_FLOATS = {
+    "gpt_oss": Tiny("GptOssForCausalLM", "GptOssConfig", _LOCAL),
+    "dbrx": Tiny(
+        "DbrxForCausalLM",
+        "DbrxConfig",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 128,
+            "n_heads": 4,
+            "n_layers": 2,
+            "max_seq_len": 128,
+            "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 128},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        },
+    ),
+}
+# Families whose experts and router have other names in the file when transformers saves what it has in memory.
+FUSED = ("mixtral", "minimax_m2", "lfm2_moe", "qwen3_moe")
+
+
+def opened(
+    tiny: Tiny, directory: Path, vllm: Vllm, *, fused: bool = False
+) -> tuple[float, float, dict[str, str], dict[str, Tensor], dict[str, Tensor]]:
+    """Error and same top tokens; the class of each layer; vLLM's experts; the tensors of our files.
+
+    A fused save is compared with the save under published names, which vLLM reads.
+    """
+    if not is_known(tiny):
+        pytest.skip(f"this transformers has no {tiny.model}")
+    source, output, _ = saved_and_converted(tiny, directory / "published")
+    if fused:
+        output = saved_and_converted(tiny, directory / "fused", fused=True)[1]
+    expected = vllm.open(source, SEQUENCES)
+    found = vllm.open(output, SEQUENCES, experts=directory / "experts.safetensors")
+    error, top = relative_error(found.logprobs, expected.logprobs), same_top(found.logprobs, expected.logprobs)
+    print(f"{tiny.config}: error {error:.4f}, same top token {top:.2f}")
+    return error, top, found.layers, load_file(directory / "experts.safetensors"), read_all(output)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *(f"{name}-fused" for name in FUSED)])
+def test_vllm_loads_every_int8_expert_into_its_place(family: str, vllm: Vllm, tmp_path: Path) -> None:
+    name, _, fused = family.partition("-")
+    error, top, layers, loaded, written = opened(FAMILIES[name], tmp_path, vllm, fused=bool(fused))
+    assert EXPERTS in layers.values()
+    assert FLOAT_EXPERTS not in layers.values()
+    expected = dict(registered(written))
+    assert {f"{layer(key)}.{key.rpartition('.')[2]}" for key in loaded} == expected.keys()
+    for key, tensor in loaded.items():
+        ours = expected[f"{layer(key)}.{key.rpartition('.')[2]}"]
+        assert (tensor.dtype, tensor.shape) == (ours.dtype, ours.shape), key
+        assert torch.equal(tensor, ours), key
+    assert error < 0.1
+    assert top > 0.7
+
+
+@pytest.mark.parametrize("family", IN_FLOATS)
+def test_experts_that_stay_floats_are_not_read_into_int8(family: str, vllm: Vllm, tmp_path: Path) -> None:
+    error, top, layers, _, _ = opened(IN_FLOATS[family], tmp_path, vllm)
+    assert FLOAT_EXPERTS in layers.values()
+    assert EXPERTS not in layers.values()
+    assert "CompressedTensorsW8A8Int8" in layers.values()
+    assert error < 0.1
+    assert top > 0.7
+
+
+def layer(name: str) -> str:
+    found = re.search(r"layers\.(\d+)\.", name)
+    assert found is not None
+    return found[1]
+
+
+def registered(written: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that our tensors should become, as `CompressedTensorsW8A8Int8MoEMethod.create_weights` has them.
+
+    By layer and name: w13_weight int8 (experts, 2 x width, hidden), gate before up, w2_weight int8 (experts, hidden,
+    width), and float32 scales with a last dimension of 1.
+    """
+    parts: dict[str, dict[tuple[int, str], Tensor]] = {}
+    for name, tensor in written.items():
+        found = re.search(r"experts\.(\d+)\.(\w+)\.weight(_scale)?$", name)
+        if found is not None:
+            role = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(found[2], found[2])
+            parts.setdefault(f"{layer(name)}.{found[3] or ''}", {})[int(found[1]), role] = tensor
+    for key, tensors in parts.items():
+        number, _, suffix = key.partition(".")
+        count = len(tensors) // 3
+        gate_up = [torch.cat([tensors[expert, "w1"], tensors[expert, "w3"]]) for expert in range(count)]
+        yield f"{number}.w13_weight{suffix}", torch.stack(gate_up)
+        yield f"{number}.w2_weight{suffix}", torch.stack([tensors[expert, "w2"] for expert in range(count)])
