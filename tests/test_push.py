@@ -291,7 +291,10 @@ def test_options_need_a_repository(user: User, option: list[str]) -> None:
 
 def test_each_request_may_fail_once(user: User, converted: Path) -> None:
     for step in ("create", "batch", "preupload", "part", "complete", "verify", "yaml", "commit"):
-        user.hub.fail(step, Fault(on="PUT" if step == "part" else "POST", status=503))
+        if step == "part":
+            user.hub.fail(step, Fault(on="PUT", status=503))
+        else:
+            user.hub.fail(step, Fault(on="POST", status=503, headers={"Retry-After": "0"}))
     user.hub.fail("batch", Fault(on="POST", status=429, headers={"Retry-After": "0"}))
     outcome = user.push("--retry-for", "2m")
     assert outcome.code == 0, outcome.err
@@ -335,9 +338,12 @@ def test_a_token_that_expires_is_an_error_and_a_new_one_goes_on(user: User, conv
     assert_whole(user, converted)
 
 
-def until_done(user: User, start: Callable[[], Child]) -> int:
-    """Start the command again and again, and kill the nth run at its (2n)th step. Returns the number of runs."""
-    for run in range(1, 100):
+def until_done(user: User, start: Callable[[], Child], *, every: int = 1) -> int:
+    """Start the command again and again, kill the nth run at step 2n * `every`. Returns the step it was not killed at.
+
+    A step is a request that arrives, or one that is answered.
+    """
+    for run in range(every, 100, every):
         steps = -run
         child: list[Child] = []
 
@@ -360,7 +366,7 @@ def until_done(user: User, start: Callable[[], Child]) -> int:
 
 def test_a_push_killed_at_any_step_goes_on(user: User, converted: Path) -> None:
     user.has_converted()
-    assert until_done(user, lambda: user.start("push", "out", REPO, "-q")) > 8
+    assert until_done(user, lambda: user.start("push", "out", REPO, "-q"), every=3) > 8
     assert_whole(user, converted)
 
 

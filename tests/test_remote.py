@@ -6,7 +6,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,6 +31,7 @@ from int8cli.errors import (
     SourceError,
     TransferError,
 )
+from int8cli.workers.processes import OnBytes
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
 QUICK = RetryPolicy(attempts=3, first_pause_s=0.001, max_pause_s=0.002)
@@ -98,6 +100,23 @@ def test_parts_convert_from_a_store(store: Store, model: Path, tmp_path: Path) -
     for number in (2, 1):
         int8cli.convert("store://bucket/model", tmp_path / "parts", replace(OPTIONS, part=(number, 2)))
     assert tree(tmp_path / "parts") == tree(tmp_path / "local")
+
+
+class ThisMachine:
+    """A cluster of one process: a worker opens the source by its address, as on another machine."""
+
+    def run(self, tasks: Mapping[str, Callable[[OnBytes], Any]], on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
+        for name, task in tasks.items():
+            yield name, task(on_bytes)
+
+
+def test_the_workers_of_a_cluster_open_a_store(
+    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8cli.commands.convert.joined_cluster", lambda *_: nullcontext(ThisMachine()))
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    int8cli.convert("store://bucket/model", tmp_path / "cluster", replace(OPTIONS, ray="local"))
+    assert tree(tmp_path / "cluster") == tree(tmp_path / "local")
 
 
 def test_the_plan_reads_headers_and_edges_alone(store: Store, tmp_path: Path) -> None:
