@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from int8cli.commands.options import EvaluateOptions as EvaluateOptions
     from int8cli.commands.options import GenerateOptions as GenerateOptions
     from int8cli.commands.options import InspectOptions as InspectOptions
+    from int8cli.commands.options import PushOptions as PushOptions
     from int8cli.commands.options import VerifyOptions as VerifyOptions
+    from int8cli.commands.push import push as push
     from int8cli.commands.report import read_report as read_report
     from int8cli.commands.report import write_report as write_report
     from int8cli.commands.status import status as status
@@ -48,6 +50,7 @@ _HOME = {
     "InspectOptions": "int8cli.commands.options",
     "Int8cliError": "int8cli.errors",
     "Progress": "int8cli.progress",
+    "PushOptions": "int8cli.commands.options",
     "SilentProgress": "int8cli.progress",
     "VerifyOptions": "int8cli.commands.options",
     "chat": "int8cli.commands.generate",
@@ -59,6 +62,7 @@ _HOME = {
     "inspect_outliers": "int8cli.commands.inspect_outliers",
     "load_model": "int8cli.runtime.load",
     "plan_conversion": "int8cli.commands.convert",
+    "push": "int8cli.commands.push",
     "read_report": "int8cli.commands.report",
     "status": "int8cli.commands.status",
     "verify": "int8cli.commands.verify",

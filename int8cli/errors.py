@@ -162,6 +162,14 @@ class DiskSpaceError(OutputError):
     """There is not enough free disk space."""
 
 
+class ShardsRemovedError(OutputError):
+    """Shards of a conversion were uploaded and then removed from its directory."""
+
+
+class DestinationError(Int8cliError):
+    """The repository that a conversion is pushed to cannot take it."""
+
+
 class MissingExtraError(Int8cliError):
     """A feature needs packages of an extra that is not installed."""
 

@@ -106,13 +106,13 @@ def preset_digests(directory: Path) -> None:
 
 def slow_down(latency_s: float) -> None:
     """Delay every answer, like a real network."""
-    answer_at_once = hub_stand_in._Handler._route
+    answer_at_once = hub_stand_in.Handler._route
 
-    def answer_late(handler: hub_stand_in._Handler) -> None:
+    def answer_late(handler: hub_stand_in.Handler) -> None:
         time.sleep(latency_s)
         answer_at_once(handler)
 
-    setattr(hub_stand_in._Handler, "_route", answer_late)  # noqa: B010  # an assignment is an error of types
+    setattr(hub_stand_in.Handler, "_route", answer_late)  # noqa: B010  # an assignment is an error of types
 
 
 def measure(directory: Path, latency_ms: float, arguments: list[str]) -> None:

@@ -32,7 +32,8 @@ from int8cli import (
     __version__,
 )
 from int8cli.cli import app
-from int8cli.cli.convert import EXAMPLES, complete_outliers
+from int8cli.cli.convert import EXAMPLES
+from int8cli.cli.convert_options import complete_outliers
 from int8cli.cli.estimate_memory import complete_card
 from int8cli.cli.evaluate import complete_methods
 from int8cli.cli.options import LayoutName, complete_path, options_of

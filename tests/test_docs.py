@@ -30,7 +30,7 @@ INLINE_CODE = re.compile(r"`([^`\n]+)`")
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 REDIRECTIONS = ("|", ">", "2>", "&&", ";")
 # Options of other programs that the pages mention.
-OF_OTHERS = {"--torch-backend", "--strict", "--install-completion"}  # the last is not of one command
+OF_OTHERS = {"--torch-backend", "--strict", "--local-dir", "--install-completion"}  # the last is not of one command
 OF_OTHERS |= {"--array", "--cpus-per-task", "--dependency", "--job-name", "--mem", "--parsable", "--requeue", "--time"}
 OF_OTHERS |= {"--wrap", "--detach", "--flavor"}  # of hf jobs; the others are of sbatch
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

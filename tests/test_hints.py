@@ -18,6 +18,7 @@ HINTS = {
     "evaluate": hints.EVALUATE,
     "generate": hints.GENERATE,
     "inspect-outliers": hints.INSPECT_OUTLIERS,
+    "push": hints.PUSH,
     "report": hints.REPORT,
     "status": hints.STATUS,
     "env": hints.ENV,

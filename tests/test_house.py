@@ -20,7 +20,7 @@ FLOORS = (
     {"machine", "model", "planning", "records"},
     {"runtime", "outliers", "estimate"},
     {"conversion", "evaluation", "report"},
-    {"columns", "verification"},
+    {"columns", "upload", "verification"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -128,13 +128,15 @@ def test_a_revision_is_a_branch_or_a_commit(hub, tmp_path):
 # Reading headers
 
 
-def test_a_header_costs_two_requests_and_no_byte_beyond_it(hub, model, tmp_path):
-    source = source_of(hub, tmp_path)
+def test_a_header_costs_two_requests_no_byte_beyond_it_and_no_wait(hub, model, tmp_path):
+    waits = Waits()
+    source = source_of(hub, tmp_path, on_wait=waits)
     with source.open(SHARD) as file:
         assert file.read(8) == (model / SHARD).read_bytes()[:8]
         assert file.read(5000) == (model / SHARD).read_bytes()[8:5008]
     assert hub.ranges_asked(SHARD) == ["bytes=0-7", "bytes=8-5007"]
     assert hub.bytes_sent(SHARD) == 5008
+    assert waits.seen == []
 
 
 def test_any_place_of_a_remote_file_can_be_read(hub, model, tmp_path):

@@ -18,7 +18,7 @@ from support.calibration_models import make_model, some_text
 from support.program import Child, Nursery, llama, outcome_of, start, tree, wait_until
 from support.progress import CoherentProgress
 
-from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, status
+from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, plan_conversion, status
 from int8cli.checkpoint import writer
 from int8cli.commands import in_parts
 from int8cli.errors import (
@@ -286,6 +286,22 @@ def test_options_that_no_part_has(options: ConvertOptions, option: str, root: Pa
     with pytest.raises(OptionError) as caught:
         convert(root / "model", tmp_path / "out", options)
     assert caught.value.option == option
+
+
+@pytest.mark.parametrize("together", [{"part": (1, 2)}, {"finish": True}, {"ray": "local"}])
+@pytest.mark.parametrize(
+    ("option", "value"), [("push_to_hub", "me/model"), ("push_to", "s3://bucket/model"), ("keep_output", False)]
+)
+def test_a_shared_conversion_is_pushed_afterwards(
+    together: dict[str, Any], option: str, value: Any, root: Path, tmp_path: Path
+) -> None:
+    options = replace(NONE, **{**together, option: value})
+    for command in (convert, plan_conversion):
+        with pytest.raises(OptionError, match="not pushed while it runs") as caught:
+            command(root / "model", tmp_path / "out", options)
+        assert caught.value.option == option
+        assert caught.value.hint == "Run `int8cli push` when all parts have ended."
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["3", "a/b", "1/", "/2", "-1/2", "0/2", "3/2"])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from int8cli.checkpoint.directory import DirectorySource, is_weight_name
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
+from int8cli.checkpoint.object_store import is_remote
+from int8cli.checkpoint.remote import StoreSource
 from int8cli.checkpoint.source import Source
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
 from int8cli.progress import SILENT, Progress
@@ -30,7 +32,7 @@ def open_source(
     on_bytes: Callable[[str, int], None] | None = None,
     on_wait: Callable[[str, str, float], None] | None = None,
 ) -> Source:
-    """The source that `model` names: what exists on this machine under that name, else the Hub repository.
+    """The source that `model` names: what exists on this machine under that name, else an address, else a repository.
 
     A Hub repository is asked for its commit at once, so that whoever gets a source back has one that exists. What
     looks like a path is never asked of the Hub. `download_dir` and the callbacks are those of `HubOptions`, `output` is
@@ -41,7 +43,9 @@ def open_source(
     if model and os.path.exists(path):  # unlike Path's own, false rather than an error where looking is not allowed
         _refuse_revision(model, revision)
         return DirectorySource(path, output=output)
-    if _looks_like_a_path(model):
+    if is_remote(model) and revision is not None:
+        raise SourceError(f"{model} has no revision {revision!r}", hint="Leave the revision out.")
+    if not is_remote(model) and _looks_like_a_path(model):
         raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
     probably_a_path = "/" not in model or path.parent.is_dir()
     options = HubOptions(
@@ -53,6 +57,8 @@ def open_source(
         download_below=output if output is not None and download_dir.is_relative_to(output) else None,
         probably_a_path=probably_a_path,
     )
+    if is_remote(model):
+        return StoreSource(model, options)
     source = HubSource(model, revision, options)
     _resolve(source, model, path, probably_a_path=probably_a_path)
     return source
@@ -164,7 +170,7 @@ def _hint_for(model: str, path: Path) -> str:
     close = _close_names(path)
     if close:
         return f"On this machine there is {' and '.join(close)}."
-    return "MODEL is a Hub id (org/name), a directory, or one checkpoint file."
+    return "MODEL is a Hub id (org/name), a directory, one checkpoint file, or an address such as s3://bucket/model."
 
 
 def _close_names(path: Path) -> list[str]:

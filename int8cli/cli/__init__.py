@@ -19,6 +19,7 @@ from int8cli.cli import (
     evaluate,
     generate,
     inspect_outliers,
+    push,
     report,
     status,
     verify,
@@ -80,6 +81,7 @@ _add("verify", verify.verify, verify.EXAMPLES)
 _add("evaluate", evaluate.evaluate, evaluate.EXAMPLES, evaluate.METHODS_HELP)
 _add("generate", generate.generate, generate.EXAMPLES)
 _add("dequantize", dequantize.dequantize, dequantize.EXAMPLES)
+_add("push", push.push, push.EXAMPLES)
 _add("report", report.report, report.EXAMPLES)
 _add("status", status.status, status.EXAMPLES)
 _add("env", env.env, env.EXAMPLES)

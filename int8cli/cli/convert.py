@@ -1,21 +1,49 @@
 """`int8cli convert`."""
 
-import enum
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from int8cli.cli import hints
+from int8cli.cli.convert_options import (
+    ConvertedInputs,
+    Details,
+    DryRun,
+    Figures,
+    Finish,
+    Float32,
+    HowFloat32,
+    Inputs,
+    KeepOutput,
+    KeepSource,
+    Layout,
+    Only,
+    OnNonFinite,
+    OnRay,
+    Outliers,
+    Output,
+    Overwrite,
+    Part,
+    PushRevision,
+    PushTo,
+    PushToHub,
+    ReportFile,
+    Skip,
+    Smooth,
+    Threshold,
+    WhenNonFinite,
+    Workers,
+)
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
+    CommitMessage,
     Device,
     Json,
     LayoutName,
     Model,
     OutlierColumns,
+    Private,
     QuantizeDevice,
     Quiet,
     RetryFor,
@@ -23,7 +51,6 @@ from int8cli.cli.options import (
     TextFile,
     Tokens,
     check_outputs,
-    complete_path,
     options_of,
     say_written,
 )
@@ -41,156 +68,13 @@ int8cli convert org/name --smooth auto
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
+int8cli convert s3://bucket/model -o ./model-int8 --push-to s3://bucket/model-int8 --no-keep-output
+int8cli convert org/name --push-to-hub your-name/name-int8
+int8cli convert org/name --push-to-hub your-name/name-int8 --private --no-keep-output
 int8cli convert org/name -o /shared/name-int8 --outliers none --part 3/8
 """
 
 PAGES = (".html", ".png", ".svg")
-
-
-class Float32(enum.StrEnum):
-    """How float32 weights become int8."""
-
-    direct = "direct"
-    float16 = "float16"
-
-
-class OnNonFinite(enum.StrEnum):
-    """What to do with a weight that contains NaN or an infinity."""
-
-    error = "error"
-    keep = "keep"
-
-
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
-]
-Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
-
-
-class ConvertedInputs(enum.StrEnum):
-    """How the inputs of an int8 layer are quantized."""
-
-    absmax = "absmax"
-    zeropoint = "zeropoint"
-    none = "none"
-
-
-Inputs = Annotated[
-    ConvertedInputs,
-    typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
-]
-Threshold = Annotated[
-    float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
-]
-Skip = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Do not quantize modules that match this glob. Repeatable.")
-]
-Only = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Quantize only modules that match this glob. Repeatable.")
-]
-HowFloat32 = Annotated[
-    Float32, typer.Option(help="Quantize float32 weights directly, or from float16 as bitsandbytes does.")
-]
-WhenNonFinite = Annotated[
-    OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
-]
-
-
-def complete_outliers(incomplete: str) -> Iterator[str]:
-    """The modes, then statistics files and the directories on the way to them."""
-    yield from (mode for mode in ("auto", "activations", "weights", "none") if mode.startswith(incomplete))
-    yield from complete_path(incomplete)
-
-
-Outliers = Annotated[
-    str,
-    typer.Option(
-        metavar="auto|activations|weights|none|FILE",
-        help="How to choose the outlier columns to store exactly: run the model (activations), use the weights "
-        "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
-        "run, otherwise weights.",
-        autocompletion=complete_outliers,
-    ),
-]
-
-
-def complete_smooth(incomplete: str) -> Iterator[str]:
-    """The modes, then statistics files and the directories on the way to them."""
-    yield from (mode for mode in ("auto", "none") if mode.startswith(incomplete))
-    yield from complete_path(incomplete)
-
-
-Smooth = Annotated[
-    str | None,
-    typer.Option(
-        metavar="auto|none|FILE",
-        help="Move what is hard to round from inputs into weights by powers of two, where the run of the model proves "
-        "that it computes the same bits (auto), or by a statistics file of inspect-outliers --smooth.",
-        show_default="auto for compressed-tensors, else none",
-        autocompletion=complete_smooth,
-    ),
-]
-
-Workers = Annotated[
-    int | None,
-    typer.Option(
-        help="Processes; each converts one shard at a time.", show_default="from cores and shards", min=1, max=256
-    ),
-]
-
-Figures = Annotated[
-    bool, typer.Option("--figures/--no-figures", help="Measure the error of every layer, or convert faster without.")
-]
-KeepSource = Annotated[bool, typer.Option("--keep-source", help="Keep downloaded shards in the Hub cache.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the plan, sizes and requirements. Fetches headers only, writes nothing.")
-]
-Details = Annotated[bool, typer.Option("--details", help="Show tables: the error by kind of layer, the worst layers.")]
-ReportFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--report",
-        help="Write a page with the error of every layer (.html), or a picture (.png, .svg).",
-        metavar="FILE",
-    ),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier conversion; other files are not touched.")
-]
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """`K/N` as two numbers."""
-    part, slash, parts = str(text).partition("/")
-    if not (slash and part.strip().isdecimal() and parts.strip().isdecimal()):
-        raise typer.BadParameter(f"{text!r} is not K/N, such as 3/8 for the third of eight parts")
-    return int(part), int(parts)
-
-
-# The parser makes a tuple, but a tuple in the annotation would be an option with two values for Typer.
-Part = Annotated[
-    Any,
-    typer.Option(
-        "--part",
-        parser=parse_part,
-        metavar="K/N",
-        help="Convert part K of N, for N processes on one machine or on several that see the same directory.",
-        show_default="all shards",
-    ),
-]
-Finish = Annotated[
-    bool, typer.Option("--finish", help="Convert nothing: write index, config, card and report after all parts.")
-]
-OnRay = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        metavar="ADDRESS",
-        help="Convert the shards on a Ray cluster: its address, auto for the one that runs here, local for a new one. "
-        "Its machines must see the output under the same path.",
-        show_default="this machine",
-    ),
-]
 
 
 @shows_errors(hints.CONVERT, resumes=True)
@@ -217,6 +101,12 @@ def convert(
     retry_for: RetryFor = RETRY_FOR_S,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    push_to_hub: PushToHub = None,
+    push_to: PushTo = None,
+    private: Private = False,
+    push_revision: PushRevision = None,
+    commit_message: CommitMessage = None,
+    keep_output: KeepOutput = True,
     part: Part = None,
     finish: Finish = False,
     ray: OnRay = None,
@@ -258,7 +148,7 @@ def convert(
         if part is not None and not isinstance(found, command.ConversionPlan):
             show_part(found, part, as_json=as_json, quiet=quiet)
         else:
-            show(found, model, as_json=as_json, quiet=quiet, details=details)
+            show(found, model, options, as_json=as_json, quiet=quiet, details=details)
 
 
 def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool, quiet: bool) -> None:
@@ -270,7 +160,15 @@ def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool
         show_part_ended(part, found.output, found.report, found.missing, found.seconds)
 
 
-def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: bool, quiet: bool, details: bool) -> None:
+def show(
+    found: "ConversionPlan | ConversionResult",
+    model: str,
+    options: ConvertOptions,
+    *,
+    as_json: bool,
+    quiet: bool,
+    details: bool,
+) -> None:
     from int8cli.cli.next_steps import after_convert
     from int8cli.commands.convert import ConversionPlan
     from int8cli.report.conversion import show_report
@@ -290,5 +188,6 @@ def show(found: "ConversionPlan | ConversionResult", model: str, *, as_json: boo
             print()
         cost = Cost(found.seconds, found.peak_memory_bytes)
         tables = "its tables are above" if details else "--details shows its tables"
-        commands = after_convert(found.report, model, found.output)
+        pushed = options.push_to_hub or options.push_to
+        commands = after_convert(found.report, model, found.output, pushed, kept=options.keep_output)
         show_summary(found.report, found.output, cost, tables=tables, next_commands=commands, layouts=found.layouts)

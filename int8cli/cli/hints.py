@@ -27,6 +27,7 @@ CONVERT: Hints = {
     errors.OutputError: "--output DIR names another directory.",
     errors.SavedStateError: "--overwrite starts over.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
+    errors.ShardsRemovedError: "--push-to-hub or --push-to goes on there, --overwrite starts over.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",
@@ -49,6 +50,7 @@ INSPECT_OUTLIERS: Hints = {
     errors.TextError: _TEXT,
     errors.NoSuspectsError: "--from activations runs the model.",
 }
+PUSH: Hints = {}
 VERIFY: Hints = {}
 STATUS: Hints = {}
 REPORT: Hints = {}

@@ -20,15 +20,26 @@ def after_estimate(report: MemoryReport, model: str) -> list[str]:
     return [*asks, f"int8cli convert {name} --dry-run"]
 
 
-def after_convert(report: ConversionReport, model: str, output: Path) -> list[str]:
-    """To verify, load, evaluate and upload. `model` is what the user called it."""
+def after_convert(
+    report: ConversionReport, model: str, output: Path, pushed: str | None = None, *, kept: bool = True
+) -> list[str]:
+    """To verify, load, evaluate and upload. `model` is what the user called it.
+
+    `pushed` is the repository that has the conversion; without `kept`, its shards are only there.
+    """
     directory = shlex.quote(str(output))
+    if pushed is not None and not kept:
+        copy = shlex.quote(f"{output.name}-copy")
+        if "://" in pushed:
+            return [f"int8cli status {directory}"]
+        return [f"hf download {shlex.quote(pushed)} --local-dir {copy}", f"int8cli verify {copy}"]
     at = f" --revision {report.revision}" if report.revision else ""
     commands = [
         f"int8cli verify {directory}",
         f"int8cli evaluate {directory} --source {shlex.quote(model)}{at}",
-        f"hf upload YOUR-NAME/{shlex.quote(output.name)} {directory}",
     ]
+    if pushed is None:
+        commands.append(f"int8cli push {directory} YOUR-NAME/{shlex.quote(output.name)}")
     if report.settings["layout"] == compressed_tensors.NAME:
         commands.insert(1, f"vllm serve {directory}")
     else:

@@ -87,7 +87,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hub id (org/name), a directory, or one checkpoint file.",
+        help="A Hub id (org/name), a directory, one checkpoint file, or an address (s3://bucket/model).",
         autocompletion=complete_path,
         show_default=False,
     ),
@@ -128,9 +128,13 @@ RetryFor = Annotated[
         "--retry-for",
         parser=parse_duration,
         metavar="TIME",
-        help="How long to retry a download that makes no progress: 90s, 30m, 12h, 2d.",
+        help="How long to retry a transfer that makes no progress: 90s, 30m, 12h, 2d.",
         show_default="3h",
     ),
+]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository; refuse a public one.")]
+CommitMessage = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Message of the commit.", show_default="names the model")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only: no progress, no report.")]

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
+from int8cli.checkpoint.object_store import is_remote
 from int8cli.columns.wanted import AUTO, MODES, SMOOTH_MODES
 from int8cli.commands.options import (
     ConvertOptions,
@@ -17,6 +18,7 @@ from int8cli.commands.options import (
     GenerateOptions,
     InputsName,
     InspectOptions,
+    PushOptions,
     VerifyOptions,
 )
 from int8cli.errors import CannotRunInPartsError, OptionError
@@ -48,8 +50,11 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    _check_target(options)
     if options.smooth is not None:
         _check_smooth(str(options.smooth), str(options.outliers))
+        if not options.keep_output:
+            raise OptionError("a smoothed conversion needs its shards until it is finished", option="keep_output")
     if options.ray is not None and (options.part is not None or options.finish):
         raise OptionError("a cluster converts all parts", option="ray")
     if options.part is not None or options.finish:
@@ -58,6 +63,10 @@ def check_convert(options: ConvertOptions) -> None:
         if not options.ray:
             raise OptionError("the address is empty", option="ray")
         _refuse_running_the_model(options)
+
+
+def check_push(options: PushOptions) -> None:
+    _check_counts(options)
 
 
 def _check_part(options: ConvertOptions) -> None:
@@ -150,6 +159,34 @@ def _check_counts(options: object) -> None:
         value = getattr(options, name, None)
         if value is not None and value < smallest:
             raise OptionError(f"{value} is less than {smallest}", option=name)
+
+
+def _check_target(options: ConvertOptions) -> None:
+    """Raise OptionError for two places to push to, for the wrong kind of one, or for options that need one."""
+    _refuse_pushing_in_parts(options)
+    if options.push_to_hub is not None and options.push_to is not None:
+        raise OptionError("a repository is given too", option="push_to")
+    if options.push_to is not None and not is_remote(options.push_to):
+        raise OptionError(f"{options.push_to!r} is not an address, such as s3://bucket/model", option="push_to")
+    if options.push_to_hub is not None and is_remote(options.push_to_hub):
+        raise OptionError(f"{options.push_to_hub!r} is an address, not a repository on the Hub", option="push_to_hub")
+    if options.push_to_hub is None and options.push_to is None:
+        for name in ("private", "push_revision", "commit_message", "keep_output"):
+            if getattr(options, name) != getattr(ConvertOptions(), name):
+                raise OptionError("it has no effect without a repository to push to", option=name)
+
+
+def _refuse_pushing_in_parts(options: ConvertOptions) -> None:
+    """Raise OptionError for a conversion by several processes that pushes: none of them knows of all uploads."""
+    if options.part is None and not options.finish and options.ray is None:
+        return
+    for name in ("push_to_hub", "push_to", "keep_output"):
+        if getattr(options, name) != getattr(ConvertOptions(), name):
+            raise OptionError(
+                "a conversion in parts or on a cluster is not pushed while it runs",
+                option=name,
+                hint="Run `int8cli push` when all parts have ended.",
+            )
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:

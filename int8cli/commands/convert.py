@@ -24,11 +24,13 @@ from int8cli.columns.wanted import AUTO, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
 from int8cli.commands.conversion_results import ConversionResult as ConversionResult
-from int8cli.commands.in_parts import part_of, shards_of, sizes_of
+from int8cli.commands.conversion_words import described, fallback_to, first_line
+from int8cli.commands.in_parts import part_of, shards_of
 from int8cli.commands.on_ray import joined_cluster, run_on
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
 from int8cli.commands.places import default_output
+from int8cli.commands.push import Push, push_of
 from int8cli.commands.wanted_columns import columns_wanted, why_not_smoothed
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
 from int8cli.conversion.convert import ConversionRun, ConvertElsewhere, require_possible
@@ -36,7 +38,7 @@ from int8cli.conversion.convert import convert as convert_shards
 from int8cli.conversion.finish import RenderCard
 from int8cli.conversion.part import PartOutcome, PartRun, convert_part
 from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
-from int8cli.estimate.ways import Way, calibration_s
+from int8cli.estimate.ways import Way
 from int8cli.machine.memory_use import peak_memory_bytes
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS, layout_of
@@ -45,11 +47,10 @@ from int8cli.planning.needs import Needs
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, Settings
+from int8cli.records.conversion import NO_OUTLIERS, Settings
 from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import human_bytes, human_seconds
 from int8cli.workers.torch_start import start_torch, torch_threads_restored
 
 # If it takes longer than this, a user who did not ask for a calibration is asked, or gets the alternatives.
@@ -148,11 +149,14 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     ) as source:
         target = layout_of(options.layout, options.inputs) or LAYOUTS[options.layout]
         survey = survey_source(source, PlanOptions(settings.skip, settings.only), target)
-        workers = options.workers or choose_workers(shards_of(part, survey), options.device)
+        workers = options.workers or choose_workers(source, shards_of(part, survey), options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
+        if not options.keep_output:
+            run = replace(run, most_outputs=workers + 1)  # one is uploaded while each worker converts another
         state = OwnPath(store.calibration_directory, output, store.aside)
-        yield _Job(source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), part)
+        push = push_of(options, progress)
+        yield _Job(source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), part, push)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +175,15 @@ class _Job:
     progress: Progress
     not_smoothed: str = ""
     part: PartRun | None = None
+    push: Push | None = None
 
     def plan(self) -> ConversionPlan:
         strategy = next(self._strategies())
         for warning in warnings_of(strategy.survey):
             self.progress.note(warning)
         self._note_experts()
-        threads = self.run.threads * self.run.workers
-        needs = Needs.of(self.source, strategy.survey, self.run.output, threads=threads)
+        run, threads = self.run, self.run.threads * self.run.workers
+        needs = Needs.of(self.source, strategy.survey, run.output, threads=threads, most_outputs=run.most_outputs)
         return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs, self._ways())
 
     def prepare(self) -> None:
@@ -186,7 +191,7 @@ class _Job:
         foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
         if self.part is None:
             require_possible(self.source, self.survey, foreseen, self.run)
-        self.progress.note(self._first_line())
+        self.progress.note(first_line(self.survey, self.run.output, self.push, self.part))
         self._note_experts()
         if self.not_smoothed:
             self.progress.note(self.not_smoothed)
@@ -218,14 +223,14 @@ class _Job:
         strategy = next(strategies)
         while True:
             if self.wanted.mode != NO_OUTLIERS:
-                self.progress.note(self._described(strategy))
+                self.progress.note(described(strategy, self.wanted))
             try:
                 return self.convert_by(strategy)
             except CANNOT_CALIBRATE as error:
                 following = next(strategies, None)
                 if following is None:
                     raise
-                fallback = _fallback(following) + (WITHOUT_SMOOTHING if strategy.survey.smooth else "")
+                fallback = fallback_to(following) + (WITHOUT_SMOOTHING if strategy.survey.smooth else "")
                 self.progress.note(falling_back(error, fallback))
                 strategy = following
 
@@ -242,31 +247,26 @@ class _Job:
         """The strategy where there is no other to fall back to."""
         strategy = next(self._strategies())
         if self.wanted.mode != NO_OUTLIERS:
-            self.progress.note(self._described(strategy))
+            self.progress.note(described(strategy, self.wanted))
         return strategy
 
     def _ways(self) -> tuple[Way, ...]:
-        run, here = self.run, "torch" in sys.modules or self.wanted.device != "cpu"
+        here = "torch" in sys.modules or self.wanted.device != "cpu"
         speed = speed_here(self.wanted.device) if here else speed_without_torch(self.progress)
-        return ways_to_convert(self.source, self.survey, run.output, self.wanted, speed, run.threads * run.workers)
+        return ways_to_convert(self.source, self.survey, self.run, self.wanted, speed)
 
     def _note_experts(self) -> None:
         said = about_experts(layout_shares(self.survey))
         if said is not None:
             self.progress.note(said)
 
-    def _first_line(self) -> str:
-        survey = self.survey
-        line = f"{survey.identity.name}: {sizes_of(survey)} → {self.run.output}: {human_bytes(survey.output_bytes)}"
-        if self.part is not None and self.part.share is not None:
-            line += f"; {self.part.share}: {sizes_of(shards_of(self.part, survey))}"
-        return line
-
     def convert_by(self, strategy: ColumnStrategy, elsewhere: ConvertElsewhere | None = None) -> ConversionReport:
         """Convert on this machine, or `elsewhere`."""
         columns = strategy.columns(self.progress) if elsewhere is None else None
-        survey, settings, render = strategy.survey, strategy.settings, self._render()
-        return convert_shards(self.source, survey, settings, self.run, render, self.progress, columns, elsewhere)
+        run, survey, settings, render = self.run, strategy.survey, strategy.settings, self._render()
+        if self.push is not None:
+            run = replace(run, destination=self.push.destination(run.output, survey))
+        return convert_shards(self.source, survey, settings, run, render, self.progress, columns, elsewhere)
 
     def _render(self) -> RenderCard:
         return partial(render_card, source_card=self._source_card())
@@ -282,26 +282,3 @@ class _Job:
     def _strategies(self) -> Iterator[ColumnStrategy]:
         """The strategies for choosing the columns, best first."""
         return column_strategies(self.wanted, self.source, self.survey, self.settings, self.state, self.progress.note)
-
-    def _described(self, strategy: ColumnStrategy) -> str:
-        """One line about how the outlier columns are chosen, and what that costs."""
-        settings = strategy.settings
-        if settings.outliers == NO_OUTLIERS:
-            return "Storing no outlier columns."
-        if settings.outliers == FROM_ACTIVATIONS:
-            tokens = f"{self.wanted.sampling.tokens:,} {'sample tokens' if self.wanted.text is None else 'tokens'}"
-            seconds = calibration_s(strategy.survey, speed_here(self.wanted.device), self.wanted.sampling)
-            chosen = f"by running the model on {tokens} (about {human_seconds(seconds)})"
-        elif settings.outliers == FROM_STATISTICS:
-            chosen = "from the statistics file"
-        else:
-            chosen = "from the weights alone, without running the model"
-        size = human_bytes(strategy.survey.sidecar_bytes)
-        if not settings.outlier_columns:
-            return f"Finding what to smooth {chosen}."
-        what = "outlier columns" + (" and what to smooth" if strategy.survey.smooth else "")
-        return f"Choosing {what} {chosen}. Up to {settings.outlier_columns} columns per layer, +{size}."
-
-
-def _fallback(strategy: ColumnStrategy) -> str:
-    return "no outlier columns" if strategy.settings.outliers == NO_OUTLIERS else "the weights"

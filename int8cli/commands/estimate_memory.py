@@ -10,6 +10,7 @@ from int8cli.commands.checks import check_estimate
 from int8cli.commands.options import ConvertOptions, EstimateOptions
 from int8cli.commands.places import default_output
 from int8cli.commands.ways import speed_without_torch, ways_to_convert
+from int8cli.conversion.convert import ConversionRun
 from int8cli.estimate.answers import MemoryReport, memory_report
 from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
@@ -43,7 +44,7 @@ def estimate_memory(
         estimate = estimate_of(source, survey, output, threads=THREADS_FOR_A_SHARD)
         wanted = ColumnsWanted(AUTO, DEFAULT_OUTLIER_COLUMNS, sampling=Sampling(ConvertOptions().tokens))
         speed = speed_without_torch(progress)
-        ways = ways_to_convert(source, survey, output, wanted, speed, THREADS_FOR_A_SHARD)
+        ways = ways_to_convert(source, survey, ConversionRun(output, threads=THREADS_FOR_A_SHARD), wanted, speed)
         shared = on_machines(survey, options.machines, speed, options.network)
     use = Use(options.context or estimate.cache.default_context, options.batch, options.kv_dtype)
     return replace(memory_report(estimate, use, machines, ways, available_bytes("cpu")), on_machines=shared)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from int8cli import __version__
+from int8cli.checkpoint.object_store import is_remote
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_weights import SuspectColumns
@@ -45,7 +46,7 @@ def run_on(
 ) -> ClusterRun:
     """The conversion of a source's shards by a cluster. `model` is what the user called it."""
     path = Path(model).expanduser()
-    place = model if source.identity.on_hub else str(path.absolute())
+    place = model if source.identity.on_hub or is_remote(model) else str(path.absolute())
     remote = RemoteSource(place, source.identity, options.keep_source, options.retry_for)
     scans = strategy.settings.outliers == FROM_WEIGHTS
     suspects: ColumnsOn = partial(_suspects, strategy.survey, wanted.limit)

@@ -43,8 +43,12 @@ class ConvertOptions:
     - `device`: where to quantize.
     - `figures`: measure the error of every layer.
     - `keep_source`: keep downloaded shards in the Hub cache.
-    - `retry_for`: seconds for which a download that fails without progress is tried again.
+    - `retry_for`: seconds for which a download or an upload that fails without progress is tried again.
     - `overwrite`: replace an earlier conversion.
+    - `push_to_hub`: repository on the Hub, as "name/model", that gets each shard as it is finished and, at the end, all
+      files in one commit. `private`, `push_revision` and `commit_message` are those of `PushOptions`.
+    - `push_to`: instead of a repository, an address in an object store, as "s3://bucket/model".
+    - `keep_output`: False removes each shard from the directory once it is where it is pushed to.
     - `part`: convert part K of N, as (K, N), K from 1 on: the shards are divided between N processes, which may run on
       several machines that see the same directory. The part that finds all shards converted writes the other files.
     - `finish`: convert nothing, and write the files that describe the whole after all parts.
@@ -74,6 +78,12 @@ class ConvertOptions:
     keep_source: bool = False
     retry_for: float = RETRY_FOR_S
     overwrite: bool = False
+    push_to_hub: str | None = None
+    push_to: str | None = None
+    private: bool = False
+    push_revision: str | None = None
+    commit_message: str | None = None
+    keep_output: bool = True
     part: tuple[int, int] | None = None
     finish: bool = False
     ray: str | None = None
@@ -181,6 +191,22 @@ class DequantizeOptions:
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """How to push.
+
+    - `private`: a new repository is private, and one that is public is refused.
+    - `revision`: branch to write to, created if there is none; None is the main branch.
+    - `commit_message`: of the one commit; None names the model.
+    - `retry_for`: seconds for which an upload that fails without progress is tried again.
+    """
+
+    private: bool = False
+    revision: str | None = None
+    commit_message: str | None = None
+    retry_for: float = RETRY_FOR_S
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.source import Source
 from int8cli.commands.options import ConvertOptions, DeviceName
 from int8cli.conversion import WORKER_PRELOAD
 from int8cli.machine.speed import usable_cores
@@ -19,13 +21,13 @@ MOST_WORKERS = 8
 LEAST_BYTES_FOR_WORKERS = 10**9
 
 
-def choose_workers(survey: Survey, device: DeviceName) -> int:
+def choose_workers(source: Source, survey: Survey, device: DeviceName) -> int:
     """One process per core, because threads of one process slow each other down.
 
     Only one process if the network is the bottleneck, and for a GPU: its threads mostly wait, and each process would
     use GPU memory.
     """
-    if device == "cuda" or survey.identity.on_hub:
+    if device == "cuda" or not isinstance(source, DirectorySource):
         return 1
     return _workers_over(len(survey.shards), survey.source_bytes)
 

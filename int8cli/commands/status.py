@@ -34,7 +34,9 @@ def status(directory: str | Path) -> ConversionStatus:
             f"{directory} is not a conversion: it has no {OWN_DIRECTORY}/conversion.json",
             hint="DIR is a directory that `int8cli convert` writes.",
         )
-    finished = [shard for shard in conversion.shards if store.finished(shard) is not None]
+    uploads = [upload for shard in conversion.shards if (upload := store.uploaded(shard))]
+    removed, commit = store.removed(conversion), store.commit()
+    finished = [shard for shard in conversion.shards if shard in removed or store.finished(shard) is not None]
     known = known_parts(store.parts)
     return ConversionStatus(
         directory=str(directory),
@@ -48,6 +50,10 @@ def status(directory: str | Path) -> ConversionStatus:
         blocks_run=len(_finished_blocks(store.calibration_directory / _BLOCKS)),
         partial_bytes=_bytes_below(store.incoming_directory),
         options=asdict(conversion.settings),
+        uploaded_to=" and ".join(sorted({upload.repository for upload in uploads})) or None,
+        shards_uploaded=len(uploads),
+        shards_removed=len(removed),
+        commit=None if commit is None else commit.commit,
         parts=_parts(known, conversion, {shard.file for shard in finished}),
     )
 

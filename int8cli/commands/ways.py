@@ -1,12 +1,11 @@
 """The ways to convert a model on this machine: which there are, and what each takes."""
 
-from pathlib import Path
-
 from int8cli.checkpoint.source import Source
 from int8cli.columns.foreseen import surveys_by_mode
 from int8cli.columns.wanted import AUTO, MODES, ColumnsWanted
 from int8cli.commands.options import DeviceName
 from int8cli.commands.places import cache_directory
+from int8cli.conversion.convert import ConversionRun
 from int8cli.estimate.ways import Candidate, Way, way_of
 from int8cli.machine.speed import Speed, measured_beside, remember, remembered, usable_cores
 from int8cli.planning.survey import Survey, room_needed
@@ -16,9 +15,9 @@ from int8cli.workers.torch_start import start_torch
 
 
 def ways_to_convert(
-    source: Source, survey: Survey, output: Path, wanted: ColumnsWanted, speed: Speed | None, threads: int
+    source: Source, survey: Survey, run: ConversionRun, wanted: ColumnsWanted, speed: Speed | None
 ) -> tuple[Way, ...]:
-    """Every way for this model, the wanted one first. `threads` are those of all workers together."""
+    """Every way for this model, the wanted one first."""
     surveys = surveys_by_mode(wanted, source, survey)
     mode = wanted.mode_to_resume
     if mode not in MODES:
@@ -28,9 +27,9 @@ def ways_to_convert(
     names = [contents.file_name for contents in survey.shards]
     ways = []
     for each in (first, *(other for other in surveys if other != first)):
-        rooms = room_needed(source, surveys[each], names, output)
+        rooms = room_needed(source, surveys[each], names, run.output, most_outputs=run.most_outputs)
         candidate = Candidate(each, surveys[each], sum(room.needed_bytes for room in rooms))
-        ways.append(way_of(candidate, speed, wanted.sampling, threads=threads))
+        ways.append(way_of(candidate, speed, wanted.sampling, threads=run.threads * run.workers))
     return tuple(ways)
 
 

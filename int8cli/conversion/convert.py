@@ -6,6 +6,7 @@ fetched source removed. Prints nothing; reports to a Progress.
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from int8cli.checkpoint.writer import copy_file
 from int8cli.conversion import WORKER_PRELOAD
 from int8cli.conversion.announce import TASK, advance, begin_conversion
 from int8cli.conversion.column_source import ColumnSource, NoColumns
+from int8cli.conversion.destination import Destination
 from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.resumed_smoothing import recorded_exponents
 from int8cli.conversion.shard_loop import ShardLoop
@@ -50,7 +52,8 @@ class ConversionRun:
     """How to convert, besides the settings that determine the result.
 
     `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
-    conversion in the directory.
+    conversion in the directory. `destination` takes each shard as it is finished; with `most_outputs` it removes them,
+    so that no more than that are in the directory at once.
     """
 
     output: Path
@@ -59,6 +62,8 @@ class ConversionRun:
     workers: int = 1
     threads: int = 2
     device: str = "cpu"
+    destination: Destination | None = None
+    most_outputs: int | None = None
 
 
 def convert(
@@ -80,15 +85,16 @@ def convert(
     """
     require_something_to_quantize(survey, settings)
     store = RecordStore(options.output)
-    with locked(options.output, store.own) as lock:
+    destination = options.destination
+    with locked(options.output, store.own) as lock, nullcontext() if destination is None else closing(destination):
         store.refuse_links()
         if options.overwrite:
             store.clear()
         conversion = describe(source, survey, settings)
         store.check(conversion)
-        records = {shard.file: record for shard in conversion.shards if (record := store.finished(shard))}
+        records = _finished(store, conversion, destination)
         remaining = [shard for shard in conversion.shards if shard.file not in records]
-        require_room(source, survey, options.output, remaining)
+        require_room(source, survey, options, remaining)
         store.claim(conversion)
         store.remove_partial_files()
         begin_conversion(progress, survey, records)
@@ -100,10 +106,12 @@ def convert(
             if elsewhere is not None:
                 records.update(elsewhere(tasks))
                 tasks = []
-            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded)
-            records.update(loop.run(partial(require_room, source, survey, options.output, remaining)))
+            on_record = None if destination is None else destination.add
+            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded, on_record)
+            records.update(loop.run(partial(require_room, source, survey, options, remaining)))
         except CANNOT_CALIBRATE:
-            if not any(map(store.finished, conversion.shards)):  # so that another strategy can use the directory
+            # So that another strategy can use the directory.
+            if not any(store.finished(shard) or store.uploaded(shard) for shard in conversion.shards):
                 store.clear()
             raise
         finally:
@@ -112,6 +120,8 @@ def convert(
         progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
+        if destination is not None:
+            destination.publish(conversion, records)
         # This includes shards that a killed run fetched and this run did not need.
         store.remove_state()
         return report
@@ -128,8 +138,17 @@ def require_possible(source: Source, survey: Survey, settings: Settings, options
     remaining = list(conversion.shards)
     if not options.overwrite:
         store.check(conversion, all_files=False)
-        remaining = [shard for shard in conversion.shards if store.finished(shard) is None]
-    require_room(source, survey, options.output, remaining)
+        remaining = [shard for shard in conversion.shards if not (store.finished(shard) or store.uploaded(shard))]
+    require_room(source, survey, options, remaining)
+
+
+def _finished(store: RecordStore, conversion: Conversion, destination: Destination | None) -> dict[str, ShardRecord]:
+    """The records of the shards that need not be converted, by source file: they are here, or at the destination."""
+    if destination is None:
+        store.refuse_removed(conversion)
+    there = {} if destination is None else destination.resume(conversion)
+    here = {shard.file: record for shard in conversion.shards if (record := store.finished(shard))}
+    return {**here, **there}
 
 
 def require_something_to_quantize(survey: Survey, settings: Settings) -> None:
@@ -198,13 +217,18 @@ def executor_for(options: ConversionRun, shards: int, lock: int, progress: Progr
 
 
 def require_room(
-    source: Source, survey: Survey, output: Path, remaining: list[ShardSource], peak_shard_bytes: int | None = None
+    source: Source,
+    survey: Survey,
+    options: ConversionRun,
+    remaining: list[ShardSource],
+    peak_shard_bytes: int | None = None,
 ) -> None:
     """Raise DiskSpaceError if the remaining output and the shards in flight do not fit on their disks.
 
     `peak_shard_bytes` is the size of the shards in flight, if there are more than the usual two.
     """
-    for room in room_needed(source, survey, [shard.file for shard in remaining], output, peak_shard_bytes):
+    names = [shard.file for shard in remaining]
+    for room in room_needed(source, survey, names, options.output, peak_shard_bytes, options.most_outputs):
         if room.needed_bytes > room.free_bytes:
             needed, free = told_apart(room.needed_bytes, room.free_bytes)
             raise DiskSpaceError(

@@ -86,7 +86,8 @@ def convert_part(
     """Convert the shards of a part into `options.output`, and conclude the conversion if none is missing then.
 
     Otherwise as `convert`. Raises UnfinishedPartsError if it is only to conclude and shards are missing;
-    VersionMismatchError if other parts had another version of int8cli.
+    VersionMismatchError if other parts had another version of int8cli; ShardsRemovedError if shards were pushed and are
+    not here any more.
     """
     require_something_to_quantize(survey, settings)
     store = RecordStore(options.output, part.token)
@@ -95,6 +96,7 @@ def convert_part(
         store.refuse_links()
         refuse_other_versions(store.parts, part.version)
         store.check_beside_others(work.conversion)
+        store.refuse_removed(work.conversion)
         with joined(options.output, store.parts, part.token, part.record):
             records = work.run(lock, columns or NoColumns(), render_card)
     if not work.missing(records):
@@ -153,13 +155,13 @@ class _Part:
         shards = [shard for shard in self.conversion.shards if shard.file in mine]
         finished = {shard.file for shard in shards if self.store.finished(shard) is not None}
         remaining = [shard for shard in shards if shard.file not in finished]
-        require_room(self.source, self.survey, self.options.output, remaining)
+        require_room(self.source, self.survey, self.options, remaining)
         begin_conversion(self.progress, self.survey.only(mine), finished)
         self._convert(remaining, lock, columns)
         self.progress.done(TASK)
 
     def _convert(self, remaining: Sequence[ShardSource], lock: int, columns: ColumnSource) -> None:
-        room = partial(require_room, self.source, self.survey, self.options.output, list(remaining))
+        room = partial(require_room, self.source, self.survey, self.options, list(remaining))
         settings = self.conversion.settings
         executor = executor_for(self.options, len(remaining), lock, self.progress)
         try:

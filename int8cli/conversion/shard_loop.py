@@ -36,7 +36,8 @@ class _UnderWay:
 class ShardLoop:
     """Converts shards: first those that the source of columns fetches itself, then the others, several at a time.
 
-    While shards are converted, the next one is fetched. A shard with a wrong digest is fetched once more.
+    While shards are converted, the next one is fetched. A shard with a wrong digest is fetched once more. `on_record`
+    hears of each shard once it is recorded and its fetched copy is gone.
     """
 
     def __init__(
@@ -48,10 +49,11 @@ class ShardLoop:
         progress: Progress,
         columns: ColumnSource,
         recorded: Mapping[str, TensorExponents] = NOTHING_SCALED,
+        on_record: Callable[[ShardRecord], None] | None = None,
     ) -> None:
         """`recorded` are the exponents of all tensors in shards that an earlier run finished."""
         self._source, self._executor, self._store, self._progress = source, executor, store, progress
-        self._columns, self._recorded = columns, recorded
+        self._columns, self._recorded, self._on_record = columns, recorded, on_record
         self._waiting = {task.source.file: task for task in tasks}
         self._under_way: dict[Future[ShardRecord], _UnderWay] = {}
         self._fetched_again: set[str] = set()
@@ -85,7 +87,9 @@ class ShardLoop:
                 task = self._waiting.pop(shard.name, None)
                 if task is not None:
                     task = self._prepared(task, shard.local, share=1.0)
-                    self._record(_convert_shard(task, shard.local, partial(advance, self._progress)))
+                    record = _convert_shard(task, shard.local, partial(advance, self._progress))
+                    self._record(record)
+                    self._hand_on(record)
 
     def _convert_fetched(self) -> None:
         """Convert the remaining shards, one in each slot of the executor."""
@@ -109,11 +113,14 @@ class ShardLoop:
         file = shard.task.source.file
         try:
             with shard.fetched:
-                self._record(future.result())
+                record = future.result()
+                self._record(record)
         except DigestMismatchError:
             if not self._source.identity.on_hub or file in self._fetched_again:
                 raise
             self._fetch_again(shard.task)
+        else:
+            self._hand_on(record)
 
     def _fetch_again(self, task: ShardTask) -> None:
         """Fetch a shard again and start it at once, because its columns also affect the shards after it."""
@@ -149,6 +156,10 @@ class ShardLoop:
         self._store.add(record)
         self._records[record.source.file] = record
         self._progress.done(TASK, record.source.file, shard_outcome(record))
+
+    def _hand_on(self, record: ShardRecord) -> None:
+        if self._on_record is not None:
+            self._on_record(record)
 
     def _stop(self, error: BaseException) -> None:
         self._executor.close()

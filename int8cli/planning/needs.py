@@ -17,8 +17,12 @@ class Needs:
     buffer_bytes: int
 
     @classmethod
-    def of(cls, source: Source, survey: Survey, output: Path, *, threads: int) -> "Needs":
+    def of(
+        cls, source: Source, survey: Survey, output: Path, *, threads: int, most_outputs: int | None = None
+    ) -> "Needs":
+        """`most_outputs` as in `room_needed`."""
         names = [contents.file_name for contents in survey.shards]
         download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
         a_thread = BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0)
-        return cls(download, room_needed(source, survey, names, output), threads * a_thread)
+        rooms = room_needed(source, survey, names, output, most_outputs=most_outputs)
+        return cls(download, rooms, threads * a_thread)

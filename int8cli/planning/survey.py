@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from heapq import nlargest
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -224,18 +225,24 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
 
 
 def room_needed(
-    source: Source, survey: Survey, remaining: Sequence[str], output: Path, peak_shard_bytes: int | None = None
+    source: Source,
+    survey: Survey,
+    remaining: Sequence[str],
+    output: Path,
+    peak_shard_bytes: int | None = None,
+    most_outputs: int | None = None,
 ) -> tuple[Room, ...]:
     """The free space that each disk needs to convert the `remaining` shards; one entry for each disk.
 
     Counts the output and, for a Hub source, the downloaded shards that exist at once: the one being converted and the
     next, at least `peak_shard_bytes`, or all if the source keeps them. Shards in the Hub cache need nothing.
+    `most_outputs` is how many output shards there are at once, if they do not stay.
     """
     sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
+    outputs = [survey.outputs[name].file_bytes + _sidecar_bytes(survey, name) for name in remaining]
     needed = [
-        (output, sum(survey.outputs[name].file_bytes for name in remaining)),
-        (output, sum(survey.sidecars[name].file_bytes for name in remaining if name in survey.sidecars)),
+        (output, sum(outputs if most_outputs is None else nlargest(most_outputs, outputs))),
         (output, other_files_bytes(source, survey)),
     ]
     if source.keeps_in is not None:
@@ -253,6 +260,10 @@ def room_needed(
         Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
         for shares in by_disk.values()
     )
+
+
+def _sidecar_bytes(survey: Survey, name: str) -> int:
+    return survey.sidecars[name].file_bytes if name in survey.sidecars else 0
 
 
 def other_files_bytes(source: Source, survey: Survey) -> int:

@@ -17,7 +17,9 @@ from int8cli.typed_json import InvalidJsonError, parse_json, shown
 _LIMIT_BYTES = 1 << 30  # a record of 10,000 tensors has 7 MB
 _LARGEST_TENSOR_BITS = 2**63 - 1
 # Entries of our directory that are not files of a conversion.
-_STATE = frozenset({"conversion.json", "records", "partial", "incoming", "calibration", "parts"})
+_STATE = frozenset(
+    {"conversion.json", "records", "uploads", "push.json", "partial", "incoming", "calibration", "parts"}
+)
 
 Read = TypeVar("Read")
 

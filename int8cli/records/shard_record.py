@@ -25,15 +25,27 @@ class TensorRecord:
     shape: tuple[int, ...]
     xxh3_128: str
 
+    @property
+    def size_bytes(self) -> int:
+        return TensorSpec(self.name, self.dtype, self.shape).nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file as written, by its name in the output directory. `header_xxh3_128` covers the safetensors header."""
+    """A file as written, by its name in the output directory. `header_xxh3_128` covers the safetensors header.
+
+    The tensors follow the header in this order, without gaps.
+    """
 
     file: str
     size_bytes: int
     header_xxh3_128: str
     tensors: tuple[TensorRecord, ...]
+
+    @property
+    def header_bytes(self) -> int:
+        """The size of the header: that of the file minus that of its tensors."""
+        return self.size_bytes - sum(tensor.size_bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,12 @@ from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.own_files import refuse_link, remove_tree
 from int8cli.checkpoint.writer import create_file_once, write_file
-from int8cli.errors import OutputError, SettingsMismatchError
+from int8cli.errors import OutputError, SettingsMismatchError, ShardsRemovedError
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.documents import read_document
 from int8cli.records.part import PARTS
 from int8cli.records.shard_record import ShardRecord
+from int8cli.records.upload_record import CommitRecord, UploadRecord
 
 
 class RecordStore:
@@ -35,6 +36,8 @@ class RecordStore:
         self.own = output / OWN_DIRECTORY
         self._conversion_path = self.own / "conversion.json"
         self._records = self.own / "records"
+        self._uploads = self.own / "uploads"
+        self._commit_path = self.own / "push.json"
         self._sidecars = self.own / "outliers"
 
     @property
@@ -65,7 +68,7 @@ class RecordStore:
     def refuse_links(self) -> None:
         """Raise OutputError if one of our own directories is a link: its target may belong to someone else."""
         state = (*self._state, self.calibration_directory, self.partial_directory, self.incoming_directory)
-        for directory in (self.own, self._records, self._sidecars, *state):
+        for directory in (self.own, self._records, self._uploads, self._sidecars, *state):
             refuse_link(directory)
 
     def remove_partial_files(self) -> None:
@@ -134,8 +137,68 @@ class RecordStore:
         record = self.record(shard)
         if record is None:
             return None
-        whole = all(_size_of(self._output / file.file) == file.size_bytes for file in record.files)
-        return record if record.source == shard and whole else None
+        return record if record.source == shard and self.is_here(record) else None
+
+    def is_here(self, record: ShardRecord) -> bool:
+        """Whether all files of a record exist with the right size."""
+        return all(_size_of(self._output / file.file) == file.size_bytes for file in record.files)
+
+    def uploaded(self, shard: ShardSource) -> UploadRecord | None:
+        """What was uploaded of a shard, whether or not it is still here; None if nothing was, or not all of it.
+
+        Raises OutputError if a record is damaged.
+        """
+        record = self.record(shard)
+        hint = "Delete it and run again: what the repository has is not uploaded twice."
+        upload = read_document(self._upload_path(shard), UploadRecord.from_json, hint)
+        if record is None or upload is None or record.source != shard:
+            return None
+        sizes = {file.file: file.size_bytes for file in upload.files}
+        return upload if sizes == {file.file: file.size_bytes for file in record.files} else None
+
+    def removed(self, conversion: Conversion) -> dict[ShardSource, UploadRecord]:
+        """The finished shards that were uploaded and are not here any more, with where they are."""
+        found = {}
+        for shard in conversion.shards:
+            if self.finished(shard) is None and (upload := self.uploaded(shard)) is not None:
+                found[shard] = upload
+        return found
+
+    def refuse_removed(self, conversion: Conversion) -> None:
+        """Raise ShardsRemovedError if shards were uploaded and are not here any more."""
+        removed = self.removed(conversion)
+        if removed:
+            repositories = " and ".join(sorted({upload.repository for upload in removed.values()}))
+            hint = f"Download {repositories} into another directory."
+            if self.commit() is None:
+                hint = "Run the same convert command again, with the repository: the push is not finished."
+            raise ShardsRemovedError(
+                f"{self._output}: {len(removed)} of {len(conversion.shards)} shards are not here: they were uploaded "
+                f"to {repositories} and then removed",
+                hint=hint,
+            )
+
+    def add_upload(self, shard: ShardSource, upload: UploadRecord) -> None:
+        """Record that a repository has the files of a finished shard."""
+        write_file(self._upload_path(shard), _to_bytes(upload.to_json()), below=self._output)
+
+    def commit(self) -> CommitRecord | None:
+        """The last commit that was made of this conversion; None if none was. Raises OutputError if it is damaged."""
+        hint = "Delete it: the repository is asked what it has."
+        return read_document(self._commit_path, CommitRecord.from_json, hint)
+
+    def add_commit(self, commit: CommitRecord) -> None:
+        """Record a commit that names all files of the conversion."""
+        write_file(self._commit_path, _to_bytes(commit.to_json()), below=self._output)
+
+    def forget_upload(self, shard: ShardSource) -> None:
+        """Remove the record of an upload: the repository does not have the files."""
+        remove_files(self._output, [self._upload_path(shard).relative_to(self._output).as_posix()])
+
+    def record_files(self, conversion: Conversion) -> tuple[str, ...]:
+        """The names of the conversion's own description and of its records, as files of the output directory."""
+        paths = [self._conversion_path, *map(self._record_path, conversion.shards)]
+        return tuple(path.relative_to(self._output).as_posix() for path in paths)
 
     def add(self, record: ShardRecord) -> None:
         """Record that a shard is finished. Its files must be on disk under their final names."""
@@ -150,11 +213,12 @@ class RecordStore:
         known = self.conversion()
         if known is None:
             return
-        records = [self._record_path(shard).relative_to(self._output).as_posix() for shard in known.shards]
+        paths = [path(shard) for shard in known.shards for path in (self._record_path, self._upload_path)]
+        records = [path.relative_to(self._output).as_posix() for path in (*paths, self._commit_path)]
         remove_files(self._output, [*known.files, *records])
         for directory in (self.partial_directory, self.parts, self.calibration_directory):
             remove_tree(directory, self._output)
-        for directory in (self._records, self._sidecars):
+        for directory in (self._records, self._uploads, self._sidecars):
             with suppress(OSError):  # it may hold other files
                 directory.rmdir()
         # Last: after a kill half-way, the directory still says which files are ours.
@@ -169,7 +233,10 @@ class RecordStore:
         return directory if self._token is None else directory / self._token
 
     def _record_path(self, shard: ShardSource) -> Path:
-        return self._records / f"{shard.output.removesuffix('.safetensors')}.json"
+        return self._records / _json_name(shard)
+
+    def _upload_path(self, shard: ShardSource) -> Path:
+        return self._uploads / _json_name(shard)
 
     def _refuse_foreign_files(self, conversion: Conversion) -> None:
         ours = [self._output / name for name in conversion.files]
@@ -200,6 +267,10 @@ def _shown(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return ", ".join(map(repr, value)) or "none"
     return repr(value)
+
+
+def _json_name(shard: ShardSource) -> str:
+    return f"{shard.output.removesuffix('.safetensors')}.json"
 
 
 def _to_bytes(data: Any) -> bytes:

@@ -19,6 +19,11 @@ def show_status(found: ConversionStatus) -> None:
         lines.append(f"  blocks    {found.blocks_run} run to choose outlier columns")
     if found.partial_bytes:
         lines.append(f"  download  {human_bytes(found.partial_bytes)} here, not converted yet")
+    if found.shards_uploaded:
+        removed = f"; {found.shards_removed} are not here any more" if found.shards_removed else ""
+        commit = "not committed yet" if found.commit is None else f"commit {escape(found.commit[:12])}"
+        to = escape(str(found.uploaded_to))
+        lines.append(f"  uploaded  {found.shards_uploaded} of {found.shards} to {to}, {commit}{removed}")
     lines += [f"  part      {_part(each)}" for each in found.parts]
     lines.append(f"  next      {_next(found)}")
     for line in lines:
@@ -33,6 +38,10 @@ def _part(part: PartStatus) -> str:
 def _next(found: ConversionStatus) -> str:
     if found.state == "running":
         return "wait: a process is at work on it"
+    if found.state == "finished" and found.shards_removed and found.commit is None:
+        return "the same int8cli convert command again: the push is not finished"
+    if found.state == "finished" and found.shards_removed:
+        return f"download {escape(str(found.uploaded_to))}, then int8cli verify the copy"
     if found.state == "finished":
         return f"int8cli verify {escape(found.directory)}"
     if found.parts and found.shards_finished == found.shards:

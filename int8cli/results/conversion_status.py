@@ -28,6 +28,8 @@ class ConversionStatus:
 
     `running`: a process holds the directory. Shards and their bytes are those of the source. `blocks_run` counts the
     blocks of the model that a calibration has finished. `partial_bytes` of downloads are here and will be resumed.
+    `shards_uploaded` of the finished shards were uploaded to the repository `uploaded_to`, and `shards_removed` of them
+    are not here any more. `commit` names all files there; None until then.
     `options` are the settings of the conversion, by the names of `convert`'s options. `parts` are those that were
     started, while the conversion is not finished.
     """
@@ -43,6 +45,10 @@ class ConversionStatus:
     blocks_run: int
     partial_bytes: int
     options: dict[str, Any]
+    uploaded_to: str | None = None
+    shards_uploaded: int = 0
+    shards_removed: int = 0
+    commit: str | None = None
     parts: tuple[PartStatus, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

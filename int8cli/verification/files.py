@@ -13,7 +13,6 @@ from int8cli.checkpoint.digest import new_digest
 from int8cli.checkpoint.disk import reading_error
 from int8cli.checkpoint.header import read_header
 from int8cli.checkpoint.reader import FileReader, open_to_read
-from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.errors import Int8cliError
 from int8cli.progress import Progress
 from int8cli.records.shard_record import FileRecord
@@ -48,7 +47,7 @@ class DigestPass:
         self._records = records
         self._threads = threads
         self._progress = progress
-        self._left_bytes = {record.file: record.size_bytes - header_bytes(record) for record in records}
+        self._left_bytes = {record.file: record.size_bytes - record.header_bytes for record in records}
         self._failures: list[Failure] = []
         self._lock = threading.Lock()
         self._spans: Iterator[_Span] = iter(())
@@ -144,17 +143,11 @@ class DigestPass:
             self._progress.done(READ, file)
 
 
-def header_bytes(record: FileRecord) -> int:
-    """The size of a file's header: the size of the file minus that of its tensors."""
-    return record.size_bytes - sum(TensorSpec(t.name, t.dtype, t.shape).nbytes for t in record.tensors)
-
-
 def _spans(record: FileRecord) -> Iterator[_Span]:
-    offset_bytes = header_bytes(record)
+    offset_bytes = record.header_bytes
     for tensor in record.tensors:
-        size_bytes = TensorSpec(tensor.name, tensor.dtype, tensor.shape).nbytes
-        yield _Span(record.file, tensor.name, offset_bytes, size_bytes, tensor.xxh3_128)
-        offset_bytes += size_bytes
+        yield _Span(record.file, tensor.name, offset_bytes, tensor.size_bytes, tensor.xxh3_128)
+        offset_bytes += tensor.size_bytes
 
 
 def _header_problem(path: Path, record: FileRecord) -> str | None:
@@ -181,7 +174,7 @@ def _file_with_this_header(path: Path, record: FileRecord, all_records: Sequence
 
 def _header_digest(path: Path, record: FileRecord) -> str:
     """The digest of the file's first bytes, as many as the recorded header has."""
-    header = memoryview(bytearray(max(header_bytes(record), 0)))
+    header = memoryview(bytearray(max(record.header_bytes, 0)))
     with closing(FileReader(path)) as reader:
         reader.read_into(0, header)
     digest = new_digest()

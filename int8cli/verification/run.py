@@ -28,7 +28,7 @@ from int8cli.verification.consistency import (
     side_file_failures,
     tensor_failures,
 )
-from int8cli.verification.files import READ, DigestPass, header_bytes
+from int8cli.verification.files import READ, DigestPass
 from int8cli.verification.layout import target_of
 from int8cli.verification.loads import NAME
 from int8cli.verification.options import VerificationRun
@@ -36,8 +36,11 @@ from int8cli.verification.sidecars import check_sidecars
 from int8cli.workers.torch_start import start_torch_unless_started
 
 
-def conversion_in(directory: Path) -> Conversion:
-    """The finished conversion in a directory. Raises OutputError if there is none, and says what is missing."""
+def conversion_in(directory: Path, *, weights: bool = True) -> Conversion:
+    """The finished conversion in a directory. Raises OutputError if there is none, and says what is missing.
+
+    With `weights`, raises ShardsRemovedError if shards were uploaded and are not here any more.
+    """
     store = RecordStore(directory)
     conversion = store.conversion()
     if conversion is None:
@@ -53,6 +56,8 @@ def conversion_in(directory: Path) -> Conversion:
             f"{directory}: the conversion is not finished: {_what_is_missing(store, conversion)}",
             hint="Run the same convert command again: it resumes where it stopped.",
         )
+    if weights:
+        store.refuse_removed(conversion)
     return conversion
 
 
@@ -102,7 +107,7 @@ def _check_whole(
     yield Check.of("records", f"{len(found)} of {shards}", failures)
     files = [file for record in found for file in record.files]
     size_bytes, tensors = sum(file.size_bytes for file in files), sum(len(file.tensors) for file in files)
-    progress.begin(READ, {file.file: file.size_bytes - header_bytes(file) for file in files})
+    progress.begin(READ, {file.file: file.size_bytes - file.header_bytes for file in files})
     failures = DigestPass(directory, files, options.threads, progress).run()
     progress.done(READ)
     detail = f"{_files(len(found), len(files) - len(found))}, {size_bytes:,} bytes, {tensors:,} tensors by digest"

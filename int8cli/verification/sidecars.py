@@ -21,7 +21,6 @@ from int8cli.records.shard_record import FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Check, Failure
-from int8cli.verification.files import header_bytes
 
 NAME = "sidecars"
 
@@ -173,7 +172,7 @@ def _index_failures(directory: Path, sidecar: FileRecord, layers: Sequence[Layer
 
 
 def _indices(reader: FileReader, sidecar: FileRecord) -> Iterator[tuple[str, tuple[int, ...]]]:
-    offset_bytes = header_bytes(sidecar)
+    offset_bytes = sidecar.header_bytes
     for tensor in sidecar.tensors:
         size_bytes = TensorSpec(tensor.name, tensor.dtype, tensor.shape).nbytes
         if tensor.dtype == "I32":

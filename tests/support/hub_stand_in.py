@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 from urllib.parse import unquote, urlsplit
 
 LFS_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx")
@@ -38,7 +38,8 @@ class Fault:
     A request that asks for less than `drop_after_bytes`, or whose range does not hold `corrupt_at`, is served whole
     and does not use the fault up. `drop_after_bytes` counts from where the answer starts; with `stall_s` the server
     first falls silent for that long. `on="REDIRECT"`: in place of the answer that leads to the CDN. `headers` without a
-    `status` replace those of the right answer; `body` goes with a status.
+    `status` replace those of the right answer; `body` goes with a status. `after`: a request that writes is carried out
+    first, and only its answer is lost.
     """
 
     times: int = 1
@@ -50,6 +51,7 @@ class Fault:
     stall_s: float | None = None
     corrupt_at: int | None = None
     bytes_per_s: float | None = None
+    after: bool = False
 
 
 @dataclass
@@ -114,7 +116,7 @@ class HubStandIn:
         host = "127.0.0.1" if self.cdn == "another port" else "localhost"
         return f"http://{host}:{self._servers[1].server_port}"
 
-    def __enter__(self) -> "HubStandIn":
+    def __enter__(self) -> Self:
         for server in self._servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
@@ -169,6 +171,10 @@ class HubStandIn:
         """Every file that any request named."""
         return {request.file for request in self.requests if request.file is not None}
 
+    def serve(self, handler: "Handler", path: str) -> bool:
+        """Answer a request that this stand-in knows nothing of; False if nobody does."""
+        return False
+
     def repo(self, repo_id: str) -> Repo | None:
         return self._repos.get(repo_id)
 
@@ -189,7 +195,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, hub: HubStandIn, host: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.hub = hub
         self.host = host
 
@@ -197,7 +203,7 @@ class _Server(ThreadingHTTPServer):
         """A client that hangs up early is no news here."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a body after its headers would else wait 40 ms to be sent
 
@@ -205,6 +211,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._route()
 
     def do_GET(self) -> None:
+        self._route()
+
+    def do_POST(self) -> None:
+        self._route()
+
+    def do_PUT(self) -> None:
         self._route()
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -221,7 +233,11 @@ class _Handler(BaseHTTPRequestHandler):
             host, self.command, unquote(path), None, self.headers.get("Range"), self.headers.get("Authorization")
         )
         self._hub.requests.append(self.request_log)
-        if host == "cdn" or path.startswith("/!"):
+        if self._hub.serve(self, path):
+            return
+        if self.command not in ("GET", "HEAD"):
+            self.answer(404, b"")
+        elif host == "cdn" or path.startswith("/!"):
             # The Hub's CDN knows neither repositories nor tokens: the address alone opens the file.
             _, file, located = unquote(path).split("!")
             self._serve_body(file, Path(located))
@@ -230,11 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             self._serve_file(unquote(match[1]), unquote(match[2]), unquote(match[3]))
         else:
-            self._answer(404, b'{"error": "Sorry, we can\'t find the page you are looking for."}')
+            self.answer(404, b'{"error": "Sorry, we can\'t find the page you are looking for."}')
 
     def _serve_info(self, repo_id: str, revision: str) -> None:
         if fault := self._hub.take_fault("api", self.command, lambda fault: True):
-            self._fail_before_answer(fault)
+            self.fail_before_answer(fault)
             return
         if (asked := self._asked(repo_id, revision)) is None:
             return
@@ -251,20 +267,20 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if self._hub.terse:
             info = {key: info[key] for key in ("sha", "siblings")}
-        self._answer(200, json.dumps(info).encode(), {"Content-Type": "application/json", "X-Repo-Commit": commit})
+        self.answer(200, json.dumps(info).encode(), {"Content-Type": "application/json", "X-Repo-Commit": commit})
 
     def _asked(self, repo_id: str, revision: str, *, for_files: bool = False) -> tuple[Repo, str, Path] | None:
         """The repository, the commit and where its files lie; None after saying why there are none for this client."""
         repo = self._hub.repo(repo_id)
         if repo is None or (repo.token is not None and not repo.gated and not self._may_read(repo)):
-            self._refuse(401, "RepoNotFound", "Repository not found")
+            self.refuse(401, "RepoNotFound", "Repository not found")
             return None
         if for_files and repo.gated and not self._may_read(repo):
-            self._refuse(401, "GatedRepo", "Access to this model is restricted.")
+            self.refuse(401, "GatedRepo", "Access to this model is restricted.")
             return None
         found = repo.at(revision)
         if found is None:
-            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return None
         return repo, *found
 
@@ -275,11 +291,11 @@ class _Handler(BaseHTTPRequestHandler):
         _, commit, directory = asked
         path = directory / file
         if file not in files_of(directory):
-            self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
+            self.refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             return
         fault = self._hub.take_fault(file, "HEAD", lambda fault: True) if self.command == "HEAD" else None
         if fault is not None and not _only_changes_headers(fault):
-            self._fail_before_answer(fault)
+            self.fail_before_answer(fault)
             return
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         changed = fault.headers if fault else {}
@@ -292,11 +308,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _redirect(self, file: str, path: Path, headers: dict[str, str], changed: dict[str, str]) -> None:
         if self.command == "GET" and (fault := self._hub.take_fault(file, "REDIRECT", lambda fault: True)):
-            self._fail_before_answer(fault)
+            self.fail_before_answer(fault)
             return
         located = f"{self._hub.cdn_endpoint}/!{file}!{path}"
         right = headers | {"Location": located, "ETag": f'"{sha256_of(path)[:32]}"'}
-        self._answer(302, b"", right | changed)
+        self.answer(302, b"", right | changed)
 
     def _serve_body(
         self, file: str, path: Path, headers: dict[str, str] | None = None, changed: dict[str, str] | None = None
@@ -305,11 +321,11 @@ class _Handler(BaseHTTPRequestHandler):
         size = path.stat().st_size
         start, end = self._range(size)
         if start is None:
-            self._answer(416, b"", {"Content-Range": f"bytes */{size}"})
+            self.answer(416, b"", {"Content-Range": f"bytes */{size}"})
             return
         fault = self._hub.take_fault(file, self.command, lambda fault: _concerns(fault, start, end))
         if fault is not None and (fault.status is not None or (self.command == "HEAD" and not fault.headers)):
-            self._fail_before_answer(fault)
+            self.fail_before_answer(fault)
             return
         partial = self.headers.get("Range") is not None and self._hub.ranges
         self.send_response(206 if partial else 200)
@@ -361,12 +377,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _fail_before_answer(self, fault: Fault) -> None:
+    def fail_before_answer(self, fault: Fault) -> None:
         if fault.status is not None:
-            self._answer(fault.status, fault.body, fault.headers)
+            self.answer(fault.status, fault.body, fault.headers)
             return
         if fault.stall_s is not None:
             time.sleep(fault.stall_s)
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        """Reset the connection in place of an answer."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
@@ -374,15 +394,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_read(self, repo: Repo) -> bool:
         return self.headers.get("Authorization") == f"Bearer {repo.token}"
 
-    def _refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+    def refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
         named = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
-        self._answer(status, json.dumps({"error": message}).encode(), named | (headers or {}))
+        self.answer(status, json.dumps({"error": message}).encode(), named | (headers or {}))
 
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.request_log.status = status
         self.send_response(status)
         self._send_headers({"Content-Length": str(len(body)), **(headers or {})})
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
     def _send_headers(self, stated: dict[str, str]) -> None:

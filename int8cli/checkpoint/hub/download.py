@@ -31,7 +31,7 @@ def download(
     Raises TransferError after too many failures in a row without progress, and leaves the part for the next run;
     DiskSpaceError or OutputError if the part cannot be written.
     """
-    with _Part.opened(part, below) as out:
+    with GrowingFile.opened(part, below) as out:
         if out.size_bytes > size_bytes:
             out.empty()
         furthest = out.size_bytes
@@ -51,7 +51,7 @@ def download(
 
 
 def _append(
-    remote: RemoteFile, out: "_Part", size_bytes: int, retries: Retries, on_bytes: Callable[[int], None] | None
+    remote: RemoteFile, out: "GrowingFile", size_bytes: int, retries: Retries, on_bytes: Callable[[int], None] | None
 ) -> None:
     received = out.size_bytes
     with get(remote, f"bytes={received}-" if received else None) as response:
@@ -70,8 +70,8 @@ def _append(
                 on_bytes(len(piece))
 
 
-class _Part:
-    """A file that grows until it is complete. Every method may raise DiskSpaceError or OutputError."""
+class GrowingFile:
+    """A file of ours that grows until it is complete. Every method may raise DiskSpaceError or OutputError."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -79,7 +79,7 @@ class _Part:
 
     @classmethod
     @contextmanager
-    def opened(cls, path: Path, below: Path) -> Iterator["_Part"]:
+    def opened(cls, path: Path, below: Path) -> Iterator["GrowingFile"]:
         with disk_errors(path), opened_directory(path.parent, below, make=True) as directory:
             descriptor = open_or_create(path.name, directory)
         try:

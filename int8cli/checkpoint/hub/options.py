@@ -52,11 +52,19 @@ class HubOptions:
 
     def request_headers(self) -> dict[str, str]:
         """The headers of every request, with the token. Raises AccessDeniedError for a token that is not ASCII."""
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
+        return request_headers(self.token)
 
-        headers: dict[str, str] = build_hf_headers(token=self.token, library_name="int8cli")
-        if not headers.get("authorization", "").isascii():
-            raise AccessDeniedError(
-                "the token for the Hub has invalid characters", hint="Check HF_TOKEN, or run `hf auth login`."
-            )
-        return headers
+
+def request_headers(token: str | None) -> dict[str, str]:
+    """The headers of a request to the Hub, with this token or else that of the user.
+
+    Raises AccessDeniedError for a token that is not ASCII.
+    """
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, not marked so
+
+    headers: dict[str, str] = build_hf_headers(token=token, library_name="int8cli")
+    if not headers.get("authorization", "").isascii():
+        raise AccessDeniedError(
+            "the token for the Hub has invalid characters", hint="Check HF_TOKEN, or run `hf auth login`."
+        )
+    return headers

@@ -43,7 +43,7 @@ def read_range(remote: RemoteFile, start: int, length: int, retries: Retries) ->
                 retries.progressed()
             retries.failed(error)
         else:
-            if _is_complete(received):
+            if len(received.data) == length or _is_complete(received):
                 break
             if len(received.data) > before:
                 retries.progressed()

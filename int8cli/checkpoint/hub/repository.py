@@ -52,7 +52,7 @@ class Repository:
         """
         from huggingface_hub import constants
 
-        _quiet_huggingface_hub()
+        quiet_huggingface_hub()
         return self._snapshot_in_cache() if constants.HF_HUB_OFFLINE else self._snapshot_on_hub()
 
     @property
@@ -144,7 +144,7 @@ def _visible(names: Iterator[str]) -> tuple[str, ...]:
     return tuple(sorted(name for name in names if not is_hidden(name)))
 
 
-def _quiet_huggingface_hub() -> None:
+def quiet_huggingface_hub() -> None:
     """Silence its warnings, which would mix with our output on stderr. A verbosity that the user set is not changed."""
     logger = logging.getLogger("huggingface_hub")
     if logger.level == logging.WARNING:

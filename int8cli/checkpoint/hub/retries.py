@@ -50,22 +50,31 @@ class TransferStoppedError(TransferError):
 
 
 class Retries:
-    """Counts the failures of one transfer, named `what` in messages. Calls `on_wait(what, why, pause_s)` for each."""
+    """Counts the failures of one transfer, named `what` in messages. Calls `on_wait(what, why, pause_s)` for each.
+
+    `translate(error, what)` gives the error to raise for one that is not transient.
+    """
 
     def __init__(
-        self, policy: RetryPolicy, what: str, stop: Event, on_wait: Callable[[str, str, float], None] | None = None
+        self,
+        policy: RetryPolicy,
+        what: str,
+        stop: Event,
+        on_wait: Callable[[str, str, float], None] | None = None,
+        translate: Callable[[Exception, str], Int8cliError] = translated,
     ) -> None:
         self.what = what
         self._policy = policy
         self._stop = stop
         self._on_wait = on_wait
+        self._translate = translate
         self._failures = 0
         self._failing_since_s = 0.0
 
     def check_stopped(self) -> None:
         """Raise TransferStoppedError if the source has been closed."""
         if self._stop.is_set():
-            raise TransferStoppedError(f"{self.what}: the download was stopped", hint=TRY_AGAIN)
+            raise TransferStoppedError(f"{self.what}: the transfer was stopped", hint=TRY_AGAIN)
 
     def progressed(self) -> None:
         """Reset the count, since bytes have arrived."""
@@ -76,7 +85,7 @@ class Retries:
         if isinstance(error, Int8cliError) or not is_foreign(error):
             raise error
         if not is_transient(error):
-            raise translated(error, self.what) from error
+            raise self._translate(error, self.what) from error
         if not self._failures:
             self._failing_since_s = time.monotonic()
         self._failures += 1

@@ -1,0 +1,68 @@
+"""Failures of uploads to the Hub: what caused them, and which errors to raise for those that a retry does not help.
+
+Owns the translation of the errors of huggingface_hub's upload functions. Makes no requests.
+"""
+
+import re
+
+from int8cli.checkpoint.hub.failures import TRY_AGAIN, described, is_foreign, translated
+from int8cli.errors import AccessDeniedError, DestinationError, Int8cliError, TransferError
+
+_LONGEST = 300
+_NO_ROOM = (402, 413, 507)  # payment required, too large, insufficient storage
+_MAY_WRITE = "Check the name, and the token: set HF_TOKEN or run `hf auth login` with one that may write there."
+
+
+def cause_of(error: Exception) -> Exception:
+    """The error that made an upload fail: huggingface_hub wraps that of a file in a RuntimeError."""
+    while type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether huggingface_hub or hf_xet refused to go on by an error that is not one of a request.
+
+    huggingface_hub raises ValueError for the errors of single files that the Hub answers, and hf_xet has errors of its
+    own.
+    """
+    return isinstance(error, (ValueError, RuntimeError)) or type(error).__module__.partition(".")[0] == "hf_xet"
+
+
+def upload_error(error: Exception, what: str) -> Int8cliError:
+    """The error of our tree for an error of an upload that is not transient."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, (hub.OfflineModeIsEnabled, hub.RevisionNotFoundError, hub.DisabledRepoError)):
+        return translated(error, what)
+    if isinstance(error, hub.HfHubHTTPError):
+        status, said = error.response.status_code, _said_by(error)
+        if status in (401, 403, 404):
+            return AccessDeniedError(f"{what}: {said}", hint=_MAY_WRITE)
+        if status in _NO_ROOM:
+            return no_room(what, said)
+        return DestinationError(f"{what}: {said}", hint=TRY_AGAIN)
+    if is_foreign(error):
+        return translated(error, what)
+    return TransferError(f"{what}: the upload failed ({shortened(str(error))})", hint=TRY_AGAIN)
+
+
+def no_room(what: str, said: str) -> DestinationError:
+    """The error for a repository that takes no more bytes."""
+    return DestinationError(
+        f"{what}: {said}", hint="Make room there, or choose another repository. The same command then goes on."
+    )
+
+
+def shortened(text: str) -> str:
+    """What a server or library said, in one short line, without tokens and the signatures of addresses."""
+    text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1", text)
+    text = re.sub(r"\b(?:hf_|Bearer )[\w.~+/-]+=*", "…", text)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _said_by(error: Exception) -> str:
+    """The status of an answer, and the server's own words if it has any."""
+    words = shortened(getattr(error, "server_message", None) or "")
+    return f"{described(error)}: {words}" if words else described(error)

@@ -1,0 +1,160 @@
+"""An object store, or any other file system that fsspec knows, by its address.
+
+Owns the requests, which of them are repeated, and what their failures mean. fsspec is imported inside functions. It
+finds credentials where each store's own tools do.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event, Lock
+from typing import Any, TypeVar
+
+from int8cli.checkpoint.hub.retries import RetryPolicy
+from int8cli.checkpoint.hub.upload_failures import shortened
+from int8cli.errors import AccessDeniedError, Int8cliError, MissingExtraError, ModelNotFoundError, TransferError
+
+T = TypeVar("T")
+
+# What stores say of an object's content. The first that is there is compared; sizes always are.
+_MARKS = ("ETag", "etag", "md5Hash", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
+_TRY_AGAIN = "Run the same command again: it resumes where this run stopped."
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """An object: its path in the store, its size, and what the store says of its content."""
+
+    path: str
+    size_bytes: int
+    mark: str
+
+
+class ObjectStore:
+    """The objects below a URL such as s3://bucket/model.
+
+    Every method raises ModelNotFoundError for a missing object, AccessDeniedError, and TransferError for failures that
+    did not end. `on_wait(what, why, pause_s)` hears of each pause before a retry.
+    """
+
+    def __init__(self, url: str, retry: RetryPolicy, on_wait: Callable[[str, str, float], None] | None = None) -> None:
+        """Makes no request. Raises ModelNotFoundError for an unknown kind of address, MissingExtraError."""
+        self.url = url.rstrip("/")
+        self.name = self.url.rpartition("/")[2] or "model"
+        self._retry = retry
+        self._on_wait = on_wait
+        self._stop = Event()
+        self._lock = Lock()
+        self._fs, root = _opened(self.url)
+        self._root = root.rstrip("/")
+
+    @property
+    def stopped(self) -> Event:
+        """Set by `close`."""
+        return self._stop
+
+    def files(self) -> dict[str, str]:
+        """The path of each object below the address by its name. Empty if there are none."""
+
+        def find() -> dict[str, str]:
+            self._fs.invalidate_cache()
+            found: Mapping[str, Mapping[str, Any]] = self._fs.find(self._root, detail=True)
+            paths = [path for path, info in found.items() if info.get("type") == "file"]
+            return {path[len(self._root) :].lstrip("/"): path for path in paths}
+
+        return self.call(find, self.url)
+
+    def ask(self, file_name: str, path: str) -> StoredObject:
+        """What the store says of an object now."""
+
+        def info() -> StoredObject:
+            with self._lock:  # a listing that is kept would hide a change
+                self._fs.invalidate_cache()
+                found: Mapping[str, Any] = self._fs.info(path)
+            mark = next((str(found[name]) for name in _MARKS if found.get(name)), "")
+            return StoredObject(path, int(found["size"]), mark)
+
+        return self.call(info, f"{self.name}: {file_name}")
+
+    def read(self, path: str, start: int, end: int) -> bytes:
+        """The bytes of a range, in one request that is not repeated."""
+        data: bytes = self._fs.cat_file(path, start=start, end=end)
+        return data
+
+    def write(self, local: Path, file_name: str) -> StoredObject:
+        """Write a file of this machine, in parts where the store has them, and return what the store says of it.
+
+        The object appears once it is complete.
+        """
+        path = self.path_of(file_name)
+        self.call(lambda: self._fs.put_file(str(local), path), f"{self.name}: {file_name}")
+        return self.ask(file_name, path)
+
+    def path_of(self, file_name: str) -> str:
+        """The path of an object, whether or not there is one."""
+        return f"{self._root}/{file_name}"
+
+    def call(self, request: Callable[[], T], what: str) -> T:
+        """The result of a request, which is repeated after failures that may be transient."""
+        failures, since_s = 0, time.monotonic()
+        while True:
+            if self._stop.is_set():
+                raise TransferError(f"{what}: the transfer was stopped", hint=_TRY_AGAIN)
+            try:
+                return request()
+            except Int8cliError:
+                raise
+            except Exception as error:
+                _refuse_final(error, what, self.url)
+                failures += 1
+                if self._retry.gives_up(failures, time.monotonic() - since_s):
+                    message = f"{what}: failed {failures} times in a row: {_said(error)}"
+                    raise TransferError(message, hint=_TRY_AGAIN) from error
+                pause_s = self._retry.pause_s(failures)
+                if self._on_wait is not None:
+                    self._on_wait(what, _said(error), pause_s)
+                self._stop.wait(pause_s)
+
+    def close(self) -> None:
+        """End the wait before a retry."""
+        self._stop.set()
+
+
+def is_remote(model: str) -> bool:
+    """Whether a MODEL argument is an address in a store, rather than a path or the name of a Hub repository."""
+    protocol, found, _ = model.partition("://")
+    return bool(found) and protocol.isalnum() and protocol.lower() not in ("http", "https", "hf", "file")
+
+
+def _opened(url: str) -> tuple[Any, str]:
+    """fsspec's file system for an address, and the path in it."""
+    try:
+        from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # fsspec has no types
+
+        fs, root = url_to_fs(url)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{url}: {shortened(str(error))}", hint="Install the package that fsspec needs for this kind of address."
+        ) from error
+    except ValueError as error:
+        raise ModelNotFoundError(
+            f"{url}: {shortened(str(error))}", hint="MODEL is a Hub id (org/name), a directory, or an address as s3://…"
+        ) from error
+    return fs, root
+
+
+def _refuse_final(error: Exception, what: str, url: str) -> None:
+    """Raise the error for a failure that no retry helps."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        raise ModelNotFoundError(f"{what}: no such object", hint=f"Check {url}.") from error
+    if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError"):
+        raise AccessDeniedError(
+            f"{what}: {_said(error)}", hint="Set the credentials as the tools of this store expect them."
+        ) from error
+    if isinstance(error, (TypeError, AttributeError, KeyError, AssertionError)):  # bugs
+        raise error
+
+
+def _said(error: Exception) -> str:
+    return shortened(str(error)) or type(error).__name__

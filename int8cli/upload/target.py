@@ -1,0 +1,44 @@
+"""The interface that a repository on the Hub and an object store share: what a conversion is pushed to.
+
+Owns the protocol alone. The implementations are in `checkpoint`.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from int8cli.checkpoint.hub.push_file import Commit, PushFile, Uploaded
+
+
+class Target(Protocol):
+    """Takes the bytes of files one by one, and makes all of them visible at the end.
+
+    Every method raises AccessDeniedError, DestinationError if nothing more is taken, and TransferError after retries
+    that all failed.
+    """
+
+    @property
+    def name(self) -> str:
+        """A Hub id, or an address."""
+
+    @property
+    def revision(self) -> str:
+        """The branch; empty if there are none."""
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages."""
+
+    def prepare(self, ours: Sequence[str]) -> None:
+        """Make it ready. Raises DestinationError for weights there that are not among the files `ours`."""
+
+    def missing(self, files: Sequence[PushFile]) -> set[str]:
+        """The names of files that were uploaded before and are not there any more."""
+
+    def upload(self, file: PushFile) -> Uploaded:
+        """Upload a file that is here. May be called from another thread."""
+
+    def commit(self, files: Sequence[PushFile], message: str) -> Commit:
+        """Make these files visible, all at once or in an order in which no loader finds half a model."""
+
+    def close(self) -> None:
+        """End the wait before a retry."""

@@ -1,0 +1,364 @@
+"""Sources in object stores, through fsspec: its memory file system, made to fail on request, and a real S3 server."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from support.program import LIMIT_S, Nursery, llama, run, start, tree
+
+import int8cli
+from int8cli.checkpoint.hub import HubOptions, RetryPolicy
+from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.remote import StoreSource
+from int8cli.errors import (
+    AccessDeniedError,
+    CorruptShardError,
+    DestinationError,
+    MissingExtraError,
+    ModelNotFoundError,
+    SourceError,
+    TransferError,
+)
+from int8cli.workers.processes import OnBytes
+
+SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
+QUICK = RetryPolicy(attempts=3, first_pause_s=0.001, max_pause_s=0.002)
+OPTIONS = int8cli.ConvertOptions(outliers="none", workers=1)
+
+
+class Store(MemoryFileSystem):
+    """Objects in memory, by addresses such as store://bucket/model. `errors` are raised by the next reads."""
+
+    protocol = "store"
+    store: dict[str, Any] = {}  # noqa: RUF012  # as in the class above: one for all instances
+    pseudo_dirs = [""]  # noqa: RUF012
+    errors: list[Exception] = []  # noqa: RUF012
+    ranges: list[tuple[str, int | None, int | None]] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = super()._strip_protocol(path.replace("store://", "memory://", 1))
+        return stripped
+
+    on_put: Callable[[str], object] = staticmethod(lambda name: None)
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        type(self).on_put(rpath.partition("/out/")[2])
+        super().put_file(lpath, rpath, *args, **kwargs)
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+        self.ranges.append((path.rpartition("/")[2], start, end))
+        if self.errors:
+            raise self.errors.pop(0)
+        data: bytes = super().cat_file(path, start, end, **kwargs)
+        return data
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("remote") / "model", shards=3)
+
+
+@pytest.fixture
+def store(model: Path) -> Iterator[Store]:
+    fsspec.register_implementation("store", Store, clobber=True)
+    fs = Store()
+    for path in model.iterdir():
+        fs.pipe(f"/bucket/model/{path.name}", path.read_bytes())
+    Store.ranges.clear()
+    yield fs
+    Store.errors.clear()
+    Store.store.clear()
+    Store.on_put = lambda name: None
+
+
+def source_of(tmp_path: Path, url: str = "store://bucket/model", **options: Any) -> StoreSource:
+    return StoreSource(url, HubOptions(tmp_path / "incoming", retry=QUICK, **options))
+
+
+def test_the_result_is_that_of_the_local_directory(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    int8cli.convert("store://bucket/model", tmp_path / "remote", OPTIONS)
+    assert tree(tmp_path / "remote") == tree(tmp_path / "local")
+    assert int8cli.verify(tmp_path / "remote", int8cli.VerifyOptions(source="store://bucket/model")).passed
+
+
+def test_parts_convert_from_a_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    for number in (2, 1):
+        int8cli.convert("store://bucket/model", tmp_path / "parts", replace(OPTIONS, part=(number, 2)))
+    assert tree(tmp_path / "parts") == tree(tmp_path / "local")
+
+
+class ThisMachine:
+    """A cluster of one process: a worker opens the source by its address, as on another machine."""
+
+    def run(self, tasks: Mapping[str, Callable[[OnBytes], Any]], on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
+        for name, task in tasks.items():
+            yield name, task(on_bytes)
+
+
+def test_the_workers_of_a_cluster_open_a_store(
+    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8cli.commands.convert.joined_cluster", lambda *_: nullcontext(ThisMachine()))
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    int8cli.convert("store://bucket/model", tmp_path / "cluster", replace(OPTIONS, ray="local"))
+    assert tree(tmp_path / "cluster") == tree(tmp_path / "local")
+
+
+def test_the_plan_reads_headers_and_edges_alone(store: Store, tmp_path: Path) -> None:
+    large = llama(tmp_path / "large", hidden=256, intermediate=512, vocabulary=512, shards=3)
+    for path in large.iterdir():
+        store.pipe(f"/bucket/large/{path.name}", path.read_bytes())
+    int8cli.plan_conversion("store://bucket/large", tmp_path / "out", OPTIONS)
+    read = sum((end or 0) - (start or 0) for name, start, end in store.ranges if name in SHARDS)
+    edges = len(SHARDS) * 2 * (64 << 10)  # of the fingerprint
+    assert 0 < read < edges + (16 << 10) < sum((large / shard).stat().st_size for shard in SHARDS) / 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_listed_and_read_by_ranges(store: Store, model: Path, tmp_path: Path) -> None:
+    store.pipe("/bucket/model/.hidden", b"x")
+    store.pipe("/bucket/model/sub/file.json", b"{}")
+    source = source_of(tmp_path)
+    assert source.list_files() == tuple(sorted([*(path.name for path in model.iterdir()), "sub/file.json"]))
+    assert source.size_bytes(SHARDS[0]) == (model / SHARDS[0]).stat().st_size
+    with source.open(SHARDS[0]) as file:
+        assert file.read(8) == (model / SHARDS[0]).read_bytes()[:8]
+        file.seek(-4, os.SEEK_END)
+        assert file.read() == (model / SHARDS[0]).read_bytes()[-4:]
+    assert [(start, (end or 0) - (start or 0)) for _, start, end in store.ranges] == [
+        (0, 8),
+        (source.size_bytes(SHARDS[0]) - 4, 4),
+    ]
+    assert source.identity.name == "model"
+    with pytest.raises(ModelNotFoundError, match="'nothing' is missing"):
+        source.size_bytes("nothing")
+
+
+def test_a_fetched_file_is_removed_after_use(store: Store, model: Path, tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    source.prefetch(SHARDS[1])
+    with source.fetch(SHARDS[1]) as local:
+        assert local.path.read_bytes() == (model / SHARDS[1]).read_bytes()
+    source.close()
+    assert not (tmp_path / "incoming").exists()
+
+
+def test_failures_are_tried_again_and_parts_resumed(store: Store, model: Path, tmp_path: Path) -> None:
+    waits: list[str] = []
+    Store.errors[:] = [OSError("slow down"), TimeoutError()]
+    with source_of(tmp_path, on_wait=lambda what, why, pause_s: waits.append(why)).fetch(SHARDS[0]) as local:
+        assert local.path.read_bytes() == (model / SHARDS[0]).read_bytes()
+    assert waits == ["slow down", "TimeoutError"]
+    Store.errors[:] = [OSError("down")] * 3
+    source = source_of(tmp_path)
+    with (
+        pytest.raises(TransferError, match=r"model: model-00001.*: failed 3 times in a row: down"),
+        source.fetch(SHARDS[0]),
+    ):
+        pass
+    [part] = (tmp_path / "incoming").rglob("*.incomplete")
+    part.write_bytes((model / SHARDS[0]).read_bytes()[:1000])
+    store.ranges.clear()
+    with source.fetch(SHARDS[0]) as local:
+        assert local.path.read_bytes() == (model / SHARDS[0]).read_bytes()
+    assert [start for _, start, _ in store.ranges] == [1000]
+
+
+def test_an_object_that_is_replaced_is_an_error(store: Store, model: Path, tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    assert {source.size_bytes(shard) for shard in SHARDS[:2]} <= {path.stat().st_size for path in model.iterdir()}
+    store.pipe(f"/bucket/model/{SHARDS[0]}", (model / SHARDS[0]).read_bytes())
+    with pytest.raises(CorruptShardError, match="changed while it was read"), source.fetch(SHARDS[0]):
+        pass
+    store.pipe(f"/bucket/model/{SHARDS[1]}", b"short")
+    with pytest.raises(CorruptShardError, match="changed while it was read"), source.fetch(SHARDS[1]):
+        pass
+    assert not list((tmp_path / "incoming").rglob("*.safetensors*"))
+
+
+def test_refusals_are_not_tried_again(store: Store, tmp_path: Path) -> None:
+    source = source_of(tmp_path)
+    Store.errors[:] = [PermissionError("Access Denied")]
+    with pytest.raises(AccessDeniedError, match="Access Denied"), source.fetch(SHARDS[0]):
+        pass
+    with pytest.raises(ModelNotFoundError, match="no such directory"):
+        source_of(tmp_path, "store://bucket/nothing")
+    store.rm(f"/bucket/model/{SHARDS[0]}")
+    with pytest.raises(ModelNotFoundError, match="no such object"), source.fetch(SHARDS[0]):
+        pass
+
+
+def test_addresses_that_cannot_be_opened(tmp_path: Path) -> None:
+    for url, error, message in [
+        ("nope://bucket/model", ModelNotFoundError, "Protocol not known: nope"),
+        ("https://host/model", ModelNotFoundError, "no such file"),
+        ("store://bucket/model", SourceError, "has no revision 'main'"),
+    ]:
+        revision = "main" if error is SourceError else None
+        with pytest.raises(error, match=message):
+            open_source(url, revision=revision, download_dir=tmp_path)
+
+
+@pytest.mark.skipif(find_spec("s3fs") is not None, reason="s3fs is installed")
+def test_a_missing_driver_is_named(tmp_path: Path) -> None:
+    outcome = run("convert", "s3://bucket/model", cwd=tmp_path)
+    assert outcome.code == 1
+    assert outcome.err.startswith("error: s3://bucket/model: Install s3fs to access S3\nhint: Install the package")
+    with pytest.raises(MissingExtraError):
+        open_source("s3://bucket/model", revision=None, download_dir=tmp_path)
+
+
+# Outputs
+
+
+def objects(store: Store, directory: str) -> dict[str, bytes]:
+    return {path.removeprefix(f"/{directory}/"): store.cat_file(path) for path in store.find(f"/{directory}")}
+
+
+def files_in(directory: Path) -> dict[str, bytes]:
+    """The files of a conversion without what is of this machine alone."""
+    found = {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
+    return {name: data for name, data in found.items() if not name.startswith(("int8/uploads/", "int8/push.json"))}
+
+
+def streaming(**changes: Any) -> int8cli.ConvertOptions:
+    return replace(OPTIONS, push_to="store://bucket/out", keep_output=False, retry_for=0.0, **changes)
+
+
+def test_a_conversion_is_streamed_from_store_to_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    order: list[str] = []
+    Store.on_put = lambda name: order.append(name)
+    int8cli.convert("store://bucket/model", tmp_path / "out", streaming())
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+    assert order[:3] == SHARDS
+    assert order[-1] == "config.json"
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert int8cli.status(tmp_path / "out").shards_removed == 3
+    order.clear()
+    int8cli.convert("store://bucket/model", tmp_path / "out", streaming())
+    assert not set(order) & set(SHARDS)
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_a_finished_conversion_is_pushed_to_a_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    pushed = int8cli.push(tmp_path / "local", "store://bucket/out")
+    assert (pushed.repository, pushed.revision) == ("store://bucket/out", "")
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+    int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(retry_for=0.0))
+    with pytest.raises(int8cli.Int8cliError, match="no such thing"):
+        int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(private=True))
+
+
+def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
+    store: Store, model: Path, tmp_path: Path
+) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+
+    def refuse_second(name: str) -> None:
+        if name == SHARDS[1]:
+            raise PermissionError("Access Denied")
+
+    Store.on_put = refuse_second
+    with pytest.raises(AccessDeniedError, match=f"out: {SHARDS[1]}: Access Denied"):
+        int8cli.convert(model, tmp_path / "out", streaming())
+    assert not store.exists("/bucket/out/config.json")
+    order: list[str] = []
+    Store.on_put = lambda name: order.append(name)
+    store.pipe(f"/bucket/out/{SHARDS[0]}", (tmp_path / "local" / SHARDS[0]).read_bytes())  # somebody replaced it
+    int8cli.convert(model, tmp_path / "out", streaming())
+    assert sorted(name for name in order if name in SHARDS) == SHARDS
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_path: Path) -> None:
+    store.pipe("/bucket/out/pytorch_model.bin", b"weights")
+    with pytest.raises(DestinationError, match=r"store://bucket/out holds another model: pytorch_model.bin"):
+        int8cli.convert(model, tmp_path / "out", streaming())
+    for options in (replace(OPTIONS, push_to="me/model"), replace(OPTIONS, push_to_hub="store://bucket/out")):
+        with pytest.raises(int8cli.Int8cliError, match=r"is (not )?an address"):
+            int8cli.convert(model, tmp_path / "out", options)
+
+
+# A real S3 server
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment that leads to a server."""
+    if find_spec("moto") is None or find_spec("s3fs") is None:
+        pytest.skip("needs s3fs and moto[server], which no lock has: see docs/object-stores.md")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    yield {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "key-of-the-tests",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.send_signal(signal.SIGTERM)
+    server.wait(LIMIT_S)
+
+
+def test_a_model_in_s3_is_converted(
+    s3: dict[str, str], model: Path, nursery: Nursery, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("models")
+    fs.put(f"{model}/", "models/llama", recursive=True)
+    assert nursery.run("convert", model, "-o", "local", "--outliers", "none", "-q", cwd=tmp_path).code == 0
+    command = ("convert", "s3://models/llama", "-o", "remote", "--outliers", "none")
+    process = start(*command, cwd=tmp_path, env=s3)
+    time.sleep(1.0)
+    process.kill()
+    process.communicate()
+    outcome = run(*command, cwd=tmp_path, env=s3)
+    assert outcome.code == 0, outcome.err
+    local, remote = tree(tmp_path / "local"), tree(tmp_path / "remote")
+    naming = ("int8/", "README.md")
+    assert {name: data for name, data in local.items() if not name.startswith(naming)} == {
+        name: data for name, data in remote.items() if not name.startswith(naming)
+    }
+    assert local.keys() == remote.keys()
+    assert "secret-of-the-tests" not in outcome.out + outcome.err
+    assert run("verify", "remote", "--source", "s3://models/llama", cwd=tmp_path, env=s3).code == 0
+    streamed = (*command[:2], "-o", "streamed", *command[4:], "--push-to", "s3://models/int8", "--no-keep-output")
+    outcome = run(*streamed, cwd=tmp_path, env=s3)
+    assert outcome.code == 0, outcome.err
+    fs.invalidate_cache()
+    pushed = {path.removeprefix("models/int8/"): fs.cat_file(path) for path in fs.find("models/int8")}
+    assert pushed == files_in(tmp_path / "remote")
+    assert not list((tmp_path / "streamed").glob("*.safetensors"))
+    denied = run("convert", "s3://nowhere/llama", "-o", "nothing", cwd=tmp_path, env=s3)
+    assert denied.code == 1
+    assert "error: s3://nowhere/llama" in denied.err
