@@ -28,9 +28,13 @@ from int8cli.errors import (
     DestinationError,
     MissingExtraError,
     ModelNotFoundError,
+    OptionError,
     SourceError,
     TransferError,
 )
+from int8cli.records.conversion import Conversion
+from int8cli.records.shard_record import ShardRecord
+from int8cli.upload.shard_uploads import ShardUploads
 from int8cli.workers.processes import OnBytes
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
@@ -268,8 +272,18 @@ def test_a_finished_conversion_is_pushed_to_a_store(store: Store, model: Path, t
         int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(private=True))
 
 
+class AtOnce(ShardUploads):
+    """Uploads and removes what is here before it says so: the earliest moment for its thread."""
+
+    def resume(self, conversion: Conversion) -> Mapping[str, ShardRecord]:
+        found = super().resume(conversion)
+        with self._changed:
+            assert self._changed.wait_for(lambda: not self._busy, LIMIT_S)
+        return found
+
+
 def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
-    store: Store, model: Path, tmp_path: Path
+    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     int8cli.convert(model, tmp_path / "local", OPTIONS)
 
@@ -284,9 +298,31 @@ def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
     order: list[str] = []
     Store.on_put = lambda name: order.append(name)
     store.pipe(f"/bucket/out/{SHARDS[0]}", (tmp_path / "local" / SHARDS[0]).read_bytes())  # somebody replaced it
+    monkeypatch.setattr("int8cli.commands.push.ShardUploads", AtOnce)
     int8cli.convert(model, tmp_path / "out", streaming())
     assert sorted(name for name in order if name in SHARDS) == SHARDS
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("changes", "smooths"),
+    [
+        ({"smooth": "auto", "outliers": "activations"}, True),
+        ({"smooth": "statistics.safetensors"}, True),
+        ({"layout": "compressed-tensors", "outliers": "auto"}, True),
+        ({"layout": "compressed-tensors", "outliers": "auto", "smooth": "none"}, False),
+        ({"layout": "compressed-tensors", "outliers": "auto", "inputs": "none"}, False),
+        ({"layout": "compressed-tensors"}, False),
+    ],
+)
+def test_what_is_smoothed_keeps_its_shards(changes: dict[str, Any], smooths: bool, model: Path, tmp_path: Path) -> None:
+    options = replace(streaming(), **changes)
+    if not smooths:
+        assert not int8cli.plan_conversion(model, tmp_path / "out", options).survey.smooth
+        return
+    with pytest.raises(OptionError, match="needs its shards until it is finished") as caught:
+        int8cli.plan_conversion(model, tmp_path / "out", options)
+    assert caught.value.option == "keep_output"
 
 
 def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_path: Path) -> None:

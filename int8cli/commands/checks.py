@@ -21,6 +21,7 @@ from int8cli.commands.options import (
     PushOptions,
     VerifyOptions,
 )
+from int8cli.commands.wanted_columns import wants_smoothing
 from int8cli.errors import CannotRunInPartsError, OptionError
 from int8cli.planning.layouts import LAYOUTS, layout_of
 from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
@@ -53,8 +54,12 @@ def check_convert(options: ConvertOptions) -> None:
     _check_target(options)
     if options.smooth is not None:
         _check_smooth(str(options.smooth), str(options.outliers))
-        if not options.keep_output:
-            raise OptionError("a smoothed conversion needs its shards until it is finished", option="keep_output")
+    if not options.keep_output and wants_smoothing(options):
+        raise OptionError(
+            "a smoothed conversion needs its shards until it is finished",
+            option="keep_output",
+            hint="Smooth nothing, or keep the shards here.",
+        )
     if options.ray is not None and (options.part is not None or options.finish):
         raise OptionError("a cluster converts all parts", option="ray")
     if options.part is not None or options.finish:

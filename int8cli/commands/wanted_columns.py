@@ -16,11 +16,18 @@ def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWa
     smooth = _smooth(options)
     if smooth not in SMOOTH_MODES:  # a statistics file, which columns that are to be chosen are chosen by too
         mode, limit = smooth, limit if mode != NO_OUTLIERS else 0
-    smooths = smooth != NO_SMOOTHING and mode not in (FROM_WEIGHTS, NO_OUTLIERS)
+    smooths = wants_smoothing(options)
     if options.smooth is None and known is not None and mode == AUTO:
         smooths = known.smooth != NO_SMOOTHING
     sampling = Sampling(options.tokens, options.sequence_length, options.seed)
     return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths)
+
+
+def wants_smoothing(options: ConvertOptions) -> bool:
+    """Whether what the options choose columns by can also tell what to smooth, and is to."""
+    smooth = _smooth(options)
+    by_a_file = smooth not in SMOOTH_MODES
+    return by_a_file or (smooth != NO_SMOOTHING and str(options.outliers) not in (FROM_WEIGHTS, NO_OUTLIERS))
 
 
 def why_not_smoothed(options: ConvertOptions) -> str:

@@ -146,8 +146,9 @@ def _finished(store: RecordStore, conversion: Conversion, destination: Destinati
     """The records of the shards that need not be converted, by source file: they are here, or at the destination."""
     if destination is None:
         store.refuse_removed(conversion)
-    there = {} if destination is None else destination.resume(conversion)
+    # First: the destination may upload and remove what is here as soon as it resumes.
     here = {shard.file: record for shard in conversion.shards if (record := store.finished(shard))}
+    there = {} if destination is None else destination.resume(conversion)
     return {**here, **there}
 
 
