@@ -181,6 +181,21 @@ def test_sites_and_their_kinds_are_found_from_what_feeds_what(tmp_path: Path, fa
         assert found == SITES[family]
 
 
+def test_a_router_that_returns_more_than_its_product_is_measured_like_other_linears(tmp_path: Path) -> None:
+    """Llama 4's is an nn.Linear that returns scores and products."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 96, "head_dim": 16, "vocab_size": 94}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+    Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **experts)).bfloat16().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    linears = {linear.name: linear for site in calibrated(tmp_path).linear_sites for linear in site.linears}
+    assert linears["model.layers.1.feed_forward.router"].output_mean_square > 0
+    assert linears["model.layers.1.feed_forward.shared_expert.up_proj"].output_mean_square > 0
+
+
 def test_statistics_are_those_of_the_whole_models_inputs(tmp_path: Path) -> None:
     statistics = calibrated(make_model("llama", tmp_path), tokens=32)
     model = type(build_tiny(ALL["llama"])).from_pretrained(tmp_path, dtype="auto").eval()

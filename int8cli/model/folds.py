@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from int8cli.llm_int8.smoothing import ExponentRange, exact_range, powers_of_two
 from int8cli.model.loaded_unit import LoadedUnit
-from int8cli.model.sites import Site, linears_of, tensors_in, weight_of
+from int8cli.model.sites import Site, linears_of, product_of, tensors_in, weight_of
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size")
@@ -196,8 +196,8 @@ class Proof:
         return counts
 
 
-def _hooked(took: Any, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-    took(name, output)
+def _hooked(took: Any, name: str, linear: nn.Module, inputs: Sequence[Tensor], output: object) -> None:
+    took(name, product_of(linear, inputs, output))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -22,6 +22,7 @@ from int8cli.model.sites import (
     map_tensors,
     mark,
     moved_to,
+    product_of,
     tensors_in,
 )
 from int8cli.model.skeleton import Skeleton
@@ -94,7 +95,7 @@ class LoadedUnit:
         sites: tuple[Site, ...] = ()
         with ExitStack() as hooks:
             for linear in self._names:
-                hook = linear.register_forward_hook(lambda module, _, y: saw_output(module, y))
+                hook = linear.register_forward_hook(lambda module, x, y: saw_output(module, product_of(module, x, y)))
                 hooks.callback(hook.remove)
             for turn, sequence in enumerate(sorted(self._waiting, key=order)):
                 if on_sequence is not None:

@@ -5,7 +5,7 @@ norm wrote is norm-fed, and attention is where activations are multiplied by act
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,6 +60,16 @@ def weight_of(linear: nn.Module) -> Tensor:
     """A linear's weight as (out_features, in_features). Conv1D stores the transpose."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     return weight if isinstance(linear, nn.Linear) else weight.t()
+
+
+def product_of(linear: nn.Module, inputs: Sequence[Tensor], output: object) -> Tensor:
+    """What a linear computed, given what a forward hook gets.
+
+    A subclass may return more than its product: Llama 4's router returns scores, too. Then it is computed again.
+    """
+    if isinstance(output, Tensor):
+        return output
+    return nn.functional.linear(inputs[0], weight_of(linear), linear.bias)  # type: ignore[arg-type]
 
 
 class SiteFinder:
