@@ -396,7 +396,12 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
     shards: list[bool] = []
 
     def refuse(
-        source: object, survey: object, remaining: object, output: Path, peak_shard_bytes: int | None = None
+        source: object,
+        survey: object,
+        remaining: object,
+        output: Path,
+        peak_shard_bytes: int | None = None,
+        most_outputs: int | None = None,
     ) -> Any:
         """There is room for two shards, as each conversion needs, but not for what the model reads at once."""
         if peak_shard_bytes is None:

@@ -64,6 +64,5 @@ def push(
                 f"{found.repository} at {found.revision}, commit {found.commit}" if found.revision else found.repository
             )
             print(printable(f"{directory} {done} {at}"))
-            print(
-                f"{counted(found.files, 'file')}, {human_bytes(found.bytes)}; {human_bytes(found.uploaded_bytes)} sent"
-            )
+            all_files = f"{counted(found.files, 'file')}, {human_bytes(found.bytes)}"
+            print(printable(f"{all_files}; {human_bytes(found.uploaded_bytes)} sent"))

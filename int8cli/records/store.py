@@ -164,6 +164,10 @@ class RecordStore:
                 found[shard] = upload
         return found
 
+    def has_uploads(self, conversion: Conversion) -> bool:
+        """Whether any shard was ever uploaded, as far as names tell. Reads no record."""
+        return any(self._upload_path(shard).exists() for shard in conversion.shards)
+
     def refuse_removed(self, conversion: Conversion) -> None:
         """Raise ShardsRemovedError if shards were uploaded and are not here any more."""
         removed = self.removed(conversion)

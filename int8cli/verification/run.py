@@ -56,7 +56,7 @@ def conversion_in(directory: Path, *, weights: bool = True) -> Conversion:
             f"{directory}: the conversion is not finished: {_what_is_missing(store, conversion)}",
             hint="Run the same convert command again: it resumes where it stopped.",
         )
-    if weights:
+    if weights and store.has_uploads(conversion):  # a damaged record is otherwise for the checks to report
         store.refuse_removed(conversion)
     return conversion
 
