@@ -186,9 +186,15 @@ def test_a_router_that_returns_more_than_its_product_is_measured_like_other_line
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 48, "intermediate_size_mlp": 96, "head_dim": 16, "vocab_size": 94}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "intermediate_size_mlp": 96,
+        "head_dim": 16,
+        "vocab_size": 94,
+    }
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
     Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads, **experts)).bfloat16().save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     linears = {linear.name: linear for site in calibrated(tmp_path).linear_sites for linear in site.linears}
