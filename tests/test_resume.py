@@ -177,9 +177,13 @@ def test_workers_end_when_their_parent_is_killed(
 ) -> None:
     output = tmp_path / "out"
     parent = start(*CONVERT, large, "-o", output, "--workers", "2", cwd=tmp_path)
-    wait_until(lambda: any((output / "int8/partial").glob("*")))
-    workers = [pid for pid in descendants_of(parent.pid) if holds_open(pid, output / "int8")]
-    assert workers
+    workers: list[int] = []
+
+    def workers_write() -> bool:
+        workers[:] = [pid for pid in descendants_of(parent.pid) if holds_open(pid, output / "int8")]
+        return bool(workers) and any((output / "int8/partial").glob("*"))
+
+    wait_until(workers_write)
     parent.kill()
     outcome_of(parent)
     lock = os.open(output / "int8", os.O_RDONLY)
