@@ -7,7 +7,8 @@ Each of the other environments opens them, and also quantizes the source on load
     python scripts/table_of_versions.py --only llama,bert .venv/bin/python    a few architectures, printed only
 
 An environment needs torch, transformers, bitsandbytes and accelerate, for the last two columns also what int8cli needs
-(int8cli itself is that of this clone), and for compressed-tensors also that package. Takes about five minutes per environment on two cores.
+(int8cli itself is that of this clone), and for compressed-tensors also that package. Takes about two minutes per
+environment on two cores.
 """
 
 import argparse

@@ -5,9 +5,9 @@ import tempfile
 from multiprocessing import util
 
 # The address of a Unix socket is a path of at most 107 bytes on Linux, and of 103 on macOS. multiprocessing adds
-# "/pymp-", "/listener-" and eight characters to each.
+# "/pymp-", "/listener-" and eight characters to each, and makes a directory of its own in the one that it gets.
 _LONGEST_BYTES = 103 - len("/pymp-12345678/listener-12345678")
-_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # nosec: multiprocessing makes a directory of its own inside  # noqa: S108
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108
 
 
 def choose_socket_directory() -> None:
