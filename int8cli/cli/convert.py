@@ -21,6 +21,7 @@ from int8cli.cli.convert_options import (
     Only,
     OnNonFinite,
     OnRay,
+    OutlierBudget,
     Outliers,
     Output,
     Overwrite,
@@ -66,6 +67,7 @@ int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.js
 int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --smooth auto
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
+int8cli convert org/name --outliers statistics.safetensors --outlier-budget 1%
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
 int8cli convert s3://bucket/model -o ./model-int8 --push-to s3://bucket/model-int8 --no-keep-output
@@ -91,6 +93,7 @@ def convert(
     on_nonfinite: WhenNonFinite = OnNonFinite.error,
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
+    outlier_budget: OutlierBudget = None,
     smooth: Smooth = None,
     text: TextFile = None,
     tokens: Tokens = CONVERT_TOKENS,
