@@ -1,6 +1,7 @@
 """`int8cli convert`."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -124,13 +125,7 @@ def convert(
     norms, biases and the output head keep their dtype. After an interruption, run the same command again: finished
     shards are not converted twice.
     """
-    if report is not None:
-        if dry_run:
-            raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
-        check_outputs((report,), PAGES, drawn=PAGES, option="--report")
-    if part is not None and (report is not None or details):
-        option = "'--report'" if report is not None else "'--details'"
-        raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)
+    check_report(report, dry_run=dry_run, part=part, details=details)
     from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
@@ -143,15 +138,30 @@ def convert(
         else:
             found = command.convert(model, output, options, progress=progress, choose=None if quiet else choose_way)
     if report is not None and not isinstance(found, command.ConversionPlan):
-        from int8cli.report.conversion_page import write_conversion
-
-        write_conversion(found.report, report)
-        say_written(report, quiet=quiet)
+        write_page(found, report, quiet=quiet)
     with writing_result():
         if part is not None and not isinstance(found, command.ConversionPlan):
             show_part(found, part, as_json=as_json, quiet=quiet)
         else:
             show(found, model, options, as_json=as_json, quiet=quiet, details=details)
+
+
+def check_report(report: Path | None, *, dry_run: bool, part: tuple[int, int] | None, details: bool) -> None:
+    """Refuse a page or tables where there will be no report, and a page that cannot be drawn."""
+    if report is not None:
+        if dry_run:
+            raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
+        check_outputs((report,), PAGES, drawn=PAGES, option="--report")
+    if part is not None and (report is not None or details):
+        option = "'--report'" if report is not None else "'--details'"
+        raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)
+
+
+def write_page(found: "ConversionResult", page: Path, *, quiet: bool) -> None:
+    from int8cli.report.conversion_page import write_conversion
+
+    write_conversion(found.report, page)
+    say_written(page, quiet=quiet)
 
 
 def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool, quiet: bool) -> None:
