@@ -42,7 +42,17 @@ def test_an_empty_value_is_refused(words: tuple[str, ...], tmp_path: Path, monke
 
 def test_all_options_are_tried() -> None:
     tried = {word for words in cases() for word in words}
-    assert {"-o", "--output", "--methods", "--skip", "--work-dir", "--push-to", "--gpu", "--text", "--revision"} <= tried
+    assert {
+        "-o",
+        "--output",
+        "--methods",
+        "--skip",
+        "--work-dir",
+        "--push-to",
+        "--gpu",
+        "--text",
+        "--revision",
+    } <= tried
 
 
 def test_a_list_of_nothing_names_no_method() -> None:

@@ -51,7 +51,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
     compressed_tensors_wNa16 as weights_only,
 )
-
 from vllm.model_executor.models import registry  # noqa: E402
 
 
