@@ -38,6 +38,16 @@ class WritableStore:
         """Raises DestinationError if there are weights that are not among the files `ours`."""
         refuse_foreign_weights(self.label, self._store.files(), ours)
 
+    def claim(self, conversion: PushFile) -> None:
+        """Remove the config.json of a model that is there: no loader opens it while it is replaced."""
+        try:
+            self._store.ask(CONFIG_FILE, self._store.path_of(CONFIG_FILE))
+        except ModelNotFoundError:
+            pass  # there is none
+        else:
+            self._store.remove(CONFIG_FILE)
+        self.upload(conversion)
+
     def missing(self, files: Sequence[PushFile]) -> set[str]:
         """The names of files that are not there as they were written, by size and by what the store says of them."""
         return {file.name for file in files if not self._is_there(file)}

@@ -18,7 +18,7 @@ from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.records.upload_record import CommitRecord, UploadedFile, UploadRecord
 from int8cli.results.push import Pushed
-from int8cli.upload.contents import all_names, shard_file, side_files, uploaded_files
+from int8cli.upload.contents import all_names, conversion_file, shard_file, side_files, uploaded_files
 from int8cli.upload.target import Target
 
 TASK = "upload"
@@ -56,6 +56,7 @@ class ShardUploads(Destination):
         self._closed = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._claimed = False
 
     def resume(self, conversion: Conversion) -> Mapping[str, ShardRecord]:
         self._target.prepare(all_names(conversion, self._store))
@@ -165,6 +166,9 @@ class ShardUploads(Destination):
     def _upload(self, record: ShardRecord) -> None:
         name = record.source.output
         self._progress.advance(TASK, name, 0)
+        if not self._claimed:
+            self._target.claim(conversion_file(self._directory))
+            self._claimed = True
         taken = []
         for file in record.files:
             found = shard_file(self._directory, file)
