@@ -13,8 +13,8 @@ from int8cli.commands.options import InputsName
 from int8cli.data import HELD_OUT_NAME, held_out_text
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, sequences_of
-from int8cli.outliers.statistics_file import save_statistics
 from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.outliers.statistics_file import save_statistics
 
 MAKE = Path(__file__).parents[2] / "scripts" / "make_demo_model.py"
 SEQUENCES, LENGTH = 4, 512
