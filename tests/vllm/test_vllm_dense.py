@@ -40,6 +40,7 @@ _OPT = {
 }
 _BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 128, "n_layer": 2, "n_head": 4}
 _MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 128, "state_size": 16, "num_hidden_layers": 2}
+_EXAONE = {"sliding_window": None, "layer_types": ["full_attention", "full_attention"]}
 ARCHITECTURES = {
     "llama": Tiny("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama-biased": Tiny("LlamaForCausalLM", "LlamaConfig", {**LLAMA, "attention_bias": True, "mlp_bias": True}),
@@ -65,7 +66,7 @@ ARCHITECTURES = {
     "glm4": Tiny("Glm4ForCausalLM", "Glm4Config", HEADS),
     "nemotron": Tiny("NemotronForCausalLM", "NemotronConfig", HEADS),
     "smollm3": Tiny("SmolLM3ForCausalLM", "SmolLM3Config", LLAMA),
-    "exaone4": Tiny("Exaone4ForCausalLM", "Exaone4Config", {**HEADS, "layer_types": ["full_attention"] * 2}),
+    "exaone4": Tiny("Exaone4ForCausalLM", "Exaone4Config", {**HEADS, **_EXAONE}),
     "mamba2": Tiny("Mamba2ForCausalLM", "Mamba2Config", {**_MAMBA, "num_heads": 8, "head_dim": 32, "n_groups": 1}),
     "ernie4_5": Tiny("Ernie4_5ForCausalLM", "Ernie4_5Config", HEADS),
 }
