@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from int8cli import __version__
 from int8cli.cli import (
@@ -25,6 +24,7 @@ from int8cli.cli import (
     status,
     verify,
 )
+from int8cli.cli.empty_values import Command
 from int8cli.cli.errors import errors_outside_commands, interruptions
 from int8cli.cli.optional_value import ConvertCommand
 from int8cli.cli.signals import end_on_signals
@@ -67,7 +67,7 @@ def _add(
     command: Callable[..., None],
     examples: str,
     more: str = "",
-    kind: type[TyperCommand] = TyperCommand,
+    kind: type[Command] = Command,
 ) -> None:
     """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself.
 
@@ -76,9 +76,9 @@ def _add(
     paragraphs = [" ".join(text.split()) for text in inspect.cleandoc(command.__doc__ or "").split("\n\n")]
     app.command(
         name,
-        cls=kind,
         help="\n\n".join(paragraphs),
         short_help=paragraphs[0],
+        cls=kind,
         epilog=f"Examples:\n\n\b\n{examples}" + (f"\n{more}" if more else ""),  # \b: do not wrap these lines
     )(command)
 

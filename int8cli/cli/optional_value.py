@@ -6,20 +6,20 @@ Owns when a word after the option is its value.
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
-from typer.core import TyperCommand
+import typer
 
+from int8cli.cli.empty_values import Command
 from int8cli.workers.ray_addresses import AUTO, HERE, LOCAL
 
 _RAY = "--ray"
 _ADDRESS = re.compile(rf"{AUTO}|{LOCAL}|{HERE}|ray://.+|.*[^:]:\d+")
 
 
-class ConvertCommand(TyperCommand):
+class ConvertCommand(Command):
     """`--ray` without an address means HERE."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_completed(args)))
 
 

@@ -29,7 +29,7 @@ from int8cli.commands.in_parts import part_of, planned_share, shards_of
 from int8cli.commands.on_ray import OnCluster, joined_cluster
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
-from int8cli.commands.places import default_output
+from int8cli.commands.places import chosen_output
 from int8cli.commands.push import Push, push_of
 from int8cli.commands.wanted_columns import columns_wanted, why_not_smoothed
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
@@ -80,7 +80,7 @@ def convert(
     """
     begun_s = time.monotonic()
     check_convert(options)
-    output = Path(output) if output is not None else default_output(str(model))
+    output = chosen_output(output, str(model))
     start_workers_early(str(model), output, options)
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
         job.prepare()
@@ -106,7 +106,7 @@ def plan_conversion(
     Fetches headers only and writes nothing. Raises what `convert` raises before it writes its first byte.
     """
     check_convert(options)
-    output = Path(output) if output is not None else default_output(str(model))
+    output = chosen_output(output, str(model))
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
         return job.plan()
 
@@ -238,8 +238,6 @@ class _Job:
         strategies = self._strategies()
         strategy = next(strategies)
         while True:
-            if self.wanted.mode != NO_OUTLIERS:
-                self.progress.note(described(strategy, self.wanted))
             try:
                 return self._convert_by(strategy)
             except CANNOT_CALIBRATE as error:
@@ -255,10 +253,8 @@ class _Job:
         if self.run.workers == 1 and part.share is not None:
             start_torch()
         strategy = next(self._strategies())
-        if self.wanted.mode != NO_OUTLIERS:
-            self.progress.note(described(strategy, self.wanted))
         columns = strategy.columns(self.source, self.state, self.progress)
-        survey, settings, run = strategy.survey, strategy.settings, self._pushing(strategy.survey)
+        run, survey, settings = self._run_with(strategy), strategy.survey, strategy.settings
         return convert_part(self.source, survey, settings, run, part, self._render(), self.progress, columns)
 
     def _ways(self) -> tuple[Way, ...]:
@@ -278,14 +274,17 @@ class _Job:
             elsewhere = self.cluster.run(self.source, strategy, self.wanted.sampling, self.progress)
         else:
             columns = strategy.columns(self.source, self.state, self.progress)
-        survey, settings, run = strategy.survey, strategy.settings, self._pushing(strategy.survey)
+        run, survey, settings = self._run_with(strategy), strategy.survey, strategy.settings
         return convert_shards(self.source, survey, settings, run, self._render(), self.progress, columns, elsewhere)
 
-    def _pushing(self, survey: Survey) -> ConversionRun:
-        """The run with where it is pushed to, if it is."""
-        if self.push is None:
-            return self.run
-        return replace(self.run, destination=self.push.destination(self.run.output, survey, self.part))
+    def _run_with(self, strategy: ColumnStrategy) -> ConversionRun:
+        """The run, with what to say about the strategy's columns, and where it is pushed to."""
+        run = self.run
+        if self.wanted.mode != NO_OUTLIERS:
+            run = replace(run, about_columns=partial(described, strategy, self.wanted))
+        if self.push is not None:
+            run = replace(run, destination=self.push.destination(run.output, strategy.survey, self.part))
+        return run
 
     def _render(self) -> RenderCard:
         return partial(render_card, source_card=self._source_card())

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from int8cli import __version__
@@ -16,7 +16,7 @@ from int8cli.conversion.worker_job import RemoteSource, WorkerJob
 from int8cli.errors import NotEnoughMemoryError
 from int8cli.estimate.ways import TORCH_BYTES, memory_to_run
 from int8cli.model.sampling import Sampling
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD, THREADS_FOR_A_SHARD
+from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS
@@ -68,7 +68,8 @@ def joined_cluster(model: str, address: str, survey: Survey, options: ConvertOpt
     cluster = RayCluster(address, __version__)
     try:
         threads = options.threads or _threads(cluster, len(survey.shards))
-        memory_bytes = TORCH_BYTES + threads * (BUFFER_BYTES_A_THREAD + SMOOTHING_BYTES_A_THREAD) + _whole_files(survey)
+        smoothed = replace(survey, smooth=True)  # whether it will be is not known yet
+        memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)
         cluster.needs = TaskNeeds(threads, memory_bytes, 1 if options.device == "cuda" else 0)
         yield OnCluster(cluster, model, options)
     finally:

@@ -177,7 +177,8 @@ class _Part:
         remaining = [shard for shard in mine if shard.file not in finished]
         if mine:
             require_room(self.source, self.survey, self.options, remaining)
-            begin_conversion(self.progress, self.survey.only(self.part.shards(self.survey)), finished)
+            survey = self.survey.only(self.part.shards(self.survey))
+            begin_conversion(self.progress, survey, finished, self.options.about_columns)
             self._convert(remaining, lock, columns)
             self.progress.done(TASK)
         if self.options.destination is not None:
