@@ -139,7 +139,7 @@ class _Matrix:
         values = values.float()
         if self.part == "magnitude":
             return values.abs()
-        return (values if self.part == "above" else -values).clamp_min_(0.0)
+        return (values if self.part == "above" else -values).clamp_min(0.0)
 
 
 class _Largest:
