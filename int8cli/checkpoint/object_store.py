@@ -99,8 +99,18 @@ class ObjectStore:
         The object appears once it is complete.
         """
         path = self.path_of(file_name)
-        self.call(lambda: self._fs.put_file(str(local), path), f"{self.name}: {file_name}")
+        self.call(lambda: self._put(str(local), path), f"{self.name}: {file_name}")
         return self.ask(file_name, path)
+
+    def _put(self, local: str, path: str) -> None:
+        """Write a file. A file system with directories gets those below the address, and never a bucket."""
+        try:
+            self._fs.put_file(local, path)
+        except FileNotFoundError:
+            if not self._fs.isdir(self._root.rpartition("/")[0]):
+                raise
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(local, path)
 
     def remove(self, file_name: str) -> None:
         """Remove an object, if it is there."""
