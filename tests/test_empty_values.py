@@ -1,4 +1,4 @@
-"""An empty value is refused by every option and argument, so that `-o "$UNSET"` does not write to the current directory."""
+"""Every option and argument refuses an empty value, so that `-o "$UNSET"` does not write to the current directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,17 @@ def test_an_empty_value_is_refused(words: tuple[str, ...], tmp_path: Path, monke
 
 def test_all_options_are_tried() -> None:
     tried = {word for words in cases() for word in words}
-    assert {"-o", "--output", "--methods", "--skip", "--work-dir", "--push-to", "--gpu", "--text", "--revision"} <= tried
+    assert {
+        "-o",
+        "--output",
+        "--methods",
+        "--skip",
+        "--work-dir",
+        "--push-to",
+        "--gpu",
+        "--text",
+        "--revision",
+    } <= tried
 
 
 def test_a_list_of_nothing_names_no_method() -> None:
@@ -52,7 +62,8 @@ def test_a_list_of_nothing_names_no_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "words"), [("", "empty"), ("a\0b", "null byte"), ("s3://bucket/m", "address"), (Path("gs://b/m"), "address")]
+    ("output", "words"),
+    [("", "empty"), ("a\0b", "null byte"), ("s3://bucket/m", "address"), (Path("gs://b/m"), "address")],
 )
 def test_the_library_refuses_an_output_that_is_no_directory(output: str | Path, words: str) -> None:
     for call in (int8cli.convert, int8cli.plan_conversion, int8cli.dequantize):

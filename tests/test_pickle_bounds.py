@@ -277,7 +277,7 @@ CALLS = {
 def test_only_functions_that_make_tensors_are_called(form: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch unpickled it"))
     content = form(PROTO + b"}" + text("a") + CALLS[what] + b"s" + STOP)
-    with pytest.raises(UnsafePickleError, match="it (names|calls) .*not unpickled"):
+    with pytest.raises(UnsafePickleError, match=r"it (names|calls) .*not unpickled"):
         read_pickled(io.BytesIO(content), "x.bin", len(content))
 
 

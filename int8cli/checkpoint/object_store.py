@@ -177,7 +177,8 @@ def _opened(url: str) -> tuple[Any, str]:
         ) from error
     except ValueError as error:
         raise ModelNotFoundError(
-            f"{shown_address(url)}: {_said(error)}", hint="MODEL is a Hub id (org/name), a directory, or an address as s3://…"
+            f"{shown_address(url)}: {_said(error)}",
+            hint="MODEL is a Hub id (org/name), a directory, or an address.",
         ) from error
     except Exception as error:  # whatever a driver raises that parses the address, or connects at once
         raise TransferError(
@@ -200,7 +201,7 @@ def _refuse_final(error: Exception, what: str, url: str) -> None:
     if isinstance(error, _OF_THE_DRIVER):
         raise TransferError(
             f"{what}: the file system that fsspec has for it failed: {type(error).__name__}: {_said(error)}",
-            hint="It may have got an answer that it does not expect. Check the address, and the version of its package.",
+            hint="It may have got an answer that it does not expect. Check the address and its package.",
         ) from error
 
 

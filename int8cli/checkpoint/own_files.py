@@ -106,7 +106,7 @@ def sync_files(directory: Path, below: Path) -> None:
 
 
 def remove_tree(directory: Path, below: Path) -> None:
-    """Remove a directory of ours. Errors are ignored. Links, and what is no directory, are neither followed nor removed.
+    """Remove a directory of ours. Errors are ignored. Links and what is no directory are neither followed nor removed.
 
     Raises OutputError if the directory is not below `below`.
     """

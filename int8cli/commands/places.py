@@ -18,7 +18,7 @@ def chosen_output(output: str | Path | None, model: str) -> Path:
 def output_directory(output: str | Path) -> Path:
     """A directory of this machine to write to. Raises OptionError for what names none.
 
-    An empty name, which Path takes for `.`, or an address such as s3://bucket/model, of which it makes s3:/bucket/model.
+    Path takes an empty name for `.`, and makes a directory s3: of an address such as s3://bucket/model.
     """
     name = str(output) if output != "" else ""
     if not name or "\0" in name:
