@@ -234,6 +234,8 @@ def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
     for head, owners in absent_modules.TIED_HEADS.items():
         if not types or any(model_type in owners for model_type in types):
             yield head
+            if "." in head and isinstance(config.get("decoder"), Mapping):
+                yield f"decoder.{head}"  # for the version that compares whole names
     for head, families in absent_modules.FAMILY_TASK_HEADS.items():
         if not set(families).isdisjoint(types):
             yield head

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from int8cli.checkpoint.output_names import OWN_DIRECTORY
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, TensorSpec
 from int8cli.errors import AlreadyConvertedError, AlreadyQuantizedError
 from int8cli.planning.architectures import LINEAR_NAME
@@ -25,7 +25,6 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 # No one trains in these: they are codes.
 _CODES = ("F4", "F6_")
-_CONVERSION_FILE = f"{OWN_DIRECTORY}/conversion.json"
 # What a config calls the description of a quantization. Without a method by name, one of these fields shows it.
 _SECTION_NAME = re.compile(r"quantization(?:_config)?|quant(?:ization)?_config|compression_config")
 _SECTION_FIELDS = frozenset({"bits", "w_bit", "group_size", "config_groups", "load_in_4bit", "load_in_8bit"})
@@ -35,7 +34,7 @@ _ASKED_OF_THE_LOADER = frozenset({"bitsandbytes", "unnamed"})
 
 def refuse_own_output(name: str, files: Iterable[str]) -> None:
     """Raise AlreadyConvertedError for the files of a conversion of ours."""
-    if _CONVERSION_FILE in files:
+    if CONVERSION_FILE in files:
         raise AlreadyConvertedError(f"{name} is already int8: int8cli wrote it")
 
 
