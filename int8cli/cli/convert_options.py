@@ -1,6 +1,7 @@
 """The options of `int8cli convert` that no other command has: their types, help and completion."""
 
 import enum
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,6 +74,30 @@ Outliers = Annotated[
         "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
         "run, otherwise weights.",
         autocompletion=complete_outliers,
+    ),
+]
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.5 %` as a share: 0.01, 0.005."""
+    number = str(text).strip().removesuffix("%").rstrip()
+    try:
+        percent = float(number) if str(text).strip().endswith("%") else math.nan
+    except ValueError:
+        percent = math.nan
+    if not 0.0 < percent <= 100.0:
+        raise typer.BadParameter(f"{text!r} is not a percentage, such as 1%")
+    return percent / 100.0
+
+
+OutlierBudget = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_share,
+        metavar="PERCENT",
+        help="Instead of a number for each layer: what all stored columns may take, in percent of the output. They go "
+        "where they save most. Takes a statistics file, or a model on disk.",
+        show_default="no budget",
     ),
 ]
 

@@ -22,6 +22,7 @@ CONVERT: Hints = {
     errors.MissingTransformersError: _BY_WEIGHTS,
     errors.NonFiniteError: "--on-nonfinite keep leaves such weights in their source dtype.",
     errors.NonFiniteRunError: _BY_WEIGHTS,
+    errors.NoStatisticsYetError: f"{_MAKE_STATISTICS} --outliers FILE.safetensors chooses by it.",
     errors.NotEnoughMemoryError: f"{_BY_WEIGHTS} --device cpu needs no GPU.",
     errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",

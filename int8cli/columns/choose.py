@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
-from int8cli.columns.foreseen import TOKENIZER_FILES
+from int8cli.columns.foreseen import TOKENIZER_FILES, require_statistics_first
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
 from int8cli.errors import CANNOT_CALIBRATE, CannotRunError, Int8cliError, MissingExtraError
@@ -45,13 +45,15 @@ def column_strategies(
         try:
             strategy = _from_activations(wanted, source, survey, settings, state_directory)
         except CANNOT_CALIBRATE as error:
-            if mode == FROM_ACTIVATIONS:
+            if mode == FROM_ACTIVATIONS or wanted.budget:
                 raise
             by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
             fallback = "the weights" if by_weights else "no outlier columns"
             note(falling_back(error, fallback + (WITHOUT_SMOOTHING if wanted.smooth else "")))
         else:
             yield strategy
+    if wanted.budget:  # nothing else can share it out
+        return
     if mode in (AUTO, FROM_WEIGHTS):
         counts = counts_from_weights(survey, wanted.limit) if wanted.limit else {}
         if counts or mode == FROM_WEIGHTS:
@@ -77,6 +79,7 @@ def _from_activations(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
 ) -> ColumnStrategy:
     """Raises the errors of a calibration that config.json and file names already show."""
+    require_statistics_first(wanted, source, survey)
     if not TOKENIZER_FILES & set(source.list_files()):
         raise CannotRunError("the checkpoint has no tokenizer")
     require_transformers()

@@ -52,7 +52,7 @@ def strategy_from_activations(
 
     def columns(progress: Progress) -> ColumnSource:
         return_memory_promptly()
-        run = CalibrationRun(planned.text, options, wanted.model_threads)
+        run = CalibrationRun(planned.text, options, wanted)
         return CalibratedColumns(source, survey, run, progress)
 
     return ColumnStrategy(
@@ -64,25 +64,28 @@ def strategy_from_activations(
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """A calibration to run. `model_threads` is the number of torch threads while the model runs."""
+    """A calibration to run, and what its statistics are wanted for."""
 
     text: Text
     options: CalibrateOptions
-    model_threads: int = 1
+    wanted: ColumnsWanted
 
 
 class CalibratedColumns(ColumnSource):
-    """Columns chosen by running the model. StatisticsColumns makes the choice."""
+    """Columns chosen by running the model. StatisticsColumns makes the choice.
+
+    With a budget, the model runs to its end before the first shard is converted, and each shard is read once more.
+    """
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
-        self._columns = StatisticsColumns(survey, run.options.stored_columns, smooth=run.options.smooth)
+        self._columns = StatisticsColumns(survey, run.wanted)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
         """Run the model, and yield each shard with torch set to one thread. Raises what `calibrate` raises."""
         run = self._run
         with (
-            torch_threads(run.model_threads),
+            torch_threads(run.wanted.model_threads),
             Calibration.of(self._source, self._survey, run.text, run.options, self._progress) as calibration,
             closing(calibration.run()) as steps,
         ):
@@ -90,7 +93,7 @@ class CalibratedColumns(ColumnSource):
             for step in steps:
                 if isinstance(step, UnitStatistics):
                     self._columns.learn(step.sites, step.tensors)
-                else:
+                elif not run.wanted.budget:
                     with torch_threads(1):
                         yield step
 

@@ -30,7 +30,8 @@ class ColumnsWanted:
     """What the user asked for: one of MODES or a statistics file, and the most columns for each linear.
 
     `smooth`: smooth what a calibration or the file has proved. A `text` of None means the built-in sample. `known` are
-    the settings of an unfinished conversion to resume.
+    the settings of an unfinished conversion to resume. With a `budget`, the columns of all linears take at most this
+    share of the output's bytes, and `limit` is 0.
     """
 
     mode: str
@@ -41,6 +42,12 @@ class ColumnsWanted:
     model_threads: int = 1
     known: Settings | None = None
     smooth: bool = False
+    budget: float = 0.0
+
+    @property
+    def stores(self) -> bool:
+        """Whether any columns are wanted."""
+        return bool(self.limit or self.budget)
 
     @property
     def mode_to_resume(self) -> str:
@@ -50,7 +57,7 @@ class ColumnsWanted:
 
     def nothing(self, survey: Survey) -> bool:
         """Whether there is nothing to choose."""
-        nothing = not self.limit and not self.smooth
+        nothing = not self.stores and not self.smooth
         return nothing or self.mode_to_resume == NO_OUTLIERS or not survey.plan.quantized
 
 
@@ -74,5 +81,4 @@ def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
 
 def at_most(decision: Decision, limit: int) -> int:
     """How many columns a linear gets: `limit`, or all of a narrower one."""
-    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
-    return min(limit, in_features)
+    return min(limit, decision.computed_shape[1])

@@ -24,7 +24,7 @@ from int8cli.commands.options import (
 from int8cli.commands.wanted_columns import wants_smoothing
 from int8cli.errors import CannotRunInPartsError, OptionError
 from int8cli.planning.layouts import LAYOUTS, layout_of
-from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS
 from int8cli.workers.torch_start import start_torch
 
 MOST_MACHINES = 10_000
@@ -51,6 +51,7 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    _check_budget(options)
     _check_target(options)
     if options.smooth is not None:
         _check_smooth(str(options.smooth), str(options.outliers))
@@ -210,6 +211,22 @@ def _check_outliers(value: str, text: Path | None) -> None:
         raise OptionError(message, option="outliers")
     if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
         raise OptionError(f"a text has no effect if outlier columns come from {value!r}", option="text")
+
+
+def _check_budget(options: ConvertOptions) -> None:
+    budget, outliers = options.outlier_budget, str(options.outliers)
+    if budget is None:
+        return
+    if not 0.0 < budget <= 1.0:
+        raise OptionError(f"{budget} is not a share of the output, over 0 and at most 1", option="outlier_budget")
+    if options.outlier_columns is not None:
+        raise OptionError("a number of columns for each layer is given too", option="outlier_budget")
+    if outliers in (FROM_WEIGHTS, NO_OUTLIERS):
+        raise OptionError(
+            f"{outliers!r} does not tell what storing a column saves",
+            option="outlier_budget",
+            hint="Run the model, or use the statistics of such a run.",
+        )
 
 
 def _check_smooth(value: str, outliers: str) -> None:

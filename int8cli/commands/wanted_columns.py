@@ -11,8 +11,9 @@ from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, 
 def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
     """`known` are the settings of an unfinished conversion, which resumes as it began unless another way is named."""
     mode, limit = str(options.outliers), options.outlier_columns
+    budget = options.outlier_budget or 0.0
     if limit is None:
-        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS else 0
+        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS and not budget else 0
     smooth = _smooth(options)
     if smooth not in SMOOTH_MODES:  # a statistics file, which columns that are to be chosen are chosen by too
         mode, limit = smooth, limit if mode != NO_OUTLIERS else 0
@@ -20,7 +21,7 @@ def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWa
     if options.smooth is None and known is not None and mode == AUTO:
         smooths = known.smooth != NO_SMOOTHING
     sampling = Sampling(options.tokens, options.sequence_length, options.seed)
-    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths)
+    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths, budget)
 
 
 def wants_smoothing(options: ConvertOptions) -> bool:

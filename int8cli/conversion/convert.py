@@ -53,7 +53,7 @@ class ConversionRun:
 
     `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
     conversion in the directory. `destination` takes each shard as it is finished; with `most_outputs` it removes them,
-    so that no more than that are in the directory at once.
+    so that no more than that are in the directory at once. `about_columns` says how outlier columns are chosen.
     """
 
     output: Path
@@ -64,6 +64,7 @@ class ConversionRun:
     device: str = "cpu"
     destination: Destination | None = None
     most_outputs: int | None = None
+    about_columns: Callable[[], str] | None = None
 
 
 def convert(
@@ -97,26 +98,17 @@ def convert(
         require_room(source, survey, options, remaining)
         store.claim(conversion)
         store.remove_partial_files()
-        begin_conversion(progress, survey, records)
+        begin_conversion(progress, survey, records, options.about_columns)
         copy_files(source, survey, options.output)
-        executor = executor_for(options, len(remaining) if elsewhere is None else 0, lock, progress)
+        shards = _Shards(source, survey, options, store, lock, progress)
+        tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]
         try:
-            tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]
-            recorded = recorded_exponents(options.output, records.values()) if survey.smooth and remaining else {}
-            if elsewhere is not None:
-                records.update(elsewhere(tasks))
-                tasks = []
-            on_record = None if destination is None else destination.add
-            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded, on_record)
-            records.update(loop.run(partial(require_room, source, survey, options, remaining)))
+            records |= shards.convert(tasks, records, columns or NoColumns(), elsewhere)
         except CANNOT_CALIBRATE:
             # So that another strategy can use the directory.
             if not any(store.finished(shard) or store.uploaded(shard) for shard in conversion.shards):
                 store.clear()
             raise
-        finally:
-            executor.close()
-            store.remove_partial_files()  # an interrupt may have prevented other clean-up
         progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
@@ -125,6 +117,42 @@ def convert(
         # This includes shards that a killed run fetched and this run did not need.
         store.remove_state()
         return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """What the shards of one conversion are converted with. `lock` is the directory's: workers keep it."""
+
+    source: Source
+    survey: Survey
+    options: ConversionRun
+    store: RecordStore
+    lock: int
+    progress: Progress
+
+    def convert(
+        self,
+        tasks: list[ShardTask],
+        records: Mapping[str, ShardRecord],
+        columns: ColumnSource,
+        elsewhere: ConvertElsewhere | None,
+    ) -> dict[str, ShardRecord]:
+        """Convert and record shards beside those that have `records`. Returns the new records, by source file."""
+        remaining, found = [task.source for task in tasks], dict[str, ShardRecord]()
+        executor = executor_for(self.options, len(tasks) if elsewhere is None else 0, self.lock, self.progress)
+        try:
+            recorded = recorded_exponents(self.options.output, records.values()) if self.survey.smooth and tasks else {}
+            if elsewhere is not None:
+                found.update(elsewhere(tasks))
+                tasks = []
+            destination = self.options.destination
+            on_record = None if destination is None else destination.add
+            loop = ShardLoop(self.source, tasks, executor, self.store, self.progress, columns, recorded, on_record)
+            found.update(loop.run(partial(require_room, self.source, self.survey, self.options, remaining)))
+        finally:
+            executor.close()
+            self.store.remove_partial_files()  # an interrupt may have prevented other clean-up
+        return found
 
 
 def require_possible(source: Source, survey: Survey, settings: Settings, options: ConversionRun) -> None:

@@ -77,9 +77,10 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
         yield from _loading(survey)
         yield from _too_large(survey)
     stored = report.stored
+    wanted = report.settings["outlier_columns"] or report.settings.get("outlier_budget")
     if smoothing is not None:
         yield from smoothing_section(smoothing)
-    if stored is not None and (stored.total.columns or report.settings["outlier_columns"]):
+    if stored is not None and (stored.total.columns or wanted):
         yield from _stored_columns(report, stored, survey)
     yield from _layers(report)
 

@@ -15,7 +15,7 @@ from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
 from int8cli.report.ways import ways_table
-from int8cli.results.units import counted, human_bytes, human_count, told_apart
+from int8cli.results.units import counted, human_bytes, human_count, percent, told_apart
 
 PLAN_SCHEMA = "int8cli.plan/1"
 
@@ -94,6 +94,7 @@ def _stored_to_json(survey: Survey, settings: Settings | None) -> dict[str, Any]
         "layers": len(counts),
         "chosen_from": chosen.get("outliers"),
         "columns_a_layer": chosen.get("outlier_columns"),
+        "budget": chosen.get("outlier_budget"),
         "calibration": chosen.get("calibration"),
     }
 
@@ -139,13 +140,15 @@ def _stored_lines(survey: Survey) -> list[str]:
 def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
-    if not settings.outlier_columns:
+    if settings.most_columns == 0:
         return f"smoothed where the model proves to compute the same bits; {escape(chosen_by(asdict(settings)))}"
     values = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(values))
     by = escape(chosen_by(values))
     smoothed = "; smoothed where the model proves to compute the same bits" if survey.smooth else ""
-    return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}{smoothed}"
+    whole = f"{percent(settings.outlier_budget)} of the output"
+    limit = f"{settings.most_columns:,} per layer" if settings.most_columns else whole
+    return f"up to {columns} stored exactly, at most {limit}; {by}{smoothed}"
 
 
 def _disk_line(room: Room) -> str:
