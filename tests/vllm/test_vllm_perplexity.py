@@ -9,7 +9,7 @@ from support.in_vllm import Vllm
 from transformers import AutoConfig
 
 from int8cli import ConvertOptions, EvaluateOptions, InspectOptions, convert, evaluate, inspect_outliers
-from int8cli.commands.options import InputsName
+from int8cli.commands.options import InputsName, LayoutName
 from int8cli.data import HELD_OUT_NAME, held_out_text
 from int8cli.model.sampling import Sampling
 from int8cli.model.text import Text, sequences_of
@@ -19,13 +19,14 @@ from int8cli.results.evaluation import REFERENCE
 
 ROOT = Path(__file__).parents[2]
 MADE = ROOT / "demo" / "SmolLM2-135M-Instruct"
-SEQUENCES, LENGTH = 4, 512
+SEQUENCES, LENGTH = 2, 512
 # In nats: of two implementations of the same arithmetic, whose inputs differ by bfloat16's rounding.
 NOISE = 0.003
+# What vLLM computes, by its name in `evaluate`.
 METHODS: dict[InputsName, str] = {
-    "absmax": "smoothed-vector-wise",
-    "zeropoint": "smoothed-zeropoint-inputs",
-    "none": "smoothed-int8-weights",
+    "absmax": "vector-wise",
+    "zeropoint": "zeropoint-inputs",
+    "none": "int8-weights",
 }
 
 
@@ -40,31 +41,37 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_perplexity_in_vllm_is_that_of_evaluate(model: Path, vllm: Vllm, tmp_path: Path) -> None:
-    statistics = inspect_outliers(model, InspectOptions(tokens=2048, smooth=True))
+    statistics = inspect_outliers(model, InspectOptions(tokens=LENGTH, smooth=True))
     assert isinstance(statistics, OutlierStatistics)
-    save_statistics(statistics, tmp_path / "statistics.safetensors")
-    options = EvaluateOptions(
-        methods=tuple(METHODS.values()),
-        tokens=SEQUENCES * LENGTH,
-        sequence_length=LENGTH,
-        outliers=tmp_path / "statistics.safetensors",
-    )
-    evaluated = {each.key: each.scores.nats for each in evaluate(model, options).methods}
-    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
-    text = Text.decode(HELD_OUT_NAME, held_out_text())
-    inputs = sequences_of(text, model, AutoConfig.from_pretrained(model), sampling)
-    ids = [each["input_ids"].flatten().tolist() for each in inputs]
-    found = {REFERENCE: nats_of(model, ids, vllm)}
-    for each, method in METHODS.items():
-        choice = ConvertOptions(
-            outliers="none", smooth=options.outliers, layout="compressed-tensors", inputs=each, figures=False
-        )
-        output = convert(model, tmp_path / each, choice).output
-        found[method] = nats_of(output, ids, vllm)
+    smooth = tmp_path / "statistics.safetensors"
+    save_statistics(statistics, smooth)
+    for inputs in METHODS:
+        layout: LayoutName = "compressed-tensors"
+        options = ConvertOptions(outliers="none", smooth=smooth, layout=layout, inputs=inputs, figures=False)
+        convert(model, tmp_path / inputs, options)
+    evaluated = nats_by_evaluate(tmp_path / "absmax", model)  # the others have the same int8 weights
+    ids = tokens_of(model)
+    found = {REFERENCE: nats_in_vllm(model, ids, vllm)}
+    found |= {method: nats_in_vllm(tmp_path / inputs, ids, vllm) for inputs, method in METHODS.items()}
     for method, nats in found.items():
         print(f"{method}: {nats:.4f} nats in vLLM, {evaluated[method]:.4f} by evaluate")
     assert found == pytest.approx(evaluated, abs=NOISE)
 
 
-def nats_of(directory: Path, ids: list[list[int]], vllm: Vllm) -> float:
+def nats_by_evaluate(output: Path, model: Path) -> dict[str, float]:
+    methods = tuple(METHODS.values())
+    tokens = SEQUENCES * LENGTH
+    options = EvaluateOptions(methods=methods, tokens=tokens, sequence_length=LENGTH, source=model)
+    return {each.key: each.scores.nats for each in evaluate(output, options).methods if each.scores is not None}
+
+
+def tokens_of(model: Path) -> list[list[int]]:
+    """The sequences that `evaluate` runs."""
+    text = Text.decode(HELD_OUT_NAME, held_out_text())
+    sampling = Sampling(SEQUENCES * LENGTH, LENGTH, EvaluateOptions().seed)
+    inputs = sequences_of(text, model, AutoConfig.from_pretrained(model), sampling)
+    return [each["input_ids"].flatten().tolist() for each in inputs]
+
+
+def nats_in_vllm(directory: Path, ids: list[list[int]], vllm: Vllm) -> float:
     return -float(vllm.open(directory, ids, dtype="bfloat16", every_token=False).logprobs.mean())
