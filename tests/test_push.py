@@ -163,6 +163,13 @@ def test_a_repository_with_another_model_is_refused(user: User) -> None:
     assert user.hub.put_bytes == 0
 
 
+def test_a_source_is_not_replaced_by_its_conversion(user: User) -> None:
+    """Its shards have the same names."""
+    user.hub.new_repo(REPO, {"model-00001-of-00003.safetensors": b"weights"})
+    refused(user.push(), "holds another model: model-00001-of-00003.safetensors", "Choose another place")
+    assert user.hub.put_bytes == 0
+
+
 def test_a_full_repository_is_refused_until_it_has_room(user: User, converted: Path) -> None:
     user.hub.new_repo(REPO)
     user.hub.limit(REPO, 1000)

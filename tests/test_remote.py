@@ -23,6 +23,7 @@ from support.progress import CoherentProgress
 import int8cli
 from int8cli.checkpoint.hub import HubOptions, RetryPolicy
 from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.remote import StoreSource
 from int8cli.errors import (
     AccessDeniedError,
@@ -248,7 +249,7 @@ def test_a_conversion_is_streamed_from_store_to_store(store: Store, model: Path,
     Store.on_put = lambda name: order.append(name)
     int8cli.convert("store://bucket/model", tmp_path / "out", streaming())
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
-    assert order[:3] == SHARDS
+    assert order[:4] == ["int8/conversion.json", *SHARDS]
     assert order[-1] == "config.json"
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert int8cli.status(tmp_path / "out").shards_removed == 3
@@ -307,7 +308,7 @@ def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
         ({"smooth": "statistics.safetensors"}, True),
         ({"layout": "compressed-tensors", "outliers": "auto"}, True),
         ({"layout": "compressed-tensors", "outliers": "auto", "smooth": "none"}, False),
-        ({"layout": "compressed-tensors", "outliers": "auto", "inputs": "none"}, False),
+        ({"layout": "compressed-tensors", "outliers": "auto", "inputs": "none"}, True),
         ({"layout": "compressed-tensors"}, False),
     ],
 )
@@ -319,6 +320,96 @@ def test_what_is_smoothed_keeps_its_shards(changes: dict[str, Any], smooths: boo
     with pytest.raises(OptionError, match="needs its shards until it is finished") as caught:
         int8cli.plan_conversion(model, tmp_path / "out", options)
     assert caught.value.option == "keep_output"
+
+
+def test_a_source_is_not_replaced_by_its_conversion(store: Store, model: Path, tmp_path: Path) -> None:
+    """Its shards have the same names."""
+    before = objects(store, "bucket/model")
+    for source in (model, "store://bucket/model"):
+        with pytest.raises(DestinationError, match=f"holds another model: {SHARDS[0]}"):
+            int8cli.convert(source, tmp_path / "out", replace(streaming(), push_to="store://bucket/model"))
+        int8cli.convert(source, tmp_path / "local", OPTIONS)
+        with pytest.raises(DestinationError, match=f"holds another model: {SHARDS[0]}"):
+            int8cli.push(tmp_path / "local", "store://bucket/model/")
+    assert objects(store, "bucket/model") == before
+
+
+def test_no_loader_opens_a_model_that_is_half_replaced(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "first", streaming())
+    assert store.exists("/bucket/out/config.json")
+
+    def refuse_second(name: str) -> None:
+        if name == SHARDS[1]:
+            raise PermissionError("Access Denied")
+
+    Store.on_put = refuse_second
+    with pytest.raises(AccessDeniedError):
+        int8cli.convert(model, tmp_path / "second", streaming(threshold=5.0, skip=("*.q_proj",)))
+    assert not store.exists("/bucket/out/config.json")
+    Store.on_put = lambda name: None
+    int8cli.convert(model, tmp_path / "second", streaming(threshold=5.0, skip=("*.q_proj",)))
+    int8cli.convert(model, tmp_path / "local", replace(OPTIONS, threshold=5.0, skip=("*.q_proj",)))
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def broken(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+# A driver's method, and what it returns or raises.
+DRIVERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "find raises": ("find", broken(KeyError("items"))),
+    "find knows nothing": ("find", lambda *_, **__: None),
+    "find lists names": ("find", lambda *_, **__: ["/bucket/model/config.json"]),
+    "find describes nothing": ("find", lambda *_, **__: {"/bucket/model/config.json": None}),
+    "find names nothing": ("find", lambda *_, **__: {None: {"type": "file"}}),
+    "info raises": ("info", broken(AttributeError("headers"))),
+    "info knows no size": ("info", lambda *_, **__: {}),
+    "a size of another type": ("info", lambda *_, **__: {"size": []}),
+    "a negative size": ("info", lambda *_, **__: {"size": -1}),
+    "a read raises": ("cat_file", broken(NotImplementedError())),
+    "a read asserts": ("cat_file", broken(AssertionError("offset"))),
+    "nothing is read": ("cat_file", lambda *_, **__: None),
+    "text is read": ("cat_file", lambda *_, **__: "{}"),
+}
+
+
+@pytest.mark.parametrize("case", DRIVERS)
+def test_a_driver_that_breaks_its_word_is_an_error(
+    case: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, does = DRIVERS[case]
+    monkeypatch.setattr(Store, method, does)
+    with pytest.raises(TransferError, match=r"the file system that fsspec has for it failed: \w+Error"):
+        int8cli.convert("store://bucket/model", tmp_path / "out", replace(OPTIONS, retry_for=0.0))
+
+
+@pytest.mark.parametrize("error", [TypeError("path"), OSError("no route"), RuntimeError("kernel")])
+def test_a_driver_that_cannot_begin_is_an_error(
+    error: Exception, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", broken(error))
+    with pytest.raises(TransferError, match=r"store://user:…@bucket/model: cannot be opened: .*path|route|kernel"):
+        int8cli.convert("store://user:secret@bucket/model", tmp_path / "out", OPTIONS)
+
+
+def test_no_password_is_shown(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "find", broken(PermissionError("store://user:secret@bucket refuses")))
+    with pytest.raises(AccessDeniedError) as caught:
+        source_of(tmp_path, "store://user:secret@bucket/model")
+    assert "secret" not in f"{caught.value} {caught.value.hint}"
+    assert "user:…@bucket" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["s3://", "store:///", "memory://"])
+def test_an_address_of_nothing_is_none(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        int8cli.convert(address, tmp_path / "out", OPTIONS)
+    with pytest.raises(OptionError, match="not an address"):
+        int8cli.convert(tmp_path, tmp_path / "out", replace(OPTIONS, push_to=address))
 
 
 def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_path: Path) -> None:
@@ -337,7 +428,7 @@ def test_a_cluster_writes_to_a_store(store: Store, model: Path, tmp_path: Path) 
     Store.on_put = lambda name: order.append(name)
     int8cli.convert("store://bucket/model", tmp_path / "out", streaming(ray="local"))
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
-    assert (order[:3], order[-1]) == (SHARDS, "config.json")
+    assert (order[:4], order[-1]) == ([CONVERSION_FILE, *SHARDS], "config.json")
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
@@ -349,11 +440,11 @@ def test_parts_write_to_a_store(store: Store, model: Path, tmp_path: Path) -> No
         result = int8cli.convert("store://bucket/model", tmp_path / "out", streaming(part=(number, 3)))
         assert result.to_publish
         assert not list((tmp_path / "out").glob("*.safetensors"))
-    assert sorted(order) == SHARDS
+    assert sorted(order) == [CONVERSION_FILE, *SHARDS]
     assert not int8cli.convert("store://bucket/model", tmp_path / "out", streaming(finish=True)).to_publish
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
     assert order[-1] == "config.json"
-    assert len(order) == len(set(order))
+    assert sorted(order) == sorted([*files_in(tmp_path / "local"), CONVERSION_FILE])
 
 
 def test_a_shard_that_another_process_sent_and_removed_meanwhile(store: Store, model: Path, tmp_path: Path) -> None:
@@ -363,7 +454,7 @@ def test_a_shard_that_another_process_sent_and_removed_meanwhile(store: Store, m
     overtaken: list[str] = []
 
     def overtake(name: str) -> None:
-        if not overtaken:
+        if name in SHARDS and not overtaken:
             overtaken.append(name)
             int8cli.convert("store://bucket/model", tmp_path / "out", options)
 

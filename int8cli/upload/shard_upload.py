@@ -15,7 +15,7 @@ from int8cli.errors import Int8cliError
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.records.upload_record import UploadedFile, UploadRecord
-from int8cli.upload.contents import shard_file
+from int8cli.upload.contents import conversion_file, shard_file
 from int8cli.upload.target import Target
 
 # Called with the name of a shard, the bytes of one of its files, and how many of them were sent.
@@ -43,6 +43,7 @@ class ShardUpload:
         process that has the same shard has sent and removed it meanwhile.
         """
         taken = []
+        self.target.claim(conversion_file(self.directory))
         for file in record.files:
             try:
                 found = shard_file(self.directory, file)
