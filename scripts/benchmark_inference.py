@@ -164,8 +164,8 @@ def show(found: Sequence[Figures]) -> None:
     print("|---" * (4 + len(batches)) + "|")
     for each in found:
         cells = [human_bytes(each.weights_bytes) if each.weights_bytes else "", human_bytes(each.peak_bytes)]
-        cells.append(cell(each.prefill_ms, base and base.prefill_ms, 0))
-        cells += [cell(each.decode_ms[batch], base and base.decode_ms[batch], 1) for batch in batches]
+        cells.append(cell(each.prefill_ms, base.prefill_ms if base else None, 0))
+        cells += [cell(each.decode_ms[batch], base.decode_ms[batch] if base else None, 1) for batch in batches]
         print(f"| {each.method} | " + " | ".join(cells) + " |")
 
 
