@@ -6,13 +6,15 @@ Each of the other environments opens them, and also quantizes the source on load
     python scripts/table_of_versions.py .venv-457/bin/python .venv-500/bin/python .venv/bin/python
     python scripts/table_of_versions.py --only llama,bert .venv/bin/python    a few architectures, printed only
 
-An environment needs torch, transformers, bitsandbytes and accelerate, for the last two columns also int8cli itself, and
-for compressed-tensors also that package. Takes about five minutes per environment on two cores.
+An environment needs torch, transformers, bitsandbytes and accelerate, for the last two columns also what int8cli needs
+(int8cli itself is that of this clone), and for compressed-tensors also that package. Takes about two minutes per
+environment on two cores.
 """
 
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -72,9 +74,11 @@ def tried(python: str, cases: Path, outcomes: Path) -> tuple[dict[str, str | Non
     """The packages of one environment, and the outcome of each case in it."""
     saved = outcomes / f"{python.strip('./').replace('/', '_')}.jsonl"
     if not saved.exists():
-        runs = subprocess.run([python, "-c", "import int8cli.cli"], capture_output=True, check=False).returncode == 0
+        this_int8cli = os.environ | {"PYTHONPATH": str(ROOT)}
+        imports = [python, "-c", "import int8cli.cli"]
+        runs = subprocess.run(imports, capture_output=True, check=False, env=this_int8cli).returncode == 0
         command = [python, str(PROGRAMS / "loading.py"), str(cases), *(["--run"] if runs else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=this_int8cli)
         if done.returncode != 0:
             raise SystemExit(f"{python}: {done.stderr.strip()[-2000:]}")
         saved.write_text(done.stdout, encoding="utf-8")

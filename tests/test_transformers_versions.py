@@ -25,6 +25,15 @@ from int8cli.planning.plan import make_plan
 RULES = pytest.mark.parametrize("rule", SKIP_RULES.values(), ids=SKIP_RULES)
 
 
+def covers_by_whole_parts(entry: str, module: str) -> bool:
+    """vllm-bnb-plugin 0.0.3, `is_layer_skipped_bnb`: a part of the name, or all of its first parts."""
+    return entry in module.split(".") or f"{module}.".startswith(f"{entry}.")
+
+
+ALL_LOADERS = SKIP_RULES | {"vllm-bnb-plugin 0.0.3": covers_by_whole_parts}
+ALL_RULES = pytest.mark.parametrize("rule", ALL_LOADERS.values(), ids=ALL_LOADERS)
+
+
 def left_alone(plan: Plan, rule: SkipRule) -> set[str]:
     """The modules with a weight that a loader with this rule leaves alone, of those that the plan knows."""
     modules = {d.module for d in plan.decisions if d.spec.name.endswith(".weight")}
@@ -74,9 +83,9 @@ def test_the_rule_agrees_with_the_installed_transformers() -> None:
             assert rule(entry, module) != utils.should_convert_module(module, [entry])
 
 
-@RULES
+@ALL_RULES
 @pytest.mark.parametrize("skip", [("*.q_proj",), ("*.layers.1.*",), ("model.layers.1.mlp.up_proj",), ("*",)])
-def test_skipped_modules_are_not_quantized_in_any_version(rule: SkipRule, skip: tuple[str, ...]) -> None:
+def test_skipped_modules_are_not_quantized_by_any_loader(rule: SkipRule, skip: tuple[str, ...]) -> None:
     plan = plan_of(*llama(12), skip=skip)
     found = left_alone(plan, rule)
     assert {d.module for d in plan.copied if d.reason == why.SKIPPED} <= found
@@ -92,7 +101,7 @@ def test_the_head_of_modernbert_is_named_in_every_version(rule: SkipRule) -> Non
     assert not left_alone(plan, rule) & {d.module for d in plan.quantized}
 
 
-@RULES
+@ALL_RULES
 def test_linear_subclasses_are_skipped_because_older_versions_replace_them(rule: SkipRule) -> None:
     linear = spec("transformer.h.0.mlp.dense_h_to_4h.weight", 8, 8)
     plan = plan_of(linear, config={"model_type": "falcon"})

@@ -24,6 +24,7 @@ from int8cli.cli import (
     status,
     verify,
 )
+from int8cli.cli.empty_values import Command
 from int8cli.cli.errors import errors_outside_commands, interruptions
 from int8cli.cli.signals import end_on_signals
 from int8cli.cli.streams import prepare_streams
@@ -70,6 +71,7 @@ def _add(name: str, command: Callable[..., None], examples: str, more: str = "")
         name,
         help="\n\n".join(paragraphs),
         short_help=paragraphs[0],
+        cls=Command,
         epilog=f"Examples:\n\n\b\n{examples}" + (f"\n{more}" if more else ""),  # \b: do not wrap these lines
     )(command)
 

@@ -40,7 +40,8 @@ def after_convert(
     ]
     if pushed is None:
         commands.append(f"int8cli push {directory} YOUR-NAME/{shlex.quote(output.name)}")
-    if report.settings["layout"] == compressed_tensors.NAME:
+    in_vllm = compressed_tensors.vllm_reads(layer.name for layer in report.layers)
+    if report.settings["layout"] == compressed_tensors.NAME and in_vllm:
         commands.insert(1, f"vllm serve {directory}")
     else:
         commands.insert(1, f"python -i -c {_quoted(f'import int8cli; model = int8cli.load_model({str(output)!r})')}")

@@ -29,7 +29,7 @@ from int8cli.commands.in_parts import part_of, shards_of
 from int8cli.commands.on_ray import joined_cluster, run_on
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
-from int8cli.commands.places import default_output
+from int8cli.commands.places import chosen_output
 from int8cli.commands.push import Push, push_of
 from int8cli.commands.wanted_columns import columns_wanted, why_not_smoothed
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
@@ -80,7 +80,7 @@ def convert(
     """
     begun_s = time.monotonic()
     check_convert(options)
-    output = Path(output) if output is not None else default_output(str(model))
+    output = chosen_output(output, str(model))
     start_workers_early(str(model), output, options)
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
         job.prepare()
@@ -105,7 +105,7 @@ def plan_conversion(
     Fetches headers only and writes nothing. Raises what `convert` raises before it writes its first byte.
     """
     check_convert(options)
-    output = Path(output) if output is not None else default_output(str(model))
+    output = chosen_output(output, str(model))
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
         return job.plan()
 
@@ -222,8 +222,6 @@ class _Job:
         strategies = self._strategies()
         strategy = next(strategies)
         while True:
-            if self.wanted.mode != NO_OUTLIERS:
-                self.progress.note(described(strategy, self.wanted))
             try:
                 return self.convert_by(strategy)
             except CANNOT_CALIBRATE as error:
@@ -240,15 +238,12 @@ class _Job:
             start_torch()
         strategy = self.only_strategy()
         columns = strategy.columns(self.progress)
-        survey, settings = strategy.survey, strategy.settings
-        return convert_part(self.source, survey, settings, self.run, part, self._render(), self.progress, columns)
+        run, survey, settings = self._run_with(strategy), strategy.survey, strategy.settings
+        return convert_part(self.source, survey, settings, run, part, self._render(), self.progress, columns)
 
     def only_strategy(self) -> ColumnStrategy:
         """The strategy where there is no other to fall back to."""
-        strategy = next(self._strategies())
-        if self.wanted.mode != NO_OUTLIERS:
-            self.progress.note(described(strategy, self.wanted))
-        return strategy
+        return next(self._strategies())
 
     def _ways(self) -> tuple[Way, ...]:
         here = "torch" in sys.modules or self.wanted.device != "cpu"
@@ -263,10 +258,16 @@ class _Job:
     def convert_by(self, strategy: ColumnStrategy, elsewhere: ConvertElsewhere | None = None) -> ConversionReport:
         """Convert on this machine, or `elsewhere`."""
         columns = strategy.columns(self.progress) if elsewhere is None else None
-        run, survey, settings, render = self.run, strategy.survey, strategy.settings, self._render()
+        run, survey, settings, render = self._run_with(strategy), strategy.survey, strategy.settings, self._render()
         if self.push is not None:
             run = replace(run, destination=self.push.destination(run.output, survey))
         return convert_shards(self.source, survey, settings, run, render, self.progress, columns, elsewhere)
+
+    def _run_with(self, strategy: ColumnStrategy) -> ConversionRun:
+        """The run, with what to say about the strategy's columns."""
+        if self.wanted.mode == NO_OUTLIERS:
+            return self.run
+        return replace(self.run, about_columns=partial(described, strategy, self.wanted))
 
     def _render(self) -> RenderCard:
         return partial(render_card, source_card=self._source_card())

@@ -15,7 +15,7 @@ from int8cli.commands.options import ConvertOptions
 from int8cli.conversion.cluster import ClusterRun, ColumnsOn, RemoteSource, WorkerJob
 from int8cli.conversion.column_source import ColumnSource
 from int8cli.estimate.ways import TORCH_BYTES
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, THREADS_FOR_A_SHARD
+from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_WEIGHTS
@@ -28,7 +28,7 @@ def joined_cluster(address: str, survey: Survey, options: ConvertOptions) -> Ite
     cluster = RayCluster(address, __version__)
     try:
         threads = options.threads or _threads(cluster, len(survey.shards))
-        memory_bytes = TORCH_BYTES + threads * BUFFER_BYTES_A_THREAD + _whole_files(survey)
+        memory_bytes = TORCH_BYTES + threads * survey.buffer_bytes_a_thread + _whole_files(survey)
         cluster.needs = TaskNeeds(threads, memory_bytes, 1 if options.device == "cuda" else 0)
         yield cluster
     finally:

@@ -4,6 +4,20 @@ import hashlib
 import os
 from pathlib import Path
 
+from int8cli.errors import OptionError
+
+
+def chosen_output(output: str | Path | None, model: str) -> Path:
+    """Where to write a conversion of `model`. Raises OptionError for an empty name."""
+    return default_output(model) if output is None else not_empty(output)
+
+
+def not_empty(output: str | Path) -> Path:
+    """A directory to write to, as a path. Raises OptionError for an empty name, which Path takes for `.`."""
+    if output == "":
+        raise OptionError("it is empty", option="output")
+    return Path(output)
+
 
 def default_output(model: str) -> Path:
     """`<name>-int8` in the current directory, for a Hub id, a directory or a file."""

@@ -53,7 +53,7 @@ class ConversionRun:
 
     `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
     conversion in the directory. `destination` takes each shard as it is finished; with `most_outputs` it removes them,
-    so that no more than that are in the directory at once.
+    so that no more than that are in the directory at once. `about_columns` says how outlier columns are chosen.
     """
 
     output: Path
@@ -64,6 +64,7 @@ class ConversionRun:
     device: str = "cpu"
     destination: Destination | None = None
     most_outputs: int | None = None
+    about_columns: Callable[[], str] | None = None
 
 
 def convert(
@@ -97,7 +98,7 @@ def convert(
         require_room(source, survey, options, remaining)
         store.claim(conversion)
         store.remove_partial_files()
-        begin_conversion(progress, survey, records)
+        begin_conversion(progress, survey, records, options.about_columns)
         copy_files(source, survey, options.output)
         shards = _Shards(source, survey, options, store, lock, progress)
         tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]

@@ -156,7 +156,7 @@ class _Part:
         finished = {shard.file for shard in shards if self.store.finished(shard) is not None}
         remaining = [shard for shard in shards if shard.file not in finished]
         require_room(self.source, self.survey, self.options, remaining)
-        begin_conversion(self.progress, self.survey.only(mine), finished)
+        begin_conversion(self.progress, self.survey.only(mine), finished, self.options.about_columns)
         self._convert(remaining, lock, columns)
         self.progress.done(TASK)
 

@@ -10,7 +10,6 @@ from typing import Any
 from int8cli.estimate.units import units_of
 from int8cli.machine.speed import Speed
 from int8cli.model.sampling import Sampling
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS
 
@@ -68,7 +67,7 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     seconds = None
     if speed is not None:
         seconds = conversion_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
-    buffers = threads * (BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0))
+    buffers = threads * survey.buffer_bytes_a_thread
     memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.survey import Room, Survey, room_needed
 
 
@@ -23,6 +22,5 @@ class Needs:
         """`most_outputs` as in `room_needed`."""
         names = [contents.file_name for contents in survey.shards]
         download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
-        a_thread = BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0)
         rooms = room_needed(source, survey, names, output, most_outputs=most_outputs)
-        return cls(download, rooms, threads * a_thread)
+        return cls(download, rooms, threads * survey.buffer_bytes_a_thread)

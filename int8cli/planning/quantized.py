@@ -103,8 +103,9 @@ def _signs(shards: Iterable[ShardContents], methods: Sequence[str]) -> Iterator[
             modules[module][leaf] = stored.spec
     for module, tensors in modules.items():
         has_weight = any(spec.dtype in _FLOATS and _is_weight(spec) for spec in tensors.values())
+        scale = next(filter(_SCALE_NAME.search, tensors), None)  # once: a module may have any number of tensors
         for spec in tensors.values():
-            why = _sign_by_itself(spec) or _sign_in_module(spec, module, tensors, has_weight=has_weight)
+            why = _sign_by_itself(spec) or _sign_in_module(spec, module, scale, has_weight=has_weight)
             why = why or (_sign_if_declared(spec, has_weight=has_weight) if methods else None)
             if why:
                 yield f"{spec.name!r} is {spec.dtype} {list(spec.shape)}: {why}"
@@ -120,15 +121,12 @@ def _sign_by_itself(spec: TensorSpec) -> str | None:
     return None
 
 
-def _sign_in_module(
-    spec: TensorSpec, module: str, tensors: Mapping[str, TensorSpec], *, has_weight: bool
-) -> str | None:
-    """A sign that a tensor is together with the others of its module.
+def _sign_in_module(spec: TensorSpec, module: str, scale: str | None, *, has_weight: bool) -> str | None:
+    """A sign that a tensor is together with the others of its module. `scale`: the name of a scale among them.
 
     Integers are a model's own where they stand beside a weight (a table of a router), in the way of a mask or an index
     of relative positions (square), or of position ids (one row).
     """
-    scale = next((leaf for leaf in tensors if _SCALE_NAME.search(leaf)), None)
     if spec.dtype.startswith("F8") and len(spec.shape) >= 2:
         return f"8-bit floats with a scale, {scale!r}" if scale else None
     if spec.dtype not in _INTEGERS or has_weight or spec.numel <= 1:

@@ -21,6 +21,7 @@ from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SCALED_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
 from int8cli.planning.exponents import most_specs
@@ -119,6 +120,13 @@ class Survey:
         for output in self.outputs.values():
             digest.update(output.header)
         return digest.hexdigest()
+
+    @property
+    def buffer_bytes_a_thread(self) -> int:
+        """The buffers of one thread that converts this source, besides what it reads of whole files."""
+        scaled = any(stored.scaled is not None for contents in self.shards for stored in contents.tensors)
+        smoothing = SMOOTHING_BYTES_A_THREAD if self.smooth else 0
+        return BUFFER_BYTES_A_THREAD + smoothing + (SCALED_BYTES_A_THREAD if scaled else 0)
 
     @property
     def source_bytes(self) -> int:

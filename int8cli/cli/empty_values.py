@@ -1,0 +1,24 @@
+"""Refuses an empty value, such as that of an unset variable in `-o "$OUTPUT"`, for every command.
+
+An empty path would be the current directory, and an empty list the default.
+"""
+
+import typer
+from typer.core import TyperCommand
+
+# A text, which may be empty.
+_MAY_BE_EMPTY = frozenset({"prompt"})
+
+
+class Command(TyperCommand):
+    """A command that refuses empty values before any value is converted."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        """Raises typer.BadParameter, which names the option or argument."""
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        for parameter in self.get_params(ctx):
+            value = given.get(parameter.name or "")
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            if "" in values and parameter.name not in _MAY_BE_EMPTY:
+                raise typer.BadParameter("it is empty", ctx=ctx, param=parameter)
+        return super().parse_args(ctx, args)
