@@ -1,4 +1,4 @@
-"""An empty value is refused by every option and argument, so that `-o "$UNSET"` does not write to the current directory."""
+"""Every option and argument refuses an empty value: `-o "$UNSET"` does not write to the current directory."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -190,9 +190,9 @@ OnRay = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        metavar="ADDRESS",
-        help="Convert the shards on a Ray cluster: its address, auto for the one that runs here, local for a new one. "
-        "Its machines must see the output under the same path.",
+        metavar="[ADDRESS]",
+        help="Convert the shards on a Ray cluster: at HOST:PORT, auto for the one that runs here, local for a new one; "
+        "without ADDRESS the one that runs here, or else a new one. Its machines must see the output under one path.",
         show_default="this machine",
     ),
 ]

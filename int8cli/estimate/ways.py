@@ -70,7 +70,7 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     if speed is not None:
         seconds = conversion_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
     buffers = threads * survey.buffer_bytes_a_thread
-    memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
+    memory = (memory_to_run(survey, sampling) if runs else TORCH_BYTES) + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
@@ -123,10 +123,10 @@ def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:
     return passes * seconds
 
 
-def _running_bytes(survey: Survey, sampling: Sampling) -> int:
-    """A block's weights, and what one sequence takes in it."""
+def memory_to_run(survey: Survey, sampling: Sampling) -> int:
+    """The peak of a process that runs the model: a block's weights, and what one sequence takes in it."""
     blocks = [unit.decisions for unit in units_of(survey.plan.decisions) if unit.is_block]
     largest = max((sum(each.spec.nbytes for each in block) for block in blocks), default=0)
     widest = max((max(each.spec.shape) for block in blocks for each in block if each.spec.shape), default=0)
     whole_files = max((contents.file_bytes for contents in survey.shards if not contents.mappable), default=0)
-    return largest + 16 * widest * min(sampling.sequence_length, sampling.tokens) + whole_files
+    return TRANSFORMERS_BYTES + largest + 16 * widest * min(sampling.sequence_length, sampling.tokens) + whole_files
