@@ -85,12 +85,15 @@ def test_columns_of_a_group_move_together() -> None:
     assert alone.of(found) < alone.of(torch.zeros_like(found))
 
 
-def test_the_same_weights_in_another_dtype_or_order_of_memory_give_the_same() -> None:
+def test_neither_the_dtype_nor_the_order_of_memory_matters() -> None:
+    """But for the rounding of sums, which may decide between two steps that are equally good."""
     inputs, weight = uneven((TOKENS, COLUMNS), 8).bfloat16(), uneven((ROWS, COLUMNS), 9).bfloat16()
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
-    found = ExpectedError(inputs, [weight], "zeropoint").descended(nothing, unlimited())
+    one = ExpectedError(inputs, [weight], "zeropoint")
     other = ExpectedError(inputs.float(), [weight.float().t().contiguous().t()], "zeropoint")
-    assert torch.equal(other.descended(nothing, unlimited()), found)
+    assert other.of(nothing) == pytest.approx(one.of(nothing), rel=1e-5)
+    found = one.of(one.descended(nothing, unlimited()))
+    assert one.of(other.descended(nothing, unlimited())) == pytest.approx(found, rel=0.02)
 
 
 def test_one_token_with_a_huge_output_does_not_decide_alone() -> None:

@@ -96,3 +96,14 @@ def test_layers_that_predict_further_tokens_are_not_in_memory() -> None:
     tensors.append(spec("mtp.layers.0.mlp.up_proj.weight", 8, 8))
     found = names_not_in_memory(plan_of(*tensors, config=config).decisions, config, ConfigClass(config))
     assert found == {"model.layers.2.mlp.up_proj.weight", "mtp.layers.0.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"_class_name": "FluxTransformer2DModel", "num_layers": 2}, ()),
+        ({"architecture": "vit_tiny_patch16_224", "num_classes": 10}, None),
+    ],
+)
+def test_projections_of_what_is_no_language_model_are_no_cache(config: dict[str, Any], layers: object) -> None:
+    assert read_kv_cache(config, (64, 64)).layers == layers

@@ -17,6 +17,7 @@ from int8cli.loaders.transformers_versions import (
     release,
     skip_rule,
 )
+from int8cli.planning import absent_modules
 from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import skip_modules
@@ -98,6 +99,17 @@ def test_the_head_of_modernbert_is_named_in_every_version(rule: SkipRule) -> Non
     plan = plan_of(*linears, config={"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]})
     assert any(rule(entry, "decoder") for entry in skip_modules(plan))
     assert plan.quantized
+    assert not left_alone(plan, rule) & {d.module for d in plan.quantized}
+
+
+@RULES
+@pytest.mark.parametrize("head", [head for head in absent_modules.TIED_HEADS if "." in head])
+def test_the_tied_head_of_a_decoder_in_another_model_is_named_in_every_version(head: str, rule: SkipRule) -> None:
+    """As in EncoderDecoderModel, whose decoder is a whole model: transformers 4.57 did not load a BERT there."""
+    config = {"model_type": "encoder-decoder", "decoder": {"model_type": absent_modules.TIED_HEADS[head][0]}}
+    plan = plan_of(*(spec(f"decoder.layer.{index}.key.weight", 8, 8) for index in range(2)), config=config)
+    assert any(rule(entry, f"decoder.{head}") for entry in skip_modules(plan))
+    assert len(plan.quantized) == 2
     assert not left_alone(plan, rule) & {d.module for d in plan.quantized}
 
 

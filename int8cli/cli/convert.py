@@ -168,9 +168,11 @@ def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool
     from int8cli.report.part import part_to_json, show_part_ended
 
     if as_json:
-        print(json.dumps(part_to_json(part, found.output, found.report, found.missing), indent=2))
+        document = part_to_json(part, found.output, found.report, found.missing, to_publish=found.to_publish)
+        print(json.dumps(document, indent=2))
     elif not quiet:
-        show_part_ended(part, found.output, found.report, found.missing, found.seconds)
+        conclude = "the same command with --finish in place of --part" if found.to_publish else ""
+        show_part_ended(part, found.output, found.report, found.missing, found.seconds, conclude=conclude)
 
 
 def show(
@@ -190,9 +192,10 @@ def show(
 
     if isinstance(found, ConversionPlan):
         if as_json:
-            print(json.dumps(plan_to_json(found.survey, found.needs, found.settings, found.ways), indent=2))
+            document = plan_to_json(found.survey, found.needs, found.settings, found.ways, found.share)
+            print(json.dumps(document, indent=2))
         elif not quiet:
-            show_plan(found.survey, found.needs, found.output, found.settings, found.ways)
+            show_plan(found.survey, found.needs, found.output, found.settings, found.ways, found.share)
     elif as_json:
         print(json.dumps(found.report.to_json(), indent=2))
     elif not quiet:

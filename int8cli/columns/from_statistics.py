@@ -14,7 +14,7 @@ from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns.foreseen import statistics_settings
 from int8cli.columns.smoothing import Smoothings
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
-from int8cli.conversion.column_source import ColumnSource, RunTask
+from int8cli.conversion.column_source import ColumnSource, KnownColumns, Ready, RunTask
 from int8cli.errors import StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, column_savings, predicted_output_error, shared_out
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
@@ -44,7 +44,7 @@ def strategy_from_statistics(
     return ColumnStrategy(
         replace(survey, stored_counts=counts, smooth=wanted.smooth),
         statistics_settings(wanted, settings),
-        lambda progress: columns,
+        Ready(columns),
     )
 
 
@@ -74,13 +74,7 @@ class StatisticsColumns(ColumnSource):
         self._linears.update({linear.name: (site, linear) for site in sites for linear in site.linears})
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
-        """The columns of the shard's linears. A linear that the calibration never reached gets none."""
-        decisions = (self._decisions[stored.spec.name] for stored in self._shards[shard].tensors)
-        known = [each for each in decisions if each.quantize and each.module in self._linears]
-        return {
-            each.spec.name: stored_columns(*self._linears[each.module], each, self._indices(each.module))
-            for each in known
-        }
+        return self.known(shard).stored
 
     def _indices(self, module: str) -> tuple[int, ...]:
         if self._shares:
@@ -103,6 +97,16 @@ class StatisticsColumns(ColumnSource):
         if self._smoothings is None:
             return NOT_SMOOTHED
         return self._smoothings.of(stored.spec.name for stored in self._shards[shard].tensors)
+
+    def known(self, shard: str) -> KnownColumns:
+        """By the sites so far. A linear that the calibration never reached gets no columns."""
+        decisions = (self._decisions[stored.spec.name] for stored in self._shards[shard].tensors)
+        known = [each for each in decisions if each.quantize and each.module in self._linears]
+        stored = {
+            each.spec.name: stored_columns(*self._linears[each.module], each, self._indices(each.module))
+            for each in known
+        }
+        return KnownColumns(stored, self.smoothing_of(shard))
 
     def settled(self) -> Mapping[str, TensorExponents]:
         return self._settled

@@ -4,16 +4,14 @@ Owns the names of the modes, and the strategy that stores nothing. Needs no torc
 needs it only in its workers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from int8cli.conversion.column_source import ColumnSource, NoColumns
+from int8cli.conversion.column_source import MakeColumns, NoColumns, Ready
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
-from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
 
 AUTO = "auto"
@@ -71,12 +69,12 @@ class ColumnStrategy:
 
     survey: Survey
     settings: Settings
-    columns: Callable[[Progress], ColumnSource]
+    columns: MakeColumns
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """The strategy that stores no columns."""
-    return ColumnStrategy(survey, settings, lambda progress: NoColumns())
+    return ColumnStrategy(survey, settings, Ready(NoColumns()))
 
 
 def at_most(decision: Decision, limit: int) -> int:

@@ -55,8 +55,9 @@ class ConvertOptions:
     - `part`: convert part K of N, as (K, N), K from 1 on: the shards are divided between N processes, which may run on
       several machines that see the same directory. The part that finds all shards converted writes the other files.
     - `finish`: convert nothing, and write the files that describe the whole after all parts.
-    - `ray`: convert the shards on a Ray cluster: its address, "auto" for the one that runs on this machine, "local" for
-      a new one. All its machines must see the output under the same path.
+    - `ray`: convert the shards on a Ray cluster: its address, "auto" for the one that runs on this machine (or in
+      RAY_ADDRESS), "local" for a new one, "here" for that of "auto" if there is one, else a new one. All its machines
+      must see the output under the same path.
     """
 
     revision: str | None = None

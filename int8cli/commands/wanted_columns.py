@@ -4,7 +4,7 @@ from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, SMOOTH_MODES, 
 from int8cli.commands.options import ConvertOptions
 from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
-from int8cli.planning.layouts import compressed_tensors, weights_only
+from int8cli.planning.layouts import compressed_tensors
 from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
 
 
@@ -43,5 +43,4 @@ def why_not_smoothed(options: ConvertOptions) -> str:
 def _smooth(options: ConvertOptions) -> str:
     if options.smooth is not None:
         return str(options.smooth)
-    rounds_inputs = options.layout == compressed_tensors.NAME and options.inputs != weights_only.INPUTS
-    return AUTO if rounds_inputs else NO_SMOOTHING
+    return AUTO if options.layout == compressed_tensors.NAME else NO_SMOOTHING

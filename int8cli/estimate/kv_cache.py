@@ -41,7 +41,8 @@ _ENCODERS = _types(
     "megatron-bert mobilebert modernbert mpnet mra nezha nomic_bert nystromformer rembert roberta roberta-prelayernorm "
     "roc_bert roformer splinter squeezebert tapas xlm-roberta xlm-roberta-xl xmod yoso beit clip clip_vision_model "
     "convnext deit dinov2 dinov3_vit hiera hubert ijepa segformer siglip siglip2 swin swinv2 vit vit_mae wav2vec2 "
-    "wavlm unispeech data2vec-audio data2vec-vision"
+    "wavlm unispeech data2vec-audio data2vec-vision align altclip chinese_clip clap clip_text_model clipseg flava "
+    "groupvit metaclip_2 owlv2 owlvit siglip_text_model siglip2_text_model x_clip"
 )
 # Their code has no cache: every token is computed again from all tokens before it.
 _CACHELESS = _types("openai-gpt")
@@ -133,6 +134,10 @@ def _read(model: LanguageModel, config: Mapping[str, Any], rows: RowsByLayer) ->
         return KvCache((), "an encoder reads its input at once and needs no cache", context)
     if fields.model_type in _CACHELESS:
         return KvCache((), f"{fields.model_type} has no cache in transformers", context)
+    if "_class_name" in config:
+        return KvCache((), "a part of a diffusion pipeline needs no cache", context)
+    if not config.get("model_type"):
+        raise UnknownCacheError("config.json names no model_type")
     if "image_size" in fields.config and "vocab_size" not in fields.config:
         return KvCache((), "an image model needs no cache", context)
     for model_type in model.model_types:

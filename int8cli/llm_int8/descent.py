@@ -51,7 +51,7 @@ class ExpectedError:
         self._share = torch.where(counted, 1.0 / torch.where(counted, outputs, 1.0), 0.0) / max(1, inputs.shape[0])
         self._mean_square = _sum_squares(inputs, self._share)  # (linears, in)
         self._norms = torch.stack([norms for _, norms in measured])  # (linears, in)
-        self._group = None if group is None else group.unique(return_inverse=True)[1]
+        self._group = None if group is None else _numbered(group)
         parts = _PARTS[scheme] if scheme is not None else ()
         self._inputs = [self._gathered(inputs, part) for part in parts]
         self._weights = [self._gathered(weight, "magnitude") for weight in weights]
@@ -74,8 +74,7 @@ class ExpectedError:
         for _ in range(_SWEEPS):
             moved = 0
             for start in range(0, size, tile):
-                columns = torch.arange(start, min(size, start + tile), device=exponents.device)
-                for column, step in state.promising(columns, limits):
+                for column, step in state.promising(slice(start, min(size, start + tile)), limits):
                     moved += state.tried(column, step)
             if moved * _SETTLED < size:
                 break
@@ -128,8 +127,8 @@ class _Matrix:
     values: Tensor
     part: _Part
 
-    def columns(self, columns: Tensor) -> Tensor:
-        """float32 (rows, columns)."""
+    def columns(self, columns: slice) -> Tensor:
+        """Neighbouring columns: float32 (rows, columns)."""
         return self._counted(self.values[:, columns])
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ class _Matrix:
         values = values.float()
         if self.part == "magnitude":
             return values.abs()
-        return (values if self.part == "above" else -values).clamp_min_(0.0)
+        return (values if self.part == "above" else -values).clamp_min(0.0)
 
 
 class _Largest:
@@ -154,17 +153,18 @@ class _Largest:
         self._matrix, self._factors = matrix, factors
         self.first, self._second = torch.zeros(rows, device=device), torch.zeros(rows, device=device)
         self._place = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._numbers = torch.arange(matrix.values.shape[1], device=device)
         for chunk in _chunks(matrix.values):
             self._scan(torch.arange(chunk.start, chunk.stop, device=device))
 
-    def with_factors(self, columns: Tensor, factors: Tensor) -> Tensor:
+    def with_factors(self, columns: slice, factors: Tensor) -> Tensor:
         """The largest of each row if one of the columns had another factor: (rows, columns)."""
-        others = torch.where(self._place[:, None] == columns, self._second[:, None], self.first[:, None])
+        others = torch.where(self._place[:, None] == self._numbers[columns], self._second[:, None], self.first[:, None])
         return torch.maximum(others, self._matrix.columns(columns) * factors)
 
-    def follow(self, column: Tensor, before: float, after: float) -> None:
-        """Take up a new factor of one column, int64 (1,)."""
-        values = self._matrix.columns(column)[:, 0]
+    def follow(self, column: int, before: float, after: float) -> None:
+        """Take up a new factor of one column."""
+        values = self._matrix.columns(slice(column, column + 1))[:, 0]
         old, new = values * before, values * after
         held = self._place == column
         lost = torch.where(held, new < self._second, (old >= self._second) & (new < old))
@@ -213,16 +213,16 @@ class _State:
         rows, tokens = ([each.first[:, None] for each in some] for some in (self._rows, self._tokens))
         self.error = float(self._error(rows, tokens, self._moved, self._energy))
 
-    def promising(self, columns: Tensor, allowed: ExponentRange) -> Iterator[tuple[int, int]]:
+    def promising(self, columns: slice, allowed: ExponentRange) -> Iterator[tuple[int, int]]:
         """The columns that gain by a step, seen one by one, and the better step of each."""
         found = torch.stack([self._allowed_after(columns, step, allowed) for step in (-1, 1)])  # (2, columns)
         best = found.min(dim=0)
         for place in self._gains(best.values).nonzero().squeeze(1).tolist():
-            yield int(columns[place]), (-1, 1)[int(best.indices[place])]
+            yield columns.start + place, (-1, 1)[int(best.indices[place])]
 
     def tried(self, column: int, step: int) -> bool:
         """Move a column by one step if that still gains; whether it did."""
-        columns = torch.tensor([column], device=self.exponents.device)
+        columns = slice(column, column + 1)
         error = self._after(columns, step)
         if not bool(self._gains(error)):
             return False
@@ -232,21 +232,21 @@ class _State:
         self.exponents[column] += step
         self._up[column], self._down[column] = after, 1.0 / after
         for largest in self._rows:
-            largest.follow(columns, before, after)
+            largest.follow(column, before, after)
         for largest in self._tokens:
-            largest.follow(columns, 1.0 / before, 1.0 / after)
+            largest.follow(column, 1.0 / before, 1.0 / after)
         self.error = float(error)
         return True
 
     def _gains(self, error: Tensor) -> Tensor:
         return error < self.error * (1.0 - _LEAST_GAIN)
 
-    def _allowed_after(self, columns: Tensor, step: int, allowed: ExponentRange) -> Tensor:
+    def _allowed_after(self, columns: slice, step: int, allowed: ExponentRange) -> Tensor:
         exponents = self.exponents[columns] + step
         fits = (exponents >= allowed.lowest[columns]) & (exponents <= allowed.highest[columns])
         return torch.where(fits, self._after(columns, step), torch.inf)
 
-    def _after(self, columns: Tensor, step: int) -> Tensor:
+    def _after(self, columns: slice, step: int) -> Tensor:
         """The error if one of the columns were moved by a step, for each: float64 (columns,)."""
         up, down = self._up[columns].double(), self._down[columns].double()
         moved = self._moved + self.mean_square[:, columns] * down.square() * (4.0**-step - 1.0)
@@ -263,6 +263,11 @@ class _State:
             ranges = self.share @ torch.stack(list(tokens)).sum(dim=0).double().square()  # (linears, n)
             error += ranges * energy / (_LEVELS[self.scheme] * _LEVELS[self.scheme])
         return error.sum(dim=0) * _ROUNDING_VARIANCE
+
+
+def _numbered(group: Tensor) -> Tensor:
+    """The same groups, numbered from 0: int64 (columns,)."""
+    return torch.searchsorted(torch.tensor(sorted(set(group.tolist())), device=group.device), group)
 
 
 def _energies(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

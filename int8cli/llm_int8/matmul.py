@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from int8cli.llm_int8.cpu_product import cpu_product, has_whole_rows
+from int8cli.llm_int8.packed_weight import PackedWeight
 from int8cli.llm_int8.quantize import INT8_MAX
 
 InputScheme = Literal["absmax", "zeropoint"]
@@ -48,12 +49,12 @@ class Int8Input:
 class Int8Weight:
     """A linear weight in int8, w ≈ data * step, and its outlier columns in floats.
 
-    data: int8 (out_features, in_features); step: float32 (out_features,), row_absmax / 127; row_sums: int32
-    (out_features,), the sums of the rows of data; outlier_cols: int64 (k,), sorted; outlier_weight: float32
-    (k, out_features), exact. Without outlier columns k is 0.
+    data: int8 (out_features, in_features), as a tensor or packed; step: float32 (out_features,), row_absmax / 127;
+    row_sums: int32 (out_features,), the sums of the rows of data, in float32 where `data.product` returns that;
+    outlier_cols: int64 (k,), sorted; outlier_weight: float32 (k, out_features), exact. Without outlier columns k is 0.
     """
 
-    data: Tensor
+    data: Tensor | PackedWeight
     step: Tensor
     row_sums: Tensor
     outlier_cols: Tensor
@@ -66,18 +67,21 @@ class Int8Weight:
         row_absmax: Tensor,
         outlier_cols: Tensor | None = None,
         outlier_weight: Tensor | None = None,
+        *,
+        packed: PackedWeight | None = None,
     ) -> "Int8Weight":
         """From the tensors of a checkpoint and its sidecar. Without a sidecar there are no outlier columns.
 
-        outlier_weight is (out_features, k) here, in any float dtype.
+        outlier_weight is (out_features, k) here, in any float dtype. `packed` is data once more, for fast products.
         """
         if outlier_cols is None or outlier_weight is None:
             outlier_cols = torch.empty(0, dtype=torch.int64, device=data.device)
             outlier_weight = row_absmax.new_empty(data.shape[0], 0)
+        row_sums = _row_sums(data)
         return cls(
-            data,
+            data if packed is None else packed,
             row_absmax / INT8_MAX,
-            _row_sums(data),
+            row_sums.float() if packed is not None and packed.in_one_part else row_sums,
             outlier_cols.long(),
             outlier_weight.float().t().contiguous(),
         )
@@ -94,10 +98,20 @@ def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
     `absmax` maps [-max|x|, max|x|] to [-127, 127] [eq. 1]; `zeropoint` maps [min(x, 0), max(x, 0)] to [-128, 127]
     with an offset, so that inputs which are not centred on zero use the whole range [eq. 2 to 5].
     """
-    return _quantized_in_place(inputs.to(torch.float32, copy=True), scheme)
+    whole = _quantized_in_place(inputs.to(torch.float32, copy=True), scheme)
+    return Int8Input(whole.values.to(torch.int8), whole.step.squeeze(1), whole.zero_point.squeeze(1))
 
 
-def _quantized_in_place(values: Tensor, scheme: InputScheme, *, has_zero: bool = False) -> Int8Input:
+@dataclass(frozen=True, slots=True)
+class _WholeInput:
+    """`Int8Input` before the cast: values float32 (tokens, in_features); step and zero_point float32 (tokens, 1)."""
+
+    values: Tensor
+    step: Tensor
+    zero_point: Tensor
+
+
+def _quantized_in_place(values: Tensor, scheme: InputScheme, *, has_zero: bool = False) -> _WholeInput:
     """Quantize float32 (tokens, in_features), which are lost. `has_zero`: every token is known to hold a zero."""
     low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # (tokens, 1)
     if scheme == "absmax":
@@ -111,8 +125,7 @@ def _quantized_in_place(values: Tensor, scheme: InputScheme, *, has_zero: bool =
         divisor = step.clamp_min(_SMALLEST)  # a token of zeros has the step 0, and becomes its own zero point
         zero_point = torch.rsub(low.div_(divisor), -128.0).round_()
         scaled = torch.addcdiv(zero_point, values, divisor, out=values)
-    data = scaled.round_().clamp_(-128, 127).to(torch.int8)
-    return Int8Input(data, step.squeeze(1), zero_point.squeeze(1))
+    return _WholeInput(scaled.round_().clamp_(-128, 127), step, zero_point)
 
 
 def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
@@ -149,20 +162,38 @@ def vectorwise_linear(inputs: Int8Input, weight: Int8Weight) -> Tensor:
     times in float32: that number, the step of the weight, and two products. The relative error of the result is at most
     4 * 2^-24.
     """
-    return _vectorwise(inputs, weight, offset=True)
+    whole = _WholeInput(inputs.data.to(torch.float32), inputs.step[:, None], inputs.zero_point[:, None])
+    return _vectorwise(whole, weight, offset=True)
 
 
-def _vectorwise(inputs: Int8Input, weight: Int8Weight, *, offset: bool) -> Tensor:
+def _vectorwise(inputs: _WholeInput, weight: Int8Weight, *, offset: bool) -> Tensor:
     """`vectorwise_linear`; without `offset` all zero points are known to be 0."""
-    product = int8_product(inputs.data, weight.data)  # (tokens, out)
+    product = _whole_product(inputs.values, weight.data)  # (tokens, out)
     if offset:
-        whole = torch.int32 if inputs.data.shape[1] <= _INT32_SAFE_OFFSET_FEATURES else torch.float64
-        zero_points = inputs.zero_point.to(whole)[:, None]
-        product = torch.addcmul(product.to(whole), zero_points, weight.row_sums.to(whole), value=-1)
+        whole = _exact_dtype(product.dtype, inputs.values.shape[1])
+        product = product.to(whole).addcmul_(inputs.zero_point.to(whole), weight.row_sums.to(whole), value=-1)
     scaled = product.to(torch.float32)
     scaled *= weight.step  # first: the product could overflow with the largest inputs
-    scaled *= inputs.step[:, None]
+    scaled *= inputs.step
     return scaled
+
+
+def _whole_product(values: Tensor, data: Tensor | PackedWeight) -> Tensor:
+    """values, whole numbers in float32, times data transposed: exact (tokens, out), in int32, float32 or float64."""
+    if isinstance(data, PackedWeight):
+        return data.product(values)
+    return int8_product(values.to(torch.int8), data)
+
+
+def _exact_dtype(product: torch.dtype, in_features: int) -> torch.dtype:
+    """The dtype in which zero points are subtracted from products.
+
+    In float32, both sides of the difference are at most 2^24 and so exact: the one rounding is that of the exact
+    difference, as if it was computed in whole numbers and converted afterwards.
+    """
+    if product == torch.float32:
+        return product
+    return torch.int32 if in_features <= _INT32_SAFE_OFFSET_FEATURES else torch.float64
 
 
 def llm_int8_linear(inputs: Tensor, weight: Int8Weight, scheme: InputScheme) -> Tensor:
@@ -188,12 +219,13 @@ def input_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
     is stored: data * step, and exact in the outlier columns. Works on blocks of columns of W.
     """
     gradient = gradient.to(torch.float32)
-    out_features, in_features = weight.data.shape
+    data = weight.data.unpacked() if isinstance(weight.data, PackedWeight) else weight.data
+    out_features, in_features = data.shape
     result = gradient.new_empty(gradient.shape[0], in_features)
     width = max(1, _BLOCK_ELEMENTS // max(1, out_features))
     for start in range(0, in_features, width):
         part = slice(start, start + width)
-        result[:, part] = gradient @ (weight.data[:, part].float() * weight.step[:, None])
+        result[:, part] = gradient @ (data[:, part].float() * weight.step[:, None])
     if weight.outlier_cols.numel():
         result.index_copy_(1, weight.outlier_cols, gradient @ weight.outlier_weight.t())
     return result

@@ -29,7 +29,7 @@ _STEP_ELEMENTS = 1 << 22
 # How many positions of the last sequence, evenly spaced, are used to measure the error of a linear in int8.
 _EXAMPLES = 128
 # How many positions of all sequences, evenly spaced, the exponents of a smoothing are chosen by.
-_SAMPLES = 512
+_SAMPLES = 1024
 
 
 class UnitWatch:

@@ -1,5 +1,6 @@
 """The download, disk space and memory that a conversion needs. Needs no torch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,18 @@ class Needs:
 
     @classmethod
     def of(
-        cls, source: Source, survey: Survey, output: Path, *, threads: int, most_outputs: int | None = None
+        cls,
+        source: Source,
+        survey: Survey,
+        output: Path,
+        *,
+        threads: int,
+        most_outputs: int | None = None,
+        shards: Collection[str] | None = None,
     ) -> "Needs":
-        """`most_outputs` as in `room_needed`."""
-        names = [contents.file_name for contents in survey.shards]
-        download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
+        """`most_outputs` as in `room_needed`. `shards` are the source files to convert, None for all."""
+        wanted = [each for each in survey.shards if shards is None or each.file_name in shards]
+        names = [contents.file_name for contents in wanted]
+        download = sum(contents.file_bytes for contents in wanted if source.transfers(contents.file_name))
         rooms = room_needed(source, survey, names, output, most_outputs=most_outputs)
         return cls(download, rooms, threads * survey.buffer_bytes_a_thread)

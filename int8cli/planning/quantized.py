@@ -63,6 +63,8 @@ def refuse_quantized(shards: Sequence[ShardContents], methods: Sequence[str], un
 
 def declared_methods(config: Mapping[str, Any]) -> Iterator[str]:
     """The quantization methods that a config names, at any depth; `unnamed` for a section that names none."""
+    if _is_of_the_cache_alone(config):
+        return
     for key, value in config.items():
         if key == "quant_method" and isinstance(value, str):
             yield value
@@ -73,6 +75,16 @@ def declared_methods(config: Mapping[str, Any]) -> Iterator[str]:
             unnamed = not isinstance(inner.get("quant_method"), str)
             if unnamed and _SECTION_NAME.fullmatch(key) and not _SECTION_FIELDS.isdisjoint(inner):
                 yield "unnamed"
+
+
+def _is_of_the_cache_alone(section: Mapping[str, Any]) -> bool:
+    """Whether a section of compressed-tensors has a scheme for the KV cache and none for any weight."""
+    return (
+        section.get("quant_method") == "compressed-tensors"
+        and bool(section.get("kv_cache_scheme"))
+        and not section.get("config_groups")
+        and not section.get("sparsity_config")
+    )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
 from int8cli.planning.exponents import most_specs
 from int8cli.planning.layouts import Layout, bitsandbytes
+from int8cli.planning.leftovers import refuse_leftovers_of_training
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
@@ -191,6 +192,7 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     methods = methods_of(config, files)
     shards = with_scaled_as_floats(shards, config, methods)
     refuse_quantized(shards, methods, understood_methods(shards))
+    refuse_leftovers_of_training(shards)
     return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
 
 

@@ -4,12 +4,15 @@ Owns that refusal. Libraries that know `nn.Linear` but not int8 read and write `
 by adding to it (in int8 the sum would be the old weight, without an error), and DoRA takes its norms.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from int8cli.errors import UnsupportedOperationError
+from int8cli.llm_int8.packed_weight import PackedWeight
 
 _REFUSAL = (
     "an int8 weight cannot be changed, or taken for one in floats, as merging an adapter and DoRA do: "
@@ -49,3 +52,35 @@ class GuardedInt8(Tensor):
         if result.dtype.is_floating_point:
             raise UnsupportedOperationError(_REFUSAL)
         return result
+
+
+class PackedInt8(GuardedInt8):
+    """The same for data that is packed. Its shape and dtype are known; whatever needs the data gets it unpacked."""
+
+    packed: PackedWeight
+
+    @staticmethod
+    def around(packed: PackedWeight) -> "PackedInt8":
+        made = torch.Tensor._make_wrapper_subclass(PackedInt8, packed.shape, dtype=torch.int8)  # type: ignore[attr-defined]
+        assert isinstance(made, PackedInt8)
+        made.packed = packed
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        plain: Callable[[Any], Any] = lambda tree: tree_map_only(PackedInt8, PackedInt8.plain, tree)  # noqa: E731
+        return func(*plain(args), **plain(kwargs or {}))
+
+    def plain(self) -> Tensor:
+        return self.packed.unpacked()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"PackedInt8{tuple(self.shape)}"

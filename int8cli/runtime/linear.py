@@ -13,7 +13,8 @@ from int8cli.errors import UnsupportedOperationError
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.cpu_product import laid_out
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, input_gradient, llm_int8_linear
-from int8cli.runtime.guarded_int8 import GuardedInt8
+from int8cli.llm_int8.packed_weight import PackedWeight
+from int8cli.runtime.guarded_int8 import GuardedInt8, PackedInt8
 
 
 class Int8Linear(nn.Linear):
@@ -21,7 +22,8 @@ class Int8Linear(nn.Linear):
 
     Stored columns are removed from X before each token's scale is computed. Buffers: `weight` int8 (out_features,
     in_features), `row_absmax` float32 (out_features,), `outlier_cols` int32 (k,) sorted, `outlier_weight`
-    (out_features, k) in its dtype on disk, and those that `prepare` computes from them. The result has the dtype of the
+    (out_features, k) in its dtype on disk, and those that `prepare` computes from them. On a processor `weight` may be
+    packed, and is unpacked for whoever asks for it. The result has the dtype of the
     input and is rounded to it once, after the bias is added. The gradients of X and of the bias are those of a linear
     with the weight in floats (`dequantize`). The weight itself has no gradient.
 
@@ -55,6 +57,7 @@ class Int8Linear(nn.Linear):
         nn.Module.__init__(self)  # that of nn.Linear would make a weight in floats
         self.in_features, self.out_features = in_features, out_features
         self.inputs, self.conv1d, self.prepared = inputs, conv1d, False
+        self.packed: PackedWeight | None = None
 
         def allocate(name: str, shape: tuple[int, ...], dtype: torch.dtype, *, persistent: bool = True) -> None:
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device), persistent=persistent)
@@ -73,11 +76,13 @@ class Int8Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The int8 data, as what other libraries get to see of it."""
-        return GuardedInt8.of(self._data)
+        data = self._buffers["weight"]
+        return data if isinstance(data, PackedInt8) else GuardedInt8.of(self._data)
 
     @property
     def _data(self) -> Tensor:
-        data = self._buffers["weight"]
+        """The int8 data; unpacked into new memory if it is packed."""
+        data = self._buffers["weight"] if self.packed is None else self.packed.unpacked()
         if data is None:
             raise UnsupportedOperationError(
                 "this layer's weight is here only while its block runs: it is read for every token. "
@@ -89,25 +94,31 @@ class Int8Linear(nn.Linear):
         """Have a weight until `drop_weight`; the first time, what follows from it is computed, and stays."""
         self._buffers["weight"] = data
         if not self.prepared:
-            self._compute_constants()
+            self._compute_constants(data)
 
     def drop_weight(self) -> None:
         self._buffers["weight"] = None
 
-    def prepare(self) -> None:
-        """Lay the weight out for fast products, and compute what follows from it."""
-        self._buffers["weight"] = laid_out(self._data)
-        self._compute_constants()
+    def prepare(self, *, packing: bool = True) -> None:
+        """Lay the weight out for fast products, and compute what follows from it.
 
-    def _compute_constants(self) -> None:
-        made = Int8Weight.of(self._data, self.row_absmax, self.outlier_cols, self.outlier_weight)
+        `packing`: on a processor, the weight may be packed. A weight that goes to a GPU should not be.
+        """
+        data = self._data
+        self.packed = PackedWeight.of(data) if packing else None
+        self._buffers["weight"] = laid_out(data) if self.packed is None else PackedInt8.around(self.packed)
+        self._compute_constants(data)
+
+    def _compute_constants(self, data: Tensor) -> None:
+        made = Int8Weight.of(data, self.row_absmax, self.outlier_cols, self.outlier_weight, packed=self.packed)
         self.step, self.row_sums = made.step, made.row_sums
         self.columns, self.column_weight = made.outlier_cols, made.outlier_weight
         self.prepared = True
 
     def forward(self, inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, self.in_features)  # (tokens, in)
-        weight = (self._data, self.step, self.row_sums, self.columns, self.column_weight)
+        data = self._data if self.packed is None else self.packed
+        weight = (data, self.step, self.row_sums, self.columns, self.column_weight)
         if rows.requires_grad and torch.is_grad_enabled():
             product = _Product.apply(rows, self.inputs, *weight)  # type: ignore[no-untyped-call]
         else:
@@ -124,14 +135,34 @@ class Int8Linear(nn.Linear):
         return weight.index_copy_(1, self.outlier_cols.long(), self.outlier_weight.to(dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
-        """Move to another device with the model, but do not change dtypes when the model is cast."""
+        """Move to another device with the model, but do not change dtypes when the model is cast.
+
+        A packed weight stays so on the processor, and is unpacked for other devices.
+        """
 
         def moved(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, PackedInt8) and fn(torch.empty(0)).device.type == "cpu":
+                return tensor
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        if self.packed is not None and not isinstance(self._buffers["weight"], PackedInt8):
+            self.packed, self.row_sums = None, self.row_sums.to(torch.int32)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: with the weight unpacked, which is packed again where the copy is made."""
+        state = self.__dict__.copy()
+        if self.packed is not None:
+            state["packed"], state["_buffers"] = None, {**self._buffers, "weight": self._data}
+        return {**state, "was_packed": self.packed is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        was_packed = state.pop("was_packed")
+        super().__setstate__(state)
+        if was_packed:
+            self.prepare()
 
     def extra_repr(self) -> str:
         return (
@@ -144,12 +175,14 @@ class _Product(torch.autograd.Function):
     """X Wᵀ whose gradient is that of the weight in floats: the rounding of X counts as the identity."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, scheme: InputScheme, *weight: Tensor) -> Tensor:
-        ctx.save_for_backward(*weight)
+    def forward(ctx: Any, rows: Tensor, scheme: InputScheme, data: Tensor | PackedWeight, *constants: Tensor) -> Tensor:
+        ctx.packed = data if isinstance(data, PackedWeight) else None
+        ctx.save_for_backward(*constants, *([] if isinstance(data, PackedWeight) else [data]))
         ctx.dtype = rows.dtype
-        return llm_int8_linear(rows, Int8Weight(*weight), scheme)
+        return llm_int8_linear(rows, Int8Weight(data, *constants), scheme)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight = Int8Weight(*ctx.saved_tensors)
+        *constants, data = (*ctx.saved_tensors, ctx.packed) if ctx.packed is not None else ctx.saved_tensors
+        weight = Int8Weight(data, *constants)
         return (input_gradient(gradient, weight).to(ctx.dtype), None, None, None, None, None, None)

@@ -142,7 +142,7 @@ def _load(
             if lost:
                 raise CheckpointError(f"transformers needs {lost[0]}, which is missing", hint=_OTHER_LOADERS_HINT)
             if module.weight.stride(0):  # else it stands for a tensor that stays on the disk
-                module.prepare()
+                module.prepare(packing=device.type == "cpu")
     model.name_or_path = model.config._name_or_path = str(directory)  # what finds the tokenizer
     return model
 

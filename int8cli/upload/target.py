@@ -32,9 +32,10 @@ class Target(Protocol):
         """Make it ready. Raises DestinationError for weights there that are not among the files `ours`."""
 
     def claim(self, conversion: PushFile) -> None:
-        """Make the place that of this conversion, before its first file is uploaded. May be called from another thread.
+        """Make the place that of this conversion, before a shard is uploaded. Does nothing if it is already.
 
-        `conversion` describes it. Nobody may open what is half of one model and half of another.
+        `conversion` describes it. Nobody may open what is half of one model and half of another. May be called from
+        any thread or process that uploads.
         """
 
     def missing(self, files: Sequence[PushFile]) -> set[str]:

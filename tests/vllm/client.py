@@ -5,7 +5,7 @@
 
 Without sequences, the model is loaded and does not run.
 
-The model is vLLM's own, loaded by its own loader. Three parts of its CPU build are replaced, so that every machine
+The model is vLLM's own, loaded by its own loader. Some parts of its CPU build are replaced, so that every machine
 computes the same, and every architecture can run:
 
 - Int8 experts need AMX there, one activation and sizes of 32. Here torch computes them from the parameters that vLLM
@@ -15,6 +15,7 @@ computes the same, and every architecture can run:
   oneDNN.
 - Packed weights with 16-bit inputs run there with 4 bits only (kernels/linear/mixed_precision/cpu.py). Here torch
   unpacks them (`ReferenceWeightsOnly`).
+- Multi-head latent attention wants the weight of `kv_b_proj` back, which oneDNN has packed (`whole_weight`).
 """
 
 import gc
@@ -43,6 +44,7 @@ from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel  # noqa: E402
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as linear_kernels  # noqa: E402
+from vllm.model_executor.layers.attention import mla_attention  # noqa: E402
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8  # noqa: E402
 from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend  # noqa: E402
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (  # noqa: E402
@@ -50,6 +52,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (  # noqa: E402
     compressed_tensors_wNa16 as weights_only,
+)
+from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa: E402
+    get_and_maybe_dequant_weights as dequantized,
 )
 from vllm.model_executor.models import registry  # noqa: E402
 
@@ -113,6 +118,14 @@ class ReferenceWeightsOnly(MPLinearKernel):
         return torch.nn.functional.linear(x, (values * scale).to(x.dtype), bias)
 
 
+def whole_weight(layer: Any, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """(out, in) of any linear layer; of one that oneDNN has packed, by what it makes of the unit matrix."""
+    if layer.weight is not None:
+        return dequantized(layer, out_dtype=out_dtype)
+    unit = torch.eye(layer.input_size_per_partition, dtype=out_dtype)
+    return layer.quant_method.apply(layer, unit, bias=None).to(out_dtype).t()
+
+
 def look_at_classes_here() -> None:
     """vLLM asks a process of its own, which imports vLLM, about each class that it has not met: 13 seconds."""
     registry._run_in_subprocess = lambda look: look()
@@ -122,6 +135,7 @@ def replace_kernels() -> None:
     linear_kernels.check_cpu_sgl_kernel = lambda *_: False
     int8_experts.select_int8_moe_backend = lambda **_: (Int8MoeBackend.CPU, CPUExpertsInt8)
     weights_only.choose_mp_linear_kernel = lambda _: ReferenceWeightsOnly
+    mla_attention.get_and_maybe_dequant_weights = whole_weight
     method = int8_experts.CompressedTensorsW8A8Int8MoEMethod
     method.process_weights_after_loading = lambda *all_: ReferenceExperts.process_weights_after_loading(*all_)
     method.apply = lambda *all_, **named: ReferenceExperts.apply(*all_, **named)

@@ -1,0 +1,158 @@
+"""An int8 weight in the memory layout of FBGEMM, which torch ships for x86: packed once, not in each product.
+
+Owns that layout, and when it is used: only where its sums are exact. `torch._int_mm` has oneDNN pack the weight anew in
+each call of several tokens, which for 8 tokens takes longer than the product. The other kernels that torch ships were
+slower or not exact: docs/benchmarks.md has the table.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from int8cli.llm_int8.cpu_product import cpu_product
+
+# Whole numbers up to here are exact in float32.
+_EXACT_IN_FLOAT = 1 << 24
+_LARGEST_INPUT = 128
+# FBGEMM wants unsigned inputs: what it adds to ours.
+_OFFSET = 128
+_ENGINE = "fbgemm"
+
+_keys = count()
+_by_key: "WeakValueDictionary[int, PackedWeight]" = WeakValueDictionary()
+
+
+class PackedWeight:
+    """int8 (out_features, in_features), packed. It does not change, so that any number of layers may share it.
+
+    FBGEMM returns its int32 sums as float32, which holds them exactly up to 2^24. A weight whose sums could be larger
+    is cut into parts along in_features, each of which stays below that; the sums of the parts are added in int32.
+    """
+
+    def __init__(self, parts: tuple[Any, ...], shape: tuple[int, int]) -> None:
+        self._parts, self.shape = parts, shape
+        self._width = -(-shape[1] // len(parts))
+        self.key = next(_keys)
+        _by_key[self.key] = self
+
+    @classmethod
+    def of(cls, data: Tensor) -> "PackedWeight | None":
+        """The weight packed, or None where torch has no such product or its sums are not exact."""
+        if data.device.type != "cpu" or 0 in data.shape or not is_supported():
+            return None
+        width = _exact_width(data)
+        if width == 0:
+            return None
+        parts = tuple(_packed(part) for part in data.split(width, dim=1))
+        return cls(parts, (data.shape[0], data.shape[1]))
+
+    @property
+    def in_one_part(self) -> bool:
+        return len(self._parts) == 1
+
+    def product(self, values: Tensor) -> Tensor:
+        """values (tokens, in_features) times the weight transposed, exact: (tokens, out_features).
+
+        values: float32, whole numbers from -128 to 127. The result holds whole numbers in float32 if the weight is in
+        one part, and is int32 otherwise.
+        """
+        if torch.compiler.is_compiling():
+            return _product_by_key(values, self.key, self.shape[0], self.in_one_part)
+        if not values.shape[0]:
+            return values.new_empty((0, self.shape[0]), dtype=torch.float32 if self.in_one_part else torch.int32)
+        if self.in_one_part:
+            return _multiplied(values, self._parts[0])
+        total = torch.zeros(values.shape[0], self.shape[0], dtype=torch.int32)
+        for columns, part in zip(values.split(self._width, dim=1), self._parts, strict=True):
+            total += _multiplied(columns.contiguous(), part).to(torch.int32)
+        return total
+
+    def unpacked(self) -> Tensor:
+        """The weight itself, in new memory: int8 (out_features, in_features)."""
+        parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in self._parts]
+        return parts[0] if self.in_one_part else torch.cat(parts, dim=1)
+
+
+@cache
+def is_supported() -> bool:
+    """Whether this torch has the product, and this processor computes it exactly.
+
+    Without VNNI, FBGEMM adds pairs of products in 16 bit, where the largest ones do not fit.
+    """
+    if not hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"):
+        return False
+    if _ENGINE not in torch.backends.quantized.supported_engines or not hasattr(
+        torch, "_make_per_tensor_quantized_tensor"
+    ):
+        return False
+    width = 64
+    extremes = torch.tensor([127, -127, 127, -128], dtype=torch.int8)[:, None].expand(4, width)
+    values = extremes.float().contiguous()
+    found = _multiplied(values, _packed(extremes))
+    return torch.equal(found.double(), values.double() @ values.double().t())
+
+
+def _exact_width(data: Tensor) -> int:
+    """The largest width of parts, of equal width but for the last, in which no sum can exceed 2^24. 0 if there is none.
+
+    A sum of products is at most 128 times the sum of a row's magnitudes.
+    """
+    in_features = data.shape[1]
+    for parts in range(1, 1 + -(-in_features * _LARGEST_INPUT * _LARGEST_INPUT // _EXACT_IN_FLOAT)):
+        width = -(-in_features // parts)
+        if all(_largest_sum(part) <= _EXACT_IN_FLOAT for part in data.split(width, dim=1)):
+            return width
+    return 0
+
+
+def _largest_sum(part: Tensor) -> int:
+    """A bound of the largest sum of products of one row, at least 128 times the sum of its magnitudes."""
+    width = part.shape[1]
+    if width * _LARGEST_INPUT * _LARGEST_INPUT <= _EXACT_IN_FLOAT:
+        return width * _LARGEST_INPUT * _LARGEST_INPUT
+    magnitudes = part.clamp(min=-127).abs_()  # -128 has no magnitude in int8: each value may lack 1
+    row_sums = cpu_product(magnitudes.new_ones(1, width), magnitudes)
+    return _LARGEST_INPUT * (int(row_sums.max()) + width)
+
+
+def _packed(data: Tensor) -> Any:
+    with _engine(), warnings.catch_warnings():
+        # torch announces that it will drop the tensors which this is made from. Without them, there is no packing.
+        warnings.simplefilter("ignore", UserWarning)
+        quantized = torch._make_per_tensor_quantized_tensor(data.contiguous(), 1.0, 0)
+        return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+@contextmanager
+def _engine() -> Iterator[None]:
+    """FBGEMM as the engine that torch packs for. Products follow what was packed."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = _ENGINE
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def _multiplied(values: Tensor, part: Any) -> Tensor:
+    """float32 in, float32 out: values are made uint8 by adding 128, which the product corrects in int32."""
+    product: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(values, 1.0, _OFFSET, part)
+    return product
+
+
+@torch.library.custom_op("int8cli::packed_product", mutates_args=())
+def _product_by_key(values: Tensor, key: int, outputs: int, in_one_part: bool) -> Tensor:
+    """`PackedWeight.product` for torch.compile, which cannot look into what is packed."""
+    return _by_key[key].product(values)
+
+
+@_product_by_key.register_fake
+def _(values: Tensor, key: int, outputs: int, in_one_part: bool) -> Tensor:
+    return values.new_empty((values.shape[0], outputs), dtype=torch.float32 if in_one_part else torch.int32)
