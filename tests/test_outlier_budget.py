@@ -1,6 +1,7 @@
 """convert --outlier-budget: columns go where they save most, within a share of the output's bytes."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,9 @@ def test_a_model_of_the_hub_is_refused_with_the_way_to_do_it(
 ) -> None:
     with HubStandIn() as hub:
         hub.add_repo(REPO, model)
-        quick = HubOptions(endpoint=hub.endpoint, cache_dir=tmp_path / "hub-cache", timeout_s=5.0)
-        monkeypatch.setattr(locate, "DEFAULT_HUB_OPTIONS", quick)
+        monkeypatch.setattr(
+            locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=tmp_path / "hub")
+        )
         for run in (convert, plan_conversion):
             with pytest.raises(NoStatisticsYetError, match="would be downloaded twice") as refused:
                 run(REPO, tmp_path / "out", options(text=words))

@@ -99,13 +99,13 @@ class EvaluationJob:
             state_directory=self.work / "blocks",
             stored_columns=limit if found.needs_smoothing else 0,
             smooth=found.needs_smoothing,
-            smooth_for=_smoothed_for(found.methods),
+            smooth_for=smoothed_for(found.methods),
         )
         sample = Text.decode(SAMPLE_NAME, sample_text())
         return calibrated_columns(subject, sample, self.text, limit, how, self.progress)
 
 
-def _smoothed_for(methods: Sequence[Method]) -> InputScheme | None:
+def smoothed_for(methods: Sequence[Method]) -> InputScheme | None:
     """The inputs of the product that exponents are chosen for: all smoothed methods share them."""
     smoothed = {method.key for method in methods if method.needs_smoothing}
     return None if smoothed == {SMOOTHED_WEIGHTS} else DEFAULT_INPUTS

@@ -23,10 +23,12 @@ TRANSFORMERS_BYTES = 520_000_000
 # run twice in int8 on 128 positions).
 VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
-# To smooth, likewise in CPU time on weights of 576 x 576 to 2048 x 2048: the products of five choices on 128 positions
-# take each weight as long as quantizing 41 to 64, the range of its exponents 34 to 53, its figures after that 28 to 37.
-# And a block runs one sequence again for each of its folds, and once before.
-SMOOTHING_WORK = 120.0
+# To smooth, likewise in CPU time on weights of 576 x 576 to 2048 x 2048: the products of two choices on 128 positions
+# take each weight as long as quantizing 16 to 25, the range of its exponents 34 to 53, its figures after that 28 to 37,
+# and the descent of the exponents about 100; beside that, each input column takes as long as 200,000 weights, which is
+# most of it in narrow models. And a block runs one sequence again for each of its folds, and once before.
+SMOOTHING_WORK = 200.0
+SMOOTHING_COLUMN_WORK = 200_000.0
 PROOF_RUNS = 5
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9
@@ -105,8 +107,8 @@ def smoothing_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
     quantizing_s, tokens = 2.0 / speed.quantized_bytes, min(sampling.sequence_length, sampling.tokens)
     seconds = 0.0
     for decision in survey.plan.quantized:
-        weights = decision.spec.numel
-        seconds += weights * SMOOTHING_WORK * quantizing_s
+        weights, columns = decision.spec.numel, decision.computed_shape[1]
+        seconds += (weights * SMOOTHING_WORK + columns * SMOOTHING_COLUMN_WORK) * quantizing_s
         seconds += PROOF_RUNS * 2.0 * weights * tokens / speed.product(decision.spec.dtype)
     return seconds
 

@@ -101,11 +101,14 @@ def shared_out(savings: Sequence[Tensor], costs: Sequence[int], budget: int) -> 
     of savings by cost until one does not fit. Ties go to the earlier linear, then to the lower index. Columns that save
     nothing are never chosen.
     """
-    rates = torch.cat([found / cost for found, cost in zip(savings, costs, strict=True)]) if savings else torch.empty(0)
-    sizes = torch.tensor([found.numel() for found in savings], dtype=torch.int64)
-    cost_of = torch.tensor(costs, dtype=torch.int64).repeat_interleave(sizes)
+    if not savings:
+        return []
+    rates = torch.cat([found / cost for found, cost in zip(savings, costs, strict=True)])
+    ends = torch.tensor([found.numel() for found in savings]).cumsum(0)
     order = torch.sort(rates, descending=True, stable=True).indices
-    fits = (cost_of[order].cumsum(0) <= budget) & (rates[order] > 0.0)
-    chosen = torch.zeros(rates.numel(), dtype=torch.bool)
-    chosen[order[fits]] = True
-    return [tuple(part.nonzero().squeeze(1).tolist()) for part in chosen.split(sizes.tolist())] if savings else []
+    linear_of = torch.searchsorted(ends, order, right=True)
+    fits = (torch.tensor(costs)[linear_of].cumsum(0) <= budget) & (rates[order] > 0.0)
+    chosen: list[list[int]] = [[] for _ in savings]
+    for place, linear in zip(order[fits].tolist(), linear_of[fits].tolist(), strict=True):
+        chosen[linear].append(place - int(ends[linear]) + savings[linear].numel())
+    return [tuple(sorted(columns)) for columns in chosen]

@@ -51,7 +51,7 @@ class ExpectedError:
         self._share = torch.where(counted, 1.0 / torch.where(counted, outputs, 1.0), 0.0) / max(1, inputs.shape[0])
         self._mean_square = _sum_squares(inputs, self._share)  # (linears, in)
         self._norms = torch.stack([norms for _, norms in measured])  # (linears, in)
-        self._group = None if group is None else group.unique(return_inverse=True)[1]
+        self._group = None if group is None else _numbered(group)
         parts = _PARTS[scheme] if scheme is not None else ()
         self._inputs = [self._gathered(inputs, part) for part in parts]
         self._weights = [self._gathered(weight, "magnitude") for weight in weights]
@@ -263,6 +263,11 @@ class _State:
             ranges = self.share @ torch.stack(list(tokens)).sum(dim=0).double().square()  # (linears, n)
             error += ranges * energy / (_LEVELS[self.scheme] * _LEVELS[self.scheme])
         return error.sum(dim=0) * _ROUNDING_VARIANCE
+
+
+def _numbered(group: Tensor) -> Tensor:
+    """The same groups, numbered from 0: int64 (columns,)."""
+    return torch.searchsorted(torch.tensor(sorted(set(group.tolist())), device=group.device), group)
 
 
 def _energies(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
