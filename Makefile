@@ -2,7 +2,8 @@
 # `cp` and other converters. Each installs what it needs, in the versions of requirements.lock.
 # `make torture SECONDS=600` tries for that long to make it lose data. `make test-oldest` and `make test-newest` run the
 # tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without test dependencies,
-# `make test-vllm` opens what int8cli writes in vLLM, `make lock` and `make lock-vllm` update the lock files. See
+# `make test-ray` and `make test-s3` run tests that need a cluster or an S3 server on this machine, `make test-vllm` opens
+# what int8cli writes in vLLM, `make lock` and `make lock-vllm` update the lock files. See
 # docs/development.md.
 
 PYTHON ?= python3
@@ -48,7 +49,7 @@ DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 DEMO_PAGE := demo/report.html
 
-.PHONY: demo test test-oldest test-newest test-bare test-ray test-vllm lock lock-vllm benchmark torture lint types \
+.PHONY: demo test test-oldest test-newest test-bare test-ray test-s3 test-vllm lock lock-vllm benchmark torture lint types \
 	pytest always clean
 
 demo: $(READY)
@@ -94,6 +95,14 @@ test-ray: $(READY)
 		> "$$(.venv-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
 	.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) ray
 	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
+
+# A server for S3 and its client are 29 packages, which nothing else needs: likewise. Their versions are locked.
+test-s3: $(READY)
+	$(PYTHON) -m venv --clear .venv-s3
+	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+		> "$$(.venv-s3/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+	$(BIN)/python -m pip --python .venv-s3/bin/python install -qq --disable-pip-version-check --constraint $(PINS) --group s3
+	.venv-s3/bin/python -m pytest -n 0 tests/test_remote.py
 
 # What vLLM's CPU build makes of the output. A process that has it takes gigabytes, so the tests run one after the other.
 # vLLM asks for a CPU build of torch, for which pip needs TORCH_BACKEND=cpu unless it is configured to find one.

@@ -30,6 +30,10 @@ class CannotRunInPartsError(OptionError):
     """The outlier columns are to come from a run of the model, which no part of a conversion makes."""
 
 
+class NoStatisticsYetError(OptionError):
+    """What is asked for needs statistics of the whole model before the first shard, and there are none."""
+
+
 class SourceError(Int8cliError):
     """The model cannot be read from the place the user named."""
 

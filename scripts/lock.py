@@ -27,7 +27,7 @@ HEADER_OLDEST = (
     f"# The versions of `make test-oldest`: the lower bounds of pyproject.toml, and the newest else.\n{MADE}"
 )
 DOWNLOADED = "# Downloaded for the demo, not installed.\n"
-ALL = ("--all-extras", "--group", "dev", "--group", "lock")
+ALL = ("--all-extras", "--group", "dev", "--group", "lock", "--group", "s3")
 
 
 def main() -> None:

@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from support.checkpoints import LISTED, build_tiny, read_all, read_json, read_tensors, save_by_hand, save_tiny
+from support.checkpoints import (
+    LISTED,
+    OTHERS,
+    build_tiny,
+    read_all,
+    read_json,
+    read_tensors,
+    save_by_hand,
+    save_tiny,
+)
 from support.program import llama, run, tree
 from support.verifying import verified
 from torch import Tensor, nn
@@ -307,6 +316,26 @@ def test_layers_that_vllm_builds_as_floats_are_left_alone_in_this_layout() -> No
     assert int8("jamba", compressed_tensors.ACCEPTS) == ["self_attn.o_proj"]
     assert int8("bamba", compressed_tensors.ACCEPTS) == modules[2:]
     assert int8("jamba", bitsandbytes.ACCEPTS) == modules  # as transformers quantizes on load
+
+
+@pytest.mark.parametrize("architecture", ["mamba", "falcon_mamba"])
+def test_a_model_that_vllm_cannot_open_is_said_to_be_one(architecture: str, tmp_path: Path) -> None:
+    build_tiny((LISTED | OTHERS)[architecture]).save_pretrained(tmp_path / "source")
+    options = ("--layout", LAYOUT, "--outliers", "none")
+    for when in ("--dry-run", "--workers=1"):
+        outcome = run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
+        assert outcome.code == 0, outcome.err
+        assert "warning: vLLM cannot open this: it has the mixers of Mamba only in floats" in " ".join(
+            outcome.err.split()
+        )
+        assert "vllm serve" not in outcome.out
+    assert "vllm serve" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_of_mambas_second_version_opens_in_vllm(tmp_path: Path) -> None:
+    build_tiny(OTHERS["mamba2"]).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
+    assert "vllm serve" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_report_says_that_transformers_does_not_read_mixtures(tmp_path: Path) -> None:

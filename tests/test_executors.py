@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.calibration_models import make_model
-from support.program import environment, llama
+from support.program import environment, llama, run
 
 from int8cli import ConvertOptions, convert
 from int8cli.conversion import WORKER_PRELOAD
@@ -211,3 +211,13 @@ def test_nothing_in_the_working_directory_is_run(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "was_run").exists()
+
+
+def test_workers_start_where_the_path_of_tmpdir_is_too_long_for_a_socket(tmp_path: Path) -> None:
+    llama(tmp_path / "model", layers=1, shards=2)
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    command = ("convert", "model", "--outliers", "none", "--workers", "2")
+    outcome = run(*command, "-o", "out", cwd=tmp_path, env={"TMPDIR": str(long)})
+    assert outcome.code == 0, outcome.err
+    assert list(long.iterdir()) == []

@@ -1,5 +1,6 @@
 """Sources of 8-bit floats with scales are converted as the floats that they stand for."""
 
+import importlib
 import json
 import shutil
 from dataclasses import replace
@@ -40,6 +41,17 @@ def as_16_bit(source: Path, floats: dict[str, Tensor], directory: Path) -> Path:
     return save_by_hand(directory, {name: tensor.contiguous() for name, tensor in floats.items()}, config)
 
 
+def reads_float8() -> bool:
+    """Whether the installed transformers can read 8-bit floats here: older ones import triton for it, on a CPU too."""
+    try:
+        importlib.import_module("transformers.integrations.finegrained_fp8")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return False
+    return True
+
+
 def different(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
     """The names of tensors that only one has, or that differ in dtype or in a bit."""
     both = found.keys() & wanted.keys()
@@ -55,6 +67,8 @@ def test_blocks_stand_for_what_transformers_reads(architecture: str, apart: bool
     """Held against transformers' own dequantization, on the CPU, bit for bit."""
     import transformers
 
+    if not reads_float8():
+        pytest.skip("this transformers needs triton to read 8-bit floats")
     save_tiny(architecture, tmp_path / "source")
     write_float8(tmp_path / "source", tmp_path / "fp8", apart=apart)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fp8")
@@ -171,8 +185,12 @@ def test_outliers_are_those_of_the_floats(pair: tuple[Path, Path], tmp_path: Pat
 
 def test_memory_is_that_of_the_floats(pair: tuple[Path, Path]) -> None:
     found, wanted = (estimate_memory(model).estimate for model in pair)
-    assert found.weights == wanted.weights
-    assert found.stored_dtypes == wanted.stored_dtypes
+    assert replace(found.weights, stored_bytes=0) == replace(wanted.weights, stored_bytes=0)
+    in_file = read_all(pair[0]).values()
+    codes = sum(tensor.nbytes for tensor in in_file if tensor.dtype == torch.float8_e4m3fn)
+    assert found.stored_dtypes["F8_E4M3"] == codes > 0
+    assert sum(found.stored_dtypes.values()) == found.weights.stored_bytes == sum(tensor.nbytes for tensor in in_file)
+    assert found.conversion.buffer_bytes > wanted.conversion.buffer_bytes
 
 
 def test_a_conversion_becomes_floats_again(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from int8cli.errors import NonFiniteError
 from int8cli.loaders.transformers_versions import release
 from int8cli.planning import survey as survey_module
 from int8cli.planning.decisions import PlanOptions
+from int8cli.planning.expert_names import names_when_split
 from int8cli.planning.layouts import LAYOUTS, compressed_tensors
 from int8cli.planning.survey import survey_source
 
@@ -268,6 +269,10 @@ def test_fused_saves_become_what_saves_under_published_names_become(family: str,
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     if not [name for name, tensor in read_all(tmp_path / "fused").items() if "experts" in name and tensor.ndim == 3]:
         pytest.skip("this transformers does not save fused experts")
+    names = names_when_split([family])
+    assert names is not None
+    if any(names.renamed(name) != name for name in read_all(tmp_path / "published")):
+        pytest.skip("this transformers does not know the published names")
     convert(tmp_path / "published", tmp_path / "expected", OPTIONS)
     convert(tmp_path / "fused", tmp_path / "out", OPTIONS)
     written, expected = read_all(tmp_path / "out"), read_all(tmp_path / "expected")

@@ -200,6 +200,7 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "minus zero": (packed('{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "negative number"),
     "a number of 5,000 digits": (packed('{"a":{"shape":[%s]}}' % ("9" * 5000)), "beyond 64 bits"),
     "a number just beyond 64 bits": (packed({"a": entry(shape=[2**64, 0])}), "beyond 64 bits"),
+    "an extent that no tensor has": (packed({"a": entry(0, 0, [0, 2**63])}), "beyond 63 bits"),
     "an overflow before a zero": (packed({"a": entry(0, 0, [2**63, 4, 0])}), "overflows"),
     "NaN": (packed('{"a":NaN}'), "NaN"),
     "three offsets": (packed({"a": {**entry(), "data_offsets": [0, 8, 16]}}, bytes(16)), "data_offsets"),
@@ -214,7 +215,7 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "metadata with an object": (packed({"__metadata__": {"a": {"b": "c"}}}), "not a string"),
 }
 # Departures from the format's letter that its reader lets pass, and we do not.
-STRICTER = {"an entry that is a list", "a tensor named twice"}
+STRICTER = {"an entry that is a list", "a tensor named twice", "an extent that no tensor has"}
 
 
 @pytest.mark.parametrize("case", INVALID)

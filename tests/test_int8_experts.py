@@ -58,6 +58,19 @@ def test_experts_run_in_int8_near_the_float_model(family: str, tmp_path: Path) -
     assert 1e-6 < relative_error(found, exact) < 0.03
 
 
+def test_experts_run_where_transformers_knows_no_norm_behind_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers 5.19."""
+    _, model = made("mixtral", tmp_path)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        for module in experts_modules(model):
+            for owner in (module, type(module)):
+                monkeypatch.delattr(owner, "has_post_expert_norm", raising=False)
+        assert torch.equal(model(IDS).logits, expected)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"llama4_text"}))
 def test_each_token_gets_the_sum_of_its_experts_as_one_token_alone_does(family: str, tmp_path: Path) -> None:
     """By the definition, token by token and choice by choice, with the same int8 layers."""

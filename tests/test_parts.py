@@ -288,22 +288,6 @@ def test_options_that_no_part_has(options: ConvertOptions, option: str, root: Pa
     assert caught.value.option == option
 
 
-@pytest.mark.parametrize("together", [{"part": (1, 2)}, {"finish": True}, {"ray": "local"}])
-@pytest.mark.parametrize(
-    ("option", "value"), [("push_to_hub", "me/model"), ("push_to", "s3://bucket/model"), ("keep_output", False)]
-)
-def test_a_shared_conversion_is_pushed_afterwards(
-    together: dict[str, Any], option: str, value: Any, root: Path, tmp_path: Path
-) -> None:
-    options = replace(NONE, **{**together, option: value})
-    for command in (convert, plan_conversion):
-        with pytest.raises(OptionError, match="not pushed while it runs") as caught:
-            command(root / "model", tmp_path / "out", options)
-        assert caught.value.option == option
-        assert caught.value.hint == "Run `int8cli push` when all parts have ended."
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("text", ["3", "a/b", "1/", "/2", "-1/2", "0/2", "3/2"])
 def test_a_part_is_k_of_n(text: str, root: Path, nursery: Nursery, tmp_path: Path) -> None:
     outcome = nursery.run("convert", root / "model", "-o", "out", "--outliers", "none", "--part", text, cwd=tmp_path)
@@ -315,6 +299,25 @@ def test_a_model_that_is_not_ours_gets_no_directory(root: Path, tmp_path: Path) 
     with pytest.raises(OutputError, match="was not written by int8cli"):
         convert(root / "model", llama(tmp_path / "other"), part(1, 2))
     assert not (tmp_path / "other/int8").exists()
+
+
+# A dry run
+
+
+def test_a_dry_run_shows_what_the_part_has_to_do(root: Path, nursery: Nursery, tmp_path: Path) -> None:
+    whole = plan_conversion(root / "model", tmp_path / "out", NONE)
+    plans = [plan_conversion(root / "model", tmp_path / "out", part(number, 4)) for number in (1, 2, 3, 4)]
+    shares = [plan.share for plan in plans if plan.share is not None]
+    assert whole.share is None
+    assert sorted(name for share in shares for name in share.shards) == [each.file_name for each in whole.survey.shards]
+    assert sum(share.source_bytes for share in shares) == whole.survey.source_bytes
+    assert sum(share.output_bytes for share in shares) == whole.survey.output_bytes
+    assert all(plan.needs.disks[0].needed_bytes < whole.needs.disks[0].needed_bytes for plan in plans)
+    command = ("convert", root / "model", "--outliers", "none", "--dry-run", "--part", "2/4")
+    assert f"part 2 of 4: {len(shares[1].shards)} of 6 shards, " in nursery.run(*command, cwd=tmp_path).out
+    document = json.loads(nursery.run(*command, "--json", cwd=tmp_path).out)["part"]
+    assert (document["part"], document["parts"], document["shards"]) == (2, 4, list(shares[1].shards))
+    assert not (tmp_path / "out").exists()
 
 
 # Who is there

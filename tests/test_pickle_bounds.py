@@ -239,3 +239,70 @@ def _repacked(content: bytes, data: bytes) -> bytes:
         for name in source.namelist():
             target.writestr(name, data if name.endswith("data.pkl") else source.read(name))
     return buffer.getvalue()
+
+
+def text(of: str) -> bytes:
+    return b"X" + len(of).to_bytes(4, "little") + of.encode()
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def called(function: bytes, arguments: bytes) -> bytes:
+    return function + arguments + b"R"
+
+
+HUGE = b"\x8a\x06" + (1 << 40).to_bytes(6, "little")
+ENCODE = named("_codecs", "encode")
+FROM_TYPE = named("torch._tensor", "_rebuild_from_type_v2")
+CALLS = {
+    "memory": called(named("__builtin__", "bytearray"), HUGE + b"\x85"),
+    "memory through a call of a call": called(
+        FROM_TYPE, b"(" + named("__builtin__", "bytearray") + named("torch", "Tensor") + HUGE + b"\x85}t"
+    ),
+    "a codec that doubles": called(ENCODE, called(ENCODE, text("a") + text("hex") + b"\x86") + text("hex") + b"\x86"),
+    "a codec that takes quadratic time": called(ENCODE, text("é" * 100) + text("punycode") + b"\x86"),
+    "a tensor": called(named("torch", "Tensor"), HUGE + b"\x85"),
+    "a storage": called(named("torch.storage", "UntypedStorage"), HUGE + b"\x85"),
+    "a new storage": named("torch.storage", "UntypedStorage") + HUGE + b"\x85\x81",
+    "a sparse tensor's class": called(named("torch.sparse", "FloatTensor"), b")"),
+    "a set": called(named("__builtin__", "set"), b"]\x85"),
+    "what is no function": b"K\x01)R",
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+@pytest.mark.parametrize("form", [archive, legacy])
+def test_only_functions_that_make_tensors_are_called(form: Any, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch unpickled it"))
+    content = form(PROTO + b"}" + text("a") + CALLS[what] + b"s" + STOP)
+    with pytest.raises(UnsafePickleError, match=r"it (names|calls) .*not unpickled"):
+        read_pickled(io.BytesIO(content), "x.bin", len(content))
+
+
+@pytest.mark.parametrize("form", [archive, legacy])
+def test_no_more_is_piled_up_than_a_list_of_tensors_needs(form: Any) -> None:
+    made = b")" * (pickle_bounds.MOST_STACKED + 1)
+    content = form(PROTO + made + STOP)
+    with pytest.raises(UnsafePickleError, match="piles up"):
+        read_pickled(io.BytesIO(content), "x.bin", len(content))
+    with pytest.raises(NotAStateDictError):
+        read_state_dict(PROTO + made + STOP)
+
+
+def test_attributes_of_a_tensor_replace_none_of_its_methods() -> None:
+    tensor = torch.arange(6.0).reshape(2, 3)
+    for name in ("is_contiguous", "dim", "detach", "t"):
+        setattr(tensor, name, "not a method")
+    buffer = io.BytesIO()
+    torch.save({"a": tensor}, buffer)
+    found = read_pickled(buffer, "x.bin", buffer.tell())
+    assert [(stored.spec.name, stored.spec.shape) for stored in found.tensors] == [("a", (2, 3))]
+
+
+def test_a_sparse_tensor_in_an_old_file_is_named() -> None:
+    buffer = io.BytesIO()
+    torch.save({"odd": torch.eye(3).to_sparse()}, buffer, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"'odd'.*sparse"):
+        read_pickled(buffer, "x.bin", buffer.tell())

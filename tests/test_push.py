@@ -2,39 +2,33 @@
 
 import hashlib
 import json
-import os
-import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.hub_uploads import SIGNATURE, Fault, WritableHub
-from support.program import Child, Nursery, Outcome, llama, tree
-
-SOURCE = "org/model"
-REPO = "me/model-int8"
-TOKEN = "hf_SecretOfTheTests"
-SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
-LOCAL_STATE = ("int8/uploads/", "int8/push.json")  # what is of this machine alone
-STREAM = ("--push-to-hub", REPO, "--no-keep-output")
+from support.hub_uploads import Fault, WritableHub
+from support.program import Nursery, llama, tree
+from support.pushing import (
+    REPO,
+    SHARDS,
+    SOURCE,
+    STREAM,
+    TOKEN,
+    User,
+    assert_whole,
+    files_in,
+    local_conversion,
+    refused,
+    until_done,
+    weights_here,
+)
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("published") / "model"
     return llama(directory, layers=2, hidden=64, intermediate=96, vocabulary=128, shards=3)
-
-
-def local_conversion(published: Path, nursery: Nursery, home: Path, outliers: str) -> Path:
-    """A conversion of the published model, from the Hub, that is not pushed."""
-    with WritableHub(home / "hub", {TOKEN: {"me"}}) as hub:
-        hub.add_repo(SOURCE, published)
-        command = ("convert", SOURCE, "-o", "out", "--outliers", outliers, "-q")
-        outcome = nursery.run(*command, cwd=home, env={"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home / "hf")})
-        assert outcome.code == 0, outcome.err
-    return home / "out"
 
 
 @pytest.fixture(scope="module")
@@ -47,46 +41,6 @@ def with_columns(published: Path, nursery: Nursery, tmp_path_factory: pytest.Tem
     return local_conversion(published, nursery, tmp_path_factory.mktemp("with-columns"), "weights")
 
 
-class User:
-    """Somebody with a token for this Hub."""
-
-    def __init__(self, hub: WritableHub, nursery: Nursery, home: Path, converted: Path) -> None:
-        self.hub = hub
-        self.home = home
-        self.output = home / "out"
-        self._nursery = nursery
-        self._converted = converted
-
-    def start(self, *args: str | Path, **changes: str) -> Child:
-        env = {
-            "HF_ENDPOINT": self.hub.endpoint,
-            "HF_HOME": str(self.home / "hf"),
-            "HF_TOKEN": TOKEN,
-            "HF_HUB_DISABLE_XET": "1",
-            **changes,
-        }
-        return self._nursery.start(*args, cwd=self.home, env=env)
-
-    def run(self, *args: str | Path, **changes: str) -> Outcome:
-        outcome = self.start(*args, **changes).wait()
-        assert "Traceback" not in outcome.err, outcome.err
-        assert TOKEN not in outcome.out + outcome.err
-        assert SIGNATURE not in outcome.out + outcome.err
-        return outcome
-
-    def convert(self, *args: str, **changes: str) -> Outcome:
-        return self.run("convert", SOURCE, "-o", "out", "--outliers", "none", *args, **changes)
-
-    def has_converted(self) -> None:
-        """Have the conversion that other tests have too."""
-        shutil.copytree(self._converted, self.output)
-
-    def push(self, *args: str, **changes: str) -> Outcome:
-        if not self.output.exists():
-            self.has_converted()
-        return self.run("push", "out", REPO, *args, **changes)
-
-
 @pytest.fixture
 def hub(published: Path, tmp_path: Path) -> Iterator[WritableHub]:
     with WritableHub(tmp_path / "hub", {TOKEN: {"me"}}, part_bytes=20_000) as hub:
@@ -97,29 +51,6 @@ def hub(published: Path, tmp_path: Path) -> Iterator[WritableHub]:
 @pytest.fixture
 def user(hub: WritableHub, nursery: Nursery, tmp_path: Path, converted: Path) -> User:
     return User(hub, nursery, tmp_path, converted)
-
-
-def files_in(directory: Path) -> dict[str, bytes]:
-    found = {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
-    return {name: data for name, data in found.items() if not name.startswith(LOCAL_STATE)}
-
-
-def weights_here(directory: Path) -> list[str]:
-    """The shards and sidecars under their final names."""
-    names = [path.relative_to(directory).as_posix() for path in directory.rglob("*.safetensors")]
-    return sorted(name for name in names if not name.startswith(("int8/incoming", "int8/partial", "int8/calibration")))
-
-
-def assert_whole(user: User, converted: Path) -> None:
-    """The repository has the files of the conversion, in one commit; nothing was sent twice, no token was written."""
-    assert user.hub.files_of(REPO) == files_in(converted)
-    assert len(user.hub.commits) == 1
-    assert set(user.hub.put_objects.values()) == {1}
-    for path in user.home.rglob("*"):
-        if path.is_file() and "hub" not in path.parts:
-            assert TOKEN.encode() not in path.read_bytes(), path
 
 
 # A finished conversion
@@ -195,21 +126,7 @@ def test_users_may_edit_the_card(user: User) -> None:
     assert user.hub.files_of(REPO)["README.md"] == b"mine\n"
 
 
-def test_a_conversion_in_parts_is_pushed_when_all_have_ended(user: User, converted: Path) -> None:
-    assert user.convert("--part", "1/2", "-q").code == 0
-    refused(user.push(), "the conversion is not finished", "Run the same convert command again")
-    assert user.convert("--part", "2/2", "-q").code == 0
-    assert user.push("-q").code == 0
-    assert_whole(user, converted)
-
-
 # Refusals
-
-
-def refused(outcome: Outcome, message: str, hint: str) -> None:
-    assert outcome.code == 1, outcome
-    assert re.search(message, outcome.err), outcome.err
-    assert re.search(hint, outcome.err), outcome.err
 
 
 def test_a_token_is_needed(user: User) -> None:
@@ -243,6 +160,13 @@ def test_a_repository_with_another_model_is_refused(user: User) -> None:
     user.hub.new_repo(REPO, {"pytorch_model.bin": b"weights"})
     refused(user.push(), "holds another model: pytorch_model.bin", "Choose another place")
     refused(user.convert(*STREAM), "holds another model: pytorch_model.bin", "Choose another place")
+    assert user.hub.put_bytes == 0
+
+
+def test_a_source_is_not_replaced_by_its_conversion(user: User) -> None:
+    """Its shards have the same names."""
+    user.hub.new_repo(REPO, {"model-00001-of-00003.safetensors": b"weights"})
+    refused(user.push(), "holds another model: model-00001-of-00003.safetensors", "Choose another place")
     assert user.hub.put_bytes == 0
 
 
@@ -336,32 +260,6 @@ def test_a_token_that_expires_is_an_error_and_a_new_one_goes_on(user: User, conv
     user.hub.tokens["hf_Renewed"] = {"me"}
     assert user.push("-q", HF_TOKEN="hf_Renewed").code == 0
     assert_whole(user, converted)
-
-
-def until_done(user: User, start: Callable[[], Child], *, every: int = 1) -> int:
-    """Start the command again and again, kill the nth run at step 2n * `every`. Returns the step it was not killed at.
-
-    A step is a request that arrives, or one that is answered.
-    """
-    for run in range(every, 100, every):
-        steps = -run
-        child: list[Child] = []
-
-        def kill(step: str, when: str, run: int = run, child: list[Child] = child) -> bool:
-            nonlocal steps
-            steps += 1
-            if steps < run or not child:
-                return False
-            os.kill(child[0].pid, signal.SIGKILL)
-            return when == "before"
-
-        user.hub.watch = kill
-        child.append(start())
-        outcome = child[0].wait()
-        if outcome.code != -signal.SIGKILL:
-            assert outcome.code == 0, outcome.err
-            return run
-    raise AssertionError("it never ended")
 
 
 def test_a_push_killed_at_any_step_goes_on(user: User, converted: Path) -> None:

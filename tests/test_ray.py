@@ -1,5 +1,6 @@
 """A conversion on a Ray cluster of several nodes on this machine, some of which are killed. `make test-ray` runs it."""
 
+import json
 import os
 import signal
 import sys
@@ -7,23 +8,28 @@ from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
+from support.calibration_models import make_model, some_text
 from support.float8 import write_float8
-from support.program import ROOT, llama, outcome_of, start, tree
+from support.hub_uploads import WritableHub
+from support.program import ROOT, Outcome, llama, outcome_of, run, start, tree, wait_until
 from support.progress import CoherentProgress
+from support.pushing import SOURCE, TOKEN, files_in, hub_environment, weights_here
 
 from int8cli import ConvertOptions, convert
 from int8cli.errors import (
-    CannotRunInPartsError,
     ClusterError,
     NonFiniteError,
+    NotEnoughMemoryError,
     OptionError,
     OutputInUseError,
     VersionMismatchError,
 )
-from int8cli.workers import ray_cluster
+from int8cli.outliers.calibrate import TASK as CALIBRATE
+from int8cli.workers import ray_session
 
 ray = pytest.importorskip("ray")
 SHARDS = 12
@@ -41,10 +47,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def hub(root: Path) -> Iterator[WritableHub]:
+    """A Hub that the machines of the cluster have a token for."""
+    with WritableHub(root / "hub", {TOKEN: {"me"}}, part_bytes=200_000) as hub:
+        hub.add_repo(SOURCE, root / "model")
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def cluster(hub: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A head without cores and two nodes with one each. Nodes that a test kills are replaced."""
     from ray.cluster_utils import Cluster
 
+    os.environ |= hub_environment(hub, tmp_path_factory.mktemp("hub-cache"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
     os.environ["RAY_DEDUP_LOGS"] = "0"
     with chdir(tmp_path_factory.mktemp("nodes")):  # not that of the drivers, as on other machines
@@ -74,6 +89,241 @@ def test_a_cluster_writes_what_one_process_writes(outliers: str, cluster: Any, r
     assert len(progress.outcomes) == SHARDS
     assert result.peak_memory_bytes is None
     assert tree(tmp_path / "out") == tree(root / outliers)
+
+
+# The model is run for the columns
+
+
+@pytest.fixture(scope="module")
+def small(root: Path) -> Path:
+    """A checkpoint that can be run, in many shards, and a text for it in `words.txt`."""
+    model = make_model("llama", root / "small", max_shard_size="12KB")
+    (root / "words.txt").write_text(some_text().text)
+    return model
+
+
+def running(root: Path, **changes: Any) -> ConvertOptions:
+    """The options of a conversion that runs the model."""
+    options = ConvertOptions(outliers="activations", text=root / "words.txt", tokens=48, sequence_length=16)
+    return replace(options, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"outliers": "auto"}, {"layout": "compressed-tensors"}, {"outlier_columns": 0, "smooth": "auto"}]
+)
+def test_columns_by_a_run_of_the_model(
+    changes: dict[str, Any], cluster: Any, root: Path, small: Path, tmp_path: Path
+) -> None:
+    """One task runs the model, and shards are converted as it releases them."""
+    options = running(root, **changes)
+    one = convert(small, tmp_path / "one", options)
+    assert one.report.settings["outliers"] == "activations"
+    order: list[tuple[str, str | None]] = []
+
+    class Order(CoherentProgress):
+        def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+            super().done(task, part, outcome)
+            order.append((task, part))
+
+    progress = Order()
+    convert(small, tmp_path / "out", on(cluster, options), progress=progress)
+    assert progress.under_way() == []
+    assert {part for task, part in order if task == CALIBRATE} == {*blocks(small), None}
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def blocks(model: Path) -> set[str]:
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    return {f"model.layers.{number}" for number in range(layers)}
+
+
+def test_a_run_of_the_model_that_is_lost_resumes(cluster: Any, root: Path, small: Path, tmp_path: Path) -> None:
+    options = running(root, smooth="auto")
+    convert(small, tmp_path / "one", options)
+    killed: list[int] = []
+
+    class KillsTheModel(CoherentProgress):
+        def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+            super().done(task, part, outcome)
+            if task == CALIBRATE and part is not None and not killed:
+                killed.extend(workers("_lead"))
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
+
+    convert(small, tmp_path / "out", on(cluster, options), progress=KillsTheModel())
+    assert len(killed) == 1
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_a_driver_that_is_interrupted_while_the_model_runs_resumes(
+    cluster: Any, root: Path, small: Path, tmp_path: Path
+) -> None:
+    options = running(root, smooth="auto")
+    convert(small, tmp_path / "one", options)
+
+    class Interrupts(CoherentProgress):
+        def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+            if part == "model.layers.1":  # the first one is saved by then
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(small, tmp_path / "out", on(cluster, options), progress=Interrupts())
+    progress = CoherentProgress()
+    convert(small, tmp_path / "out", on(cluster, options), progress=progress)
+    assert any("blocks already run" in note for note in progress.notes)
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+def test_a_model_that_cannot_be_run_falls_back(cluster: Any, root: Path, tmp_path: Path) -> None:
+    """It has no tokenizer; `auto` then chooses by the weights, as on one machine."""
+    convert(root / "model", tmp_path / "out", on(cluster, ConvertOptions()))
+    assert tree(tmp_path / "out") == tree(root / "weights")
+
+
+def test_a_cluster_without_room_for_a_block_falls_back(
+    cluster: Any, root: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8cli.commands.on_ray.memory_to_run", lambda *_: 1 << 50)
+    with pytest.raises(NotEnoughMemoryError, match=r"no machine of the cluster has 1 cores, .* for a run of the model"):
+        convert(small, tmp_path / "out", on(cluster, running(root)))
+    convert(small, tmp_path / "out", on(cluster, running(root, outliers="auto")))
+    convert(small, tmp_path / "one", ConvertOptions(outliers="weights"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+# From the Hub and to it
+
+
+class Driver:
+    """The program on a machine that has joined the cluster."""
+
+    def __init__(self, cluster: Any, hub: WritableHub, home: Path) -> None:
+        self._cluster, self._hub, self.home = cluster, hub, home
+
+    def __call__(self, *args: str) -> Outcome:
+        return outcome_of(self.start(*args))
+
+    def start(self, *args: str) -> "Popen[str]":
+        return start(*self.command(*args), cwd=self.home, env=hub_environment(self._hub, self.home / "hf"))
+
+    def command(self, *args: str) -> tuple[str, ...]:
+        return ("convert", SOURCE, "-o", "out", "--outliers", "none", "--ray", self._cluster.address, *args)
+
+
+@pytest.fixture
+def driver(cluster: Any, hub: WritableHub, tmp_path: Path) -> Iterator[Driver]:
+    yield Driver(cluster, hub, tmp_path)
+    hub.watch = lambda step, when: False
+    hub.commits.clear()
+    hub.put_objects.clear()
+
+
+@pytest.fixture(scope="module")
+def from_hub(hub: WritableHub, root: Path) -> Path:
+    """What one process makes of the model on the Hub."""
+    (root / "one").mkdir()
+    env = hub_environment(hub, root / "one/hf")
+    outcome = run("convert", SOURCE, "-o", "out", "--outliers", "none", "-q", cwd=root / "one", env=env)
+    assert outcome.code == 0, outcome.err
+    return root / "one/out"
+
+
+def test_the_workers_read_the_hub(driver: Driver, from_hub: Path) -> None:
+    outcome = driver("-q")
+    assert outcome.code == 0, outcome.err
+    assert tree(driver.home / "out") == tree(from_hub)
+
+
+def test_the_workers_upload_and_the_driver_commits(driver: Driver, hub: WritableHub, from_hub: Path) -> None:
+    outcome = driver("--push-to-hub", "me/one", "--no-keep-output")
+    assert outcome.code == 0, outcome.err
+    assert hub.files_of("me/one") == files_in(from_hub)
+    assert len(hub.commits) == 1
+    assert set(hub.put_objects.values()) == {1}
+    assert weights_here(driver.home / "out") == []
+    assert "pushed to me/one: " in outcome.err
+    assert TOKEN not in outcome.out + outcome.err
+
+
+def test_workers_that_are_killed_while_they_upload(driver: Driver, hub: WritableHub, from_hub: Path) -> None:
+    killed: list[int] = []
+
+    def kill(step: str, when: str) -> bool:
+        for pid in workers() if step in ("complete", "verify") and len(killed) < 3 else ():
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+        return False
+
+    hub.watch = kill
+    outcome = driver("--push-to-hub", "me/two", "--no-keep-output", "-q")
+    assert outcome.code == 0, outcome.err
+    assert killed
+    assert hub.files_of("me/two") == files_in(from_hub)
+    assert (len(hub.commits), set(hub.put_objects.values())) == (1, {1})
+    assert weights_here(driver.home / "out") == []
+
+
+def test_a_killed_driver_uploads_nothing_twice(driver: Driver, hub: WritableHub, from_hub: Path) -> None:
+    command = ("--push-to-hub", "me/three", "--no-keep-output", "-q")
+    process = driver.start(*command)
+    uploads = driver.home / "out/int8/uploads"
+    wait_until(lambda: len(list(uploads.glob("[!.]*.json"))) > 1 or process.poll() is not None)
+    os.killpg(process.pid, signal.SIGKILL)
+    outcome_of(process)
+    assert hub.commits == []
+    outcome = driver(*command)
+    assert outcome.code == 0, outcome.err
+    assert hub.files_of("me/three") == files_in(from_hub)
+    assert (len(hub.commits), set(hub.put_objects.values())) == (1, {1})
+
+
+def test_a_token_that_expires_on_the_machines_is_an_error(driver: Driver, hub: WritableHub, from_hub: Path) -> None:
+    def expire(step: str, when: str) -> bool:
+        if step == "complete":
+            hub.tokens.pop(TOKEN, None)
+        return False
+
+    hub.watch = expire
+    command = ("--push-to-hub", "me/four", "--no-keep-output", "-q")
+    outcome = driver(*command)
+    hub.tokens[TOKEN] = {"me"}
+    hub.watch = lambda step, when: False
+    assert (outcome.code, "401 Unauthorized" in outcome.err) == (1, True), outcome.err
+    assert driver(*command).code == 0
+    assert hub.files_of("me/four") == files_in(from_hub)
+    assert (len(hub.commits), set(hub.put_objects.values())) == (1, {1})
+
+
+# The address
+
+
+def test_without_an_address_the_cluster_of_this_machine_is_joined(cluster: Any, root: Path, tmp_path: Path) -> None:
+    command = ("convert", root / "model", "-o", "out", "--outliers", "none", "-q", "--ray")
+    outcome = run(*command, cwd=tmp_path, env={"RAY_ADDRESS": cluster.address})
+    assert outcome.code == 0, outcome.err
+    assert tree(tmp_path / "out") == tree(root / "none")
+
+
+def test_without_a_cluster_one_is_started(
+    cluster: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray does both where it is told no address; what it does is not repeated here."""
+    given: list[Any] = []
+    init = ray.init
+
+    def join(**options: Any) -> None:
+        given.append((options.pop("address"), options.pop("include_dashboard")))
+        init(address=cluster.address, **options)
+
+    ray.shutdown()
+    monkeypatch.setattr(ray, "init", join)
+    for address in ("here", "local"):
+        convert(root / "model", tmp_path / address, replace(NONE, ray=address))
+        assert tree(tmp_path / address) == tree(root / "none")
+    assert given == [(None, False), ("local", False)]
+
+
+# Bad days
 
 
 def test_scales_in_another_shard_are_read_by_the_workers(cluster: Any, tmp_path: Path) -> None:
@@ -119,7 +369,7 @@ def test_a_worker_that_is_killed_is_replaced(cluster: Any, root: Path, tmp_path:
     assert tree(output) == tree(root / "none")
 
 
-def workers() -> list[int]:
+def workers(task: str = "_run") -> list[int]:
     """The processes that run a task of ours now. Ray writes a task's name into the title of its process."""
     found = []
     for entry in Path("/proc").iterdir():
@@ -128,7 +378,7 @@ def workers() -> list[int]:
                 title = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if title.startswith(b"ray::_run"):
+            if title.startswith(f"ray::{task}".encode()):
                 found.append(int(entry.name))
     return found
 
@@ -209,7 +459,7 @@ def test_workers_that_see_another_directory_are_an_error(
 ) -> None:
     """A relative path means another directory to a worker that was started elsewhere."""
     monkeypatch.setattr("int8cli.conversion.cluster._anywhere", lambda task: task)
-    monkeypatch.setattr("int8cli.conversion.cluster._SEEN_WITHIN_S", 0.5)
+    monkeypatch.setattr("int8cli.conversion.cluster.LATE_S", 0.5)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match=r"a worker has written .* but it is not in out"):
         convert(root / "model", "out", on(cluster))
@@ -232,15 +482,13 @@ def test_a_cluster_that_is_not_there_is_an_error(root: Path, tmp_path: Path, mon
 
 
 def test_options_that_a_cluster_has_not(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(CannotRunInPartsError):
-        convert(root / "model", tmp_path / "out", ConvertOptions(ray="auto"))
     with pytest.raises(OptionError):
         convert(root / "model", tmp_path / "out", replace(NONE, ray="auto", part=(1, 2)))
 
 
 def test_reports_of_a_lost_attempt_are_taken_back() -> None:
     told: list[int] = []
-    seen = ray_cluster._Seen(lambda shard, tensor, count: told.append(count))
+    seen = ray_session._Seen(lambda shard, tensor, count: told.append(count))
     for attempt, total in (("a", 10), ("a", 30), ("a", 20), ("b", 5), ("b", 40)):
         seen.update("shard", attempt, "", total)
     assert told == [10, 20, -25, 35]

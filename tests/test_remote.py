@@ -6,8 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +15,15 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from support.program import LIMIT_S, Nursery, llama, run, start, tree
+from support.calibration_models import make_model
+from support.one_machine import ThisMachine
+from support.program import LIMIT_S, Nursery, llama, outcome_of, run, start, tree, wait_until
+from support.progress import CoherentProgress
 
 import int8cli
 from int8cli.checkpoint.hub import HubOptions, RetryPolicy
 from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.remote import StoreSource
 from int8cli.errors import (
     AccessDeniedError,
@@ -32,10 +35,9 @@ from int8cli.errors import (
     SourceError,
     TransferError,
 )
-from int8cli.records.conversion import Conversion
+from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
 from int8cli.upload.shard_uploads import ShardUploads
-from int8cli.workers.processes import OnBytes
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
 QUICK = RetryPolicy(attempts=3, first_pause_s=0.001, max_pause_s=0.002)
@@ -106,18 +108,13 @@ def test_parts_convert_from_a_store(store: Store, model: Path, tmp_path: Path) -
     assert tree(tmp_path / "parts") == tree(tmp_path / "local")
 
 
-class ThisMachine:
-    """A cluster of one process: a worker opens the source by its address, as on another machine."""
-
-    def run(self, tasks: Mapping[str, Callable[[OnBytes], Any]], on_bytes: OnBytes) -> Iterator[tuple[str, Any]]:
-        for name, task in tasks.items():
-            yield name, task(on_bytes)
+@pytest.fixture
+def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
 
 
-def test_the_workers_of_a_cluster_open_a_store(
-    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("int8cli.commands.convert.joined_cluster", lambda *_: nullcontext(ThisMachine()))
+@pytest.mark.usefixtures("one_machine")
+def test_the_workers_of_a_cluster_open_a_store(store: Store, model: Path, tmp_path: Path) -> None:
     int8cli.convert(model, tmp_path / "local", OPTIONS)
     int8cli.convert("store://bucket/model", tmp_path / "cluster", replace(OPTIONS, ray="local"))
     assert tree(tmp_path / "cluster") == tree(tmp_path / "local")
@@ -252,7 +249,7 @@ def test_a_conversion_is_streamed_from_store_to_store(store: Store, model: Path,
     Store.on_put = lambda name: order.append(name)
     int8cli.convert("store://bucket/model", tmp_path / "out", streaming())
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
-    assert order[:3] == SHARDS
+    assert order[:4] == ["int8/conversion.json", *SHARDS]
     assert order[-1] == "config.json"
     assert not list((tmp_path / "out").glob("*.safetensors"))
     assert int8cli.status(tmp_path / "out").shards_removed == 3
@@ -275,8 +272,8 @@ def test_a_finished_conversion_is_pushed_to_a_store(store: Store, model: Path, t
 class AtOnce(ShardUploads):
     """Uploads and removes what is here before it says so: the earliest moment for its thread."""
 
-    def resume(self, conversion: Conversion) -> Mapping[str, ShardRecord]:
-        found = super().resume(conversion)
+    def resume(self, conversion: Conversion, shards: Collection[ShardSource]) -> Mapping[str, ShardRecord]:
+        found = super().resume(conversion, shards)
         with self._changed:
             assert self._changed.wait_for(lambda: not self._busy, LIMIT_S)
         return found
@@ -311,7 +308,7 @@ def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
         ({"smooth": "statistics.safetensors"}, True),
         ({"layout": "compressed-tensors", "outliers": "auto"}, True),
         ({"layout": "compressed-tensors", "outliers": "auto", "smooth": "none"}, False),
-        ({"layout": "compressed-tensors", "outliers": "auto", "inputs": "none"}, False),
+        ({"layout": "compressed-tensors", "outliers": "auto", "inputs": "none"}, True),
         ({"layout": "compressed-tensors"}, False),
     ],
 )
@@ -325,6 +322,96 @@ def test_what_is_smoothed_keeps_its_shards(changes: dict[str, Any], smooths: boo
     assert caught.value.option == "keep_output"
 
 
+def test_a_source_is_not_replaced_by_its_conversion(store: Store, model: Path, tmp_path: Path) -> None:
+    """Its shards have the same names."""
+    before = objects(store, "bucket/model")
+    for source in (model, "store://bucket/model"):
+        with pytest.raises(DestinationError, match=f"holds another model: {SHARDS[0]}"):
+            int8cli.convert(source, tmp_path / "out", replace(streaming(), push_to="store://bucket/model"))
+        int8cli.convert(source, tmp_path / "local", OPTIONS)
+        with pytest.raises(DestinationError, match=f"holds another model: {SHARDS[0]}"):
+            int8cli.push(tmp_path / "local", "store://bucket/model/")
+    assert objects(store, "bucket/model") == before
+
+
+def test_no_loader_opens_a_model_that_is_half_replaced(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "first", streaming())
+    assert store.exists("/bucket/out/config.json")
+
+    def refuse_second(name: str) -> None:
+        if name == SHARDS[1]:
+            raise PermissionError("Access Denied")
+
+    Store.on_put = refuse_second
+    with pytest.raises(AccessDeniedError):
+        int8cli.convert(model, tmp_path / "second", streaming(threshold=5.0, skip=("*.q_proj",)))
+    assert not store.exists("/bucket/out/config.json")
+    Store.on_put = lambda name: None
+    int8cli.convert(model, tmp_path / "second", streaming(threshold=5.0, skip=("*.q_proj",)))
+    int8cli.convert(model, tmp_path / "local", replace(OPTIONS, threshold=5.0, skip=("*.q_proj",)))
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def broken(error: Exception) -> Callable[..., Any]:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+# A driver's method, and what it returns or raises.
+DRIVERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "find raises": ("find", broken(KeyError("items"))),
+    "find knows nothing": ("find", lambda *_, **__: None),
+    "find lists names": ("find", lambda *_, **__: ["/bucket/model/config.json"]),
+    "find describes nothing": ("find", lambda *_, **__: {"/bucket/model/config.json": None}),
+    "find names nothing": ("find", lambda *_, **__: {None: {"type": "file"}}),
+    "info raises": ("info", broken(AttributeError("headers"))),
+    "info knows no size": ("info", lambda *_, **__: {}),
+    "a size of another type": ("info", lambda *_, **__: {"size": []}),
+    "a negative size": ("info", lambda *_, **__: {"size": -1}),
+    "a read raises": ("cat_file", broken(NotImplementedError())),
+    "a read asserts": ("cat_file", broken(AssertionError("offset"))),
+    "nothing is read": ("cat_file", lambda *_, **__: None),
+    "text is read": ("cat_file", lambda *_, **__: "{}"),
+}
+
+
+@pytest.mark.parametrize("case", DRIVERS)
+def test_a_driver_that_breaks_its_word_is_an_error(
+    case: str, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, does = DRIVERS[case]
+    monkeypatch.setattr(Store, method, does)
+    with pytest.raises(TransferError, match=r"the file system that fsspec has for it failed: \w+Error"):
+        int8cli.convert("store://bucket/model", tmp_path / "out", replace(OPTIONS, retry_for=0.0))
+
+
+@pytest.mark.parametrize("error", [TypeError("path"), OSError("no route"), RuntimeError("kernel")])
+def test_a_driver_that_cannot_begin_is_an_error(
+    error: Exception, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsspec.core.url_to_fs", broken(error))
+    with pytest.raises(TransferError, match=r"store://user:…@bucket/model: cannot be opened: .*path|route|kernel"):
+        int8cli.convert("store://user:secret@bucket/model", tmp_path / "out", OPTIONS)
+
+
+def test_no_password_is_shown(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "find", broken(PermissionError("store://user:secret@bucket refuses")))
+    with pytest.raises(AccessDeniedError) as caught:
+        source_of(tmp_path, "store://user:secret@bucket/model")
+    assert "secret" not in f"{caught.value} {caught.value.hint}"
+    assert "user:…@bucket" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["s3://", "store:///", "memory://"])
+def test_an_address_of_nothing_is_none(address: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError):
+        int8cli.convert(address, tmp_path / "out", OPTIONS)
+    with pytest.raises(OptionError, match="not an address"):
+        int8cli.convert(tmp_path, tmp_path / "out", replace(OPTIONS, push_to=address))
+
+
 def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_path: Path) -> None:
     store.pipe("/bucket/out/pytorch_model.bin", b"weights")
     with pytest.raises(DestinationError, match=r"store://bucket/out holds another model: pytorch_model.bin"):
@@ -334,6 +421,62 @@ def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_p
             int8cli.convert(model, tmp_path / "out", options)
 
 
+@pytest.mark.usefixtures("one_machine")
+def test_a_cluster_writes_to_a_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    order: list[str] = []
+    Store.on_put = lambda name: order.append(name)
+    int8cli.convert("store://bucket/model", tmp_path / "out", streaming(ray="local"))
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+    assert (order[:4], order[-1]) == ([CONVERSION_FILE, *SHARDS], "config.json")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_parts_write_to_a_store(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    order: list[str] = []
+    Store.on_put = lambda name: order.append(name)
+    for number in (3, 1, 2):
+        result = int8cli.convert("store://bucket/model", tmp_path / "out", streaming(part=(number, 3)))
+        assert result.to_publish
+        assert not list((tmp_path / "out").glob("*.safetensors"))
+    assert sorted(order) == [CONVERSION_FILE, *SHARDS]
+    assert not int8cli.convert("store://bucket/model", tmp_path / "out", streaming(finish=True)).to_publish
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+    assert order[-1] == "config.json"
+    assert sorted(order) == sorted([*files_in(tmp_path / "local"), CONVERSION_FILE])
+
+
+def test_a_shard_that_another_process_sent_and_removed_meanwhile(store: Store, model: Path, tmp_path: Path) -> None:
+    """One part runs twice at the same time."""
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    options = streaming(part=(1, 1))
+    overtaken: list[str] = []
+
+    def overtake(name: str) -> None:
+        if name in SHARDS and not overtaken:
+            overtaken.append(name)
+            int8cli.convert("store://bucket/model", tmp_path / "out", options)
+
+    Store.on_put = overtake
+    int8cli.convert("store://bucket/model", tmp_path / "out", options)
+    assert overtaken == SHARDS[:1]
+    int8cli.convert("store://bucket/model", tmp_path / "out", streaming(finish=True))
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_a_fallback_pushes_too(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model turns out not to fit into memory; columns come from the weights then, and go to the same place."""
+    small = make_model("llama", tmp_path / "model", max_shard_size="12KB")
+    int8cli.convert(small, tmp_path / "local", replace(OPTIONS, outliers="weights"))
+    monkeypatch.setattr("int8cli.outliers.calibrate.available_bytes", lambda device: 1)
+    options = replace(OPTIONS, outliers="auto", push_to="store://bucket/out", retry_for=0.0)
+    progress = CoherentProgress()
+    int8cli.convert(small, tmp_path / "out", options, progress=progress)
+    assert any("falling back to the weights" in note for note in progress.notes)
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
 # A real S3 server
 
 
@@ -341,7 +484,7 @@ def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_p
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment that leads to a server."""
     if find_spec("moto") is None or find_spec("s3fs") is None:
-        pytest.skip("needs s3fs and moto[server], which no lock has: see docs/object-stores.md")
+        pytest.skip("needs s3fs and moto: see make test-s3")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -375,9 +518,9 @@ def test_a_model_in_s3_is_converted(
     assert nursery.run("convert", model, "-o", "local", "--outliers", "none", "-q", cwd=tmp_path).code == 0
     command = ("convert", "s3://models/llama", "-o", "remote", "--outliers", "none")
     process = start(*command, cwd=tmp_path, env=s3)
-    time.sleep(1.0)
+    wait_until(lambda: (tmp_path / "remote/int8/incoming").exists() or process.poll() is not None)
     process.kill()
-    process.communicate()
+    assert outcome_of(process).code == -signal.SIGKILL
     outcome = run(*command, cwd=tmp_path, env=s3)
     assert outcome.code == 0, outcome.err
     local, remote = tree(tmp_path / "local"), tree(tmp_path / "remote")
@@ -395,6 +538,12 @@ def test_a_model_in_s3_is_converted(
     pushed = {path.removeprefix("models/int8/"): fs.cat_file(path) for path in fs.find("models/int8")}
     assert pushed == files_in(tmp_path / "remote")
     assert not list((tmp_path / "streamed").glob("*.safetensors"))
+    for which in (["--part", "2/2"], ["--part", "1/2"], ["--finish"]):
+        in_parts = (*command[:2], "-o", "parts", *command[4:], "--push-to", "s3://models/parts", "--no-keep-output")
+        outcome = run(*in_parts, *which, cwd=tmp_path, env=s3)
+        assert outcome.code == 0, outcome.err
+    fs.invalidate_cache()
+    assert {path.removeprefix("models/parts/"): fs.cat_file(path) for path in fs.find("models/parts")} == pushed
     denied = run("convert", "s3://nowhere/llama", "-o", "nothing", cwd=tmp_path, env=s3)
     assert denied.code == 1
     assert "error: s3://nowhere/llama" in denied.err

@@ -258,6 +258,7 @@ def test_a_dry_run_has_the_exact_sizes_of_sidecars(model: Path) -> None:
         "layers": 14,
         "chosen_from": FROM_ACTIVATIONS,
         "columns_a_layer": 3,
+        "budget": 0.0,
         "calibration": TEXT,
     }
 

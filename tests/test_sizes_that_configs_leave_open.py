@@ -11,6 +11,7 @@ from test_plan import plan_of, spec
 from torch import Tensor
 
 from int8cli import EstimateOptions, estimate_memory
+from int8cli.estimate.asking import ConfigClass
 from int8cli.estimate.estimate import Use
 from int8cli.estimate.kv_cache import read_kv_cache
 from int8cli.estimate.weights import names_not_in_memory
@@ -85,7 +86,7 @@ HEAD = (spec("model.embed_tokens.weight", 96, 32), spec("lm_head.weight", 96, 32
     ],
 )
 def test_a_stored_head_counts_once_where_it_is_tied(config: dict[str, Any], tied: bool) -> None:
-    found = names_not_in_memory(plan_of(*HEAD, config=config).decisions, config)
+    found = names_not_in_memory(plan_of(*HEAD, config=config).decisions, config, ConfigClass(config))
     assert (found == {"lm_head.weight"}) == tied
 
 
@@ -93,5 +94,16 @@ def test_layers_that_predict_further_tokens_are_not_in_memory() -> None:
     config = {"model_type": "deepseek_v3", "num_hidden_layers": 2, "num_nextn_predict_layers": 1}
     tensors = [spec(f"model.layers.{layer}.mlp.up_proj.weight", 8, 8) for layer in range(3)]
     tensors.append(spec("mtp.layers.0.mlp.up_proj.weight", 8, 8))
-    found = names_not_in_memory(plan_of(*tensors, config=config).decisions, config)
+    found = names_not_in_memory(plan_of(*tensors, config=config).decisions, config, ConfigClass(config))
     assert found == {"model.layers.2.mlp.up_proj.weight", "mtp.layers.0.mlp.up_proj.weight"}
+
+
+@pytest.mark.parametrize(
+    ("config", "layers"),
+    [
+        ({"_class_name": "FluxTransformer2DModel", "num_layers": 2}, ()),
+        ({"architecture": "vit_tiny_patch16_224", "num_classes": 10}, None),
+    ],
+)
+def test_projections_of_what_is_no_language_model_are_no_cache(config: dict[str, Any], layers: object) -> None:
+    assert read_kv_cache(config, (64, 64)).layers == layers

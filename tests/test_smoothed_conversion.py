@@ -332,6 +332,22 @@ def test_statistics_of_a_file_smooth_without_stored_columns_too(model: Path, wor
     assert [check.name for check in verified(tmp_path / "out", model).checks if check.failures] == []
 
 
+def test_weights_alone_are_smoothed_for_the_product_that_they_are_in(
+    outliers: Path, words: Path, tmp_path: Path
+) -> None:
+    """By default, and with other exponents than where inputs are rounded too."""
+    found = {}
+    for inputs in ("none", "absmax"):
+        output = tmp_path / inputs
+        report = convert(outliers, output, options(words, smooth=None, inputs=inputs, outlier_columns=0)).report
+        assert report.smoothing is not None
+        assert report.smoothing.smoothed == report.smoothing.layers
+        assert verified(output, outliers).passed
+        found[inputs] = {name: each for name, each in sidecars(output).items() if name.endswith(COLUMNS)}
+    assert found["none"].keys() == found["absmax"].keys()
+    assert any(not torch.equal(found["none"][name], found["absmax"][name]) for name in found["none"])
+
+
 @pytest.mark.parametrize("outliers", ["none", "weights"])
 def test_without_activations_nothing_is_smoothed_and_that_is_said(outliers: str, model: Path, tmp_path: Path) -> None:
     notes = Notes()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
+from int8cli.commands.evaluate_job import smoothed_for
 from int8cli.evaluation.columns import ChosenColumns, SmoothedColumns, columns_from, smoothing_from
 from int8cli.evaluation.evaluate import evaluate
 from int8cli.evaluation.methods import chosen_methods
@@ -123,3 +124,16 @@ def test_a_converted_model_has_no_smoothed_rows(tmp_path: Path) -> None:
         found = applicable(find_subject(source, reference), chosen_methods(["bitsandbytes", *PAIRS]))
     assert [method.key for method in found.methods] == ["16-bit", "bitsandbytes"]
     assert any("smoothed methods are left out" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("methods", "scheme"),
+    [
+        (["smoothed-int8-weights"], None),
+        (["int8-weights", "smoothed-int8-weights"], None),
+        (["smoothed-int8-weights", "smoothed-vector-wise"], "zeropoint"),
+        (["smoothed-stored"], "zeropoint"),
+    ],
+)
+def test_exponents_are_chosen_for_the_product_that_is_asked_for(methods: list[str], scheme: str | None) -> None:
+    assert smoothed_for(chosen_methods(methods)) == scheme

@@ -17,12 +17,22 @@ from int8cli.loaders.transformers_versions import (
     release,
     skip_rule,
 )
+from int8cli.planning import absent_modules
 from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Plan, PlanOptions
 from int8cli.planning.layouts.skip_modules import skip_modules
 from int8cli.planning.plan import make_plan
 
 RULES = pytest.mark.parametrize("rule", SKIP_RULES.values(), ids=SKIP_RULES)
+
+
+def covers_by_whole_parts(entry: str, module: str) -> bool:
+    """vllm-bnb-plugin 0.0.3, `is_layer_skipped_bnb`: a part of the name, or all of its first parts."""
+    return entry in module.split(".") or f"{module}.".startswith(f"{entry}.")
+
+
+ALL_LOADERS = SKIP_RULES | {"vllm-bnb-plugin 0.0.3": covers_by_whole_parts}
+ALL_RULES = pytest.mark.parametrize("rule", ALL_LOADERS.values(), ids=ALL_LOADERS)
 
 
 def left_alone(plan: Plan, rule: SkipRule) -> set[str]:
@@ -74,9 +84,9 @@ def test_the_rule_agrees_with_the_installed_transformers() -> None:
             assert rule(entry, module) != utils.should_convert_module(module, [entry])
 
 
-@RULES
+@ALL_RULES
 @pytest.mark.parametrize("skip", [("*.q_proj",), ("*.layers.1.*",), ("model.layers.1.mlp.up_proj",), ("*",)])
-def test_skipped_modules_are_not_quantized_in_any_version(rule: SkipRule, skip: tuple[str, ...]) -> None:
+def test_skipped_modules_are_not_quantized_by_any_loader(rule: SkipRule, skip: tuple[str, ...]) -> None:
     plan = plan_of(*llama(12), skip=skip)
     found = left_alone(plan, rule)
     assert {d.module for d in plan.copied if d.reason == why.SKIPPED} <= found
@@ -93,6 +103,17 @@ def test_the_head_of_modernbert_is_named_in_every_version(rule: SkipRule) -> Non
 
 
 @RULES
+@pytest.mark.parametrize("head", [head for head in absent_modules.TIED_HEADS if "." in head])
+def test_the_tied_head_of_a_decoder_in_another_model_is_named_in_every_version(head: str, rule: SkipRule) -> None:
+    """As in EncoderDecoderModel, whose decoder is a whole model: transformers 4.57 did not load a BERT there."""
+    config = {"model_type": "encoder-decoder", "decoder": {"model_type": absent_modules.TIED_HEADS[head][0]}}
+    plan = plan_of(*(spec(f"decoder.layer.{index}.key.weight", 8, 8) for index in range(2)), config=config)
+    assert any(rule(entry, f"decoder.{head}") for entry in skip_modules(plan))
+    assert len(plan.quantized) == 2
+    assert not left_alone(plan, rule) & {d.module for d in plan.quantized}
+
+
+@ALL_RULES
 def test_linear_subclasses_are_skipped_because_older_versions_replace_them(rule: SkipRule) -> None:
     linear = spec("transformer.h.0.mlp.dense_h_to_4h.weight", 8, 8)
     plan = plan_of(linear, config={"model_type": "falcon"})

@@ -27,6 +27,7 @@ HEADER_LIMIT_BYTES = 100_000_000  # the format's own bound, `MAX_HEADER_SIZE`
 METADATA_KEY = "__metadata__"
 
 _LENGTH_BYTES = 8
+_LARGEST_EXTENT = 2**63 - 1
 # The format's serializer sorts by its dtype enum, which is declared in this order, the widest last.
 _DTYPE_ORDER = {dtype: order for order, dtype in enumerate(DTYPE_BITS)}
 
@@ -161,6 +162,8 @@ def _size_bytes(entry: HeaderEntry, where: str) -> int:
     shape = list(entry.shape)
     if bits > U64_MAX:
         raise CorruptShardError(f"{where} has a shape whose size overflows 64 bits: {shown(shape)}")
+    if any(extent > _LARGEST_EXTENT for extent in shape):  # of a tensor without elements
+        raise CorruptShardError(f"{where} has an extent beyond 63 bits, which no tensor has: {shown(shape)}")
     if bits % 8:
         raise CorruptShardError(f"{where} is {entry.dtype} {shown(shape)}, {bits:,} bits, not a whole number of bytes")
     return bits // 8

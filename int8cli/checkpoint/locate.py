@@ -12,7 +12,7 @@ from pathlib import Path
 
 from int8cli.checkpoint.directory import DirectorySource, is_weight_name
 from int8cli.checkpoint.hub import HubOptions, HubSource, RetryPolicy
-from int8cli.checkpoint.object_store import is_remote
+from int8cli.checkpoint.object_store import is_remote, shown_address
 from int8cli.checkpoint.remote import StoreSource
 from int8cli.checkpoint.source import Source
 from int8cli.errors import ModelNotFoundError, SourceError, TransferError
@@ -44,7 +44,7 @@ def open_source(
         _refuse_revision(model, revision)
         return DirectorySource(path, output=output)
     if is_remote(model) and revision is not None:
-        raise SourceError(f"{model} has no revision {revision!r}", hint="Leave the revision out.")
+        raise SourceError(f"{shown_address(model)} has no revision {revision!r}", hint="Leave the revision out.")
     if not is_remote(model) and _looks_like_a_path(model):
         raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
     probably_a_path = "/" not in model or path.parent.is_dir()

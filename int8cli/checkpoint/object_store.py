@@ -4,8 +4,10 @@ Owns the requests, which of them are repeated, and what their failures mean. fss
 finds credentials where each store's own tools do.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -19,6 +21,9 @@ T = TypeVar("T")
 
 # What stores say of an object's content. The first that is there is compared; sizes always are.
 _MARKS = ("ETag", "etag", "md5Hash", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
+# What a driver raises that has a bug, or an answer of another form than it expects: a retry helps neither.
+_OF_THE_DRIVER = (TypeError, AttributeError, LookupError, AssertionError, ImportError, NotImplementedError)
+_PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
 _TRY_AGAIN = "Run the same command again: it resumes where this run stopped."
 
 
@@ -35,18 +40,19 @@ class ObjectStore:
     """The objects below a URL such as s3://bucket/model.
 
     Every method raises ModelNotFoundError for a missing object, AccessDeniedError, and TransferError for failures that
-    did not end. `on_wait(what, why, pause_s)` hears of each pause before a retry.
+    did not end. `on_wait(what, why, pause_s)` hears of each pause before a retry. `url` is the address without a
+    password.
     """
 
     def __init__(self, url: str, retry: RetryPolicy, on_wait: Callable[[str, str, float], None] | None = None) -> None:
         """Makes no request. Raises ModelNotFoundError for an unknown kind of address, MissingExtraError."""
-        self.url = url.rstrip("/")
+        self.url = shown_address(url.rstrip("/"))
         self.name = self.url.rpartition("/")[2] or "model"
         self._retry = retry
         self._on_wait = on_wait
         self._stop = Event()
         self._lock = Lock()
-        self._fs, root = _opened(self.url)
+        self._fs, root = _opened(url.rstrip("/"))
         self._root = root.rstrip("/")
 
     @property
@@ -61,7 +67,7 @@ class ObjectStore:
             self._fs.invalidate_cache()
             found: Mapping[str, Mapping[str, Any]] = self._fs.find(self._root, detail=True)
             paths = [path for path, info in found.items() if info.get("type") == "file"]
-            return {path[len(self._root) :].lstrip("/"): path for path in paths}
+            return {path.removeprefix(self._root).lstrip("/"): path for path in paths}
 
         return self.call(find, self.url)
 
@@ -73,13 +79,18 @@ class ObjectStore:
                 self._fs.invalidate_cache()
                 found: Mapping[str, Any] = self._fs.info(path)
             mark = next((str(found[name]) for name in _MARKS if found.get(name)), "")
-            return StoredObject(path, int(found["size"]), mark)
+            size_bytes = int(found["size"])
+            if size_bytes < 0:
+                raise TypeError(f"its size is {size_bytes}")
+            return StoredObject(path, size_bytes, mark)
 
         return self.call(info, f"{self.name}: {file_name}")
 
     def read(self, path: str, start: int, end: int) -> bytes:
         """The bytes of a range, in one request that is not repeated."""
         data: bytes = self._fs.cat_file(path, start=start, end=end)
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f"it read {type(data).__name__}, not bytes")
         return data
 
     def write(self, local: Path, file_name: str) -> StoredObject:
@@ -88,8 +99,27 @@ class ObjectStore:
         The object appears once it is complete.
         """
         path = self.path_of(file_name)
-        self.call(lambda: self._fs.put_file(str(local), path), f"{self.name}: {file_name}")
+        self.call(lambda: self._put(str(local), path), f"{self.name}: {file_name}")
         return self.ask(file_name, path)
+
+    def _put(self, local: str, path: str) -> None:
+        """Write a file. A file system with directories gets those below the address, and never a bucket."""
+        try:
+            self._fs.put_file(local, path)
+        except FileNotFoundError:
+            if not self._fs.isdir(self._root.rpartition("/")[0]):
+                raise
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(local, path)
+
+    def remove(self, file_name: str) -> None:
+        """Remove an object, if it is there."""
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(self.path_of(file_name))
+
+        self.call(remove, f"{self.name}: {file_name}")
 
     def path_of(self, file_name: str) -> str:
         """The path of an object, whether or not there is one."""
@@ -123,8 +153,13 @@ class ObjectStore:
 
 def is_remote(model: str) -> bool:
     """Whether a MODEL argument is an address in a store, rather than a path or the name of a Hub repository."""
-    protocol, found, _ = model.partition("://")
-    return bool(found) and protocol.isalnum() and protocol.lower() not in ("http", "https", "hf", "file")
+    protocol, _, path = model.partition("://")
+    return bool(path.strip("/")) and protocol.isalnum() and protocol.lower() not in ("http", "https", "hf", "file")
+
+
+def shown_address(url: str) -> str:
+    """An address as it may be shown and recorded: without a password, as in sftp://user:password@host/model."""
+    return _PASSWORD.sub(r"\1:…@", url)
 
 
 def _opened(url: str) -> tuple[Any, str]:
@@ -133,15 +168,24 @@ def _opened(url: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # fsspec has no types
 
         fs, root = url_to_fs(url)
+    except MemoryError:
+        raise
     except ImportError as error:
         raise MissingExtraError(
-            f"{url}: {shortened(str(error))}", hint="Install the package that fsspec needs for this kind of address."
+            f"{shown_address(url)}: {_said(error)}",
+            hint="Install the package that fsspec needs for this kind of address.",
         ) from error
     except ValueError as error:
         raise ModelNotFoundError(
-            f"{url}: {shortened(str(error))}", hint="MODEL is a Hub id (org/name), a directory, or an address as s3://…"
+            f"{shown_address(url)}: {_said(error)}",
+            hint="MODEL is a Hub id (org/name), a directory, or an address.",
         ) from error
-    return fs, root
+    except Exception as error:  # whatever a driver raises that parses the address, or connects at once
+        raise TransferError(
+            f"{shown_address(url)}: cannot be opened: {type(error).__name__}: {_said(error)}",
+            hint="Check the address, and that its server can be reached.",
+        ) from error
+    return fs, str(root)
 
 
 def _refuse_final(error: Exception, what: str, url: str) -> None:
@@ -152,9 +196,14 @@ def _refuse_final(error: Exception, what: str, url: str) -> None:
         raise AccessDeniedError(
             f"{what}: {_said(error)}", hint="Set the credentials as the tools of this store expect them."
         ) from error
-    if isinstance(error, (TypeError, AttributeError, KeyError, AssertionError)):  # bugs
+    if isinstance(error, MemoryError):
         raise error
+    if isinstance(error, _OF_THE_DRIVER):
+        raise TransferError(
+            f"{what}: the file system that fsspec has for it failed: {type(error).__name__}: {_said(error)}",
+            hint="It may have got an answer that it does not expect. Check the address and its package.",
+        ) from error
 
 
 def _said(error: Exception) -> str:
-    return shortened(str(error)) or type(error).__name__
+    return shortened(shown_address(str(error))) or type(error).__name__

@@ -14,6 +14,7 @@ from int8cli.checkpoint.source import checked_file_name
 from int8cli.errors import IndexFileError, OutputError
 
 OWN_DIRECTORY = "int8"
+CONVERSION_FILE = f"{OWN_DIRECTORY}/conversion.json"  # what an output is: its source, settings and files
 
 
 def is_own(name: str) -> bool:

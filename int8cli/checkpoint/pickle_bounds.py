@@ -2,16 +2,19 @@
 
 A pickle of a hundred bytes can describe an object of 2^50 parts, and one of a few hundred kilobytes tuples nested so
 deep that hashing them crashes the process. Torch's unpickler has no bounds; this module owns those that are checked
-before torch gets a pickle. It follows which objects contain which, and builds nothing.
+before torch gets a pickle. It follows which objects contain which, and builds nothing. Some functions that torch would
+call grow without bounds (`bytearray(10**12)`, codecs by name), so it owns also what may be named and called.
 """
 
 import pickletools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
 
 MOST_NESTED = 100
 MOST_OPCODES = 5_000_000  # a tensor takes about 40
+MOST_STACKED = 1 << 17  # pickle adds the entries of a dict a thousand at a time
 _MOST_TEXT = 1 << 27
 
 _GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
@@ -20,8 +23,16 @@ _PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 _FILLS = frozenset({"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"})
 _DUPLICATES = "DUP"
 _MARK = pickletools.markobject
+_CALLS = ("REDUCE", "NEWOBJ")
 _REBUILD = "torch._utils _rebuild_"
-_FLAT_RESULTS = frozenset({"torch Size", "torch device", "torch.serialization _get_layout", "_codecs encode"})
+_FLAT_RESULTS = frozenset({"torch Size", "torch device", "torch.serialization _get_layout"})
+_CONTAINERS = frozenset({"collections OrderedDict", "torch._tensor _rebuild_from_type_v2"})
+# What pickles of tensors name besides functions: their classes, storages and dtypes, and the schemes of quantized ones.
+_NAMED = re.compile(
+    r"torch\.nn\.parameter Parameter|torch Tensor|torch\.storage (?:Untyped|Typed)Storage|torch(?:\.cuda)? \w+Storage"
+    r"|torch (?:(?:b?float|q?u?int|complex|bits)\d\w*|bool|half|float|double|short|int|long)"
+    r"|torch per_(?:tensor|channel)_\w+"
+)
 
 
 class PickleBoundsError(Exception):
@@ -55,13 +66,14 @@ class BoundedReader:
 class _Item:
     """An object on the stack: how deep it nests, and the length of all text in it.
 
-    `is_container`: if it were in two places, the whole could double with each step. `makes_tensors`: a function whose
-    results contain no other objects.
+    `is_container`: if it were in two places, the whole could double with each step. `is_function`: it may be called.
+    `makes_tensors`: a function whose results contain no other objects.
     """
 
     depth: int = 0
     text: int = 0
     is_container: bool = False
+    is_function: bool = False
     makes_tensors: bool = False
 
 
@@ -71,7 +83,8 @@ _ATOM = _Item()
 def check_pickle(file: BinaryIO | BoundedReader) -> None:
     """Follow one pickle to its end. Raises PickleBoundsError, or ValueError if it is damaged.
 
-    Within the bounds every object is a tree: no tuple, list or dict is in two places.
+    Within the bounds every object is a tree: no tuple, list or dict is in two places. Only functions that make tensors,
+    or a dict of them, are called.
     """
     stack: list[_Item | None] = []  # None is a mark
     memo: dict[int, _Item] = {}
@@ -84,6 +97,8 @@ def check_pickle(file: BinaryIO | BoundedReader) -> None:
             raise PickleBoundsError(f"{error}, at byte {place:,}") from None
         if count >= MOST_OPCODES:
             raise PickleBoundsError(f"it has more than {MOST_OPCODES:,} steps")
+        if len(stack) > MOST_STACKED:
+            raise PickleBoundsError(f"it piles up more than {MOST_STACKED:,} objects")
 
 
 def _step(opcode: Any, argument: Any, stack: list[_Item | None], memo: dict[int, _Item]) -> None:
@@ -132,7 +147,9 @@ def _result(name: str, argument: Any, popped: list[_Item]) -> _Item:
     if not popped:
         return _leaf(name, argument)
     function = popped[-1]
-    if name == "BINPERSID" or (name == "REDUCE" and function.makes_tensors):
+    if name in _CALLS and not function.is_function:
+        raise PickleBoundsError("it calls what makes no tensor")
+    if name == "BINPERSID" or (name in _CALLS and function.makes_tensors):
         _combined(name, popped)
         return _ATOM
     return _combined(name, popped)
@@ -155,7 +172,16 @@ def _combined(name: str, popped: list[_Item]) -> _Item:
 
 def _leaf(name: str, argument: Any) -> _Item:
     if name == "GLOBAL":
-        return _Item(text=len(argument), makes_tensors=argument.startswith(_REBUILD) or argument in _FLAT_RESULTS)
+        return _named(argument)
     if name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "DICT", "LIST", "FROZENSET"):
         return _Item(is_container=True)
     return _Item(text=len(argument) if isinstance(argument, (str, bytes, bytearray)) else 1)
+
+
+def _named(name: str) -> _Item:
+    """What a pickle names, as `module name`. Raises PickleBoundsError for what no pickle of tensors names."""
+    makes_tensors = name.startswith(_REBUILD) or name in _FLAT_RESULTS
+    is_function = makes_tensors or name in _CONTAINERS
+    if not is_function and not _NAMED.fullmatch(name):
+        raise PickleBoundsError(f"it names {name.replace(' ', '.'):.100}")
+    return _Item(text=len(name), is_function=is_function, makes_tensors=makes_tensors)

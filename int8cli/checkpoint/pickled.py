@@ -216,6 +216,7 @@ def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
     # Storages are allocated but never written: address space, not memory, and less than load_legacy will need.
     with skip_data():
         tensors = named_tensors(load_weights(file, file_name, "cpu"), file_name)
+    specs = {name: spec_of(name, tensor, file_name) for name, tensor in tensors.items()}
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     # Each storage is written as its length, 8 bytes, and its data.
     end = file.tell() + sum(8 + storage_bytes for storage_bytes in storages.values())
@@ -224,8 +225,7 @@ def _read_legacy(file: BinaryIO, file_name: str, file_bytes: int) -> ShardConten
             f"{file_name}: its tensors end at byte {end:,}, the file has {file_bytes:,}", hint=GET_IT_AGAIN
         )
     stored, offset = [], 0
-    for name, tensor in tensors.items():
-        spec = spec_of(name, tensor, file_name)
+    for spec in specs.values():
         stored.append(StoredTensor(spec, offset))
         offset += spec.nbytes
     return ShardContents(file_name, tuple(stored), {}, file_bytes, mappable=False)

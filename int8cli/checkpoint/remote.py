@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.ahead import FetchAhead
@@ -18,12 +18,10 @@ from int8cli.checkpoint.hub.download_directory import part_of
 from int8cli.checkpoint.hub.options import HubOptions
 from int8cli.checkpoint.object_store import ObjectStore, StoredObject
 from int8cli.checkpoint.own_files import opened_directory, remove_empty_directories, remove_file
+from int8cli.checkpoint.range_stream import RangeStream
 from int8cli.checkpoint.reader import size_of
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
 from int8cli.errors import CorruptShardError, ModelNotFoundError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 _PIECE_BYTES = 16 << 20
 _READ_AHEAD_BYTES = 128 << 10  # for `.bin`, whose directory and pickle are read in small pieces
@@ -151,39 +149,12 @@ class StoreSource:
         return self._options.downloads.path / mark / file_name
 
 
-class _RangeReader(io.RawIOBase):
-    """An object as a seekable stream. Each read is one request for exactly that range."""
+class _RangeReader(RangeStream):
+    """An object as a stream."""
 
     def __init__(self, size_bytes: int, read_range: Callable[[int, int], bytes]) -> None:
-        self._size_bytes = size_bytes
-        self._read_range = read_range
-        self._position = 0
+        super().__init__(size_bytes)
+        self._between = read_range
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
-        if base + offset < 0:
-            raise ValueError("a position before the start")
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        view = memoryview(buffer).cast("B")
-        end = min(self._position + len(view), self._size_bytes)
-        if end <= self._position:
-            return 0
-        data = self._read_range(self._position, end)
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def readall(self) -> bytes:
-        return self.read(max(0, self._size_bytes - self._position)) or b""  # one request
+    def _read_range(self, start: int, length: int) -> bytes:
+        return self._between(start, start + length)

@@ -10,6 +10,8 @@ import pickletools
 from dataclasses import dataclass
 from typing import Any
 
+from int8cli.checkpoint.header_json import MOST_TENSORS
+from int8cli.checkpoint.pickle_bounds import MOST_STACKED
 from int8cli.checkpoint.tensor import DTYPE_BITS, TORCH_NAMES
 
 _STORAGE_DTYPES = {
@@ -32,6 +34,7 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 _LARGEST = 2**63 - 1
+_OPCODES_A_TENSOR = 60  # about 40 are needed
 
 
 class NotAStateDictError(Exception):
@@ -101,8 +104,10 @@ def _run(pickle: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[Any, Any] = {}
     storages: dict[str, _Storage] = {}
-    for opcode, argument, _ in pickletools.genops(pickle):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickle)):
         name = opcode.name
+        if count > MOST_TENSORS * _OPCODES_A_TENSOR or len(stack) > MOST_STACKED:
+            raise NotAStateDictError("more than any list of tensors")
         if name == "STOP":
             return stack.pop()
         if name in ("BINPUT", "LONG_BINPUT"):

@@ -192,6 +192,11 @@ def _nothing_to_convert(files: Sequence[str]) -> UnsupportedModelError | ModelNo
     weights = {OTHER_WEIGHTS, DUPLICATE, VARIANT, "an OpenVINO model", *FORMATS.values()}
     found = [file for file, reason in reasons.items() if reason in weights and looks_like_weights(file)]
     looked_for = ", ".join(name for _, name in _STANDARD_NAMES)
+    if found and all(reasons[file] == VARIANT for file in found):
+        return UnsupportedModelError(
+            f"only a variant of the weights: {_some(found)}; loaders open it under its name alone",
+            hint="Give the path of that file.",
+        )
     if found:
         return UnsupportedModelError(
             f"no weights in a supported format; found only {_some(found)}",

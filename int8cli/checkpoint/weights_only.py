@@ -40,10 +40,8 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
             hint="Save it again with dense tensors of an ordinary dtype.",
         ) from error
     except UnpicklingError as error:
-        found = ", ".join(_forbidden_globals(file))
         raise UnsafePickleError(
-            f"{file_name} holds {found or 'something other than tensors, or is damaged'}; it is not unpickled",
-            hint=RESAVE_HINT,
+            f"{file_name} holds something other than tensors, or is damaged; it is not unpickled", hint=RESAVE_HINT
         ) from error
     # For a damaged pickle, the unpickler and the functions that it calls may raise anything.
     except Exception as error:
@@ -52,19 +50,11 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
         ) from error
 
 
-def _forbidden_globals(file: BinaryIO) -> list[str]:
-    """The names that a zip file's pickle would import besides those for tensors, found without unpickling it."""
-    from torch.serialization import get_unsafe_globals_in_checkpoint
-
-    file.seek(0)
-    try:
-        return sorted(get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # the pickle is refused anyway; only the explanation is missing
-        return []
-
-
 def named_tensors(loaded: Any, file_name: str) -> dict[str, "Tensor"]:
-    """The tensors of a state dict. Raises UnsafePickleError for anything but tensors with plain names."""
+    """The tensors of a state dict. Raises UnsafePickleError for anything but tensors with plain names.
+
+    Attributes that a pickle sets on a tensor, which could replace its methods, are left behind.
+    """
     import torch
 
     if not isinstance(loaded, dict):
@@ -80,7 +70,7 @@ def named_tensors(loaded: Any, file_name: str) -> dict[str, "Tensor"]:
             )
         if any("\ud800" <= character <= "\udfff" for character in name):
             raise CorruptShardError(f"{file_name}: the name {name!r} is not text")
-    return dict(loaded)
+    return {name: torch.Tensor.detach(tensor) for name, tensor in loaded.items()}
 
 
 def spec_of(name: str, tensor: "Tensor", file_name: str) -> TensorSpec:

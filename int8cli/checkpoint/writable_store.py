@@ -38,6 +38,13 @@ class WritableStore:
         """Raises DestinationError if there are weights that are not among the files `ours`."""
         refuse_foreign_weights(self.label, self._store.files(), ours)
 
+    def claim(self, conversion: PushFile) -> None:
+        """Remove the config.json of another model that is there: no loader opens it while it is replaced."""
+        if self._holds(conversion):
+            return
+        self._store.remove(CONFIG_FILE)
+        self.upload(conversion)
+
     def missing(self, files: Sequence[PushFile]) -> set[str]:
         """The names of files that are not there as they were written, by size and by what the store says of them."""
         return {file.name for file in files if not self._is_there(file)}
@@ -70,6 +77,16 @@ class WritableStore:
 
     def close(self) -> None:
         self._store.close()
+
+    def _holds(self, file: PushFile) -> bool:
+        """Whether the store has the bytes of a small file."""
+        path = self._store.path_of(file.name)
+        try:
+            found = self._store.ask(file.name, path)
+            data = self._store.call(lambda: self._store.read(path, 0, found.size_bytes), f"{self.label}: {file.name}")
+        except ModelNotFoundError:
+            return False
+        return sha256(data).hexdigest() == file.sha256
 
     def _is_there(self, file: PushFile) -> bool:
         try:

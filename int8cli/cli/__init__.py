@@ -24,7 +24,9 @@ from int8cli.cli import (
     status,
     verify,
 )
+from int8cli.cli.empty_values import Command
 from int8cli.cli.errors import errors_outside_commands, interruptions
+from int8cli.cli.optional_value import ConvertCommand
 from int8cli.cli.signals import end_on_signals
 from int8cli.cli.streams import prepare_streams
 
@@ -60,7 +62,13 @@ def int8cli(
     """
 
 
-def _add(name: str, command: Callable[..., None], examples: str, more: str = "") -> None:
+def _add(
+    name: str,
+    command: Callable[..., None],
+    examples: str,
+    more: str = "",
+    kind: type[Command] = Command,
+) -> None:
     """Add a command whose help is its docstring, as paragraphs: the help screen wraps the lines itself.
 
     `more` is a list that follows the examples.
@@ -70,11 +78,12 @@ def _add(name: str, command: Callable[..., None], examples: str, more: str = "")
         name,
         help="\n\n".join(paragraphs),
         short_help=paragraphs[0],
+        cls=kind,
         epilog=f"Examples:\n\n\b\n{examples}" + (f"\n{more}" if more else ""),  # \b: do not wrap these lines
     )(command)
 
 
-_add("convert", convert.convert, convert.EXAMPLES)
+_add("convert", convert.convert, convert.EXAMPLES, kind=ConvertCommand)
 _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
 _add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
 _add("verify", verify.verify, verify.EXAMPLES)

@@ -1,6 +1,7 @@
 """`int8cli convert`."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -21,6 +22,7 @@ from int8cli.cli.convert_options import (
     Only,
     OnNonFinite,
     OnRay,
+    OutlierBudget,
     Outliers,
     Output,
     Overwrite,
@@ -66,6 +68,7 @@ int8cli convert org/name --revision v1.0 --skip '*.down_proj' --json > report.js
 int8cli convert org/name --layout compressed-tensors
 int8cli convert org/name --smooth auto
 int8cli convert org/name --outliers statistics.safetensors --outlier-columns 4
+int8cli convert org/name --outliers statistics.safetensors --outlier-budget 1%
 int8cli convert org/name --outliers none --no-figures
 int8cli convert org/name --report report.html
 int8cli convert s3://bucket/model -o ./model-int8 --push-to s3://bucket/model-int8 --no-keep-output
@@ -91,6 +94,7 @@ def convert(
     on_nonfinite: WhenNonFinite = OnNonFinite.error,
     outliers: Outliers = "auto",
     outlier_columns: OutlierColumns = None,
+    outlier_budget: OutlierBudget = None,
     smooth: Smooth = None,
     text: TextFile = None,
     tokens: Tokens = CONVERT_TOKENS,
@@ -121,13 +125,7 @@ def convert(
     norms, biases and the output head keep their dtype. After an interruption, run the same command again: finished
     shards are not converted twice.
     """
-    if report is not None:
-        if dry_run:
-            raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
-        check_outputs((report,), PAGES, drawn=PAGES, option="--report")
-    if part is not None and (report is not None or details):
-        option = "'--report'" if report is not None else "'--details'"
-        raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)
+    check_report(report, dry_run=dry_run, part=part, details=details)
     from int8cli.cli.choosing import choose_way
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import convert as command
@@ -140,10 +138,7 @@ def convert(
         else:
             found = command.convert(model, output, options, progress=progress, choose=None if quiet else choose_way)
     if report is not None and not isinstance(found, command.ConversionPlan):
-        from int8cli.report.conversion_page import write_conversion
-
-        write_conversion(found.report, report)
-        say_written(report, quiet=quiet)
+        write_page(found, report, quiet=quiet)
     with writing_result():
         if part is not None and not isinstance(found, command.ConversionPlan):
             show_part(found, part, as_json=as_json, quiet=quiet)
@@ -151,13 +146,33 @@ def convert(
             show(found, model, options, as_json=as_json, quiet=quiet, details=details)
 
 
+def check_report(report: Path | None, *, dry_run: bool, part: tuple[int, int] | None, details: bool) -> None:
+    """Refuse a page or tables where there will be no report, and a page that cannot be drawn."""
+    if report is not None:
+        if dry_run:
+            raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
+        check_outputs((report,), PAGES, drawn=PAGES, option="--report")
+    if part is not None and (report is not None or details):
+        option = "'--report'" if report is not None else "'--details'"
+        raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)
+
+
+def write_page(found: "ConversionResult", page: Path, *, quiet: bool) -> None:
+    from int8cli.report.conversion_page import write_conversion
+
+    write_conversion(found.report, page)
+    say_written(page, quiet=quiet)
+
+
 def show_part(found: "ConversionResult", part: tuple[int, int], *, as_json: bool, quiet: bool) -> None:
     from int8cli.report.part import part_to_json, show_part_ended
 
     if as_json:
-        print(json.dumps(part_to_json(part, found.output, found.report, found.missing), indent=2))
+        document = part_to_json(part, found.output, found.report, found.missing, to_publish=found.to_publish)
+        print(json.dumps(document, indent=2))
     elif not quiet:
-        show_part_ended(part, found.output, found.report, found.missing, found.seconds)
+        conclude = "the same command with --finish in place of --part" if found.to_publish else ""
+        show_part_ended(part, found.output, found.report, found.missing, found.seconds, conclude=conclude)
 
 
 def show(
@@ -177,9 +192,10 @@ def show(
 
     if isinstance(found, ConversionPlan):
         if as_json:
-            print(json.dumps(plan_to_json(found.survey, found.needs, found.settings, found.ways), indent=2))
+            document = plan_to_json(found.survey, found.needs, found.settings, found.ways, found.share)
+            print(json.dumps(document, indent=2))
         elif not quiet:
-            show_plan(found.survey, found.needs, found.output, found.settings, found.ways)
+            show_plan(found.survey, found.needs, found.output, found.settings, found.ways, found.share)
     elif as_json:
         print(json.dumps(found.report.to_json(), indent=2))
     elif not quiet:

@@ -1,6 +1,7 @@
 """The options of `int8cli convert` that no other command has: their types, help and completion."""
 
 import enum
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from int8cli.cli.options import LayoutName, complete_path
+from int8cli.workers.ray_addresses import AUTO, HERE, LOCAL
 
 
 class Float32(enum.StrEnum):
@@ -73,6 +75,30 @@ Outliers = Annotated[
         "alone, read a statistics file of inspect-outliers, or store none. auto: activations if the model can be "
         "run, otherwise weights.",
         autocompletion=complete_outliers,
+    ),
+]
+
+
+def parse_share(text: str) -> float:
+    """`1%` or `0.5 %` as a share: 0.01, 0.005."""
+    number = str(text).strip().removesuffix("%").rstrip()
+    try:
+        percent = float(number) if str(text).strip().endswith("%") else math.nan
+    except ValueError:
+        percent = math.nan
+    if not 0.0 < percent <= 100.0:
+        raise typer.BadParameter(f"{text!r} is not a percentage, such as 1%")
+    return percent / 100.0
+
+
+OutlierBudget = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_share,
+        metavar="PERCENT",
+        help="Instead of a number for each layer: what all stored columns may take, in percent of the output. They go "
+        "where they save most. Takes a statistics file, or a model on disk.",
+        show_default="no budget",
     ),
 ]
 
@@ -161,13 +187,21 @@ Part = Annotated[
 Finish = Annotated[
     bool, typer.Option("--finish", help="Convert nothing: write index, config, card and report after all parts.")
 ]
+
+
+def complete_address(incomplete: str) -> Iterator[str]:
+    """The words that stand for an address."""
+    yield from (word for word in (AUTO, HERE, LOCAL) if word.startswith(incomplete))
+
+
 OnRay = Annotated[
     str | None,
     typer.Option(
         "--ray",
-        metavar="ADDRESS",
-        help="Convert the shards on a Ray cluster: its address, auto for the one that runs here, local for a new one. "
-        "Its machines must see the output under the same path.",
+        metavar="[ADDRESS]",
+        help="Convert the shards on a Ray cluster: at HOST:PORT, auto for the one that runs here, local for a new one; "
+        "without ADDRESS the one that runs here, or else a new one. Its machines must see the output under one path.",
         show_default="this machine",
+        autocompletion=complete_address,
     ),
 ]

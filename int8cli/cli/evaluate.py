@@ -115,6 +115,8 @@ def evaluate(
     from int8cli.commands import evaluate as command
 
     named = tuple(name.strip() for names in methods or () for name in names.split(",") if name.strip())
+    if methods and not named:
+        raise typer.BadParameter("it names no method", param_hint="'--methods'")
     options = options_of(EvaluateOptions, locals(), methods=named)
     with shown_progress(quiet=quiet) as progress:
         found = command.evaluate(model, options, progress=progress)

@@ -6,7 +6,9 @@ The hint of the nearest class in the command's table is added to the error's own
 from int8cli import errors
 from int8cli.cli.errors import Hints
 
-_MAKE_STATISTICS = "int8cli inspect-outliers MODEL --output FILE.safetensors writes them."
+_MAKE_STATISTICS = (
+    "int8cli inspect-outliers MODEL --output FILE.safetensors writes them; with --smooth, what to smooth too."
+)
 _BY_WEIGHTS = "--outliers weights chooses the columns without running the model."
 _FROM_WEIGHTS = "--from weights works without running the model."
 _SMALLER_RUN = "--sequence-length N uses shorter sequences, --device cpu needs no GPU."
@@ -22,6 +24,7 @@ CONVERT: Hints = {
     errors.MissingTransformersError: _BY_WEIGHTS,
     errors.NonFiniteError: "--on-nonfinite keep leaves such weights in their source dtype.",
     errors.NonFiniteRunError: _BY_WEIGHTS,
+    errors.NoStatisticsYetError: f"{_MAKE_STATISTICS} --outliers FILE.safetensors chooses by it.",
     errors.NotEnoughMemoryError: f"{_BY_WEIGHTS} --device cpu needs no GPU.",
     errors.NothingToQuantizeError: "--dry-run shows the plan.",
     errors.OutputError: "--output DIR names another directory.",

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from int8cli.checkpoint.object_store import shown_address
 from int8cli.estimate.answers import MemoryReport
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.results.conversion import ConversionReport
@@ -10,7 +11,7 @@ from int8cli.results.conversion import ConversionReport
 
 def after_estimate(report: MemoryReport, model: str) -> list[str]:
     """To ask for as many cards as would do, and to see the plan of a conversion."""
-    name = shlex.quote(model)
+    name = shlex.quote(shown_address(model))
     enough = {
         f"{machine.shortage.cards_needed}x {machine.shortage.card}": None
         for machine in report.asked
@@ -36,11 +37,12 @@ def after_convert(
     at = f" --revision {report.revision}" if report.revision else ""
     commands = [
         f"int8cli verify {directory}",
-        f"int8cli evaluate {directory} --source {shlex.quote(model)}{at}",
+        f"int8cli evaluate {directory} --source {shlex.quote(shown_address(model))}{at}",
     ]
     if pushed is None:
         commands.append(f"int8cli push {directory} YOUR-NAME/{shlex.quote(output.name)}")
-    if report.settings["layout"] == compressed_tensors.NAME:
+    in_vllm = compressed_tensors.vllm_reads(layer.name for layer in report.layers)
+    if report.settings["layout"] == compressed_tensors.NAME and in_vllm:
         commands.insert(1, f"vllm serve {directory}")
     else:
         commands.insert(1, f"python -i -c {_quoted(f'import int8cli; model = int8cli.load_model({str(output)!r})')}")

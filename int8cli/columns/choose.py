@@ -6,9 +6,8 @@ columns, only the workers need torch.
 
 from collections.abc import Callable, Iterator
 
-from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
-from int8cli.columns.foreseen import TOKENIZER_FILES
+from int8cli.columns.foreseen import TOKENIZER_FILES, require_statistics_first
 from int8cli.columns.from_weights import counts_from_weights, strategy_from_weights
 from int8cli.columns.wanted import AUTO, MODES, ColumnStrategy, ColumnsWanted, without_columns
 from int8cli.errors import CANNOT_CALIBRATE, CannotRunError, Int8cliError, MissingExtraError
@@ -26,13 +25,12 @@ def column_strategies(
     source: Source,
     survey: Survey,
     settings: Settings,
-    state_directory: OwnPath,
     note: Callable[[str], None],
 ) -> Iterator[ColumnStrategy]:
     """The strategies that look possible. Each may still fail with one of the errors in CANNOT_CALIBRATE.
 
-    `state_directory` is for the state that an interrupted run resumes from. `note` gets the reason if a better strategy
-    is impossible. Raises TextError, StatisticsMismatchError and CheckpointError for files that the user named.
+    `note` gets the reason if a better strategy is impossible. Raises TextError, StatisticsMismatchError and
+    CheckpointError for files that the user named.
     """
     if wanted.nothing(survey):
         yield without_columns(survey, settings)
@@ -43,19 +41,21 @@ def column_strategies(
         return
     if mode in (AUTO, FROM_ACTIVATIONS):
         try:
-            strategy = _from_activations(wanted, source, survey, settings, state_directory)
+            strategy = _from_activations(wanted, source, survey, settings)
         except CANNOT_CALIBRATE as error:
-            if mode == FROM_ACTIVATIONS:
+            if mode == FROM_ACTIVATIONS or wanted.budget:
                 raise
             by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
             fallback = "the weights" if by_weights else "no outlier columns"
             note(falling_back(error, fallback + (WITHOUT_SMOOTHING if wanted.smooth else "")))
         else:
             yield strategy
+    if wanted.budget:  # nothing else can share it out
+        return
     if mode in (AUTO, FROM_WEIGHTS):
         counts = counts_from_weights(survey, wanted.limit) if wanted.limit else {}
         if counts or mode == FROM_WEIGHTS:
-            yield strategy_from_weights(wanted, source, survey, settings, counts, state_directory)
+            yield strategy_from_weights(wanted, survey, settings, counts)
     if mode == AUTO:
         yield without_columns(survey, settings)
 
@@ -73,14 +73,13 @@ def _from_statistics(wanted: ColumnsWanted, source: Source, survey: Survey, sett
     return strategy_from_statistics(wanted, source, survey, settings)
 
 
-def _from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
-) -> ColumnStrategy:
+def _from_activations(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> ColumnStrategy:
     """Raises the errors of a calibration that config.json and file names already show."""
+    require_statistics_first(wanted, source, survey)
     if not TOKENIZER_FILES & set(source.list_files()):
         raise CannotRunError("the checkpoint has no tokenizer")
     require_transformers()
     start_torch()
     from int8cli.columns.from_activations import strategy_from_activations
 
-    return strategy_from_activations(wanted, source, survey, settings, state_directory)
+    return strategy_from_activations(wanted, survey, settings)

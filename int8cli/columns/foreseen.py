@@ -12,10 +12,11 @@ import xxhash
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.source import Source
+from int8cli.columns.budget import spread_counts
 from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
 from int8cli.data import SAMPLE_NAME, sample_text
-from int8cli.errors import StatisticsFileError
+from int8cli.errors import NoStatisticsYetError, StatisticsFileError
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
@@ -56,11 +57,12 @@ def planned_calibration(wanted: ColumnsWanted, survey: Survey, settings: Setting
     used += f", seed {sampling.seed}, sha256 {text.sha256[:16]}"
     return PlannedCalibration(
         text,
-        _storing(survey, wanted.limit, smooth=wanted.smooth),
+        _storing(survey, wanted.limit, wanted),
         replace(
             settings,
             outliers=FROM_ACTIVATIONS,
             outlier_columns=wanted.limit,
+            outlier_budget=wanted.budget,
             calibration=used,
             smooth=_smooth(wanted),
         ),
@@ -77,12 +79,15 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
             f"{path} is not a file of outlier statistics: {error.strerror or error}",
             hint="Running the model makes such a file.",
         ) from error
-    chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit)
+    chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, outlier_budget=wanted.budget)
     return replace(chosen, calibration=f"statistics {digest}", smooth=_smooth(wanted))
 
 
 def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Settings:
-    """The settings of the strategy that will probably be used. Raises TextError for a text that cannot be used."""
+    """The settings of the strategy that will probably be used.
+
+    Raises TextError for a text that cannot be used, NoStatisticsYetError as `require_statistics_first`.
+    """
     if wanted.nothing(survey):
         return settings
     mode = wanted.mode_to_resume
@@ -90,15 +95,36 @@ def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, set
         return statistics_settings(wanted, settings)
     if mode == FROM_WEIGHTS:
         return replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit)
+    require_statistics_first(wanted, source, survey)
     planned = planned_calibration(wanted, survey, settings)
     require_bytes_for_a_sequence(planned.text, source, wanted.sampling)
     return planned.settings
 
 
-def _storing(survey: Survey, limit: int, *, smooth: bool) -> Survey:
-    """The survey of a conversion that stores so many columns of every linear."""
-    counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
-    return replace(survey, stored_counts=counts, smooth=smooth)
+def require_statistics_first(wanted: ColumnsWanted, source: Source, survey: Survey) -> None:
+    """Raise NoStatisticsYetError if a budget would take a run of the model that downloads it once more.
+
+    Columns are shared out when the model has run to its end, and only then is the first shard converted.
+    """
+    if wanted.budget and any(source.transfers(contents.file_name) for contents in survey.shards):
+        raise NoStatisticsYetError(
+            "a budget for the whole model needs statistics of all of it before the first shard is converted, "
+            f"and {survey.identity.name} would be downloaded twice for that",
+            option="outlier_budget",
+            hint="Make statistics first, and choose by that file. Or download the model first.",
+        )
+
+
+def _storing(survey: Survey, limit: int, wanted: ColumnsWanted) -> Survey:
+    """The survey of a conversion that stores so many columns of every linear or, with a budget, as much as it allows.
+
+    How a budget is shared is not known yet, so it is spread evenly here.
+    """
+    if wanted.budget:
+        counts = spread_counts(survey, wanted.budget)
+    else:
+        counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
+    return replace(survey, stored_counts=counts, smooth=wanted.smooth)
 
 
 def _smooth(wanted: ColumnsWanted) -> str:
@@ -118,7 +144,9 @@ def surveys_by_mode(wanted: ColumnsWanted, source: Source, survey: Survey) -> di
     limit = wanted.limit if wanted.smooth else wanted.limit or DEFAULT_OUTLIER_COLUMNS
     found = {}
     if may_run(source):
-        found[FROM_ACTIVATIONS] = _storing(survey, limit, smooth=wanted.smooth)
+        found[FROM_ACTIVATIONS] = _storing(survey, limit, wanted)
+    if wanted.budget:
+        return found or {NO_OUTLIERS: survey}
     counts = counts_from_weights(survey, limit) if limit else {}
     if counts:
         found[FROM_WEIGHTS] = replace(survey, stored_counts=counts)

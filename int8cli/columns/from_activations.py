@@ -7,7 +7,8 @@ import json
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
@@ -16,7 +17,7 @@ from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.columns.foreseen import planned_calibration
 from int8cli.columns.from_statistics import StatisticsColumns
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
-from int8cli.conversion.column_source import ColumnSource, RequireRoom, RunTask
+from int8cli.conversion.column_source import ColumnSource, KnownColumns, RequireRoom, RunTask
 from int8cli.errors import CannotRunError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.model.memory import return_memory_promptly
@@ -31,58 +32,55 @@ from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.torch_threads import torch_threads
 
 
-def strategy_from_activations(
-    wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings, state_directory: OwnPath
-) -> ColumnStrategy:
+def strategy_from_activations(wanted: ColumnsWanted, survey: Survey, settings: Settings) -> ColumnStrategy:
     """Choose by a calibration. Raises TextError, and the errors that config.json and file names already show."""
     _require_text_model(survey)
-    sampling = wanted.sampling
     planned = planned_calibration(wanted, survey, settings)
     options = CalibrateOptions(
-        sampling,
+        wanted.sampling,
         settings.threshold or CalibrateOptions().threshold,
         wanted.device,
-        (state_directory / "blocks").path,
-        state_directory.below,
         leave_state=True,
         stored_columns=wanted.limit,
         smooth=wanted.smooth,
         smooth_for=None if settings.inputs == WEIGHTS_ONLY else DEFAULT_INPUTS,
     )
+    run = CalibrationRun(planned.text, options, wanted)
+    return ColumnStrategy(planned.survey, planned.settings, partial(_calibrated, survey, run))
 
-    def columns(progress: Progress) -> ColumnSource:
-        return_memory_promptly()
-        run = CalibrationRun(planned.text, options, wanted.model_threads)
-        return CalibratedColumns(source, survey, run, progress)
 
-    return ColumnStrategy(
-        planned.survey,
-        planned.settings,
-        columns,
-    )
+def _calibrated(
+    survey: Survey, run: "CalibrationRun", source: Source, state: OwnPath, progress: Progress
+) -> "CalibratedColumns":
+    return_memory_promptly()
+    options = replace(run.options, state_directory=(state / "blocks").path, state_below=state.below)
+    return CalibratedColumns(source, survey, replace(run, options=options), progress)
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRun:
-    """A calibration to run. `model_threads` is the number of torch threads while the model runs."""
+    """A calibration to run, and what its statistics are wanted for."""
 
     text: Text
     options: CalibrateOptions
-    model_threads: int = 1
+    wanted: ColumnsWanted
 
 
 class CalibratedColumns(ColumnSource):
-    """Columns chosen by running the model. StatisticsColumns makes the choice."""
+    """Columns chosen by running the model. StatisticsColumns makes the choice.
+
+    With a budget, the model runs to its end before the first shard is converted, and each shard is read once more.
+    """
 
     def __init__(self, source: Source, survey: Survey, run: CalibrationRun, progress: Progress) -> None:
         self._source, self._survey, self._run, self._progress = source, survey, run, progress
-        self._columns = StatisticsColumns(survey, run.options.stored_columns, smooth=run.options.smooth)
+        self._columns = StatisticsColumns(survey, run.wanted)
 
     def shards(self, require_room: RequireRoom) -> Generator[ShardFile]:
         """Run the model, and yield each shard with torch set to one thread. Raises what `calibrate` raises."""
         run = self._run
         with (
-            torch_threads(run.model_threads),
+            torch_threads(run.wanted.model_threads),
             Calibration.of(self._source, self._survey, run.text, run.options, self._progress) as calibration,
             closing(calibration.run()) as steps,
         ):
@@ -90,7 +88,7 @@ class CalibratedColumns(ColumnSource):
             for step in steps:
                 if isinstance(step, UnitStatistics):
                     self._columns.learn(step.sites, step.tensors)
-                else:
+                elif not run.wanted.budget:
                     with torch_threads(1):
                         yield step
 
@@ -99,6 +97,9 @@ class CalibratedColumns(ColumnSource):
 
     def smoothing_of(self, shard: str) -> ShardSmoothing:
         return self._columns.smoothing_of(shard)
+
+    def known(self, shard: str) -> KnownColumns:
+        return self._columns.known(shard)
 
     def settled(self) -> Mapping[str, TensorExponents]:
         return self._columns.settled()

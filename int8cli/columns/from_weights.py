@@ -22,18 +22,14 @@ from int8cli.errors import NoSuspectsError, SavedStateError
 from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey
+from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_WEIGHTS, Settings
 from int8cli.results.stored_columns import StoredColumn, StoredColumns
 from int8cli.workers.processes import OnBytes
 
 
 def strategy_from_weights(
-    wanted: ColumnsWanted,
-    source: Source,
-    survey: Survey,
-    settings: Settings,
-    counts: dict[str, int],
-    state_directory: OwnPath,
+    wanted: ColumnsWanted, survey: Survey, settings: Settings, counts: dict[str, int]
 ) -> ColumnStrategy:
     """`counts` come from `counts_from_weights`. Raises NoSuspectsError if there are none."""
     if not counts:
@@ -44,8 +40,14 @@ def strategy_from_weights(
     return ColumnStrategy(
         replace(survey, stored_counts=counts),
         replace(settings, outliers=FROM_WEIGHTS, outlier_columns=wanted.limit),
-        lambda progress: SuspectColumns(source, survey, wanted.limit, state_directory / "suspects"),
+        partial(_suspect_columns, survey, wanted.limit),
     )
+
+
+def _suspect_columns(
+    survey: Survey, limit: int, source: Source, state: OwnPath, progress: Progress
+) -> "SuspectColumns":
+    return SuspectColumns(source, survey, limit, state / "suspects")
 
 
 def counts_from_weights(survey: Survey, limit: int) -> dict[str, int]:

@@ -4,16 +4,14 @@ Owns the names of the modes, and the strategy that stores nothing. Needs no torc
 needs it only in its workers.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from int8cli.conversion.column_source import ColumnSource, NoColumns
+from int8cli.conversion.column_source import MakeColumns, NoColumns, Ready
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
-from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
 
 AUTO = "auto"
@@ -30,7 +28,8 @@ class ColumnsWanted:
     """What the user asked for: one of MODES or a statistics file, and the most columns for each linear.
 
     `smooth`: smooth what a calibration or the file has proved. A `text` of None means the built-in sample. `known` are
-    the settings of an unfinished conversion to resume.
+    the settings of an unfinished conversion to resume. With a `budget`, the columns of all linears take at most this
+    share of the output's bytes, and `limit` is 0.
     """
 
     mode: str
@@ -41,6 +40,12 @@ class ColumnsWanted:
     model_threads: int = 1
     known: Settings | None = None
     smooth: bool = False
+    budget: float = 0.0
+
+    @property
+    def stores(self) -> bool:
+        """Whether any columns are wanted."""
+        return bool(self.limit or self.budget)
 
     @property
     def mode_to_resume(self) -> str:
@@ -50,7 +55,7 @@ class ColumnsWanted:
 
     def nothing(self, survey: Survey) -> bool:
         """Whether there is nothing to choose."""
-        nothing = not self.limit and not self.smooth
+        nothing = not self.stores and not self.smooth
         return nothing or self.mode_to_resume == NO_OUTLIERS or not survey.plan.quantized
 
 
@@ -64,15 +69,14 @@ class ColumnStrategy:
 
     survey: Survey
     settings: Settings
-    columns: Callable[[Progress], ColumnSource]
+    columns: MakeColumns
 
 
 def without_columns(survey: Survey, settings: Settings) -> ColumnStrategy:
     """The strategy that stores no columns."""
-    return ColumnStrategy(survey, settings, lambda progress: NoColumns())
+    return ColumnStrategy(survey, settings, Ready(NoColumns()))
 
 
 def at_most(decision: Decision, limit: int) -> int:
     """How many columns a linear gets: `limit`, or all of a narrower one."""
-    in_features = decision.spec.shape[0] if decision.transpose else decision.spec.shape[1]
-    return min(limit, in_features)
+    return min(limit, decision.computed_shape[1])

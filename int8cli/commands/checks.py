@@ -24,7 +24,7 @@ from int8cli.commands.options import (
 from int8cli.commands.wanted_columns import wants_smoothing
 from int8cli.errors import CannotRunInPartsError, OptionError
 from int8cli.planning.layouts import LAYOUTS, layout_of
-from int8cli.records.conversion import FROM_ACTIVATIONS, NO_OUTLIERS
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS
 from int8cli.workers.torch_start import start_torch
 
 MOST_MACHINES = 10_000
@@ -46,11 +46,14 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("layout", options.layout, LAYOUTS)
     _check_choice("inputs", options.inputs, get_args(InputsName))
     if layout_of(options.layout, options.inputs) is None:
-        raise OptionError(f"the layout {options.layout} cannot say {options.inputs!r} to loaders", option="inputs")
+        able = " and ".join(name for name in LAYOUTS if layout_of(name, options.inputs) is not None)
+        message = f"the layout {options.layout} cannot say {options.inputs!r} to loaders; {able} can"
+        raise OptionError(message, option="inputs")
     _check_choice("float32", options.float32, ("direct", "float16"))
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)
     _check_outliers(str(options.outliers), options.text)
+    _check_budget(options)
     _check_target(options)
     if options.smooth is not None:
         _check_smooth(str(options.smooth), str(options.outliers))
@@ -64,10 +67,8 @@ def check_convert(options: ConvertOptions) -> None:
         raise OptionError("a cluster converts all parts", option="ray")
     if options.part is not None or options.finish:
         _check_part(options)
-    if options.ray is not None:
-        if not options.ray:
-            raise OptionError("the address is empty", option="ray")
-        _refuse_running_the_model(options)
+    if options.ray is not None and not options.ray:
+        raise OptionError("the address is empty", option="ray")
 
 
 def check_push(options: PushOptions) -> None:
@@ -168,7 +169,6 @@ def _check_counts(options: object) -> None:
 
 def _check_target(options: ConvertOptions) -> None:
     """Raise OptionError for two places to push to, for the wrong kind of one, or for options that need one."""
-    _refuse_pushing_in_parts(options)
     if options.push_to_hub is not None and options.push_to is not None:
         raise OptionError("a repository is given too", option="push_to")
     if options.push_to is not None and not is_remote(options.push_to):
@@ -179,19 +179,6 @@ def _check_target(options: ConvertOptions) -> None:
         for name in ("private", "push_revision", "commit_message", "keep_output"):
             if getattr(options, name) != getattr(ConvertOptions(), name):
                 raise OptionError("it has no effect without a repository to push to", option=name)
-
-
-def _refuse_pushing_in_parts(options: ConvertOptions) -> None:
-    """Raise OptionError for a conversion by several processes that pushes: none of them knows of all uploads."""
-    if options.part is None and not options.finish and options.ray is None:
-        return
-    for name in ("push_to_hub", "push_to", "keep_output"):
-        if getattr(options, name) != getattr(ConvertOptions(), name):
-            raise OptionError(
-                "a conversion in parts or on a cluster is not pushed while it runs",
-                option=name,
-                hint="Run `int8cli push` when all parts have ended.",
-            )
 
 
 def _check_choice(option: str, value: str, choices: Collection[str]) -> None:
@@ -210,6 +197,22 @@ def _check_outliers(value: str, text: Path | None) -> None:
         raise OptionError(message, option="outliers")
     if text is not None and value not in (AUTO, FROM_ACTIVATIONS):
         raise OptionError(f"a text has no effect if outlier columns come from {value!r}", option="text")
+
+
+def _check_budget(options: ConvertOptions) -> None:
+    budget, outliers = options.outlier_budget, str(options.outliers)
+    if budget is None:
+        return
+    if not 0.0 < budget <= 1.0:
+        raise OptionError(f"{budget} is not a share of the output, over 0 and at most 1", option="outlier_budget")
+    if options.outlier_columns is not None:
+        raise OptionError("a number of columns for each layer is given too", option="outlier_budget")
+    if outliers in (FROM_WEIGHTS, NO_OUTLIERS):
+        raise OptionError(
+            f"{outliers!r} does not tell what storing a column saves",
+            option="outlier_budget",
+            hint="Run the model, or use the statistics of such a run.",
+        )
 
 
 def _check_smooth(value: str, outliers: str) -> None:

@@ -10,12 +10,12 @@ from int8cli.conversion.part import PartRun
 from int8cli.estimate.ways import calibration_s
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS
-from int8cli.results.units import human_bytes, human_seconds
+from int8cli.results.units import human_bytes, human_seconds, percent
 
 
 def first_line(survey: Survey, output: Path, push: Push | None, part: PartRun | None) -> str:
     """The source, where it goes, and the sizes of both; for a part, also its own."""
-    to = str(output) if push is None else f"{output} and {push.target.label}"
+    to = str(output) if push is None else f"{output} and {push.label}"
     line = f"{survey.identity.name}: {sizes_of(survey)} → {to}: {human_bytes(survey.output_bytes)}"
     if part is not None and part.share is not None:
         line += f"; {part.share}: {sizes_of(shards_of(part, survey))}"
@@ -36,9 +36,11 @@ def described(strategy: ColumnStrategy, wanted: ColumnsWanted) -> str:
     else:
         chosen = "from the weights alone, without running the model"
     size = human_bytes(strategy.survey.sidecar_bytes)
-    if not settings.outlier_columns:
+    if not wanted.stores:
         return f"Finding what to smooth {chosen}."
     what = "outlier columns" + (" and what to smooth" if strategy.survey.smooth else "")
+    if wanted.budget:
+        return f"Choosing {what} {chosen}. Up to {percent(wanted.budget)} of the output for all layers, +{size}."
     return f"Choosing {what} {chosen}. Up to {settings.outlier_columns} columns per layer, +{size}."
 
 

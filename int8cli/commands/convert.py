@@ -25,15 +25,15 @@ from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
 from int8cli.commands.conversion_results import ConversionResult as ConversionResult
 from int8cli.commands.conversion_words import described, fallback_to, first_line
-from int8cli.commands.in_parts import part_of, shards_of
-from int8cli.commands.on_ray import joined_cluster, run_on
+from int8cli.commands.in_parts import part_of, planned_share, shards_of
+from int8cli.commands.on_ray import OnCluster, joined_cluster
 from int8cli.commands.options import ConvertOptions
 from int8cli.commands.parallelism import choose_threads, choose_workers, start_workers_early
-from int8cli.commands.places import default_output
+from int8cli.commands.places import chosen_output
 from int8cli.commands.push import Push, push_of
 from int8cli.commands.wanted_columns import columns_wanted, why_not_smoothed
 from int8cli.commands.ways import speed_here, speed_without_torch, ways_to_convert
-from int8cli.conversion.convert import ConversionRun, ConvertElsewhere, require_possible
+from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.conversion.finish import RenderCard
 from int8cli.conversion.part import PartOutcome, PartRun, convert_part
@@ -80,7 +80,7 @@ def convert(
     """
     begun_s = time.monotonic()
     check_convert(options)
-    output = Path(output) if output is not None else default_output(str(model))
+    output = chosen_output(output, str(model))
     start_workers_early(str(model), output, options)
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
         job.prepare()
@@ -89,7 +89,8 @@ def convert(
         outcome = job.convert_part(job.part) if job.part is not None else PartOutcome(_all_of(job, model, options), ())
         peak = peak_memory_bytes() if job.run.workers == 1 and options.ray is None else None
         seconds = time.monotonic() - begun_s
-        return ConversionResult(output, outcome.report, seconds, peak, layout_shares(job.survey), outcome.missing)
+        layouts = layout_shares(job.survey)
+        return ConversionResult(output, outcome.report, seconds, peak, layouts, outcome.missing, outcome.to_publish)
 
 
 @system_errors()
@@ -105,7 +106,7 @@ def plan_conversion(
     Fetches headers only and writes nothing. Raises what `convert` raises before it writes its first byte.
     """
     check_convert(options)
-    output = Path(output) if output is not None else default_output(str(model))
+    output = chosen_output(output, str(model))
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
         return job.plan()
 
@@ -114,10 +115,8 @@ def _all_of(job: "_Job", model: str | Path, options: ConvertOptions) -> Conversi
     """Convert all shards, here or on a cluster."""
     if options.ray is None:
         return job.convert()
-    with joined_cluster(options.ray, job.survey, options) as cluster:
-        strategy = job.only_strategy()
-        run = run_on(cluster, str(model), job.source, strategy, job.wanted, options, job.progress)
-        return job.convert_by(strategy, run)
+    with joined_cluster(str(model), options.ray, job.survey, options) as cluster:
+        return job.on(cluster).convert()
 
 
 def settings_of(options: ConvertOptions) -> Settings:
@@ -176,6 +175,7 @@ class _Job:
     not_smoothed: str = ""
     part: PartRun | None = None
     push: Push | None = None
+    cluster: OnCluster | None = None
 
     def plan(self) -> ConversionPlan:
         strategy = next(self._strategies())
@@ -183,8 +183,16 @@ class _Job:
             self.progress.note(warning)
         self._note_experts()
         run, threads = self.run, self.run.threads * self.run.workers
-        needs = Needs.of(self.source, strategy.survey, run.output, threads=threads, most_outputs=run.most_outputs)
-        return ConversionPlan(self.run.output, strategy.survey, strategy.settings, needs, self._ways())
+        survey, share = strategy.survey, planned_share(self.part, strategy.survey)
+        needs = Needs.of(
+            self.source,
+            survey,
+            run.output,
+            threads=threads,
+            most_outputs=run.most_outputs,
+            shards=None if share is None else share.shards,
+        )
+        return ConversionPlan(run.output, survey, strategy.settings, needs, self._ways(), share)
 
     def prepare(self) -> None:
         """Refuse what cannot be before torch is imported, and say what is about to be done."""
@@ -215,17 +223,23 @@ class _Job:
         way = choose(ways)
         return self if way == ways[0] else replace(self, wanted=replace(wanted, mode=way.outliers))
 
+    def on(self, cluster: OnCluster) -> "_Job":
+        """The same job on a cluster."""
+        run = self.run
+        if run.most_outputs is not None:  # one is uploaded while its worker converts another
+            run = replace(run, most_outputs=cluster.slots + 1)
+        wanted = replace(self.wanted, model_threads=cluster.model_threads)
+        return replace(self, run=run, wanted=wanted, cluster=cluster)
+
     def convert(self) -> ConversionReport:
         """Convert with the first strategy that works for this model."""
-        if self.run.workers == 1:
+        if self.run.workers == 1 and self.cluster is None:
             start_torch()
         strategies = self._strategies()
         strategy = next(strategies)
         while True:
-            if self.wanted.mode != NO_OUTLIERS:
-                self.progress.note(described(strategy, self.wanted))
             try:
-                return self.convert_by(strategy)
+                return self._convert_by(strategy)
             except CANNOT_CALIBRATE as error:
                 following = next(strategies, None)
                 if following is None:
@@ -238,17 +252,10 @@ class _Job:
         """Convert one part. Its columns cannot come from a run of the model."""
         if self.run.workers == 1 and part.share is not None:
             start_torch()
-        strategy = self.only_strategy()
-        columns = strategy.columns(self.progress)
-        survey, settings = strategy.survey, strategy.settings
-        return convert_part(self.source, survey, settings, self.run, part, self._render(), self.progress, columns)
-
-    def only_strategy(self) -> ColumnStrategy:
-        """The strategy where there is no other to fall back to."""
         strategy = next(self._strategies())
-        if self.wanted.mode != NO_OUTLIERS:
-            self.progress.note(described(strategy, self.wanted))
-        return strategy
+        columns = strategy.columns(self.source, self.state, self.progress)
+        run, survey, settings = self._run_with(strategy), strategy.survey, strategy.settings
+        return convert_part(self.source, survey, settings, run, part, self._render(), self.progress, columns)
 
     def _ways(self) -> tuple[Way, ...]:
         here = "torch" in sys.modules or self.wanted.device != "cpu"
@@ -260,13 +267,24 @@ class _Job:
         if said is not None:
             self.progress.note(said)
 
-    def convert_by(self, strategy: ColumnStrategy, elsewhere: ConvertElsewhere | None = None) -> ConversionReport:
-        """Convert on this machine, or `elsewhere`."""
-        columns = strategy.columns(self.progress) if elsewhere is None else None
-        run, survey, settings, render = self.run, strategy.survey, strategy.settings, self._render()
+    def _convert_by(self, strategy: ColumnStrategy) -> ConversionReport:
+        """Convert on this machine, or on the cluster."""
+        elsewhere = columns = None
+        if self.cluster is not None:
+            elsewhere = self.cluster.run(self.source, strategy, self.wanted.sampling, self.progress)
+        else:
+            columns = strategy.columns(self.source, self.state, self.progress)
+        run, survey, settings = self._run_with(strategy), strategy.survey, strategy.settings
+        return convert_shards(self.source, survey, settings, run, self._render(), self.progress, columns, elsewhere)
+
+    def _run_with(self, strategy: ColumnStrategy) -> ConversionRun:
+        """The run, with what to say about the strategy's columns, and where it is pushed to."""
+        run = self.run
+        if self.wanted.mode != NO_OUTLIERS:
+            run = replace(run, about_columns=partial(described, strategy, self.wanted))
         if self.push is not None:
-            run = replace(run, destination=self.push.destination(run.output, survey))
-        return convert_shards(self.source, survey, settings, run, render, self.progress, columns, elsewhere)
+            run = replace(run, destination=self.push.destination(run.output, strategy.survey, self.part))
+        return run
 
     def _render(self) -> RenderCard:
         return partial(render_card, source_card=self._source_card())
@@ -281,4 +299,4 @@ class _Job:
 
     def _strategies(self) -> Iterator[ColumnStrategy]:
         """The strategies for choosing the columns, best first."""
-        return column_strategies(self.wanted, self.source, self.survey, self.settings, self.state, self.progress.note)
+        return column_strategies(self.wanted, self.source, self.survey, self.settings, self.progress.note)

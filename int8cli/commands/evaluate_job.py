@@ -3,6 +3,7 @@
 Owns where stored columns come from, and that the text is long enough before any weight is read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from int8cli.evaluation.evaluate import evaluate as run_methods
 from int8cli.evaluation.methods import METHODS, Method
 from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.subject import Subject, find_subject
+from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.config import read_config
 from int8cli.model.files import model_files
 from int8cli.model.memory import return_memory_promptly
@@ -29,6 +31,7 @@ from int8cli.outliers.calibrate import CalibrateOptions
 from int8cli.outliers.statistics_file import load_statistics
 from int8cli.progress import Progress
 from int8cli.results.evaluation import Evaluation
+from int8cli.results.method_names import SMOOTHED_WEIGHTS
 from int8cli.results.units import counted
 
 _MALLOC_KEEPS_BYTES = 32 << 20  # smaller temporaries are reused: half the CPU time, 80 MB more than with 1 MiB
@@ -96,6 +99,13 @@ class EvaluationJob:
             state_directory=self.work / "blocks",
             stored_columns=limit if found.needs_smoothing else 0,
             smooth=found.needs_smoothing,
+            smooth_for=smoothed_for(found.methods),
         )
         sample = Text.decode(SAMPLE_NAME, sample_text())
         return calibrated_columns(subject, sample, self.text, limit, how, self.progress)
+
+
+def smoothed_for(methods: Sequence[Method]) -> InputScheme | None:
+    """The inputs of the product that exponents are chosen for: all smoothed methods share them."""
+    smoothed = {method.key for method in methods if method.needs_smoothing}
+    return None if smoothed == {SMOOTHED_WEIGHTS} else DEFAULT_INPUTS

@@ -1,57 +1,79 @@
-"""A conversion on a Ray cluster: what its workers get, and what is declared for each shard."""
+"""A conversion on a Ray cluster: what workers get, and what is declared for each shard and for a run of the model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from int8cli import __version__
 from int8cli.checkpoint.object_store import is_remote
-from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
-from int8cli.columns.from_weights import SuspectColumns
-from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
+from int8cli.columns.wanted import ColumnStrategy
 from int8cli.commands.options import ConvertOptions
-from int8cli.conversion.cluster import ClusterRun, ColumnsOn, RemoteSource, WorkerJob
-from int8cli.conversion.column_source import ColumnSource
-from int8cli.estimate.ways import TORCH_BYTES
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, THREADS_FOR_A_SHARD
+from int8cli.commands.push import hand_on_of
+from int8cli.conversion.cluster import ClusterRun
+from int8cli.conversion.worker_job import RemoteSource, WorkerJob
+from int8cli.errors import NotEnoughMemoryError
+from int8cli.estimate.ways import TORCH_BYTES, memory_to_run
+from int8cli.model.sampling import Sampling
+from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
-from int8cli.records.conversion import FROM_WEIGHTS
-from int8cli.workers.ray_cluster import RayCluster, TaskNeeds
+from int8cli.records.conversion import FROM_ACTIVATIONS
+from int8cli.workers.ray_cluster import RayCluster
+from int8cli.workers.ray_session import TaskNeeds
+
+
+@dataclass(frozen=True, slots=True)
+class OnCluster:
+    """A cluster, and what it converts. `model` is what the user called it."""
+
+    cluster: RayCluster
+    model: str
+    options: ConvertOptions
+
+    @property
+    def model_threads(self) -> int:
+        """The cores for a run of the model: those of the largest machine but for one shard, which waits for it."""
+        return max(1, self.cluster.most_cores - self.cluster.needs.cores)
+
+    @property
+    def slots(self) -> int:
+        """The most shards that are converted at once."""
+        return self.cluster.slots
+
+    def run(self, source: Source, strategy: ColumnStrategy, sampling: Sampling, progress: Progress) -> ClusterRun:
+        """How the cluster converts by a strategy. Raises NotEnoughMemoryError if no machine can run the model."""
+        path = Path(self.model).expanduser()
+        place = self.model if source.identity.on_hub or is_remote(self.model) else str(path.absolute())
+        remote = RemoteSource(place, source.identity, self.options.keep_source, self.options.retry_for)
+        job = WorkerJob(remote, strategy.columns, hand_on_of(self.options))
+        outliers = strategy.settings.outliers
+        needs = self._model_needs(strategy.survey, sampling) if outliers == FROM_ACTIVATIONS else None
+        return ClusterRun(self.cluster, job, outliers, progress, needs)
+
+    def _model_needs(self, survey: Survey, sampling: Sampling) -> TaskNeeds:
+        gpus = 1 if self.options.device == "cuda" else 0
+        needs = TaskNeeds(self.model_threads, memory_to_run(survey, sampling), gpus)
+        if not self.cluster.offers(needs):
+            raise NotEnoughMemoryError(
+                f"no machine of the cluster has {needs} for a run of the model", hint="Use shorter sequences."
+            )
+        return needs
 
 
 @contextmanager
-def joined_cluster(address: str, survey: Survey, options: ConvertOptions) -> Iterator[RayCluster]:
+def joined_cluster(model: str, address: str, survey: Survey, options: ConvertOptions) -> Iterator[OnCluster]:
     """A cluster that is told what one shard takes. Raises MissingRayError, ClusterError, VersionMismatchError."""
     cluster = RayCluster(address, __version__)
     try:
         threads = options.threads or _threads(cluster, len(survey.shards))
-        memory_bytes = TORCH_BYTES + threads * BUFFER_BYTES_A_THREAD + _whole_files(survey)
+        smoothed = replace(survey, smooth=True)  # whether it will be is not known yet
+        memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)
         cluster.needs = TaskNeeds(threads, memory_bytes, 1 if options.device == "cuda" else 0)
-        yield cluster
+        yield OnCluster(cluster, model, options)
     finally:
         cluster.close()
-
-
-def run_on(
-    cluster: RayCluster,
-    model: str,
-    source: Source,
-    strategy: ColumnStrategy,
-    wanted: ColumnsWanted,
-    options: ConvertOptions,
-    progress: Progress,
-) -> ClusterRun:
-    """The conversion of a source's shards by a cluster. `model` is what the user called it."""
-    path = Path(model).expanduser()
-    place = model if source.identity.on_hub or is_remote(model) else str(path.absolute())
-    remote = RemoteSource(place, source.identity, options.keep_source, options.retry_for)
-    scans = strategy.settings.outliers == FROM_WEIGHTS
-    suspects: ColumnsOn = partial(_suspects, strategy.survey, wanted.limit)
-    columns: ColumnsOn = suspects if scans else partial(_same, strategy.columns(progress))
-    return ClusterRun(cluster, WorkerJob(remote, columns), scans, progress)
 
 
 def _threads(cluster: RayCluster, shards: int) -> int:
@@ -62,11 +84,3 @@ def _threads(cluster: RayCluster, shards: int) -> int:
 def _whole_files(survey: Survey) -> int:
     """What a worker needs where a file cannot be read in pieces."""
     return max((contents.file_bytes for contents in survey.shards if not contents.mappable), default=0)
-
-
-def _suspects(survey: Survey, limit: int, source: Source, state: OwnPath) -> ColumnSource:
-    return SuspectColumns(source, survey, limit, state / "suspects")
-
-
-def _same(columns: ColumnSource, source: Source, state: OwnPath) -> ColumnSource:
-    return columns

@@ -33,6 +33,9 @@ class ConvertOptions:
     - `outliers`: how the columns to store exactly are chosen: "auto", "activations", "weights", "none", or the path of
       a statistics file of `inspect_outliers`.
     - `outlier_columns`: the most columns to store for each linear layer; None is the measured optimum, 8.
+    - `outlier_budget`: instead of a number for each layer, what the columns of all layers take together, as a share of
+      the output's bytes: 0.01 is 1 %. They go where they save most. Takes statistics of the whole model, from a file or
+      from a run of a model on disk before the first shard is converted.
     - `smooth`: move what is hard to round from inputs into weights by powers of two: "auto" where statistics are there
       and prove that the model computes the same bits, "none", or the path of a statistics file of `inspect_outliers`.
       None is "auto" in the layout compressed-tensors where loaders round every input, else "none".
@@ -52,8 +55,9 @@ class ConvertOptions:
     - `part`: convert part K of N, as (K, N), K from 1 on: the shards are divided between N processes, which may run on
       several machines that see the same directory. The part that finds all shards converted writes the other files.
     - `finish`: convert nothing, and write the files that describe the whole after all parts.
-    - `ray`: convert the shards on a Ray cluster: its address, "auto" for the one that runs on this machine, "local" for
-      a new one. All its machines must see the output under the same path.
+    - `ray`: convert the shards on a Ray cluster: its address, "auto" for the one that runs on this machine (or in
+      RAY_ADDRESS), "local" for a new one, "here" for that of "auto" if there is one, else a new one. All its machines
+      must see the output under the same path.
     """
 
     revision: str | None = None
@@ -66,6 +70,7 @@ class ConvertOptions:
     on_nonfinite: Literal["error", "keep"] = "error"
     outliers: str | Path = "auto"
     outlier_columns: int | None = None
+    outlier_budget: float | None = None
     smooth: str | Path | None = None
     text: Path | None = None
     tokens: int = CONVERT_TOKENS

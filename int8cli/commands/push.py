@@ -1,7 +1,8 @@
 """Push a conversion to a repository on the Hub: a finished one, or one shard after the other while it is made."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
@@ -11,11 +12,13 @@ from int8cli.checkpoint.object_store import is_remote
 from int8cli.checkpoint.writable_store import WritableStore
 from int8cli.commands.checks import check_push
 from int8cli.commands.options import ConvertOptions, PushOptions
+from int8cli.conversion.part import PartRun
 from int8cli.errors import OptionError
 from int8cli.planning.survey import Survey
 from int8cli.progress import SILENT, Progress
 from int8cli.results.push import Pushed
 from int8cli.upload.push import push_finished
+from int8cli.upload.shard_upload import UploadFromWorker
 from int8cli.upload.shard_uploads import ShardUploads
 from int8cli.upload.target import Target
 from int8cli.verification import conversion_in
@@ -43,27 +46,45 @@ def push(
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a conversion is pushed to while it is made."""
+    """What a conversion is pushed to while it is made. `label` is its name in messages.
 
-    target: Target
+    `opens` opens it: every attempt at a conversion closes its own.
+    """
+
+    label: str
+    opens: Callable[[], Target]
     message: str | None
     keep_output: bool
     progress: Progress
 
-    def destination(self, output: Path, survey: Survey) -> ShardUploads:
-        """Uploads what is converted into `output`."""
-        sizes = _sizes(survey)
-        return ShardUploads(self.target, output, sizes, self.message, self.progress, keep_output=self.keep_output)
+    def destination(self, output: Path, survey: Survey, part: PartRun | None = None) -> ShardUploads:
+        """Uploads what is converted into `output`: all, or the shards of a part."""
+        names = tuple(survey.outputs) if part is None or part.share is None else part.shards(survey)
+        sizes, token = _sizes(survey, names), None if part is None else part.token
+        return ShardUploads(
+            self.opens(), output, sizes, self.message, self.progress, keep_output=self.keep_output, token=token
+        )
 
 
 def push_of(options: ConvertOptions, progress: Progress) -> Push | None:
     """What the options of a conversion say of pushing it; None without a repository. Makes no request."""
-    name = options.push_to_hub or options.push_to
-    if name is None:
+    if (options.push_to_hub or options.push_to) is None:
         return None
+    opens = partial(_target_of, options, progress)
+    return Push(opens().label, opens, options.commit_message, options.keep_output, progress)
+
+
+def hand_on_of(options: ConvertOptions) -> UploadFromWorker | None:
+    """The same for what a worker of a cluster has converted."""
+    if (options.push_to_hub or options.push_to) is None:
+        return None
+    return UploadFromWorker(partial(_target_of, options, SILENT), options.keep_output)
+
+
+def _target_of(options: ConvertOptions, progress: Progress) -> WritableRepository | WritableStore:
+    name = options.push_to_hub or options.push_to or ""
     how = PushOptions(options.private, options.push_revision, options.commit_message, options.retry_for)
-    target = _target(name, how, progress, revision_option="push_revision")
-    return Push(target, options.commit_message, options.keep_output, progress)
+    return _target(name, how, progress, revision_option="push_revision")
 
 
 def _target(
@@ -85,10 +106,10 @@ def _target(
     return WritableRepository(PushTarget(name, options.revision, options.private, retry=policy, on_wait=waiting))
 
 
-def _sizes(survey: Survey) -> Mapping[str, int]:
-    """The bytes to upload for each shard, by its output."""
+def _sizes(survey: Survey, names: Collection[str]) -> Mapping[str, int]:
+    """The bytes to upload for each of these source files, by its output."""
     sizes = {}
-    for source, output in survey.outputs.items():
-        sidecar = survey.sidecars.get(source)
+    for name in names:
+        output, sidecar = survey.outputs[name], survey.sidecars.get(name)
         sizes[output.file_name] = output.file_bytes + (0 if sidecar is None else sidecar.file_bytes)
     return sizes

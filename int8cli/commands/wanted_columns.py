@@ -4,15 +4,16 @@ from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, SMOOTH_MODES, 
 from int8cli.commands.options import ConvertOptions
 from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
-from int8cli.planning.layouts import compressed_tensors, weights_only
+from int8cli.planning.layouts import compressed_tensors
 from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
 
 
 def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
     """`known` are the settings of an unfinished conversion, which resumes as it began unless another way is named."""
     mode, limit = str(options.outliers), options.outlier_columns
+    budget = options.outlier_budget or 0.0
     if limit is None:
-        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS else 0
+        limit = DEFAULT_OUTLIER_COLUMNS if mode != NO_OUTLIERS and not budget else 0
     smooth = _smooth(options)
     if smooth not in SMOOTH_MODES:  # a statistics file, which columns that are to be chosen are chosen by too
         mode, limit = smooth, limit if mode != NO_OUTLIERS else 0
@@ -20,7 +21,7 @@ def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWa
     if options.smooth is None and known is not None and mode == AUTO:
         smooths = known.smooth != NO_SMOOTHING
     sampling = Sampling(options.tokens, options.sequence_length, options.seed)
-    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths)
+    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths, budget)
 
 
 def wants_smoothing(options: ConvertOptions) -> bool:
@@ -42,5 +43,4 @@ def why_not_smoothed(options: ConvertOptions) -> str:
 def _smooth(options: ConvertOptions) -> str:
     if options.smooth is not None:
         return str(options.smooth)
-    rounds_inputs = options.layout == compressed_tensors.NAME and options.inputs != weights_only.INPUTS
-    return AUTO if rounds_inputs else NO_SMOOTHING
+    return AUTO if options.layout == compressed_tensors.NAME else NO_SMOOTHING

@@ -1,6 +1,6 @@
 """The messages about a running conversion. Needs no torch."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from int8cli.planning.survey import Survey
 from int8cli.planning.warnings import warnings_of
@@ -12,10 +12,17 @@ from int8cli.results.units import counted, human_bytes
 TASK = "convert"
 
 
-def begin_conversion(progress: Progress, survey: Survey, finished: Collection[str]) -> None:
-    """Begin the task. Its parts are the source shards, in tensor bytes; `finished` are those of an earlier run."""
+def begin_conversion(
+    progress: Progress, survey: Survey, finished: Collection[str], about_columns: Callable[[], str] | None = None
+) -> None:
+    """Begin the task. Its parts are the source shards, in tensor bytes; `finished` are those of an earlier run.
+
+    `about_columns` says how outlier columns are chosen, if any are left to choose.
+    """
     if finished:
         progress.note(f"resuming: {len(finished)} of {len(survey.shards)} shards already converted")
+    if about_columns is not None and len(finished) < len(survey.shards):
+        progress.note(about_columns())
     for warning in warnings_of(survey):
         progress.note(warning)
     sizes = {contents.file_name: sum(t.file_nbytes for t in contents.tensors) for contents in survey.shards}

@@ -1,153 +1,162 @@
-"""The shards of a conversion as tasks on a cluster: each worker opens the source itself, converts and records.
+"""The shards of a conversion as tasks on a cluster, from the machine that drives it.
 
-Owns what a worker needs to know, and what it does with one shard. The worker that records a shard may be lost before
-anybody learns of it: a task that is started again finds the record. Knows no cluster by name.
+Owns when a shard is started, and how what the workers tell becomes the one progress. Knows no cluster by name.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from int8cli.checkpoint.locate import open_source
-from int8cli.checkpoint.own_files import OwnPath
-from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.conversion.announce import TASK, advance, shard_outcome
-from int8cli.conversion.column_source import ColumnSource
+from int8cli.conversion.column_source import KnownColumns, Ready, RequireRoom
 from int8cli.conversion.task import ShardTask
-from int8cli.errors import ClusterError, DigestMismatchError, SourceError
-from int8cli.progress import Progress
-from int8cli.records.part import new_token
+from int8cli.conversion.worker_job import LATE_S, LOOK_AGAIN_S, TellCall, WorkerJob
+from int8cli.errors import ClusterError
+from int8cli.planning.exponents import TensorExponents
+from int8cli.progress import BYTES, Progress
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
-from int8cli.workers.processes import OnBytes, Result
+from int8cli.workers.processes import OnBytes
 
-# NFS keeps what it knows of a directory for up to a minute.
-_SEEN_WITHIN_S = 90.0
-_LOOK_AGAIN_S = 0.2
-# The columns of a conversion for a source that a worker has opened. The path is for what is learned of the shards.
-ColumnsOn = Callable[[Source, OwnPath], ColumnSource]
+_MODEL = ""  # the name of the task that runs the model: shards have others
+Needs = TypeVar("Needs", contravariant=True)
 
 
-class Cluster(Protocol):
-    """Runs tasks by name, and yields name and result of each as it ends."""
+class Session(Protocol[Needs]):
+    """Tasks that run at the same time; see `workers.ray_session`."""
 
-    def run(
-        self, tasks: Mapping[str, Callable[[OnBytes], Result]], on_bytes: OnBytes
-    ) -> Iterator[tuple[str, Result]]: ...
+    def start(self, name: str, task: Callable[[OnBytes], Any], /) -> None: ...
 
+    def lead(self, name: str, task: Callable[[TellCall], Any], needs: Needs, /) -> None: ...
 
-@dataclass(frozen=True, slots=True)
-class RemoteSource:
-    """How a worker opens the source. `model` is a Hub id, or a path that all machines see."""
-
-    model: str
-    identity: SourceIdentity
-    keep_source: bool
-    retry_for_s: float
-
-    def open(self, store: RecordStore, output: Path) -> Source:
-        """Raises SourceError if another model is found there than the driver has found."""
-        source = open_source(
-            self.model,
-            revision=self.identity.revision if self.identity.on_hub else None,
-            download_dir=store.incoming_directory,
-            output=output,
-            keep_source=self.keep_source,
-            retry_for_s=self.retry_for_s,
-        )
-        if source.identity != self.identity:
-            source.close()
-            raise SourceError(
-                f"a machine of the cluster finds {source.identity.name} under {self.model}, not {self.identity.name}",
-                hint="Give a Hub id, or a directory that all machines see under one path.",
-            )
-        return source
+    def ended(self) -> Iterator[tuple[str, Any]]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerJob:
-    """What a worker does with a shard, besides the shard's own task."""
+class Cluster(Protocol[Needs]):
+    """Runs tasks elsewhere. `on_told` is called here with what a leading task tells."""
 
-    source: RemoteSource
-    columns: ColumnsOn
-
-    def convert(self, task: ShardTask, on_bytes: OnBytes) -> ShardRecord:
-        """Convert a shard and record it, unless an earlier attempt has. One with a wrong digest is fetched again."""
-        with self._opened(task) as (source, store, columns):
-            record = store.finished(task.source)
-            if record is not None:
-                return record
-            try:
-                return _convert(task, source, store, columns, on_bytes)
-            except DigestMismatchError:
-                if not source.identity.on_hub:
-                    raise
-            source.discard(task.source.file)
-            return _convert(task, source, store, columns, on_bytes)
-
-    def scan(self, task: ShardTask, on_bytes: OnBytes) -> None:
-        """Learn of a shard what the columns of others need."""
-        with self._opened(task) as (_, _, columns):
-            columns.expect([task.source.file], lambda work: work(on_bytes))
-
-    @contextmanager
-    def _opened(self, task: ShardTask) -> Iterator[tuple[Source, RecordStore, ColumnSource]]:
-        """The source and the output, under names that no other worker has."""
-        output = task.directory
-        store = RecordStore(output, new_token())
-        with closing(self.source.open(store, output)) as source:
-            try:
-                state = OwnPath(store.calibration_directory, output, store.aside)
-                yield source, store, self.columns(source, state)
-            finally:
-                store.remove_own_partial_files()
-
-
-def _convert(
-    task: ShardTask, source: Source, store: RecordStore, columns: ColumnSource, on_bytes: OnBytes
-) -> ShardRecord:
-    from int8cli.conversion.shard import convert_shard
-
-    with source.fetch(task.source.file) as local:
-        stored = columns.columns_of(task.source.file, local, lambda work: work(on_bytes))
-        own = replace(task, partial=store.partial_directory / task.source.output).with_borrowed(source)
-        record = convert_shard(own.storing(stored, columns.smoothing_of(task.source.file)), local, on_bytes)
-        store.add(record)
-    return record
+    def session(
+        self, on_bytes: OnBytes, on_told: Callable[[Any], None] = ..., /
+    ) -> AbstractContextManager[Session[Needs]]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterRun:
-    """A conversion whose shards are converted by a cluster. `scans`: columns depend on what is in other shards."""
+    """A conversion whose shards are converted by a cluster.
 
-    cluster: Cluster
+    `outliers` says, as in `Settings`, what has to be learned of all shards before one can be converted. `model_needs`
+    are what the cluster has to offer for a run of the model.
+    """
+
+    cluster: Cluster[Any]
     job: WorkerJob
-    scans: bool
+    outliers: str
     progress: Progress
+    model_needs: Any = None
 
-    def __call__(self, tasks: Sequence[ShardTask]) -> Mapping[str, ShardRecord]:
+    def __call__(
+        self,
+        tasks: Sequence[ShardTask],
+        recorded: Mapping[str, TensorExponents],
+        require_room: RequireRoom,
+        on_record: Callable[[ShardRecord], None],
+    ) -> Mapping[str, ShardRecord]:
         """Convert and record the shards of these tasks.
 
-        Raises ClusterError if what a worker has written is not in the output directory as this machine sees it.
+        `recorded` are the exponents of shards that are finished, `require_room` is that of ColumnSource. `on_record` is
+        told of each shard once it is recorded and, where that is the worker's job, handed on. Raises ClusterError if
+        what a worker has written is not in the output directory as this machine sees it.
         """
         by_name = {task.source.file: _anywhere(task) for task in tasks}
-        if self.scans:
-            scans = {name: partial(self.job.scan, task) for name, task in by_name.items()}
-            for _ in self.cluster.run(scans, lambda *_: None):
+        if not by_name:
+            return {}
+        if self.outliers == FROM_WEIGHTS:
+            self._scan(by_name)
+        shards = _Shards(by_name, self.job, self.progress, on_record)
+        heard = _Heard(self.progress, shards.start, require_room)
+        with self.cluster.session(shards.counted, lambda call: call(heard)) as session:
+            shards.session = session
+            if self.outliers == FROM_ACTIVATIONS:
+                directory = next(iter(by_name.values())).directory
+                run = partial(self.job.run_model, directory, tuple(by_name), recorded)
+                session.lead(_MODEL, run, self.model_needs)
+            else:
+                for name in by_name:
+                    shards.start(name)
+            for name, result in session.ended():
+                if name != _MODEL:
+                    shards.finish(name, result)
+                    continue
+                for shard, columns in result.items():
+                    shards.start(shard, columns)
+        return shards.records
+
+    def _scan(self, tasks: Mapping[str, ShardTask]) -> None:
+        with self.cluster.session(lambda *_: None) as session:
+            for name, task in tasks.items():
+                session.start(name, partial(self.job.scan, task))
+            for _ in session.ended():
                 pass
-        counted = _Counted(self.progress)
-        records = {}
-        works = {name: partial(self.job.convert, task) for name, task in by_name.items()}
-        for name, record in self.cluster.run(works, counted):
-            _require_seen_here(by_name[name])
-            counted.complete(name, by_name[name].tensor_bytes)
-            self.progress.done(TASK, name, shard_outcome(record))
-            records[name] = record
-        return records
+
+
+@dataclass(slots=True)
+class _Shards:
+    """The shards of one run: what was started and what is finished."""
+
+    tasks: Mapping[str, ShardTask]
+    job: WorkerJob
+    progress: Progress
+    on_record: Callable[[ShardRecord], None]
+    records: dict[str, ShardRecord] = field(default_factory=dict)
+    started: set[str] = field(default_factory=set)
+    session: Any = None
+    counted: "_Counted" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counted = _Counted(self.progress)
+
+    def start(self, name: str, columns: KnownColumns | None = None) -> None:
+        """Start a shard, with these columns, unless it was started before: a lost run of the model names it again."""
+        if name in self.started:
+            return
+        self.started.add(name)
+        if columns is None and isinstance(self.job.columns, Ready):
+            columns = self.job.columns.columns.known(name)
+        job = self.job if columns is None else self.job.with_columns(columns)
+        self.session.start(name, partial(job.convert, self.tasks[name]))
+
+    def finish(self, name: str, record: ShardRecord) -> None:
+        task = self.tasks[name]
+        _require_seen_here(task)
+        self.counted.complete(name, task.tensor_bytes)
+        self.progress.done(TASK, name, shard_outcome(record))
+        self.records[name] = record
+        self.on_record(record)
+
+
+@dataclass(frozen=True, slots=True)
+class _Heard(Progress):
+    """What the run of the model tells, through calls of these methods."""
+
+    progress: Progress
+    released: Callable[[str, KnownColumns], None]
+    require_room: RequireRoom
+
+    def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:
+        self.progress.begin(task, parts, unit=unit, finished=finished)
+
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        self.progress.advance(task, part, amount, detail)
+
+    def note(self, message: str) -> None:
+        self.progress.note(message)
+
+    def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+        self.progress.done(task, part, outcome)
 
 
 def _anywhere(task: ShardTask) -> ShardTask:
@@ -157,14 +166,18 @@ def _anywhere(task: ShardTask) -> ShardTask:
 
 def _require_seen_here(task: ShardTask) -> None:
     """Wait until this machine sees a finished shard. File systems of a network show new files late."""
-    deadline_s = time.monotonic() + _SEEN_WITHIN_S
-    while RecordStore(task.directory).finished(task.source) is None:
+    deadline_s = time.monotonic() + LATE_S
+    while not _is_seen(RecordStore(task.directory), task):
         if time.monotonic() > deadline_s:
             raise ClusterError(
                 f"a worker has written {task.source.output}, but it is not in {task.directory} on this machine",
                 hint="The output must be a directory that all machines of the cluster see under the same path.",
             )
-        time.sleep(_LOOK_AGAIN_S)
+        time.sleep(LOOK_AGAIN_S)
+
+
+def _is_seen(store: RecordStore, task: ShardTask) -> bool:
+    return store.finished(task.source) is not None or store.uploaded(task.source) is not None
 
 
 class _Counted:

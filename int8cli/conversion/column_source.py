@@ -4,10 +4,13 @@ Owns the protocol, and the implementation that stores nothing. The other impleme
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from int8cli.checkpoint.source import LocalFile, ShardFile
+from int8cli.checkpoint.own_files import OwnPath
+from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.planning.exponents import NOT_SMOOTHED, ShardSmoothing, TensorExponents
+from int8cli.progress import Progress
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
@@ -51,13 +54,46 @@ class ColumnSource(Protocol):
         """The smoothing of a source shard, once its columns are known."""
         return NOT_SMOOTHED
 
+    def known(self, shard: str) -> "KnownColumns | None":
+        """What is known of a shard's columns without its file; None where the file must be looked at."""
+        return None
+
     def settled(self) -> Mapping[str, TensorExponents]:
         """The exponents of every tensor for which this run has found them, also those that are not scaled."""
         return {}
 
 
-class NoColumns(ColumnSource):
-    """Stores no columns."""
+@dataclass(frozen=True, slots=True)
+class KnownColumns(ColumnSource):
+    """The columns and the smoothing of one shard. Picklable."""
+
+    stored: Mapping[str, StoredColumns] = field(default_factory=dict)
+    smoothing: ShardSmoothing = NOT_SMOOTHED
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
-        return {}
+        return self.stored
+
+    def smoothing_of(self, shard: str) -> ShardSmoothing:
+        return self.smoothing
+
+    def known(self, shard: str) -> "KnownColumns":
+        return self
+
+
+class NoColumns(KnownColumns):
+    """Stores no columns."""
+
+
+# Makes the source of columns, for a source that this process has opened. Picklable: it may be another process. The path
+# is for what a later run resumes from.
+MakeColumns = Callable[[Source, OwnPath, Progress], ColumnSource]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Makes a source of columns that is there already."""
+
+    columns: ColumnSource
+
+    def __call__(self, source: Source, state: OwnPath, progress: Progress) -> ColumnSource:
+        return self.columns

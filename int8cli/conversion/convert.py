@@ -5,12 +5,12 @@ fetched source removed. Prints nothing; reports to a Progress.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.digest import require_published
@@ -20,11 +20,11 @@ from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.writer import copy_file
 from int8cli.conversion import WORKER_PRELOAD
 from int8cli.conversion.announce import TASK, advance, begin_conversion
-from int8cli.conversion.column_source import ColumnSource, NoColumns
+from int8cli.conversion.column_source import ColumnSource, NoColumns, RequireRoom
 from int8cli.conversion.destination import Destination
 from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.resumed_smoothing import recorded_exponents
-from int8cli.conversion.shard_loop import ShardLoop
+from int8cli.conversion.shard_loop import ShardLoop, ignore
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import (
     CANNOT_CALIBRATE,
@@ -32,6 +32,7 @@ from int8cli.errors import (
     DiskSpaceError,
     NothingToQuantizeError,
 )
+from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.survey import Survey, fingerprint, room_needed
 from int8cli.progress import Progress
@@ -43,8 +44,19 @@ from int8cli.results.conversion import ConversionReport
 from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
-# Converts and records shards, and returns the records by source file.
-ConvertElsewhere = Callable[[Sequence[ShardTask]], Mapping[str, ShardRecord]]
+
+class ConvertElsewhere(Protocol):
+    """Converts and records shards on other machines."""
+
+    def __call__(
+        self,
+        tasks: Sequence[ShardTask],
+        recorded: Mapping[str, TensorExponents],
+        require_room: RequireRoom,
+        on_record: Callable[[ShardRecord], None],
+        /,
+    ) -> Mapping[str, ShardRecord]:
+        """The records by source file. See `cluster.ClusterRun`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +65,7 @@ class ConversionRun:
 
     `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
     conversion in the directory. `destination` takes each shard as it is finished; with `most_outputs` it removes them,
-    so that no more than that are in the directory at once.
+    so that no more than that are in the directory at once. `about_columns` says how outlier columns are chosen.
     """
 
     output: Path
@@ -64,6 +76,7 @@ class ConversionRun:
     device: str = "cpu"
     destination: Destination | None = None
     most_outputs: int | None = None
+    about_columns: Callable[[], str] | None = None
 
 
 def convert(
@@ -92,31 +105,22 @@ def convert(
             store.clear()
         conversion = describe(source, survey, settings)
         store.check(conversion)
-        records = _finished(store, conversion, destination)
+        records = finished_records(store, conversion, conversion.shards, destination)
         remaining = [shard for shard in conversion.shards if shard.file not in records]
         require_room(source, survey, options, remaining)
         store.claim(conversion)
         store.remove_partial_files()
-        begin_conversion(progress, survey, records)
+        begin_conversion(progress, survey, records, options.about_columns)
         copy_files(source, survey, options.output)
-        executor = executor_for(options, len(remaining) if elsewhere is None else 0, lock, progress)
+        shards = _Shards(source, survey, options, store, lock, progress)
+        tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]
         try:
-            tasks = [task_of(shard, survey, settings, options, store) for shard in remaining]
-            recorded = recorded_exponents(options.output, records.values()) if survey.smooth and remaining else {}
-            if elsewhere is not None:
-                records.update(elsewhere(tasks))
-                tasks = []
-            on_record = None if destination is None else destination.add
-            loop = ShardLoop(source, tasks, executor, store, progress, columns or NoColumns(), recorded, on_record)
-            records.update(loop.run(partial(require_room, source, survey, options, remaining)))
+            records |= shards.convert(tasks, records, columns or NoColumns(), elsewhere)
         except CANNOT_CALIBRATE:
             # So that another strategy can use the directory.
             if not any(store.finished(shard) or store.uploaded(shard) for shard in conversion.shards):
                 store.clear()
             raise
-        finally:
-            executor.close()
-            store.remove_partial_files()  # an interrupt may have prevented other clean-up
         progress.done(TASK)
         in_order = [records[shard.file] for shard in conversion.shards]
         report = write_conclusion(survey, conversion, in_order, options.output, render_card)
@@ -125,6 +129,41 @@ def convert(
         # This includes shards that a killed run fetched and this run did not need.
         store.remove_state()
         return report
+
+
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """What the shards of one conversion are converted with. `lock` is the directory's: workers keep it."""
+
+    source: Source
+    survey: Survey
+    options: ConversionRun
+    store: RecordStore
+    lock: int
+    progress: Progress
+
+    def convert(
+        self,
+        tasks: list[ShardTask],
+        records: Mapping[str, ShardRecord],
+        columns: ColumnSource,
+        elsewhere: ConvertElsewhere | None,
+    ) -> Mapping[str, ShardRecord]:
+        """Convert and record shards beside those that have `records`. Returns the new records, by source file."""
+        remaining = [task.source for task in tasks]
+        executor = executor_for(self.options, len(tasks) if elsewhere is None else 0, self.lock, self.progress)
+        try:
+            recorded = recorded_exponents(self.options.output, records.values()) if self.survey.smooth and tasks else {}
+            room = partial(require_room, self.source, self.survey, self.options, remaining)
+            destination = self.options.destination
+            if elsewhere is not None:
+                return elsewhere(tasks, recorded, room, ignore if destination is None else destination.taken)
+            on_record = ignore if destination is None else destination.add
+            loop = ShardLoop(self.source, tasks, executor, self.store, self.progress, columns, recorded, on_record)
+            return loop.run(room)
+        finally:
+            executor.close()
+            self.store.remove_partial_files()  # an interrupt may have prevented other clean-up
 
 
 def require_possible(source: Source, survey: Survey, settings: Settings, options: ConversionRun) -> None:
@@ -142,13 +181,18 @@ def require_possible(source: Source, survey: Survey, settings: Settings, options
     require_room(source, survey, options, remaining)
 
 
-def _finished(store: RecordStore, conversion: Conversion, destination: Destination | None) -> dict[str, ShardRecord]:
-    """The records of the shards that need not be converted, by source file: they are here, or at the destination."""
+def finished_records(
+    store: RecordStore, conversion: Conversion, shards: Collection[ShardSource], destination: Destination | None
+) -> dict[str, ShardRecord]:
+    """The records of those `shards` that need not be converted, by source file: they are here, or at the destination.
+
+    The destination begins with what is here. Raises ShardsRemovedError for shards that are at another one.
+    """
     if destination is None:
         store.refuse_removed(conversion)
     # First: the destination may upload and remove what is here as soon as it resumes.
-    here = {shard.file: record for shard in conversion.shards if (record := store.finished(shard))}
-    there = {} if destination is None else destination.resume(conversion)
+    here = {shard.file: record for shard in shards if (record := store.finished(shard))}
+    there = {} if destination is None else destination.resume(conversion, shards)
     return {**here, **there}
 
 

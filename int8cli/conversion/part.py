@@ -6,8 +6,8 @@ Two that write one file write the same bytes. Locks only keep other kinds of run
 none, nothing here depends on them.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from int8cli.conversion.convert import (
     copy_files,
     describe,
     executor_for,
+    finished_records,
     require_room,
     require_something_to_quantize,
     task_of,
 )
 from int8cli.conversion.finish import RenderCard, conversion_report, write_conclusion
 from int8cli.conversion.resumed_smoothing import recorded_exponents
-from int8cli.conversion.shard_loop import ShardLoop
+from int8cli.conversion.shard_loop import ShardLoop, ignore
 from int8cli.errors import CannotLockError, Int8cliError, OutputError, OutputInUseError, UnfinishedPartsError
 from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey
@@ -66,11 +67,13 @@ class PartRun:
 class PartOutcome:
     """What has been converted when a part ends. `missing` are the source files without a record.
 
-    While there are any, `report` is on the part's own shards, else on the whole.
+    While there are any, `report` is on the part's own shards, else on the whole. With `to_publish` the
+    destination waits for a process that concludes.
     """
 
     report: ConversionReport
     missing: tuple[str, ...]
+    to_publish: bool = False
 
 
 def convert_part(
@@ -85,6 +88,7 @@ def convert_part(
 ) -> PartOutcome:
     """Convert the shards of a part into `options.output`, and conclude the conversion if none is missing then.
 
+    What the destination gets is published by a process that only concludes: two parts may end at the same time.
     Otherwise as `convert`. Raises UnfinishedPartsError if it is only to conclude and shards are missing;
     VersionMismatchError if other parts had another version of int8cli; ShardsRemovedError if shards were pushed and are
     not here any more.
@@ -92,11 +96,14 @@ def convert_part(
     require_something_to_quantize(survey, settings)
     store = RecordStore(options.output, part.token)
     work = _Part(part, source, survey, describe(source, survey, settings), options, store, progress)
-    with shared(options.output, store.own) as lock:
+    destination = options.destination
+    with (
+        shared(options.output, store.own) as lock,
+        nullcontext() if destination is None else closing(destination),
+    ):
         store.refuse_links()
         refuse_other_versions(store.parts, part.version)
         store.check_beside_others(work.conversion)
-        store.refuse_removed(work.conversion)
         with joined(options.output, store.parts, part.token, part.record):
             records = work.run(lock, columns or NoColumns(), render_card)
     if not work.missing(records):
@@ -119,8 +126,9 @@ class _Part:
     def run(self, lock: int, columns: ColumnSource, render_card: RenderCard) -> Records:
         """Convert and, if nothing is missing then, conclude. Returns the records of all that is finished."""
         try:
+            finished = self._begin()
             self.store.claim_beside_others(self.conversion)
-            self._convert_own(lock, columns)
+            self._convert_own(finished, lock, columns)
             records = self._finished()
             if not self.missing(records):
                 self._conclude(records, render_card)
@@ -140,25 +148,41 @@ class _Part:
         """Raises UnfinishedPartsError for a process that was only to conclude."""
         missing = self.missing(records)
         if not missing:
-            return PartOutcome(conversion_report(self.survey, self.conversion, self._in_order(records)), ())
+            report = conversion_report(self.survey, self.conversion, self._in_order(records))
+            return PartOutcome(report, (), self._to_publish)
         if self.part.share is None:
             raise _unfinished(missing, len(self.conversion.shards))
         mine = self.part.shards(self.survey)
         own = conversion_report(self.survey.only(mine), self.conversion, [records[name] for name in mine])
-        return PartOutcome(own, missing)
+        return PartOutcome(own, missing, self._to_publish)
 
-    def _convert_own(self, lock: int, columns: ColumnSource) -> None:
-        """Convert the shards of the part that have no record."""
+    @property
+    def _to_publish(self) -> bool:
+        return self.options.destination is not None and self.part.share is not None
+
+    @property
+    def _mine(self) -> list[ShardSource]:
+        """The shards of this part; none for a process that only concludes."""
         mine = self.part.shards(self.survey)
-        if not mine:
-            return
-        shards = [shard for shard in self.conversion.shards if shard.file in mine]
-        finished = {shard.file for shard in shards if self.store.finished(shard) is not None}
-        remaining = [shard for shard in shards if shard.file not in finished]
-        require_room(self.source, self.survey, self.options, remaining)
-        begin_conversion(self.progress, self.survey.only(mine), finished)
-        self._convert(remaining, lock, columns)
-        self.progress.done(TASK)
+        return [shard for shard in self.conversion.shards if shard.file in mine]
+
+    def _begin(self) -> Collection[str]:
+        """Begin with the destination. Returns the source files that are finished, of the part's or of all."""
+        shards = self.conversion.shards if self.part.share is None else self._mine
+        return finished_records(self.store, self.conversion, shards, self.options.destination)
+
+    def _convert_own(self, finished: Collection[str], lock: int, columns: ColumnSource) -> None:
+        """Convert the shards of the part that are not finished, and wait until the destination has all."""
+        mine = self._mine
+        remaining = [shard for shard in mine if shard.file not in finished]
+        if mine:
+            require_room(self.source, self.survey, self.options, remaining)
+            survey = self.survey.only(self.part.shards(self.survey))
+            begin_conversion(self.progress, survey, finished, self.options.about_columns)
+            self._convert(remaining, lock, columns)
+            self.progress.done(TASK)
+        if self.options.destination is not None:
+            self.options.destination.settle()
 
     def _convert(self, remaining: Sequence[ShardSource], lock: int, columns: ColumnSource) -> None:
         room = partial(require_room, self.source, self.survey, self.options, list(remaining))
@@ -171,14 +195,24 @@ class _Part:
             recorded = {}
             if self.survey.smooth and tasks:
                 recorded = recorded_exponents(self.options.output, self._finished().values())
-            ShardLoop(self.source, tasks, executor, self.store, self.progress, columns, recorded).run(room)
+            destination = self.options.destination
+            on_record = ignore if destination is None else destination.add
+            loop = ShardLoop(self.source, tasks, executor, self.store, self.progress, columns, recorded, on_record)
+            loop.run(room)
         finally:
             executor.close()
 
     def _finished(self) -> Records:
-        """The records of all shards that are finished, by any process."""
-        found = ((shard.file, self.store.finished(shard)) for shard in self.conversion.shards)
-        return {file: record for file, record in found if record is not None}
+        """The records of all shards that are finished, by any process: they are here, or where they are pushed to."""
+        pushes = self.options.destination is not None
+        found = {}
+        for shard in self.conversion.shards:
+            record = self.store.finished(shard)
+            if record is None and pushes and self.store.uploaded(shard) is not None:
+                record = self.store.record(shard)
+            if record is not None:
+                found[shard.file] = record
+        return found
 
     def _in_order(self, records: Records) -> list[ShardRecord]:
         return [records[shard.file] for shard in self.conversion.shards]
@@ -187,6 +221,8 @@ class _Part:
         output, aside = self.options.output, self.store.aside
         copy_files(self.source, self.survey, output, aside)
         write_conclusion(self.survey, self.conversion, self._in_order(records), output, render_card, aside)
+        if self.options.destination is not None and self.part.share is None:
+            self.options.destination.publish(self.conversion, records)
 
     def _concluded_by_others(self) -> bool:
         """Whether another process has finished everything, and removed what this one was writing."""

@@ -25,6 +25,10 @@ from int8cli.records.store import RecordStore
 from int8cli.workers.processes import Executor, OnBytes, Result
 
 
+def ignore(record: ShardRecord) -> None:
+    """What is told of finished shards where they stay."""
+
+
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
     """A shard that is being converted. Once it is recorded, `fetched` is exited, which removes a fetched copy."""
@@ -49,7 +53,7 @@ class ShardLoop:
         progress: Progress,
         columns: ColumnSource,
         recorded: Mapping[str, TensorExponents] = NOTHING_SCALED,
-        on_record: Callable[[ShardRecord], None] | None = None,
+        on_record: Callable[[ShardRecord], None] = ignore,
     ) -> None:
         """`recorded` are the exponents of all tensors in shards that an earlier run finished."""
         self._source, self._executor, self._store, self._progress = source, executor, store, progress
@@ -89,7 +93,7 @@ class ShardLoop:
                     task = self._prepared(task, shard.local, share=1.0)
                     record = _convert_shard(task, shard.local, partial(advance, self._progress))
                     self._record(record)
-                    self._hand_on(record)
+                    self._on_record(record)
 
     def _convert_fetched(self) -> None:
         """Convert the remaining shards, one in each slot of the executor."""
@@ -120,7 +124,7 @@ class ShardLoop:
                 raise
             self._fetch_again(shard.task)
         else:
-            self._hand_on(record)
+            self._on_record(record)
 
     def _fetch_again(self, task: ShardTask) -> None:
         """Fetch a shard again and start it at once, because its columns also affect the shards after it."""
@@ -156,10 +160,6 @@ class ShardLoop:
         self._store.add(record)
         self._records[record.source.file] = record
         self._progress.done(TASK, record.source.file, shard_outcome(record))
-
-    def _hand_on(self, record: ShardRecord) -> None:
-        if self._on_record is not None:
-            self._on_record(record)
 
     def _stop(self, error: BaseException) -> None:
         self._executor.close()

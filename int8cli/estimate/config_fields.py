@@ -1,11 +1,12 @@
 """Reads config.json, in which each model family has its own names for layers, heads, widths and lengths.
 
 Owns these names, and which part of a nested config describes the language model. Does not compute memory or read files.
-A missing number raises MissingFieldError; it never counts as zero.
+A missing number raises MissingFieldError; it never counts as zero. What is assumed in the place of a field that the
+config leaves to its class is written down.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # The alternative names of each field, in order of preference.
@@ -23,18 +24,30 @@ HEAD_WIDTH = ("head_dim", "attention_head_dim", "kv_channels", "d_kv")
 LENGTH = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "n_ctx", "max_sequence_length")
 DECODER_LENGTH = ("max_target_positions", *LENGTH)
 # The names of the language model's config inside that of a larger model.
-_NESTED = ("text_config", "llm_config", "language_config", "decoder", "thinker_config", "text_model_config")
+NESTED = ("text_config", "llm_config", "language_config", "decoder", "thinker_config", "text_model_config")
 
 
 class MissingFieldError(LookupError):
     """A config lacks a field, which the message names. Always caught inside `estimate`."""
 
 
+class UnknownCacheError(MissingFieldError):
+    """A config describes a cache that is unknown to int8cli, whatever its class would add."""
+
+
 @dataclass(frozen=True)
 class Fields:
-    """A config, or the part of it that describes the language model. Fields can be read by alternative names."""
+    """A config, or the part of it that describes the language model. Fields can be read by alternative names.
+
+    `assumed` collects the fields that only the config's class knows, and in whose place something was assumed.
+    """
 
     config: Mapping[str, Any]
+    assumed: dict[str, None] = field(default_factory=dict, compare=False)
+
+    def assume(self, name: str) -> None:
+        """The class may have something else for this field than what is taken."""
+        self.assumed.setdefault(name)
 
     @property
     def model_type(self) -> str:
@@ -81,23 +94,32 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
-    """The part of a config that describes the text model. `cross_attends`: it also attends to an encoder's output."""
+    """The part of a config that describes the text model, and the model types from the whole to that part.
+
+    `cross_attends`: it also attends to an encoder's output; None where the config does not say.
+    """
 
     fields: Fields
-    cross_attends: bool
+    model_types: tuple[str, ...]
+    cross_attends: bool | None
 
 
 def language_model(config: Mapping[str, Any]) -> LanguageModel:
     """The text model of a config, which may be nested. Follows transformers' `get_text_config(decoder=True)`."""
-    cross_attends = config.get("is_encoder_decoder") is True
+    stated = config.get("is_encoder_decoder")
+    model_types: tuple[str, ...] = ()
     while True:
-        nested = next((config[name] for name in _NESTED if _is_model(config.get(name))), None)
+        model_types += (str(config.get("model_type")),)
+        nested = next((config[name] for name in NESTED if _is_model(config.get(name))), None)
         if nested is None:
-            return LanguageModel(Fields(config), cross_attends)
+            return LanguageModel(Fields(config), model_types, stated if isinstance(stated, bool) else None)
         config = nested
 
 
 def _is_model(value: object) -> bool:
+    """Whether this is the config of a model. One that leaves its size to its class says its type at least."""
     return isinstance(value, Mapping) and (
-        any(name in value for name in LAYERS) or any(_is_model(value.get(name)) for name in _NESTED)
+        isinstance(value.get("model_type"), str)
+        or any(name in value for name in LAYERS)
+        or any(_is_model(value.get(name)) for name in NESTED)
     )

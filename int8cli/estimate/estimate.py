@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
+from int8cli.estimate.asking import ConfigClass
 from int8cli.estimate.cards import Load
+from int8cli.estimate.class_cache import kv_cache_of
 from int8cli.estimate.key_value_rows import key_value_rows
-from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache, read_kv_cache
+from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
-from int8cli.estimate.weights import Weights, buffers_of, names_not_in_memory, weights_of
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD
+from int8cli.estimate.weights import Weights, buffers_of, bytes_in_file, names_not_in_memory, weights_of
 from int8cli.planning.mixtures import LayoutShare, layout_shares
 from int8cli.planning.survey import Survey, other_files_bytes, room_needed
 
@@ -93,10 +94,11 @@ class Estimate:
 
     @property
     def stored_dtypes(self) -> dict[str, int]:
-        """Bytes of the source by dtype, largest first."""
+        """Bytes of the source by dtype as the files have it, largest first."""
         sizes: dict[str, int] = {}
-        for decision in self.survey.plan.decisions:
-            sizes[decision.spec.dtype] = sizes.get(decision.spec.dtype, 0) + decision.spec.nbytes
+        for contents in self.survey.shards:
+            for stored in contents.as_in_file().tensors:
+                sizes[stored.spec.dtype] = sizes.get(stored.spec.dtype, 0) + stored.spec.nbytes
         return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
     def kv_bytes(self, use: Use) -> int | None:
@@ -135,14 +137,17 @@ class Estimate:
 def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: int) -> Estimate:
     """Estimate the needs of a surveyed model. `output` is the directory that a conversion would write."""
     decisions = survey.plan.decisions
-    not_in_memory = names_not_in_memory(decisions, survey.config)
+    config_class = ConfigClass(survey.config)
+    not_in_memory = names_not_in_memory(decisions, survey.config, config_class)
     not_in_memory |= _aliases(survey, not_in_memory)
+    in_files = {stored.spec.name: bytes_in_file(stored) for shard in survey.shards for stored in shard.tensors}
     units, parts = [], dict[str, Weights]()
     found = units_of(decisions)
     for unit in found:
         weights = Weights()
         for decision in unit.decisions:
-            size = weights_of(decision, in_memory=decision.spec.name not in not_in_memory)
+            name = decision.spec.name
+            size = weights_of(decision, in_files[name], in_memory=name not in not_in_memory)
             weights += size
             part = part_of(decision, unit)
             parts[part] = parts.get(part, Weights()) + size
@@ -151,7 +156,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
         survey,
         tuple(units),
         tuple(Part(name, parts[name]) for name in PARTS if name in parts),
-        read_kv_cache(survey.config, key_value_rows(found)),
+        kv_cache_of(survey.config, key_value_rows(found), config_class),
         _conversion(source, survey, output, threads),
         not_in_memory,
     )
@@ -204,7 +209,7 @@ def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> C
     return ConversionNeeds(
         download_bytes,
         survey.output_bytes,
-        threads * BUFFER_BYTES_A_THREAD,
+        threads * survey.buffer_bytes_a_thread,
         sum(room.needed_bytes for room in rooms),
         survey.output_bytes + other_files_bytes(source, survey) + download_bytes,
     )

@@ -12,6 +12,9 @@ from int8cli.planning.decisions import Decision
 
 _KEY = re.compile(r"(?:^|\.)(?:k_proj|key|wk|k|key_proj|to_k|k_lin|lin_k)$")
 _VALUE = re.compile(r"(?:^|\.)(?:v_proj|value|wv|v|value_proj|to_v|v_lin|lin_v)$")
+# All three in one, and what the attention's output passes through.
+_FUSED = re.compile(r"^(?P<attention>.*\.)?(?:qkv_proj|Wqkv|wqkv|qkv|query_key_value|c_attn|W_pack|att_proj)$")
+_OUTPUT = re.compile(r"^(?P<attention>.*\.)?(?:o_proj|out_proj|dense|c_proj|wo|attn_out|proj)$")
 # Of what an encoder made, or of something other than attention over tokens.
 _OTHER = re.compile(r"cross|enc_?dec|encoder_attn|linear_attn|indexer|compressor", re.IGNORECASE)
 
@@ -21,7 +24,7 @@ RowsByLayer = Sequence[int | None]
 def key_value_rows(units: Iterable[MemoryUnit]) -> tuple[int | None, ...]:
     """Rows of the key and the value projection together, for each block that a cache belongs to, first to last.
 
-    None for a block in which the two do not stand apart, once each.
+    None for a block that has neither the two once each, nor one projection for queries, keys and values.
     """
     return tuple(_rows(unit.decisions) for unit in last_stack(units))
 
@@ -34,6 +37,30 @@ def _rows(decisions: Iterable[Decision]) -> int | None:
             continue
         for pattern, rows in found.items():
             if pattern.search(decision.module):
-                rows.append(spec.shape[1] if decision.transpose else spec.shape[0])
+                rows.append(decision.computed_shape[0])
+    if not any(found.values()):
+        return _fused_rows(decisions)
     once = all(len(rows) == 1 for rows in found.values())
     return sum(rows[0] for rows in found.values()) if once else None
+
+
+def _fused_rows(decisions: Iterable[Decision]) -> int | None:
+    """What is left of a fused projection without the queries, which are as wide as the attention's output is."""
+    fused, queries = dict[str, int](), dict[str, int]()
+    for decision in decisions:
+        if (
+            len(decision.spec.shape) != 2
+            or not decision.spec.name.endswith(".weight")
+            or _OTHER.search(decision.module)
+        ):
+            continue
+        out_features, in_features = decision.computed_shape
+        if (match := _FUSED.search(decision.module)) is not None:
+            fused[match["attention"]] = out_features
+        elif (match := _OUTPUT.search(decision.module)) is not None:
+            queries[match["attention"]] = in_features
+    if len(fused) != 1:
+        return None
+    ((attention, rows),) = fused.items()
+    left = rows - queries.get(attention, rows)
+    return left if left > 0 and left % 2 == 0 else None

@@ -9,18 +9,28 @@ import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-from int8cli.estimate.config_fields import DECODER_LAYERS, LAYERS, Fields, MissingFieldError
+from int8cli.estimate.config_fields import (
+    DECODER_LAYERS,
+    LAYERS,
+    Fields,
+    LanguageModel,
+    MissingFieldError,
+    UnknownCacheError,
+)
+from int8cli.loaders.class_defaults import KINDS, has_window_of_class, understands
 
 FULL = "full attention"
 SLIDING = "sliding window"
 CHUNKED = "attention in chunks"
 STATE = "state"
 HYBRID = "attention and state"
+IMAGE = "attention to an image alone, not counted"
 NOTHING = "nothing"
 
 # The names in transformers, and their older forms (configuration_utils.py, `_LEGACY_LAYER_TYPE_REMAP`).
 _WORDS = {
     "full_attention": FULL,
+    "indexed_attention": FULL,
     "attention": FULL,
     "global": FULL,
     "global_attention": FULL,
@@ -43,11 +53,11 @@ _FOREIGN = re.compile(
     r"mamba|ssm|(^|_)conv|rwkv|recurren|linear_(?!bias)|state_size|lora_rank|retention|hyena|_mem(_|$)"
 )
 # The same, in the config of any model type.
-_UNSUPPORTED = (
-    *("global_head_dim", "num_global_key_value_heads", "attn_type_list", "block_configs", "compress_ratios"),
-    *("index_topk", "index_head_dim", "attention_window_size", "kv_sharing_modes", "hybrid_layer_pattern"),
-    *("swa_num_key_value_heads", "swa_head_dim", "per_layer_config"),
-)
+_UNSUPPORTED = ("block_configs", "compress_ratios", "attention_window_size", "kv_sharing_modes")
+# Patterns of layers in the words of one family, which its class translates to layer_types.
+_FOREIGN_PATTERNS = ("attn_type_list", "hybrid_layer_pattern")
+# What may be said of windows beside layer_types.
+_WINDOW = re.compile(r"window|chunk|sliding|local_|_pattern|global_attn")
 
 _PATTERN_FIELDS = (
     "sliding_window_pattern",
@@ -61,28 +71,50 @@ Kinds = tuple[str, ...]
 KindOfLayer = Callable[[Fields, int], str]  # from the config and the layer's index
 
 
-def layer_kinds(fields: Fields, *, decoder: bool) -> Kinds:
-    """The cache kind of each layer, first to last. Raises MissingFieldError if the config is not understood."""
+def layer_kinds(model: LanguageModel, blocks: int, *, decoder: bool) -> Kinds:
+    """The cache kind of each layer, first to last. Raises MissingFieldError if the config is not understood.
+
+    `blocks` are those of the checkpoint, 0 if not known. They count where the config has no number of layers.
+    """
+    fields = model.fields
     for name in _UNSUPPORTED:
         if fields.has(name):
-            raise MissingFieldError(f"a cache with {name} is unknown to int8cli")
+            raise UnknownCacheError(f"a cache with {name} is unknown to int8cli")
     kinds = _stated_kinds(fields)
     if kinds is None:
-        count = fields.number(*(DECODER_LAYERS if decoder else LAYERS))
+        count = fields.number(*(DECODER_LAYERS if decoder else LAYERS), default=blocks or None)
         if count > _MOST_LAYERS:
-            raise MissingFieldError(f"{count:,} layers are implausibly many")
+            raise UnknownCacheError(f"{count:,} layers are implausibly many")
         kind = _kind_by_family(fields.model_type)
         kinds = tuple(kind(fields, layer) for layer in range(count))
+        _assume_kinds(model)
+    images = fields.config.get("cross_attention_layers") or ()
+    kinds = tuple(IMAGE if layer in images else kind for layer, kind in enumerate(kinds))
     return _without_shared(kinds, fields)
 
 
+def _assume_kinds(model: LanguageModel) -> None:
+    """Write down that the config speaks of windows but does not list its layers, unless its families are understood."""
+    fields = model.fields
+    for name in _FOREIGN_PATTERNS:
+        if fields.has(name):
+            raise MissingFieldError(f"{name} instead of layer_types is unknown to int8cli")
+    windowed = has_window_of_class(model.model_types)
+    if understands(KINDS, model.model_types) or (windowed and "sliding_window" in fields.config):
+        return
+    if windowed:
+        fields.assume("sliding_window")
+    elif any(fields.has(name) for name in fields.config if _WINDOW.search(name)):
+        fields.assume("layer_types")
+
+
 def refuse_foreign(fields: Fields, known: frozenset[str]) -> None:
-    """Raise MissingFieldError if the model type is not `known` and its config implies more than attention."""
+    """Raise UnknownCacheError if the model type is not `known` and its config implies more than attention."""
     if fields.model_type in known:
         return
     for name, value in fields.config.items():
         if value and not isinstance(value, str) and _FOREIGN.search(name):
-            raise MissingFieldError(f"{name} implies a cache that is unknown for {fields.model_type or 'this model'}")
+            raise UnknownCacheError(f"{name} implies a cache that is unknown for {fields.model_type or 'this model'}")
 
 
 def _stated_kinds(fields: Fields) -> Kinds | None:
@@ -95,7 +127,7 @@ def _stated_kinds(fields: Fields) -> Kinds | None:
         return None
     for word in words:
         if word not in _WORDS:
-            raise MissingFieldError(f"layers of the type {word!r} are unknown to int8cli")
+            raise UnknownCacheError(f"layers of the type {word!r} are unknown to int8cli")
     return tuple(_WORDS[word] for word in words)
 
 

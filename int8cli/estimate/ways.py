@@ -10,7 +10,6 @@ from typing import Any
 from int8cli.estimate.units import units_of
 from int8cli.machine.speed import Speed
 from int8cli.model.sampling import Sampling
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import FROM_ACTIVATIONS
 
@@ -24,10 +23,12 @@ TRANSFORMERS_BYTES = 520_000_000
 # run twice in int8 on 128 positions).
 VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
-# To smooth, likewise in CPU time on weights of 576 x 576 to 2048 x 2048: the products of five choices on 128 positions
-# take each weight as long as quantizing 41 to 64, the range of its exponents 34 to 53, its figures after that 28 to 37.
-# And a block runs one sequence again for each of its folds, and once before.
-SMOOTHING_WORK = 120.0
+# To smooth, likewise in CPU time on weights of 576 x 576 to 2048 x 2048: the products of two choices on 128 positions
+# take each weight as long as quantizing 16 to 25, the range of its exponents 34 to 53, its figures after that 28 to 37,
+# and the descent of the exponents about 100; beside that, each input column takes as long as 200,000 weights, which is
+# most of it in narrow models. And a block runs one sequence again for each of its folds, and once before.
+SMOOTHING_WORK = 200.0
+SMOOTHING_COLUMN_WORK = 200_000.0
 PROOF_RUNS = 5
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9
@@ -68,8 +69,8 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     seconds = None
     if speed is not None:
         seconds = conversion_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
-    buffers = threads * (BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0))
-    memory = TRANSFORMERS_BYTES + buffers + _running_bytes(survey, sampling) if runs else TORCH_BYTES + buffers
+    buffers = threads * survey.buffer_bytes_a_thread
+    memory = (memory_to_run(survey, sampling) if runs else TORCH_BYTES) + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 
 
@@ -106,8 +107,8 @@ def smoothing_s(survey: Survey, speed: Speed, sampling: Sampling) -> float:
     quantizing_s, tokens = 2.0 / speed.quantized_bytes, min(sampling.sequence_length, sampling.tokens)
     seconds = 0.0
     for decision in survey.plan.quantized:
-        weights = decision.spec.numel
-        seconds += weights * SMOOTHING_WORK * quantizing_s
+        weights, columns = decision.spec.numel, decision.computed_shape[1]
+        seconds += (weights * SMOOTHING_WORK + columns * SMOOTHING_COLUMN_WORK) * quantizing_s
         seconds += PROOF_RUNS * 2.0 * weights * tokens / speed.product(decision.spec.dtype)
     return seconds
 
@@ -122,10 +123,10 @@ def forwards_s(survey: Survey, speed: Speed, tokens: int, passes: int) -> float:
     return passes * seconds
 
 
-def _running_bytes(survey: Survey, sampling: Sampling) -> int:
-    """A block's weights, and what one sequence takes in it."""
+def memory_to_run(survey: Survey, sampling: Sampling) -> int:
+    """The peak of a process that runs the model: a block's weights, and what one sequence takes in it."""
     blocks = [unit.decisions for unit in units_of(survey.plan.decisions) if unit.is_block]
     largest = max((sum(each.spec.nbytes for each in block) for block in blocks), default=0)
     widest = max((max(each.spec.shape) for block in blocks for each in block if each.spec.shape), default=0)
     whole_files = max((contents.file_bytes for contents in survey.shards if not contents.mappable), default=0)
-    return largest + 16 * widest * min(sampling.sequence_length, sampling.tokens) + whole_files
+    return TRANSFORMERS_BYTES + largest + 16 * widest * min(sampling.sequence_length, sampling.tokens) + whole_files

@@ -7,10 +7,12 @@ version of transformers. Those of tables are an upper bound, because versions cr
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.checkpoint.tensor import StoredTensor, TensorSpec
+from int8cli.estimate.asking import ConfigClass
 from int8cli.estimate.config_fields import (
     HEAD_WIDTH,
     HEADS,
@@ -22,6 +24,7 @@ from int8cli.estimate.config_fields import (
     language_model,
 )
 from int8cli.loaders.class_defaults import ties_head
+from int8cli.loaders.config_class import NoConfigClassError
 from int8cli.planning import reasons as why
 from int8cli.planning.decisions import Decision
 from int8cli.planning.output_files import output_specs
@@ -68,13 +71,22 @@ class Weights:
         return sums
 
 
-def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
-    """The sizes of one tensor. A tensor that is not `in_memory` counts only on disk."""
+def bytes_in_file(stored: StoredTensor) -> int:
+    """The size of a tensor on disk: of 8-bit floats the codes and their part of the scales."""
+    spec, scaled = stored.spec, stored.scaled
+    if scaled is None:
+        return spec.nbytes
+    whole = scaled.codes.spec
+    return (whole.nbytes + scaled.scales.spec.nbytes) * spec.numel // whole.numel
+
+
+def weights_of(decision: Decision, stored_bytes: int, *, in_memory: bool) -> Weights:
+    """The sizes of one tensor with its size on disk. One that is not `in_memory` counts only there."""
     spec = decision.spec
     if not in_memory:
-        return Weights(stored_bytes=spec.nbytes)
+        return Weights(stored_bytes=stored_bytes)
     if spec.dtype not in _FLOATS:
-        return Weights(0, spec.nbytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
+        return Weights(0, stored_bytes, spec.nbytes, spec.nbytes, int8_rest_bytes=spec.nbytes)
     float32_bytes = 4 * spec.numel
     always_float32 = decision.float32 == why.FLOAT32_ALWAYS or _FLOAT32.search(spec.name) is not None
     float16_bytes = float32_bytes if always_float32 or decision.float32 is not None else 2 * spec.numel
@@ -82,17 +94,23 @@ def weights_of(decision: Decision, *, in_memory: bool) -> Weights:
     written = {made.dtype: made.nbytes for made in output_specs(decision)}
     if not decision.quantize:
         rest_bytes = float32_bytes if float32_in_memory else sum(written.values())
-        return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
+        return Weights(spec.numel, stored_bytes, float32_bytes, float16_bytes, int8_rest_bytes=rest_bytes)
     # The third tensor, weight_format, is dropped after loading.
-    return Weights(spec.numel, spec.nbytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
+    return Weights(spec.numel, stored_bytes, float32_bytes, float16_bytes, written["I8"], written["F32"])
 
 
-def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]) -> frozenset[str]:
-    """The tensors that are in the file but not in memory: leftovers, and second names of a shared weight."""
+def names_not_in_memory(
+    decisions: Iterable[Decision], config: Mapping[str, Any], config_class: ConfigClass
+) -> frozenset[str]:
+    """The tensors that are in the file but not in memory: leftovers, and second names of a shared weight.
+
+    The class of the config is asked if only it knows whether a stored head is one.
+    """
+    decisions = tuple(decisions)
     specs = {decision.spec.name: decision.spec for decision in decisions}
     embeddings = {d.spec.shape for d in decisions if d.reason in (why.EMBEDDING, why.MAYBE_EMBEDDING)}
-    tied = ties_head(config, language_model(config).fields.config)
-    heads = (why.HEAD, why.TIED_HEAD) if tied else (why.TIED_HEAD,)
+    stored_head = any(d.reason == why.HEAD and d.spec.shape in embeddings for d in decisions)
+    heads = (why.HEAD, why.TIED_HEAD) if stored_head and _ties_head(config, config_class) else (why.TIED_HEAD,)
     layers = _layers_loaded(config)
     found = {name for name, spec in specs.items() if _is_leftover(spec) or _is_prediction(name, layers)}
     for decision in decisions:
@@ -101,6 +119,16 @@ def names_not_in_memory(decisions: Iterable[Decision], config: Mapping[str, Any]
         if tied_head or _is_second_embedding(spec, specs) or _is_second_bias(spec, specs):
             found.add(spec.name)
     return frozenset(found)
+
+
+def _ties_head(config: Mapping[str, Any], config_class: ConfigClass) -> bool:
+    """Whether the head is the embedding. One of which nobody knows counts: it is in the file."""
+    tied = ties_head(config, language_model(config).fields.config)
+    if tied is None and config:
+        with suppress(NoConfigClassError):
+            completed = config_class.completed()
+            tied = ties_head(completed, language_model(completed).fields.config)
+    return bool(tied)
 
 
 def _is_leftover(spec: TensorSpec) -> bool:

@@ -132,31 +132,29 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(found).amax(dim=0)
 
 
-def smoothed_output_errors(
-    inputs: Tensor, weight: Tensor, choices: Sequence[Tensor], scheme: InputScheme | None
-) -> tuple[float, ...]:
-    """||error||² / ||X Wᵀ||² of the int8 product of the smoothed inputs and the smoothed weight, for each choice.
+def smoothed_output_error(inputs: Tensor, weight: Tensor, exponents: Tensor, scheme: InputScheme | None) -> float:
+    """(||error|| / ||X Wᵀ||)² of the int8 product of the smoothed inputs and weight, in the mean over tokens.
 
-    inputs (positions, in_features) and weight (out_features, in_features), neither smoothed yet; each choice has the
-    exponents of the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. 0 if the output
-    is 0.
+    inputs (tokens, in_features) and weight (out_features, in_features), neither smoothed yet; exponents are those of
+    the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. Tokens whose output is 0 are
+    not counted.
     """
-    smoothed = [inputs * powers_of_two(-exponents, inputs.dtype) for exponents in choices]
-    factors, whole = [powers_of_two(exponents, weight.dtype) for exponents in choices], inputs.float()
-    total, errors = 0.0, [0.0] * len(choices)
+    divided, factors = inputs * powers_of_two(-exponents, inputs.dtype), powers_of_two(exponents, weight.dtype)
+    errors, energies = (torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device) for _ in range(2))
+    whole = inputs.float()
     step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step]
-        exact = whole @ rows.float().t()
-        total += float(exact.square().sum(dtype=torch.float64))
-        for place, (given, factor) in enumerate(zip(smoothed, factors, strict=True)):
-            data, row_absmax = quantize_rowwise(rows * factor)
-            if scheme is None:
-                product = given.float() @ restored_weight(data, row_absmax, torch.float32).t()
-            else:
-                product = llm_int8_linear(given, Int8Weight.of(data, row_absmax), scheme)
-            errors[place] += float((product - exact).square_().sum(dtype=torch.float64))
-    return tuple(error / total if total > 0.0 else 0.0 for error in errors)
+        exact = whole @ rows.float().t()  # (tokens, rows)
+        data, row_absmax = quantize_rowwise(rows * factors)
+        if scheme is None:
+            product = divided.float() @ restored_weight(data, row_absmax, torch.float32).t()
+        else:
+            product = llm_int8_linear(divided, Int8Weight.of(data, row_absmax), scheme)
+        errors += (product - exact).square_().sum(dim=1, dtype=torch.float64)
+        energies += exact.square_().sum(dim=1, dtype=torch.float64)
+    counted = energies > 0.0
+    return float((errors[counted] / energies[counted]).mean()) if bool(counted.any()) else 0.0
 
 
 def _largest(values: Tensor, group: Tensor) -> Tensor:

@@ -27,14 +27,14 @@ class Fold:
     """A way to divide the input columns of a site: row `rows[j]` of the producer makes column j.
 
     `producer` is the name of a norm or linear in the checkpoint, `parameters` are those of its parameters that are
-    scaled. `rows` is int64 (in_features,). `layout` says in a word how the rows are found in the producer.
+    scaled. `rows` is int64 (in_features,). `arrangement` says in a word how the rows are found in the producer.
     """
 
     site: Site
     producer: str
     parameters: tuple[str, ...]
     rows: Tensor
-    layout: str
+    arrangement: str
 
     @property
     def group(self) -> Tensor | None:
@@ -69,11 +69,11 @@ def folds_of(loaded: LoadedUnit, site: Site, earlier: Sequence[str]) -> Iterator
     heads = _head_sizes(loaded.module) if site.kind == "attention output" else ()
     for name in reversed(earlier):
         out_features = weight_of(loaded.linears[name]).shape[0]
-        for layout, rows in _layouts(site.in_features, out_features, heads):
-            yield from _sound(loaded, site, name, rows, layout)
+        for arrangement, rows in _arrangements(site.in_features, out_features, heads):
+            yield from _sound(loaded, site, name, rows, arrangement)
 
 
-def _sound(loaded: LoadedUnit, site: Site, producer: str, rows: Tensor, layout: str) -> Iterator[Fold]:
+def _sound(loaded: LoadedUnit, site: Site, producer: str, rows: Tensor, arrangement: str) -> Iterator[Fold]:
     """The fold, if every parameter of the producer has one row (or element) for each of `rows`."""
     module = loaded.module_of(producer)
     parameters = dict(module.named_parameters(recurse=False))
@@ -84,10 +84,10 @@ def _sound(loaded: LoadedUnit, site: Site, producer: str, rows: Tensor, layout: 
     size = weight_of(module).shape[0] if is_linear else site.in_features
     vectors = [tuple(each.shape) for name, each in parameters.items() if not (is_linear and name == "weight")]
     if all(shape == (size,) for shape in vectors) and int(rows.max()) < size:
-        yield Fold(site, producer, tuple(parameters), rows.to(parameters["weight"].device), layout)
+        yield Fold(site, producer, tuple(parameters), rows.to(parameters["weight"].device), arrangement)
 
 
-def _layouts(in_features: int, out_features: int, heads: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+def _arrangements(in_features: int, out_features: int, heads: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
     """How input columns may be found among the rows of a linear: one of several parts, or the values of attention."""
     columns = torch.arange(in_features)
     if out_features % in_features == 0:
@@ -96,10 +96,10 @@ def _layouts(in_features: int, out_features: int, heads: Sequence[int]) -> Itera
             yield f"part {part + 1} of {parts}", columns + part * in_features
     for size in heads:
         if in_features % size == 0 and out_features % size == 0:
-            yield from _value_layouts(in_features // size, out_features // size, size)
+            yield from _value_arrangements(in_features // size, out_features // size, size)
 
 
-def _value_layouts(heads: int, rows: int, size: int) -> Iterator[tuple[str, Tensor]]:
+def _value_arrangements(heads: int, rows: int, size: int) -> Iterator[tuple[str, Tensor]]:
     """Where the values of `heads` query heads are among `rows` heads of rows: alone, or fused with queries and keys."""
     head = torch.arange(heads)[:, None]
     within = torch.arange(size)[None]

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.descent import ExpectedError
 from int8cli.llm_int8.inputs import InputSummary
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.smoothing import (
     ALPHAS,
+    ExponentRange,
     column_absmax,
     input_range,
     powers_of_two,
-    smoothed_output_errors,
+    smoothed_output_error,
     smoothing_exponents,
 )
 from int8cli.model.folds import Fold, Proof, allowed_exponents, folds_of, scale
@@ -29,6 +31,8 @@ from int8cli.outliers.statistics import ScaledRows, SiteSmoothing
 # Why a site is left alone.
 NO_PRODUCER = "nothing before it takes the division exactly"
 NO_GAIN = "no powers of two make its int8 product better"
+# On how many inputs the chosen exponents are compared with none, by the int8 products themselves.
+_MEASURED = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,8 @@ class UnitSmoother:
         """The proved smoothing of each site, with the unit's weights smoothed while the context lasts.
 
         The others are left alone: no fold was proved, or none made the int8 product better. `examples` are some inputs
-        of each site (positions, in_features). The unit must have been run with `repeatable`.
+        of each site (positions, in_features): the exponents are chosen for these. The unit must have been run with
+        `repeatable`.
         """
         applied: list[_Applied] = []
         reasons: dict[str, str] = {}
@@ -106,10 +111,12 @@ class UnitSmoother:
         examples: Tensor,
     ) -> str:
         """Apply the first fold of a site that is proved, beside those that are `applied`. Returns why none was."""
+        weights = [weight_of(loaded.linears[name]) for name in site.linears]
+        choice = _Choice(self._scheme, self._alphas, weights, summary.absmax.to(examples.device), examples)
         for fold in folds_of(loaded, site, earlier):
             if any(each.fold.overlaps(fold) for each in applied):
                 continue
-            found = self._chosen(loaded, fold, summary, examples)
+            found = choice.of(fold, allowed_exponents(loaded, fold))
             if found is None:
                 return NO_GAIN
             scale(loaded, fold, found.exponents)
@@ -119,24 +126,43 @@ class UnitSmoother:
             scale(loaded, fold, -applied.pop().exponents)
         return NO_PRODUCER
 
-    def _chosen(self, loaded: LoadedUnit, fold: Fold, summary: InputSummary, examples: Tensor) -> _Applied | None:
-        """The exponents with the least output error on the examples; None if leaving the site alone is as good."""
-        weights = [weight_of(loaded.linears[name]) for name in fold.site.linears]
-        absmax = summary.absmax.to(weights[0].device)
-        allowed = allowed_exponents(loaded, fold) & input_range(absmax, examples.dtype)
-        over = column_absmax(weights)
-        choices = [smoothing_exponents(absmax, over, alpha, allowed, fold.group) for alpha in self._alphas]
-        nothing = torch.zeros_like(fold.rows, dtype=torch.int8)
-        unchanged, *errors = self._errors(examples, weights, [nothing, *choices])
-        best = min(range(len(choices)), key=errors.__getitem__)
-        if errors[best] >= unchanged:
-            return None
-        return _Applied(fold, choices[best], self._alphas[best])
 
-    def _errors(self, examples: Tensor, weights: Sequence[Tensor], choices: Sequence[Tensor]) -> list[float]:
-        """The error of each choice, added up over the linears of a site."""
-        by_weight = [smoothed_output_errors(examples, weight, choices, self._scheme) for weight in weights]
-        return [sum(errors) for errors in zip(*by_weight, strict=True)]
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Chooses the exponents of a site. Folds that allow the same exponents get the same, found once.
+
+    weights (out_features, in_features), absmax (in_features,) the largest |x| of each column.
+    """
+
+    scheme: InputScheme | None
+    alphas: Sequence[float]
+    weights: Sequence[Tensor]
+    absmax: Tensor
+    examples: Tensor
+    _known: dict[tuple[tuple[int, ...], ...], tuple[Tensor, float] | None] = field(default_factory=dict)
+
+    def of(self, fold: Fold, allowed: ExponentRange) -> _Applied | None:
+        """The exponents found for the examples; None if leaving the site alone is as good."""
+        allowed, group = allowed & input_range(self.absmax, self.examples.dtype), fold.group
+        key = tuple(tuple(each.tolist()) for each in (allowed.lowest, allowed.highest, group) if each is not None)
+        if key not in self._known:
+            self._known[key] = self._found(allowed, group)
+        found = self._known[key]
+        return None if found is None else _Applied(fold, *found)
+
+    def _found(self, allowed: ExponentRange, group: Tensor | None) -> tuple[Tensor, float] | None:
+        over = column_absmax(self.weights)
+        choices = [smoothing_exponents(self.absmax, over, alpha, allowed, group) for alpha in self.alphas]
+        expected = ExpectedError(self.examples, self.weights, self.scheme, group)
+        alpha, first = min(zip(self.alphas, choices, strict=True), key=lambda choice: expected.of(choice[1]))
+        exponents = expected.descended(first, allowed)
+        gains = self._measured(exponents) < self._measured(torch.zeros_like(exponents))
+        return (exponents, alpha) if gains else None
+
+    def _measured(self, exponents: Tensor) -> float:
+        """The error of the int8 products on some of the examples, added up over the linears of the site."""
+        some = self.examples[:: max(1, len(self.examples) // _MEASURED)]
+        return sum(smoothed_output_error(some, weight, exponents, self.scheme) for weight in self.weights)
 
 
 def _result(loaded: LoadedUnit, applied: _Applied, examples: Tensor) -> SiteSmoothing:

@@ -21,12 +21,15 @@ from int8cli.llm_int8.quantize import NonFiniteWeightError
 from int8cli.llm_int8.smoothing import powers_of_two
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, first_hidden, weight_of
+from int8cli.outliers.sampled_rows import SampledRows
 from int8cli.outliers.statistics import RESIDUAL, LinearStatistics, SiteStatistics, SmoothedLinear
 from int8cli.outliers.unit_smoothing import UnitSmoother, UnitSmoothing
 
 _STEP_ELEMENTS = 1 << 22
 # How many positions of the last sequence, evenly spaced, are used to measure the error of a linear in int8.
 _EXAMPLES = 128
+# How many positions of all sequences, evenly spaced, the exponents of a smoothing are chosen by.
+_SAMPLES = 1024
 
 
 class UnitWatch:
@@ -47,6 +50,7 @@ class UnitWatch:
         self._residual: InputStatistics | None = None
         self._outputs: dict[str, _MeanSquare] = {}
         self._examples: dict[str, Tensor] = {}
+        self._samples: dict[str, SampledRows] = {}
         self._weights = {name: _weight_figures(name, linear) for name, linear in loaded.linears.items()}
         self._biases: dict[str, Tensor | None] = {}
 
@@ -83,7 +87,8 @@ class UnitWatch:
     ) -> list[SiteStatistics]:
         """The sites with what smooths them, and with the columns that are worth storing after that."""
         inputs = {site.name: site.inputs for site in found}
-        with smoother.smoothed(loaded, sites, inputs, self._examples) as smoothing:
+        samples = {name: sampled.rows() for name, sampled in self._samples.items()}
+        with smoother.smoothed(loaded, sites, inputs, samples) as smoothing:
             return [self._after(site, smoothing, loaded.linears) for site in found]
 
     def _after(self, site: SiteStatistics, unit: UnitSmoothing, modules: Mapping[str, nn.Module]) -> SiteStatistics:
@@ -92,21 +97,22 @@ class UnitWatch:
         if smoothing is None:
             return dataclasses.replace(site, not_smoothed=unit.reasons.get(site.name, ""))
         site = dataclasses.replace(site, smoothing=smoothing)
-        examples = self._examples[site.name]
-        divided = examples * powers_of_two(-smoothing.exponents.to(examples.device), examples.dtype)
+        examples = self._examples.get(site.name)
+        if examples is not None:
+            examples = examples * powers_of_two(-smoothing.exponents.to(examples.device), examples.dtype)
         linears = []
         for linear in site.linears:
             weight = _with_its_rows(weight_of(modules[linear.name]), unit.rows_of(linear.name))
-            linears.append(self._smoothed_linear(site, linear, divided, weight))
+            linears.append(self._smoothed_linear(site, linear, examples, weight))
         return dataclasses.replace(site, linears=tuple(linears))
 
     def _smoothed_linear(
-        self, site: SiteStatistics, linear: LinearStatistics, divided: Tensor, weight: Tensor
+        self, site: SiteStatistics, linear: LinearStatistics, divided: Tensor | None, weight: Tensor
     ) -> LinearStatistics:
         """The linear with its figures in the smoothed model, from its weight with only the columns scaled."""
         errors, sum_squares = column_errors(weight)
         found = dataclasses.replace(linear, smoothed=SmoothedLinear(errors.cpu(), sum_squares))
-        if self._stored_columns:
+        if divided is not None:
             summary = dataclasses.replace(site, linears=(found,)).once_smoothed().inputs
             stored = choose_columns(summary, errors.cpu(), self._stored_columns)
             measured = measured_output_errors(divided, weight, stored, DEFAULT_INPUTS)
@@ -116,9 +122,11 @@ class UnitWatch:
     def _take_input(self, name: str, x: Tensor) -> None:
         with _naming(f"{name}: its input"):
             self._statistics(name, x).update(x)
-        if self._stored_columns or self._smoother is not None:
-            rows = x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if self._stored_columns:
             self._examples[name] = rows[:: max(1, rows.shape[0] // _EXAMPLES)][:_EXAMPLES].clone()
+        if self._smoother is not None:
+            self._samples.setdefault(name, SampledRows(_SAMPLES)).add(rows)
 
     def _take_residual(self, output: Any) -> None:
         hidden = first_hidden(output)

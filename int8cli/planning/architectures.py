@@ -16,6 +16,7 @@ from int8cli.planning.reasons import (
     HEAD,
     LAST,
     LINEAR,
+    OTHER_HEAD,
     ROUTER,
     SUBCLASS,
     TIED,
@@ -94,11 +95,15 @@ HEAD_OUTSIDE_BLOCKS = re.compile(
     r"^(?:[A-Za-z_]+\.)*(?:output|output_layer|ff_out|output_head|lm_out|to_logits|vocab_head)$"
 )
 
+# Heads that trainers and speculative decoding add to a model: code that knows no int8 reads them from its file.
+_HEADS_OF_OTHERS = "v_head value_head critic_head reward_head medusa_head medusa_heads hydra_head"
+
 GENERAL_RULES: tuple[Rule, ...] = (
     _leaf(r"experts\.\d+\.\w+ experts\.\d+\.\w+\.\w+", EXPERT),
     _leaf(" ".join(re.escape(name) for name in HEAD_NAMES), HEAD),
     _top(" ".join(TOP_HEAD_NAMES), HEAD),
     _top("head", HEAD, biasless=True),
+    _under(_HEADS_OF_OTHERS, OTHER_HEAD),
     _leaf(r"gate router router\.gate router\.layer router\.classifier gate\.wg", ROUTER),
     _leaf(_EMBEDDING_NAMES, EMBEDDING, biasless=True),
     _top("score classifier text_projection", LAST, biasless=True),

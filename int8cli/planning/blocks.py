@@ -23,6 +23,8 @@ THREADS_FOR_A_SHARD = 4
 BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
 # And of one that smooths: a copy of the block in the source's dtype.
 SMOOTHING_BYTES_A_THREAD = BLOCK_ELEMENTS * 8
+# And of one that reads 8-bit floats with scales: indices, products in float32, and the result in 16 bit.
+SCALED_BYTES_A_THREAD = BLOCK_ELEMENTS * (4 + 4 + 2)
 
 
 @dataclass(frozen=True, slots=True)

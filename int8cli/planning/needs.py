@@ -1,10 +1,10 @@
 """The download, disk space and memory that a conversion needs. Needs no torch."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.survey import Room, Survey, room_needed
 
 
@@ -18,11 +18,18 @@ class Needs:
 
     @classmethod
     def of(
-        cls, source: Source, survey: Survey, output: Path, *, threads: int, most_outputs: int | None = None
+        cls,
+        source: Source,
+        survey: Survey,
+        output: Path,
+        *,
+        threads: int,
+        most_outputs: int | None = None,
+        shards: Collection[str] | None = None,
     ) -> "Needs":
-        """`most_outputs` as in `room_needed`."""
-        names = [contents.file_name for contents in survey.shards]
-        download = sum(contents.file_bytes for contents in survey.shards if source.transfers(contents.file_name))
-        a_thread = BUFFER_BYTES_A_THREAD + (SMOOTHING_BYTES_A_THREAD if survey.smooth else 0)
+        """`most_outputs` as in `room_needed`. `shards` are the source files to convert, None for all."""
+        wanted = [each for each in survey.shards if shards is None or each.file_name in shards]
+        names = [contents.file_name for contents in wanted]
+        download = sum(contents.file_bytes for contents in wanted if source.transfers(contents.file_name))
         rooms = room_needed(source, survey, names, output, most_outputs=most_outputs)
-        return cls(download, rooms, threads * a_thread)
+        return cls(download, rooms, threads * survey.buffer_bytes_a_thread)

@@ -20,6 +20,7 @@ from int8cli.planning import architectures as names
 from int8cli.planning import reasons as why
 from int8cli.planning.architectures import Rule
 from int8cli.planning.decisions import Acceptance, Decision, Plan, PlanOptions
+from int8cli.planning.leftovers import modules_without_weight
 
 _WEIGHT = ".weight"
 _FLOAT_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "half": "F16", "float": "F32"}
@@ -33,7 +34,8 @@ def make_plan(specs: Iterable[TensorSpec], config: Mapping[str, Any], options: P
     specs = tuple(specs)
     checkpoint = _Checkpoint({spec.name: spec for spec in specs}, config)
     decisions = tuple(_decide(spec, checkpoint, options) for spec in specs)
-    return Plan(decisions, options, tuple(dict.fromkeys(_absent_linears(config))), checkpoint.dtype)
+    absent = (*_absent_linears(config), *modules_without_weight({spec.name: spec for spec in specs}))
+    return Plan(decisions, options, tuple(dict.fromkeys(absent)), checkpoint.dtype)
 
 
 def kind_of(tensor_name: str) -> str:
@@ -232,6 +234,8 @@ def _absent_linears(config: Mapping[str, Any]) -> Iterator[str]:
     for head, owners in absent_modules.TIED_HEADS.items():
         if not types or any(model_type in owners for model_type in types):
             yield head
+            if "." in head and isinstance(config.get("decoder"), Mapping):
+                yield f"decoder.{head}"  # for the version that compares whole names
     for head, families in absent_modules.FAMILY_TASK_HEADS.items():
         if not set(families).isdisjoint(types):
             yield head

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from int8cli.checkpoint.output_names import OWN_DIRECTORY
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.tensor import DTYPE_BITS, ShardContents, TensorSpec
 from int8cli.errors import AlreadyConvertedError, AlreadyQuantizedError
 from int8cli.planning.architectures import LINEAR_NAME
@@ -25,7 +25,6 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _INTEGERS = frozenset({"I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64"})
 # No one trains in these: they are codes.
 _CODES = ("F4", "F6_")
-_CONVERSION_FILE = f"{OWN_DIRECTORY}/conversion.json"
 # What a config calls the description of a quantization. Without a method by name, one of these fields shows it.
 _SECTION_NAME = re.compile(r"quantization(?:_config)?|quant(?:ization)?_config|compression_config")
 _SECTION_FIELDS = frozenset({"bits", "w_bit", "group_size", "config_groups", "load_in_4bit", "load_in_8bit"})
@@ -35,7 +34,7 @@ _ASKED_OF_THE_LOADER = frozenset({"bitsandbytes", "unnamed"})
 
 def refuse_own_output(name: str, files: Iterable[str]) -> None:
     """Raise AlreadyConvertedError for the files of a conversion of ours."""
-    if _CONVERSION_FILE in files:
+    if CONVERSION_FILE in files:
         raise AlreadyConvertedError(f"{name} is already int8: int8cli wrote it")
 
 
@@ -64,6 +63,8 @@ def refuse_quantized(shards: Sequence[ShardContents], methods: Sequence[str], un
 
 def declared_methods(config: Mapping[str, Any]) -> Iterator[str]:
     """The quantization methods that a config names, at any depth; `unnamed` for a section that names none."""
+    if _is_of_the_cache_alone(config):
+        return
     for key, value in config.items():
         if key == "quant_method" and isinstance(value, str):
             yield value
@@ -74,6 +75,16 @@ def declared_methods(config: Mapping[str, Any]) -> Iterator[str]:
             unnamed = not isinstance(inner.get("quant_method"), str)
             if unnamed and _SECTION_NAME.fullmatch(key) and not _SECTION_FIELDS.isdisjoint(inner):
                 yield "unnamed"
+
+
+def _is_of_the_cache_alone(section: Mapping[str, Any]) -> bool:
+    """Whether a section of compressed-tensors has a scheme for the KV cache and none for any weight."""
+    return (
+        section.get("quant_method") == "compressed-tensors"
+        and bool(section.get("kv_cache_scheme"))
+        and not section.get("config_groups")
+        and not section.get("sparsity_config")
+    )
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +114,9 @@ def _signs(shards: Iterable[ShardContents], methods: Sequence[str]) -> Iterator[
             modules[module][leaf] = stored.spec
     for module, tensors in modules.items():
         has_weight = any(spec.dtype in _FLOATS and _is_weight(spec) for spec in tensors.values())
+        scale = next(filter(_SCALE_NAME.search, tensors), None)  # once: a module may have any number of tensors
         for spec in tensors.values():
-            why = _sign_by_itself(spec) or _sign_in_module(spec, module, tensors, has_weight=has_weight)
+            why = _sign_by_itself(spec) or _sign_in_module(spec, module, scale, has_weight=has_weight)
             why = why or (_sign_if_declared(spec, has_weight=has_weight) if methods else None)
             if why:
                 yield f"{spec.name!r} is {spec.dtype} {list(spec.shape)}: {why}"
@@ -120,15 +132,12 @@ def _sign_by_itself(spec: TensorSpec) -> str | None:
     return None
 
 
-def _sign_in_module(
-    spec: TensorSpec, module: str, tensors: Mapping[str, TensorSpec], *, has_weight: bool
-) -> str | None:
-    """A sign that a tensor is together with the others of its module.
+def _sign_in_module(spec: TensorSpec, module: str, scale: str | None, *, has_weight: bool) -> str | None:
+    """A sign that a tensor is together with the others of its module. `scale`: the name of a scale among them.
 
     Integers are a model's own where they stand beside a weight (a table of a router), in the way of a mask or an index
     of relative positions (square), or of position ids (one row).
     """
-    scale = next((leaf for leaf in tensors if _SCALE_NAME.search(leaf)), None)
     if spec.dtype.startswith("F8") and len(spec.shape) >= 2:
         return f"8-bit floats with a scale, {scale!r}" if scale else None
     if spec.dtype not in _INTEGERS or has_weight or spec.numel <= 1:

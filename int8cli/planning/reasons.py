@@ -15,6 +15,7 @@ HEAD = "output head"
 TIED_HEAD = "output head, tied with the embedding"
 TIED = "tied with another layer"
 LAST = "last layer, which transformers leaves alone"
+OTHER_HEAD = "head that another program reads"
 ROUTER = "MoE router"
 EXPERT = "expert, fused by transformers"
 FUSED = "split or merged by transformers on load"
@@ -32,7 +33,20 @@ NON_FINITE = "holds NaN or infinity"
 # These are linear layers all the same.
 LINEAR_LEFT_ALONE = frozenset(
     {
-        *(TIED, ROUTER, EXPERT, FUSED, FLOAT32, FLOAT32_ALWAYS, SUBCLASS, CONV1D, LOADER_FLOAT, SKIPPED, NOT_NAMED),
+        *(
+            TIED,
+            OTHER_HEAD,
+            ROUTER,
+            EXPERT,
+            FUSED,
+            FLOAT32,
+            FLOAT32_ALWAYS,
+            SUBCLASS,
+            CONV1D,
+            LOADER_FLOAT,
+            SKIPPED,
+            NOT_NAMED,
+        ),
         NON_FINITE,
     }
 )

@@ -32,3 +32,13 @@ class Share:
             if least == self.part - 1:
                 mine.append(name)
         return tuple(sorted(mine, key=order.__getitem__))
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShare:
+    """What a share has to do: the source files in it, their bytes, and those of what they become with sidecars."""
+
+    share: Share
+    shards: tuple[str, ...]
+    source_bytes: int
+    output_bytes: int

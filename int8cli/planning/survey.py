@@ -21,10 +21,12 @@ from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SCALED_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
 from int8cli.planning.exponents import most_specs
 from int8cli.planning.layouts import Layout, bitsandbytes
+from int8cli.planning.leftovers import refuse_leftovers_of_training
 from int8cli.planning.output_files import OutputShard, output_file_names, plan_output_shard, plan_sidecar
 from int8cli.planning.plan import make_plan
 from int8cli.planning.planned_shard import PlannedShard
@@ -121,6 +123,13 @@ class Survey:
         return digest.hexdigest()
 
     @property
+    def buffer_bytes_a_thread(self) -> int:
+        """The buffers of one thread that converts this source, besides what it reads of whole files."""
+        scaled = any(stored.scaled is not None for contents in self.shards for stored in contents.tensors)
+        smoothing = SMOOTHING_BYTES_A_THREAD if self.smooth else 0
+        return BUFFER_BYTES_A_THREAD + smoothing + (SCALED_BYTES_A_THREAD if scaled else 0)
+
+    @property
     def source_bytes(self) -> int:
         return sum(contents.file_bytes for contents in self.shards)
 
@@ -183,6 +192,7 @@ def survey_source(source: Source, options: PlanOptions, target: Layout = bitsand
     methods = methods_of(config, files)
     shards = with_scaled_as_floats(shards, config, methods)
     refuse_quantized(shards, methods, understood_methods(shards))
+    refuse_leftovers_of_training(shards)
     return _planned_survey(source.identity, config, weights, shards, options, target, has_config)
 
 

@@ -30,9 +30,10 @@ class Settings:
     """What decides the bytes of an output. Two runs with equal settings on one source write the same files.
 
     `outliers` is the strategy that chooses the stored columns ("none" where none are stored), `outlier_columns` the
-    most columns of one linear. `calibration` names the text and how much of it is used, or the statistics. `figures`:
-    whether the error of every layer is measured. `smooth`: whether what the calibration proved is smoothed.
-    `inputs` says how loaders quantize inputs, where the layout leaves that open.
+    most columns of one linear. With an `outlier_budget`, all linears together store no more than this share of the
+    output's bytes, and one linear has no limit of its own. `calibration` names the text and how much of it is used, or
+    the statistics. `figures`: whether the error of every layer is measured. `smooth`: whether what the calibration
+    proved is smoothed. `inputs` says how loaders quantize inputs, where the layout leaves that open.
     """
 
     layout: str
@@ -46,6 +47,17 @@ class Settings:
     figures: bool = True
     smooth: str = NO_SMOOTHING
     inputs: str = ABSMAX_INPUTS
+    outlier_budget: float = 0.0
+
+    @property
+    def most_columns(self) -> int | None:
+        """The most stored columns of one linear; None if there is only a limit for all of them."""
+        return None if self.outlier_budget else self.outlier_columns
+
+
+def budget_bytes(share: float, output_bytes: int) -> int:
+    """The bytes that stored columns may take together, beside output shards of so many bytes."""
+    return int(share * output_bytes)
 
 
 @dataclass(frozen=True, slots=True)

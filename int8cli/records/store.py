@@ -41,6 +41,11 @@ class RecordStore:
         self._sidecars = self.own / "outliers"
 
     @property
+    def output(self) -> Path:
+        """The output directory."""
+        return self._output
+
+    @property
     def partial_directory(self) -> Path:
         """Where files are written before they get their final name. What a killed run left there is useless."""
         return self._of_this_process(self.own / "partial")
@@ -184,7 +189,7 @@ class RecordStore:
 
     def add_upload(self, shard: ShardSource, upload: UploadRecord) -> None:
         """Record that a repository has the files of a finished shard."""
-        write_file(self._upload_path(shard), _to_bytes(upload.to_json()), below=self._output)
+        write_file(self._upload_path(shard), _to_bytes(upload.to_json()), below=self._output, aside=self.aside)
 
     def commit(self) -> CommitRecord | None:
         """The last commit that was made of this conversion; None if none was. Raises OutputError if it is damaged."""
@@ -193,7 +198,7 @@ class RecordStore:
 
     def add_commit(self, commit: CommitRecord) -> None:
         """Record a commit that names all files of the conversion."""
-        write_file(self._commit_path, _to_bytes(commit.to_json()), below=self._output)
+        write_file(self._commit_path, _to_bytes(commit.to_json()), below=self._output, aside=self.aside)
 
     def forget_upload(self, shard: ShardSource) -> None:
         """Remove the record of an upload: the repository does not have the files."""

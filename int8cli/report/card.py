@@ -77,9 +77,10 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
         yield from _loading(survey)
         yield from _too_large(survey)
     stored = report.stored
+    wanted = report.settings["outlier_columns"] or report.settings.get("outlier_budget")
     if smoothing is not None:
         yield from smoothing_section(smoothing)
-    if stored is not None and (stored.total.columns or report.settings["outlier_columns"]):
+    if stored is not None and (stored.total.columns or wanted):
         yield from _stored_columns(report, stored, survey)
     yield from _layers(report)
 
@@ -104,7 +105,8 @@ def _loading(survey: Survey) -> Iterator[str]:
     package = survey.target.NAME
     yield "## Loading\n"
     if package == compressed_tensors.NAME:
-        yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
+        if compressed_tensors.vllm_reads(decision.module for decision in survey.plan.quantized):
+            yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
         yield f"{_INPUTS[survey.target.INPUTS]}\n"
     yield from (f"Note: {markdown.text(caveat)}.\n" for caveat in survey.target.caveats(survey.plan))
     if not survey.target.transformers_reads(survey.decisions):

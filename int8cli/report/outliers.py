@@ -32,7 +32,8 @@ def show_statistics(found: OutlierStatistics) -> None:
     for place, line in enumerate(summary_lines(found, features, massive)):
         console.print(printable(line), soft_wrap=True, markup=False, style="bold" if place in (0, 2) else None)
     if any(site.smoothing is not None or site.not_smoothed for site in found.linear_sites):
-        console.print(smoothed_sites(found.linear_sites), soft_wrap=True, markup=False)
+        for line in smoothed_lines(found.linear_sites):
+            console.print(printable(line), soft_wrap=True, markup=False)
     tables = [_features_table(features)] if features else []
     tables += [_massive_table(massive)] if massive else []
     for table in (*tables, _kinds_table(found.linear_sites), _sites_table(found.linear_sites)):
@@ -40,12 +41,27 @@ def show_statistics(found: OutlierStatistics) -> None:
         console.print_table(table)
 
 
-def smoothed_sites(sites: Sequence[SiteStatistics]) -> str:
-    """How many inputs can be smoothed exactly, and why the others cannot."""
+def smoothed_lines(sites: Sequence[SiteStatistics]) -> list[str]:
+    """How many inputs can be smoothed exactly, and why the others cannot; and the predicted errors after that."""
     smoothed = sum(site.smoothing is not None for site in sites)
     reasons = Counter(site.not_smoothed for site in sites if site.not_smoothed)
     left = "; ".join(f"{count:,} ({reason})" for reason, count in sorted(reasons.items()))
-    return f"{smoothed:,} of {len(sites):,} inputs can be smoothed exactly" + (f"; not: {left}" if left else "")
+    lines = [f"{smoothed:,} of {len(sites):,} inputs can be smoothed exactly" + (f"; not: {left}" if left else "")]
+    if smoothed:
+        lines.append(f"{_predicted([site.once_smoothed() for site in sites])}, once smoothed")
+    return lines
+
+
+def _predicted(sites: Sequence[SiteStatistics]) -> str:
+    """The median of the predicted output errors of all linears."""
+    weights, both = (
+        [site.predicted_error(linear, int8_inputs=int8_inputs) for site in sites for linear in site.linears]
+        for int8_inputs in (False, True)
+    )
+    return (
+        f"predicted output error: {stats.median(weights):.4f} with int8 weights, {stats.median(both):.4f} "
+        f"vector-wise (median of {len(weights)} linears)"
+    )
 
 
 def show_suspects(found: WeightSuspects) -> None:
@@ -83,10 +99,6 @@ def summary_lines(
     of = found.provenance
     named = ", ".join(str(located.feature.dimension) for located in features)
     plural = "" if len(features) == 1 else "s"
-    errors = [
-        [site.predicted_error(linear, int8_inputs=both) for site in found.linear_sites for linear in site.linears]
-        for both in (False, True)
-    ]
     lines = [
         f"{of.model}, {of.tokens:,} tokens in sequences of {of.sequence_length}",
         f"text: {of.text}",
@@ -97,11 +109,8 @@ def summary_lines(
         f"{len(massive)} massive activation{'' if len(massive) == 1 else 's'}"
         + (f", the largest {massive[0].largest:,.0f}" if massive else ""),
     ]
-    if errors[0]:
-        lines.append(
-            f"predicted output error: {stats.median(errors[0]):.4f} with int8 weights, {stats.median(errors[1]):.4f} "
-            f"vector-wise (median of {len(errors[0])} linears)"
-        )
+    if found.linear_sites:
+        lines.append(_predicted(found.linear_sites))
     return lines
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from int8cli.llm_int8.inputs import InputSummary
-from int8cli.outliers.statistics import OutlierStatistics, SiteStatistics
+from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
 from int8cli.outliers.suspects import (
     MEASURED_AVERAGE_PRECISION,
     MEASURED_ON,
@@ -102,12 +102,7 @@ def _site(site: SiteStatistics) -> dict[str, Any]:
         "median": inputs.median,
         "largest_dimensions": [dimension_to_json(inputs, dimension) for dimension in largest],
         "linears": [
-            {
-                "name": linear.name,
-                "shape": [linear.out_features, linear.in_features],
-                "predicted_error_int8_weights": site.predicted_error(linear, int8_inputs=False),
-                "predicted_error_vector_wise": site.predicted_error(linear, int8_inputs=True),
-            }
+            {"name": linear.name, "shape": [linear.out_features, linear.in_features]} | _predicted_errors(site, linear)
             for linear in site.linears
         ],
         "smoothing": _smoothing(site),
@@ -118,11 +113,21 @@ def _smoothing(site: SiteStatistics) -> dict[str, Any] | None:
     """What was found to smooth; None if nothing was looked for."""
     if site.smoothing is None:
         return {"scaled": [], "reason": site.not_smoothed} if site.not_smoothed else None
+    after = site.once_smoothed()
     return {
         "scaled": sorted(each.tensor for each in site.smoothing.scaled),
         "alpha": site.smoothing.alpha,
         "exponents": site.smoothing.exponents.tolist(),
+        "linears": [_predicted_errors(after, linear) for linear in after.linears],
         "reason": "",
+    }
+
+
+def _predicted_errors(site: SiteStatistics, linear: LinearStatistics) -> dict[str, Any]:
+    return {
+        "name": linear.name,
+        "predicted_error_int8_weights": site.predicted_error(linear, int8_inputs=False),
+        "predicted_error_vector_wise": site.predicted_error(linear, int8_inputs=True),
     }
 
 

@@ -14,9 +14,12 @@ _SHOWN = 3
 
 
 def part_to_json(
-    part: tuple[int, int], output: Path, report: ConversionReport, missing: Sequence[str]
+    part: tuple[int, int], output: Path, report: ConversionReport, missing: Sequence[str], *, to_publish: bool = False
 ) -> dict[str, Any]:
-    """`report` is that of the whole if no shard is `missing`, else that of the part's own shards."""
+    """`report` is that of the whole if no shard is `missing`, else that of the part's own shards.
+
+    With `to_publish`, shards are uploaded as well, and a commit is to be made of them when none is missing.
+    """
     return {
         "schema": PART_RESULT_SCHEMA,
         "directory": str(output),
@@ -24,16 +27,30 @@ def part_to_json(
         "parts": part[1],
         "finished": not missing,
         "missing": list(missing),
+        "to_publish": to_publish,
         "report": report.to_json(),
     }
 
 
 def show_part_ended(
-    part: tuple[int, int], output: Path, report: ConversionReport, missing: Sequence[str], seconds: float
+    part: tuple[int, int],
+    output: Path,
+    report: ConversionReport,
+    missing: Sequence[str],
+    seconds: float,
+    *,
+    conclude: str = "",
 ) -> None:
-    """Print what is converted, and what the other parts have to do."""
+    """Print what is converted, and what the other parts have to do.
+
+    `conclude` is how to publish what all parts have uploaded, where that is still to be done.
+    """
     console = stdout_console()
     which, where = f"part {part[0]} of {part[1]}", f"[bold]{escape(str(output))}[/bold]"
+    if not missing and conclude:
+        console.print(f"[green]Done.[/green] All shards are converted and uploaded ({which} was the last).")
+        console.print(f"Next, to publish them:\n  {escape(conclude)}", soft_wrap=True)
+        return
     if not missing:
         console.print(f"[green]Done.[/green] All shards are converted, and {where} is complete ({which} was the last).")
         console.print(f"Next:\n  int8cli verify {escape(str(output))}", soft_wrap=True)

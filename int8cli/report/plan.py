@@ -8,6 +8,7 @@ from typing import Any
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.estimate.ways import Way
 from int8cli.planning.needs import Needs
+from int8cli.planning.share import PlannedShare
 from int8cli.planning.survey import Room, Survey, group_by_kind
 from int8cli.records.conversion import NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
@@ -15,18 +16,23 @@ from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
 from int8cli.report.ways import ways_table
-from int8cli.results.units import counted, human_bytes, human_count, told_apart
+from int8cli.results.units import counted, human_bytes, human_count, percent, told_apart
 
 PLAN_SCHEMA = "int8cli.plan/1"
 
 
 def plan_to_json(
-    survey: Survey, needs: Needs, settings: Settings | None = None, ways: Sequence[Way] = ()
+    survey: Survey,
+    needs: Needs,
+    settings: Settings | None = None,
+    ways: Sequence[Way] = (),
+    share: PlannedShare | None = None,
 ) -> dict[str, Any]:
     """The plan as JSON. `output_bytes` counts the shards; `settings` say how stored columns will be chosen.
 
     `smooth` says whether what a calibration proves will be smoothed, `figures` whether the error of every layer will be
-    measured; null if that is not decided.
+    measured; null if that is not decided. `part` is what one part of the conversion has to do, to which `needs` belong;
+    null for the whole.
     """
     plan = survey.plan
     return {
@@ -40,6 +46,7 @@ def plan_to_json(
         "stored_columns": _stored_to_json(survey, settings),
         "smooth": settings.smooth if settings is not None else None,
         "figures": settings.figures if settings is not None else None,
+        "part": None if share is None else _share_to_json(share),
         "shards": [_shard_to_json(survey, contents) for contents in survey.shards],
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized_parameters,
@@ -71,6 +78,16 @@ def plan_to_json(
     }
 
 
+def _share_to_json(share: PlannedShare) -> dict[str, Any]:
+    return {
+        "part": share.share.part,
+        "parts": share.share.parts,
+        "shards": list(share.shards),
+        "source_bytes": share.source_bytes,
+        "output_bytes": share.output_bytes,
+    }
+
+
 def _shard_to_json(survey: Survey, contents: ShardContents) -> dict[str, Any]:
     output, sidecar = survey.outputs[contents.file_name], survey.sidecars.get(contents.file_name)
     return {
@@ -94,14 +111,20 @@ def _stored_to_json(survey: Survey, settings: Settings | None) -> dict[str, Any]
         "layers": len(counts),
         "chosen_from": chosen.get("outliers"),
         "columns_a_layer": chosen.get("outlier_columns"),
+        "budget": chosen.get("outlier_budget"),
         "calibration": chosen.get("calibration"),
     }
 
 
 def show_plan(
-    survey: Survey, needs: Needs, output: Path, settings: Settings | None = None, ways: Sequence[Way] = ()
+    survey: Survey,
+    needs: Needs,
+    output: Path,
+    settings: Settings | None = None,
+    ways: Sequence[Way] = (),
+    share: PlannedShare | None = None,
 ) -> None:
-    """Print what a conversion would do, and that this was a dry run."""
+    """Print what a conversion would do, and that this was a dry run. `needs` are those of the part, if it is one."""
     console = stdout_console()
     plan = survey.plan
     ratio = survey.source_bytes / survey.output_bytes if survey.output_bytes else 0.0
@@ -111,6 +134,7 @@ def show_plan(
         f"source    {survey.source_bytes:>19,} bytes  {human_bytes(survey.source_bytes):>10}",
         f"output    {survey.output_bytes:>19,} bytes  {human_bytes(survey.output_bytes):>10}  {ratio:.2f} x smaller",
         *_stored_lines(survey),
+        *_share_lines(survey, share),
         f"download  {needs.download_bytes:>19,} bytes  {human_bytes(needs.download_bytes):>10}",
         *(_disk_line(room) for room in needs.disks),
         f"{plan.percent_quantized:.1f} % of {human_count(plan.parameters)} parameters become int8",
@@ -128,6 +152,13 @@ def show_plan(
         console.print(f"[dim]not copied:[/dim] {escape(file)} [dim]({escape(reason)})[/dim]", soft_wrap=True)
 
 
+def _share_lines(survey: Survey, share: PlannedShare | None) -> list[str]:
+    if share is None:
+        return []
+    sizes = f"{human_bytes(share.source_bytes)} → {human_bytes(share.output_bytes)}"
+    return [f"[bold]{share.share}[/bold]: {len(share.shards)} of {counted(len(survey.shards), 'shard')}, {sizes}"]
+
+
 def _stored_lines(survey: Survey) -> list[str]:
     if survey.stored_counts is None:
         return []
@@ -139,13 +170,15 @@ def _stored_lines(survey: Survey) -> list[str]:
 def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
-    if not settings.outlier_columns:
+    if settings.most_columns == 0:
         return f"smoothed where the model proves to compute the same bits; {escape(chosen_by(asdict(settings)))}"
     values = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(values))
     by = escape(chosen_by(values))
     smoothed = "; smoothed where the model proves to compute the same bits" if survey.smooth else ""
-    return f"up to {columns} stored exactly, at most {settings.outlier_columns:,} per layer; {by}{smoothed}"
+    whole = f"{percent(settings.outlier_budget)} of the output"
+    limit = f"{settings.most_columns:,} per layer" if settings.most_columns else whole
+    return f"up to {columns} stored exactly, at most {limit}; {by}{smoothed}"
 
 
 def _disk_line(room: Room) -> str:

@@ -9,13 +9,19 @@ from typing import Any
 from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, FROM_WEIGHTS
 from int8cli.results.conversion import ConversionReport
 from int8cli.results.stored_columns import StoredSummary
-from int8cli.results.units import counted
+from int8cli.results.units import counted, percent
 
 SUSPECTS = "guessed from the weights, not confirmed by running the model"
 
 
 def chosen_by(settings: Mapping[str, Any]) -> str:
     """How the columns were chosen, from the settings of a conversion."""
+    budget = settings.get("outlier_budget")
+    shared = f", {percent(budget)} of the output shared out over all layers" if budget else ""
+    return _chosen_from(settings) + shared
+
+
+def _chosen_from(settings: Mapping[str, Any]) -> str:
     chosen_from, calibration = settings["outliers"], settings["calibration"]
     if chosen_from == FROM_WEIGHTS:
         return SUSPECTS

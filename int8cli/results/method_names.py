@@ -11,6 +11,7 @@ from int8cli.errors import UnknownMethodError
 from int8cli.results.evaluation import REFERENCE, Evaluation
 
 ALL = "all"
+SMOOTHED_WEIGHTS = "smoothed-int8-weights"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Owns what transformers must know about a loaded model: that it cannot be saved, 
 and how it becomes a model in floats. Importing this imports transformers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -41,13 +41,16 @@ class Int8cliQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Int8cliConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, pre_quantized=True)
         self._config = quantization_config
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self._config.replacing is not None:
             self._config.replacing(model)
+        self._dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._config.replacing = None
+        _cast_as_built(model, self._dtypes)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -69,6 +72,20 @@ class Int8cliQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on top of it are; transformers' Trainer asks."""
         return True
+
+
+def _cast_as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give every parameter the dtype that the model was built with, or float32 where the class asks for it.
+
+    transformers from 5.0 to 5.22 leaves tensors that it renames on load in the dtype of the file, if the model comes
+    quantized (core_model_loading.py).
+    """
+    held = {*(model._keep_in_fp32_modules or ()), *(getattr(model, "_keep_in_fp32_modules_strict", None) or ())}
+    for name, parameter in model.named_parameters():
+        built = dtypes.get(name, parameter.dtype)
+        stays = parameter.dtype == torch.float32 and not held.isdisjoint(name.split("."))
+        if parameter.dtype != built and parameter.is_floating_point() and not stays:
+            parameter.data = parameter.data.to(built)
 
 
 def linear_in_floats(layer: Int8Linear, dtype: torch.dtype) -> nn.Module:

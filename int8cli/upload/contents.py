@@ -10,6 +10,7 @@ from pathlib import Path
 
 from int8cli.checkpoint.digest import git_sha1_of, new_digest, sha256_of
 from int8cli.checkpoint.hub.push_file import PushFile
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.reader import FileReader
 from int8cli.errors import CorruptShardError, OutputError
 from int8cli.planning.output_files import CARD_FILE
@@ -64,6 +65,11 @@ def side_files(directory: Path, conversion: Conversion, store: RecordStore) -> l
     names = [CARD_FILE, MANIFEST_FILE, *store.record_files(conversion)]
     files = [_side_file(directory, name) for name in names]
     return [*files, *(_recorded(directory, file) for file in manifest)]
+
+
+def conversion_file(directory: Path) -> PushFile:
+    """The description of the conversion. Raises CorruptShardError, SourceError if it cannot be read."""
+    return _side_file(directory, CONVERSION_FILE)
 
 
 def all_names(conversion: Conversion, store: RecordStore) -> tuple[str, ...]:

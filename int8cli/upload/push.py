@@ -25,7 +25,7 @@ def push_finished(
         records = {shard.file: record for shard in conversion.shards if (record := store.record(shard))}
         sizes = {record.source.output: sum(file.size_bytes for file in record.files) for record in records.values()}
         with closing(ShardUploads(target, directory, sizes, message, progress)) as uploads:
-            there = uploads.resume(conversion)
+            there = uploads.resume(conversion, conversion.shards)
             for shard in conversion.shards:
                 if shard.file not in there and store.finished(shard) is None:
                     raise ShardsRemovedError(

@@ -1,24 +1,23 @@
 """Uploads the shards of a conversion to a repository while others are converted, and commits all files at the end.
 
-Owns the thread, the order of upload, record and removal, and what a later run trusts: the record of an upload, once
-the repository has confirmed it.
+Owns the thread, and what a later run trusts: the record of an upload, once the repository has confirmed it.
 """
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from int8cli.checkpoint.output_names import remove_files
 from int8cli.conversion.destination import Destination
 from int8cli.errors import ShardsRemovedError
 from int8cli.progress import Progress
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
-from int8cli.records.upload_record import CommitRecord, UploadedFile, UploadRecord
+from int8cli.records.upload_record import CommitRecord
 from int8cli.results.push import Pushed
 from int8cli.upload.contents import all_names, shard_file, side_files, uploaded_files
+from int8cli.upload.shard_upload import ShardUpload
 from int8cli.upload.target import Target
 
 TASK = "upload"
@@ -40,34 +39,38 @@ class ShardUploads(Destination):
         progress: Progress,
         *,
         keep_output: bool = True,
+        token: str | None = None,
     ) -> None:
-        """`sizes` are the bytes to upload for each shard, by its output. `message` is that of the commit."""
+        """`sizes` are the bytes to upload for each shard, by its output. `message` is that of the commit.
+
+        `token` is that of a process which shares the directory with others, as in RecordStore.
+        """
         self._target = target
         self._directory = directory
-        self._store = RecordStore(directory)
+        self._store = RecordStore(directory, token)
+        self._upload = ShardUpload(target, directory, self._store, keep_output)
         self._sizes = sizes
         self._message = message
         self._progress = progress
-        self._keep_output = keep_output
         self._waiting: deque[ShardRecord] = deque()
         self._changed = threading.Condition()
         self._uploading = False
         self._uploaded_bytes = 0
-        self._closed = False
+        self._closed = self._settled = False
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
-    def resume(self, conversion: Conversion) -> Mapping[str, ShardRecord]:
+    def resume(self, conversion: Conversion, shards: Collection[ShardSource]) -> Mapping[str, ShardRecord]:
         self._target.prepare(all_names(conversion, self._store))
-        there = self._confirmed(conversion)
+        there = self._confirmed(conversion, shards)
         self._progress.begin(TASK, self._sizes, finished={shard.output for shard in there})
         found = {}
-        for shard in conversion.shards:
+        for shard in shards:
             record = self._store.record(shard)
             if record is None:
                 continue
             if shard in there:
-                self._remove(record)
+                self._upload.remove(record)
                 found[shard.file] = record
             elif self._store.finished(shard) is not None:
                 self._enqueue(record)
@@ -79,11 +82,20 @@ class ShardUploads(Destination):
         self._raise_error()
         self._enqueue(record)
 
-    def publish(self, conversion: Conversion, records: Mapping[str, ShardRecord]) -> Pushed:
+    def taken(self, record: ShardRecord) -> None:
+        self._count(record.source.output, sum(file.size_bytes for file in record.files), 0)
+        self._done(record)
+
+    def settle(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._error is not None or not self._busy)
         self._raise_error()
-        self._progress.done(TASK)
+        if not self._settled:
+            self._settled = True
+            self._progress.done(TASK)
+
+    def publish(self, conversion: Conversion, records: Mapping[str, ShardRecord]) -> Pushed:
+        self.settle()
         files = side_files(self._directory, conversion, self._store)
         for shard in conversion.shards:
             upload = self._store.uploaded(shard)
@@ -110,12 +122,12 @@ class ShardUploads(Destination):
     def _busy(self) -> bool:
         return self._uploading or bool(self._waiting)
 
-    def _confirmed(self, conversion: Conversion) -> set[ShardSource]:
+    def _confirmed(self, conversion: Conversion, shards: Collection[ShardSource]) -> set[ShardSource]:
         """The shards that the repository has. Forgets uploads that it does not have, or that went elsewhere.
 
         Raises ShardsRemovedError for a shard that only another repository has.
         """
-        uploads = {shard: upload for shard in conversion.shards if (upload := self._store.uploaded(shard))}
+        uploads = {shard: upload for shard in shards if (upload := self._store.uploaded(shard))}
         here = {shard for shard in uploads if self._store.finished(shard) is not None}
         elsewhere = {shard for shard, each in uploads.items() if each.repository != self._target.name}
         self._refuse_elsewhere(conversion, {uploads[shard].repository for shard in elsewhere - here})
@@ -155,36 +167,33 @@ class ShardUploads(Destination):
                 record = self._waiting.popleft()
                 self._uploading = True
             try:
-                self._upload(record)
+                self._send(record)
             except BaseException as error:  # `add` and `publish` raise it
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
                 return
 
-    def _upload(self, record: ShardRecord) -> None:
+    def _send(self, record: ShardRecord) -> None:
         name = record.source.output
         self._progress.advance(TASK, name, 0)
-        taken = []
-        for file in record.files:
-            found = shard_file(self._directory, file)
-            uploaded = self._target.upload(found)
-            if uploaded.how != "for the commit":
-                taken.append(UploadedFile(found.name, found.size_bytes, found.sha256, uploaded.mark))
-            self._uploaded_bytes += found.size_bytes if uploaded.how == "sent" else 0
-            self._progress.advance(TASK, name, file.size_bytes)
+        upload = self._upload.send(record, self._count)
         with self._changed:
             if self._closed:  # the directory may be another run's by now
                 return
-            if len(taken) == len(record.files):
-                self._store.add_upload(record.source, UploadRecord(self._target.name, tuple(taken)))
-                self._remove(record)
+            self._upload.conclude(record, upload)
+        self._done(record)
+
+    def _done(self, record: ShardRecord) -> None:
+        """A sidecar may have fewer columns than were planned for: what it lacks is done too."""
+        name = record.source.output
+        size_bytes = sum(file.size_bytes for file in record.files)
+        self._progress.advance(TASK, name, self._sizes.get(name, size_bytes) - size_bytes)
         self._progress.done(TASK, name)
 
-    def _remove(self, record: ShardRecord) -> None:
-        """Remove the files of a shard that the repository has, unless the output is kept."""
-        if not self._keep_output:
-            remove_files(self._directory, [file.file for file in record.files])
+    def _count(self, name: str, size_bytes: int, sent_bytes: int) -> None:
+        self._uploaded_bytes += sent_bytes
+        self._progress.advance(TASK, name, size_bytes)
 
     def _raise_error(self) -> None:
         with self._changed:

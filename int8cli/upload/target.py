@@ -31,6 +31,13 @@ class Target(Protocol):
     def prepare(self, ours: Sequence[str]) -> None:
         """Make it ready. Raises DestinationError for weights there that are not among the files `ours`."""
 
+    def claim(self, conversion: PushFile) -> None:
+        """Make the place that of this conversion, before a shard is uploaded. Does nothing if it is already.
+
+        `conversion` describes it. Nobody may open what is half of one model and half of another. May be called from
+        any thread or process that uploads.
+        """
+
     def missing(self, files: Sequence[PushFile]) -> set[str]:
         """The names of files that were uploaded before and are not there any more."""
 

@@ -62,7 +62,7 @@ def _contents_as_recorded(survey: Survey, shard: ShardSource, record: ShardRecor
 def _is_comparable(record: ShardRecord, sidecar: str, contents: ShardContents, conversion: Conversion) -> bool:
     """Whether there is a sidecar with a plausible record. If it is implausible, the check of sidecars reports that."""
     known = {stored.spec.name for stored in contents.tensors}
-    most = conversion.settings.outlier_columns
+    most = conversion.settings.most_columns
     sound = (f"{layer.name}.weight" in known and column_problem(layer, most) is None for layer in record.layers)
     return sidecar in (file.file for file in record.files[1:]) and all(sound)
 

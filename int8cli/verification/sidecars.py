@@ -16,7 +16,7 @@ from int8cli.conversion.resumed_smoothing import exponents_in
 from int8cli.errors import Int8cliError
 from int8cli.planning.exponents import TensorExponents, columns_name, is_exponents, misfits, rows_name, tensor_of
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
-from int8cli.records.conversion import NO_OUTLIERS, NO_SMOOTHING, Conversion
+from int8cli.records.conversion import NO_OUTLIERS, NO_SMOOTHING, Conversion, budget_bytes
 from int8cli.records.shard_record import FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.smoothing import summarize_smoothing
@@ -34,12 +34,22 @@ def check_sidecars(directory: Path, conversion: Conversion, records: Sequence[Sh
         return Check.of(NAME, "no columns are stored", failures)
     if not failures:
         failures += _misfits(directory, records)
+        failures += _budget_failures(conversion, records)
     layers = [layer.stored for record in records for layer in record.layers if layer.stored is not None]
     columns, having = sum(len(stored.columns) for stored in layers), sum(1 for stored in layers if stored.columns)
     detail = f"{columns:,} columns of {having:,} layers, sorted and as reported"
     smoothing = summarize_smoothing(layer.smoothing for record in records for layer in record.layers)
     detail += f"; {smoothing.smoothed:,} layers are smoothed" if smoothing is not None else ""
     return Check.of(NAME, detail, failures)
+
+
+def _budget_failures(conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:
+    """Check that all stored columns together are within the budget, if there is one."""
+    share = conversion.settings.outlier_budget
+    due = budget_bytes(share, sum(record.files[0].size_bytes for record in records))
+    taken = sum(layer.stored.bytes for record in records for layer in record.layers if layer.stored is not None)
+    if share and taken > due:
+        yield Failure(SIDECAR_DIRECTORY, f"has {taken:,} bytes of stored columns; the settings allow {due:,}")
 
 
 def _misfits(directory: Path, records: Sequence[ShardRecord]) -> Iterator[Failure]:
@@ -69,8 +79,8 @@ def recorded_exponents(sidecar: Path, contents: ShardContents) -> dict[str, Tens
     return {name: each for name, each in found.items() if name in known}
 
 
-def column_problem(layer: LayerReport, most: int) -> str | None:
-    """What is wrong with the reported columns of a layer, at most `most`; None if nothing is."""
+def column_problem(layer: LayerReport, most: int | None) -> str | None:
+    """What is wrong with the reported columns of a layer, at most `most` if that is a number; None if nothing is."""
     if layer.stored is None:
         return "has no entry for stored columns in the report"
     indices = list(layer.stored.indices)
@@ -78,7 +88,7 @@ def column_problem(layer: LayerReport, most: int) -> str | None:
         return f"its stored columns {indices} are not in ascending order"
     if indices and not 0 <= indices[0] <= indices[-1] < layer.shape[1]:
         return f"its stored columns {indices} include some outside its {layer.shape[1]:,}"
-    if len(indices) > most:
+    if most is not None and len(indices) > most:
         return f"has {len(indices):,} stored columns; the settings allow {most:,}"
     return None
 
@@ -110,7 +120,7 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
         yield Failure(name, f"is missing from the record of {record.source.output}")
         return
     yield from _tensor_failures(record, sidecars[0], smoothed=smoothed)
-    problems = [(layer, column_problem(layer, conversion.settings.outlier_columns)) for layer in record.layers]
+    problems = [(layer, column_problem(layer, conversion.settings.most_columns)) for layer in record.layers]
     yield from (Failure(name, problem, layer.name) for layer, problem in problems if problem is not None)
     sound = [layer for layer, problem in problems if problem is None]
     yield from _index_failures(directory, sidecars[0], sound)

@@ -21,6 +21,7 @@ from multiprocessing.synchronize import Lock
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
+from int8cli.workers.socket_directory import choose_socket_directory
 from int8cli.workers.torch_start import start_torch
 
 Result = TypeVar("Result")
@@ -130,6 +131,7 @@ def _starting_processes() -> Iterator[None]:
     Hides `__main__`, which multiprocessing would otherwise run again in the process: no task is defined there.
     """
     main = sys.modules["__main__"]
+    choose_socket_directory()
     with _own_modules_only(), _blocked(signal.SIGHUP):  # inherited, so that a process outlives the terminal
         resource_tracker.ensure_running()  # before SIGINT is blocked, since starting the tracker unblocks it
         with _uninterrupted():

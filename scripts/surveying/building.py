@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surveying.built_model import BuiltModel, read_facts
+from surveying.built_model import LOST, BuiltModel, read_facts
 from surveying.loader import (
     INT8_PARTS,
     default_skips,
@@ -150,7 +150,7 @@ def fates(model: Any, naming: Any, int8_modules: set[str], linears: list[str]) -
             fate[name] = "kept"
         else:
             owner = modules.get(module_name)
-            fate[name] = f"other:{type(owner).__name__ if owner is not None else '?'}"
+            fate[name] = f"other:{type(owner).__name__}" if hasattr(owner, leaf) else LOST
     return fate, targets
 
 

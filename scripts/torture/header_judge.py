@@ -17,6 +17,7 @@ from torture.fuzzing import WrongResultError
 STRICTER = {
     "tensors, or as many values": "more than 262,144 tensors: a bound of memory and time; no model has as many",
     "names .* twice": "readers differ in which of two tensors of one name counts",
+    "an extent beyond 63 bits": "torch has no tensor with it, not even an empty one",
     "a number beyond 64 bits|a negative number": "it stands in a field that neither reads",
 }
 _Described = dict[str, tuple[str, list[int], bytes]]

@@ -134,11 +134,26 @@ def write_float8(source: Path, directory: Path, style: Float8 = BLOCKS, *, apart
 def _write(directory: Path, files: tuple[dict[str, Tensor], ...]) -> None:
     files = tuple(tensors for tensors in files if tensors)
     if len(files) == 1:
-        save_file(files[0], directory / "model.safetensors", metadata={"format": "pt"})
+        _save(files[0], directory / "model.safetensors")
         return
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        save_file(tensors, directory / name, metadata={"format": "pt"})
+        _save(tensors, directory / name)
         weight_map |= dict.fromkeys(tensors, name)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a file with safetensors. Exponents are written as bytes first: older releases have no dtype for them."""
+    exponents = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e8m0fnu}
+    as_bytes = {name: tensor.view(torch.uint8) if name in exponents else tensor for name, tensor in tensors.items()}
+    save_file(as_bytes, path, metadata={"format": "pt"})
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for name in exponents:
+        header[name]["dtype"] = "F8_E8M0"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])

@@ -13,10 +13,15 @@ _SHARED_MOE = {
     "shared_expert_intermediate_size": 24,
 }
 _WAV2VEC2 = OTHERS["wav2vec2"].arguments
+_ENCODER_DECODER = {
+    "encoder": {**_BERT, "model_type": "bert"},
+    "decoder": {**_BERT, "model_type": "bert", "is_decoder": True, "add_cross_attention": True},
+}
 _WITHOUT_SIZE: dict[str, Any] = {name: value for name, value in _VISION.items() if name != "image_size"}
 
 FURTHER = {
     "git": Tiny("GitForCausalLM", "GitConfig", {**_BERT, "vision_config": _VISION}),
+    "encoder-decoder": Tiny("EncoderDecoderModel", "EncoderDecoderConfig", _ENCODER_DECODER),
     "olmo": Tiny("OlmoForCausalLM", "OlmoConfig", _LLAMA),
     "exaone4": Tiny("Exaone4ForCausalLM", "Exaone4Config", _GQA),
     "helium": Tiny("HeliumForCausalLM", "HeliumConfig", _GQA),

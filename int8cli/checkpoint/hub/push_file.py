@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.disk import reading_errors
 from int8cli.checkpoint.hub.lfs import LfsObject
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.errors import DestinationError
 
 if TYPE_CHECKING:
@@ -57,8 +58,14 @@ class Commit:
 
 
 def refuse_foreign_weights(label: str, there: Iterable[str], ours: Iterable[str]) -> None:
-    """Raise DestinationError if there are weights that are not among the files `ours`."""
-    foreign = sorted(name for name in set(there) - set(ours) if is_weight_name(name))
+    """Raise DestinationError if there are weights that are not among the files `ours`, or that no conversion pushed.
+
+    A source has shards of the same names as its conversion: they are foreign where no conversion has put its
+    description beside them.
+    """
+    found = set(there)
+    replaceable = set(ours) if CONVERSION_FILE in found else set()
+    foreign = sorted(name for name in found - replaceable if is_weight_name(name))
     if foreign:
         raise DestinationError(
             f"{label} holds another model: {named(foreign)}",

@@ -3,20 +3,14 @@
 Owns the promise that no more bytes are transferred than were requested.
 """
 
-import errno
-import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from int8cli.checkpoint.hub.failures import ShortBodyError
 from int8cli.checkpoint.hub.requests import RemoteFile, answers_range, get, total_bytes
 from int8cli.checkpoint.hub.retries import Retries
+from int8cli.checkpoint.range_stream import RangeStream
 from int8cli.errors import SourceError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 # If a server ignores Range, a header near the start of the file can still be read by skipping what is before it.
 _MAX_SKIPPED_BYTES = 16 << 20
@@ -77,57 +71,20 @@ def _receive(remote: RemoteFile, received: ByteRange, length: int) -> None:
     del received.data[length:]
 
 
-class RangeReader(io.RawIOBase):
-    """A file on the Hub as a seekable stream. Each read is one request for exactly that range.
-
-    For read-ahead, wrap it in a BufferedReader. `size_bytes` is called if a read or a seek needs the file's end before
-    the server has sent the size.
-    """
+class RangeReader(RangeStream):
+    """A file on the Hub as a stream. `size_bytes` is called if the server has not sent the size when it is needed."""
 
     def __init__(self, remote: RemoteFile, retries: Retries, size_bytes: Callable[[], int]) -> None:
+        super().__init__()
         self._remote = remote
         self._retries = retries
-        self._size_bytes = size_bytes
-        self._total_bytes: int | None = None
-        self._position = 0
+        self._ask = size_bytes
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_CUR:
-            offset += self._position
-        elif whence == io.SEEK_END:
-            offset += self._end()
-        if offset < 0:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._position = offset
-        return offset
-
-    def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        view = memoryview(buffer).cast("B")
-        length = len(view)
-        if self._position and length:  # a first read from the start gets the size with its own answer
-            length = max(0, min(length, self._end() - self._position))
-        if not length:
-            return 0
-        received = read_range(self._remote, self._position, length, self._retries)
+    def _read_range(self, start: int, length: int) -> bytearray:
+        received = read_range(self._remote, start, length, self._retries)
         if received.total_bytes is not None:
-            self._total_bytes = received.total_bytes
-        view[: len(received.data)] = received.data
-        self._position += len(received.data)
-        return len(received.data)
+            self._size_bytes = received.total_bytes
+        return received.data
 
-    def readall(self) -> bytes:
-        return self.read(max(0, self._end() - self._position)) or b""  # one request; the default reads in 8 KiB
-
-    def _end(self) -> int:
-        if self._total_bytes is None:
-            self._total_bytes = self._size_bytes()
-        return self._total_bytes
+    def _ask_size(self) -> int:
+        return self._ask()

@@ -92,6 +92,9 @@ class WritableRepository:
         self._call(lambda: self._lfs().missing([_PROBE], self.label), self.label)
         refuse_foreign_weights(self.label, self.states(), ours)
 
+    def claim(self, conversion: PushFile) -> None:
+        """Nothing to do: one commit replaces the files of a model."""
+
     def missing(self, files: Sequence[PushFile]) -> set[str]:
         """The names of the files whose bytes the repository does not have."""
         objects = [file.lfs for file in files]

@@ -56,6 +56,8 @@ FUSED_EXPERTS_ENTRY = r"re:.*\.experts(\.|$)"
 _FUSED_EXPERTS = re.compile(
     r"(?P<experts>(?:\S+\.)?experts)\.(?!\d+\.)|(?P<granite>\S+\.block_sparse_moe)\.(?:in|out)put_linear\.weight$"
 )
+# vLLM builds the mixers of Mamba's first version without a quantization config (0.32: mamba.py, mamba_mixer.py).
+_MAMBA_MIXER = re.compile(r"\S+\.mixer\.x_proj(?:\.weight)?$")
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
 
@@ -124,10 +126,17 @@ def transformers_reads(tensor_names: Iterable[str]) -> bool:
     return not any(_EXPERT.search(name) for name in tensor_names)
 
 
+def vllm_reads(int8_layers: Iterable[str]) -> bool:
+    """False for Mamba's first version and Falcon-Mamba, by the names of layers or of their weights."""
+    return not any(_MAMBA_MIXER.match(name) for name in int8_layers)
+
+
 def caveats(plan: Plan) -> Iterator[str]:
-    """Warns of mixtures of experts, and of what vLLM has in one piece although only a part of it is int8."""
+    """Warns of models that a loader cannot read, and of what vLLM has in one piece although only a part is int8."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
         yield "transformers cannot read mixtures of experts in this layout; vLLM and load_model can"
+    if not vllm_reads(decision.module for decision in plan.quantized):
+        yield "vLLM cannot open this: it has the mixers of Mamba only in floats; transformers and load_model can"
     for (merged, leaf), parents in _mixed(plan).items():
         siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)
         where = parents[0] if len(parents) == 1 else f"{len(parents)} layers, the first {parents[0]},"

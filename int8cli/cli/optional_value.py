@@ -1,0 +1,31 @@
+"""An option whose value may be left out. Typer has none: a command of this class completes it before it parses.
+
+Owns when a word after the option is its value.
+"""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from int8cli.cli.empty_values import Command
+from int8cli.workers.ray_addresses import AUTO, HERE, LOCAL
+
+_RAY = "--ray"
+_ADDRESS = re.compile(rf"{AUTO}|{LOCAL}|{HERE}|ray://.+|.*[^:]:\d+")
+
+
+class ConvertCommand(Command):
+    """`--ray` without an address means HERE."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, list(_completed(args)))
+
+
+def _completed(args: list[str]) -> Iterator[str]:
+    """The arguments with HERE as the value of each `--ray` that an address does not follow."""
+    options = True
+    for word, following in pairwise([*args, ""]):
+        options = options and word != "--"
+        bare = options and word == _RAY and _ADDRESS.fullmatch(following) is None
+        yield f"{_RAY}={HERE}" if bare else word

@@ -1,0 +1,195 @@
+"""What the driver of a cluster does, and what a worker does, without Ray: `make test-ray` has the real one."""
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.calibration_models import make_model, some_text
+from support.one_machine import Session, Tell, ThisMachine
+from support.program import Nursery, llama, tree
+from support.progress import CoherentProgress
+
+from int8cli import ConvertOptions, convert
+from int8cli.cli.optional_value import _completed
+from int8cli.errors import DiskSpaceError, OutputInUseError
+
+NONE = ConvertOptions(outliers="none")
+
+
+@pytest.fixture(autouse=True)
+def _one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that can be run, in many shards, and what one process makes of it."""
+    root = tmp_path_factory.mktemp("cluster")
+    make_model("llama", root / "model", max_shard_size="12KB")
+    (root / "words.txt").write_text(some_text().text)
+    convert(root / "model", root / "one", running(root))
+    return root
+
+
+def running(root: Path, **changes: Any) -> ConvertOptions:
+    """The options of a conversion that runs the model, and smooths."""
+    text = root / "words.txt"
+    return ConvertOptions(outliers="activations", smooth="auto", text=text, tokens=48, sequence_length=16, **changes)
+
+
+def on_cluster(root: Path) -> ConvertOptions:
+    return running(root, ray="local")
+
+
+# The address
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("m --ray", "m --ray=here"),
+        ("--ray m", "--ray=here m"),
+        ("--ray s3://bucket/m -o out", "--ray=here s3://bucket/m -o out"),
+        ("m --ray -o out", "m --ray=here -o out"),
+        ("--ray auto m", "--ray auto m"),
+        ("--ray local m", "--ray local m"),
+        ("--ray node1:6379 m", "--ray node1:6379 m"),
+        ("--ray [::1]:6379 m", "--ray [::1]:6379 m"),
+        ("--ray ray://node1:10001 m", "--ray ray://node1:10001 m"),
+        ("--ray=node1 m", "--ray=node1 m"),
+        ("-- --ray", "-- --ray"),
+    ],
+)
+def test_an_address_may_be_left_out(words: str, completed: str) -> None:
+    """Typer has no options whose value may be left out. What follows is one only if it has the form of an address."""
+    assert list(_completed(words.split())) == completed.split()
+
+
+def test_the_command_line_takes_it_without_an_address(root: Path, nursery: Nursery, tmp_path: Path) -> None:
+    assert "--ray [ADDRESS]" in nursery.run("convert", "--help", cwd=tmp_path).out
+    command = ("convert", "--ray", root / "model", "-o", "out", "--outliers", "none")
+    outcome = nursery.run(*command, cwd=tmp_path, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert outcome.code == 1, outcome
+    assert "error: a cluster needs Ray" in outcome.err or "error: no Ray cluster at 'here'" in outcome.err
+
+
+# The model is run for the columns
+
+
+def test_shards_are_converted_as_the_run_of_the_model_releases_them(root: Path, tmp_path: Path) -> None:
+    progress = CoherentProgress()
+    convert(root / "model", tmp_path / "out", on_cluster(root), progress=progress)
+    assert progress.under_way() == []
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+
+def test_an_interrupted_driver_resumes_the_run_of_the_model(root: Path, tmp_path: Path) -> None:
+    class Interrupts(CoherentProgress):
+        def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
+            if part == "model.layers.1":  # the first one is saved by then
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(root / "model", tmp_path / "out", on_cluster(root), progress=Interrupts())
+    progress = CoherentProgress()
+    convert(root / "model", tmp_path / "out", on_cluster(root), progress=progress)
+    assert any("blocks already run" in note for note in progress.notes)
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_what_is_told_may_be_lost_or_come_again(
+    times: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the actor with the reports is lost, or a run of the model after it has told of a shard."""
+
+    class Unreliable(Session):
+        def lead(self, name: str, task: Callable[[Tell], Any], needs: object) -> None:
+            def tell(item: Any) -> None:
+                for _ in range(times if "released" in repr(item) else 1):
+                    self._on_told(item)
+
+            self._tasks.append((name, lambda: task(tell)))
+
+    monkeypatch.setattr(ThisMachine, "tasks", Unreliable)
+    progress = CoherentProgress()
+    convert(root / "model", tmp_path / "out", on_cluster(root), progress=progress)
+    shards = {path.name for path in (root / "model").glob("*.safetensors")}
+    assert {name for name in progress.outcomes if name.endswith(".safetensors")} == shards
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+
+def test_a_run_of_the_model_waits_for_one_that_was_lost(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock may outlive its machine for a while."""
+    lock = tmp_path / "out/int8/calibration/blocks.lock"
+    lock.parent.mkdir(parents=True)
+    held = os.open(lock, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with monkeypatch.context() as patch:
+        patch.setattr("int8cli.conversion.worker_job.LATE_S", 0.0)
+        with pytest.raises(OutputInUseError, match="running this model"):
+            convert(root / "model", tmp_path / "out", on_cluster(root))
+    waited: list[float] = []
+
+    def let_go(pause_s: float) -> None:
+        if pause_s == 0.25:  # the lock's own pause is shorter
+            os.close(held)
+            waited.append(pause_s)
+
+    monkeypatch.setattr("int8cli.conversion.worker_job.LOOK_AGAIN_S", 0.25)
+    monkeypatch.setattr("int8cli.conversion.worker_job.time.sleep", let_go)
+    convert(root / "model", tmp_path / "out", on_cluster(root))
+    assert waited
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+
+def test_room_is_asked_for_before_the_model_is_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+
+    def require_room(*args: Any) -> None:
+        asked.append(args[4] if len(args) > 4 else None)
+        if len(args) > 4:
+            raise DiskSpaceError("full")
+
+    monkeypatch.setattr("int8cli.conversion.convert.require_room", require_room)
+    with pytest.raises(DiskSpaceError):
+        convert(root / "model", tmp_path / "out", on_cluster(root))
+    assert asked[-1] == 0  # nothing is downloaded from a directory
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# Bad days
+
+
+def test_a_machine_without_room_stops_the_command_and_what_is_converted_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(tmp_path / "model", shards=4)
+    convert(model, tmp_path / "one", NONE)
+    calls: list[int] = []
+    allocate = os.posix_fallocate
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        calls.append(size)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(descriptor, start, size)
+
+    options = replace(NONE, ray="local")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(DiskSpaceError, match="not enough disk space"):
+            convert(model, tmp_path / "out", options)
+    records = [path.stat().st_mtime_ns for path in (tmp_path / "out/int8/records").glob("*.json")]
+    assert len(records) == 2
+    progress = CoherentProgress()
+    convert(model, tmp_path / "out", options, progress=progress)
+    assert len(progress.outcomes) == 2
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")

@@ -1,0 +1,132 @@
+"""The descent of a smoothing's exponents: the error that it expects, and that it keeps what it is told."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from int8cli.llm_int8.descent import ExpectedError
+from int8cli.llm_int8.matmul import InputScheme
+from int8cli.llm_int8.smoothing import ExponentRange, smoothed_output_error
+from int8cli.outliers.sampled_rows import SampledRows
+
+SCHEMES: tuple[InputScheme | None, ...] = ("absmax", "zeropoint", None)
+TOKENS, COLUMNS, ROWS = 200, 48, 40
+
+
+def uneven(shape: tuple[int, int], seed: int, spread: float = 1.5) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(torch.randn(shape[1], generator=generator) * spread)
+    return torch.randn(shape, generator=generator) * sizes
+
+
+def unlimited(columns: int = COLUMNS) -> ExponentRange:
+    return ExponentRange.unlimited(columns, torch.device("cpu"))
+
+
+def measured(inputs: Tensor, weights: Sequence[Tensor], exponents: Tensor, scheme: InputScheme | None) -> float:
+    return sum(smoothed_output_error(inputs, weight, exponents, scheme) for weight in weights)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_expected_error_is_about_what_is_measured(scheme: InputScheme | None, seed: int) -> None:
+    inputs = uneven((TOKENS, COLUMNS), seed, 0.5)
+    weights = [uneven((ROWS, COLUMNS), seed + 10 + place, 0.5) for place in (0, 1)]
+    exponents = torch.randint(-2, 3, (COLUMNS,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    expected = ExpectedError(inputs, weights, scheme)
+    for some in (torch.zeros_like(exponents), exponents):
+        assert expected.of(some) == pytest.approx(measured(inputs, weights, some, scheme), rel=0.15)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_step_of_a_descent_is_what_it_would_be_from_the_start(scheme: InputScheme | None) -> None:
+    """Sums and maxima are updated step by step; the end must be as if it had been the beginning."""
+    inputs, weights = uneven((TOKENS, COLUMNS), 1), [uneven((ROWS, COLUMNS), place) for place in (2, 3)]
+    expected, nothing = ExpectedError(inputs, weights, scheme), torch.zeros(COLUMNS, dtype=torch.int8)
+    found, before = expected.descended(nothing, unlimited()), nothing
+    while not torch.equal(found, before):
+        found, before = expected.descended(found, unlimited()), found
+    assert found.dtype == torch.int8
+    assert expected.of(found) < expected.of(nothing)
+    assert measured(inputs, weights, found, scheme) < measured(inputs, weights, nothing, scheme)
+    for column in range(0, COLUMNS, 5):
+        for step in (-1, 1):
+            moved = found.clone()
+            moved[column] += step
+            assert expected.of(moved) >= expected.of(found) * (1.0 - 1e-5)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_descent_stays_within_what_is_allowed(scheme: InputScheme | None) -> None:
+    inputs, weights = uneven((TOKENS, COLUMNS), 4), [uneven((ROWS, COLUMNS), 5)]
+    nothing = torch.zeros(COLUMNS, dtype=torch.int8)
+    free = ExpectedError(inputs, weights, scheme).descended(nothing, unlimited())
+    limits = ExponentRange(torch.full((COLUMNS,), -1), torch.full((COLUMNS,), 1))
+    limits.lowest[7] = limits.highest[7] = 0
+    found = ExpectedError(inputs, weights, scheme).descended(nothing, limits)
+    assert int(free.abs().max()) > 1
+    assert int(found.abs().max()) == 1
+    assert found[7] == 0
+
+
+def test_columns_of_a_group_move_together() -> None:
+    inputs, weights = uneven((TOKENS, COLUMNS), 6), [uneven((ROWS, COLUMNS), 7)]
+    group = torch.arange(COLUMNS) % 16 + 5  # any numbers
+    limits = unlimited()
+    limits.highest[3] = 0  # and with it 19 and 35
+    expected = ExpectedError(inputs, weights, "zeropoint", group)
+    found = expected.descended(torch.zeros(COLUMNS, dtype=torch.int8), limits)
+    assert all(len(set(found[group == number].tolist())) == 1 for number in group.unique())
+    assert int(found[19]) <= 0
+    alone = ExpectedError(inputs, weights, "zeropoint")
+    assert expected.of(found) == pytest.approx(alone.of(found), rel=1e-6)
+    assert alone.of(found) < alone.of(torch.zeros_like(found))
+
+
+def test_neither_the_dtype_nor_the_order_of_memory_matters() -> None:
+    """But for the rounding of sums, which may decide between two steps that are equally good."""
+    inputs, weight = uneven((TOKENS, COLUMNS), 8).bfloat16(), uneven((ROWS, COLUMNS), 9).bfloat16()
+    nothing = torch.zeros(COLUMNS, dtype=torch.int8)
+    one = ExpectedError(inputs, [weight], "zeropoint")
+    other = ExpectedError(inputs.float(), [weight.float().t().contiguous().t()], "zeropoint")
+    assert other.of(nothing) == pytest.approx(one.of(nothing), rel=1e-5)
+    found = one.of(one.descended(nothing, unlimited()))
+    assert one.of(other.descended(nothing, unlimited())) == pytest.approx(found, rel=0.02)
+
+
+def test_one_token_with_a_huge_output_does_not_decide_alone() -> None:
+    inputs, weights = uneven((TOKENS, COLUMNS), 10), [uneven((ROWS, COLUMNS), 11)]
+    nothing = torch.zeros(COLUMNS, dtype=torch.int8)
+    before = ExpectedError(inputs, weights, "absmax").of(nothing)
+    inputs[5] *= 1000.0
+    assert ExpectedError(inputs, weights, "absmax").of(nothing) == pytest.approx(before, rel=1e-5)
+
+
+def test_zeros_are_no_obstacle() -> None:
+    inputs, weight = uneven((TOKENS, COLUMNS), 12), uneven((ROWS, COLUMNS), 13)
+    inputs[3] = 0.0  # a token
+    inputs[:, 4], weight[:, 5], weight[6] = 0.0, 0.0, 0.0
+    nothing = torch.zeros(COLUMNS, dtype=torch.int8)
+    expected = ExpectedError(inputs, [weight], "zeropoint")
+    found = expected.descended(nothing, unlimited())
+    assert 0.0 < expected.of(found) < expected.of(nothing)
+    silent = ExpectedError(torch.zeros_like(inputs), [weight], "zeropoint")
+    assert silent.of(nothing) == 0.0
+    assert torch.equal(silent.descended(nothing, unlimited()), nothing)
+    single = ExpectedError(inputs[:, :1], [weight[:, :1]], "absmax")
+    assert torch.equal(single.descended(nothing[:1], unlimited(1)), nothing[:1])
+
+
+@pytest.mark.parametrize("calls", [[1000], [300, 300, 400], [1] * 40, [7, 0, 90]])
+def test_samples_are_evenly_spaced_over_all_rows(calls: list[int]) -> None:
+    total, most = sum(calls), 64
+    rows = torch.arange(float(total))[:, None].repeat(1, 3)
+    sampled = SampledRows(most)
+    for part in rows.split(calls):
+        sampled.add(part)
+    kept = sampled.rows()[:, 0]
+    stride = int(kept[1] - kept[0])
+    assert torch.equal(kept, torch.arange(0.0, total, stride))
+    assert min(total, most // 2) <= len(kept) <= most
