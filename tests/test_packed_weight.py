@@ -132,6 +132,8 @@ def test_a_layer_shows_its_packed_weight_as_an_int8_tensor() -> None:
     assert torch.equal(layer.weight, data)
     assert torch.equal(layer.weight[3:5, ::2].float(), data[3:5, ::2].float())
     assert torch.equal(layer.state_dict()["weight"].clone(), data)
+    assert layer.weight.tolist() == data.tolist()
+    assert layer.weight.numpy().tobytes() == layer.weight.cpu().contiguous().numpy().tobytes() == data.numpy().tobytes()
     assert sum(each.nelement() * each.element_size() for each in [layer.weight]) == data.numel()
     assert torch.equal(layer.dequantize(), layer_of(packing=False).dequantize())
 

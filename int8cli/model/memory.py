@@ -24,6 +24,12 @@ def return_memory_promptly(prompt_bytes: int = _PROMPT_BYTES) -> None:
         libc.mallopt(_M_ARENA_MAX, 1)  # only one strand runs at a time: the next reuses the memory that it frees
 
 
+def return_freed_memory() -> None:
+    """Return what malloc keeps of freed allocations to the system, once. Has no effect with other C libraries."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_bytes(device: str) -> int | None:
     """How many more bytes of a device's memory a process may use; None if unknown.
 

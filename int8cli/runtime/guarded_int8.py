@@ -76,6 +76,12 @@ class PackedInt8(GuardedInt8):
     def plain(self) -> Tensor:
         return self.packed.unpacked()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.plain().numpy(force=force)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.plain()
 
