@@ -1,131 +1,176 @@
-"""Prefill and decode of a model in 16 bit, in bitsandbytes' int8 and by load_model, in turns, in one process.
+"""Prefill and decode of a model: 16 bit, bitsandbytes, load_model, torchao and vLLM, in turns, each in its own process.
 
     python scripts/benchmark_inference.py demo/SmolLM2-135M-Instruct demo/SmolLM2-135M-Instruct-int8
     python scripts/benchmark_inference.py SOURCE INT8 --plain INT8_WITHOUT_COLUMNS --device cuda --json figures.json
+    python scripts/benchmark_inference.py SOURCE INT8 --compressed DIR --vllm-python .venv-vllm/bin/python
 
-`--plain` is a conversion without stored columns. A figure is the best of some rounds, in which the methods take turns,
-so that what else the machine does meets all of them. Times are of the process's CPU on a processor, of the clock on a
-GPU. vLLM and torchao have environments of their own: their figures are not made here.
+`--plain` is a conversion without stored columns, `--compressed` one in the layout compressed-tensors, for vLLM. vLLM
+and torchao are measured where the Python of an environment that has them is given. A figure is the best of some rounds,
+in which the methods take turns, one run at a time, so that what else the machine does meets all of them. With `--json`,
+rows that the file has already are kept unless they are measured again, so that `--rows` can measure some at a time.
+Ratios compare best within one run.
 """
 
 import argparse
 import json
-import time
-from collections.abc import Callable, Iterator
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
-from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.utils import logging
-
-import int8cli
 from int8cli.results.units import human_bytes
 
-CONTEXT = 32
 SIXTEEN_BIT = "transformers, 16 bit"
+_SUBJECT = Path(__file__).parent / "inference_subject.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the table: the method of `inference_subject.py`, on which directory, by which Python."""
+
+    name: str
+    method: str
+    directory: Path
+    python: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A method's best times in milliseconds, by batch for a decode step; what its weights take in memory."""
+    """A row's best times in milliseconds, by batch for a decode step. 0 bytes of weights are unknown."""
 
     method: str
     weights_bytes: int
+    peak_bytes: int
     prefill_ms: float
     decode_ms: dict[int, float]
 
-
-def methods(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Each method's name, and what loads its model."""
-    load = partial(AutoModelForCausalLM.from_pretrained, device_map={"": arguments.device})
-    ours = partial(int8cli.load_model, device=arguments.device)
-    yield SIXTEEN_BIT, partial(load, arguments.source, dtype="auto")
-    if not arguments.without_bitsandbytes:
-        yield "bitsandbytes, threshold 6", partial(load, arguments.int8)
-        without = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
-        yield "bitsandbytes, threshold 0", partial(load, arguments.source, quantization_config=without)
-    yield "load_model, zero-point", partial(ours, arguments.int8)
-    yield "load_model, absmax", partial(ours, arguments.int8, inputs="absmax")
-    if arguments.plain is not None:
-        yield "load_model, absmax, no columns", partial(ours, arguments.plain, inputs="absmax")
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> "Figures":
+        decode_ms = {int(batch): ms for batch, ms in document["decode_ms"].items()}
+        return cls(**{**document, "decode_ms": decode_ms})
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    """Of one run: CPU time on a processor, which other work does not add to; the clock on a GPU."""
-    if device == "cpu":
-        begin = time.process_time()
-        run()
-        return time.process_time() - begin
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def prefill(model: Any, tokens: int) -> Callable[[], object]:
-    ids = some_tokens(model, 1, tokens)
-    return lambda: model(ids, use_cache=False)
-
-
-def decode(model: Any, batch: int) -> Callable[[], object]:
-    """A step with a token for each of `batch` sequences, after a short context. The cache grows by it."""
-    ids = some_tokens(model, batch, CONTEXT)
-    cache = model(ids, use_cache=True).past_key_values
-    name = "cache" if "cache" in model.forward.__code__.co_varnames else "past_key_values"
-    return lambda: model(ids[:, -1:], use_cache=True, **{name: cache})
-
-
-def some_tokens(model: Any, batch: int, length: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(10, model.config.vocab_size - 1, (batch, length), generator=generator).to(model.device)
-
-
-def measure(models: dict[str, Any], arguments: argparse.Namespace) -> list[Figures]:
-    with torch.inference_mode():
-        prefills = in_turns({name: prefill(model, arguments.tokens) for name, model in models.items()}, arguments)
-        decodes = {
-            batch: in_turns({name: decode(model, batch) for name, model in models.items()}, arguments)
-            for batch in arguments.batches
-        }
-    return [
-        Figures(
-            name,
-            int(model.get_memory_footprint()),
-            1000 * prefills[name],
-            {batch: 1000 * times[name] for batch, times in decodes.items()},
-        )
-        for name, model in models.items()
+def rows(arguments: argparse.Namespace) -> list[Row]:
+    """All rows that the arguments allow, or those of `--rows`, in the order of the table."""
+    here, source, int8 = Path(sys.executable), arguments.source, arguments.int8
+    found = [
+        Row(SIXTEEN_BIT, "16 bit", source, here),
+        Row("bitsandbytes, threshold 6", "bitsandbytes", int8, here),
+        Row("bitsandbytes, threshold 0", "bitsandbytes, threshold 0", source, here),
+        Row("load_model, zero-point", "zeropoint", int8, here),
+        Row("load_model, absmax", "absmax", int8, here),
     ]
+    if arguments.plain is not None:
+        found.append(Row("load_model, zero-point, no columns", "zeropoint", arguments.plain, here))
+        found.append(Row("load_model, absmax, no columns", "absmax", arguments.plain, here))
+    if arguments.torchao_python is not None:
+        found.append(Row("torchao, int8 dynamic", "torchao", source, arguments.torchao_python))
+    if arguments.vllm_python is not None:
+        found.append(Row("vLLM, 16 bit", "vllm", source, arguments.vllm_python))
+        if arguments.compressed is not None:
+            found.append(Row("vLLM, int8", "vllm", arguments.compressed, arguments.vllm_python))
+    if arguments.rows is None:
+        return found
+    unknown = set(arguments.rows) - {row.name for row in found}
+    if unknown:
+        sys.exit(f"no such row: {', '.join(sorted(unknown))}. Rows: {'; '.join(row.name for row in found)}")
+    return [row for row in found if row.name in arguments.rows]
 
 
-def in_turns(runs: dict[str, Callable[[], object]], arguments: argparse.Namespace) -> dict[str, float]:
-    """The best of all rounds for each, the methods taking turns; what runs for the first time is not counted."""
-    for run in runs.values():
-        run()
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(arguments.rounds):
-        for name, run in runs.items():
-            best[name] = min(best[name], seconds(run, arguments.device))
+class Running:
+    """A row's process, waiting for something to measure. Ends with the `with` block."""
+
+    def __init__(self, row: Row, arguments: argparse.Namespace) -> None:
+        threads = str(arguments.threads)
+        command = [row.python, _SUBJECT, row.method, row.directory, arguments.device, threads]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": threads, "TRANSFORMERS_VERBOSITY": "error"},
+        )
+        self.row, self.peak_bytes = row, 0
+        self.weights_bytes = int(self._answer()["weights_bytes"])
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def seconds(self, what: str, size: int) -> float:
+        assert self._process.stdin is not None
+        print(json.dumps([what, size]), file=self._process.stdin, flush=True)
+        answer = self._answer()
+        self.peak_bytes = int(answer["peak_bytes"])
+        return float(answer["seconds"])
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.row.name}: ended with exit code {self._process.wait()}")
+        answer: dict[str, float] = json.loads(line)
+        return answer
+
+
+def measure(chosen: Sequence[Row], arguments: argparse.Namespace) -> list[Figures]:
+    with ExitStack() as stack:
+        running = [stack.enter_context(Running(row, arguments)) for row in chosen]
+        prefill = in_turns(running, "prefill", arguments.tokens, arguments.rounds)
+        decode = {batch: in_turns(running, "decode", batch, arguments.rounds) for batch in arguments.batches}
+        return [
+            Figures(
+                each.row.name,
+                each.weights_bytes,
+                each.peak_bytes,
+                1000 * prefill[each.row.name],
+                {batch: 1000 * times[each.row.name] for batch, times in decode.items()},
+            )
+            for each in running
+        ]
+
+
+def in_turns(running: Sequence[Running], what: str, size: int, rounds: int) -> dict[str, float]:
+    """The best of all rounds for each, the rows taking turns. What runs for the first time is not counted."""
+    for each in running:
+        each.seconds(what, size)
+    best = {each.row.name: float("inf") for each in running}
+    for _ in range(rounds):
+        for each in running:
+            best[each.row.name] = min(best[each.row.name], each.seconds(what, size))
     return best
 
 
-def show(found: list[Figures]) -> None:
-    """Milliseconds, and how many times as fast as 16 bit."""
-    base = next(each for each in found if each.method == SIXTEEN_BIT)
-    batches = list(base.decode_ms)
-    print("| | weights | prefill, ms | " + " | ".join(f"decode, batch {batch}, ms" for batch in batches) + " |")
-    print("|---" * (3 + len(batches)) + "|")
+def merged(found: Sequence[Figures], file: Path) -> list[Figures]:
+    """`found` and the rows of the file that are not in it; the file is written again."""
+    before = [Figures.of(each) for each in json.loads(file.read_text())] if file.exists() else []
+    new = {each.method: each for each in found}
+    rows = [new.pop(each.method, each) for each in before] + list(new.values())
+    file.write_text(json.dumps([asdict(each) for each in rows], indent=2) + "\n")
+    return rows
+
+
+def show(found: Sequence[Figures]) -> None:
+    """Milliseconds and, where 16 bit is among the rows, how many times as fast as that."""
+    base = next((each for each in found if each.method == SIXTEEN_BIT), None)
+    batches = sorted(found[0].decode_ms)
+    print("| | weights | peak | prefill | " + " | ".join(f"decode, batch {batch}" for batch in batches) + " |")
+    print("|---" * (4 + len(batches)) + "|")
     for each in found:
-        cells = [f"{each.prefill_ms:,.0f} ({base.prefill_ms / each.prefill_ms:.2f})"]
-        cells += [
-            f"{each.decode_ms[batch]:,.1f} ({base.decode_ms[batch] / each.decode_ms[batch]:.2f})" for batch in batches
-        ]
-        print(f"| {each.method} | {human_bytes(each.weights_bytes)} | " + " | ".join(cells) + " |")
+        cells = [human_bytes(each.weights_bytes) if each.weights_bytes else "", human_bytes(each.peak_bytes)]
+        cells.append(cell(each.prefill_ms, base.prefill_ms if base else None, 0))
+        cells += [cell(each.decode_ms[batch], base.decode_ms[batch] if base else None, 1) for batch in batches]
+        print(f"| {each.method} | " + " | ".join(cells) + " |")
+
+
+def cell(ms: float, base_ms: float | None, digits: int) -> str:
+    return f"{ms:,.{digits}f}" + ("" if base_ms is None else f" ({base_ms / ms:.2f})")
 
 
 def main() -> None:
@@ -133,23 +178,19 @@ def main() -> None:
     parser.add_argument("source", type=Path)
     parser.add_argument("int8", type=Path)
     parser.add_argument("--plain", type=Path)
+    parser.add_argument("--compressed", type=Path)
+    parser.add_argument("--vllm-python", type=Path)
+    parser.add_argument("--torchao-python", type=Path)
+    parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--without-bitsandbytes", action="store_true")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    getLogger("bitsandbytes").setLevel("ERROR")
-    found = measure({name: load().eval() for name, load in methods(arguments)}, arguments)
-    show(found)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([asdict(each) for each in found], indent=2) + "\n")
+    found = measure(rows(arguments), arguments)
+    show(found if arguments.json is None else merged(found, arguments.json))
 
 
 if __name__ == "__main__":

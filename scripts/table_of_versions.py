@@ -5,6 +5,7 @@ Each of the other environments opens them, and also quantizes the source on load
 
     python scripts/table_of_versions.py .venv-457/bin/python .venv-500/bin/python .venv/bin/python
     python scripts/table_of_versions.py --only llama,bert .venv/bin/python    a few architectures, printed only
+    python scripts/table_of_versions.py --families .venv-457/bin/python       one of every family, printed only
 
 An environment needs torch, transformers, bitsandbytes and accelerate, for the last two columns also what int8cli needs
 (int8cli itself is that of this clone), and for compressed-tensors also that package. Takes about two minutes per
@@ -52,20 +53,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pythons", nargs="+", help="the interpreter of each environment, oldest transformers first")
     parser.add_argument("--only", default="", help="architectures, separated by commas; nothing is written then")
+    parser.add_argument("--families", action="store_true", help="one model of every family instead; nothing is written")
     parser.add_argument("--cases", type=Path, help="where to put the cases; those that are there are used again")
     parser.add_argument("--outcomes", type=Path, help="the same for what became of them, a file for each interpreter")
     options = parser.parse_args()
+    os.environ["PYTHONPATH"] = str(ROOT)  # int8cli is that of this clone, in every environment
     with tempfile.TemporaryDirectory() as scratch:
         cases = options.cases or Path(scratch)
         if not any(cases.glob("*/case.json")):
             only = list(filter(None, options.only.split(",")))
-            subprocess.run([sys.executable, PROGRAMS / "cases.py", cases, *only], check=True, capture_output=True)
+            program = PROGRAMS / ("families.py" if options.families else "cases.py")
+            subprocess.run([sys.executable, program, cases, *only], check=True, capture_output=not options.families)
         outcomes = options.outcomes or Path(scratch) / "outcomes"
         outcomes.mkdir(parents=True, exist_ok=True)
         environments = [tried(python, cases, outcomes) for python in options.pythons]
     page = "\n".join(page_of(environments))
     print(page)
-    if not options.only:
+    if not options.only and not options.families:
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.write_text(page.rstrip() + "\n", encoding="utf-8")
 
@@ -74,11 +78,10 @@ def tried(python: str, cases: Path, outcomes: Path) -> tuple[dict[str, str | Non
     """The packages of one environment, and the outcome of each case in it."""
     saved = outcomes / f"{python.strip('./').replace('/', '_')}.jsonl"
     if not saved.exists():
-        this_int8cli = os.environ | {"PYTHONPATH": str(ROOT)}
         imports = [python, "-c", "import int8cli.cli"]
-        runs = subprocess.run(imports, capture_output=True, check=False, env=this_int8cli).returncode == 0
+        runs = subprocess.run(imports, capture_output=True, check=False).returncode == 0
         command = [python, str(PROGRAMS / "loading.py"), str(cases), *(["--run"] if runs else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=this_int8cli)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise SystemExit(f"{python}: {done.stderr.strip()[-2000:]}")
         saved.write_text(done.stdout, encoding="utf-8")

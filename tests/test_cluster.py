@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from support.calibration_models import make_model, some_text
 from support.one_machine import Session, Tell, ThisMachine
-from support.program import llama, tree
+from support.program import Nursery, llama, tree
 from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, convert
+from int8cli.cli.optional_value import _completed
 from int8cli.errors import DiskSpaceError, OutputInUseError
 
 NONE = ConvertOptions(outliers="none")
@@ -43,6 +44,41 @@ def running(root: Path, **changes: Any) -> ConvertOptions:
 
 def on_cluster(root: Path) -> ConvertOptions:
     return running(root, ray="local")
+
+
+# The address
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("m --ray", "m --ray=here"),
+        ("--ray m", "--ray=here m"),
+        ("--ray s3://bucket/m -o out", "--ray=here s3://bucket/m -o out"),
+        ("m --ray -o out", "m --ray=here -o out"),
+        ("--ray auto m", "--ray auto m"),
+        ("--ray local m", "--ray local m"),
+        ("--ray node1:6379 m", "--ray node1:6379 m"),
+        ("--ray [::1]:6379 m", "--ray [::1]:6379 m"),
+        ("--ray ray://node1:10001 m", "--ray ray://node1:10001 m"),
+        ("--ray=node1 m", "--ray=node1 m"),
+        ("-- --ray", "-- --ray"),
+    ],
+)
+def test_an_address_may_be_left_out(words: str, completed: str) -> None:
+    """Typer has no options whose value may be left out. What follows is one only if it has the form of an address."""
+    assert list(_completed(words.split())) == completed.split()
+
+
+def test_the_command_line_takes_it_without_an_address(root: Path, nursery: Nursery, tmp_path: Path) -> None:
+    assert "--ray [ADDRESS]" in nursery.run("convert", "--help", cwd=tmp_path).out
+    command = ("convert", "--ray", root / "model", "-o", "out", "--outliers", "none")
+    outcome = nursery.run(*command, cwd=tmp_path, env={"RAY_ADDRESS": "127.0.0.1:1"})
+    assert outcome.code == 1, outcome
+    assert "error: a cluster needs Ray" in outcome.err or "error: no Ray cluster at 'here'" in outcome.err
+
+
+# The model is run for the columns
 
 
 def test_shards_are_converted_as_the_run_of_the_model_releases_them(root: Path, tmp_path: Path) -> None:
@@ -127,6 +163,9 @@ def test_room_is_asked_for_before_the_model_is_run(root: Path, tmp_path: Path, m
         convert(root / "model", tmp_path / "out", on_cluster(root))
     assert asked[-1] == 0  # nothing is downloaded from a directory
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# Bad days
 
 
 def test_a_machine_without_room_stops_the_command_and_what_is_converted_stays(

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -179,6 +180,18 @@ def test_few_descriptors_are_no_traceback(limit: int, model: Path, tmp_path: Pat
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=120)
     assert ended.returncode in (0, 1), ended.stderr.decode()
     assert b"Traceback" not in ended.stderr, ended.stderr.decode()
+
+
+def test_a_thread_that_is_refused_is_an_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> int:
+        raise RuntimeError("can't start new thread")
+
+    for name in ("_start_new_thread", "_start_joinable_thread"):  # the second from Python 3.13 on
+        if hasattr(threading, name):
+            monkeypatch.setattr(threading, name, refuse)
+    for run in (lambda: convert(model, tmp_path / "out", PLAIN), lambda: estimate_memory(model)):
+        with pytest.raises(SystemRefusalError, match="another thread"):
+            run()
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "~nobody-of-this-name/m", "loop"])

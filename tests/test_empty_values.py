@@ -1,4 +1,4 @@
-"""Every option and argument refuses an empty value: `-o "$UNSET"` does not write to the current directory."""
+"""Every option and argument refuses an empty value, so that `-o "$UNSET"` does not write to the current directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +61,12 @@ def test_a_list_of_nothing_names_no_method() -> None:
     assert "names no method" in ended.output
 
 
-def test_the_library_refuses_an_empty_output() -> None:
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [("", "empty"), ("a\0b", "null byte"), ("s3://bucket/m", "address"), (Path("gs://b/m"), "address")],
+)
+def test_the_library_refuses_an_output_that_is_no_directory(output: str | Path, words: str) -> None:
     for call in (int8cli.convert, int8cli.plan_conversion, int8cli.dequantize):
-        with pytest.raises(OptionError, match="empty") as caught:
-            call("x", "")
+        with pytest.raises(OptionError, match=words) as caught:
+            call("x", output)
         assert caught.value.option == "output"

@@ -16,6 +16,7 @@ TOKENS, ENCODER_TOKENS, BATCH = 13, 11, 2
 _GQA = LISTED["qwen3"].arguments
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1}
 _SLIDING = {**_GQA, "sliding_window": 6}
+_INDEXED = {**LISTED["deepseek_v3"].arguments, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 4}
 
 VARIANTS = {
     "falcon-multi-head": Tiny(
@@ -94,6 +95,19 @@ VARIANTS = {
             "laurel_rank": 4,
         },
     ),
+    "deepseek_v32": Tiny("DeepseekV32ForCausalLM", "DeepseekV32Config", _INDEXED),
+    "glm_moe_dsa": Tiny("GlmMoeDsaForCausalLM", "GlmMoeDsaConfig", _INDEXED),
+    "gemma4": Tiny(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        {
+            **_SLIDING,
+            "num_hidden_layers": 6,
+            "vocab_size_per_layer_input": 99,
+            "hidden_size_per_layer_input": 8,
+            "per_layer_config": {5: {"head_dim": 16}},
+        },
+    ),
     "minicpm3": Tiny("MiniCPM3ForCausalLM", "MiniCPM3Config", LISTED["deepseek_v3"].arguments),
     "glm4_moe_lite": Tiny("Glm4MoeLiteForCausalLM", "Glm4MoeLiteConfig", LISTED["deepseek_v3"].arguments),
 }
@@ -130,7 +144,7 @@ def cached_bytes(found: object) -> int:
     if hasattr(found, "self_attention_cache") and hasattr(found, "cross_attention_cache"):
         return cached_bytes(found.self_attention_cache) + cached_bytes(found.cross_attention_cache)
     if hasattr(found, "layers"):
-        kept = ("keys", "values", "conv_states", "recurrent_states")
+        kept = ("keys", "values", "indexer_keys", "conv_states", "recurrent_states")
         return sum(cached_bytes(getattr(layer, name, None)) for layer in found.layers for name in kept)
     return 0
 
@@ -166,6 +180,7 @@ def estimated_bytes(config: dict[str, Any]) -> int:
 
 # What the caches of transformers before 5.23 (seen in 5.0.0) do not have or do otherwise.
 BEFORE_5_23 = {
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "gemma4"), "is not the class of today"),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite"), "caches the keys and values of all heads"),
     **dict.fromkeys(("mamba", "mamba2", "falcon_mamba", "jamba", "qwen3_next", "lfm2"), "has a cache of another kind"),
     **dict.fromkeys(("zamba", "falcon_h1", "granitemoehybrid", "bamba"), "makes no cache unless it is given one"),
@@ -187,7 +202,7 @@ def test_the_estimate_equals_the_cache_of_transformers(name: str) -> None:
         *(
             name
             for name, tiny in VARIANTS.items()
-            if is_known(tiny) and "layer_types" in config_of(tiny)[1] and name != "granitemoehybrid"
+            if is_known(tiny) and "layer_types" in config_of(tiny)[1] and name not in ("granitemoehybrid", "gemma4")
         ),
         *("gemma2", "qwen2", "zamba"),
     ],

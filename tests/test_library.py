@@ -171,6 +171,20 @@ def test_a_second_call_resumes(root: Path, tmp_path: Path) -> None:
     assert progress.under_way() == []
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_columns_are_announced_after_what_resumes_and_if_any_are_chosen(root: Path, tmp_path: Path, lost: int) -> None:
+    options = ConvertOptions(outliers="weights")
+    convert(root / "model", tmp_path / "out", options)
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    for shard in shards[:lost]:
+        shard.unlink()
+    progress = CoherentProgress()
+    convert(root / "model", tmp_path / "out", options, progress=progress)
+    resuming, *later = progress.notes[1:]
+    assert resuming == f"resuming: {len(shards) - lost} of {len(shards)} shards already converted"
+    assert [line.partition(" from")[0] for line in later] == ["Choosing outlier columns"] * lost
+
+
 def test_workers_report_as_one_process_does(tmp_path: Path, progress: CoherentProgress) -> None:
     model = llama(tmp_path / "model", shards=3)
     convert(model, tmp_path / "out", ConvertOptions(outliers="weights", workers=2), progress=progress)

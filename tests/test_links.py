@@ -1,20 +1,25 @@
 """Planted links in an output or a source never lead outside."""
 
+import dataclasses
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from support.hub_stand_in import HubStandIn
 from support.program import llama, tree
 
 from int8cli import ConvertOptions, convert, verify
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.hub import HubOptions, HubSource
+from int8cli.checkpoint.lock import is_held
 from int8cli.checkpoint.own_files import name_aside, opened_directory, remove_tree
 from int8cli.checkpoint.writer import write_file
 from int8cli.commands.options import VerifyOptions
 from int8cli.conversion.announce import TASK
-from int8cli.errors import OutputError, SourceError
+from int8cli.errors import Int8cliError, OutputError, SavedStateError, SourceError
 from int8cli.model.saved_states import SavedStates
 from int8cli.progress import SilentProgress
 
@@ -320,3 +325,48 @@ def test_no_directory_outside_is_opened_or_removed(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not inside"):
         remove_tree(outside, tmp_path / "out")
     assert (tmp_path / "elsewhere").is_dir()
+
+
+# Pipes: to open one waits for its other end, which never comes
+
+
+@pytest.mark.parametrize("name", ["partial", "incoming", "calibration", "parts", "uploads", "records"])
+def test_a_pipe_in_the_place_of_a_directory_of_ours_ends_no_run(name: str, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    convert(model, output, PLAIN)
+    right = tree(output)
+    pipe = output / "int8" / name
+    shutil.rmtree(pipe, ignore_errors=True)
+    os.mkfifo(pipe)
+    for options in (PLAIN, dataclasses.replace(PLAIN, part=(1, 1))):
+        with suppress(Int8cliError):
+            convert(model, output, options)
+    pipe.unlink()
+    convert(model, output, dataclasses.replace(PLAIN, overwrite=True))
+    assert tree(output) == right
+
+
+def test_a_pipe_in_the_place_of_our_directory_is_an_error(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    os.mkfifo(tmp_path / "output/int8")
+    for options in (PLAIN, dataclasses.replace(PLAIN, part=(1, 1)), dataclasses.replace(PLAIN, overwrite=True)):
+        with pytest.raises(OutputError):
+            convert(model, tmp_path / "output", options)
+
+
+def test_a_pipe_in_the_place_of_a_saved_state_is_an_error(tmp_path: Path) -> None:
+    directory = tmp_path / "blocks"
+    states = SavedStates(directory, {"run": 1})
+    states.put("layers", "0", 1, 0, {"hidden": torch.ones(2)})
+    states.finish("layers", "0", 1)
+    (saved,) = directory.rglob("*.pt")
+    saved.unlink()
+    os.mkfifo(saved)
+    with pytest.raises(SavedStateError, match="not a regular file"):
+        states.get("layers", 0)
+    states.close()
+
+
+def test_a_pipe_is_no_part(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert not is_held(tmp_path / "pipe")

@@ -136,6 +136,13 @@ def test_a_layer_shows_its_packed_weight_as_an_int8_tensor() -> None:
     assert torch.equal(layer.dequantize(), layer_of(packing=False).dequantize())
 
 
+def test_copies_of_a_packed_tensor_are_plain_tensors() -> None:
+    state = layer_of().state_dict()
+    for copied in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert type(copied["weight"]) is torch.Tensor
+        assert torch.equal(copied["weight"], int8_of("normal", 24, 40))
+
+
 @pytest.mark.parametrize(
     "copied",
     [

@@ -103,9 +103,9 @@ def test_parts_at_the_same_time_and_twice(user: User, converted: Path) -> None:
 def test_a_part_killed_at_any_step_goes_on(user: User, converted: Path) -> None:
     command = ("convert", SOURCE, "-o", "out", "--outliers", "none", *STREAM, "-q")
     assert part(user, 2, 2, "-q").code == 0
-    assert until_done(user, lambda: user.start(*command, "--part", "1/2"), every=2) > 4
+    assert until_done(user, lambda: user.start(*command, "--part", "1/2"), every=3) > 3
     assert user.hub.commits == []
-    assert until_done(user, lambda: user.start(*command, "--finish"), every=2) > 4
+    assert until_done(user, lambda: user.start(*command, "--finish"), every=3) > 3
     assert_whole(user, converted)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from support.calibration_models import make_model
 from support.one_machine import ThisMachine
 from support.program import LIMIT_S, Nursery, llama, outcome_of, run, start, tree, wait_until
+from support.progress import CoherentProgress
 
 import int8cli
 from int8cli.checkpoint.hub import HubOptions, RetryPolicy
@@ -460,6 +462,18 @@ def test_a_shard_that_another_process_sent_and_removed_meanwhile(store: Store, m
     int8cli.convert("store://bucket/model", tmp_path / "out", options)
     assert overtaken == SHARDS[:1]
     int8cli.convert("store://bucket/model", tmp_path / "out", streaming(finish=True))
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_a_fallback_pushes_too(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model turns out not to fit into memory; columns come from the weights then, and go to the same place."""
+    small = make_model("llama", tmp_path / "model", max_shard_size="12KB")
+    int8cli.convert(small, tmp_path / "local", replace(OPTIONS, outliers="weights"))
+    monkeypatch.setattr("int8cli.outliers.calibrate.available_bytes", lambda device: 1)
+    options = replace(OPTIONS, outliers="auto", push_to="store://bucket/out", retry_for=0.0)
+    progress = CoherentProgress()
+    int8cli.convert(small, tmp_path / "out", options, progress=progress)
+    assert any("falling back to the weights" in note for note in progress.notes)
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
 
 

@@ -94,3 +94,44 @@ def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="not a regular file"):
         load_statistics(tmp_path / "pipe")
+
+
+def figure(name: str, value: float) -> Callable[[Any, dict[str, torch.Tensor]], object]:
+    """Sets the first value of a tensor."""
+
+    def change(document: Any, tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][0] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (figure("h.0.q.weight_error", -1.0), "h.0.q.weight_error has negative numbers"),
+        (figure("h.0.q.weight_error", float("nan")), "h.0.q.weight_error is not made of finite numbers"),
+        (figure("h.0.input.mean_square", float("inf")), "h.0.input.mean_square is not made of finite numbers"),
+        (figure("h.0.input.absmax_position", -1), "h.0.input.absmax_position has negative numbers"),
+        (
+            lambda d, t: t.update({"h.0.input.mean_square": t["h.0.input.mean_square"].double()}),
+            "h.0.input.mean_square is not made of finite numbers",
+        ),
+        (
+            lambda d, t: d["sites"][0]["linears"][0].update(weight_sum_squares=float("inf")),
+            r"sites\[0\].linears\[0\].weight_sum_squares is inf",
+        ),
+        (lambda d, t: d["sites"][0].update(mean_squared_rowmax=float("inf")), r"sites\[0\].mean_squared_rowmax is inf"),
+    ],
+)
+def test_figures_that_cannot_be_are_refused(
+    change: Callable[[Any, dict[str, torch.Tensor]], object], message: str, file: Path
+) -> None:
+    rewritten(file, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_statistics(file)
+
+
+def test_the_mean_square_of_the_largest_inputs_is_finite(file: Path) -> None:
+    inputs = InputStatistics(2)
+    inputs.update(torch.full((1, 3, 2), torch.finfo(torch.float32).max))
+    assert bool(torch.isfinite(inputs.summary().mean_square).all())

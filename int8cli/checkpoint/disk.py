@@ -1,6 +1,7 @@
 """Errors of the operating system, translated into ours. Owns their messages."""
 
 import errno
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,10 +51,21 @@ def system_errors() -> Iterator[None]:
             hint=_MORE_MEMORY,
         ) from error
     except (ImportError, ValueError, RuntimeError) as error:
-        refusal = _refused_import(error)
+        refusal = _refused_thread(error) or _refused_import(error)
         if refusal is None:
             raise
         raise refusal from error
+
+
+def _refused_thread(error: BaseException) -> SystemRefusalError | None:
+    """The error to show if the system refused a thread, for which Python has a RuntimeError; None for any other."""
+    codes = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not isinstance(error, RuntimeError) or threading.Thread.start.__code__ not in codes:
+        return None
+    return SystemRefusalError(
+        "the system does not give this process another thread",
+        hint="Close other programs, or raise the limits on threads and memory (ulimit -u, ulimit -v).",
+    )
 
 
 def _refused_import(error: BaseException) -> SystemRefusalError | None:

@@ -11,8 +11,9 @@ from typing import Any
 
 from int8cli.errors import CheckpointError, CorruptShardError
 
-# Our own bounds, so that a header is read in seconds and a few hundred MB. Today's largest models have 140,000 tensors
-# in all of their files together. A header has eight numbers and strings for each tensor.
+# Our own bounds, so that a conversion takes seconds and hundreds of MB beside its weights (docs/limits.md has figures).
+# Today's largest models have 140,000 tensors in all of their files together. A header has eight numbers and strings for
+# each tensor.
 MOST_TENSORS = 1 << 18
 _MOST_VALUES = 1 << 21
 

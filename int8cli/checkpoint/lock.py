@@ -56,7 +56,7 @@ def refuse_while_locked(path: Path, in_use: str, hint: str) -> None:
     On a disk without locks nobody has it.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would block for ever
     except FileNotFoundError:
         return
     except OSError as error:
@@ -124,7 +124,7 @@ def is_held(path: Path) -> bool:
     False for a file that does not exist.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return os.path.lexists(path)
     try:

@@ -99,8 +99,18 @@ class ObjectStore:
         The object appears once it is complete.
         """
         path = self.path_of(file_name)
-        self.call(lambda: self._fs.put_file(str(local), path), f"{self.name}: {file_name}")
+        self.call(lambda: self._put(str(local), path), f"{self.name}: {file_name}")
         return self.ask(file_name, path)
+
+    def _put(self, local: str, path: str) -> None:
+        """Write a file. A file system with directories gets those below the address, and never a bucket."""
+        try:
+            self._fs.put_file(local, path)
+        except FileNotFoundError:
+            if not self._fs.isdir(self._root.rpartition("/")[0]):
+                raise
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(local, path)
 
     def remove(self, file_name: str) -> None:
         """Remove an object, if it is there."""
@@ -168,7 +178,7 @@ def _opened(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise ModelNotFoundError(
             f"{shown_address(url)}: {_said(error)}",
-            hint="MODEL is a Hub id (org/name), a directory, or an address as s3://…",
+            hint="MODEL is a Hub id (org/name), a directory, or an address.",
         ) from error
     except Exception as error:  # whatever a driver raises that parses the address, or connects at once
         raise TransferError(
@@ -191,7 +201,7 @@ def _refuse_final(error: Exception, what: str, url: str) -> None:
     if isinstance(error, _OF_THE_DRIVER):
         raise TransferError(
             f"{what}: the file system that fsspec has for it failed: {type(error).__name__}: {_said(error)}",
-            hint="It may have got an answer that it does not expect. Check the address and its package's version.",
+            hint="It may have got an answer that it does not expect. Check the address and its package.",
         ) from error
 
 

@@ -106,12 +106,13 @@ def sync_files(directory: Path, below: Path) -> None:
 
 
 def remove_tree(directory: Path, below: Path) -> None:
-    """Remove a directory of ours. Errors are ignored. Links are neither followed nor removed.
+    """Remove a directory of ours. Errors are ignored. Links and what is no directory are neither followed nor removed.
 
     Raises OutputError if the directory is not below `below`.
     """
     _parts_below(directory, below)
     with suppress(OSError, OutputError), opened_directory(directory.parent, below) as parent:
+        os.close(_open_real(directory.name, parent, directory))  # rmtree itself would wait for a pipe's other end
         shutil.rmtree(directory.name, ignore_errors=True, dir_fd=parent)
 
 

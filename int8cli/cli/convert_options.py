@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from int8cli.cli.options import LayoutName, complete_path
+from int8cli.workers.ray_addresses import AUTO, HERE, LOCAL
 
 
 class Float32(enum.StrEnum):
@@ -186,6 +187,13 @@ Part = Annotated[
 Finish = Annotated[
     bool, typer.Option("--finish", help="Convert nothing: write index, config, card and report after all parts.")
 ]
+
+
+def complete_address(incomplete: str) -> Iterator[str]:
+    """The words that stand for an address."""
+    yield from (word for word in (AUTO, HERE, LOCAL) if word.startswith(incomplete))
+
+
 OnRay = Annotated[
     str | None,
     typer.Option(
@@ -194,5 +202,6 @@ OnRay = Annotated[
         help="Convert the shards on a Ray cluster: at HOST:PORT, auto for the one that runs here, local for a new one; "
         "without ADDRESS the one that runs here, or else a new one. Its machines must see the output under one path.",
         show_default="this machine",
+        autocompletion=complete_address,
     ),
 ]

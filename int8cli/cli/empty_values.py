@@ -3,6 +3,8 @@
 An empty path would be the current directory, and an empty list the default.
 """
 
+from typing import Any
+
 import typer
 from typer.core import TyperCommand
 
@@ -13,11 +15,13 @@ _MAY_BE_EMPTY = frozenset({"prompt"})
 class Command(TyperCommand):
     """A command that refuses empty values before any value is converted."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    # typer's releases have their click in different places, and with it the type of a context.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises typer.BadParameter, which names the option or argument."""
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        parameter: Any
         for parameter in self.get_params(ctx):
-            value = given.get(parameter.name or "")
+            value = given.get(parameter.name)
             values = value if isinstance(value, (list, tuple)) else (value,)
             if "" in values and parameter.name not in _MAY_BE_EMPTY:
                 raise typer.BadParameter("it is empty", ctx=ctx, param=parameter)

@@ -55,7 +55,7 @@ def shows_errors(
             except BrokenPipeError:  # the reader of stdout went away (`| head`)
                 _forget_stdout()
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
-            except (OSError, MemoryError, ImportError) as error:  # raised outside the library functions
+            except (OSError, MemoryError, ImportError, RuntimeError) as error:  # raised outside the library functions
                 refusal = _refusal(error)
                 show_error(refusal, hint_for(refusal, hints))
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
@@ -121,7 +121,7 @@ def _ended_by(otherwise: int) -> int:
     return otherwise if number is None else 128 + number
 
 
-def _refusal(error: OSError | MemoryError | ImportError) -> Int8cliError:
+def _refusal(error: OSError | MemoryError | ImportError | RuntimeError) -> Int8cliError:
     try:
         with system_errors():
             raise error

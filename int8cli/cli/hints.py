@@ -6,7 +6,9 @@ The hint of the nearest class in the command's table is added to the error's own
 from int8cli import errors
 from int8cli.cli.errors import Hints
 
-_MAKE_STATISTICS = "int8cli inspect-outliers MODEL --output FILE.safetensors writes them."
+_MAKE_STATISTICS = (
+    "int8cli inspect-outliers MODEL --output FILE.safetensors writes them; with --smooth, what to smooth too."
+)
 _BY_WEIGHTS = "--outliers weights chooses the columns without running the model."
 _FROM_WEIGHTS = "--from weights works without running the model."
 _SMALLER_RUN = "--sequence-length N uses shorter sequences, --device cpu needs no GPU."

@@ -6,8 +6,7 @@ Owns when a word after the option is its value.
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-
-import typer
+from typing import Any
 
 from int8cli.cli.empty_values import Command
 from int8cli.workers.ray_addresses import AUTO, HERE, LOCAL
@@ -19,7 +18,7 @@ _ADDRESS = re.compile(rf"{AUTO}|{LOCAL}|{HERE}|ray://.+|.*[^:]:\d+")
 class ConvertCommand(Command):
     """`--ray` without an address means HERE."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_completed(args)))
 
 

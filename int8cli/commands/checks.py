@@ -46,7 +46,9 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("layout", options.layout, LAYOUTS)
     _check_choice("inputs", options.inputs, get_args(InputsName))
     if layout_of(options.layout, options.inputs) is None:
-        raise OptionError(f"the layout {options.layout} cannot say {options.inputs!r} to loaders", option="inputs")
+        able = " and ".join(name for name in LAYOUTS if layout_of(name, options.inputs) is not None)
+        message = f"the layout {options.layout} cannot say {options.inputs!r} to loaders; {able} can"
+        raise OptionError(message, option="inputs")
     _check_choice("float32", options.float32, ("direct", "float16"))
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
     _check_threshold(options.threshold)

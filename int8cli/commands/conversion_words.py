@@ -15,7 +15,7 @@ from int8cli.results.units import human_bytes, human_seconds, percent
 
 def first_line(survey: Survey, output: Path, push: Push | None, part: PartRun | None) -> str:
     """The source, where it goes, and the sizes of both; for a part, also its own."""
-    to = str(output) if push is None else f"{output} and {push.target.label}"
+    to = str(output) if push is None else f"{output} and {push.label}"
     line = f"{survey.identity.name}: {sizes_of(survey)} → {to}: {human_bytes(survey.output_bytes)}"
     if part is not None and part.share is not None:
         line += f"; {part.share}: {sizes_of(shards_of(part, survey))}"

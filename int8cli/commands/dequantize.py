@@ -6,7 +6,7 @@ from int8cli.checkpoint.disk import system_errors
 from int8cli.commands.checks import check_dequantize
 from int8cli.commands.first_words import announce_duration
 from int8cli.commands.options import DequantizeOptions
-from int8cli.commands.places import not_empty
+from int8cli.commands.places import output_directory
 from int8cli.estimate.ways import restoring_s
 from int8cli.progress import SILENT, Progress
 from int8cli.results.dequantization import Dequantization
@@ -34,7 +34,7 @@ def dequantize(
     DiskSpaceError, CheckpointError.
     """
     check_dequantize(options)
-    directory, output = Path(directory), not_empty(output)
+    directory, output = Path(directory), output_directory(output)
     conversion = conversion_in(directory)
     size_bytes = sum(shard.size_bytes for shard in conversion.shards)
     announce_duration(f"writing {human_bytes(size_bytes)}", restoring_s(size_bytes), progress)

@@ -2,20 +2,31 @@
 
 import hashlib
 import os
+import re
 from pathlib import Path
 
 from int8cli.errors import OptionError
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/+[^/]", re.IGNORECASE)
+
 
 def chosen_output(output: str | Path | None, model: str) -> Path:
-    """Where to write a conversion of `model`. Raises OptionError for an empty name."""
-    return default_output(model) if output is None else not_empty(output)
+    """Where to write a conversion of `model`. Raises OptionError as `output_directory`."""
+    return default_output(model) if output is None else output_directory(output)
 
 
-def not_empty(output: str | Path) -> Path:
-    """A directory to write to, as a path. Raises OptionError for an empty name, which Path takes for `.`."""
-    if output == "":
-        raise OptionError("it is empty", option="output")
+def output_directory(output: str | Path) -> Path:
+    """A directory of this machine to write to. Raises OptionError for what names none.
+
+    Path takes an empty name for `.`, and makes a directory s3: of an address such as s3://bucket/model.
+    """
+    name = str(output) if output != "" else ""
+    if not name or "\0" in name:
+        raise OptionError("it is empty" if not name else "it has a null byte", option="output")
+    if _ADDRESS.match(name) and not os.path.lexists(name):
+        raise OptionError(
+            f"{name} is an address, not a directory", option="output", hint="Choose a directory, and push from there."
+        )
     return Path(output)
 
 

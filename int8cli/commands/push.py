@@ -1,6 +1,6 @@
 """Push a conversion to a repository on the Hub: a finished one, or one shard after the other while it is made."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,13 @@ def push(
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """What a conversion is pushed to while it is made."""
+    """What a conversion is pushed to while it is made. `label` is its name in messages.
 
-    target: Target
+    `opens` opens it: every attempt at a conversion closes its own.
+    """
+
+    label: str
+    opens: Callable[[], Target]
     message: str | None
     keep_output: bool
     progress: Progress
@@ -58,7 +62,7 @@ class Push:
         names = tuple(survey.outputs) if part is None or part.share is None else part.shards(survey)
         sizes, token = _sizes(survey, names), None if part is None else part.token
         return ShardUploads(
-            self.target, output, sizes, self.message, self.progress, keep_output=self.keep_output, token=token
+            self.opens(), output, sizes, self.message, self.progress, keep_output=self.keep_output, token=token
         )
 
 
@@ -66,7 +70,8 @@ def push_of(options: ConvertOptions, progress: Progress) -> Push | None:
     """What the options of a conversion say of pushing it; None without a repository. Makes no request."""
     if (options.push_to_hub or options.push_to) is None:
         return None
-    return Push(_target_of(options, progress), options.commit_message, options.keep_output, progress)
+    opens = partial(_target_of, options, progress)
+    return Push(opens().label, opens, options.commit_message, options.keep_output, progress)
 
 
 def hand_on_of(options: ConvertOptions) -> UploadFromWorker | None:

@@ -46,7 +46,7 @@ def token_elements(model: LanguageModel, layer: int, rows: int | None, *, cross:
     """Keys and values of one token in one layer: the rows of their projections, or what the config says."""
     fields = _fields_of(model.fields, layer)
     if fields.has("kv_lora_rank"):
-        return fields.number("kv_lora_rank") + fields.number("qk_rope_head_dim") + _index_elements(fields, layer)
+        return fields.number("kv_lora_rank") + fields.number("qk_rope_head_dim") + _index_elements(fields)
     for name in _INDEX_FIELDS:
         if fields.has(name):
             raise UnknownCacheError(f"a cache with {name} is unknown to int8cli")
@@ -70,7 +70,7 @@ def _fields_of(fields: Fields, layer: int) -> Fields:
     return Fields({**fields.config, **own}, fields.assumed) if isinstance(own, Mapping) else fields
 
 
-def _index_elements(fields: Fields, layer: int) -> int:
+def _index_elements(fields: Fields) -> int:
     if fields.model_type not in _INDEXED:
         return 0
     words = fields.words("indexer_types")

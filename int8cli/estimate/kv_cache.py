@@ -41,7 +41,8 @@ _ENCODERS = _types(
     "megatron-bert mobilebert modernbert mpnet mra nezha nomic_bert nystromformer rembert roberta roberta-prelayernorm "
     "roc_bert roformer splinter squeezebert tapas xlm-roberta xlm-roberta-xl xmod yoso beit clip clip_vision_model "
     "convnext deit dinov2 dinov3_vit hiera hubert ijepa segformer siglip siglip2 swin swinv2 vit vit_mae wav2vec2 "
-    "wavlm unispeech data2vec-audio data2vec-vision"
+    "wavlm unispeech data2vec-audio data2vec-vision align altclip chinese_clip clap clip_text_model clipseg flava "
+    "groupvit metaclip_2 owlv2 owlvit siglip_text_model siglip2_text_model x_clip"
 )
 # Their code has no cache: every token is computed again from all tokens before it.
 _CACHELESS = _types("openai-gpt")

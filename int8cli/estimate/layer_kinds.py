@@ -109,7 +109,7 @@ def _assume_kinds(model: LanguageModel) -> None:
 
 
 def refuse_foreign(fields: Fields, known: frozenset[str]) -> None:
-    """Raise MissingFieldError if the model type is not `known` and its config implies more than attention."""
+    """Raise UnknownCacheError if the model type is not `known` and its config implies more than attention."""
     if fields.model_type in known:
         return
     for name, value in fields.config.items():

@@ -132,7 +132,7 @@ class InputStatistics:
             maximum=(self._maximum if seen else torch.zeros_like(self._maximum)).cpu(),
             absmax_later=self._absmax_later.cpu(),
             absmax_position=self._absmax_position.cpu(),
-            mean_square=(self._sum_squares / count).float().cpu(),
+            mean_square=(self._sum_squares / count).clamp(max=torch.finfo(torch.float32).max).float().cpu(),
             share_over=(self._over.double() / count).float().cpu(),
             mean_squared_rowmax=self._sum_squared_rowmax / count,
             median=self._sum_medians / max(1, self._medians),

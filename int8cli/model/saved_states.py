@@ -29,7 +29,7 @@ from int8cli.checkpoint.own_files import (
     remove_tree,
     sync_files,
 )
-from int8cli.checkpoint.reader import read_small
+from int8cli.checkpoint.reader import open_regular, read_small
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import CheckpointError, OutputError, SavedStateError, UnsupportedModelError
 from int8cli.model.sites import is_marked, map_tensors, mark, tensors_in
@@ -191,6 +191,7 @@ def read_back(path: Path) -> Iterator[Path]:
 
 def _mapped(path: Path) -> Any:
     """What `_save` wrote, as a mapping of the file; in memory where torch cannot map a file whose name is not UTF-8."""
+    os.close(open_regular(path))  # a pipe would block for ever
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:

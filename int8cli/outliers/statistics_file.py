@@ -7,9 +7,10 @@ Owns its format. Each site has the tensors `<site>.minimum`, `.maximum`, `.absma
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ STATISTICS_SCHEMA = "int8cli.outlier-statistics/1"
 
 _KEY = "int8cli"
 _BY_DIMENSION = ("minimum", "maximum", "absmax_later", "absmax_position", "mean_square", "share_over")
+_SIGNED = ("minimum", "maximum")
 _BY_SITE = ("positions", "mean_squared_rowmax", "median")
 
 
@@ -137,12 +139,26 @@ def _read_document(document: Any, path: Path) -> _Document:
             f"{path.name}: its schema is {shown(schema)}; this version reads {STATISTICS_SCHEMA!r}",
             hint="Make the file again with this version.",
         )
-    return read_as(_Document, document)
+    found = read_as(_Document, document)
+    _require_finite(found.sites, "sites")
+    return found
+
+
+def _require_finite(value: Any, place: str) -> None:
+    """Raise InvalidJsonError for an infinite number anywhere in a value of the document."""
+    if isinstance(value, float) and math.isinf(value):
+        raise InvalidJsonError(f"is {value}", place)
+    if isinstance(value, tuple):
+        for index, each in enumerate(value):
+            _require_finite(each, f"{place}[{index}]")
+    elif is_dataclass(value):
+        for field in fields(value):
+            _require_finite(getattr(value, field.name), f"{place}.{field.name}")
 
 
 def _site(place: str, site: _SiteFields, tensor: Callable[[str], Tensor], threshold: float) -> SiteStatistics:
     with inside(place):
-        by_dimension = {name: _vector(tensor, f"{site.name}.{name}") for name in _BY_DIMENSION}
+        by_dimension = {name: _figures(tensor, f"{site.name}.{name}", signed=name in _SIGNED) for name in _BY_DIMENSION}
         figures: dict[str, Any] = {**{name: getattr(site, name) for name in _BY_SITE}, **by_dimension}
         inputs = InputSummary(threshold=threshold, **figures)
         for name, found in by_dimension.items():
@@ -187,7 +203,7 @@ def _scaled_name(site: str, tensor: str) -> str:
 
 def _linear(place: str, linear: _LinearFields, tensor: Callable[[str], Tensor], features: int) -> LinearStatistics:
     with inside(place):
-        weight_error = _vector(tensor, f"{linear.name}.weight_error")
+        weight_error = _figures(tensor, f"{linear.name}.weight_error")
         if not linear.in_features == features == len(weight_error):
             raise InvalidJsonError(
                 f"{linear.name} has {linear.in_features} inputs, {len(weight_error)} errors and a site of {features}"
@@ -196,7 +212,7 @@ def _linear(place: str, linear: _LinearFields, tensor: Callable[[str], Tensor], 
         smoothed = None
         if linear.smoothed is not None:
             name = _smoothed_name(linear.name)
-            smoothed_error = _vector(tensor, name)
+            smoothed_error = _figures(tensor, name)
             if len(smoothed_error) != features:
                 raise InvalidJsonError(f"{name} has {len(smoothed_error)} values, not {features}")
             with inside("smoothed"):
@@ -208,6 +224,16 @@ def _linear(place: str, linear: _LinearFields, tensor: Callable[[str], Tensor], 
 def _check_stored(stored: tuple[int, ...], features: int) -> None:
     if any(not 0 <= column < features for column in stored):
         raise InvalidJsonError(f"{shown(list(stored))} are not all among {features} inputs", "stored")
+
+
+def _figures(tensor: Callable[[str], Tensor], name: str, *, signed: bool = False) -> Tensor:
+    """One finite number for each dimension; not negative unless `signed`."""
+    found = _vector(tensor, name)
+    if found.dtype not in (torch.float32, torch.int32) or not bool(torch.isfinite(found).all()):
+        raise InvalidJsonError(f"{name} is not made of finite numbers")
+    if not signed and bool((found < 0).any()):
+        raise InvalidJsonError(f"{name} has negative numbers")
+    return found
 
 
 def _vector(tensor: Callable[[str], Tensor], name: str) -> Tensor:

@@ -76,5 +76,11 @@ class PackedInt8(GuardedInt8):
     def plain(self) -> Tensor:
         return self.packed.unpacked()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.plain()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.plain().__reduce_ex__(protocol)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"PackedInt8{tuple(self.shape)}"

@@ -5,6 +5,7 @@ a file is removed only after that.
 """
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,9 +77,9 @@ class UploadFromWorker(HandOn):
     keep: bool
 
     def __call__(self, store: RecordStore, record: ShardRecord) -> None:
-        target = self.opens()
-        upload = ShardUpload(target, store.output, store, self.keep)
-        if upload.is_done(record):
-            upload.remove(record)
-        else:
-            upload.conclude(record, upload.send(record, lambda *_: None))
+        with closing(self.opens()) as target:
+            upload = ShardUpload(target, store.output, store, self.keep)
+            if upload.is_done(record):
+                upload.remove(record)
+            else:
+                upload.conclude(record, upload.send(record, lambda *_: None))

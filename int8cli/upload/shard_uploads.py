@@ -83,9 +83,8 @@ class ShardUploads(Destination):
         self._enqueue(record)
 
     def taken(self, record: ShardRecord) -> None:
-        name = record.source.output
-        self._progress.advance(TASK, name, sum(file.size_bytes for file in record.files))
-        self._progress.done(TASK, name)
+        self._count(record.source.output, sum(file.size_bytes for file in record.files), 0)
+        self._done(record)
 
     def settle(self) -> None:
         with self._changed:
@@ -183,6 +182,13 @@ class ShardUploads(Destination):
             if self._closed:  # the directory may be another run's by now
                 return
             self._upload.conclude(record, upload)
+        self._done(record)
+
+    def _done(self, record: ShardRecord) -> None:
+        """A sidecar may have fewer columns than were planned for: what it lacks is done too."""
+        name = record.source.output
+        size_bytes = sum(file.size_bytes for file in record.files)
+        self._progress.advance(TASK, name, self._sizes.get(name, size_bytes) - size_bytes)
         self._progress.done(TASK, name)
 
     def _count(self, name: str, size_bytes: int, sent_bytes: int) -> None:

@@ -79,6 +79,8 @@ class RaySession:
 
     def close(self) -> None:
         """Stop the tasks that still run, and wait until they have ended."""
+        if not self._running:
+            return
         with suppress(Exception):  # the cluster may be gone
             for reference in self._running:
                 self._ray.cancel(reference, force=True)

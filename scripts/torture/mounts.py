@@ -14,11 +14,13 @@ _CLONE_NEWNS = 0x20000
 _MS_REMOUNT, _MS_REC, _MS_PRIVATE = 0x20, 0x4000, 0x40000
 _MNT_DETACH = 2
 _BLOCK_BYTES = 4096
+# Linux limits the files of a mounted file system only if they were limited from the start.
+_AMPLE_FILES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryDisk:
-    """A mounted file system. Sizes are bytes, rounded down to blocks; 0 files stands for as many as one likes."""
+    """A mounted file system. Sizes are bytes, rounded down to blocks; 0 files stands for a million."""
 
     path: Path
 
@@ -61,7 +63,7 @@ def memory_disk(path: Path, size_bytes: int) -> Iterator[MemoryDisk]:
 
 
 def _options(size_bytes: int, files: int) -> str:
-    return f"size={max(1, size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES},nr_inodes={files}"
+    return f"size={max(1, size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES},nr_inodes={files or _AMPLE_FILES}"
 
 
 def _mount(kind: str, path: Path, flags: int, options: str) -> None:

@@ -33,7 +33,8 @@ class Scenario:
     """A command. `SOURCE` in `args` stands for the checkpoint's path or repository, `TEXT` for a file of words.
 
     `source` names how the checkpoint is made. `before` runs first, undisturbed. `every`: how often it is drawn.
-    `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it.
+    `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it. `to_a_store`: it also writes
+    to `store`, through fsspec, where nothing is whole before its config.json is.
     """
 
     name: str
@@ -43,10 +44,12 @@ class Scenario:
     every: int = 4
     writes: bool = True
     judges: bool = False
+    to_a_store: bool = False
 
 
 _CONVERT = ("convert", "SOURCE", "-o", "out", "--json")
 _BRIEF = ("--text", "TEXT", "--tokens", "48")
+_TO_A_STORE = ("--retry-for", "1", "--push-to")
 _CONVERTED = ("convert", "SOURCE", "-o", "out", "-q", "--outliers", "weights")
 
 SCENARIOS: tuple[Scenario, ...] = (
@@ -117,6 +120,19 @@ SCENARIOS: tuple[Scenario, ...] = (
         before=_CONVERTED,
         writes=False,
         every=1,
+    ),
+    Scenario(
+        "stream to a store",
+        (*_CONVERT, "--outliers", "weights", *_TO_A_STORE, "local://store", "--no-keep-output"),
+        every=2,
+        to_a_store=True,
+    ),
+    Scenario(
+        "push to a store",
+        ("push", "out", "local://store", "--retry-for", "1", "-q"),
+        before=_CONVERTED,
+        every=1,
+        to_a_store=True,
     ),
     Scenario("two workers", (*_CONVERT, "--outliers", "weights", "--workers", "2"), every=1),
 )
@@ -240,9 +256,13 @@ class Reference:
     def not_whole(self, directory: Path) -> str:
         """A file under a final name that is not what an undisturbed run puts there; empty if there is none."""
         before = set(self._scenario.before)
-        for name, data in _compared(directory).items():
+        found = _compared(directory)
+        unfinished = found.get(_LAST_IN_A_STORE) != self.files.get(_LAST_IN_A_STORE)
+        for name, data in found.items():
             aside = "/." in f"/{name}" or name.endswith("/") or name.startswith(("work/", *_ASIDE))
-            if not aside and not before and self.files.get(name) != data:
+            may_differ = unfinished if name.startswith("store/") else before
+            whole = self.files.get(name, self.files.get(name.replace("out/", "store/", 1)))
+            if not aside and not may_differ and whole != data:
                 return f"{name} is not whole ({len(data):,} bytes)"
         return ""
 
@@ -257,6 +277,8 @@ def without_times(out: str) -> str:
     return re.sub(r'"seconds": [0-9.e-]+', '"seconds": 0', out)
 
 
+_OF_TIMES = "out/int8/uploads/"
+_LAST_IN_A_STORE = "store/config.json"
 _ASIDE = ("out/int8/partial/", "out/int8/incoming/", "out/int8/calibration")
 
 
@@ -265,8 +287,13 @@ def _is_left(name: str) -> bool:
 
 
 def _compared(directory: Path) -> dict[str, bytes]:
-    """All files of a run, and those blobs of the Hub's cache that are whole."""
-    return {name: data for name, data in tree(directory).items() if not name.startswith("hf/") or _is_blob(name)}
+    """All files of a run, and those blobs of the Hub's cache that are whole; not what a store says of times."""
+    found = tree(directory).items()
+    return {name: data for name, data in found if not name.startswith(_OF_TIMES) and _is_kept(name)}
+
+
+def _is_kept(name: str) -> bool:
+    return not name.startswith("hf/") or _is_blob(name)
 
 
 def _is_blob(name: str) -> bool:

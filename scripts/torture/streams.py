@@ -76,7 +76,8 @@ def _case(bench: Bench, tally: Tally, case: Case) -> None:
     else:
         ended = bench.run(scenario, directory, stdout=case.stdout, stderr=case.stderr)
         stdout_fails, stderr_fails = bool(case.stdout and reference.stdout), bool(case.stderr)
-    complaint = _wrong_end(ended, stdout_fails=stdout_fails, stderr_fails=stderr_fails)
+    told = stdout_fails and case.stdout != UNREAD and case.number != errno.EPIPE
+    complaint = _wrong_end(ended, stdout_fails=stdout_fails, told=None if stderr_fails else told)
     if not complaint and not stdout_fails and not case.stdout and without_times(ended.out) != reference.stdout:
         complaint = f"another standard output: {ended.out[:200]!r}"
     tally.count(complaint or reference.file_difference(directory), case)
@@ -94,10 +95,14 @@ def _struck(bench: Bench, scenario: Scenario, directory: Path, case: Case) -> tu
     return ended, out.name in struck, err.name in struck
 
 
-def _wrong_end(ended: Ended, *, stdout_fails: bool, stderr_fails: bool) -> str:
+def _wrong_end(ended: Ended, *, stdout_fails: bool, told: bool | None) -> str:
+    """What is wrong with an end. `told`: whether stderr has the error; None where it could not be written.
+
+    A reader that goes away, as `| head` does, is no error.
+    """
     if ended.code != stdout_fails:
         return f"exit {ended.code}: {ended.err.strip()[-300:]}"
     if "Traceback" in ended.err or "Exception ignored" in ended.err:
         return f"traceback: {ended.err.strip()[-300:]}"
-    silent = stderr_fails or not stdout_fails or ended.err.count("error: the result cannot be written") == 1
-    return "" if silent else f"not told in a line: {ended.err.strip()[-300:]}"
+    as_expected = told is None or ended.err.count("error: the result cannot be written") == told
+    return "" if as_expected else f"{'not told' if told else 'told'} in a line: {ended.err.strip()[-300:]}"
