@@ -76,12 +76,12 @@ def test_a_config_as_transformers_writes_it_leaves_nothing_to_ask(name: str) -> 
     assert not cache.answerable
 
 
-GEMMA_3 = {
+GEMMA_3: dict[str, Any] = {
     "model_type": "gemma3",
     "text_config": {"model_type": "gemma3_text", "hidden_size": 64, "num_hidden_layers": 6, "sliding_window": 1024},
 }
 # Sizes in one projection whose parts the headers do not tell.
-FUSED = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 2}
+FUSED: dict[str, Any] = {"model_type": "qwen3", "hidden_size": 64, "num_attention_heads": 16, "num_hidden_layers": 2}
 
 
 def test_transformers_is_asked_in_a_process_of_its_own_and_runs_no_code_of_the_repository(tmp_path: Path) -> None:
@@ -92,8 +92,8 @@ def test_transformers_is_asked_in_a_process_of_its_own_and_runs_no_code_of_the_r
     source = save_by_hand(tmp_path / "source", tensors, config)
     (source / "configuration_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     cache = estimate_memory(source, EstimateOptions()).estimate.cache
-    asked = transformers.Qwen3Config(**{name: value for name, value in FUSED.items() if name != "model_type"})
-    assert cache.bytes_a_token(2) == 2 * 2 * 2 * asked.num_key_value_heads * asked.head_dim
+    made: Any = transformers.Qwen3Config(**{name: value for name, value in FUSED.items() if name != "model_type"})
+    assert cache.bytes_a_token(2) == 2 * 2 * 2 * made.num_key_value_heads * made.head_dim
     assert not (tmp_path / "ran").exists()
 
 
@@ -169,8 +169,13 @@ def test_a_class_that_does_not_answer_gives_its_reason(config: dict[str, Any], w
 
 
 def test_the_class_is_asked_at_most_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(asking, "_ask", lambda config: asked.append(config) or "no")
+    asked: list[object] = []
+
+    def ask(config: object) -> str:
+        asked.append(config)
+        return "no"
+
+    monkeypatch.setattr(asking, "_ask", ask)
     config_class = ConfigClass(FUSED)
     for _ in range(2):
         kv_cache_of(FUSED, (), config_class)

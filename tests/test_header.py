@@ -186,6 +186,10 @@ INVALID: dict[str, tuple[bytes, str]] = {
     "a tensor named twice": (packed('{"a":%s,"a":%s}' % ((json.dumps(entry()),) * 2), bytes(16)), "'a' twice"),
     "a field given twice": (packed('{"a":{"dtype":"U8","dtype":"U8","shape":[],"data_offsets":[0,1]}}', b"0"), "twice"),
     "half a surrogate pair": (packed('{"\\ud800":' + json.dumps(entry()) + "}", bytes(16)), "surrogate"),
+    "half a surrogate pair in a list": (
+        packed('{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0],"x":[1,[["\\uDC00"]]]}}'),
+        "surrogate",
+    ),
     "a control character": (packed('{"a\n":' + json.dumps(entry()) + "}", bytes(16)), "not valid JSON"),
     "an entry that is a list": (packed({"a": ["F32", [2, 2], [0, 16]]}, bytes(16)), "'a' must have"),
     "an entry that is empty": (packed({"a": {}}), "it has nothing"),

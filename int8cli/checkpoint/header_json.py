@@ -22,6 +22,7 @@ U64_MAX = 2**64 - 1
 _MOST_NESTED = 127  # the recursion limit of serde_json
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NO_BRACKET = re.compile(rb"[^\[\]{}]+")
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -47,7 +48,7 @@ def parse_header(text: bytes, file_name: str) -> dict[str, Any]:
         raise CorruptShardError(f"{file_name}: the header is not a JSON object: it does not start with '{{'")
     try:
         header: dict[str, Any] | HeaderEntry = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_Objects().unique, parse_int=_u64, parse_constant=_no_constant
+            text.decode("utf-8"), object_pairs_hook=_Objects(text).unique, parse_int=_u64, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
         raise CorruptShardError(f"{file_name}: the header is not UTF-8 at byte {8 + error.start:,}") from error
@@ -116,7 +117,8 @@ class _TooManyError(Exception):
 class _Objects:
     """Converts the objects of one header while they are parsed, the innermost first."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: bytes) -> None:
+        self._may_have_surrogates = _SURROGATE_ESCAPE.search(text) is not None
         self._count = 0
         self._dtypes: dict[str, str] = {}
         self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
@@ -130,10 +132,8 @@ class _Objects:
         if len(result) != len(pairs):
             (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
             raise ValueError(f"the header names {shown(twice)} twice")
-        for key, value in pairs:
-            # Python decodes a lone "\ud800", but it is not valid UTF-8, and no other reader accepts it.
-            if SURROGATE.search(key) or (isinstance(value, str) and SURROGATE.search(value)):
-                raise ValueError(f"the header has half a surrogate pair at {shown(key)}")
+        if self._may_have_surrogates:
+            _refuse_surrogates(pairs)
         return self._entry(result) if result.keys() >= ENTRY_FIELDS else result
 
     def _entry(self, fields: dict[str, Any]) -> "dict[str, Any] | HeaderEntry":
@@ -142,6 +142,22 @@ class _Objects:
             return fields
         dtype, extents = self._dtypes.setdefault(dtype, dtype), tuple(shape)
         return HeaderEntry(dtype, self._shapes.setdefault(extents, extents), *offsets)
+
+
+def _refuse_surrogates(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ValueError for half a surrogate pair in an object's names and texts, also inside lists.
+
+    Python decodes a lone "\\ud800", but it is not valid UTF-8, and no other reader accepts it. Objects inside were
+    checked before.
+    """
+    for key, value in pairs:
+        left = [key, value]
+        while left:
+            each = left.pop()
+            if isinstance(each, str) and SURROGATE.search(each):
+                raise ValueError(f"the header has half a surrogate pair at {shown(key)}")
+            if isinstance(each, list):
+                left += each
 
 
 def _u64(digits: str) -> int:

@@ -60,8 +60,9 @@ def _load(case: Path, class_name: str) -> dict[str, Any]:
     import transformers
     from transformers import BitsAndBytesConfig
 
-    model_class = getattr(transformers, class_name, None)
-    if model_class is None:
+    try:
+        model_class = getattr(transformers, class_name)
+    except (AttributeError, ImportError):  # a class of a package that is not installed cannot be imported
         return {"opens": "unknown", "why": f"no class {class_name}"}
     try:
         source = dict(_opened(model_class, case / "source").state_dict())

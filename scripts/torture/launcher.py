@@ -230,7 +230,7 @@ def _become_the_program(request: Request, stdout: str, stderr: str) -> None:
 
 
 def _quick_retries() -> None:
-    """The pauses between attempts are short, whatever a server asks for."""
+    """Pauses between attempts are short, whatever a server asks for, and attempts are few."""
     from int8cli.checkpoint.hub import retries
 
     asked = retries.asked_pause_s
@@ -238,5 +238,9 @@ def _quick_retries() -> None:
     def short(policy: retries.RetryPolicy, failures: int) -> float:
         return 0.001
 
+    def after_some(policy: retries.RetryPolicy, failures: int, failing_for_s: float) -> bool:
+        return failures >= policy.attempts
+
     setattr(retries.RetryPolicy, "pause_s", short)  # noqa: B010
+    setattr(retries.RetryPolicy, "gives_up", after_some)  # noqa: B010
     retries.asked_pause_s = lambda error: None if (pause_s := asked(error)) is None else min(pause_s, 0.01)
