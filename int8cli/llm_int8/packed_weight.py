@@ -50,7 +50,7 @@ class PackedWeight:
         width = _exact_width(data)
         if width == 0:
             return None
-        parts = tuple(_packed(part) for part in data.split(width, dim=1))
+        parts = tuple(_packed(part) for part in torch.split(data, width, dim=1))
         return cls(parts, (data.shape[0], data.shape[1]))
 
     @property
@@ -64,13 +64,14 @@ class PackedWeight:
         one part, and is int32 otherwise.
         """
         if torch.compiler.is_compiling():
-            return _product_by_key(values, self.key, self.shape[0], self.in_one_part)
+            compiled: Tensor = _product_by_key(values, self.key, self.shape[0], self.in_one_part)
+            return compiled
         if not values.shape[0]:
             return values.new_empty((0, self.shape[0]), dtype=torch.float32 if self.in_one_part else torch.int32)
         if self.in_one_part:
             return _multiplied(values, self._parts[0])
         total = torch.zeros(values.shape[0], self.shape[0], dtype=torch.int32)
-        for columns, part in zip(values.split(self._width, dim=1), self._parts, strict=True):
+        for columns, part in zip(torch.split(values, self._width, dim=1), self._parts, strict=True):
             total += _multiplied(columns.contiguous(), part).to(torch.int32)
         return total
 
@@ -107,7 +108,7 @@ def _exact_width(data: Tensor) -> int:
     in_features = data.shape[1]
     for parts in range(1, 1 + -(-in_features * _LARGEST_INPUT * _LARGEST_INPUT // _EXACT_IN_FLOAT)):
         width = -(-in_features // parts)
-        if all(_largest_sum(part) <= _EXACT_IN_FLOAT for part in data.split(width, dim=1)):
+        if all(_largest_sum(part) <= _EXACT_IN_FLOAT for part in torch.split(data, width, dim=1)):
             return width
     return 0
 

@@ -61,13 +61,13 @@ class PackedInt8(GuardedInt8):
 
     @staticmethod
     def around(packed: PackedWeight) -> "PackedInt8":
-        made = torch.Tensor._make_wrapper_subclass(PackedInt8, packed.shape, dtype=torch.int8)  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(PackedInt8, packed.shape, dtype=torch.int8)
         assert isinstance(made, PackedInt8)
         made.packed = packed
         return made
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         plain: Callable[[Any], Any] = lambda tree: tree_map_only(PackedInt8, PackedInt8.plain, tree)  # noqa: E731
@@ -86,7 +86,7 @@ class PackedInt8(GuardedInt8):
         return self.plain()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.plain().__reduce_ex__(protocol)
+        return self.plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedInt8{tuple(self.shape)}"

@@ -160,7 +160,7 @@ class Int8Linear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         was_packed = state.pop("was_packed")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if was_packed:
             self.prepare()
 
