@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -105,10 +106,9 @@ class VllmModel:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         }
-        from vllm import LLM
-
+        self._vllm: Any = import_module("vllm")
         self._device = device
-        self._llm = LLM(
+        self._llm = self._vllm.LLM(
             directory,
             skip_tokenizer_init=True,
             dtype="bfloat16",
@@ -128,10 +128,8 @@ class VllmModel:
         return (longer - shorter) / VLLM_STEPS
 
     def _generate(self, batch: int, length: int, new_tokens: int) -> float:
-        from vllm import SamplingParams
-
         prompts = [{"prompt_token_ids": ids} for ids in token_ids(batch, length, self._vocabulary).tolist()]
-        options = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        options = self._vllm.SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         return timed(lambda: self._llm.generate(prompts, options, use_tqdm=False), self._device)
 
 
@@ -150,7 +148,8 @@ def transformers_model(method: str, directory: str, device: str) -> Any:
     if method in ("zeropoint", "absmax"):
         import int8cli
 
-        return int8cli.load_model(directory, inputs=method, device=device)
+        inputs: Any = method
+        return int8cli.load_model(directory, inputs=inputs, device=device)
     options: dict[str, Any] = {}
     if method == "bitsandbytes, threshold 0":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)

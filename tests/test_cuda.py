@@ -87,14 +87,15 @@ def test_conv1d_weights_give_the_same_output(tmp_path: Path) -> None:
 def test_the_product_on_a_gpu_is_that_of_the_processor(tokens: int) -> None:
     """Integers are equal; what follows rounds in the same order, but sums over stored columns in another."""
     inputs, weight = normal(tokens, 1032, std=1.0), normal(77, 1032)
-    stored = Int8Weight.of(*quantize_rowwise(weight), torch.tensor([3, 900]), weight[:, [3, 900]])
-    parts = (stored.data, stored.step, stored.row_sums, stored.outlier_cols, stored.outlier_weight)
+    data, row_absmax = quantize_rowwise(weight)
+    stored = Int8Weight.of(data, row_absmax, torch.tensor([3, 900]), weight[:, [3, 900]])
+    parts = (data, stored.step, stored.row_sums, stored.outlier_cols, stored.outlier_weight)
     there = Int8Weight(*(each.cuda() for each in parts))
     for scheme in INPUT_SCHEMES:
         found = llm_int8_linear(inputs.cuda(), there, scheme).cpu()
         torch.testing.assert_close(found, llm_int8_linear(inputs, stored, scheme), rtol=1e-5, atol=1e-5)
-    left = stored.data[:tokens]
-    assert torch.equal(int8_product(left.cuda(), there.data).cpu(), int8_product(left, stored.data))
+    left = data[:tokens]
+    assert torch.equal(int8_product(left.cuda(), data.cuda()).cpu(), int8_product(left, data))
 
 
 @on_gpu
