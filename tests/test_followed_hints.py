@@ -56,12 +56,6 @@ def test_parts_that_are_missing_are_shown_and_then_finished(follow: Follower, mo
     follow.works(*finish)
 
 
-def test_parts_are_pushed_when_all_have_ended(follow: Follower, model: Path) -> None:
-    part = (*CONVERT, model, "-o", "out", "--part", "1/2")
-    follow.fails(*part, "--push-to-hub", "org/name", hint="`int8cli push` when all parts have ended")
-    follow.works(*part)
-
-
 def test_a_part_has_no_report_and_the_whole_has(follow: Follower, model: Path) -> None:
     parts = [(*CONVERT, model, "-o", "out", "--part", f"{number}/2") for number in (1, 2)]
     follow.fails(*parts[0], "--report", "report.html", hint="--finish has one")
@@ -114,13 +108,6 @@ def test_weights_with_nan_stay_floats(follow: Follower, tmp_path: Path) -> None:
     save_by_hand(tmp_path / "source", tensors, read_json(tiny / "config.json"))
     follow.fails(*CONVERT, "source", hint="--on-nonfinite keep")
     follow.works(*CONVERT, "source", "--on-nonfinite", "keep")
-
-
-def test_a_cluster_takes_columns_another_way(follow: Follower, model: Path) -> None:
-    """Without a cluster here: the error comes before one is looked for."""
-    hint = r"--outliers FILE\.safetensors, weights or none works in parts"
-    follow.fails("convert", model, "-o", "out", "--ray", "auto", "--outliers", "activations", hint=hint)
-    follow.works("convert", model, "-o", "out", "--part", "1/1", "--outliers", "weights")
 
 
 def test_a_file_to_smooth_by_is_made_as_the_hint_says(follow: Follower, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_two_files_of_other_names_are_one_too_many(tmp_path: Path) -> None:
 
 def test_a_variant_is_used_only_if_the_user_names_it(tmp_path: Path) -> None:
     make(tmp_path, "model.fp16.safetensors", "config.json")
-    with pytest.raises(UnsupportedModelError, match=r"found only model\.fp16\.safetensors"):
+    with pytest.raises(UnsupportedModelError, match=r"only a variant of the weights: model\.fp16\.safetensors"):
         find_weights(DirectorySource(tmp_path))
     assert find_weights(DirectorySource(tmp_path / "model.fp16.safetensors")).shards == ("model.fp16.safetensors",)
 

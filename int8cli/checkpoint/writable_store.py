@@ -4,6 +4,7 @@ Owns that order, and how an object is known to be the one that was written.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
@@ -42,7 +43,9 @@ class WritableStore:
         """Remove the config.json of another model that is there: no loader opens it while it is replaced."""
         if self._holds(conversion):
             return
-        self._store.remove(CONFIG_FILE)
+        with suppress(ModelNotFoundError):  # an account that may not remove can write to an empty place
+            self._store.ask(CONFIG_FILE, self._store.path_of(CONFIG_FILE))
+            self._store.remove(CONFIG_FILE)
         self.upload(conversion)
 
     def missing(self, files: Sequence[PushFile]) -> set[str]:

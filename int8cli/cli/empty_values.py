@@ -18,6 +18,8 @@ class Command(TyperCommand):
     # typer's releases have their click in different places, and with it the type of a context.
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Raises typer.BadParameter, which names the option or argument."""
+        if ctx.resilient_parsing:  # the shell completes what is not whole yet
+            return super().parse_args(ctx, args)
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         parameter: Any
         for parameter in self.get_params(ctx):

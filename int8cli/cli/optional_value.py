@@ -25,7 +25,8 @@ class ConvertCommand(Command):
 def _completed(args: list[str]) -> Iterator[str]:
     """The arguments with HERE as the value of each `--ray` that an address does not follow."""
     options = True
-    for word, following in pairwise([*args, ""]):
+    for word, following in pairwise([*args, None]):
         options = options and word != "--"
-        bare = options and word == _RAY and _ADDRESS.fullmatch(following) is None
+        is_value = following is not None and (not following or _ADDRESS.fullmatch(following) is not None)
+        bare = options and word == _RAY and not is_value
         yield f"{_RAY}={HERE}" if bare else word

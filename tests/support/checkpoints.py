@@ -412,15 +412,17 @@ def in_features_of(decision: Decision) -> int:
     return decision.spec.shape[0 if decision.transpose else 1]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GivenColumns(NoColumns):
     """A source of given columns, by tensor."""
 
-    def __init__(self, found: Survey, stored: Mapping[str, StoredColumns]) -> None:
-        self._tensors = {contents.file_name: [each.spec.name for each in contents.tensors] for contents in found.shards}
-        self._stored = stored
+    found: Survey
+    stored: Mapping[str, StoredColumns]
 
     def columns_of(self, shard: str, local: LocalFile, run: RunTask) -> Mapping[str, StoredColumns]:
-        return {name: self._stored[name] for name in self._tensors[shard] if name in self._stored}
+        contents = next(each for each in self.found.shards if each.file_name == shard)
+        names = (each.spec.name for each in contents.tensors)
+        return {name: self.stored[name] for name in names if name in self.stored}
 
 
 def convert_storing(
@@ -440,7 +442,7 @@ def convert_storing(
         found = survey_source(source, PlanOptions(settings.skip, settings.only), LAYOUTS[settings.layout])
         chosen = {each.spec.name: own for each in found.plan.quantized if (own := stored(each)) is not None}
         counts = {name: len(own.columns) for name, own in chosen.items()}
-        found, columns = replace(found, stored_counts=counts), GivenColumns(found, chosen)
+        found, columns = replace(found, stored_counts=counts), GivenColumns(found=found, stored=chosen)
         most = max(counts.values(), default=0)
         settings = replace(settings, outliers=chosen_from, outlier_columns=most, calibration=calibration)
         run = ConversionRun(output, options.on_nonfinite, threads=options.threads or 2)
