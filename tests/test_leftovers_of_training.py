@@ -121,3 +121,10 @@ def test_a_variant_alone_is_named_with_the_way_to_convert_it(tiny: Path, tmp_pat
     assert error.value.hint == "Give the path of that file."
     convert(variant, tmp_path / "out", WITHOUT_COLUMNS)
     assert verified(tmp_path / "out", variant).passed
+
+
+def test_an_attention_layer_that_is_named_like_a_value_head_is_quantized() -> None:
+    """Funnel's blocks have one."""
+    name = "funnel.encoder.blocks.0.0.attention.v_head"
+    plan = plan_of(spec(f"{name}.weight", 16, 16), config={"model_type": "funnel"})
+    assert [each.module for each in plan.quantized] == [name]

@@ -190,3 +190,31 @@ def test_a_cut_weight_compiles_too() -> None:
     values = torch.full((3, 1500), -128.0)
     compiled = torch.compile(packed.product, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(values), packed.product(values))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("removed"), RuntimeError("removed"), AttributeError("engine")])
+def test_a_torch_that_does_not_pack_any_more_computes_with_the_plain_weight(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(data: Any) -> Any:
+        raise error
+
+    packed_weight.is_supported.cache_clear()
+    monkeypatch.setattr(packed_weight, "_packed", fail)
+    data = torch.ones(4, 8, dtype=torch.int8)
+    assert packed_weight.PackedWeight.of(data) is None
+    assert not packed_weight.is_supported()
+    packed_weight.is_supported.cache_clear()
+    monkeypatch.setattr(packed_weight, "is_supported", lambda: True)
+    assert packed_weight.PackedWeight.of(data) is None
+
+
+def test_a_packed_layer_computes_with_the_weight_that_is_loaded_into_it() -> None:
+    layer, other = layer_of(), layer_of(packing=False)
+    state = other.state_dict()
+    state["weight"] = int8_of("uniform", 24, 40)
+    other._buffers["weight"] = state["weight"]
+    other.prepare(packing=False)
+    layer.load_state_dict(state)
+    assert layer.packed is not None
+    assert torch.equal(layer(ROWS), other(ROWS))

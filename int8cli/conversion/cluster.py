@@ -22,7 +22,7 @@ from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.workers.processes import OnBytes
 
-_MODEL = ""  # the name of the task that runs the model: shards have others
+_MODEL = "the run of the model"  # the name of the task that runs the model: shards have others
 Needs = TypeVar("Needs", contravariant=True)
 
 

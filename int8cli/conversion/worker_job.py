@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.locate import open_source
+from int8cli.checkpoint.object_store import shown_address
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import ShardFile, Source, SourceIdentity
 from int8cli.conversion.column_source import ColumnSource, KnownColumns, MakeColumns, Ready, RequireRoom
@@ -55,8 +56,9 @@ class RemoteSource:
         )
         if source.identity != self.identity:
             source.close()
+            found, address = source.identity.name, shown_address(self.model)
             raise SourceError(
-                f"a machine of the cluster finds {source.identity.name} under {self.model}, not {self.identity.name}",
+                f"a machine of the cluster finds {found} under {address}, not {self.identity.name}",
                 hint="Give a Hub id, or a directory that all machines see under one path.",
             )
         return source

@@ -5,6 +5,7 @@ each call of several tokens, which for 8 tokens takes longer than the product. T
 slower or not exact: docs/benchmarks.md has the table.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ _LARGEST_INPUT = 128
 _OFFSET = 128
 _ENGINE = "fbgemm"
 
+_packing = threading.Lock()  # the engine is a setting of the process
 _keys = count()
 _by_key: "WeakValueDictionary[int, PackedWeight]" = WeakValueDictionary()
 
@@ -50,7 +52,10 @@ class PackedWeight:
         width = _exact_width(data)
         if width == 0:
             return None
-        parts = tuple(_packed(part) for part in torch.split(data, width, dim=1))
+        try:
+            parts = tuple(_packed(part) for part in torch.split(data, width, dim=1))
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return None
         return cls(parts, (data.shape[0], data.shape[1]))
 
     @property
@@ -70,14 +75,14 @@ class PackedWeight:
             return values.new_empty((0, self.shape[0]), dtype=torch.float32 if self.in_one_part else torch.int32)
         if self.in_one_part:
             return _multiplied(values, self._parts[0])
-        total = torch.zeros(values.shape[0], self.shape[0], dtype=torch.int32)
+        total = values.new_zeros((values.shape[0], self.shape[0]), dtype=torch.int32)
         for columns, part in zip(torch.split(values, self._width, dim=1), self._parts, strict=True):
             total += _multiplied(columns.contiguous(), part).to(torch.int32)
         return total
 
     def unpacked(self) -> Tensor:
         """The weight itself, in new memory: int8 (out_features, in_features)."""
-        parts = [torch.ops.quantized.linear_unpack(part)[0].int_repr() for part in self._parts]
+        parts = [_unpacked(part) for part in self._parts]
         return parts[0] if self.in_one_part else torch.cat(parts, dim=1)
 
 
@@ -85,8 +90,16 @@ class PackedWeight:
 def is_supported() -> bool:
     """Whether this torch has the product, and this processor computes it exactly.
 
-    Without VNNI, FBGEMM adds pairs of products in 16 bit, where the largest ones do not fit.
+    Without VNNI, FBGEMM adds pairs of products in 16 bit, where the largest ones do not fit. torch has announced that
+    it will drop the tensors that weights are packed from: whatever it raises then, there is no such product.
     """
+    try:
+        return _is_exact()
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def _is_exact() -> bool:
     if not hasattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32"):
         return False
     if _ENGINE not in torch.backends.quantized.supported_engines or not hasattr(
@@ -94,10 +107,12 @@ def is_supported() -> bool:
     ):
         return False
     width = 64
-    extremes = torch.tensor([127, -127, 127, -128], dtype=torch.int8)[:, None].expand(4, width)
+    extremes = torch.tensor([127, -127, 127, -128], dtype=torch.int8, device="cpu")[:, None].expand(4, width)
     values = extremes.float().contiguous()
-    found = _multiplied(values, _packed(extremes))
-    return torch.equal(found.double(), values.double() @ values.double().t())
+    packed = _packed(extremes)
+    if not torch.equal(_unpacked(packed), extremes):
+        return False
+    return torch.equal(_multiplied(values, packed).double(), values.double() @ values.double().t())
 
 
 def _exact_width(data: Tensor) -> int:
@@ -124,11 +139,16 @@ def _largest_sum(part: Tensor) -> int:
 
 
 def _packed(data: Tensor) -> Any:
-    with _engine(), warnings.catch_warnings():
+    with _packing, _engine(), warnings.catch_warnings():
         # torch announces that it will drop the tensors which this is made from. Without them, there is no packing.
         warnings.simplefilter("ignore", UserWarning)
         quantized = torch._make_per_tensor_quantized_tensor(data.contiguous(), 1.0, 0)
         return torch.ops.quantized.linear_prepack(quantized, None)
+
+
+def _unpacked(part: Any) -> Tensor:
+    data: Tensor = torch.ops.quantized.linear_unpack(part)[0].int_repr()
+    return data
 
 
 @contextmanager

@@ -96,7 +96,9 @@ HEAD_OUTSIDE_BLOCKS = re.compile(
 )
 
 # Heads that trainers and speculative decoding add to a model: code that knows no int8 reads them from its file.
-_HEADS_OF_OTHERS = "v_head value_head critic_head reward_head medusa_head medusa_heads hydra_head"
+_HEADS_OF_OTHERS = "value_head critic_head reward_head medusa_head medusa_heads hydra_head"
+# Outside of numbered blocks: each block of Funnel has a linear layer of this name in its attention.
+_VALUE_HEAD = re.compile(r"^(?:[A-Za-z_]+\.)*v_head(?:\.|$)")
 
 GENERAL_RULES: tuple[Rule, ...] = (
     _leaf(r"experts\.\d+\.\w+ experts\.\d+\.\w+\.\w+", EXPERT),
@@ -104,6 +106,7 @@ GENERAL_RULES: tuple[Rule, ...] = (
     _top(" ".join(TOP_HEAD_NAMES), HEAD),
     _top("head", HEAD, biasless=True),
     _under(_HEADS_OF_OTHERS, OTHER_HEAD),
+    Rule(_VALUE_HEAD, OTHER_HEAD),
     _leaf(r"gate router router\.gate router\.layer router\.classifier gate\.wg", ROUTER),
     _leaf(_EMBEDDING_NAMES, EMBEDDING, biasless=True),
     _top("score classifier text_projection", LAST, biasless=True),

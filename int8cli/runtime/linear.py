@@ -141,7 +141,7 @@ class Int8Linear(nn.Linear):
         """
 
         def moved(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, PackedInt8) and fn(torch.empty(0)).device.type == "cpu":
+            if isinstance(tensor, PackedInt8) and fn(torch.empty(0, device="cpu")).device.type == "cpu":
                 return tensor
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
@@ -151,6 +151,15 @@ class Int8Linear(nn.Linear):
             self.packed, self.row_sums = None, self.row_sums.to(torch.int32)
         return self
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """A packed weight does not change: it is unpacked for what is loaded, and packed again."""
+        prepared, packing = self.prepared, self.packed is not None
+        if packing:
+            self._buffers["weight"], self.packed = self._data, None
+        super()._load_from_state_dict(*args, **kwargs)
+        if prepared:
+            self.prepare(packing=packing)
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: with the weight unpacked, which is packed again where the copy is made."""
         state = self.__dict__.copy()
@@ -159,7 +168,7 @@ class Int8Linear(nn.Linear):
         return {**state, "was_packed": self.packed is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        was_packed = state.pop("was_packed")
+        was_packed = state.pop("was_packed", False)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if was_packed:
             self.prepare()
