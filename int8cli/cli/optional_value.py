@@ -5,6 +5,7 @@ Owns when a word after the option is its value.
 
 import re
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 from int8cli.cli.empty_values import Command
@@ -24,7 +25,7 @@ class ConvertCommand(Command):
 def _completed(args: list[str]) -> Iterator[str]:
     """The arguments with HERE as the value of each `--ray` that an address does not follow."""
     options = True
-    for word, following in zip(args, [*args[1:], None], strict=True):
+    for word, following in zip_longest(args, args[1:]):
         options = options and word != "--"
         is_value = following is not None and (not following or _ADDRESS.fullmatch(following) is not None)
         bare = options and word == _RAY and not is_value
