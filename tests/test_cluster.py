@@ -16,7 +16,8 @@ from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, convert
 from int8cli.cli.optional_value import _completed
-from int8cli.errors import DiskSpaceError, OutputInUseError
+from int8cli.errors import ClusterError, DiskSpaceError, OutputInUseError
+from int8cli.workers.ray_session import TaskNeeds, _Machines
 
 NONE = ConvertOptions(outliers="none")
 
@@ -44,6 +45,27 @@ def running(root: Path, **changes: Any) -> ConvertOptions:
 
 def on_cluster(root: Path) -> ConvertOptions:
     return running(root, ray="local")
+
+
+def test_a_task_that_no_machine_can_run_any_more_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines may be away for some time; then the error says what is lacking."""
+    clock = [0.0]
+    monkeypatch.setattr("int8cli.workers.ray_session.time.monotonic", lambda: clock[0])
+    small, large = TaskNeeds(1, 10), TaskNeeds(60, 10)
+    there = {small, large}
+    machines = _Machines(lambda needs: needs in there)
+
+    def after(seconds: float) -> None:
+        clock[0] += seconds
+        machines.check({small, large})
+
+    for change, pauses in ((set(), [40, 500]), ({large}, [40]), (set(), [40, 590])):
+        there.intersection_update({small})
+        there.update(change)
+        for pause in pauses:
+            after(pause)
+    with pytest.raises(ClusterError, match=r"no machine of the cluster has 60 cores, .* any more"):
+        after(31)
 
 
 # The address

@@ -136,8 +136,10 @@ def test_a_plain_run_goes_on_where_parts_stopped(user: User, converted: Path) ->
 
 def test_nothing_is_committed_while_shards_are_missing(user: User) -> None:
     assert part(user, 1, 2, "-q").code == 0
+    sent = len(user.hub.put_objects)
     refused(user.convert("--finish", *STREAM), "of 3 shards are not converted: model-", "Run the parts that have not")
     assert user.hub.commits == []
+    assert len(user.hub.put_objects) == sent
     refused(user.convert("--part", "2/2"), f"shards are not here: they were uploaded to {REPO}", "--push-to-hub")
     other = user.convert("--finish", "--push-to-hub", "me/other")
     refused(other, f"were uploaded to {REPO} and removed here", f"Push to {REPO} to go on")

@@ -53,6 +53,23 @@ def test_the_class_has_a_width_of_heads_that_its_config_leaves_out() -> None:
     assert bytes_a_token({"model_type": "qwen3", "num_key_value_heads": 1}) == FLOAT16_BYTES * 4 * 2 * 128
 
 
+QWEN2 = {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 32768, "max_window_layers": 2}
+
+
+@pytest.mark.parametrize("name", ["internvl_chat", "NVLM_D", "ovis"])
+def test_a_wrapper_of_the_hub_around_a_language_model_changes_nothing(name: str) -> None:
+    text = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96, **QWEN2}
+    alone, wrapped = (read_kv_cache(config, (96, 96)) for config in (text, {"model_type": name, "llm_config": text}))
+    assert not wrapped.assumed
+    assert (wrapped.layers, wrapped.reason) == (alone.layers, alone.reason)
+    assert wrapped.bytes_a_token(FLOAT16_BYTES) == FLOAT16_BYTES * 2 * 96
+
+
+def test_headers_settle_the_size_of_a_config_without_a_model_type() -> None:
+    assert bytes_a_token({"model_type": None}, (96, 96, 96, 96)) == FLOAT16_BYTES * 4 * 96
+    assert bytes_a_token({"model_type": None}) is None
+
+
 def test_headers_tell_the_width_that_a_config_leaves_out(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {"language_model.model.embed_tokens.weight": torch.zeros(96, 64)}
     for layer in range(2):

@@ -226,8 +226,8 @@ class _Job:
     def on(self, cluster: OnCluster) -> "_Job":
         """The same job on a cluster."""
         run = self.run
-        if run.most_outputs is not None:  # one is uploaded while its worker converts another
-            run = replace(run, most_outputs=cluster.slots + 1)
+        if run.most_outputs is not None:  # each worker uploads what it has converted
+            run = replace(run, most_outputs=cluster.slots)
         wanted = replace(self.wanted, model_threads=cluster.model_threads)
         return replace(self, run=run, wanted=wanted, cluster=cluster)
 

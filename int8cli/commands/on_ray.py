@@ -34,8 +34,11 @@ class OnCluster:
 
     @property
     def model_threads(self) -> int:
-        """The cores for a run of the model: those of the largest machine but for one shard, which waits for it."""
-        return max(1, self.cluster.most_cores - self.cluster.needs.cores)
+        """The cores for a run of the model: those of the largest machine but for one shard, which waits for it.
+
+        With a GPU, of the largest machine that has one.
+        """
+        return max(1, self.cluster.most_cores(_gpus(self.options)) - self.cluster.needs.cores)
 
     @property
     def slots(self) -> int:
@@ -53,8 +56,7 @@ class OnCluster:
         return ClusterRun(self.cluster, job, outliers, progress, needs)
 
     def _model_needs(self, survey: Survey, sampling: Sampling) -> TaskNeeds:
-        gpus = 1 if self.options.device == "cuda" else 0
-        needs = TaskNeeds(self.model_threads, memory_to_run(survey, sampling), gpus)
+        needs = TaskNeeds(self.model_threads, memory_to_run(survey, sampling), _gpus(self.options))
         if not self.cluster.offers(needs):
             raise NotEnoughMemoryError(
                 f"no machine of the cluster has {needs} for a run of the model", hint="Use shorter sequences."
@@ -67,18 +69,24 @@ def joined_cluster(model: str, address: str, survey: Survey, options: ConvertOpt
     """A cluster that is told what one shard takes. Raises MissingRayError, ClusterError, VersionMismatchError."""
     cluster = RayCluster(address, __version__)
     try:
-        threads = options.threads or _threads(cluster, len(survey.shards))
+        gpus = _gpus(options)
+        threads = options.threads or _threads(cluster, len(survey.shards), gpus)
         smoothed = replace(survey, smooth=True)  # whether it will be is not known yet
         memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)
-        cluster.needs = TaskNeeds(threads, memory_bytes, 1 if options.device == "cuda" else 0)
+        cluster.needs = TaskNeeds(threads, memory_bytes, gpus)
         yield OnCluster(cluster, model, options)
     finally:
         cluster.close()
 
 
-def _threads(cluster: RayCluster, shards: int) -> int:
+def _gpus(options: ConvertOptions) -> int:
+    """What one task takes of a machine's GPUs."""
+    return 1 if options.device == "cuda" else 0
+
+
+def _threads(cluster: RayCluster, shards: int, gpus: int) -> int:
     """One for each shard while there are more shards than cores; else a share of the cores, on one machine."""
-    return max(1, min(THREADS_FOR_A_SHARD, cluster.most_cores, cluster.cores // max(1, shards)))
+    return max(1, min(THREADS_FOR_A_SHARD, cluster.most_cores(gpus), cluster.cores // max(1, shards)))
 
 
 def _whole_files(survey: Survey) -> int:

@@ -167,8 +167,13 @@ class _Part:
         return [shard for shard in self.conversion.shards if shard.file in mine]
 
     def _begin(self) -> Collection[str]:
-        """Begin with the destination. Returns the source files that are finished, of the part's or of all."""
-        shards = self.conversion.shards if self.part.share is None else self._mine
+        """Begin with the destination. Returns the source files that are finished, of the part's or of all.
+
+        While shards are missing, a process that only concludes uploads none: the parts that still run do.
+        """
+        shards: Collection[ShardSource] = self.conversion.shards if self.part.share is None else self._mine
+        if self.part.share is None and self.missing(self._finished()):
+            shards = [shard for shard in shards if self.store.uploaded(shard) is not None]
         return finished_records(self.store, self.conversion, shards, self.options.destination)
 
     def _convert_own(self, finished: Collection[str], lock: int, columns: ColumnSource) -> None:
@@ -225,7 +230,12 @@ class _Part:
             self.options.destination.publish(self.conversion, records)
 
     def _concluded_by_others(self) -> bool:
-        """Whether another process has finished everything, and removed what this one was writing."""
+        """Whether another process has finished everything, and removed what this one was writing.
+
+        Never where this one publishes: nobody else does.
+        """
+        if self.options.destination is not None and self.part.share is None:
+            return False
         if (self.store.parts / f"{self.part.token}.json").exists():
             return False
         with suppress(OutputError):

@@ -136,7 +136,7 @@ def _read(model: LanguageModel, config: Mapping[str, Any], rows: RowsByLayer) ->
         return KvCache((), f"{fields.model_type} has no cache in transformers", context)
     if "_class_name" in config:
         return KvCache((), "a part of a diffusion pipeline needs no cache", context)
-    if not config.get("model_type"):
+    if not config.get("model_type") and not (any(rows) and "vocab_size" in config):
         raise UnknownCacheError("config.json names no model_type")
     if "image_size" in fields.config and "vocab_size" not in fields.config:
         return KvCache((), "an image model needs no cache", context)

@@ -129,11 +129,13 @@ _SILENCE = {
 _UNDERSTOOD = {aspects: _types(names) for aspects, names in _SILENCE.items()}
 # These have windows where the config does not speak of them.
 _WINDOW_OF_CLASS = _types("idefics2 kyutai_speech_to_text mistral mistral3 moshi moshi_depth")
-# Families with code on the Hub only, whose silence means the same.
+# Families with code on the Hub only, whose silence means the same, and those that only wrap a language model, which has
+# a config and a model type of its own.
 _OF_THE_HUB = _types(
     """
-    aquila baichuan chatglm codeshell deepseek internlm internlm2 kimi_k2 orion phi-msft qwen RefinedWeb
+    aquila baichuan chatglm codeshell deepseek internlm internlm2 kimi_k2 orion phi-msft phi3_v qwen RefinedWeb
     RefinedWebModel stablelm_epoch xverse Yi
+    NVLM_D deepseek_vl_v2 h2ovl_chat internvl_chat kimi_vl ovis skywork_chat
     """
 )
 

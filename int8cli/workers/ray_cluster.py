@@ -41,10 +41,10 @@ class RayCluster:
         """Those of all machines together."""
         return int(self._ray.cluster_resources().get("CPU", 0))
 
-    @property
-    def most_cores(self) -> int:
-        """Those of the machine with the most."""
-        return max((int(node["Resources"].get("CPU", 0)) for node in self._nodes()), default=0)
+    def most_cores(self, gpus: int) -> int:
+        """Those of the machine with the most, among the machines that have so many GPUs. 0 if there is none."""
+        resources = (node["Resources"] for node in self._nodes())
+        return max((int(each.get("CPU", 0)) for each in resources if each.get("GPU", 0) >= gpus), default=0)
 
     @property
     def slots(self) -> int:
@@ -66,7 +66,7 @@ class RayCluster:
                 f"no machine of the cluster has {self.needs} for one shard",
                 hint="`ray status` shows what the machines offer.",
             )
-        with closing(RaySession(self._ray, self._version, self.needs, on_bytes, on_told)) as session:
+        with closing(RaySession(self._ray, self._version, self.needs, self.offers, on_bytes, on_told)) as session:
             yield session
 
     def close(self) -> None:

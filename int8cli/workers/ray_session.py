@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from int8cli.errors import Int8cliError, VersionMismatchError, WorkerLostError
+from int8cli.errors import ClusterError, Int8cliError, VersionMismatchError, WorkerLostError
 from int8cli.workers.processes import OnBytes, Result
 
 # A task is started again so often after its worker or machine was lost.
 MOST_RETRIES = 5
 ANSWER_WAIT_S = 120.0
 _POLL_S = 0.2
+# How often the machines are asked for, and how long they may lack what a task needs: others may join meanwhile.
+_MACHINES_S, _MACHINES_WAIT_S = 30.0, 600.0
 _END_WAIT_S = 10.0
 # Says something to who started a task: a picklable object.
 Tell = Callable[[Any], None]
@@ -41,17 +43,24 @@ class TaskNeeds:
         return f"{self.cores} cores, {self.memory_bytes:,} bytes of memory and {self.gpus} GPUs"
 
 
+Offers = Callable[[TaskNeeds], bool]
+
+
 class RaySession:
     """Tasks that run at the same time. Make it with `RayCluster.session`.
 
-    `on_bytes` gets what a task has done since its last report; a negative count takes back the work of a lost one.
-    `on_told` gets what a leading task says.
+    `offers` says whether some machine of the cluster could run a task with such needs. `on_bytes` gets what a task has
+    done since its last report; a negative count takes back the work of a lost one. `on_told` gets what a leading task
+    says.
     """
 
-    def __init__(self, ray: Any, version: str, needs: TaskNeeds, on_bytes: OnBytes, on_told: Tell) -> None:
+    def __init__(
+        self, ray: Any, version: str, needs: TaskNeeds, offers: Offers, on_bytes: OnBytes, on_told: Tell
+    ) -> None:
+        self._machines = _Machines(offers)
         self._ray, self._version, self._needs, self._on_told = ray, version, needs, on_told
         self._seen = _Seen(on_bytes)
-        self._running: dict[Any, str] = {}
+        self._running: dict[Any, tuple[str, TaskNeeds]] = {}
         self._reports = ray.remote(_Reports).options(num_cpus=0, max_restarts=-1).remote()
 
     def start(self, name: str, task: Callable[[OnBytes], Any]) -> None:
@@ -68,14 +77,15 @@ class RaySession:
     def ended(self) -> Iterator[tuple[str, Any]]:
         """Name and result of every task as it ends, also of those that are started meanwhile.
 
-        Raises the error of the first task that fails.
+        Raises the error of the first task that fails; ClusterError if the machines that could run one have left.
         """
         while self._running:
             ended, _ = self._ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
             self._pass_on()
             for reference in ended:
-                name = self._running.pop(reference)
+                name, _ = self._running.pop(reference)
                 yield name, self._result(reference, name)
+            self._machines.check({needs for _, needs in self._running.values()})
 
     def close(self) -> None:
         """Stop the tasks that still run, and wait until they have ended."""
@@ -89,7 +99,7 @@ class RaySession:
     def _start(self, function: Callable[..., Any], needs: TaskNeeds, name: str, task: Callable[..., Any]) -> None:
         declared = {"num_cpus": needs.cores, "memory": needs.memory_bytes, "num_gpus": needs.gpus}
         remote = self._ray.remote(function).options(max_retries=MOST_RETRIES, retry_exceptions=False, **declared)
-        self._running[remote.remote(name, task, self._version, self._reports)] = name
+        self._running[remote.remote(name, task, self._version, self._reports)] = name, needs
 
     def _result(self, reference: Any, name: str) -> Any:
         try:
@@ -114,6 +124,30 @@ class RaySession:
             self._seen.update(*report)
         for item in told:
             self._on_told(item)
+
+
+class _Machines:
+    """Whether the cluster still has machines that could run each task: Ray would wait for one for ever."""
+
+    def __init__(self, offers: Offers) -> None:
+        self._offers = offers
+        self._asked_s = time.monotonic()
+        self._lacking_since_s: dict[TaskNeeds, float] = {}
+
+    def check(self, wanted: set[TaskNeeds]) -> None:
+        """Raises ClusterError once no machine has offered what a task needs for `_MACHINES_WAIT_S`."""
+        now_s = time.monotonic()
+        if now_s - self._asked_s < _MACHINES_S:
+            return
+        self._asked_s = now_s
+        lacking = {needs for needs in wanted if not self._offers(needs)}
+        self._lacking_since_s = {needs: self._lacking_since_s.get(needs, now_s) for needs in lacking}
+        for needs, since_s in self._lacking_since_s.items():
+            if now_s - since_s >= _MACHINES_WAIT_S:
+                raise ClusterError(
+                    f"no machine of the cluster has {needs} any more",
+                    hint="Run the same command again: it resumes with the machines that are there.",
+                )
 
 
 class _Reports:
