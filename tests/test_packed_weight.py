@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from int8cli.errors import UnsupportedOperationError
 from int8cli.llm_int8 import packed_weight
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, input_gradient, llm_int8_linear
 from int8cli.llm_int8.packed_weight import PackedWeight
@@ -218,3 +219,11 @@ def test_a_packed_layer_computes_with_the_weight_that_is_loaded_into_it() -> Non
     layer.load_state_dict(state)
     assert layer.packed is not None
     assert torch.equal(layer(ROWS), other(ROWS))
+
+
+@pytest.mark.parametrize("write", [lambda weight: weight.zero_(), lambda weight: weight.copy_(torch.ones(24, 40))])
+def test_a_packed_weight_is_not_written_to(write: Any) -> None:
+    layer = layer_of()
+    with pytest.raises(UnsupportedOperationError):
+        write(layer.weight)
+    assert torch.equal(layer.weight, int8_of("normal", 24, 40))

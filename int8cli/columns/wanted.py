@@ -63,8 +63,7 @@ class ColumnsWanted:
 class ColumnStrategy:
     """One way to choose the columns.
 
-    `survey` and `settings` include the stored columns. `columns` makes the source of columns. `arithmetic_s` estimates
-    the time in seconds to choose them, from a matrix product timed on this machine.
+    `survey` and `settings` include the stored columns. `columns` makes the source of columns.
     """
 
     survey: Survey

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import get_args
 
-from int8cli.checkpoint.object_store import is_remote
+from int8cli.checkpoint.object_store import is_remote, shown_address
 from int8cli.columns.wanted import AUTO, MODES, SMOOTH_MODES
 from int8cli.commands.options import (
     ConvertOptions,
@@ -172,9 +172,13 @@ def _check_target(options: ConvertOptions) -> None:
     if options.push_to_hub is not None and options.push_to is not None:
         raise OptionError("a repository is given too", option="push_to")
     if options.push_to is not None and not is_remote(options.push_to):
-        raise OptionError(f"{options.push_to!r} is not an address, such as s3://bucket/model", option="push_to")
+        raise OptionError(
+            f"{shown_address(options.push_to)!r} is not an address, such as s3://bucket/model", option="push_to"
+        )
     if options.push_to_hub is not None and is_remote(options.push_to_hub):
-        raise OptionError(f"{options.push_to_hub!r} is an address, not a repository on the Hub", option="push_to_hub")
+        raise OptionError(
+            f"{shown_address(options.push_to_hub)!r} is an address, not a repository on the Hub", option="push_to_hub"
+        )
     if options.push_to_hub is None and options.push_to is None:
         for name in ("private", "push_revision", "commit_message", "keep_output"):
             if getattr(options, name) != getattr(ConvertOptions(), name):

@@ -174,8 +174,9 @@ class _Largest:
         self.first = torch.where(held | risen, new, self.first)
         self._place = torch.where(risen, column, self._place)
         rows = lost.nonzero().squeeze(1)
-        if rows.numel():
-            self._scan(rows)
+        step = max(1, _CHUNK_ELEMENTS // max(1, self._matrix.values.shape[1]))
+        for start in range(0, rows.numel(), step):
+            self._scan(rows[start : start + step])
 
     def _scan(self, rows: Tensor) -> None:
         scaled = self._matrix.rows(rows).mul_(self._factors)

@@ -70,6 +70,8 @@ class PackedInt8(GuardedInt8):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func._schema.is_mutable:  # it would change a copy
+            raise UnsupportedOperationError(_REFUSAL)
         plain: Callable[[Any], Any] = lambda tree: tree_map_only(PackedInt8, PackedInt8.plain, tree)  # noqa: E731
         return func(*plain(args), **plain(kwargs or {}))
 

@@ -31,7 +31,7 @@ from int8cli.runtime.stored import StoredLinear, StoredModel
 
 _GENERATION_CONFIG = "generation_config.json"
 _CHECK_CONFIG = "Check config.json, or convert the model again."
-# malloc keeps what it could return: packing SmolLM2-135M took 139 MB more at its peak, and takes 46 MB so.
+# malloc keeps what it could return: packing SmolLM2-135M takes 139 MB more at its peak, or 46 MB if that is returned.
 _RETURNED_BYTES = 16 << 20
 _OTHER_LOADERS_HINT = "If transformers loads the directory itself, use AutoModel...from_pretrained(DIR)."
 
