@@ -102,7 +102,10 @@ def test_no_more_is_requested_than_the_file_contains(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("value", STRANGE, ids=lambda value: f"{value!r:.10}")
 @pytest.mark.parametrize("model_type", ["llama", "jamba", "bamba", "lfm2", "mpt", "qwen2", "gemma3_text", "mamba2"])
-def test_a_memory_estimate_ends_for_any_numbers_in_the_config(model_type: str, value: Any, tmp_path: Path) -> None:
+def test_a_memory_estimate_ends_for_any_numbers_in_the_config(
+    model_type: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("int8cli.estimate.asking._ask", lambda config: "not asked")  # seconds for each of hundreds
     fields = ("hidden_size", "num_hidden_layers", "attn_layer_offset", "attn_layer_indices", "full_attn_idxs")
     more = ("attn_config", "max_window_layers", "partial_rotary_factor", "rope_parameters", "sliding_window")
     for field in (*fields, *more):

@@ -8,6 +8,7 @@ reason. It runs offline.
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from typing import Any
 from int8cli.loaders.config_class import NoConfigClassError, completed_config
 
 ANSWER_LIMIT_S = 120.0
+# A class may make a list as long as any number of the config says.
+_MEMORY_LIMIT_BYTES = 8 << 30
 _PACKAGE = "transformers"
 # The path is set first: with -c alone, a file in the working directory could stand in for a module.
 _PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from int8cli.estimate.asking import answer; answer()"
@@ -63,8 +66,15 @@ def _ask(config: Mapping[str, Any]) -> dict[str, Any] | str:
     return found if isinstance(found, (dict, str)) else f"{_PACKAGE} gave no config"
 
 
+def _limit_memory() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _MEMORY_LIMIT_BYTES if most == resource.RLIM_INFINITY else min(most, _MEMORY_LIMIT_BYTES)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
+
+
 def answer() -> None:
     """The program of the process: a config from stdin; to stdout the completed config, or a reason as a JSON string."""
+    _limit_memory()
     config = json.load(sys.stdin)
     document = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing else may print there
