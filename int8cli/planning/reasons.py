@@ -26,6 +26,7 @@ READ = "multiplied by the model's own code, which needs a float weight"
 MISREAD = "named so that transformers 5.0 would not load it in int8"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
 LOADER_FLOAT = "not supported in int8 by the loaders of this layout"
+BESIDE_TEXT = "beside the language model; this layout's loaders want it in floats"
 UNKNOWN = "not recognised as a linear layer"
 SKIPPED = "left alone by --skip"
 NOT_NAMED = "not named by --only"
@@ -46,6 +47,7 @@ LINEAR_LEFT_ALONE = frozenset(
             READ,
             CONV1D,
             LOADER_FLOAT,
+            BESIDE_TEXT,
             SKIPPED,
             NOT_NAMED,
         ),
