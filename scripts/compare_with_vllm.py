@@ -3,8 +3,7 @@
     .venv-vllm/bin/python scripts/compare_with_vllm.py demo/SmolLM2-135M-Instruct --sequences 16 --length 1024
 
 For 16 bit and each kind of inputs of the compressed-tensors layout, smoothed as `convert` smooths it, on the held-out
-text: in the dtype of config.json, and in float32 with the same weights, where rounding hides nothing. SmolLM2 takes some
-ten minutes of two cores.
+text: in the dtype of config.json, and in float32 with the same weights, where rounding hides nothing.
 """
 
 import argparse
@@ -42,7 +41,9 @@ def main() -> None:
             models = {"as in config.json": wanted.model, **models}
         vllm = Vllm()
         for dtype, model in models.items():
-            print(f"\n{dtype}, {amount.sequences} x {amount.length} tokens: nats in vLLM, by evaluate, difference ± s.e.")
+            print(
+                f"\n{dtype}, {amount.sequences} x {amount.length} tokens: nats in vLLM, by evaluate, difference ± s.e."
+            )
             for method, found in compared(model, outputs, amount, vllm).items():
                 print(f"{method:<20}{line(found)}", flush=True)
         vllm.close()
