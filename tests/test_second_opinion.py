@@ -200,13 +200,15 @@ def test_a_square_conv1d_that_is_not_transposed(tmp_path: Path, monkeypatch: Pat
     }
 
 
-def fused_experts(directory: Path) -> Path:
+def fused_experts(directory: Path, *, transposed: bool) -> Path:
     """Two experts in 3-D, and enough of a model around them."""
     torch.manual_seed(1)
-    experts = "model.layers.0.mlp.experts"
+    experts, fused = (
+        "model.layers.0.mlp.experts",
+        {"gate_up_proj": torch.randn(2, 48, 40), "down_proj": torch.randn(2, 40, 24)},
+    )
     tensors = {
-        f"{experts}.gate_up_proj": torch.randn(2, 48, 40),
-        f"{experts}.down_proj": torch.randn(2, 40, 24),
+        **{f"{experts}.{name}": each.mT.contiguous() if transposed else each for name, each in fused.items()},
         "model.layers.0.self_attn.o_proj.weight": torch.randn(40, 40),
         "model.embed_tokens.weight": torch.randn(9, 40),
     }
@@ -214,8 +216,9 @@ def fused_experts(directory: Path) -> Path:
     return save_by_hand(directory, tensors, {"model_type": "qwen3_moe"})
 
 
-def test_halves_of_fused_experts_in_the_wrong_order(tmp_path: Path, monkeypatch: Patch) -> None:
-    model = fused_experts(tmp_path / "model")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_halves_of_fused_experts_in_the_wrong_order(transposed: bool, tmp_path: Path, monkeypatch: Patch) -> None:
+    model = fused_experts(tmp_path / "model", transposed=transposed)
     options = options_of("compressed-tensors", "absmax")
     convert(model, tmp_path / "good", options)
     assert verified(tmp_path / "good", model).passed

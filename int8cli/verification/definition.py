@@ -34,18 +34,31 @@ class WeightRows:
 
 def int8_rows(weight: Tensor, *, float32_via_half: bool) -> WeightRows:
     """Whole rows (rows, in) of finite float16, bfloat16 or float32, quantized by the definition."""
-    floats = weight.float()
-    if weight.dtype != torch.float32 or float32_via_half:
-        halves = weight.half().float()
-        floats = halves.where(halves.isfinite().all(dim=1, keepdim=True), floats)
-    row_absmax = floats.abs().amax(dim=1) if floats.shape[1] else floats.new_zeros(len(floats))
+    floats, row_absmax = _as_quantized(weight, float32_via_half=float32_via_half)
     scale = (1 / row_absmax) * _STEPS
-    data = (floats * scale[:, None]).round()
-    small = (row_absmax > 0) & (row_absmax < _SCALE_FITS_ABOVE)
+    data = (floats * scale[:, None]).round_()
+    small = row_absmax < _SCALE_FITS_ABOVE
     if bool(small.any()):
         data[small] = (floats[small].double() * (_STEPS / row_absmax[small].double())[:, None]).round().float()
-    data[row_absmax == 0] = 0
+        data[row_absmax == 0] = 0
     return WeightRows(data.to(torch.int8), row_absmax)
+
+
+def _as_quantized(weight: Tensor, *, float32_via_half: bool) -> tuple[Tensor, Tensor]:
+    """The values that are quantized, and the absmax of their rows, both float32."""
+    if weight.dtype != torch.float32 or float32_via_half:
+        halves = weight.half().float()
+        row_absmax = _absmax(halves)
+        too_large = row_absmax.isinf()
+        if not bool(too_large.any()):
+            return halves, row_absmax
+        halves[too_large] = weight[too_large].float()
+        return halves, _absmax(halves)
+    return weight, _absmax(weight)
+
+
+def _absmax(floats: Tensor) -> Tensor:
+    return floats.abs().amax(dim=1) if floats.shape[1] else floats.new_zeros(len(floats))
 
 
 def powers(exponents: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from int8cli.verification.definition import int8_rows, multiplied, powers
 from int8cli.verification.source_rows import FloatRows
 from int8cli.verification.tensor_file import TensorFile
 
-MOST_ELEMENTS = 1 << 20  # of one tensor: whole ones of up to 1,024 x 1,024, and some rows of larger ones
+MOST_ELEMENTS = 1 << 22  # of one tensor: whole ones of up to 2,048 x 2,048, and some rows of larger ones
+PIECE_ELEMENTS = 1 << 17  # of one computation: stays in the cache
 _RUNS = 8
 
 
@@ -102,15 +103,17 @@ class Int8Layer:
 
 
 def runs(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """Runs [first, end) of rows, of at most MOST_ELEMENTS together: all rows, or runs spread from first to last."""
+    """Runs [first, end) of rows, of at most MOST_ELEMENTS together: all rows, or runs spread from first to last.
+
+    One has PIECE_ELEMENTS at most, or is one row.
+    """
     most = max(_RUNS, MOST_ELEMENTS // max(1, width))
-    if rows <= most:
-        yield 0, rows
-        return
-    each = most // _RUNS
-    for place in range(_RUNS):
-        first = (rows - each) * place // (_RUNS - 1)
-        yield first, first + each
+    each = rows if rows <= most else most // _RUNS
+    starts = [0] if rows <= most else [(rows - each) * place // (_RUNS - 1) for place in range(_RUNS)]
+    height = max(1, PIECE_ELEMENTS // max(1, width))
+    for start in starts:
+        for first in range(start, start + each, height):
+            yield first, min(first + height, start + each)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

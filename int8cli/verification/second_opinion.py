@@ -25,6 +25,7 @@ from int8cli.verification.float_copies import copy_problem
 from int8cli.verification.int8_layer import Conditions, Int8Layer
 from int8cli.verification.source_rows import FloatRows, reading_as_converted, readings, turned_squares, workbench
 from int8cli.verification.tensor_file import TensorFile
+from int8cli.workers.torch_threads import torch_threads
 
 _BITSANDBYTES = "bitsandbytes"
 _MODEL_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
@@ -60,7 +61,7 @@ class SecondOpinion:
 
     def of(self, task: ShardTask, record: ShardRecord, shard: OpenShard) -> Opinion:
         """Compare the layers and floats of one shard. Raises the errors of reading it or the output."""
-        with ExitStack() as opened:
+        with torch_threads(1), ExitStack() as opened:
             output, *beside = (opened.enter_context(TensorFile(self._directory / file.file)) for file in record.files)
             sidecar = beside[0] if beside else None
             source = None

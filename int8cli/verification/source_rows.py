@@ -29,8 +29,8 @@ _SECOND_HALVES = frozenset({"up_proj", "w3"})  # of what gate and up are togethe
 def readings(file: TensorFile, stored: StoredTensor, shape: tuple[int, int], *, turned: bool | None) -> list[FloatRows]:
     """The ways to read the rows of a weight from a file: one, or both orders of a matrix whose shape fits both.
 
-    `stored` names the tensor and that of the file, `shape` is (out_features, in_features). A square matrix is `turned`
-    or not, None if that is not known. None at all if the tensor of the file does not fit.
+    `stored` names the tensor and that of the file, `shape` is (out_features, in_features). A tensor that is a square
+    matrix is `turned` or not, None if that is not known. Empty if the tensor of the file does not fit.
     """
     name, inside = (stored.whole or stored).spec.name, _EXPERT.search(stored.spec.name)
     *leading, height, width = file.shape(name)
@@ -40,10 +40,11 @@ def readings(file: TensorFile, stored: StoredTensor, shape: tuple[int, int], *, 
     parts = height * width // max(1, out_features * in_features)
     second = inside is not None and inside["matrix"] in _SECOND_HALVES
     start = out_features if fused and parts == 2 and second else 0
+    known = turned if not leading and height == width else None
     ways: list[FloatRows] = []
-    if (height, width) == (parts * out_features, in_features) and turned is not True:
+    if (height, width) == (parts * out_features, in_features) and known is not True:
         ways.append(partial(_rows, file, name, number, start, in_features))
-    if (height, width) == (in_features, parts * out_features) and turned is not False:
+    if (height, width) == (in_features, parts * out_features) and known is not False:
         ways.append(partial(_columns, file, name, number, start, in_features))
     return ways
 
