@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import replace
@@ -19,7 +21,8 @@ from support.program import ROOT, Outcome, llama, outcome_of, run, start, tree, 
 from support.progress import CoherentProgress
 from support.pushing import SOURCE, TOKEN, files_in, hub_environment, weights_here
 
-from int8cli import ConvertOptions, convert
+from int8cli import ConvertOptions, __version__, convert
+from int8cli.conversion.worker_job import TellCall, WorkerJob
 from int8cli.errors import (
     ClusterError,
     NonFiniteError,
@@ -30,11 +33,15 @@ from int8cli.errors import (
 )
 from int8cli.outliers.calibrate import TASK as CALIBRATE
 from int8cli.workers import ray_session
+from int8cli.workers.ray_cluster import RayCluster
 
 ray = pytest.importorskip("ray")
 SHARDS = 12
 NONE = ConvertOptions(outliers="none")
 GIB = 1 << 30
+STORE_BYTES = 80 << 20
+# A node that does not answer is given up after three seconds, not fifteen. One that is only slow has ten for an answer.
+SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +62,46 @@ def hub(root: Path) -> Iterator[WritableHub]:
 
 
 @pytest.fixture(scope="module")
-def cluster(hub: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A head without cores and two nodes with one each. Nodes that a test kills are replaced."""
-    from ray.cluster_utils import Cluster
+def nodes(hub: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head without cores and two nodes with one each, on ports that are free. Nodes that a test kills are replaced.
 
+    Its files are in a directory of its own, with a short path for its sockets: two such clusters, or one beside another
+    cluster of this machine, do not meet.
+    """
+    directory = tempfile.mkdtemp(prefix="ray-")
     os.environ |= hub_environment(hub, tmp_path_factory.mktemp("hub-cache"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    os.environ["RAY_DEDUP_LOGS"] = "0"
+    os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_TMPDIR": directory}
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": SOON}
     with chdir(tmp_path_factory.mktemp("nodes")):  # not that of the drivers, as on other machines
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+        found = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
             add_node(found)
     yield found
     ray.shutdown()
     found.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> Any:
+    """The cluster, which this process has joined: the workers of one driver are used again by the next test."""
+    if not ray.is_initialized():
+        RayCluster(nodes.address, __version__)
+    return nodes
+
+
+@pytest.fixture
+def apart(nodes: Any) -> Any:
+    """The cluster, for a driver that joins and leaves it as a command does."""
+    ray.shutdown()
+    return nodes
 
 
 def add_node(cluster: Any, **options: Any) -> Any:
-    return cluster.add_node(num_cpus=1, memory=2 * GIB, object_store_memory=80 << 20, **options)
+    return cluster.add_node(num_cpus=1, memory=2 * GIB, object_store_memory=STORE_BYTES, **options)
 
 
 def on(cluster: Any, options: ConvertOptions = NONE) -> ConvertOptions:
@@ -109,7 +138,15 @@ def running(root: Path, **changes: Any) -> ConvertOptions:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"outliers": "auto"}, {"layout": "compressed-tensors"}, {"outlier_columns": 0, "smooth": "auto"}]
+    "changes",
+    [
+        {},
+        {"outliers": "auto"},
+        {"layout": "compressed-tensors"},
+        {"outlier_columns": 0, "smooth": "auto"},
+        {"outlier_budget": 0.02},
+        {"outlier_budget": 0.02, "smooth": "auto"},
+    ],
 )
 def test_columns_by_a_run_of_the_model(
     changes: dict[str, Any], cluster: Any, root: Path, small: Path, tmp_path: Path
@@ -137,10 +174,24 @@ def blocks(model: Path) -> set[str]:
     return {f"model.layers.{number}" for number in range(layers)}
 
 
-def test_a_run_of_the_model_that_is_lost_resumes(cluster: Any, root: Path, small: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_model_that_is_lost_resumes(
+    cluster: Any, root: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = running(root, smooth="auto")
     convert(small, tmp_path / "one", options)
     killed: list[int] = []
+    first_is_told = tmp_path / "killed"
+
+    class WaitsToBeKilled(WorkerJob):
+        """A local class is sent by value. It is slow once: after it has told of the first block."""
+
+        def run_model(self, output: Path, shards: Any, recorded: Any, tell: TellCall) -> Any:
+            def slowly(call: Any) -> None:
+                tell(call)
+                if "'done'" in repr(call):
+                    wait_until(first_is_told.exists)
+
+            return WorkerJob.run_model(self, output, shards, recorded, slowly)
 
     class KillsTheModel(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
@@ -149,7 +200,9 @@ def test_a_run_of_the_model_that_is_lost_resumes(cluster: Any, root: Path, small
                 killed.extend(workers("_lead"))
                 for pid in killed:
                     os.kill(pid, signal.SIGKILL)
+                first_is_told.touch()
 
+    monkeypatch.setattr("int8cli.commands.on_ray.WorkerJob", WaitsToBeKilled)
     convert(small, tmp_path / "out", on(cluster, options), progress=KillsTheModel())
     assert len(killed) == 1
     assert tree(tmp_path / "out") == tree(tmp_path / "one")
@@ -305,7 +358,7 @@ def test_without_an_address_the_cluster_of_this_machine_is_joined(cluster: Any, 
 
 
 def test_without_a_cluster_one_is_started(
-    cluster: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apart: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray does both where it is told no address; what it does is not repeated here."""
     given: list[Any] = []
@@ -313,9 +366,8 @@ def test_without_a_cluster_one_is_started(
 
     def join(**options: Any) -> None:
         given.append((options.pop("address"), options.pop("include_dashboard")))
-        init(address=cluster.address, **options)
+        init(address=apart.address, **options)
 
-    ray.shutdown()
     monkeypatch.setattr(ray, "init", join)
     for address in ("here", "local"):
         convert(root / "model", tmp_path / address, replace(NONE, ray=address))
@@ -400,13 +452,13 @@ def test_a_killed_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> No
     assert tree(tmp_path / "out") == tree(root / "none")
 
 
-def test_an_interrupted_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_driver_resumes(apart: Any, root: Path, tmp_path: Path) -> None:
     class Interrupts(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(root / "model", tmp_path / "out", on(cluster), progress=Interrupts())
+        convert(root / "model", tmp_path / "out", on(apart), progress=Interrupts())
     assert not ray.is_initialized()
     convert(root / "model", tmp_path / "out", NONE)  # on this machine alone
     assert tree(tmp_path / "out") == tree(root / "none")

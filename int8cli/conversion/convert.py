@@ -34,7 +34,8 @@ from int8cli.errors import (
 )
 from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
-from int8cli.planning.survey import Survey, fingerprint, room_needed
+from int8cli.planning.room import ONE_PROCESS, AtOnce, room_needed
+from int8cli.planning.survey import Survey, fingerprint
 from int8cli.progress import Progress
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardSource
 from int8cli.records.manifest import MANIFEST_FILE
@@ -64,8 +65,8 @@ class ConversionRun:
     """How to convert, besides the settings that determine the result.
 
     `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
-    conversion in the directory. `destination` takes each shard as it is finished; with `most_outputs` it removes them,
-    so that no more than that are in the directory at once. `about_columns` says how outlier columns are chosen.
+    conversion in the directory. `destination` takes each shard as it is finished. `at_once` says how many shards need
+    room. `about_columns` says how outlier columns are chosen.
     """
 
     output: Path
@@ -75,7 +76,7 @@ class ConversionRun:
     threads: int = 2
     device: str = "cpu"
     destination: Destination | None = None
-    most_outputs: int | None = None
+    at_once: AtOnce = ONE_PROCESS
     about_columns: Callable[[], str] | None = None
 
 
@@ -266,14 +267,14 @@ def require_room(
     survey: Survey,
     options: ConversionRun,
     remaining: list[ShardSource],
-    peak_shard_bytes: int | None = None,
+    model_bytes: int = 0,
 ) -> None:
     """Raise DiskSpaceError if the remaining output and the shards in flight do not fit on their disks.
 
-    `peak_shard_bytes` is the size of the shards in flight, if there are more than the usual two.
+    `model_bytes` are those of the shards that a run of the model has at once.
     """
     names = [shard.file for shard in remaining]
-    for room in room_needed(source, survey, names, options.output, peak_shard_bytes, options.most_outputs):
+    for room in room_needed(source, survey, names, options.output, options.at_once, model_bytes):
         if room.needed_bytes > room.free_bytes:
             needed, free = told_apart(room.needed_bytes, room.free_bytes)
             raise DiskSpaceError(
