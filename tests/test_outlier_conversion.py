@@ -401,7 +401,8 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
         remaining: object,
         output: Path,
         at_once: object,
-        model_bytes: int = 0,
+        model_bytes: int,
+        left_over: object,
     ) -> Any:
         """There is room for two shards, as each conversion needs, but not for what the model reads at once."""
         if not model_bytes:

@@ -22,7 +22,8 @@ from support.progress import CoherentProgress
 from support.pushing import SOURCE, TOKEN, files_in, hub_environment, weights_here
 
 from int8cli import ConvertOptions, __version__, convert
-from int8cli.conversion.worker_job import TellCall, WorkerJob
+from int8cli.conversion.task import ShardTask
+from int8cli.conversion.worker_job import TellCall, WorkerJob, WorkerResult
 from int8cli.errors import (
     ClusterError,
     NonFiniteError,
@@ -33,6 +34,7 @@ from int8cli.errors import (
 )
 from int8cli.outliers.calibrate import TASK as CALIBRATE
 from int8cli.workers import ray_session
+from int8cli.workers.processes import OnBytes
 from int8cli.workers.ray_cluster import RayCluster
 
 ray = pytest.importorskip("ray")
@@ -405,18 +407,32 @@ def test_a_node_that_is_killed_costs_its_shards_only(cluster: Any, root: Path, t
     assert tree(output) == tree(root / "none")
 
 
-def test_a_worker_that_is_killed_is_replaced(cluster: Any, root: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def test_a_worker_that_is_killed_is_replaced(
+    cluster: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, begun = tmp_path / "out", tmp_path / "begun"
     killed: list[int] = []
 
-    class KillsAWorker(CoherentProgress):
+    class WaitsToBeKilled(WorkerJob):
+        """A local class is sent by value. Its second shard is not finished by the first attempt."""
+
+        def convert(self, task: ShardTask, on_bytes: OnBytes) -> WorkerResult:
+            if task.source.output.startswith("model-00002-") and not begun.exists():
+                begun.touch()
+                signal.pause()
+            return WorkerJob.convert(self, task, on_bytes)
+
+    class KillsWorkers(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
             super().done(task, part, outcome)
-            for pid in workers() if len(killed) < 3 else ():
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+            if not killed:
+                wait_until(begun.exists)
+                killed.extend(workers())
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
 
-    convert(root / "model", output, on(cluster), progress=KillsAWorker())
+    monkeypatch.setattr("int8cli.commands.on_ray.WorkerJob", WaitsToBeKilled)
+    convert(root / "model", output, on(cluster), progress=KillsWorkers())
     assert killed
     assert tree(output) == tree(root / "none")
 
@@ -511,7 +527,7 @@ def test_workers_that_see_another_directory_are_an_error(
 ) -> None:
     """A relative path means another directory to a worker that was started elsewhere."""
     monkeypatch.setattr("int8cli.conversion.cluster._anywhere", lambda task: task)
-    monkeypatch.setattr("int8cli.conversion.cluster.LATE_S", 0.5)
+    monkeypatch.setattr("int8cli.conversion.late.LATE_S", 0.5)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match=r"a worker has written .* but it is not in out"):
         convert(root / "model", "out", on(cluster))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
-from int8cli.planning.room import AtOnce, Room, room_needed
+from int8cli.planning.room import ONE_PROCESS, AtOnce, Room, room_needed
 from int8cli.planning.survey import Survey
 
 
@@ -25,7 +25,7 @@ class Needs:
         output: Path,
         *,
         threads: int,
-        at_once: AtOnce,
+        at_once: AtOnce = ONE_PROCESS,
         shards: Collection[str] | None = None,
     ) -> "Needs":
         """`shards` are the source files to convert, None for all."""

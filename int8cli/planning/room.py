@@ -3,7 +3,9 @@
 Owns how many of them are counted. Needs no torch.
 """
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from heapq import nlargest
 from itertools import pairwise
@@ -53,11 +55,13 @@ def room_needed(
     output: Path,
     at_once: AtOnce,
     model_bytes: int = 0,
+    left_over: Sequence[Path] = (),
 ) -> tuple[Room, ...]:
     """The free space that each disk needs to convert the `remaining` shards; one entry for each disk.
 
     Counts the output and, for a Hub source, the downloaded shards that exist at once, or all if the source keeps them.
     Shards in the Hub cache need nothing. A run of the model has `model_bytes` of downloaded shards at once.
+    What an interrupted run has left in the directories `left_over` counts as free: it is replaced or gone on with.
     """
     sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
     transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
@@ -77,8 +81,8 @@ def room_needed(
             disk = existing.stat().st_dev
         by_disk.setdefault(disk, []).append((existing, size_bytes))
     return tuple(
-        Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
-        for shares in by_disk.values()
+        Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), _free_bytes(shares[0][0], disk, left_over))
+        for disk, shares in by_disk.items()
     )
 
 
@@ -88,6 +92,17 @@ def other_files_bytes(source: Source, survey: Survey) -> int:
     files = (*survey.outputs.values(), *survey.sidecars.values())
     columns = sum((survey.stored_counts or {}).values())
     return copied + _RECORD_BYTES_A_TENSOR * sum(len(file.tensors) for file in files) + _RECORD_BYTES_A_COLUMN * columns
+
+
+def _free_bytes(directory: Path, disk: int, left_over: Sequence[Path]) -> int:
+    """What is free on a disk, and what files in these directories take of it."""
+    taken = 0
+    for path, _, names in (entry for each in left_over for entry in os.walk(each)):
+        for name in names:
+            with suppress(OSError):  # it was removed meanwhile
+                found = os.lstat(os.path.join(path, name))
+                taken += found.st_blocks * 512 if found.st_dev == disk else 0
+    return free_bytes(directory) + taken
 
 
 def _downloads_bytes(transferred: Sequence[int], at_once: AtOnce, model_bytes: int) -> int:
