@@ -1,5 +1,6 @@
 """`int8cli evaluate`."""
 
+import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,18 @@ Outliers = Annotated[
         metavar="FILE",
     ),
 ]
+
+
+class Scales(enum.StrEnum):
+    """By which scales the smoothed methods smooth."""
+
+    exact = "exact"
+    fine = "fine"
+
+
+Smooth = Annotated[
+    Scales, typer.Option(help="The smoothed methods: by powers of two, or in steps of 2^(1/4), which round norms.")
+]
 SourceModel = Annotated[
     str | None,
     typer.Option(
@@ -93,6 +106,7 @@ def evaluate(
     methods: Methods = None,
     outlier_columns: OutlierColumns = None,
     outliers: Outliers = None,
+    smooth: Smooth = Scales.exact,
     source: SourceModel = None,
     revision: Revision = None,
     device: ModelDevice = Device.cpu,
