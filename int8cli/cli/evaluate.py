@@ -1,6 +1,5 @@
 """`int8cli evaluate`."""
 
-import enum
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from int8cli.cli.options import (
     Quiet,
     RetryFor,
     Revision,
+    Scales,
     Seed,
     SequenceLength,
     TextFile,
@@ -71,14 +71,6 @@ Outliers = Annotated[
         metavar="FILE",
     ),
 ]
-
-
-class Scales(enum.StrEnum):
-    """By which scales the smoothed methods smooth."""
-
-    exact = "exact"
-    fine = "fine"
-
 
 Smooth = Annotated[
     Scales, typer.Option(help="The smoothed methods: by powers of two, or in steps of 2^(1/4), which round norms.")
