@@ -156,6 +156,23 @@ def test_a_public_repository_is_no_private_one(user: User) -> None:
     assert user.hub.put_bytes == 0
 
 
+@pytest.mark.parametrize("option", [[], ["--private"]])
+def test_a_repository_that_somebody_else_creates_meanwhile_is_used(
+    user: User, hub: WritableHub, converted: Path, option: list[str]
+) -> None:
+    def create(step: str, when: str) -> bool:
+        if (step, when) == ("create", "before"):
+            hub.new_repo(REPO)
+        return False
+
+    hub.watch = create
+    outcome = user.push(*option)
+    if option:
+        refused(outcome, "me/model-int8 exists and is public", "make the repository private")
+    else:
+        assert_whole(user, converted)
+
+
 def test_a_repository_with_another_model_is_refused(user: User) -> None:
     user.hub.new_repo(REPO, {"pytorch_model.bin": b"weights"})
     refused(user.push(), "holds another model: pytorch_model.bin", "Choose another place")

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
@@ -153,12 +154,28 @@ class WritableRepository:
         try:
             found = self._api().repo_info(self.name)
         except RepositoryNotFoundError:
-            self._api().create_repo(self.name, private=True if self._options.private else None, exist_ok=True)
-            return
+            if self._create():
+                return
+            found = self._api().repo_info(self.name)
         if self._options.private and not found.private:
             raise DestinationError(
                 f"{self.name} exists and is public", hint="Choose another name, or make the repository private."
             )
+
+    def _create(self) -> bool:
+        """Whether this call has made the repository. False if somebody else has meanwhile.
+
+        With `exist_ok`, huggingface_hub reads an address from the refusal, which not every server sends.
+        """
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self._api().create_repo(self.name, private=True if self._options.private else None)
+        except HfHubHTTPError as error:
+            if error.response.status_code != HTTPStatus.CONFLICT:
+                raise
+            return False
+        return True
 
     def _require_branch(self) -> None:
         from huggingface_hub.errors import RevisionNotFoundError
