@@ -47,8 +47,8 @@ class Smoothings:
         for name, found in [*scaled.items(), *((_weight(linear.name), columns) for linear in site.linears)]:
             self.exponents[name] = self.exponents.get(name, NOT_SCALED) | found
         lowest, highest = smoothing.exponents.aminmax()
-        divisors = [float(each) for each in scales(torch.stack([lowest, highest]), steps)]
-        report = LayerSmoothing(tuple(sorted(scaled)), smoothing.alpha, *divisors, steps=steps)
+        smallest, largest = scales(torch.stack([lowest, highest]), steps).tolist()
+        report = LayerSmoothing(tuple(sorted(scaled)), smoothing.alpha, smallest, largest, steps=steps)
         self.layers |= {_weight(linear.name): report for linear in site.linears}
         return site.once_smoothed()
 

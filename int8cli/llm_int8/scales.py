@@ -6,8 +6,6 @@ scale and a float16 or bfloat16 then has so few bits that float32 and the final 
 exact one, as float64 does for a float32.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,14 +49,19 @@ def scaled(
     """
     exact = steps == EXACT_STEPS
     wide = values.dtype if exact else torch.float64 if values.dtype == torch.float32 else torch.float32
-    result: Any = out if exact and out is not None else torch.empty(values.shape, dtype=wide, device=values.device)
+    result = out if exact and out is not None else torch.empty(values.shape, dtype=wide, device=values.device)
     result.copy_(values)
     if columns is not None:
-        factors = scales(columns, steps).to(wide)
-        result = result.div_(factors) if undo else result.mul_(factors)
+        _scale(result, scales(columns, steps).to(wide), divide=undo)
     if rows is not None:
-        factors = scales(-rows, steps).to(wide)[:, None]
-        result = result.mul_(factors) if undo else result.div_(factors)
+        _scale(result, scales(-rows, steps).to(wide)[:, None], divide=not undo)
     if exact:
         return result
     return result.to(values.dtype) if out is None else out.copy_(result)
+
+
+def _scale(values: Tensor, factors: Tensor, *, divide: bool) -> None:
+    if divide:
+        values.div_(factors)
+    else:
+        values.mul_(factors)

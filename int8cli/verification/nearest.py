@@ -26,10 +26,11 @@ def rounded_vectors(planned: PlannedShard) -> tuple[str, ...]:
     """The tensors of a shard that stay floats, in their own dtype, and are divided by scales that round them."""
     found = []
     for name, exponents in planned.exponents.items():
-        decision = planned.decisions[name]
-        stored, written = _stored(planned, name), planned.output.tensors[name].spec.dtype
-        if exponents.steps != EXACT_STEPS and not decision.quantize and stored.scaled is None:
-            found += [name] if written == stored.file_dtype else []
+        if exponents.steps == EXACT_STEPS or planned.decisions[name].quantize:
+            continue
+        stored = _stored(planned, name)
+        if stored.scaled is None and planned.output.tensors[name].spec.dtype == stored.file_dtype:
+            found.append(name)
     return tuple(found)
 
 
