@@ -25,6 +25,7 @@ from int8cli.cli.optional_value import SMOOTH
 from int8cli.commands.options import LayoutName
 from int8cli.errors import (
     CannotRunError,
+    CannotRunInPartsError,
     CheckpointError,
     InexactSmoothingError,
     OptionError,
@@ -197,7 +198,7 @@ def test_finer_scales_lose_less(outliers: Path, words: Path, tmp_path: Path) -> 
     exact = logits(from_transformers(outliers)).float()
     errors = []
     for smooth in ("fine", "none"):
-        changes = {"outliers": "none", "text": None} if smooth == "none" else {}
+        changes: dict[str, Any] = {"outliers": "none", "text": None} if smooth == "none" else {}
         convert(outliers, tmp_path / smooth, replace(options(words, smooth=smooth, outlier_columns=0), **changes))
         errors.append(float((logits(from_transformers(tmp_path / smooth)).float() - exact).norm()))
     assert errors[0] < errors[1] / 2
@@ -287,6 +288,20 @@ def test_statistics_smooth_as_they_were_made(model: Path, statistics: Path, unbr
     assert tree(convert(model, tmp_path / "named", named).output) == tree(tmp_path / "out")
     with pytest.raises(StatisticsMismatchError, match="exact smoothing is asked for"):
         convert(model, tmp_path / "other", options(None, outliers=str(statistics), smooth="exact"))
+
+
+def test_statistics_without_smoothing_do_not_smooth_on_demand(model: Path, words: Path, tmp_path: Path) -> None:
+    how = InspectOptions(text=words, tokens=48, sequence_length=16, work_dir=tmp_path / "work")
+    save_statistics(inspect_outliers(model, how), tmp_path / "plain.safetensors")  # type: ignore[arg-type]
+    for smooth in ("exact", "fine"):
+        with pytest.raises(StatisticsMismatchError, match="nothing that smooths"):
+            convert(model, tmp_path / "out", options(None, outliers=str(tmp_path / "plain.safetensors"), smooth=smooth))
+
+
+@pytest.mark.parametrize("smooth", ["auto", "exact", "fine"])
+def test_a_part_cannot_run_the_model_to_smooth(smooth: str, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(CannotRunInPartsError):
+        convert(model, tmp_path / "out", options(None, smooth=smooth, outlier_columns=0, part=(1, 2)))
 
 
 def test_parts_write_what_one_run_writes(model: Path, statistics: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import NoStatisticsYetError, StatisticsFileError, StatisticsMismatchError
-from int8cli.llm_int8.limits import EXACT_STEPS, FINE_STEPS
+from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
@@ -30,6 +30,7 @@ from int8cli.records.conversion import (
     FROM_WEIGHTS,
     NO_OUTLIERS,
     NO_SMOOTHING,
+    STEPS,
     Settings,
 )
 
@@ -38,7 +39,11 @@ TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 )
 
-_FOUND = {EXACT_SMOOTHING: "powers of two", FINE_SMOOTHING: "scales in steps of 2^(1/4)"}
+_FOUND = {
+    EXACT_SMOOTHING: "powers of two",
+    FINE_SMOOTHING: "scales in steps of 2^(1/4)",
+    None: "nothing that smooths",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +92,28 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
     chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, outlier_budget=wanted.budget)
     smooth = NO_SMOOTHING
     if wanted.smooth:
-        smooth = _scales_in(data)
-        if wanted.scales not in (None, smooth):
+        found = _scales_in(data)
+        if wanted.scales not in (None, found):
             raise StatisticsMismatchError(
-                f"the statistics have {_FOUND[smooth]}, and {wanted.scales} smoothing is asked for",
+                f"the statistics have {_FOUND[found]}, and {wanted.scales} smoothing is asked for",
                 hint="Make statistics for it.",
             )
+        smooth = found or EXACT_SMOOTHING
     return replace(chosen, calibration=f"statistics {xxhash.xxh3_128_hexdigest(data)}", smooth=smooth)
 
 
-def _scales_in(data: bytes) -> str:
-    """How a statistics file smooths, by its document and without torch. Who loads it reports what cannot be read."""
+def _scales_in(data: bytes) -> str | None:
+    """How a statistics file smooths, by its document and without torch; None if it says nothing of that.
+
+    Who loads the file reports what cannot be read.
+    """
     try:
         size = int.from_bytes(data[:8], "little")
         sites = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["int8cli"])["sites"]
-        steps = {(site.get("smoothing") or {}).get("steps", EXACT_STEPS) for site in sites}
+        steps = {site["smoothing"].get("steps", EXACT_STEPS) for site in sites if site.get("smoothing")}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return EXACT_SMOOTHING
-    return FINE_SMOOTHING if FINE_STEPS in steps else EXACT_SMOOTHING
+        return None
+    return next((name for name, each in STEPS.items() if each in steps), None)
 
 
 def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Settings:

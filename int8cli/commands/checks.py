@@ -99,7 +99,7 @@ def _check_part(options: ConvertOptions) -> None:
 def _refuse_running_the_model(options: ConvertOptions) -> None:
     if options.smooth is not None and str(options.smooth) not in SMOOTH_MODES:
         return  # the file tells which columns to store, too
-    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and options.outlier_columns != 0:
+    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and (options.outlier_columns != 0 or wants_smoothing(options)):
         raise CannotRunInPartsError(
             f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
             option="outliers",

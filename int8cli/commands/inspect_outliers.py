@@ -109,9 +109,10 @@ def _run_model(
 
     return_memory_promptly()
     seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
-    seconds += smoothing_s(survey, speed_here(options.device), sampling) if options.smooth else 0.0
-    announce_duration(f"running the model on {sampling.tokens:,} tokens", seconds, progress)
     smooth = EXACT_SMOOTHING if options.smooth is True else options.smooth or NO_SMOOTHING
+    if smooth != NO_SMOOTHING:
+        seconds += smoothing_s(survey, speed_here(options.device), sampling, STEPS[smooth])
+    announce_duration(f"running the model on {sampling.tokens:,} tokens", seconds, progress)
     how = CalibrateOptions(
         sampling,
         options.threshold,
