@@ -104,15 +104,16 @@ def by_scale(tensor: Tensor, exponents: Tensor, dim: int) -> Tensor:
 
 def smoothed_source(source: Path, output: Path, *, transposed: bool = False) -> dict[str, Tensor]:
     """The source's tensors times the recorded scales, each rounded once."""
-    tensors, recorded, wide = weights(source), read_all(output / "int8/outliers"), {}
+    tensors, recorded = weights(source), read_all(output / "int8/outliers")
+    wide: dict[str, Tensor] = {}
     for name, exponents in sorted(recorded.items()):  # columns first
         if not name.endswith((COLUMNS, ROWS)):
             continue
         tensor = tensor_of(name)
         before = wide.get(tensor, tensors[tensor].t() if transposed and tensors[tensor].dim() == 2 else tensors[tensor])
         wide[tensor] = by_scale(before, exponents, 0 if name.endswith(ROWS) else 1)
-    for name, tensor in wide.items():
-        found = tensor.to(tensors[name].dtype)
+    for name, product in wide.items():
+        found = product.to(tensors[name].dtype)
         tensors[name] = found.t() if transposed and found.dim() == 2 else found
     return tensors
 
