@@ -4,7 +4,6 @@ Owns what a choice by activations writes into the settings, so that a directory 
 before anything slow begins.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from int8cli.records.conversion import (
     STEPS,
     Settings,
 )
+from int8cli.typed_json import parse_json
 
 # Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
 TOKENIZER_FILES = frozenset(
@@ -109,7 +109,8 @@ def _scales_in(data: bytes) -> str | None:
     """
     try:
         size = int.from_bytes(data[:8], "little")
-        sites = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["int8cli"])["sites"]
+        document = parse_json(parse_json(data[8 : 8 + size])["__metadata__"]["int8cli"].encode())
+        sites = document["sites"]
         steps = {site["smoothing"].get("steps", EXACT_STEPS) for site in sites if site.get("smoothing")}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
