@@ -273,7 +273,7 @@ def test_norms_that_are_not_divided(to_smooth: tuple[Path, ConvertOptions], tmp_
     monkeypatch.setattr(BlockScaling, "scaled_vector", lambda self, name, part, loaded: loaded)
     convert(model, tmp_path / "out", options)
     found = failed(verified(tmp_path / "out", model))["method"]
-    assert {failure.problem for failure in found.failures} == {"is not the source's times its powers of two"}
+    assert {failure.problem for failure in found.failures} == {"is not the source's divided by its scales"}
     assert all("norm" in str(failure.tensor) for failure in found.failures)
 
 
