@@ -200,6 +200,12 @@ def test_a_square_conv1d_that_is_not_transposed(tmp_path: Path, monkeypatch: Pat
     }
 
 
+def test_square_weights_alone_may_be_in_either_order(tmp_path: Path) -> None:
+    model = save_tiny("gpt2", tmp_path / "model")
+    convert(model, tmp_path / "out", ConvertOptions(outliers="none", only=("*.attn.c_proj",)))
+    assert verified(tmp_path / "out", model).passed
+
+
 def fused_experts(directory: Path, *, transposed: bool) -> Path:
     """Two experts in 3-D, and enough of a model around them."""
     torch.manual_seed(1)

@@ -68,4 +68,5 @@ def powers(exponents: Tensor) -> Tensor:
 
 def multiplied(values: Tensor, factors: Tensor) -> Tensor:
     """Floats times float32 powers of two, in their own dtype; exact where the dtype holds the result."""
-    return (values.float() * factors).to(values.dtype)
+    wide = values if values.dtype == torch.float64 else values.float()
+    return (wide * factors.to(wide.dtype)).to(values.dtype)
