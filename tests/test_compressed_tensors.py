@@ -542,6 +542,17 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
     assert seen == {name.removesuffix(".weight_scale") for name in written if name.endswith(".weight_scale")}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [("t5gemma", "lm_head.out_proj"), ("t5gemma2", "lm_head.out_proj"), ("roberta", "lm_head.decoder")],
+)
+def test_a_tied_head_inside_another_module_is_left_alone(model_type: str, head: str) -> None:
+    """It is not in the file, and no entry for the module covers it."""
+    specs = [TensorSpec("decoder.layers.0.mlp.up_proj.weight", "BF16", (96, 64))]
+    plan = make_plan(specs, {"model_type": model_type}, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    assert any(compressed_tensors.leaves_alone(entry, head) for entry in compressed_tensors.ignore(plan))
+
+
 # Verify
 
 

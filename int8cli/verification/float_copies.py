@@ -4,6 +4,7 @@ Owns what of it is compared, and how a difference is worded.
 """
 
 import torch
+from torch import Tensor
 
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.verification.definition import scaled
@@ -35,10 +36,18 @@ def copy_problem(
         if rows is not None:
             values = scaled(values, rows=rows[first:end])
         due, found = values.to(TORCH_DTYPES[output.dtype(written)]), output.elements(written, first, end)
-        if not torch.equal(due.view(torch.uint8), found.view(torch.uint8)):
+        if not _is_same(due, found):
             how = "the source's, cast" if rows is None else "the source's divided by its scales"
             return f"is not {how}"
     return None
+
+
+def _is_same(due: Tensor, found: Tensor) -> bool:
+    """Whether the bits are the same, but for those of NaN."""
+    if torch.equal(due.view(torch.uint8), found.view(torch.uint8)):
+        return True
+    one, other = due.float(), found.float()
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _pieces(size: int, piece: int) -> list[tuple[int, int]]:

@@ -23,7 +23,14 @@ from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Failure
 from int8cli.verification.float_copies import copy_problem
 from int8cli.verification.int8_layer import Conditions, Int8Layer
-from int8cli.verification.source_rows import FloatRows, reading_as_converted, readings, turned_squares, workbench
+from int8cli.verification.source_rows import (
+    FloatRows,
+    block_of,
+    orders_by_block,
+    reading_as_converted,
+    readings,
+    workbench,
+)
 from int8cli.verification.tensor_file import TensorFile
 from int8cli.workers.torch_threads import torch_threads
 
@@ -57,12 +64,13 @@ class SecondOpinion:
             float32_via_half=conversion.settings.float32 == VIA_FLOAT16,
             cast_to_bfloat16=as_on_load and _dtype_of(config, records) == "BF16",
         )
-        self._turned = turned_squares(records)
+        self._turned = orders_by_block(records)
 
     def of(self, task: ShardTask, record: ShardRecord, shard: OpenShard) -> Opinion:
         """Compare the layers and floats of one shard. Raises the errors of reading it or the output."""
         with torch_threads(1), ExitStack() as opened:
-            output, *beside = (opened.enter_context(TensorFile(self._directory / file.file)) for file in record.files)
+            names = [file.file_name for file in task.planned.files]
+            output, *beside = (opened.enter_context(TensorFile(self._directory / name)) for name in names)
             sidecar = beside[0] if beside else None
             source = None
             if task.weight_format == "safetensors":
@@ -82,10 +90,12 @@ class SecondOpinion:
         tensors = {stored.spec.name: stored for stored in task.planned.contents.tensors}
         bench = None
         for layer in record.layers:
-            stored = tensors.pop(f"{layer.name}.weight")
+            stored = tensors.pop(f"{layer.name}.weight", None)
+            if stored is None:
+                continue  # the check of the tensors says so
             ways: list[FloatRows] = []
             if source is not None and stored.scaled is None:
-                ways = readings(source, stored, layer.shape, turned=self._turned)
+                ways = readings(source, stored, layer.shape, turned=self._turned.get(block_of(layer.name)))
             else:
                 bench = bench or workbench(task, shard)
                 ways = [reading_as_converted(task, bench, stored)]

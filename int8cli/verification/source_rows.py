@@ -5,7 +5,7 @@ weight may be stored transposed, and be one of fused experts.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -22,7 +22,7 @@ from int8cli.verification.tensor_file import TensorFile
 
 FloatRows = Callable[[int, int], Tensor]  # of a weight's rows [first, end): (end - first, in_features)
 
-_EXPERT = re.compile(r"\.experts\.(?P<number>\d+)\.(?P<matrix>\w+)\.weight$")
+_EXPERT = re.compile(r"(?:^|\.)experts\.(?P<number>\d+)\.(?P<matrix>\w+)\.weight$")
 _SECOND_HALVES = frozenset({"up_proj", "w3"})  # of what gate and up are together
 
 
@@ -78,16 +78,20 @@ def reading_as_converted(task: ShardTask, bench: Workbench, stored: StoredTensor
     return rows
 
 
-def turned_squares(records: Iterable[ShardRecord]) -> bool | None:
-    """Whether the square weights of a conversion were stored transposed, as the others show; None if they differ."""
-    found = set(_orders(records))
-    return found.pop() if len(found) == 1 else None if found else False
-
-
-def _orders(records: Iterable[ShardRecord]) -> Iterator[bool]:
+def orders_by_block(records: Iterable[ShardRecord]) -> dict[str, bool | None]:
+    """Whether the weights of a block were stored transposed, as those that are not square show; None if they differ."""
+    found: dict[str, bool | None] = {}
     for record in records:
         shapes = {spec.name: spec.shape for spec in record.source_tensors}
         for layer in record.layers:
-            shape = shapes.get(f"{layer.name}.weight")
+            shape, block = shapes.get(f"{layer.name}.weight"), block_of(layer.name)
             if shape is not None and len(shape) == 2 and shape[0] != shape[1]:
-                yield shape != layer.shape
+                turned = shape != layer.shape
+                found[block] = turned if found.get(block, turned) is turned else None
+    return found
+
+
+def block_of(name: str) -> str:
+    """The name up to its last number; empty if it has none."""
+    parts = name.split(".")
+    return ".".join(parts[: max((place + 1 for place, part in enumerate(parts) if part.isdigit()), default=0)])

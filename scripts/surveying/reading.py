@@ -24,7 +24,7 @@ def linears_read(model: Any, linears: list[str]) -> list[str]:
         parent, _, attribute = name.rpartition(".")
         if attribute.isdigit():  # in a list, which belongs to the module above
             parent, _, attribute = parent.rpartition(".")
-        if attribute in _attributes_read(type(modules[parent])):
+        if attribute in _attributes_read(modules[parent].__class__):
             found.append(name)
     return found
 
