@@ -73,6 +73,11 @@ def test_every_shard_is_in_one_part(sizes: list[int], parts: int) -> None:
     assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
+def test_any_number_of_parts_is_divided_at_once() -> None:
+    sizes = dict.fromkeys("abcde", 5)
+    assert [Share(number, 2**62).of(sizes) for number in (1, 5, 6, 2**62)] == [("a",), ("e",), (), ()]
+
+
 def test_shards_of_one_size_are_dealt_in_turn() -> None:
     assert Share(2, 3).of(dict.fromkeys("abcdefgh", 5)) == ("b", "e", "h")
 
@@ -278,6 +283,7 @@ def test_a_run_of_the_model_is_refused_with_the_way_to_do_it(outliers: str, root
     [
         (part(0, 2), "part"),
         (part(3, 2), "part"),
+        (part(1, 10**20), "part"),
         (part(1, 2, replace(NONE, overwrite=True)), "overwrite"),
         (part(1, 2, replace(NONE, finish=True)), "finish"),
     ],
@@ -348,10 +354,10 @@ def test_a_running_part_keeps_other_runs_out_and_is_shown(root: Path, nursery: N
 def test_a_part_on_another_machine_is_shown_without_a_guess(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     convert(root / "model", output, part(1, 2))
-    record = {"schema": "int8cli.part/1", "part": 2, "parts": 2, "host": "node7", "machine": "another", "version": "1"}
+    record = {"schema": "int8cli.part/1", "part": 2, "parts": 2**62, "host": "n7", "machine": "another", "version": "1"}
     (output / "int8/parts/feedfeedfeedfeed.json").write_text(json.dumps(record))
     states = [(each.part, each.state, each.hosts) for each in status(output).parts]
-    assert states[1] == (2, "elsewhere", ("node7",))
+    assert states[1] == (2, "elsewhere", ("n7",))
     assert states[0][:2] == (1, "finished")
 
 

@@ -142,7 +142,10 @@ def flag_of(option: str) -> str:
 
 def _forget_stdout() -> None:
     """Discard what is in the buffer of stdout. Otherwise Python would write it at exit and fail again."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    try:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    except OSError:  # no descriptor is left
+        sys.stdout = None  # type: ignore[assignment]  # as Python has it where the descriptor is closed
 
 
 def show_error(error: Int8cliError, hint: str) -> None:

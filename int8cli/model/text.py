@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.source import Source
 from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
@@ -122,6 +123,7 @@ def load_tokenizer(directory: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         has_words, returns_tokens = _has_words(tokenizer), bool(tokenizer(_PROBE)["input_ids"])
     except Exception as error:  # damaged or missing tokenizer files may raise anything
+        raise_if_of_the_system(error)
         raise CannotRunError(f"the tokenizer cannot be loaded: {_in_a_line(error)}", hint=_PUT_FILES) from error
     if not has_words:
         raise CannotRunError("the tokenizer cannot be loaded: it has no vocabulary", hint=_PUT_FILES)

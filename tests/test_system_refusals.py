@@ -1,0 +1,120 @@
+"""What the system refuses while a library works says nothing about the model: it is an error, and no other answer."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.calibration_models import make_model, some_text
+
+from int8cli import ConvertOptions, convert
+from int8cli.checkpoint.disk import raise_if_of_the_system, system_errors
+from int8cli.checkpoint.weights_only import load_weights
+from int8cli.errors import Int8cliError, NotEnoughMemoryError, SystemRefusalError
+from int8cli.model.text import load_tokenizer
+from int8cli.runtime.reference import load_reference
+
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+
+
+def refused(number: int = errno.EMFILE) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def wrapped() -> ValueError:
+    error = ValueError("the config cannot be used")
+    error.__cause__ = refused(errno.EIO)
+    return error
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("refusals") / "model")
+
+
+def test_torch_without_memory_is_an_error_of_ours() -> None:
+    with pytest.raises(NotEnoughMemoryError) as caught, system_errors():
+        raise RuntimeError(NO_MEMORY)
+    assert caught.value.hint
+    with pytest.raises(RuntimeError, match="a bug"), system_errors():
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (refused(), SystemRefusalError),
+        (wrapped(), SystemRefusalError),
+        (MemoryError(), NotEnoughMemoryError),
+        (RuntimeError(NO_MEMORY), NotEnoughMemoryError),
+    ],
+)
+def test_errors_of_the_system_are_told_from_others(error: Exception, expected: type[Int8cliError]) -> None:
+    with pytest.raises(expected) as caught:
+        raise_if_of_the_system(error)
+    assert caught.value.hint
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [OSError("no valid config"), FileNotFoundError(2, "x"), ValueError(), RuntimeError()])
+def test_other_errors_are_left_to_the_caller(error: Exception) -> None:
+    raise_if_of_the_system(error)
+
+
+@pytest.mark.parametrize("error", [refused(), wrapped()], ids=["plain", "wrapped"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "transformers.AutoConfig.from_pretrained",
+        "transformers.AutoTokenizer.from_pretrained",
+        "transformers.LlamaForCausalLM.__init__",
+        "transformers.models.llama.modeling_llama.LlamaMLP.forward",
+        "transformers.models.llama.modeling_llama.LlamaRotaryEmbedding.forward",
+    ],
+)
+def test_no_other_columns_are_stored_because_the_system_refused_a_call(
+    error: Exception, function: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `auto`, a model that cannot run gets the columns that its weights suggest."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(function, refuse)
+    (tmp_path / "words").write_text(some_text().text)
+    options = ConvertOptions(outliers="auto", text=tmp_path / "words", tokens=16, workers=1)
+    with pytest.raises(SystemRefusalError) as caught:
+        convert(model, tmp_path / "out", options)
+    assert caught.value.hint
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("transformers.AutoTokenizer.from_pretrained", load_tokenizer),
+        ("transformers.LlamaForCausalLM.from_pretrained", lambda it: load_reference(str(it), torch.device("cpu"))),
+    ],
+)
+def test_a_model_is_not_blamed_for_what_the_system_refuses(
+    function: str, call: Callable[[Path], object], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise refused()
+
+    monkeypatch.setattr(function, refuse)
+    with pytest.raises(SystemRefusalError, match="Too many open files"):
+        call(model)
+
+
+def test_a_pickle_is_not_corrupt_because_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(NO_MEMORY)
+
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.bin")
+    monkeypatch.setattr(torch, "load", refuse)
+    with (tmp_path / "a.bin").open("rb") as file, pytest.raises(NotEnoughMemoryError):
+        load_weights(file, "a.bin", "cpu")
