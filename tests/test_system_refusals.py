@@ -13,7 +13,8 @@ from support.calibration_models import make_model, some_text
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.disk import raise_if_of_the_system, system_errors
 from int8cli.checkpoint.weights_only import load_weights
-from int8cli.errors import Int8cliError, NotEnoughMemoryError, SystemRefusalError
+from int8cli.cli import main
+from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, SystemRefusalError
 from int8cli.model.text import load_tokenizer
 from int8cli.runtime.reference import load_reference
 
@@ -108,6 +109,35 @@ def test_a_model_is_not_blamed_for_what_the_system_refuses(
     monkeypatch.setattr(function, refuse)
     with pytest.raises(SystemRefusalError, match="Too many open files"):
         call(model)
+
+
+class PanicException(BaseException):  # as pyo3 names it
+    """What a library written in Rust raises: no Exception."""
+
+
+def panic(*_: Any, **__: Any) -> None:
+    raise PanicException('called `Result::unwrap()` on an `Err` value: Os { code: 24, message: "Too many open files" }')
+
+
+def test_a_library_that_panics_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemRefusalError, match=r"a library failed: .*Too many open files"), system_errors():
+        panic()
+    convert(model, tmp_path / "out", ConvertOptions(outliers="none", workers=1))
+    monkeypatch.setattr("vl_convert.javascript_bundle", panic)
+    monkeypatch.setattr("sys.argv", ["int8cli", "report", str(tmp_path / "out"), "-o", str(tmp_path / "page.html")])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "error: a library failed" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_tokenizer_that_makes_its_library_panic_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(CannotRunError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(model)
 
 
 def test_a_pickle_is_not_corrupt_because_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,20 @@ def system_errors() -> Iterator[None]:
         if refusal is None:
             raise
         raise refusal from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise SystemRefusalError(
+            f"a library failed: {error!s:.200}", hint="Raise the limits of this process, or install the library again."
+        ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library that is written in Rust gave up. Its error is no Exception, and its class has no module.
+
+    https://docs.rs/pyo3/latest/pyo3/panic/struct.PanicException.html
+    """
+    return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
 
 
 def raise_if_of_the_system(error: BaseException) -> None:
