@@ -381,6 +381,29 @@ def test_a_plain_run_keeps_parts_out(root: Path, tmp_path: Path) -> None:
 # Bad days
 
 
+def test_a_disk_that_takes_a_part_of_a_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a part, cut off, would be in the way of all later runs."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:5]))
+    for number in (1, 2):
+        convert(root / "model", tmp_path / "out", part(number, 2))
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+    def full(descriptor: int, data: bytes) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(1)
+        return write(descriptor, bytes(data)[:5])
+
+    written: list[int] = []
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DiskSpaceError):
+        convert(root / "model", tmp_path / "other", part(1, 2))
+    monkeypatch.setattr(os, "write", write)
+    assert not list((tmp_path / "other/int8").rglob("*.*"))
+    convert(root / "model", tmp_path / "other", part(1, 2))
+
+
 def test_a_disk_without_locks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_locks(monkeypatch)
     for number in (1, 2, 2):

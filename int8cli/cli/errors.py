@@ -151,7 +151,7 @@ def _forget_stdout() -> None:
     try:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
     except OSError:  # no descriptor is left
-        sys.stdout = None  # type: ignore[assignment]  # as Python has it where the descriptor is closed
+        sys.stdout = None  # as Python has it where the descriptor is closed
 
 
 def show_error(error: Int8cliError, hint: str) -> None:

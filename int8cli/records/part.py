@@ -19,7 +19,7 @@ from typing import Any
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import hold, is_held, lock_domain
-from int8cli.checkpoint.own_files import create_file, opened_directory, remove_file, remove_tree
+from int8cli.checkpoint.own_files import create_file, opened_directory, remove_file, remove_tree, write_all
 from int8cli.errors import VersionMismatchError
 from int8cli.records.documents import read_document, without_schema
 from int8cli.typed_json import read_as
@@ -105,11 +105,13 @@ def joined(output: Path, parts: Path, token: str, record: PartRecord) -> Iterato
         descriptor = create_file(f".{token}.partial", directory)
         try:
             hold(descriptor)  # before it has its name, so that nobody sees it without its lock
-            os.write(descriptor, (json.dumps({"schema": PART_SCHEMA, **asdict(record)}) + "\n").encode())
+            write_all(descriptor, (json.dumps({"schema": PART_SCHEMA, **asdict(record)}) + "\n").encode())
             os.fsync(descriptor)
             os.replace(f".{token}.partial", path.name, src_dir_fd=directory, dst_dir_fd=directory)
         except BaseException:
             os.close(descriptor)
+            with suppress(OSError):
+                os.unlink(f".{token}.partial", dir_fd=directory)
             raise
     try:
         try:
