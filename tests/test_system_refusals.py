@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from support.calibration_models import make_model, some_text
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.disk import raise_if_of_the_system, system_errors
+from int8cli.checkpoint.hub.ahead import FetchAhead
 from int8cli.checkpoint.weights_only import load_weights
 from int8cli.cli import main
 from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, SystemRefusalError
+from int8cli.model.strands import Strand
 from int8cli.model.text import load_tokenizer
 from int8cli.runtime.reference import load_reference
 
@@ -109,6 +112,23 @@ def test_a_model_is_not_blamed_for_what_the_system_refuses(
     monkeypatch.setattr(function, refuse)
     with pytest.raises(SystemRefusalError, match="Too many open files"):
         call(model)
+
+
+@pytest.mark.parametrize("begin", [lambda strand, _: strand.advance(), lambda _, ahead: ahead.start("file")])
+def test_a_thread_that_is_refused_is_not_waited_for(
+    begin: Callable[[Strand[int, int], FetchAhead], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error about it would hide what the system refused."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    strand, ahead = Strand[int, int](lambda ask: None), FetchAhead(lambda name: None, threading.Event())
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        begin(strand, ahead)
+    strand.close()
+    ahead.close()
 
 
 class PanicException(BaseException):  # as pyo3 names it
