@@ -63,7 +63,16 @@ def test_errors_of_the_system_are_told_from_others(error: Exception, expected: t
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [OSError("no valid config"), FileNotFoundError(2, "x"), ValueError(), RuntimeError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no valid config"),
+        FileNotFoundError(2, "x"),
+        ConnectionRefusedError(111, "x"),
+        ValueError(),
+        RuntimeError(),
+    ],
+)
 def test_other_errors_are_left_to_the_caller(error: Exception) -> None:
     raise_if_of_the_system(error)
 

@@ -13,7 +13,11 @@ from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, So
 GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
 _HUB_SETTINGS_FILE = "huggingface_hub/constants.py"
 _NO_MEMORY_IN_TORCH = "DefaultCPUAllocator: can't allocate memory"
-_ABOUT_NAMES = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# What the disk or the system refuses. Others tell of names, or of a network that a library has tried.
+_REFUSED = frozenset(
+    {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EACCES, errno.EPERM}
+    | {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO}
+)
 _MORE_MEMORY = "Close other programs, or raise the limits of this process, and run the same command again."
 
 
@@ -74,14 +78,14 @@ def raise_if_of_the_system(error: BaseException) -> None:
     """Raise a child of Int8cliError if the system refused memory, a thread or a call; do nothing for other errors.
 
     Then an error that a library raised says nothing about the model that it was given. Libraries wrap such errors in
-    their own, so the causes count too. A file that is missing is for the caller to judge.
+    their own, so the causes count too. A file or server that is missing is for the caller to judge.
     """
     cause: BaseException | None = error
     while cause is not None:
         refusal = _refused_memory(cause) or _refused_thread(cause)
         if isinstance(cause, MemoryError):
             refusal = _no_memory()
-        elif isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, _ABOUT_NAMES):
+        elif isinstance(cause, OSError) and cause.errno in _REFUSED:
             refusal = system_refusal(cause)
         if refusal is not None:
             raise refusal from error
