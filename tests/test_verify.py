@@ -435,6 +435,30 @@ def test_edited_settings_are_detected(out: Path) -> None:
     assert {"config", "report"} <= set(failures(verified(out)))
 
 
+@pytest.mark.parametrize("change", ["lose", "add"])
+def test_a_manifest_of_other_files_is_detected(change: str, out: Path) -> None:
+    (out / "notes.txt").write_text((out / "LICENSE").read_text())
+
+    def edited(document: Any) -> None:
+        [license_file] = (each for each in document["files"] if each["file"] == "LICENSE")
+        if change == "lose":
+            document["files"].remove(license_file)
+        else:
+            document["files"].append({**license_file, "file": "notes.txt"})
+
+    edit(out / "int8/files.json", edited)
+    [(file, _, problem)] = failures(verified(out))["files"]
+    assert file == "int8/files.json"
+    assert problem in ("does not name LICENSE", "names notes.txt, which is not a file of this conversion")
+
+
+@pytest.mark.parametrize("name", ["README.md", "model-00003-of-00003.safetensors", "int8/outliers/other.safetensors"])
+def test_a_record_cannot_name_files_of_others(name: str, out: Path) -> None:
+    """With `keep_output` off, the files that it names are removed once they are uploaded."""
+    edit(record_path(out), lambda record: record["files"].append({**record["files"][0], "file": name}))
+    assert f"{name!r}, which is not a file of the shard {SHARD}" in str(failures(verified(out))["records"])
+
+
 # Directories that are not to be verified
 
 

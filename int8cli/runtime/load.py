@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from int8cli.checkpoint.disk import system_errors
+from int8cli.checkpoint.disk import raise_if_of_the_system, system_errors
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError, Int8cliError, OptionError, UnsupportedModelError
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, INPUT_SCHEMES, InputScheme
@@ -166,6 +166,7 @@ def _rejections(model_class: Any) -> Iterator[None]:
     except (Int8cliError, OSError, MemoryError, ImportError):
         raise
     except Exception as error:
+        raise_if_of_the_system(error)
         raise UnsupportedModelError(
             f"transformers cannot load this directory as {model_class.__name__}: {error!s:.300}",
             hint="Check config.json and generation_config.json.",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.errors import CannotRunError, Int8cliError, TextError, UnsupportedModelError
 
 OnText = Callable[[str], None]
@@ -170,6 +171,7 @@ def _rejections(problem: str, hint: str) -> Iterator[None]:
     except (Int8cliError, OSError, MemoryError, ImportError):
         raise
     except Exception as error:
+        raise_if_of_the_system(error)
         raise CannotRunError(f"{problem}: {type(error).__name__}: {error!s:.300}", hint=hint) from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.conversion.side_files import side_file_names
 from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
@@ -205,16 +206,15 @@ def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequen
             yield Failure(recorded.file, "is missing")
             continue
         try:
-            found = SideFile.of_path(recorded.file, directory / recorded.file)
+            if not recorded.is_at(directory / recorded.file):
+                yield Failure(recorded.file, "differs from what was written")
         except Int8cliError as error:
             yield Failure(recorded.file, str(error))
-        else:
-            if found != recorded:
-                yield Failure(recorded.file, "differs from what was written")
-    known = {recorded.file for recorded in manifest} | {MANIFEST_FILE}
-    for name in (CONFIG_FILE, INDEX_FILE, REPORT_FILE):
-        if name in conversion.files and name not in known:
-            yield Failure(MANIFEST_FILE, f"does not name {name}")
+    due, named = set(side_file_names(conversion)), {recorded.file for recorded in manifest}
+    for name in sorted(due - named):
+        yield Failure(MANIFEST_FILE, f"does not name {name}")
+    for name in sorted(named - due):
+        yield Failure(MANIFEST_FILE, f"names {name}, which is not a file of this conversion")
     ours = set(conversion.files)
     for path in sorted(directory.glob("*.safetensors")) + [directory / name for name in SINGLE_FILES]:
         if path.name not in ours and path.exists():

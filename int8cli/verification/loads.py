@@ -18,6 +18,7 @@ from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
@@ -80,6 +81,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except ImportError as error:
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises here, users would see too
+            raise_if_of_the_system(error)
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
@@ -154,7 +156,8 @@ def _built_from_source(model_class: Any, config: Any, specs: Iterable[TensorSpec
     del plain.quantization_config
     try:
         return _build(model_class, plain, specs)
-    except Exception:
+    except Exception as error:
+        raise_if_of_the_system(error)
         return _BuiltModel(None, frozenset(), frozenset(), ())
 
 
