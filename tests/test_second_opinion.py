@@ -1,6 +1,7 @@
 """`verify` finds int8 that is wrong in the conversion and in converting again alike."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def problems(verification: Verification) -> list[str]:
 
 
 def options_of(layout: LayoutName, inputs: InputsName | None) -> ConvertOptions:
-    how = {} if inputs is None else {"inputs": inputs}
-    return ConvertOptions(outliers="none", layout=layout, figures=False, **how)
+    options = ConvertOptions(outliers="none", layout=layout, figures=False)
+    return options if inputs is None else replace(options, inputs=inputs)
 
 
 # Arithmetic that is wrong in conversion and verification alike

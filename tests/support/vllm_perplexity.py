@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -51,9 +51,8 @@ class Compared:
 def converted_for_vllm(model: Path, directory: Path, smooth: Path | None) -> dict[InputsName, Path]:
     """A model in the compressed-tensors layout, for each kind of inputs; smoothed by the statistics of a file."""
     for inputs in METHODS:
-        how = {} if smooth is None else {"smooth": smooth}
-        options = ConvertOptions(outliers="none", layout="compressed-tensors", inputs=inputs, figures=False, **how)
-        convert(model, directory / inputs, options)
+        options = ConvertOptions(outliers="none", layout="compressed-tensors", inputs=inputs, figures=False)
+        convert(model, directory / inputs, options if smooth is None else replace(options, smooth=smooth))
     return {inputs: directory / inputs for inputs in METHODS}
 
 
