@@ -280,20 +280,15 @@ def test_norms_that_are_not_divided(to_smooth: tuple[Path, ConvertOptions], tmp_
     monkeypatch.setattr(BlockScaling, "scaled_vector", lambda self, name, part, loaded: loaded)
     convert(model, tmp_path / "out", options)
     found = failed(verified(tmp_path / "out", model))["method"]
-    assert {failure.problem for failure in found.failures} == {"is not the source's times its powers of two"}
+    assert {failure.problem for failure in found.failures} == {"is not the source's divided by its scales"}
     assert all("norm" in str(failure.tensor) for failure in found.failures)
 
 
-def test_columns_that_are_multiplied_by_too_little(
+def test_columns_that_are_not_multiplied(
     to_smooth: tuple[Path, ConvertOptions], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     model, options = to_smooth
-    factor = BlockScaling._factor
-    monkeypatch.setattr(
-        BlockScaling,
-        "_factor",
-        lambda self, exponents, dtype: None if (found := factor(self, exponents, dtype)) is None else found.sqrt(),
-    )
+    monkeypatch.setattr(BlockScaling, "scaled", lambda self, bench, matrix, part, loaded: loaded)
     monkeypatch.setattr(BlockScaling, "scaled_vector", lambda self, name, part, loaded: loaded)
     convert(model, tmp_path / "out", options)
     named = {

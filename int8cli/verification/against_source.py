@@ -22,12 +22,13 @@ from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
-from int8cli.records.conversion import Conversion
+from int8cli.records.conversion import EXACT_SMOOTHING, Conversion
 from int8cli.records.manifest import SideFile
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.comparison import Comparison
 from int8cli.verification.layout import target_of
+from int8cli.verification.nearest import not_nearest, rounded_vectors
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.recorded_task import task_as_recorded
 from int8cli.verification.second_opinion import Opinion, SecondOpinion
@@ -80,7 +81,7 @@ def check_weights(
     """
     weights: list[Failure] = []
     figures: list[Failure] = []
-    layers = copied = columns = scaled = 0
+    layers = copied = columns = scaled = rounded = 0
     present = {contents.file_name: contents.file_bytes for contents in survey.shards}
     # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
     alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
@@ -95,6 +96,7 @@ def check_weights(
         layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
         scaled += len(task.planned.exponents)
+        rounded += len(rounded_vectors(task.planned))
         try:
             with source.fetch(shard.file) as local:
                 if following is not None:
@@ -108,7 +110,10 @@ def check_weights(
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
     detail += f", {columns:,} stored columns too" if columns else ""
-    detail += f"; {scaled:,} tensors are those of the source times their powers of two" if scaled else ""
+    exact = conversion.settings.smooth == EXACT_SMOOTHING
+    by = "powers of two" if exact else "scales"
+    detail += f"; {scaled:,} tensors are those of the source times their {by}" if scaled else ""
+    detail += f", of which {rounded:,} stay floats, each value the nearest" if rounded else ""
     method = f"{opinion.layers:,} layers by its definition, {opinion.copied:,} tensors read a second way"
     return (
         Check.of("weights", detail, weights),
@@ -160,6 +165,8 @@ def _compare(
             failures.append(Failure(task.source.file, NOT_AS_PUBLISHED))
         for comparison in comparisons:
             failures += comparison.differences()
+        if not failures:
+            failures += not_nearest(planned, shard.reader, task.directory / planned.output.file_name)
         if not failures and not result.non_finite:
             opinion.add(judge.of(task, record, shard))
     for name, place in result.non_finite.items():

@@ -61,12 +61,20 @@ def _absmax(floats: Tensor) -> Tensor:
     return floats.abs().amax(dim=1) if floats.shape[1] else floats.new_zeros(len(floats))
 
 
-def powers(exponents: Tensor) -> Tensor:
-    """2 ** exponent for each of the int8 exponents: float32, exact."""
-    return torch.tensor([2.0**exponent for exponent in exponents.tolist()], dtype=torch.float32)
+def scales(exponents: Tensor, steps: int) -> Tensor:
+    """2 ** (exponent / steps) for each of the int8 exponents: float64. With `steps` over 1, a mantissa of 13 bits."""
+    found = []
+    for exponent in exponents.tolist():
+        whole, part = divmod(exponent, steps)
+        found.append(2.0**whole * round(2.0 ** (12 + part / steps)) / 2.0**12)
+    return torch.tensor(found, dtype=torch.float64)
 
 
-def multiplied(values: Tensor, factors: Tensor) -> Tensor:
-    """Floats times float32 powers of two, in their own dtype; exact where the dtype holds the result."""
-    wide = values if values.dtype == torch.float64 else values.float()
-    return (wide * factors.to(wide.dtype)).to(values.dtype)
+def scaled(values: Tensor, *, columns: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+    """Floats times the scales of their columns, divided by those of their rows, and rounded to their own dtype."""
+    wide = values.double()
+    if columns is not None:
+        wide *= columns
+    if rows is not None:
+        wide /= rows
+    return wide.to(values.dtype)

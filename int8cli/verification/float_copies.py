@@ -1,4 +1,4 @@
-"""A tensor that an output keeps as it is in its source, cast or times powers of two: compared with the source's bytes.
+"""A tensor that an output keeps as it is in its source, cast or divided by scales: compared with the source's bytes.
 
 Owns what of it is compared, and how a difference is worded.
 """
@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
-from int8cli.verification.definition import multiplied, powers
+from int8cli.verification.definition import scaled
+from int8cli.verification.int8_layer import scales_beside
 from int8cli.verification.tensor_file import TensorFile
 
 _PIECE_BYTES = 1 << 20
 _PIECES = 2  # of one tensor: its beginning and its end
-_ROWS = ".smooth_row_exponents"
 
 
 def copy_problem(
@@ -21,9 +21,8 @@ def copy_problem(
     """How the tensor `written` of the output differs from `name` of the source; None if it does not."""
     if source.shape(name) != output.shape(written):
         return f"is {list(output.shape(written))}, the source has {list(source.shape(name))}"
-    exponents = f"{written}{_ROWS}"
-    smoothed = sidecar is not None and exponents in sidecar
-    if source.dtype(name) == output.dtype(written) and not smoothed:
+    rows = scales_beside(sidecar, written, "smooth_row", -1)
+    if source.dtype(name) == output.dtype(written) and rows is None:
         size = source.size_bytes(name)
         for first, end in _pieces(size, _PIECE_BYTES):
             if source.raw(name, first, end) != output.raw(written, first, end):
@@ -34,11 +33,11 @@ def copy_problem(
     count = output.size_bytes(written) // TORCH_DTYPES[output.dtype(written)].itemsize
     for first, end in _pieces(count, _PIECE_BYTES // 4):
         values = source.elements(name, first, end)
-        if smoothed and sidecar is not None:
-            values = multiplied(values, powers(sidecar.elements(exponents, first, end)))
+        if rows is not None:
+            values = scaled(values, rows=rows[first:end])
         due, found = values.to(TORCH_DTYPES[output.dtype(written)]), output.elements(written, first, end)
         if not _is_same(due, found):
-            how = "the source's times its powers of two" if smoothed else "the source's, cast"
+            how = "the source's, cast" if rows is None else "the source's divided by its scales"
             return f"is not {how}"
     return None
 

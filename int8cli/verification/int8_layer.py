@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int8cli.verification.definition import int8_rows, multiplied, powers
+from int8cli.verification.definition import int8_rows, scaled, scales
 from int8cli.verification.source_rows import FloatRows
 from int8cli.verification.tensor_file import TensorFile
 
@@ -36,8 +36,8 @@ class Int8Layer:
         as_absmax = f"{name}.SCB" in output
         self._scales = f"{name}.SCB" if as_absmax else f"{name}.weight_scale"
         self._as_absmax = as_absmax
-        self._of_columns = self._factors(f"{name}.smooth_exponents")
-        self._of_rows = self._factors(f"{name}.weight.smooth_row_exponents")
+        self._of_columns = scales_beside(sidecar, name, "smooth", 1)
+        self._of_rows = scales_beside(sidecar, f"{name}.weight", "smooth_row", -1)
         columns = self._beside(f"{name}.outlier_cols")
         self._columns = torch.empty(0, dtype=torch.int64) if columns is None else columns.long()
 
@@ -72,9 +72,10 @@ class Int8Layer:
         return None
 
     def _smoothed(self, weight: Tensor, first: int, end: int) -> Tensor:
-        if self._of_columns is not None:
-            weight = multiplied(weight, self._of_columns)
-        return weight if self._of_rows is None else multiplied(weight, self._of_rows[first:end, None])
+        if self._of_columns is None and self._of_rows is None:
+            return weight
+        rows = None if self._of_rows is None else self._of_rows[first:end, None]
+        return scaled(weight, columns=self._of_columns, rows=rows)
 
     def _data_rows(self, first: int, end: int) -> Tensor:
         width = self.shape[1]
@@ -92,14 +93,19 @@ class Int8Layer:
         found = self._sidecar.elements(f"{self.name}.outlier_weight", first * columns, end * columns)
         return found.view(-1, columns)
 
-    def _factors(self, name: str) -> Tensor | None:
-        exponents = self._beside(name)
-        return None if exponents is None else powers(exponents)
-
     def _beside(self, name: str) -> Tensor | None:
         if self._sidecar is None or name not in self._sidecar:
             return None
         return self._sidecar.elements(name, 0, self._sidecar.shape(name)[0])
+
+
+def scales_beside(sidecar: TensorFile | None, tensor: str, kind: str, sign: int) -> Tensor | None:
+    """What a sidecar has as exponents of this tensor stands for, their sign changed by `sign`; None without them."""
+    for name, steps in ((f"{tensor}.{kind}_exponents", 1), (f"{tensor}.{kind}_quarter_exponents", 4)):
+        if sidecar is not None and name in sidecar:
+            exponents = sidecar.elements(name, 0, sidecar.shape(name)[0])
+            return scales(sign * exponents.to(torch.int16), steps)
+    return None
 
 
 def runs(rows: int, width: int) -> Iterator[tuple[int, int]]:
