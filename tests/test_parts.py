@@ -5,10 +5,12 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, plan_conversion, status
 from int8cli.checkpoint import writer
+from int8cli.checkpoint.own_files import create_file
 from int8cli.commands import in_parts
+from int8cli.conversion.finish import write_conclusion
 from int8cli.errors import (
     CannotRunInPartsError,
     DiskSpaceError,
@@ -34,6 +38,7 @@ from int8cli.errors import (
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.statistics_file import save_statistics
 from int8cli.planning.share import Share
+from int8cli.records import store
 from int8cli.records.part import PartRecord
 
 NONE = ConvertOptions(outliers="none")
@@ -71,6 +76,11 @@ def test_every_shard_is_in_one_part(sizes: list[int], parts: int) -> None:
     assert all(list(share) == sorted(share) for share in shares)
     loads = [sum(named[name] for name in share) for share in shares]
     assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+def test_any_number_of_parts_is_divided_at_once() -> None:
+    sizes = dict.fromkeys("abcde", 5)
+    assert [Share(number, 2**62).of(sizes) for number in (1, 5, 6, 2**62)] == [("a",), ("e",), (), ()]
 
 
 def test_shards_of_one_size_are_dealt_in_turn() -> None:
@@ -217,6 +227,75 @@ def test_a_part_whose_files_others_finished_and_removed_succeeds(
     assert tree(output) == tree(root / "one")
 
 
+@pytest.mark.parametrize("options", [replace(NONE, finish=True), part(2, 2)])
+def test_two_that_conclude_at_once_without_locks(
+    options: ConvertOptions, root: Path, tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one concludes, and removes what this one is about to write in, while it concludes too."""
+    no_locks(monkeypatch)
+    output = tmp_path / "out"
+    for number in (1, 2):
+        convert(root / "model", output, part(number, 2))
+    (output / "config.json").unlink()
+    concluded: list[int] = []
+
+    def after_another(*args: Any) -> Any:
+        child = nursery.start("convert", root / "model", "-o", "out", "--outliers", "none", "--finish", cwd=tmp_path)
+        concluded.append(child.wait().code)
+        return write_conclusion(*args)
+
+    monkeypatch.setattr("int8cli.conversion.part.write_conclusion", after_another)
+    assert convert(root / "model", output, options).missing == ()
+    assert concluded == [0]
+    assert tree(output) == tree(root / "one")
+
+
+def test_a_directory_that_another_one_removes_meanwhile_is_made_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one that concludes while this one says that it works on the directory."""
+    removed: list[str] = []
+
+    def create_in_what_is_gone(name: str, directory: int) -> int:
+        if not removed:
+            removed.append(name)
+            shutil.rmtree(tmp_path / "out/int8/parts")
+        return create_file(name, directory)
+
+    monkeypatch.setattr("int8cli.records.part.create_file", create_in_what_is_gone)
+    assert convert(root / "model", tmp_path / "out", part(1, 1)).missing == ()
+    assert removed
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+
+@pytest.mark.parametrize("which", ["part", "finish"])
+def test_what_another_machine_wrote_is_waited_for_where_it_is_shown_late(
+    which: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems of a network list a file before they find one of a name that was looked up in vain."""
+    output = tmp_path / "out"
+    for number in (1, 2) if which == "finish" else (1,):
+        convert(root / "model", output, part(number, 2))
+    late = {*(output / "int8/records").iterdir(), *output.glob("*.safetensors")}
+    (output / "config.json").unlink(missing_ok=True)
+    pauses: list[float] = []
+
+    def hidden(path: Path) -> bool:
+        return path in late and len(pauses) < 3
+
+    lexists, read_document, size_of = os.path.lexists, store.read_document, store._size_of
+    monkeypatch.setattr(os.path, "lexists", lambda path: not hidden(path) and lexists(path))
+    monkeypatch.setattr(
+        store, "read_document", lambda path, *rest: None if hidden(path) else read_document(path, *rest)
+    )
+    monkeypatch.setattr(store, "_size_of", lambda path: -1 if hidden(path) else size_of(path))
+    monkeypatch.setattr("int8cli.conversion.late.time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
+    options = replace(NONE, finish=True) if which == "finish" else part(2, 2)
+    assert convert(root / "model", output, options).missing == ()
+    assert len(pauses) == 3
+    assert tree(output) == tree(root / "one")
+
+
 # What is refused
 
 
@@ -278,6 +357,7 @@ def test_a_run_of_the_model_is_refused_with_the_way_to_do_it(outliers: str, root
     [
         (part(0, 2), "part"),
         (part(3, 2), "part"),
+        (part(1, 10**20), "part"),
         (part(1, 2, replace(NONE, overwrite=True)), "overwrite"),
         (part(1, 2, replace(NONE, finish=True)), "finish"),
     ],
@@ -348,10 +428,10 @@ def test_a_running_part_keeps_other_runs_out_and_is_shown(root: Path, nursery: N
 def test_a_part_on_another_machine_is_shown_without_a_guess(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     convert(root / "model", output, part(1, 2))
-    record = {"schema": "int8cli.part/1", "part": 2, "parts": 2, "host": "node7", "machine": "another", "version": "1"}
+    record = {"schema": "int8cli.part/1", "part": 2, "parts": 2**62, "host": "n7", "machine": "another", "version": "1"}
     (output / "int8/parts/feedfeedfeedfeed.json").write_text(json.dumps(record))
     states = [(each.part, each.state, each.hosts) for each in status(output).parts]
-    assert states[1] == (2, "elsewhere", ("node7",))
+    assert states[1] == (2, "elsewhere", ("n7",))
     assert states[0][:2] == (1, "finished")
 
 
@@ -373,6 +453,29 @@ def test_a_plain_run_keeps_parts_out(root: Path, tmp_path: Path) -> None:
 
 
 # Bad days
+
+
+def test_a_disk_that_takes_a_part_of_a_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a part, cut off, would be in the way of all later runs."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:5]))
+    for number in (1, 2):
+        convert(root / "model", tmp_path / "out", part(number, 2))
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+    def full(descriptor: int, data: bytes) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(1)
+        return write(descriptor, bytes(data)[:5])
+
+    written: list[int] = []
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DiskSpaceError):
+        convert(root / "model", tmp_path / "other", part(1, 2))
+    monkeypatch.setattr(os, "write", write)
+    assert not list((tmp_path / "other/int8").rglob("*.*"))
+    convert(root / "model", tmp_path / "other", part(1, 2))
 
 
 def test_a_disk_without_locks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,15 @@ from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, St
 def strategy_from_statistics(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings
 ) -> ColumnStrategy:
-    """Choose by the statistics file that the user named. Raises StatisticsMismatchError, CheckpointError."""
+    """Choose by the statistics file that the user named. Raises StatisticsMismatchError, CheckpointError.
+
+    The settings have the file's digest: a run that resumes must not go on with the columns of another file.
+    """
     path = Path(wanted.mode)
+    chosen = statistics_settings(wanted, settings)
     statistics = load_statistics(path)
+    if statistics_settings(wanted, settings) != chosen:
+        raise StatisticsMismatchError(f"{path} changed while it was read", hint="Run the same command again.")
     require_same_model(statistics, source, survey)
     columns = StatisticsColumns(survey, wanted)
     columns.learn(statistics.sites)
@@ -41,7 +47,6 @@ def strategy_from_statistics(
     else:
         known = {linear.name for site in statistics.sites for linear in site.linears}
         counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
-    chosen = statistics_settings(wanted, settings)
     return ColumnStrategy(
         replace(survey, stored_counts=counts, smooth=STEPS.get(chosen.smooth)), chosen, Ready(columns)
     )

@@ -35,6 +35,7 @@ from int8cli.records.conversion import (
 from int8cli.workers.torch_start import start_torch
 
 MOST_MACHINES = 10_000
+_MOST_PARTS = 1_000_000
 # The smallest allowed value of each count, by option. None is always allowed.
 _SMALLEST = {
     "batch": 1,
@@ -88,6 +89,8 @@ def _check_part(options: ConvertOptions) -> None:
         part, parts = options.part
         if not 1 <= part <= parts:
             raise OptionError(f"{part} of {parts} is not a part: they are 1 to N of N", option="part")
+        if parts > _MOST_PARTS:
+            raise OptionError(f"there are at most {_MOST_PARTS:,} parts", option="part")
         if options.finish:
             raise OptionError("a part finishes the conversion itself, if it is the last", option="finish")
     if options.overwrite:

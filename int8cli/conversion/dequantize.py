@@ -85,6 +85,7 @@ def dequantize(
     shards = tuple(_shards(records, contents, converted, config, dtype))
     with locked(output, output / OWN_DIRECTORY):
         _claim(output, directory, records, dtype)
+        remove_tree(output / _PARTIAL, output)  # of a run that was killed: its space is counted as needed below
         finished = {shard.file for shard in shards if _size_of(output / shard.file) == shard.size_bytes}
         _require_room(output, sum(shard.size_bytes for shard in shards if shard.file not in finished))
         progress.begin(TASK, {shard.file: shard.size_bytes for shard in shards}, finished=finished)
@@ -94,7 +95,8 @@ def dequantize(
                     _write_shard(tensors, shard, output, progress)
         for name in weights.copied:
             if name != CARD_FILE:
-                copy_file(directory / name, output / name, below=output)
+                with source.fetch(name) as local:
+                    copy_file(local.path, output / name, below=output)
         if len(shards) > 1:
             write_file(output / INDEX_FILE, _json_bytes(_index(shards, weights.index_metadata)), below=output)
         write_file(output / CONFIG_FILE, _json_bytes(_config(config, dtype)), below=output)

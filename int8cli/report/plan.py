@@ -8,8 +8,9 @@ from typing import Any
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.estimate.ways import Way
 from int8cli.planning.needs import Needs
+from int8cli.planning.room import Room
 from int8cli.planning.share import PlannedShare
-from int8cli.planning.survey import Room, Survey, group_by_kind
+from int8cli.planning.survey import Survey, group_by_kind
 from int8cli.records.conversion import FINE_SMOOTHING, NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
 from int8cli.report.stored import chosen_by, columns_word, percent_more

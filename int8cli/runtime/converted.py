@@ -150,11 +150,12 @@ def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
 
 def _check_columns(converted: Converted) -> None:
     """Raises CheckpointError unless all stored columns belong to int8 layers, as I32 [k] and floats [out, k]."""
-    stored = {name: spec for name, spec in converted.stored.items() if not is_exponents(name)}
-    for name in converted.stored.keys() - stored.keys():
-        _check_exponents(converted, converted.stored[name])
+    modules, sidecars = converted.modules, converted.stored
+    stored = {name: spec for name, spec in sidecars.items() if not is_exponents(name)}
+    for name in sidecars.keys() - stored.keys():
+        _check_exponents(converted, sidecars[name])
     for name in stored:
-        if name.rpartition(".")[0] not in converted.modules:
+        if name.rpartition(".")[0] not in modules:
             raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=CONVERT_AGAIN)
     for module in sorted({name.rpartition(".")[0] for name in stored}):
         out_features = converted.specs[f"{module}{_WEIGHT}"].shape[0]

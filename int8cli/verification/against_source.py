@@ -31,6 +31,7 @@ from int8cli.verification.layout import target_of
 from int8cli.verification.nearest import not_nearest, rounded_vectors
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.recorded_task import task_as_recorded
+from int8cli.verification.second_opinion import Opinion, SecondOpinion
 
 # Two machines may add the same float64 values in different orders.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
@@ -73,8 +74,11 @@ def check_weights(
     records: Mapping[str, ShardRecord],
     options: VerificationRun,
     progress: Progress,
-) -> tuple[Check, Check]:
-    """Convert every shard again and compare bytes and figures. Fetches one shard at a time from the Hub."""
+) -> tuple[Check, Check, Check]:
+    """Convert every shard again and compare bytes and figures, and hear a second opinion on what agrees.
+
+    Fetches one shard at a time from the Hub.
+    """
     weights: list[Failure] = []
     figures: list[Failure] = []
     layers = copied = columns = scaled = rounded = 0
@@ -83,8 +87,9 @@ def check_weights(
     alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
     if conversion.shards and not alike:
         why = "no shard of this source is one that was converted"
-        return Check.not_made("weights", why), Check.not_made("figures", why)
+        return Check.not_made("weights", why), Check.not_made("method", why), Check.not_made("figures", why)
     shards = [shard for shard in alike if shard.file in records]
+    judge, opinion = SecondOpinion(directory, conversion, records.values(), survey.config), Opinion()
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = task_as_recorded(directory, shard, survey, conversion, record, options)
@@ -96,7 +101,7 @@ def check_weights(
             with source.fetch(shard.file) as local:
                 if following is not None:
                     source.prefetch(following.file)
-                result, found = _compare(task.with_borrowed(source), local, progress)
+                result, found = _compare(task.with_borrowed(source), local, record, judge, opinion, progress)
         except Int8cliError as error:
             weights.append(Failure(shard.output, str(error)))
             continue
@@ -109,7 +114,12 @@ def check_weights(
     by = "powers of two" if exact else "scales"
     detail += f"; {scaled:,} tensors are those of the source times their {by}" if scaled else ""
     detail += f", of which {rounded:,} stay floats, each value the nearest" if rounded else ""
-    return Check.of("weights", detail, weights), Check.of("figures", _figures_detail(layers, conversion), figures)
+    method = f"{opinion.layers:,} layers by its definition, {opinion.copied:,} tensors read a second way"
+    return (
+        Check.of("weights", detail, weights),
+        Check.of("method", method, opinion.failures),
+        Check.of("figures", _figures_detail(layers, conversion), figures),
+    )
 
 
 def _figures_detail(layers: int, conversion: Conversion) -> str:
@@ -131,7 +141,15 @@ def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
     return Check.of("copies", f"{len(survey.weights.copied)} copied files", failures)
 
 
-def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[PassResult, list[Failure]]:
+def _compare(
+    task: ShardTask,
+    local: LocalFile,
+    record: ShardRecord,
+    judge: SecondOpinion,
+    opinion: Opinion,
+    progress: Progress,
+) -> tuple[PassResult, list[Failure]]:
+    """Convert a shard again and compare. `judge` adds to `opinion` what it finds in a shard that agrees."""
     planned, failures = _comparable(task)
 
     def advance(shard: str, tensor: str, count: int) -> None:
@@ -149,6 +167,8 @@ def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[Pas
             failures += comparison.differences()
         if not failures:
             failures += not_nearest(planned, shard.reader, task.directory / planned.output.file_name)
+        if not failures and not result.non_finite:
+            opinion.add(judge.of(task, record, shard))
     for name, place in result.non_finite.items():
         failures.append(Failure(task.source.output, f"is in int8, but contains {place.value} in the source", name))
     return result, failures
