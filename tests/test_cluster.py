@@ -16,7 +16,7 @@ from support.program import Nursery, llama, tree
 from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers
-from int8cli.cli.optional_value import _completed
+from int8cli.cli.optional_value import RAY
 from int8cli.conversion.worker_job import WorkerJob, _attempts
 from int8cli.errors import ClusterError, DiskSpaceError, OutputInUseError
 from int8cli.outliers.statistics import OutlierStatistics
@@ -99,7 +99,7 @@ def test_a_task_that_no_machine_can_run_any_more_is_an_error(monkeypatch: pytest
 )
 def test_an_address_may_be_left_out(words: str, completed: str) -> None:
     """Typer has no options whose value may be left out. What follows is one only if it has the form of an address."""
-    assert list(_completed(words.split())) == completed.split()
+    assert list(RAY.completed(words.split())) == completed.split()
 
 
 def test_the_command_line_takes_it_without_an_address(root: Path, nursery: Nursery, tmp_path: Path) -> None:

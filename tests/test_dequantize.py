@@ -18,7 +18,7 @@ import int8cli
 from int8cli import ConvertOptions, DequantizeOptions, convert, dequantize
 from int8cli.commands.options import LayoutName
 from int8cli.conversion import dequantize as dequantization
-from int8cli.errors import CheckpointError, Int8cliError, OptionError, OutputError, SettingsMismatchError
+from int8cli.errors import CheckpointError, Int8cliError, OptionError, OutputError, SettingsMismatchError, SourceError
 from int8cli.runtime.linear import Int8Linear
 
 
@@ -223,6 +223,15 @@ def test_our_own_directory_is_no_place_for_a_model(tmp_path: Path) -> None:
     output = converted("llama", tmp_path)
     with pytest.raises(OutputError, match="is inside"):
         dequantize(output, output / "int8/floats")
+
+
+def test_a_link_to_a_file_outside_is_not_copied(tmp_path: Path) -> None:
+    output = converted("llama", tmp_path)
+    (tmp_path / "secret").write_text("{}")
+    (output / "tokenizer_config.json").unlink(missing_ok=True)
+    (output / "tokenizer_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match=r"tokenizer_config\.json is a link to .*secret, outside"):
+        dequantize(output, tmp_path / "floats")
 
 
 def test_an_output_that_is_a_link_to_itself_is_an_error(tmp_path: Path) -> None:

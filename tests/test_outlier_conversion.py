@@ -29,6 +29,7 @@ from int8cli.errors import (
 )
 from int8cli.outliers import suspects
 from int8cli.outliers.residual_stream import ResidualStream
+from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.statistics_file import save_statistics
 from int8cli.outliers.suspects import SuspectScan
 from int8cli.planning.room import Room
@@ -184,6 +185,24 @@ def test_statistics_of_a_file_give_what_running_the_model_gives(
     stored = {name: data for name, data in tree(output).items() if name.startswith("int8/outliers/")}
     assert stored == {name: data for name, data in unbroken.items() if name.startswith("int8/outliers/")}
     assert all(layer.stored.measured is None and layer.stored.predicted for layer in report.layers)
+
+
+def test_statistics_that_are_replaced_while_they_are_read_are_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings would have the digest of one file, and the shards the columns of another."""
+    file = tmp_path / "statistics.safetensors"
+    statistics = calibrated(model, text=some_text())
+    save_statistics(statistics, file)
+
+    def load(path: Path) -> OutlierStatistics:
+        save_statistics(replace(statistics, sites=statistics.sites[1:]), file)
+        return statistics
+
+    monkeypatch.setattr("int8cli.columns.from_statistics.load_statistics", load)
+    with pytest.raises(StatisticsMismatchError, match="changed while it was read"):
+        convert(model, tmp_path / "out", options(file))
+    assert not (tmp_path / "out/int8/records").exists()
 
 
 def test_statistics_of_another_model_are_refused(

@@ -78,6 +78,11 @@ def test_every_shard_is_in_one_part(sizes: list[int], parts: int) -> None:
     assert max(loads) - min(loads) <= max(sizes, default=0)
 
 
+def test_any_number_of_parts_is_divided_at_once() -> None:
+    sizes = dict.fromkeys("abcde", 5)
+    assert [Share(number, 2**62).of(sizes) for number in (1, 5, 6, 2**62)] == [("a",), ("e",), (), ()]
+
+
 def test_shards_of_one_size_are_dealt_in_turn() -> None:
     assert Share(2, 3).of(dict.fromkeys("abcdefgh", 5)) == ("b", "e", "h")
 
@@ -352,6 +357,7 @@ def test_a_run_of_the_model_is_refused_with_the_way_to_do_it(outliers: str, root
     [
         (part(0, 2), "part"),
         (part(3, 2), "part"),
+        (part(1, 10**20), "part"),
         (part(1, 2, replace(NONE, overwrite=True)), "overwrite"),
         (part(1, 2, replace(NONE, finish=True)), "finish"),
     ],
@@ -422,10 +428,10 @@ def test_a_running_part_keeps_other_runs_out_and_is_shown(root: Path, nursery: N
 def test_a_part_on_another_machine_is_shown_without_a_guess(root: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     convert(root / "model", output, part(1, 2))
-    record = {"schema": "int8cli.part/1", "part": 2, "parts": 2, "host": "node7", "machine": "another", "version": "1"}
+    record = {"schema": "int8cli.part/1", "part": 2, "parts": 2**62, "host": "n7", "machine": "another", "version": "1"}
     (output / "int8/parts/feedfeedfeedfeed.json").write_text(json.dumps(record))
     states = [(each.part, each.state, each.hosts) for each in status(output).parts]
-    assert states[1] == (2, "elsewhere", ("node7",))
+    assert states[1] == (2, "elsewhere", ("n7",))
     assert states[0][:2] == (1, "finished")
 
 
@@ -447,6 +453,29 @@ def test_a_plain_run_keeps_parts_out(root: Path, tmp_path: Path) -> None:
 
 
 # Bad days
+
+
+def test_a_disk_that_takes_a_part_of_a_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record of a part, cut off, would be in the way of all later runs."""
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, bytes(data)[:5]))
+    for number in (1, 2):
+        convert(root / "model", tmp_path / "out", part(number, 2))
+    assert tree(tmp_path / "out") == tree(root / "one")
+
+    def full(descriptor: int, data: bytes) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(1)
+        return write(descriptor, bytes(data)[:5])
+
+    written: list[int] = []
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DiskSpaceError):
+        convert(root / "model", tmp_path / "other", part(1, 2))
+    monkeypatch.setattr(os, "write", write)
+    assert not list((tmp_path / "other/int8").rglob("*.*"))
+    convert(root / "model", tmp_path / "other", part(1, 2))
 
 
 def test_a_disk_without_locks(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Sources in object stores, through fsspec: its memory file system, made to fail on request, and a real S3 server."""
 
+import errno
+import json
 import os
 import signal
 import socket
@@ -32,6 +34,7 @@ from int8cli.errors import (
     MissingExtraError,
     ModelNotFoundError,
     OptionError,
+    OutputError,
     SourceError,
     TransferError,
 )
@@ -410,6 +413,99 @@ def test_an_address_of_nothing_is_none(address: str, tmp_path: Path) -> None:
         int8cli.convert(address, tmp_path / "out", OPTIONS)
     with pytest.raises(OptionError, match="not an address"):
         int8cli.convert(tmp_path, tmp_path / "out", replace(OPTIONS, push_to=address))
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE", "int8/report.json", "int8/conversion.json"])
+def test_a_link_to_a_file_outside_is_not_pushed(name: str, store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    (tmp_path / "local" / name).rename(tmp_path / "secret")
+    (tmp_path / "local" / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(SourceError, match=f"{name} is a link to .*secret, outside"):
+        int8cli.push(tmp_path / "local", "store://bucket/out")
+    assert not store.exists("/bucket/out/config.json")
+
+
+@pytest.mark.parametrize("change", ["lose", "add"])
+def test_a_manifest_of_other_files_is_not_pushed(change: str, store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    path = tmp_path / "local/int8/files.json"
+    document = json.loads(path.read_text())
+    [license_file] = (each for each in document["files"] if each["file"] == "LICENSE")
+    (tmp_path / "local/notes.txt").write_text((model / "LICENSE").read_text())
+    if change == "lose":
+        document["files"].remove(license_file)
+    else:
+        document["files"].append({**license_file, "file": "notes.txt"})
+    path.write_text(json.dumps(document))
+    with pytest.raises(OutputError, match=r"name different files: (LICENSE|notes\.txt) is in one only"):
+        int8cli.push(tmp_path / "local", "store://bucket/out")
+    assert not store.exists("/bucket/out/config.json")
+
+
+@pytest.mark.parametrize("name", ["README.md", SHARDS[0], "config.json"])
+def test_a_file_that_changes_while_it_is_pushed_is_an_error(
+    name: str, store: Store, model: Path, tmp_path: Path
+) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+
+    def change(written: str) -> None:
+        if written == name:
+            data = (tmp_path / "local" / name).read_bytes()
+            (tmp_path / "local" / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    Store.on_put = change
+    with pytest.raises(CorruptShardError, match=f"{name}: changed while it was read"):
+        int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(retry_for=0.0))
+
+
+@pytest.mark.parametrize("place", ["out", "out/within", ".", "link"])
+def test_an_output_is_not_pushed_to_itself(place: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "out").mkdir()
+    address = f"local://{tmp_path / place}"
+    with pytest.raises(DestinationError, match="itself, or one of them is inside the other"):
+        int8cli.convert(model, tmp_path / "out", replace(OPTIONS, push_to=address))
+    int8cli.convert(model, tmp_path / "out", OPTIONS)
+    before = tree(tmp_path / "out")
+    with pytest.raises(DestinationError, match="itself, or one of them is inside the other"):
+        int8cli.push(tmp_path / "out", address)
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_does_not_pass_is_not_waited_for(number: int, store: Store, model: Path, tmp_path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    Store.on_put = refuse
+    with pytest.raises(TransferError, match=os.strerror(number)) as caught:  # with three hours of patience
+        int8cli.push(tmp_path / "local", "store://bucket/out")
+    assert "Make room" in caught.value.hint
+
+
+def test_another_description_in_a_store_is_not_read_whole(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "local", OPTIONS)
+    store.pipe(f"/bucket/out/{CONVERSION_FILE}", b"0" * 100_000)
+    int8cli.push(tmp_path / "local", "store://bucket/out")
+    assert 100_000 not in [end for _, _, end in Store.ranges]
+    assert objects(store, "bucket/out") == files_in(tmp_path / "local")
+
+
+def test_a_record_of_an_upload_names_no_file_twice(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "out", streaming())
+    path = next(iter((tmp_path / "out/int8/uploads").iterdir()))
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "files": record["files"] * 2}))
+    with pytest.raises(OutputError, match="files names a file twice"):
+        int8cli.status(tmp_path / "out")
+
+
+def test_shards_that_only_the_store_has_are_named(store: Store, model: Path, tmp_path: Path) -> None:
+    int8cli.convert(model, tmp_path / "out", streaming())
+    progress = CoherentProgress()
+    int8cli.convert(model, tmp_path / "out", replace(streaming(), keep_output=True), progress=progress)
+    assert f"{tmp_path / 'out'} lacks 3 of 3 shards: only store://bucket/out has them" in progress.notes
 
 
 def test_another_model_in_a_store_is_left_alone(store: Store, model: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 def test_every_check_of_a_good_conversion_passes(out: Path, source: Path) -> None:
     verification = verified(out, source)
     assert verification.passed
-    expected = dict.fromkeys([*WHOLE, "source", "weights", "figures", "copies"], "passed")
+    expected = dict.fromkeys([*WHOLE, "source", "weights", "method", "figures", "copies"], "passed")
     assert {check.name: check.status for check in verification.checks} == expected
 
 
@@ -433,6 +433,30 @@ def test_an_impossible_value_in_a_record_is_named(change: Callable[[Any], object
 def test_edited_settings_are_detected(out: Path) -> None:
     edit(out / "int8" / "conversion.json", lambda conversion: conversion["settings"].update(threshold=3.0))
     assert {"config", "report"} <= set(failures(verified(out)))
+
+
+@pytest.mark.parametrize("change", ["lose", "add"])
+def test_a_manifest_of_other_files_is_detected(change: str, out: Path) -> None:
+    (out / "notes.txt").write_text((out / "LICENSE").read_text())
+
+    def edited(document: Any) -> None:
+        [license_file] = (each for each in document["files"] if each["file"] == "LICENSE")
+        if change == "lose":
+            document["files"].remove(license_file)
+        else:
+            document["files"].append({**license_file, "file": "notes.txt"})
+
+    edit(out / "int8/files.json", edited)
+    [(file, _, problem)] = failures(verified(out))["files"]
+    assert file == "int8/files.json"
+    assert problem in ("does not name LICENSE", "names notes.txt, which is not a file of this conversion")
+
+
+@pytest.mark.parametrize("name", ["README.md", "model-00003-of-00003.safetensors", "int8/outliers/other.safetensors"])
+def test_a_record_cannot_name_files_of_others(name: str, out: Path) -> None:
+    """With `keep_output` off, the files that it names are removed once they are uploaded."""
+    edit(record_path(out), lambda record: record["files"].append({**record["files"][0], "file": name}))
+    assert f"{name!r}, which is not a file of the shard {SHARD}" in str(failures(verified(out))["records"])
 
 
 # Directories that are not to be verified

@@ -12,6 +12,12 @@ from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, So
 # For a file of a checkpoint that contradicts itself, wherever it came from.
 GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
 _HUB_SETTINGS_FILE = "huggingface_hub/constants.py"
+_NO_MEMORY_IN_TORCH = "DefaultCPUAllocator: can't allocate memory"
+# What the disk or the system refuses. Others tell of names, or of a network that a library has tried.
+_REFUSED = frozenset(
+    {errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EACCES, errno.EPERM}
+    | {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENXIO}
+)
 _MORE_MEMORY = "Close other programs, or raise the limits of this process, and run the same command again."
 
 
@@ -46,15 +52,56 @@ def system_errors() -> Iterator[None]:
     except OSError as error:
         raise system_refusal(error) from error
     except MemoryError as error:
-        raise NotEnoughMemoryError(
-            "the system does not give this process the memory that it needs",
-            hint=_MORE_MEMORY,
-        ) from error
+        raise _no_memory() from error
     except (ImportError, ValueError, RuntimeError) as error:
-        refusal = _refused_thread(error) or _refused_import(error)
+        refusal = _refused_memory(error) or _refused_thread(error) or _refused_import(error)
         if refusal is None:
             raise
         raise refusal from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise SystemRefusalError(
+            f"a library failed: {error!s:.200}", hint="Raise the limits of this process, or install the library again."
+        ) from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a library that is written in Rust gave up. Its error is no Exception, and its class has no module.
+
+    https://docs.rs/pyo3/latest/pyo3/panic/struct.PanicException.html
+    """
+    return type(error).__name__ == "PanicException" and not isinstance(error, Exception)
+
+
+def raise_if_of_the_system(error: BaseException) -> None:
+    """Raise a child of Int8cliError if the system refused memory, a thread or a call; do nothing for other errors.
+
+    Then an error that a library raised says nothing about the model that it was given. Libraries wrap such errors in
+    their own, so the causes count too. A file or server that is missing is for the caller to judge.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        refusal = _refused_memory(cause) or _refused_thread(cause)
+        if isinstance(cause, MemoryError):
+            refusal = _no_memory()
+        elif isinstance(cause, OSError) and cause.errno in _REFUSED:
+            refusal = system_refusal(cause)
+        if refusal is not None:
+            raise refusal from error
+        cause = cause.__cause__ or cause.__context__
+
+
+def _no_memory() -> NotEnoughMemoryError:
+    return NotEnoughMemoryError("the system does not give this process the memory that it needs", hint=_MORE_MEMORY)
+
+
+def _refused_memory(error: BaseException) -> NotEnoughMemoryError | None:
+    """The error to show if torch got no memory for a tensor on the CPU, for which it has a RuntimeError without a type.
+
+    https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/impl/alloc_cpu.cpp
+    """
+    return _no_memory() if isinstance(error, RuntimeError) and _NO_MEMORY_IN_TORCH in str(error) else None
 
 
 def _refused_thread(error: BaseException) -> SystemRefusalError | None:

@@ -4,6 +4,7 @@ Owns the requests, which of them are repeated, and what their failures mean. fss
 finds credentials where each store's own tools do.
 """
 
+import errno
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,8 @@ T = TypeVar("T")
 _MARKS = ("ETag", "etag", "md5Hash", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
 # What a driver raises that has a bug, or an answer of another form than it expects: a retry helps neither.
 _OF_THE_DRIVER = (TypeError, AttributeError, LookupError, AssertionError, ImportError, NotImplementedError)
+# What a file system refuses now and in three hours. Others may pass: drivers give what a server said such numbers too.
+_LASTING = (errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
 _PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
 _TRY_AGAIN = "Run the same command again: it resumes where this run stopped."
 
@@ -54,6 +57,13 @@ class ObjectStore:
         self._lock = Lock()
         self._fs, root = _opened(url.rstrip("/"))
         self._root = root.rstrip("/")
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory of this machine that the address names; None if it names no such thing."""
+        from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]  # no types
+
+        return Path(self._root) if isinstance(self._fs, LocalFileSystem) else None
 
     @property
     def stopped(self) -> Event:
@@ -198,6 +208,9 @@ def _refuse_final(error: Exception, what: str, url: str) -> None:
         ) from error
     if isinstance(error, MemoryError):
         raise error
+    if isinstance(error, OSError) and error.errno in _LASTING:
+        hint = "Make room there, or choose another address, and run the command again."
+        raise TransferError(f"{what}: {_said(error)}", hint=hint) from error
     if isinstance(error, _OF_THE_DRIVER):
         raise TransferError(
             f"{what}: the file system that fsspec has for it failed: {type(error).__name__}: {_said(error)}",

@@ -93,6 +93,13 @@ def open_or_create(name: str, directory: int) -> int:
     return os.open(name, flags, 0o666, dir_fd=directory)
 
 
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data` to an open file. A disk that is nearly full takes a part of it first. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
 def sync_files(directory: Path, below: Path) -> None:
     """Write the files in a directory of ours, and their names, to the disk. Raises OSError, OutputError."""
     with opened_directory(directory, below) as itself:

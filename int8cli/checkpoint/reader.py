@@ -69,6 +69,11 @@ class FileReader:
             raise
 
     @property
+    def state(self) -> FileState:
+        """The file's state when it was opened."""
+        return self._state
+
+    @property
     def size_bytes(self) -> int:
         """The file's size when it was opened."""
         return self._state.size_bytes

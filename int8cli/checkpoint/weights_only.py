@@ -7,7 +7,7 @@ where bytes are.
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from int8cli.checkpoint.disk import GET_IT_AGAIN
+from int8cli.checkpoint.disk import GET_IT_AGAIN, raise_if_of_the_system
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.errors import CheckpointError, CorruptShardError, Int8cliError, UnsafePickleError
 
@@ -45,6 +45,7 @@ def load_weights(file: BinaryIO, file_name: str, device: str) -> Any:
         ) from error
     # For a damaged pickle, the unpickler and the functions that it calls may raise anything.
     except Exception as error:
+        raise_if_of_the_system(error)
         raise CorruptShardError(
             f"{file_name}: its pickle cannot be read: {type(error).__name__}: {str(error)[:200]}", hint=GET_IT_AGAIN
         ) from error

@@ -6,6 +6,7 @@ Owns that order, and how an object is known to be the one that was written.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.hub.push_file import Commit, PushFile, Uploaded, refuse_foreign_weights
@@ -35,6 +36,10 @@ class WritableStore:
     def label(self) -> str:
         return self._store.url
 
+    @property
+    def directory(self) -> Path | None:
+        return self._store.directory
+
     def prepare(self, ours: Sequence[str]) -> None:
         """Raises DestinationError if there are weights that are not among the files `ours`."""
         refuse_foreign_weights(self.label, self._store.files(), ours)
@@ -61,6 +66,7 @@ class WritableStore:
                 f"{self.label}: {file.name} has {written.size_bytes:,} bytes; {file.size_bytes:,} were written",
                 hint=_TRY_AGAIN,
             )
+        file.require_unchanged()  # stores publish no sha256 to compare with
         return Uploaded("sent", written.mark)
 
     def commit(self, files: Sequence[PushFile], message: str) -> Commit:
@@ -86,6 +92,8 @@ class WritableStore:
         path = self._store.path_of(file.name)
         try:
             found = self._store.ask(file.name, path)
+            if found.size_bytes != file.size_bytes:
+                return False
             data = self._store.call(lambda: self._store.read(path, 0, found.size_bytes), f"{self.label}: {file.name}")
         except ModelNotFoundError:
             return False

@@ -9,7 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from int8cli.checkpoint.disk import system_errors
+from int8cli.checkpoint.disk import is_panic, system_errors
 from int8cli.cli.signals import EndedBySignal, announce_resuming, name_of, print_interruption, received_signal
 from int8cli.errors import Int8cliError, OptionError
 
@@ -56,6 +56,12 @@ def shows_errors(
                 _forget_stdout()
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
             except (OSError, MemoryError, ImportError, RuntimeError) as error:  # raised outside the library functions
+                refusal = _refusal(error)
+                show_error(refusal, hint_for(refusal, hints))
+                raise typer.Exit(_ended_by(EXIT_ERROR)) from None
+            except BaseException as error:
+                if not is_panic(error):
+                    raise
                 refusal = _refusal(error)
                 show_error(refusal, hint_for(refusal, hints))
                 raise typer.Exit(_ended_by(EXIT_ERROR)) from None
@@ -121,7 +127,7 @@ def _ended_by(otherwise: int) -> int:
     return otherwise if number is None else 128 + number
 
 
-def _refusal(error: OSError | MemoryError | ImportError | RuntimeError) -> Int8cliError:
+def _refusal(error: BaseException) -> Int8cliError:
     try:
         with system_errors():
             raise error
@@ -142,7 +148,10 @@ def flag_of(option: str) -> str:
 
 def _forget_stdout() -> None:
     """Discard what is in the buffer of stdout. Otherwise Python would write it at exit and fail again."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    try:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for the rest of the process
+    except OSError:  # no descriptor is left
+        sys.stdout = None  # as Python has it where the descriptor is closed
 
 
 def show_error(error: Int8cliError, hint: str) -> None:

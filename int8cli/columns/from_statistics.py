@@ -23,16 +23,22 @@ from int8cli.planning.decisions import Decision
 from int8cli.planning.exponents import NOT_SCALED, NOT_SMOOTHED, ShardSmoothing, TensorExponents
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey, model_fingerprint
-from int8cli.records.conversion import FROM_ACTIVATIONS, Settings, budget_bytes
+from int8cli.records.conversion import FROM_ACTIVATIONS, STEPS, Settings, budget_bytes
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 
 def strategy_from_statistics(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings
 ) -> ColumnStrategy:
-    """Choose by the statistics file that the user named. Raises StatisticsMismatchError, CheckpointError."""
+    """Choose by the statistics file that the user named. Raises StatisticsMismatchError, CheckpointError.
+
+    The settings have the file's digest: a run that resumes must not go on with the columns of another file.
+    """
     path = Path(wanted.mode)
+    chosen = statistics_settings(wanted, settings)
     statistics = load_statistics(path)
+    if statistics_settings(wanted, settings) != chosen:
+        raise StatisticsMismatchError(f"{path} changed while it was read", hint="Run the same command again.")
     require_same_model(statistics, source, survey)
     columns = StatisticsColumns(survey, wanted)
     columns.learn(statistics.sites)
@@ -42,9 +48,7 @@ def strategy_from_statistics(
         known = {linear.name for site in statistics.sites for linear in site.linears}
         counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
     return ColumnStrategy(
-        replace(survey, stored_counts=counts, smooth=wanted.smooth),
-        statistics_settings(wanted, settings),
-        Ready(columns),
+        replace(survey, stored_counts=counts, smooth=STEPS.get(chosen.smooth)), chosen, Ready(columns)
     )
 
 

@@ -15,6 +15,7 @@ from int8cli.conversion.cluster import ClusterRun
 from int8cli.conversion.worker_job import RemoteSource, WorkerJob
 from int8cli.errors import NotEnoughMemoryError
 from int8cli.estimate.ways import TORCH_BYTES, memory_to_run
+from int8cli.llm_int8.limits import FINE_STEPS
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.survey import Survey
@@ -86,7 +87,7 @@ def _shard_needs(cluster: RayCluster, survey: Survey, options: ConvertOptions) -
 
     As many of that share as some machine has with the memory for so many threads; one where none has.
     """
-    smoothed = replace(survey, smooth=True)  # whether it will be is not known yet
+    smoothed = replace(survey, smooth=FINE_STEPS)  # how it will be is not known yet, and this takes most
 
     def needs(threads: int) -> TaskNeeds:
         memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)

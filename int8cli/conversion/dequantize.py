@@ -95,7 +95,8 @@ def dequantize(
                     _write_shard(tensors, shard, output, progress)
         for name in weights.copied:
             if name != CARD_FILE:
-                copy_file(directory / name, output / name, below=output)
+                with source.fetch(name) as local:
+                    copy_file(local.path, output / name, below=output)
         if len(shards) > 1:
             write_file(output / INDEX_FILE, _json_bytes(_index(shards, weights.index_metadata)), below=output)
         write_file(output / CONFIG_FILE, _json_bytes(_config(config, dtype)), below=output)

@@ -15,12 +15,13 @@ from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.conversion.resumed_smoothing import require_fitting
+from int8cli.conversion.side_files import side_file_names
 from int8cli.planning.decisions import Plan
-from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE, sidecar_file_name
+from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.quantized import without_quantization
 from int8cli.planning.survey import Survey, group_by_kind
 from int8cli.records.conversion import Conversion, Settings
-from int8cli.records.manifest import MANIFEST_FILE, write_manifest
+from int8cli.records.manifest import write_manifest
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.conversion import ConversionReport, worst_first
 
@@ -48,10 +49,7 @@ def write_conclusion(
     if len(records) > 1:
         write(output / INDEX_FILE, _json_bytes(_index(survey, records)))
     config = _json_bytes(_config(survey, conversion.settings, plan)) if survey.has_config else None
-    apart = {CONFIG_FILE, CARD_FILE, MANIFEST_FILE}
-    for shard in conversion.shards:  # a planned sidecar may not exist, if its only layers were not finite
-        apart |= {shard.output, sidecar_file_name(shard.output)}
-    on_disk = [name for name in conversion.files if name not in apart]
+    on_disk = [name for name in side_file_names(conversion) if name != CONFIG_FILE]
     write_manifest(output, on_disk, {CONFIG_FILE: config} if config is not None else {}, aside=aside)
     if config is not None:
         write(output / CONFIG_FILE, config)

@@ -157,7 +157,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
         survey,
         tuple(units),
         tuple(Part(name, parts[name]) for name in PARTS if name in parts),
-        kv_cache_of(survey.config, key_value_rows(found), config_class),
+        kv_cache_of(survey.config, key_value_rows(found, survey.config), config_class),
         _conversion(source, survey, output, threads),
         not_in_memory,
     )

@@ -11,6 +11,7 @@ import torch
 
 from int8cli.checkpoint.config_file import read_config as read_config_file
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CannotRunError
@@ -42,6 +43,7 @@ def read_config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
+        raise_if_of_the_system(error)
         raise CannotRunError(f"transformers rejects this config.json: {error!s:.300}") from error
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.errors import CannotRunError, Int8cliError
 from int8cli.model.sites import map_tensors
 from int8cli.model.skeleton import Skeleton
@@ -122,6 +123,7 @@ class SuspendedForwards:
                 except Int8cliError:
                     raise
                 except Exception as error:
+                    raise_if_of_the_system(error)
                     raise not_streamable(self._skeleton.model, error) from error
 
         return Strand(forward)

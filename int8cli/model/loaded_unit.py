@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.errors import Int8cliError, NotEnoughMemoryError
 from int8cli.model.forwards import Forward, HeadReachedError, UnitCall, not_streamable
 from int8cli.model.sites import (
@@ -181,6 +182,7 @@ class LoadedUnit:
         except Int8cliError:
             raise
         except Exception as error:
+            raise_if_of_the_system(error)
             raise not_streamable(self._model, error, self.unit.name) from error
         for tensor in tensors_in(output):
             if is_norm(self.module) or (finder is not None and finder.made_by_norm(tensor)):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, CheckpointError, Int8cliError
@@ -154,6 +155,7 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     except Int8cliError:
         raise
     except Exception as error:  # a model class may raise anything for an unusual config
+        raise_if_of_the_system(error)
         raise CannotRunError(
             f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}"
         ) from error

@@ -37,8 +37,9 @@ class Strand(Generic[Question, Answer]):
         Raises whatever the function raises.
         """
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, daemon=True)
+            thread.start()  # where the system refuses it, there is none to join
+            self._thread = thread
         else:
             self._answers.put(answer)
         question = self._questions.get()

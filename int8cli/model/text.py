@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
+from int8cli.checkpoint.disk import is_panic, raise_if_of_the_system
 from int8cli.checkpoint.source import Source
 from int8cli.errors import CannotRunError, TextError
 from int8cli.model.extra import require_transformers
@@ -121,7 +122,10 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
         has_words, returns_tokens = _has_words(tokenizer), bool(tokenizer(_PROBE)["input_ids"])
-    except Exception as error:  # damaged or missing tokenizer files may raise anything
+    except BaseException as error:  # damaged or missing tokenizer files may raise anything, panics too
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise_if_of_the_system(error)
         raise CannotRunError(f"the tokenizer cannot be loaded: {_in_a_line(error)}", hint=_PUT_FILES) from error
     if not has_words:
         raise CannotRunError("the tokenizer cannot be loaded: it has no vocabulary", hint=_PUT_FILES)
@@ -177,7 +181,7 @@ def _inputs(ids: Sequence[int], config: Any) -> dict[str, Any]:
     return {"input_ids": tokens, "decoder_input_ids": shifted, "use_cache": False}
 
 
-def _in_a_line(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
     """All that an error says, in one line; of a very long one the start."""
     words = " ".join(str(error).split()) or type(error).__name__
     return words if len(words) <= _LONGEST_MESSAGE else f"{words[: _LONGEST_MESSAGE - 1]}…"

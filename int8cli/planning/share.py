@@ -5,6 +5,7 @@ Owns the division. It depends on the sizes of all shards and on nothing else, so
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,12 @@ class Share:
         in turn: where the first shards are needed to convert the later ones, every part has some of them.
         """
         order = {name: place for place, name in enumerate(sizes)}
-        loads = [0] * self.parts
+        loads = [(0, part) for part in range(min(self.parts, len(sizes)))]  # any part beyond these gets nothing
+        heapify(loads)
         mine = []
         for name in sorted(sizes, key=lambda name: (-sizes[name], order[name])):
-            least = min(range(self.parts), key=loads.__getitem__)
-            loads[least] += sizes[name]
+            load, least = loads[0]
+            heapreplace(loads, (load + sizes[name], least))
             if least == self.part - 1:
                 mine.append(name)
         return tuple(sorted(mine, key=order.__getitem__))

@@ -16,6 +16,7 @@ from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
+from int8cli.llm_int8.limits import Steps
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SCALED_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
@@ -38,7 +39,8 @@ class Survey:
 
     `target` is the layout of the output. `shards` have the matrices of fused experts, where the layout stores those in
     int8, in place of the tensors of the file. `stored_counts` is the most columns that a sidecar stores, by quantized
-    tensor; None without sidecars. `smooth`: sidecars have the exponents of a smoothing too.
+    tensor; None without sidecars. `smooth`: sidecars have the exponents of a smoothing too, of which so many are
+    a factor of 2.
     """
 
     identity: SourceIdentity
@@ -49,7 +51,7 @@ class Survey:
     plan: Plan
     target: Layout = bitsandbytes
     stored_counts: Mapping[str, int] | None = None
-    smooth: bool = False
+    smooth: Steps | None = None
 
     @cached_property
     def decisions(self) -> dict[str, Decision]:
@@ -75,7 +77,7 @@ class Survey:
                 self.decisions,
                 self.outputs[contents.file_name].file_name,
                 self.stored_counts,
-                tuple(most_specs(contents, self.decisions)) if self.smooth else (),
+                tuple(most_specs(contents, self.decisions, self.smooth)) if self.smooth else (),
             )
             for contents in self.shards
         }
@@ -117,7 +119,7 @@ class Survey:
     def buffer_bytes_a_thread(self) -> int:
         """The buffers of one thread that converts this source, besides what it reads of whole files."""
         scaled = any(stored.scaled is not None for contents in self.shards for stored in contents.tensors)
-        smoothing = SMOOTHING_BYTES_A_THREAD if self.smooth else 0
+        smoothing = SMOOTHING_BYTES_A_THREAD[self.smooth] if self.smooth else 0
         return BUFFER_BYTES_A_THREAD + smoothing + (SCALED_BYTES_A_THREAD if scaled else 0)
 
     @property

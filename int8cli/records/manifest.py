@@ -50,6 +50,12 @@ class SideFile:
                 digest.update(piece)
         return cls(name, size_bytes, digest.hexdigest())
 
+    def is_at(self, path: Path) -> bool:
+        """Whether a file has these bytes. One of another size is not read. Raises SourceError, CorruptShardError."""
+        with closing(FileReader(path)) as reader:
+            is_as_large = reader.size_bytes == self.size_bytes
+        return is_as_large and SideFile.of_path(self.file, path) == self
+
 
 @dataclass(frozen=True, slots=True)
 class _ManifestFields:

@@ -19,7 +19,7 @@ from typing import Any
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.lock import hold, is_held, lock_domain
-from int8cli.checkpoint.own_files import create_file, opened_directory, remove_file, remove_tree
+from int8cli.checkpoint.own_files import create_file, opened_directory, remove_file, remove_tree, write_all
 from int8cli.errors import VersionMismatchError
 from int8cli.records.documents import read_document, without_schema
 from int8cli.typed_json import read_as
@@ -137,11 +137,13 @@ def _created(name: str, aside: str, directory: int, record: PartRecord) -> int:
     descriptor = create_file(aside, directory)
     try:
         hold(descriptor)  # before it has its name, so that nobody sees it without its lock
-        os.write(descriptor, (json.dumps({"schema": PART_SCHEMA, **asdict(record)}) + "\n").encode())
+        write_all(descriptor, (json.dumps({"schema": PART_SCHEMA, **asdict(record)}) + "\n").encode())
         os.fsync(descriptor)
         os.replace(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         os.close(descriptor)
+        with suppress(OSError):
+            os.unlink(aside, dir_fd=directory)
         raise
     return descriptor
 

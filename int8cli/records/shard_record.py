@@ -3,15 +3,19 @@
 Owns the schema of the file. Reads and writes nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
+from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.records.conversion import ShardSource
-from int8cli.records.documents import check_file_name, check_shard_name, check_tensor, without_schema
+from int8cli.records.documents import check_shard_name, check_tensor, without_schema
 from int8cli.results.conversion import LayerReport
-from int8cli.typed_json import InvalidJsonError, inside, read_as
+from int8cli.typed_json import InvalidJsonError, inside, read_as, shown
 
+_SIDECARS = f"{OWN_DIRECTORY}/outliers"
 RECORD_SCHEMA = "int8cli.record/2"  # 2: the figures of a layer are null where they were not measured
 _RECORD_SCHEMAS = ("int8cli.record/1", RECORD_SCHEMA)
 
@@ -103,12 +107,20 @@ class ShardRecord:
         check_shard_name(found.source.output, "source.output")
         for index, tensor in enumerate(found.source_tensors):
             check_tensor(tensor, f"source_tensors[{index}]")
+        _check_files([file.file for file in found.files], found.source.output)
         for index, file in enumerate(found.files):
-            check_file_name(file.file, f"files[{index}].file")
             for place, record in enumerate(file.tensors):
                 check_tensor(record, f"files[{index}].tensors[{place}]")
         layers = tuple(_layer(layer, f"layers[{index}]") for index, layer in enumerate(found.layers))
         return cls(found.source, found.source_sha256, found.source_tensors, found.files, layers, found.kept)
+
+
+def _check_files(names: Sequence[str], output: str) -> None:
+    """Raise InvalidJsonError unless these are the shard `output` and, at most, its sidecar: other files are others'."""
+    for index, (name, due) in enumerate(zip_longest(names, (output, f"{_SIDECARS}/{output}"))):
+        if name is not None and name != due:
+            problem = f"is {shown(name)}, which is not a file of the shard {output}"
+            raise InvalidJsonError(problem, f"files[{index}].file")
 
 
 def _layer(value: Any, place: str) -> LayerReport:

@@ -42,6 +42,8 @@ class UploadRecord:
             check_file_name(file.file, f"files[{index}].file")
             if len(file.sha256) != _SHA256_DIGITS or not set(file.sha256) <= set("0123456789abcdef"):
                 raise InvalidJsonError("is not a sha256", f"files[{index}].sha256")
+        if len({file.file for file in found.files}) != len(found.files):
+            raise InvalidJsonError("names a file twice", "files")
         return found
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.config_file import read_config as read_config_file
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.errors import ReferenceModelError
 from int8cli.planning.quantized import declared_methods
 
@@ -48,6 +49,7 @@ def load_reference(source: str, device: "torch.device") -> Any:
             str(path) if path.exists() else source, config=config, dtype="auto", device_map={"": device}
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise_if_of_the_system(error)
         first_line = (str(error) or repr(error)).splitlines()[0]
         raise ReferenceModelError(
             f"{source} cannot be loaded as the 16-bit model: {first_line:.200}", hint=_HINT

@@ -5,22 +5,26 @@ Owns which files these are, and the check that their bytes are those that were r
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from int8cli.checkpoint.digest import git_sha1_of, new_digest, sha256_of
+from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.hub.push_file import PushFile
 from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.reader import FileReader
-from int8cli.errors import CorruptShardError, OutputError
+from int8cli.checkpoint.source import LocalFile
+from int8cli.conversion.side_files import complete_manifest
+from int8cli.errors import CorruptShardError, ModelNotFoundError, OutputError
 from int8cli.planning.output_files import CARD_FILE
 from int8cli.records.conversion import Conversion
-from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
+from int8cli.records.manifest import MANIFEST_FILE, SideFile
 from int8cli.records.shard_record import FileRecord
 from int8cli.records.store import RecordStore
 from int8cli.records.upload_record import UploadRecord
 
 _PIECE_BYTES = 1 << 20
+_REWRITE = "Run the same convert command again to rewrite it."
 _AGAIN = "Delete the file, and run the same convert command again: it converts that shard again."
 
 
@@ -46,7 +50,8 @@ def shard_file(directory: Path, record: FileRecord) -> PushFile:
                 raise CorruptShardError(f"{record.file}: {what} differs from what was written", hint=_AGAIN)
             start += size_bytes
         reader.require_unchanged()
-    return PushFile(record.file, record.size_bytes, sha256.hexdigest(), path=path)
+        state = reader.state
+    return PushFile(record.file, record.size_bytes, sha256.hexdigest(), path=path, state=state)
 
 
 def uploaded_files(upload: UploadRecord) -> Iterator[PushFile]:
@@ -58,10 +63,10 @@ def uploaded_files(upload: UploadRecord) -> Iterator[PushFile]:
 def side_files(directory: Path, conversion: Conversion, store: RecordStore) -> list[PushFile]:
     """All files of a finished conversion but its shards and sidecars: descriptions, records, and what was copied.
 
-    Raises OutputError for one that is missing or differs from what was written. The model card may differ: users edit
-    it.
+    Raises OutputError for one that is missing or differs from what was written, and SourceError for a link to a file
+    outside the directory. The model card may differ: users edit it.
     """
-    manifest = read_manifest(directory) or ()
+    manifest = complete_manifest(directory, conversion)
     names = [CARD_FILE, MANIFEST_FILE, *store.record_files(conversion)]
     files = [_side_file(directory, name) for name in names]
     return [*files, *(_recorded(directory, file) for file in manifest)]
@@ -78,19 +83,27 @@ def all_names(conversion: Conversion, store: RecordStore) -> tuple[str, ...]:
 
 
 def _recorded(directory: Path, file: SideFile) -> PushFile:
-    found = _side_file(directory, file.file)
-    if SideFile.of_path(file.file, directory / file.file) != file:
-        raise OutputError(
-            f"{file.file} differs from what was written", hint="Run the same convert command again to rewrite it."
-        )
-    return found
+    with _local(directory, file.file) as local:
+        if not file.is_at(local.path):
+            raise OutputError(f"{file.file} differs from what was written", hint=_REWRITE)
+    return _side_file(directory, file.file)
 
 
 def _side_file(directory: Path, name: str) -> PushFile:
-    path = directory / name
-    if not path.is_file():
-        raise OutputError(f"{name} is missing", hint="Run the same convert command again to rewrite it.")
-    return PushFile(name, path.stat().st_size, sha256_of(path), git_sha1_of(path), path)
+    with _local(directory, name) as local:
+        assert local.state is not None
+        digests = sha256_of(local.path), git_sha1_of(local.path)
+    return PushFile(name, local.state.size_bytes, *digests, local.path, state=local.state)
+
+
+@contextmanager
+def _local(directory: Path, name: str) -> Iterator[LocalFile]:
+    """A file that must not change in this context."""
+    try:
+        with DirectorySource(directory).fetch(name) as local:
+            yield local
+    except ModelNotFoundError as error:
+        raise OutputError(f"{name} is missing", hint=_REWRITE) from error
 
 
 def _parts(record: FileRecord) -> Iterator[tuple[str, int, str]]:

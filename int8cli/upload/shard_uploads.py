@@ -16,9 +16,10 @@ from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.records.upload_record import CommitRecord
 from int8cli.results.push import Pushed
+from int8cli.results.units import counted
 from int8cli.upload.contents import all_names, shard_file, side_files, uploaded_files
 from int8cli.upload.shard_upload import ShardUpload
-from int8cli.upload.target import Target
+from int8cli.upload.target import Target, refuse_one_directory
 
 TASK = "upload"
 
@@ -61,6 +62,7 @@ class ShardUploads(Destination):
         self._thread: threading.Thread | None = None
 
     def resume(self, conversion: Conversion, shards: Collection[ShardSource]) -> Mapping[str, ShardRecord]:
+        refuse_one_directory(self._target, self._directory)
         self._target.prepare(all_names(conversion, self._store))
         there = self._confirmed(conversion, shards)
         self._progress.begin(TASK, self._sizes, finished={shard.output for shard in there})
@@ -96,6 +98,7 @@ class ShardUploads(Destination):
 
     def publish(self, conversion: Conversion, records: Mapping[str, ShardRecord]) -> Pushed:
         self.settle()
+        self._say_what_is_not_here(conversion)
         files = side_files(self._directory, conversion, self._store)
         for shard in conversion.shards:
             upload = self._store.uploaded(shard)
@@ -111,6 +114,13 @@ class ShardUploads(Destination):
         self._progress.note(f"{done} {self._target.label}: {len(files):,} files{name}")
         size_bytes = sum(file.size_bytes for file in files)
         return Pushed(repository, revision, commit.oid, commit.made, len(files), size_bytes, self._uploaded_bytes)
+
+    def _say_what_is_not_here(self, conversion: Conversion) -> None:
+        """Shards that an earlier run removed are not converted again, even if this one keeps what it converts."""
+        gone = self._store.removed(conversion)
+        if gone and self._upload.keep:
+            shards = f"{len(gone)} of {counted(len(conversion.shards), 'shard')}"
+            self._progress.note(f"{self._directory} lacks {shards}: only {self._target.label} has them")
 
     def close(self) -> None:
         with self._changed:
@@ -152,8 +162,9 @@ class ShardUploads(Destination):
         with self._changed:
             self._waiting.append(record)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify_all()
 
     def _run(self) -> None:

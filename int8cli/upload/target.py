@@ -1,12 +1,15 @@
 """The interface that a repository on the Hub and an object store share: what a conversion is pushed to.
 
-Owns the protocol alone. The implementations are in `checkpoint`.
+Owns the protocol, and which places a target cannot be. The implementations are in `checkpoint`.
 """
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from int8cli.checkpoint.hub.push_file import Commit, PushFile, Uploaded
+from int8cli.errors import DestinationError
 
 
 class Target(Protocol):
@@ -27,6 +30,10 @@ class Target(Protocol):
     @property
     def label(self) -> str:
         """What to call it in messages."""
+
+    @property
+    def directory(self) -> Path | None:
+        """The directory of this machine that it is; None if it is elsewhere."""
 
     def prepare(self, ours: Sequence[str]) -> None:
         """Make it ready. Raises DestinationError for weights there that are not among the files `ours`."""
@@ -49,3 +56,14 @@ class Target(Protocol):
 
     def close(self) -> None:
         """End the wait before a retry."""
+
+
+def refuse_one_directory(target: Target, output: Path) -> None:
+    """Raise DestinationError if a target is the directory `output` that is pushed, or one of them is in the other."""
+    if target.directory is None:
+        return
+    there, here = Path(os.path.realpath(target.directory)), Path(os.path.realpath(output))
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise DestinationError(
+            f"{target.label} is {output} itself, or one of them is inside the other", hint="Choose another place."
+        )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
+from int8cli.errors import Int8cliError, SystemRefusalError
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.loads import NAME, absent_packages, check_loads, is_imported
@@ -82,11 +83,14 @@ def _started() -> Iterator[tuple[subprocess.Popen[bytes], Connection]]:
 
 def _answer_of(process: subprocess.Popen[bytes], pipe: Connection) -> Check:
     try:
-        answer: Check | str = pipe.recv()
+        answer: Check | str | tuple[str, str] = pipe.recv()
     except (EOFError, OSError):
         return Check.of(
             NAME, "transformers", [Failure(CONFIG_FILE, f"the loader crashed its process: {_end_of(process)}")]
         )
+    if isinstance(answer, tuple):
+        message, hint = answer
+        raise SystemRefusalError(f"the check {NAME!r} could not be made: {message}", hint=hint)
     if isinstance(answer, str):
         raise RuntimeError(f"the check {NAME!r} failed in its process\n{answer}")
     return answer
@@ -98,7 +102,7 @@ def _end_of(process: subprocess.Popen[bytes]) -> str:
 
 
 def answer(descriptor: int) -> NoReturn:
-    """The program of the process: receive a request, send the check or a traceback, and exit.
+    """The program of the process: receive a request, send the check, or an error of the system, or a traceback.
 
     It exits at once to free the loader's memory, because the other checks may read for hours.
     """
@@ -108,6 +112,8 @@ def answer(descriptor: int) -> NoReturn:
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
         pipe.send(check_loads(*request))
+    except Int8cliError as error:  # it says nothing about the model
+        pipe.send((str(error), error.hint))
     except Exception:
         pipe.send(traceback.format_exc())
     os._exit(0)

@@ -13,6 +13,7 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
+from int8cli.conversion.side_files import side_file_names
 from int8cli.errors import Int8cliError
 from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
@@ -23,6 +24,7 @@ from int8cli.results.conversion import LayerReport, summarize_stored, worst_firs
 from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Failure
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
+from int8cli.verification.declared import misstated
 from int8cli.verification.layout import target_of
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
@@ -140,6 +142,8 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
     for key in sorted((wanted.keys() | stated.keys()) - {target.SKIP_KEY}):
         if stated.get(key) != wanted.get(key):
             yield Failure(CONFIG_FILE, f"quantization_config.{key} is {stated.get(key)!r}, not {wanted.get(key)!r}")
+    if all(stated.get(key) == value for key, value in wanted.items() if key != target.SKIP_KEY):
+        yield from (Failure(CONFIG_FILE, problem) for problem in misstated(stated, settings))
     if not (isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
         yield Failure(CONFIG_FILE, f"quantization_config.{target.SKIP_KEY} is {entries!r}, not a list of names")
         return
@@ -202,16 +206,15 @@ def side_file_failures(directory: Path, conversion: Conversion, manifest: Sequen
             yield Failure(recorded.file, "is missing")
             continue
         try:
-            found = SideFile.of_path(recorded.file, directory / recorded.file)
+            if not recorded.is_at(directory / recorded.file):
+                yield Failure(recorded.file, "differs from what was written")
         except Int8cliError as error:
             yield Failure(recorded.file, str(error))
-        else:
-            if found != recorded:
-                yield Failure(recorded.file, "differs from what was written")
-    known = {recorded.file for recorded in manifest} | {MANIFEST_FILE}
-    for name in (CONFIG_FILE, INDEX_FILE, REPORT_FILE):
-        if name in conversion.files and name not in known:
-            yield Failure(MANIFEST_FILE, f"does not name {name}")
+    due, named = set(side_file_names(conversion)), {recorded.file for recorded in manifest}
+    for name in sorted(due - named):
+        yield Failure(MANIFEST_FILE, f"does not name {name}")
+    for name in sorted(named - due):
+        yield Failure(MANIFEST_FILE, f"names {name}, which is not a file of this conversion")
     ours = set(conversion.files)
     for path in sorted(directory.glob("*.safetensors")) + [directory / name for name in SINGLE_FILES]:
         if path.name not in ours and path.exists():

@@ -18,11 +18,13 @@ from typing import Any
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.float_dtypes import cast_problems, rounding_problems
+from int8cli.verification.heads import kept_by_loader
 
 NAME = "loads"
 _READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
@@ -79,6 +81,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except ImportError as error:
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises here, users would see too
+            raise_if_of_the_system(error)
             if not reads:
                 return Check.not_made(NAME, f"{loader} {_READS_NO_MIXTURE} ({_first_line(error)})")
             return Check.of(NAME, loader, [Failure(CONFIG_FILE, f"the loader rejects it: {_first_line(error)}")])
@@ -153,7 +156,8 @@ def _built_from_source(model_class: Any, config: Any, specs: Iterable[TensorSpec
     del plain.quantization_config
     try:
         return _build(model_class, plain, specs)
-    except Exception:
+    except Exception as error:
+        raise_if_of_the_system(error)
         return _BuiltModel(None, frozenset(), frozenset(), ())
 
 
@@ -167,6 +171,11 @@ def _compare(output: _BuiltModel, source: _BuiltModel, dtypes: Mapping[str, str]
         failures.append((name, f"is {list(found)}, the model needs {list(wanted)}"))
     modules = list(_modules(output.model, dtypes))
     failures += [(name, problem) for name, problem in modules if problem is not None]
+    kept = kept_by_loader(source.model) if source.model is not None else frozenset()
+    in_int8 = {name.rpartition(".")[0] for name, problem in modules if problem is None}
+    failures += [
+        (f"{name}.weight", "is in int8, and transformers keeps it as a float") for name in sorted(kept & in_int8)
+    ]
     return sum(1 for _, problem in modules if problem is None), failures
 
 

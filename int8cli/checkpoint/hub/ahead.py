@@ -32,8 +32,8 @@ class FetchAhead:
             if self._stop.is_set() or (self._current is not None and self._current.thread.is_alive()):
                 return
             current = _BackgroundFetch(file_name, Thread(target=lambda: self._run(current), daemon=True))
+            current.thread.start()  # where the system refuses it, there is none to join
             self._current = current
-            current.thread.start()
 
     def wait_for(self, file_name: str) -> None:
         """Wait for a file if it is being fetched, and raise the error of its fetch. Returns at once for other files."""

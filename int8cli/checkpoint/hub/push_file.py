@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Literal
 
 from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.disk import reading_errors
+from int8cli.checkpoint.file_state import FileState
 from int8cli.checkpoint.hub.lfs import LfsObject
 from int8cli.checkpoint.output_names import CONVERSION_FILE
+from int8cli.checkpoint.source import LocalFile
 from int8cli.errors import DestinationError
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ _SAMPLE_BYTES = 512  # what the Hub asks for, to tell text from bytes
 class PushFile:
     """A file as it is to be in the repository. `path` is None if its bytes were uploaded before and are not here.
 
-    `mark` is what an object store said of it after the upload; empty on the Hub.
+    `mark` is what an object store said of it after the upload; empty on the Hub. `state` is that of the file at `path`
+    when its digest was computed.
     """
 
     name: str
@@ -35,6 +38,12 @@ class PushFile:
     git_sha1: str | None = None
     path: Path | None = None
     mark: str = ""
+    state: FileState | None = None
+
+    def require_unchanged(self) -> None:
+        """Raise CorruptShardError if the file that is here was written to since its digest was computed."""
+        if self.path is not None:
+            LocalFile(self.path, state=self.state).require_unchanged(self.name)
 
     @property
     def lfs(self) -> LfsObject:

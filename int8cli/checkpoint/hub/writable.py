@@ -76,6 +76,10 @@ class WritableRepository:
         """The name of the repository in messages."""
         return self.name if self.revision == MAIN else f"{self.name} at {self.revision}"
 
+    @property
+    def directory(self) -> None:
+        """It is not on this machine."""
+
     def prepare(self, ours: Sequence[str]) -> None:
         """Create the repository and the branch unless they exist, and check that the token may write there.
 
@@ -109,6 +113,7 @@ class WritableRepository:
             return Uploaded("had")
         operation = addition_of(file)
         self._call(lambda: self._preupload([operation]), what)
+        file.require_unchanged()
         return Uploaded("sent" if operation._is_uploaded else "for the commit")
 
     def commit(self, files: Sequence[PushFile], message: str) -> Commit:
