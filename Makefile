@@ -89,20 +89,29 @@ test-newest:
 	$(MAKE) pytest END=newest
 
 # Ray is large, and nothing else needs it: its tests have an environment of their own, beside that of the others.
-test-ray: $(READY)
-	$(PYTHON) -m venv --clear .venv-ray
-	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
-		> "$$(.venv-ray/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+test-ray: .venv-ray/.ready
+	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py $(TESTS)
+
+.venv-ray/.ready: $(READY)
+	$(call beside,.venv-ray)
 	.venv-ray/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) ray
-	.venv-ray/bin/python -m pytest -n 0 tests/test_ray.py
+	touch $@
 
 # A server for S3 and its client are 29 packages, which nothing else needs: likewise. Their versions are locked.
-test-s3: $(READY)
-	$(PYTHON) -m venv --clear .venv-s3
-	$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
-		> "$$(.venv-s3/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+test-s3: .venv-s3/.ready
+	.venv-s3/bin/python -m pytest -n 0 tests/test_remote.py $(TESTS)
+
+.venv-s3/.ready: $(READY)
+	$(call beside,.venv-s3)
 	$(BIN)/python -m pip --python .venv-s3/bin/python install -qq --disable-pip-version-check --constraint $(PINS) --group s3
-	.venv-s3/bin/python -m pytest -n 0 tests/test_remote.py
+	touch $@
+
+# An empty environment that finds what is installed in the other one.
+define beside
+$(PYTHON) -m venv --clear $(1)
+$(BIN)/python -c "import site; print(f'import site; site.addsitedir({site.getsitepackages()[0]!r})')" \
+	> "$$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beside.pth"
+endef
 
 # What vLLM's CPU build makes of the output. A process that has it takes gigabytes, so the tests run one after the other.
 # vLLM asks for a CPU build of torch, for which pip needs TORCH_BACKEND=cpu unless it is configured to find one.

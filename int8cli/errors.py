@@ -151,7 +151,7 @@ class SettingsMismatchError(OutputError):
 
 
 class InexactSmoothingError(CheckpointError):
-    """A value of a tensor cannot be multiplied by a power of two without losing digits."""
+    """A value of a tensor cannot be multiplied by the scale of a smoothing without losing too many digits."""
 
 
 class SavedStateError(Int8cliError):

@@ -6,9 +6,9 @@
 
 `--plain` is a conversion without stored columns, `--compressed` one in the layout compressed-tensors, for vLLM. vLLM
 and torchao are measured where the Python of an environment that has them is given. A figure is the best of some rounds,
-in which the methods take turns, one run at a time, so that what else the machine does meets all of them. With `--json`,
-rows that the file has already are kept unless they are measured again, so that `--rows` can measure some at a time.
-Ratios compare best within one run.
+in which the methods take turns, one run at a time, so that what else the machine does meets all of them. 16 bit takes
+part in every run, and ratios are to its figures in the same run. With `--json`, rows that the file has already are kept
+unless they are measured again, so that `--rows` can measure some at a time.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from int8cli.results.units import human_bytes
 
@@ -40,22 +39,21 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """A row's best times in milliseconds, by batch for a decode step. 0 bytes of weights are unknown."""
+    """A row's best times in milliseconds, of a prefill by its tokens and of a decode step by its batch.
+
+    `faster` has the same keys, and how many times as fast as 16 bit that is, in the same run. 0 bytes of weights are
+    unknown.
+    """
 
     method: str
     weights_bytes: int
     peak_bytes: int
-    prefill_ms: float
-    decode_ms: dict[int, float]
-
-    @classmethod
-    def of(cls, document: dict[str, Any]) -> "Figures":
-        decode_ms = {int(batch): ms for batch, ms in document["decode_ms"].items()}
-        return cls(**{**document, "decode_ms": decode_ms})
+    ms: dict[str, float]
+    faster: dict[str, float]
 
 
 def rows(arguments: argparse.Namespace) -> list[Row]:
-    """All rows that the arguments allow, or those of `--rows`, in the order of the table."""
+    """All rows that the arguments allow, or 16 bit and those of `--rows`, in the order of the table."""
     here, source, int8 = Path(sys.executable), arguments.source, arguments.int8
     found = [
         Row(SIXTEEN_BIT, "16 bit", source, here),
@@ -78,7 +76,7 @@ def rows(arguments: argparse.Namespace) -> list[Row]:
     unknown = set(arguments.rows) - {row.name for row in found}
     if unknown:
         sys.exit(f"no such row: {', '.join(sorted(unknown))}. Rows: {'; '.join(row.name for row in found)}")
-    return [row for row in found if row.name in arguments.rows]
+    return [row for row in found if row.name in (SIXTEEN_BIT, *arguments.rows)]
 
 
 class Running:
@@ -120,17 +118,17 @@ class Running:
 
 
 def measure(chosen: Sequence[Row], arguments: argparse.Namespace) -> list[Figures]:
+    wanted = [("prefill", size) for size in arguments.tokens] + [("decode", size) for size in arguments.batches]
     with ExitStack() as stack:
         running = [stack.enter_context(Running(row, arguments)) for row in chosen]
-        prefill = in_turns(running, "prefill", arguments.tokens, arguments.rounds)
-        decode = {batch: in_turns(running, "decode", batch, arguments.rounds) for batch in arguments.batches}
+        best = {f"{what} {size}": in_turns(running, what, size, arguments.rounds) for what, size in wanted}
         return [
             Figures(
                 each.row.name,
                 each.weights_bytes,
                 each.peak_bytes,
-                1000 * prefill[each.row.name],
-                {batch: 1000 * times[each.row.name] for batch, times in decode.items()},
+                {key: 1000 * seconds[each.row.name] for key, seconds in best.items()},
+                {key: seconds[SIXTEEN_BIT] / seconds[each.row.name] for key, seconds in best.items()},
             )
             for each in running
         ]
@@ -149,7 +147,7 @@ def in_turns(running: Sequence[Running], what: str, size: int, rounds: int) -> d
 
 def merged(found: Sequence[Figures], file: Path) -> list[Figures]:
     """`found` and the rows of the file that are not in it; the file is written again."""
-    before = [Figures.of(each) for each in json.loads(file.read_text())] if file.exists() else []
+    before = [Figures(**each) for each in json.loads(file.read_text())] if file.exists() else []
     new = {each.method: each for each in found}
     rows = [new.pop(each.method, each) for each in before] + list(new.values())
     file.write_text(json.dumps([asdict(each) for each in rows], indent=2) + "\n")
@@ -157,20 +155,14 @@ def merged(found: Sequence[Figures], file: Path) -> list[Figures]:
 
 
 def show(found: Sequence[Figures]) -> None:
-    """Milliseconds and, where 16 bit is among the rows, how many times as fast as that."""
-    base = next((each for each in found if each.method == SIXTEEN_BIT), None)
-    batches = sorted(found[0].decode_ms)
-    print("| | weights | peak | prefill | " + " | ".join(f"decode, batch {batch}" for batch in batches) + " |")
-    print("|---" * (4 + len(batches)) + "|")
+    """Milliseconds and, in brackets, how many times as fast as 16 bit."""
+    keys = list(dict.fromkeys(key for each in found for key in each.ms))
+    print("| | weights | peak | " + " | ".join(keys) + " |")
+    print("|---" * (3 + len(keys)) + "|")
     for each in found:
         cells = [human_bytes(each.weights_bytes) if each.weights_bytes else "", human_bytes(each.peak_bytes)]
-        cells.append(cell(each.prefill_ms, base.prefill_ms if base else None, 0))
-        cells += [cell(each.decode_ms[batch], base.decode_ms[batch] if base else None, 1) for batch in batches]
+        cells += [f"{each.ms[key]:,.1f} ({each.faster[key]:.2f})" if key in each.ms else "" for key in keys]
         print(f"| {each.method} | " + " | ".join(cells) + " |")
-
-
-def cell(ms: float, base_ms: float | None, digits: int) -> str:
-    return f"{ms:,.{digits}f}" + ("" if base_ms is None else f" ({base_ms / ms:.2f})")
 
 
 def main() -> None:
@@ -181,9 +173,9 @@ def main() -> None:
     parser.add_argument("--compressed", type=Path)
     parser.add_argument("--vllm-python", type=Path)
     parser.add_argument("--torchao-python", type=Path)
-    parser.add_argument("--rows", nargs="+", help="names of rows; all by default")
+    parser.add_argument("--rows", nargs="+", help="names of rows beside 16 bit; all by default")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))

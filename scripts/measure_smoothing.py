@@ -1,4 +1,4 @@
-"""Measure exact smoothing where no real model is at hand: small random models in the shapes of several families.
+"""Measure smoothing, exact and fine, on small random models in the shapes of several families.
 
 Each gets outliers in six dimensions: the gains of its norms there are multiplied by SCALE, the columns that they meet
 divided by it, and so are the rows of the first linear of OPT's feed-forward and the columns of its second. In floats
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import int8cli
+from int8cli.results.evaluation import Evaluation
 
 SCALE = 256.0
 PLANTED = (3, 40, 77, 130, 200, 251)
@@ -98,8 +99,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("tokenizer", type=Path, help="a directory with tokenizer files of SmolLM2")
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--shapes", nargs="*", default=[shape.name for shape in SHAPES])
     wanted = parser.parse_args()
-    for shape in SHAPES:
+    for shape in (each for each in SHAPES if each.name in wanted.shapes):
         with tempfile.TemporaryDirectory() as name:
             model = made(shape, Path(name) / shape.name, wanted.tokenizer)
             show(shape.name, model, wanted.tokens)
@@ -159,15 +161,20 @@ def plant(shape: Shape, model: torch.nn.Module) -> None:
 
 
 def show(name: str, model: Path, tokens: int) -> None:
-    options = int8cli.EvaluateOptions(tokens=tokens, methods=METHODS)
-    found = int8cli.evaluate(model, options)
-    for key in METHODS:
+    show_methods(name, METHODS, int8cli.evaluate(model, int8cli.EvaluateOptions(tokens=tokens, methods=METHODS)))
+    smoothed = tuple(key for key in METHODS if key.startswith("smoothed"))
+    fine = int8cli.EvaluateOptions(tokens=tokens, methods=smoothed, smooth="fine")
+    show_methods(f"{name}, fine", smoothed, int8cli.evaluate(model, fine))
+
+
+def show_methods(name: str, methods: tuple[str, ...], found: Evaluation) -> None:
+    for key in methods:
         method = found.method(key)
         assert method is not None
         mean, worst = method.mean_error, method.worst_layer
         assert mean is not None
         assert worst is not None
-        print(f"{name:8s} {key:28s} mean {mean:.4f}  worst {worst.error:.4f}  {worst.name}", flush=True)
+        print(f"{name:12s} {key:28s} mean {mean:.4f}  worst {worst.error:.4f}  {worst.name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ and the config alone. The measure is what transformers' bitsandbytes path would 
 difference is one of these:
 
     FATAL    we quantize what the loader cannot hold in int8, or the skip list disagrees: the output would not load
+    READ     we quantize a linear whose weight the model's own code reads: the output may not run
     narrow   a float is written with fewer bits than the loader would hold of the source
     refused  we quantize a linear that the loader leaves alone (output head, tied, last module): loads, but differs
     missed   we leave alone a linear that the loader quantizes: loads, but is larger than it need be
@@ -36,7 +37,7 @@ from int8cli.loaders.transformers_versions import skip_rule
 
 
 def report(built: list[BuiltModel], unbuilt: list[dict[str, str]], version: str, quiet: bool) -> int:
-    severities = ("FATAL", "lost", "narrow", "refused", "missed", "wide", "loaded")
+    severities = ("FATAL", "READ", "lost", "narrow", "refused", "missed", "wide", "loaded")
     rule = skip_rule(version)
     by_class: dict[str, str] = {}
     rows: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)

@@ -22,7 +22,6 @@ from support.checkpoints import (
     read_tensors,
     save_tiny,
 )
-from support.further_checkpoints import FURTHER
 from torch import Tensor
 
 from int8cli import ConvertOptions, convert, load_model
@@ -108,18 +107,40 @@ def test_a_listed_architecture_opens_as_if_quantized_on_load(name: str, dtype: t
     assert any(tensor.dtype == torch.int8 for tensor in state.values()) == (name not in LEFT_ALONE_ENTIRELY)
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba"])
-def test_a_layer_whose_weight_is_multiplied_by_the_models_own_code_runs(name: str, tmp_path: Path) -> None:
+_LAYOUT = {
+    **dict.fromkeys(("hidden_size", "input_size"), 32),
+    **dict.fromkeys(("coordinate_size", "num_attention_heads"), 4),
+    "vocab_size": 99,
+    "num_hidden_layers": 2,
+    "intermediate_size": 56,
+    "shape_size": 8,
+    "visual_embed": False,
+    **dict.fromkeys(("max_position_embeddings", "max_2d_position_embeddings"), 64),
+}
+_TOKENS = torch.arange(4, 16)[None]
+# Models whose own code reads the weight of a linear layer, and their inputs.
+READING = {
+    "mamba": (LISTED["mamba"], {"input_ids": _TOKENS}),
+    "falcon_mamba": (OTHERS["falcon_mamba"], {"input_ids": _TOKENS}),
+    "jamba": (OTHERS["jamba"], {"input_ids": _TOKENS}),
+    "layoutlmv3": (
+        Tiny("LayoutLMv3ForTokenClassification", "LayoutLMv3Config", _LAYOUT),
+        {"input_ids": _TOKENS, "bbox": torch.arange(48).reshape(1, 12, 4)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_a_model_runs_whose_own_code_reads_the_weight_of_a_linear_layer(name: str, tmp_path: Path) -> None:
     if name == "falcon_mamba" and release(transformers.__version__) < release("5.23.0"):
         pytest.skip("not built by the arguments of the newest transformers")
-    tiny = (LISTED | HEADS | OTHERS | FURTHER)[name]
+    tiny, inputs = READING[name]
     source, output = converted(tiny, tmp_path)
-    tokens = {"input_ids": torch.arange(4, 16)[None]}
     with torch.no_grad():
-        expected = load(source, tiny.model)[0].eval()(**tokens).logits.float()
+        expected = load(source, tiny.model)[0].eval()(**inputs).logits.float()
         for model in (load(output, tiny.model)[0], load_model(output)):
             assert any(tensor.dtype == torch.int8 for tensor in model.state_dict().values())
-            assert (model.eval()(**tokens).logits.float() - expected).norm() < 0.05 * expected.norm()
+            assert (model.eval()(**inputs).logits.float() - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "float32"])

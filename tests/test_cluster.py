@@ -3,8 +3,9 @@
 import errno
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from support.one_machine import Session, Tell, ThisMachine
 from support.program import Nursery, llama, tree
 from support.progress import CoherentProgress
 
-from int8cli import ConvertOptions, convert
-from int8cli.cli.optional_value import _completed
+from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers
+from int8cli.cli.optional_value import RAY
+from int8cli.conversion.worker_job import WorkerJob, _attempts
 from int8cli.errors import ClusterError, DiskSpaceError, OutputInUseError
+from int8cli.outliers.statistics import OutlierStatistics
+from int8cli.outliers.statistics_file import save_statistics
+from int8cli.records.conversion import ShardSource
+from int8cli.records.part import new_token
+from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
+from int8cli.records.upload_record import UploadRecord
+from int8cli.workers.processes import OnBytes
 from int8cli.workers.ray_session import TaskNeeds, _Machines
 
 NONE = ConvertOptions(outliers="none")
@@ -89,7 +99,7 @@ def test_a_task_that_no_machine_can_run_any_more_is_an_error(monkeypatch: pytest
 )
 def test_an_address_may_be_left_out(words: str, completed: str) -> None:
     """Typer has no options whose value may be left out. What follows is one only if it has the form of an address."""
-    assert list(_completed(words.split())) == completed.split()
+    assert list(RAY.completed(words.split())) == completed.split()
 
 
 def test_the_command_line_takes_it_without_an_address(root: Path, nursery: Nursery, tmp_path: Path) -> None:
@@ -108,6 +118,34 @@ def test_shards_are_converted_as_the_run_of_the_model_releases_them(root: Path, 
     convert(root / "model", tmp_path / "out", on_cluster(root), progress=progress)
     assert progress.under_way() == []
     assert tree(tmp_path / "out") == tree(root / "one")
+
+
+@pytest.mark.parametrize("smooth", ["none", "auto"])
+def test_a_budget_is_shared_out_when_the_model_has_run_to_its_end(smooth: str, root: Path, tmp_path: Path) -> None:
+    """No shard is released before. Likewise with the statistics of such a run, which all workers are told of."""
+    text = root / "words.txt"
+    options = ConvertOptions(
+        outliers="activations", outlier_budget=0.02, smooth=smooth, text=text, tokens=48, sequence_length=16
+    )
+    one = convert(root / "model", tmp_path / "one", options).report
+    assert len({len(layer.stored.columns) for layer in one.layers if layer.stored is not None}) > 1
+    convert(root / "model", tmp_path / "out", replace(options, ray="local"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+
+
+@pytest.mark.parametrize("budget", [None, 0.02])
+def test_statistics_choose_for_every_worker_and_every_part(budget: float | None, root: Path, tmp_path: Path) -> None:
+    inspected = InspectOptions(text=root / "words.txt", tokens=48, sequence_length=16, work_dir=tmp_path / "work")
+    statistics = inspect_outliers(root / "model", inspected)
+    assert isinstance(statistics, OutlierStatistics)
+    save_statistics(statistics, tmp_path / "statistics.safetensors")
+    options = ConvertOptions(outliers=tmp_path / "statistics.safetensors", outlier_budget=budget)
+    convert(root / "model", tmp_path / "one", options)
+    convert(root / "model", tmp_path / "out", replace(options, ray="local"))
+    assert tree(tmp_path / "out") == tree(tmp_path / "one")
+    for number in (2, 1):
+        convert(root / "model", tmp_path / "parts", replace(options, part=(number, 2)))
+    assert tree(tmp_path / "parts") == tree(tmp_path / "one")
 
 
 def test_an_interrupted_driver_resumes_the_run_of_the_model(root: Path, tmp_path: Path) -> None:
@@ -176,8 +214,8 @@ def test_room_is_asked_for_before_the_model_is_run(root: Path, tmp_path: Path, m
     asked: list[int | None] = []
 
     def require_room(*args: Any) -> None:
-        asked.append(args[4] if len(args) > 4 else None)
-        if len(args) > 4:
+        asked.append(args[5] if len(args) > 5 else None)
+        if len(args) > 5:
             raise DiskSpaceError("full")
 
     monkeypatch.setattr("int8cli.conversion.convert.require_room", require_room)
@@ -188,6 +226,95 @@ def test_room_is_asked_for_before_the_model_is_run(root: Path, tmp_path: Path, m
 
 
 # Bad days
+
+
+@pytest.mark.parametrize("lost", [1, 3])
+def test_what_lost_workers_left_is_removed_with_their_shard(
+    lost: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each, an output of the full size and a download. The disk must not fill up with them."""
+    model = llama(tmp_path / "model", shards=3)
+    convert(model, tmp_path / "one", NONE)
+    output = tmp_path / "out"
+    seen: list[int] = []
+
+    class LosesWorkers(Session):
+        """The first attempts at each shard end after they have made files; nothing of them is tidied up."""
+
+        def start(self, name: str, task: Callable[[OnBytes], Any]) -> None:
+            super().start(name, partial(self._attempts, task))
+
+        def _attempts(self, task: Callable[[OnBytes], Any], on_bytes: OnBytes) -> Any:
+            for _ in range(lost):
+                token: list[str] = []
+                with monkeypatch.context() as patch:
+                    patch.setattr(WorkerJob, "_opened", partialmethod(_lost, token))
+                    with pytest.raises(KeyboardInterrupt):
+                        task(on_bytes)
+                for place in ("partial", "incoming"):
+                    (output / "int8" / place / token[0]).mkdir(parents=True)
+                    (output / "int8" / place / token[0] / "half").write_text("half")
+            result = task(on_bytes)
+            seen.append(len([*output.glob("int8/incoming/*"), *output.glob("int8/partial/*")]))
+            return result
+
+    monkeypatch.setattr(ThisMachine, "tasks", LosesWorkers)
+    convert(model, output, replace(NONE, ray="local"))
+    assert seen == [0, 0, 0]
+    assert tree(output) == tree(tmp_path / "one")
+
+
+def _lost(job: WorkerJob, token: list[str], output: Path, shard: str) -> Any:
+    token.append(_attempts(shard) + new_token())
+    raise KeyboardInterrupt
+
+
+def test_the_next_driver_removes_what_workers_left(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model", shards=2)
+    convert(model, tmp_path / "out", replace(NONE, part=(1, 2)))
+    for place in ("partial", "incoming"):
+        for name in (_attempts("model-00001-of-00002.safetensors") + new_token(), new_token(), "0" * 40):
+            (tmp_path / "out/int8" / place / name).mkdir(parents=True)
+
+    class Looks(CoherentProgress):
+        def begin(self, *args: Any, **options: Any) -> None:
+            super().begin(*args, **options)
+            left.append({path.name for path in (tmp_path / "out/int8/incoming").iterdir()})
+
+    left: list[set[str]] = []
+    convert(model, tmp_path / "out", replace(NONE, ray="local"), progress=Looks())
+    assert left[0] == {"0" * 40}  # a commit of the Hub: a download that can be resumed
+
+
+def test_the_driver_waits_until_it_sees_that_a_shard_was_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system of a network may show the removed shard longer than the record that it was pushed."""
+    model = llama(tmp_path / "model", shards=3)
+    late: dict[str, int] = {}
+    finished, uploaded = RecordStore.finished, RecordStore.uploaded
+
+    class ShownLate(Session):
+        def ended(self) -> Iterator[tuple[str, Any]]:
+            for name, result in super().ended():
+                late[result.record.source.output] = 3
+                yield name, result
+
+    def uploaded_late(store: RecordStore, shard: ShardSource) -> UploadRecord | None:
+        late[shard.output] = late.get(shard.output, 0) - 1
+        return None if late[shard.output] >= 0 else uploaded(store, shard)
+
+    def finished_still(store: RecordStore, shard: ShardSource) -> ShardRecord | None:
+        return store.record(shard) if late.get(shard.output, 0) > 0 else finished(store, shard)
+
+    monkeypatch.setattr("int8cli.conversion.late.LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(RecordStore, "uploaded", uploaded_late)
+    monkeypatch.setattr(RecordStore, "finished", finished_still)
+    monkeypatch.setattr(ThisMachine, "tasks", ShownLate)
+    options = replace(NONE, ray="local", push_to="memory://late/model", keep_output=False)
+    convert(model, tmp_path / "out", options)
+    assert len(late) == 3
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_a_machine_without_room_stops_the_command_and_what_is_converted_stays(

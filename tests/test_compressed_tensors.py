@@ -318,6 +318,69 @@ def test_layers_that_vllm_builds_as_floats_are_left_alone_in_this_layout() -> No
     assert int8("jamba", bitsandbytes.ACCEPTS) == modules  # as transformers quantizes on load
 
 
+VISION = {"model_type": "novel", "vision_config": {"depth": 2}}
+# Names of weights as published checkpoints have them: those of the language model, then the others.
+MODALITIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "llava": (
+        VISION | {"text_config": {"hidden_size": 8}},
+        ["language_model.model.layers.0.mlp.down_proj", "language_model.model.layers.1.self_attn.q_proj"],
+        ["vision_tower.vision_model.encoder.layers.0.self_attn.q_proj", "multi_modal_projector.linear_1"],
+    ),
+    "qwen2-vl": (VISION, ["model.layers.0.mlp.down_proj"], ["visual.blocks.0.attn.proj", "visual.merger.mlp.0"]),
+    "qwen3-vl": (VISION, ["model.language_model.layers.0.mlp.down_proj"], ["model.visual.blocks.0.attn.proj"]),
+    "internvl": (
+        VISION | {"llm_config": {"hidden_size": 8}},
+        ["language_model.model.layers.0.feed_forward.w1"],
+        ["vision_model.encoder.layers.0.attn.proj", "mlp1.1"],
+    ),
+    "granite-speech": (
+        {"model_type": "novel", "text_config": {"hidden_size": 8}, "encoder_config": {"hidden_dim": 8}},
+        ["language_model.model.layers.0.mlp.down_proj"],
+        ["encoder.layers.0.attn.to_q", "projector.qformer.encoder.layer.0.attention.output.dense"],
+    ),
+    "qwen2.5-omni": (
+        {"model_type": "novel", "thinker_config": {"audio_config": {"d_model": 8}, "text_config": {"hidden_size": 8}}},
+        ["thinker.model.layers.0.mlp.down_proj"],
+        ["thinker.audio_tower.layers.0.fc1", "talker.model.layers.0.mlp.down_proj"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODALITIES)
+def test_in_a_model_that_sees_or_hears_only_the_language_model_is_int8(name: str) -> None:
+    config, language, others = MODALITIES[name]
+    specs = [TensorSpec(f"{module}.weight", "BF16", (8, 8)) for module in (*language, *others)]
+    specs += [TensorSpec(f"{module}.bias", "BF16", (8,)) for module in (*language, *others)]
+    plan = make_plan(specs, config, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    assert [decision.module for decision in plan.quantized] == language
+    entries = compressed_tensors.ignore(plan)
+    for module in others:
+        # vLLM and transformers rename the beginnings
+        for name_on_load in (module, f"model.{module}", module.removeprefix("model."), module.removeprefix("thinker.")):
+            assert any(compressed_tensors.leaves_alone(entry, name_on_load) for entry in entries)
+    for module in language:
+        assert not any(compressed_tensors.leaves_alone(entry, module) for entry in entries)
+    everything = make_plan(specs, config, PlanOptions(loader=bitsandbytes.ACCEPTS))
+    assert len(everything.quantized) == len(language + others)
+
+
+@pytest.mark.parametrize(
+    ("config", "modules"),
+    [
+        ({}, ["layers.0.mlp.down_proj", "visual.blocks.0.attn.proj"]),  # nothing says that it sees
+        (VISION, ["encoder.blocks.0.attn.proj", "visual.blocks.0.attn.proj"]),  # no known language model
+        (VISION, ["text_model.layers.0.fc1", "vision_model.layers.0.fc1"]),  # compares the two
+    ],
+)
+def test_a_model_without_a_language_model_of_its_own_is_int8_throughout(
+    config: dict[str, Any], modules: list[str]
+) -> None:
+    specs = [TensorSpec(f"{module}.weight", "BF16", (8, 8)) for module in modules]
+    specs.append(TensorSpec("logit_scale" if "text_model" in modules[0] else "scale", "BF16", ()))
+    plan = make_plan(specs, config, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    assert [decision.module for decision in plan.quantized] == modules
+
+
 @pytest.mark.parametrize("architecture", ["mamba", "falcon_mamba"])
 def test_a_model_that_vllm_cannot_open_is_said_to_be_one(architecture: str, tmp_path: Path) -> None:
     build_tiny((LISTED | OTHERS)[architecture]).save_pretrained(tmp_path / "source")
@@ -477,6 +540,17 @@ def test_each_layer_computes_the_exact_product(architecture: str, tmp_path: Path
     with torch.no_grad():
         model(**inputs_for(architecture))
     assert seen == {name.removesuffix(".weight_scale") for name in written if name.endswith(".weight_scale")}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [("t5gemma", "lm_head.out_proj"), ("t5gemma2", "lm_head.out_proj"), ("roberta", "lm_head.decoder")],
+)
+def test_a_tied_head_inside_another_module_is_left_alone(model_type: str, head: str) -> None:
+    """It is not in the file, and no entry for the module covers it."""
+    specs = [TensorSpec("decoder.layers.0.mlp.up_proj.weight", "BF16", (96, 64))]
+    plan = make_plan(specs, {"model_type": model_type}, PlanOptions(loader=compressed_tensors.ACCEPTS))
+    assert any(compressed_tensors.leaves_alone(entry, head) for entry in compressed_tensors.ignore(plan))
 
 
 # Verify

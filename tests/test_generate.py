@@ -72,6 +72,24 @@ def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> N
     assert found["generated_text"].lstrip() == spoken  # transformers 5.0.0 leaves the blank before the first word
 
 
+def test_lm_eval_takes_the_model_and_finds_its_tokenizer(root: Path, words: str) -> None:
+    """Runs where lm-eval is installed. It is no dependency of the tests: it brings 40 packages."""
+    harness: Any = pytest.importorskip("lm_eval.models.huggingface")
+    instance: Any = pytest.importorskip("lm_eval.api.instance").Instance
+    model = int8cli.load_model(root / "out", device="cpu")
+    judge = harness.HFLM(pretrained=model, batch_size=2)
+    judge.tokenizer.eos_token = judge.tokenizer.convert_ids_to_tokens(1)  # lm-eval decodes one
+    pairs = [(words, f" {words}"), (words, f" {words} {words}")]
+    requests = [instance("loglikelihood", {}, arguments=pair, idx=number) for number, pair in enumerate(pairs)]
+    found = judge.loglikelihood(requests, disable_tqdm=True)
+    for (context, continuation), (log_likelihood, _) in zip(pairs, found, strict=True):
+        start, ids = len(judge.tok_encode(context)), torch.tensor([judge.tok_encode(context + continuation)])
+        with torch.inference_mode():
+            log_odds = model(ids).logits[0].float().log_softmax(dim=-1)
+        expected = sum(float(log_odds[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
+        assert log_likelihood == pytest.approx(expected, rel=1e-2)  # lm-eval adds in bfloat16
+
+
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str) -> None:
     template = generate(root / "chatty", words, SHORT)
     raw = generate(root / "chatty", words, GenerateOptions(raw=True, max_new_tokens=6, device="cpu"))
@@ -89,6 +107,26 @@ def test_a_conversation_remembers_what_was_said(root: Path, words: str) -> None:
     assert second.prompt_tokens == again.prompt_tokens
     with pytest.raises(CannotRunError, match="no chat template"):
         next(chat(root / "out", [words], SHORT))
+
+
+def test_a_conversation_that_grows_too_long_loses_its_oldest_messages(root: Path, words: str) -> None:
+    progress = CoherentProgress()
+    long = " ".join([words] * 2)
+    single = generate(root / "chatty", long, SHORT).prompt_tokens
+    limit = json.loads((root / "chatty/config.json").read_text())["max_position_embeddings"]
+    count = limit // single + 2
+    answers = list(chat(root / "chatty", [long] * count, SHORT, progress=progress))
+    assert len(answers) == count
+    assert all(each.prompt_tokens + SHORT.max_new_tokens <= limit for each in answers)
+    assert answers[-1].prompt_tokens > limit // 2  # no more is left out than needed
+    assert "no longer sees its first 2 messages" in progress.notes[0]
+
+
+def test_a_message_that_is_too_long_alone_is_an_error(root: Path, words: str) -> None:
+    talk = chat(root / "chatty", [words, " ".join([words] * 500)], SHORT)
+    next(talk)
+    with pytest.raises(TextError, match="takes fewer than"):
+        next(talk)
 
 
 def test_sampling_follows_its_seed_and_leaves_torchs_alone(root: Path, words: str) -> None:
@@ -213,8 +251,11 @@ def test_prompts_and_conversations_come_from_standard_input(root: Path, words: s
         outcome = run("generate", "out", *options, cwd=root, stdin=prompt)
     assert outcome.out == run("generate", "out", words, *options, cwd=root).out
     with (root / "prompt.txt").open() as prompt:
-        talk = run("generate", "chatty", "--chat", *options, cwd=root, stdin=prompt)
+        talk = run("generate", "chatty", "--chat", *options[:-1], cwd=root, stdin=prompt)
     assert talk.code == 0, talk.err
+    assert talk.err.count("tokens after a prompt of") == talk.err.count("of weights in memory") == 1
+    with (root / "prompt.txt").open() as prompt:
+        assert run("generate", "out", "-", *options, cwd=root, stdin=prompt).out == outcome.out
     assert run("generate", "chatty", words, "--chat", cwd=root).code == 2
 
 

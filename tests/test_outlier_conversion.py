@@ -32,7 +32,7 @@ from int8cli.outliers.residual_stream import ResidualStream
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.statistics_file import save_statistics
 from int8cli.outliers.suspects import SuspectScan
-from int8cli.planning.survey import Room
+from int8cli.planning.room import Room
 from int8cli.progress import BYTES, SilentProgress
 
 REPO = "org/model"
@@ -419,14 +419,15 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
         survey: object,
         remaining: object,
         output: Path,
-        peak_shard_bytes: int | None = None,
-        most_outputs: int | None = None,
+        at_once: object,
+        model_bytes: int,
+        left_over: object,
     ) -> Any:
         """There is room for two shards, as each conversion needs, but not for what the model reads at once."""
-        if peak_shard_bytes is None:
+        if not model_bytes:
             return ()
         shards.append(any((output / "int8/incoming").rglob("*.safetensors*")))
-        return (Room(output, peak_shard_bytes, 0),)
+        return (Room(output, model_bytes, 0),)
 
     monkeypatch.setattr("int8cli.conversion.convert.room_needed", refuse)
     with pytest.raises(DiskSpaceError):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -76,6 +77,40 @@ def test_a_layer_gives_the_same_bits_with_a_packed_weight(
         assert torch.equal(
             llm_int8_linear(rows, Int8Weight.of(data, row_absmax, *sidecar, packed=packed), scheme), plain
         )
+
+
+@pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_token_with_a_value_that_is_not_finite_gives_nan_whatever_the_weight_is(
+    value: float, scheme: InputScheme
+) -> None:
+    data, row_absmax = int8_of("normal", 5, 40), torch.ones(5)
+    columns, stored = torch.tensor([7]), torch.ones(5, 1)
+    rows = torch.randn(4, 40, generator=torch.Generator().manual_seed(4))
+    expected = llm_int8_linear(rows, Int8Weight.of(data, row_absmax, columns, stored), scheme)
+    rows[1, 30] = rows[2, 7] = value  # the second is in a stored column, which has no part in a token's scale
+    for packed in (None, packed_of(data)):
+        found = llm_int8_linear(rows, Int8Weight.of(data, row_absmax, columns, stored, packed=packed), scheme)
+        assert found[1].isnan().all()
+        assert torch.equal(found[[0, 3]], expected[[0, 3]])
+        assert torch.equal(found[2].isnan(), torch.full((5,), value != value))
+        assert not found[2].isfinite().any()
+
+
+def test_values_beyond_int8_are_clamped_by_the_packed_product() -> None:
+    data = int8_of("uniform", 6, 30)
+    values = torch.tensor([128.0, -129.0, 127.0, -128.0, 200.0])[:, None].expand(5, 30).contiguous()
+    expected = values.clamp(-128, 127).long() @ data.long().t()
+    assert torch.equal(packed_of(data).product(values).long(), expected)
+
+
+def test_threads_that_pack_at_once_leave_the_engine_as_it_was() -> None:
+    before = torch.backends.quantized.engine
+    weights = [int8_of("uniform", 64, 100 + number) for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        packed = list(pool.map(packed_of, weights))
+    assert torch.backends.quantized.engine == before
+    assert all(torch.equal(each.unpacked(), data) for each, data in zip(packed, weights, strict=True))
 
 
 def test_the_gradient_is_that_of_the_plain_weight() -> None:

@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from int8cli.errors import (
 from int8cli.outliers.statistics import OutlierStatistics
 from int8cli.outliers.statistics_file import save_statistics
 from int8cli.planning.share import Share
+from int8cli.records import store
 from int8cli.records.part import PartRecord
 
 NONE = ConvertOptions(outliers="none")
@@ -219,6 +221,34 @@ def test_a_part_whose_files_others_finished_and_removed_succeeds(
 
     result = convert(root / "model", output, part(1, 2, replace(NONE, threads=1)), progress=WhileItConverts())
     assert result.missing == ()
+    assert tree(output) == tree(root / "one")
+
+
+@pytest.mark.parametrize("which", ["part", "finish"])
+def test_what_another_machine_wrote_is_waited_for_where_it_is_shown_late(
+    which: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems of a network list a file before they find one of a name that was looked up in vain."""
+    output = tmp_path / "out"
+    for number in (1, 2) if which == "finish" else (1,):
+        convert(root / "model", output, part(number, 2))
+    late = {*(output / "int8/records").iterdir(), *output.glob("*.safetensors")}
+    (output / "config.json").unlink(missing_ok=True)
+    pauses: list[float] = []
+
+    def hidden(path: Path) -> bool:
+        return path in late and len(pauses) < 3
+
+    lexists, read_document, size_of = os.path.lexists, store.read_document, store._size_of
+    monkeypatch.setattr(os.path, "lexists", lambda path: not hidden(path) and lexists(path))
+    monkeypatch.setattr(
+        store, "read_document", lambda path, *rest: None if hidden(path) else read_document(path, *rest)
+    )
+    monkeypatch.setattr(store, "_size_of", lambda path: -1 if hidden(path) else size_of(path))
+    monkeypatch.setattr("int8cli.conversion.late.time", SimpleNamespace(monotonic=time.monotonic, sleep=pauses.append))
+    options = replace(NONE, finish=True) if which == "finish" else part(2, 2)
+    assert convert(root / "model", output, options).missing == ()
+    assert len(pauses) == 3
     assert tree(output) == tree(root / "one")
 
 

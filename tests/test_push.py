@@ -258,6 +258,42 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(user: User, converted:
     assert_whole(user, converted)
 
 
+@pytest.mark.parametrize(
+    ("step", "method", "status", "words"),
+    [
+        ("part", "PUT", 403, b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"),
+        ("part", "PUT", 400, b"<Error><Code>RequestTimeout</Code><Message>Not read from in time</Message></Error>"),
+        ("commit", "POST", 412, b'{"error": "A commit has happened since. Please refresh and try again."}'),
+        ("commit", "POST", 409, b'{"error": "Conflict"}'),
+    ],
+)
+def test_a_request_that_came_too_late_is_made_anew(
+    step: str, method: str, status: int, words: bytes, user: User, converted: Path
+) -> None:
+    """The signed address of an upload has expired, or somebody else has made a commit meanwhile."""
+    user.hub.fail(step, Fault(on=method, status=status, body=words))
+    outcome = user.push()
+    assert outcome.code == 0, outcome.err
+    assert f"the server answered {status}" in outcome.err
+    assert_whole(user, converted)
+
+
+def test_a_storage_that_refuses_is_an_error(user: User) -> None:
+    user.hub.fail("part", Fault(on="PUT", status=403, body=b"<Error><Code>AccessDenied</Code></Error>", times=-1))
+    assert user.push().code == 1
+
+
+@pytest.mark.parametrize("step", ["preupload", "batch", "commit"])
+def test_an_account_without_storage_left_is_told_to_make_room(user: User, step: str, converted: Path) -> None:
+    """The Hub says so with the status of a token that may not write."""
+    words = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
+    user.hub.fail(step, Fault(on="POST", status=403, headers={"X-Error-Message": words}, times=-1))
+    refused(user.push(), "403 Forbidden: Private repository storage limit reached", "Make room there")
+    user.hub.recover()
+    assert user.push("-q").code == 0
+    assert_whole(user, converted)
+
+
 def test_patience_ends(user: User) -> None:
     user.hub.fail("batch", Fault(on="POST", status=503, times=-1))
     refused(user.push("--retry-for", "0s"), "me/model-int8: failed .*503", "Run the same command again")

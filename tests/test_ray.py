@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import replace
@@ -19,7 +21,9 @@ from support.program import ROOT, Outcome, llama, outcome_of, run, start, tree, 
 from support.progress import CoherentProgress
 from support.pushing import SOURCE, TOKEN, files_in, hub_environment, weights_here
 
-from int8cli import ConvertOptions, convert
+from int8cli import ConvertOptions, __version__, convert
+from int8cli.conversion.task import ShardTask
+from int8cli.conversion.worker_job import TellCall, WorkerJob, WorkerResult
 from int8cli.errors import (
     ClusterError,
     NonFiniteError,
@@ -30,11 +34,16 @@ from int8cli.errors import (
 )
 from int8cli.outliers.calibrate import TASK as CALIBRATE
 from int8cli.workers import ray_session
+from int8cli.workers.processes import OnBytes
+from int8cli.workers.ray_cluster import RayCluster
 
 ray = pytest.importorskip("ray")
 SHARDS = 12
 NONE = ConvertOptions(outliers="none")
 GIB = 1 << 30
+STORE_BYTES = 80 << 20
+# A node that does not answer is given up after three seconds, not fifteen. One that is only slow has ten for an answer.
+SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +64,46 @@ def hub(root: Path) -> Iterator[WritableHub]:
 
 
 @pytest.fixture(scope="module")
-def cluster(hub: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A head without cores and two nodes with one each. Nodes that a test kills are replaced."""
-    from ray.cluster_utils import Cluster
+def nodes(hub: WritableHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A head without cores and two nodes with one each, on ports that are free. Nodes that a test kills are replaced.
 
+    Its files are in a directory of its own, with a short path for its sockets: two such clusters, or one beside another
+    cluster of this machine, do not meet.
+    """
+    directory = tempfile.mkdtemp(prefix="ray-")
     os.environ |= hub_environment(hub, tmp_path_factory.mktemp("hub-cache"))
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
-    os.environ["RAY_DEDUP_LOGS"] = "0"
+    os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_TMPDIR": directory}
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": SOON}
     with chdir(tmp_path_factory.mktemp("nodes")):  # not that of the drivers, as on other machines
-        found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 << 20})
+        found = Cluster(initialize_head=True, head_node_args=head)
         for _ in range(2):
             add_node(found)
     yield found
     ray.shutdown()
     found.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> Any:
+    """The cluster, which this process has joined: the workers of one driver are used again by the next test."""
+    if not ray.is_initialized():
+        RayCluster(nodes.address, __version__)
+    return nodes
+
+
+@pytest.fixture
+def apart(nodes: Any) -> Any:
+    """The cluster, for a driver that joins and leaves it as a command does."""
+    ray.shutdown()
+    return nodes
 
 
 def add_node(cluster: Any, **options: Any) -> Any:
-    return cluster.add_node(num_cpus=1, memory=2 * GIB, object_store_memory=80 << 20, **options)
+    return cluster.add_node(num_cpus=1, memory=2 * GIB, object_store_memory=STORE_BYTES, **options)
 
 
 def on(cluster: Any, options: ConvertOptions = NONE) -> ConvertOptions:
@@ -109,7 +140,15 @@ def running(root: Path, **changes: Any) -> ConvertOptions:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"outliers": "auto"}, {"layout": "compressed-tensors"}, {"outlier_columns": 0, "smooth": "auto"}]
+    "changes",
+    [
+        {},
+        {"outliers": "auto"},
+        {"layout": "compressed-tensors"},
+        {"outlier_columns": 0, "smooth": "auto"},
+        {"outlier_budget": 0.02},
+        {"outlier_budget": 0.02, "smooth": "auto"},
+    ],
 )
 def test_columns_by_a_run_of_the_model(
     changes: dict[str, Any], cluster: Any, root: Path, small: Path, tmp_path: Path
@@ -137,10 +176,24 @@ def blocks(model: Path) -> set[str]:
     return {f"model.layers.{number}" for number in range(layers)}
 
 
-def test_a_run_of_the_model_that_is_lost_resumes(cluster: Any, root: Path, small: Path, tmp_path: Path) -> None:
+def test_a_run_of_the_model_that_is_lost_resumes(
+    cluster: Any, root: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = running(root, smooth="auto")
     convert(small, tmp_path / "one", options)
     killed: list[int] = []
+    first_is_told = tmp_path / "killed"
+
+    class WaitsToBeKilled(WorkerJob):
+        """A local class is sent by value. It is slow once: after it has told of the first block."""
+
+        def run_model(self, output: Path, shards: Any, recorded: Any, tell: TellCall) -> Any:
+            def slowly(call: Any) -> None:
+                tell(call)
+                if "'done'" in repr(call):
+                    wait_until(first_is_told.exists)
+
+            return WorkerJob.run_model(self, output, shards, recorded, slowly)
 
     class KillsTheModel(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
@@ -149,7 +202,9 @@ def test_a_run_of_the_model_that_is_lost_resumes(cluster: Any, root: Path, small
                 killed.extend(workers("_lead"))
                 for pid in killed:
                     os.kill(pid, signal.SIGKILL)
+                first_is_told.touch()
 
+    monkeypatch.setattr("int8cli.commands.on_ray.WorkerJob", WaitsToBeKilled)
     convert(small, tmp_path / "out", on(cluster, options), progress=KillsTheModel())
     assert len(killed) == 1
     assert tree(tmp_path / "out") == tree(tmp_path / "one")
@@ -305,7 +360,7 @@ def test_without_an_address_the_cluster_of_this_machine_is_joined(cluster: Any, 
 
 
 def test_without_a_cluster_one_is_started(
-    cluster: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    apart: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray does both where it is told no address; what it does is not repeated here."""
     given: list[Any] = []
@@ -313,9 +368,8 @@ def test_without_a_cluster_one_is_started(
 
     def join(**options: Any) -> None:
         given.append((options.pop("address"), options.pop("include_dashboard")))
-        init(address=cluster.address, **options)
+        init(address=apart.address, **options)
 
-    ray.shutdown()
     monkeypatch.setattr(ray, "init", join)
     for address in ("here", "local"):
         convert(root / "model", tmp_path / address, replace(NONE, ray=address))
@@ -353,18 +407,32 @@ def test_a_node_that_is_killed_costs_its_shards_only(cluster: Any, root: Path, t
     assert tree(output) == tree(root / "none")
 
 
-def test_a_worker_that_is_killed_is_replaced(cluster: Any, root: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out"
+def test_a_worker_that_is_killed_is_replaced(
+    cluster: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, begun = tmp_path / "out", tmp_path / "begun"
     killed: list[int] = []
 
-    class KillsAWorker(CoherentProgress):
+    class WaitsToBeKilled(WorkerJob):
+        """A local class is sent by value. Its second shard is not finished by the first attempt."""
+
+        def convert(self, task: ShardTask, on_bytes: OnBytes) -> WorkerResult:
+            if task.source.output.startswith("model-00002-") and not begun.exists():
+                begun.touch()
+                signal.pause()
+            return WorkerJob.convert(self, task, on_bytes)
+
+    class KillsWorkers(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
             super().done(task, part, outcome)
-            for pid in workers() if len(killed) < 3 else ():
-                os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
+            if not killed:
+                wait_until(begun.exists)
+                killed.extend(workers())
+                for pid in killed:
+                    os.kill(pid, signal.SIGKILL)
 
-    convert(root / "model", output, on(cluster), progress=KillsAWorker())
+    monkeypatch.setattr("int8cli.commands.on_ray.WorkerJob", WaitsToBeKilled)
+    convert(root / "model", output, on(cluster), progress=KillsWorkers())
     assert killed
     assert tree(output) == tree(root / "none")
 
@@ -400,13 +468,13 @@ def test_a_killed_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> No
     assert tree(tmp_path / "out") == tree(root / "none")
 
 
-def test_an_interrupted_driver_resumes(cluster: Any, root: Path, tmp_path: Path) -> None:
+def test_an_interrupted_driver_resumes(apart: Any, root: Path, tmp_path: Path) -> None:
     class Interrupts(CoherentProgress):
         def done(self, task: str, part: str | None = None, outcome: str = "") -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        convert(root / "model", tmp_path / "out", on(cluster), progress=Interrupts())
+        convert(root / "model", tmp_path / "out", on(apart), progress=Interrupts())
     assert not ray.is_initialized()
     convert(root / "model", tmp_path / "out", NONE)  # on this machine alone
     assert tree(tmp_path / "out") == tree(root / "none")
@@ -459,7 +527,7 @@ def test_workers_that_see_another_directory_are_an_error(
 ) -> None:
     """A relative path means another directory to a worker that was started elsewhere."""
     monkeypatch.setattr("int8cli.conversion.cluster._anywhere", lambda task: task)
-    monkeypatch.setattr("int8cli.conversion.cluster.LATE_S", 0.5)
+    monkeypatch.setattr("int8cli.conversion.late.LATE_S", 0.5)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ClusterError, match=r"a worker has written .* but it is not in out"):
         convert(root / "model", "out", on(cluster))

@@ -214,7 +214,7 @@ def try_lock(descriptor: int) -> bool:
 def holds_open(pid: int, path: Path) -> bool:
     try:
         return any(os.readlink(link) == str(path) for link in Path(f"/proc/{pid}/fd").iterdir())
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or does so now
         return False
 
 

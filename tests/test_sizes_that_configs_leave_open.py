@@ -82,12 +82,45 @@ def test_headers_tell_the_width_that_a_config_leaves_out(tmp_path: Path) -> None
     assert estimate.kv_bytes(Use(context=100)) == 2 * (256 + 128) * 100 * FLOAT16_BYTES
 
 
+@pytest.mark.parametrize("listed", [5, True, "ab", {"3": 1}, ["3"], [[1]], [True], 1.5])
+def test_layers_for_images_that_are_no_list_of_layers(listed: object) -> None:
+    text = {"model_type": "mllama_text_model", "num_hidden_layers": 4, "num_attention_heads": 4, "hidden_size": 64}
+    for config in (
+        text | {"cross_attention_layers": listed},
+        {"text_config": text | {"cross_attention_layers": listed}},
+    ):
+        found = read_kv_cache({"model_type": "mllama", **config})
+        assert (found.layers, found.reason) == (None, "cross_attention_layers is no list of layers")
+
+
+def test_a_fused_projection_with_narrow_values_is_sized_by_the_config(tmp_path: Path) -> None:
+    """The output has the width of the values' heads, which tells nothing of how many rows are queries."""
+    heads, key_value_heads, width, values = 8, 2, 24, 16
+    rows = heads * width + key_value_heads * (width + values)
+    tensors: dict[str, Tensor] = {"model.embed_tokens.weight": torch.zeros(96, 64)}
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.qkv_proj.weight"] = torch.zeros(rows, 64)
+        tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] = torch.zeros(64, heads * values)
+    config = {
+        "model_type": "new",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": width,
+        "v_head_dim": values,
+    }
+    estimate = estimate_memory(save_by_hand(tmp_path / "source", tensors, config), EstimateOptions()).estimate
+    assert estimate.kv_bytes(Use(context=100)) == 2 * key_value_heads * (width + values) * 100 * FLOAT16_BYTES
+
+
 def test_an_encoder_alone_keeps_nothing() -> None:
     config = {"model_type": "t5", "is_encoder_decoder": True, "d_model": 32, "d_kv": 8, "num_heads": 4, "num_layers": 2}
     assert read_kv_cache(config | {"architectures": ["T5ForConditionalGeneration"]}).bytes_a_token(2) != 0
     assert read_kv_cache(config | {"architectures": ["T5EncoderModel"]}).layers == ()
 
 
+TIED_WITHIN = {"model_type": "llama", "num_hidden_layers": 1, "tie_word_embeddings": True}
 HEAD = (spec("model.embed_tokens.weight", 96, 32), spec("lm_head.weight", 96, 32))
 
 
@@ -100,6 +133,12 @@ HEAD = (spec("model.embed_tokens.weight", 96, 32), spec("lm_head.weight", 96, 32
         ({"model_type": "llama", "tie_word_embeddings": True}, True),
         ({"model_type": "llava", "text_config": {"num_hidden_layers": 1, "tie_word_embeddings": True}}, True),
         ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 1, "tie_word_embeddings": False}}, False),
+        # Releases of transformers ask the outer config or the inner one: what only one ties is apart for the others.
+        ({"model_type": "llava", "tie_word_embeddings": False, "text_config": TIED_WITHIN}, True),
+        ({"model_type": "mllama", "text_config": TIED_WITHIN}, False),
+        ({"model_type": "mllama", "tie_word_embeddings": True, "text_config": TIED_WITHIN}, True),
+        ({"model_type": "internvl", "text_config": {"model_type": "llama", "num_hidden_layers": 1}}, False),
+        ({"model_type": "internvl", "text_config": {"model_type": "qwen3", "num_hidden_layers": 1}}, True),
     ],
 )
 def test_a_stored_head_counts_once_where_it_is_tied(config: dict[str, Any], tied: bool) -> None:

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from int8cli.llm_int8.limits import MAX_EXPONENT
 from int8cli.llm_int8.quantize import quantize_rowwise
+from int8cli.llm_int8.scales import powers_of_two
 from int8cli.llm_int8.smoothing import (
     ALPHAS,
     ExponentRange,
     column_absmax,
     exact_range,
     input_range,
-    powers_of_two,
     smoothed_output_error,
     smoothing_exponents,
 )

@@ -27,6 +27,7 @@ class Whole:
     share: float | None
     by_name: dict[str, bool]
     loose: Any = None
+    steps: Literal[1, 4] = 1
 
 
 GOOD: dict[str, Any] = {
@@ -43,6 +44,7 @@ def test_a_document_is_read_into_the_declared_type() -> None:
     whole = read_as(Whole, parse_json(json.dumps(GOOD).encode()))
     assert whole == Whole("a", (Part("x", (1, 2)), Part("y")), (1, 2.0), None, {"z": True}, [{}])
     assert type(whole.span[1]) is float
+    assert read_as(Whole, GOOD | {"steps": 4}).steps == 4
     assert hash(whole.parts)
 
 
@@ -51,6 +53,9 @@ def test_a_document_is_read_into_the_declared_type() -> None:
     [
         ({"kind": "c"}, "kind is 'c', not one of a, b"),
         ({"kind": []}, "kind is [], not one of a, b"),
+        ({"steps": 2}, "steps is 2, not one of 1, 4"),
+        ({"steps": True}, "steps is True, not one of 1, 4"),
+        ({"steps": 1.0}, "steps is 1.0, not one of 1, 4"),
         ({"parts": {}}, "parts is {}, not a list"),
         ({"parts": [5]}, "parts[0] is 5, not an object"),
         ({"parts": [{"name": "x"}, {"name": 5}]}, "parts[1].name is 5, not str"),

@@ -116,7 +116,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
 def test_every_check_of_a_good_conversion_passes(out: Path, source: Path) -> None:
     verification = verified(out, source)
     assert verification.passed
-    expected = dict.fromkeys([*WHOLE, "source", "weights", "figures", "copies"], "passed")
+    expected = dict.fromkeys([*WHOLE, "source", "weights", "method", "figures", "copies"], "passed")
     assert {check.name: check.status for check in verification.checks} == expected
 
 

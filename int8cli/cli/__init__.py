@@ -26,7 +26,7 @@ from int8cli.cli import (
 )
 from int8cli.cli.empty_values import Command
 from int8cli.cli.errors import errors_outside_commands, interruptions
-from int8cli.cli.optional_value import ConvertCommand
+from int8cli.cli.optional_value import ConvertCommand, InspectCommand
 from int8cli.cli.signals import end_on_signals
 from int8cli.cli.streams import prepare_streams
 
@@ -85,7 +85,7 @@ def _add(
 
 _add("convert", convert.convert, convert.EXAMPLES, kind=ConvertCommand)
 _add("estimate-memory", estimate_memory.estimate_memory, estimate_memory.EXAMPLES)
-_add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES)
+_add("inspect-outliers", inspect_outliers.inspect_outliers, inspect_outliers.EXAMPLES, kind=InspectCommand)
 _add("verify", verify.verify, verify.EXAMPLES)
 _add("evaluate", evaluate.evaluate, evaluate.EXAMPLES, evaluate.METHODS_HELP)
 _add("generate", generate.generate, generate.EXAMPLES)

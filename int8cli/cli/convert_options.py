@@ -105,16 +105,17 @@ OutlierBudget = Annotated[
 
 def complete_smooth(incomplete: str) -> Iterator[str]:
     """The modes, then statistics files and the directories on the way to them."""
-    yield from (mode for mode in ("auto", "none") if mode.startswith(incomplete))
+    yield from (mode for mode in ("auto", "exact", "fine", "none") if mode.startswith(incomplete))
     yield from complete_path(incomplete)
 
 
 Smooth = Annotated[
     str | None,
     typer.Option(
-        metavar="auto|none|FILE",
-        help="Move what is hard to round from inputs into weights by powers of two, where the run of the model proves "
-        "that it computes the same bits (auto), or by a statistics file of inspect-outliers --smooth.",
+        metavar="auto|exact|fine|none|FILE",
+        help="Move what is hard to round from inputs into weights: by powers of two, where a run of the model proves "
+        "that it computes the same bits (exact; auto: if it can be run), in steps of 2^(1/4), which round norms and "
+        "lose less in int8 (fine), or by a statistics file of inspect-outliers --smooth.",
         show_default="auto for compressed-tensors, else none",
         autocompletion=complete_smooth,
     ),

@@ -18,6 +18,7 @@ from int8cli.cli.options import (
     Quiet,
     RetryFor,
     Revision,
+    Scales,
     Seed,
     SequenceLength,
     TextFile,
@@ -70,6 +71,10 @@ Outliers = Annotated[
         metavar="FILE",
     ),
 ]
+
+Smooth = Annotated[
+    Scales, typer.Option(help="The smoothed methods: by powers of two, or in steps of 2^(1/4), which round norms.")
+]
 SourceModel = Annotated[
     str | None,
     typer.Option(
@@ -93,6 +98,7 @@ def evaluate(
     methods: Methods = None,
     outlier_columns: OutlierColumns = None,
     outliers: Outliers = None,
+    smooth: Smooth = Scales.exact,
     source: SourceModel = None,
     revision: Revision = None,
     device: ModelDevice = Device.cpu,

@@ -29,7 +29,7 @@ int8cli generate ./my-model-int8 --json < prompt.txt
 
 Prompt = Annotated[
     str | None,
-    typer.Argument(metavar="[PROMPT]", help="What to continue or to answer.", show_default="standard input"),
+    typer.Argument(metavar="[PROMPT]", help="What to continue or to answer; - for standard input.", show_default="-"),
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="A conversation: one line of standard input for each message.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
@@ -81,7 +81,7 @@ def generate(
             raise typer.BadParameter("it takes no PROMPT, --raw, --json or --compare", param_hint="'--chat'")
         _chat(directory, options, quiet=quiet)
         return
-    text = prompt if prompt is not None else _standard_input()
+    text = _standard_input() if prompt in (None, "-") else prompt
     _generate(directory, text, options, as_json=as_json, quiet=quiet)
 
 
@@ -101,10 +101,14 @@ def _generate(directory: Path, prompt: str, options: GenerateOptions, *, as_json
 def _chat(directory: Path, options: GenerateOptions, *, quiet: bool) -> None:
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import generate as command
+    from int8cli.report.generation import memory_line, speed_line
 
+    found = None
     with shown_progress(quiet=quiet) as progress:
         for found in command.chat(directory, _messages(), options, on_text=_show, progress=progress):
-            show_figures(found, quiet=quiet)
+            _show_lines(speed_line(found), quiet=quiet)
+    if found is not None:
+        _show_lines(memory_line(found), quiet=quiet)
 
 
 def _standard_input() -> str:
@@ -130,12 +134,16 @@ def _messages() -> Iterator[str]:
     if sys.stdin is None:  # closed before the start
         return
     asks = sys.stdin.isatty()
+    if asks:
+        print("Each line is a message. Ctrl-D ends the conversation.", file=sys.stderr)
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
         with _utf8():
             line = sys.stdin.readline()
         if not line:
+            if asks:
+                print(file=sys.stderr)  # what follows begins on a new line
             return
         if line.strip():
             yield line.strip()
@@ -151,9 +159,15 @@ def _show(text: str) -> None:
 
 def show_figures(found: "Generation", *, quiet: bool) -> None:
     from int8cli.report.generation import generation_lines
+
+    _show_lines(*generation_lines(found), quiet=quiet)
+
+
+def _show_lines(*lines: str, quiet: bool) -> None:
+    """On stderr, apart from the text."""
     from int8cli.report.text import printable_lines
 
     if not quiet:
         print(file=sys.stderr)
-        for line in generation_lines(found):
+        for line in lines:
             print(printable_lines(line), file=sys.stderr)

@@ -17,6 +17,7 @@ from int8cli.cli.options import (
     Quiet,
     RetryFor,
     Revision,
+    Scales,
     Seed,
     SequenceLength,
     TextFile,
@@ -69,8 +70,16 @@ Outputs = Annotated[
     ),
 ]
 
+
 Smooth = Annotated[
-    bool, typer.Option("--smooth", help="Also find and prove what convert --smooth FILE can smooth. Takes longer.")
+    Scales | None,
+    typer.Option(
+        "--smooth",
+        metavar="[exact|fine]",
+        help="Also find and prove what convert --smooth FILE can smooth: by powers of two (exact, also without a "
+        "value), or in steps of 2^(1/4). Takes longer.",
+        show_default="nothing",
+    ),
 ]
 
 
@@ -84,7 +93,7 @@ def inspect_outliers(
     sequence_length: SequenceLength = 512,
     seed: Seed = 0,
     threshold: Threshold = 6.0,
-    smooth: Smooth = False,
+    smooth: Smooth = None,
     device: ModelDevice = Device.cpu,
     output: Outputs = None,
     work_dir: WorkDir = None,

@@ -32,6 +32,13 @@ class Device(enum.StrEnum):
     cuda = "cuda"
 
 
+class Scales(enum.StrEnum):
+    """The scales of a smoothing."""
+
+    exact = "exact"
+    fine = "fine"
+
+
 class InputsScheme(enum.StrEnum):
     """How the inputs of a linear layer become int8."""
 

@@ -43,14 +43,14 @@ def column_strategies(
         try:
             strategy = _from_activations(wanted, source, survey, settings)
         except CANNOT_CALIBRATE as error:
-            if mode == FROM_ACTIVATIONS or wanted.budget:
+            if mode == FROM_ACTIVATIONS or wanted.budget or wanted.must_smooth:
                 raise
             by_weights = wanted.limit and counts_from_weights(survey, wanted.limit)
             fallback = "the weights" if by_weights else "no outlier columns"
             note(falling_back(error, fallback + (WITHOUT_SMOOTHING if wanted.smooth else "")))
         else:
             yield strategy
-    if wanted.budget:  # nothing else can share it out
+    if wanted.budget or wanted.must_smooth:  # nothing else can share it out, or smooth
         return
     if mode in (AUTO, FROM_WEIGHTS):
         counts = counts_from_weights(survey, wanted.limit) if wanted.limit else {}

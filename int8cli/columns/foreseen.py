@@ -16,24 +16,34 @@ from int8cli.columns.budget import spread_counts
 from int8cli.columns.from_weights import counts_from_weights
 from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
 from int8cli.data import SAMPLE_NAME, sample_text
-from int8cli.errors import NoStatisticsYetError, StatisticsFileError
+from int8cli.errors import NoStatisticsYetError, StatisticsFileError, StatisticsMismatchError
+from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import (
     EXACT_SMOOTHING,
+    FINE_SMOOTHING,
     FROM_ACTIVATIONS,
     FROM_STATISTICS,
     FROM_WEIGHTS,
     NO_OUTLIERS,
     NO_SMOOTHING,
+    STEPS,
     Settings,
 )
+from int8cli.typed_json import parse_json
 
 # Files a tokenizer is loaded from. Without any of them there is no text to run the model on.
 TOKENIZER_FILES = frozenset(
     {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"}
 )
+
+_FOUND = {
+    EXACT_SMOOTHING: "powers of two",
+    FINE_SMOOTHING: "scales in steps of 2^(1/4)",
+    None: "nothing that smooths",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +83,38 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
     """The settings of a choice by the statistics file. Raises StatisticsFileError if it cannot be read."""
     path = Path(wanted.mode)
     try:
-        digest = xxhash.xxh3_128_hexdigest(read_small(path))
+        data = read_small(path)
     except OSError as error:
         raise StatisticsFileError(
             f"{path} is not a file of outlier statistics: {error.strerror or error}",
             hint="Running the model makes such a file.",
         ) from error
     chosen = replace(settings, outliers=FROM_STATISTICS, outlier_columns=wanted.limit, outlier_budget=wanted.budget)
-    return replace(chosen, calibration=f"statistics {digest}", smooth=_smooth(wanted))
+    smooth = NO_SMOOTHING
+    if wanted.smooth:
+        found = _scales_in(data)
+        if wanted.scales not in (None, found):
+            raise StatisticsMismatchError(
+                f"the statistics have {_FOUND[found]}, and {wanted.scales} smoothing is asked for",
+                hint="Make statistics for it.",
+            )
+        smooth = found or EXACT_SMOOTHING
+    return replace(chosen, calibration=f"statistics {xxhash.xxh3_128_hexdigest(data)}", smooth=smooth)
+
+
+def _scales_in(data: bytes) -> str | None:
+    """How a statistics file smooths, by its document and without torch; None if it says nothing of that.
+
+    Who loads the file reports what cannot be read.
+    """
+    try:
+        size = int.from_bytes(data[:8], "little")
+        document = parse_json(parse_json(data[8 : 8 + size])["__metadata__"]["int8cli"].encode())
+        sites = document["sites"]
+        steps = {site["smoothing"].get("steps", EXACT_STEPS) for site in sites if site.get("smoothing")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return next((name for name, each in STEPS.items() if each in steps), None)
 
 
 def foreseen_settings(wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings) -> Settings:
@@ -124,11 +158,11 @@ def _storing(survey: Survey, limit: int, wanted: ColumnsWanted) -> Survey:
         counts = spread_counts(survey, wanted.budget)
     else:
         counts = {each.spec.name: at_most(each, limit) for each in survey.plan.quantized}
-    return replace(survey, stored_counts=counts, smooth=wanted.smooth)
+    return replace(survey, stored_counts=counts, smooth=wanted.steps)
 
 
 def _smooth(wanted: ColumnsWanted) -> str:
-    return EXACT_SMOOTHING if wanted.smooth else NO_SMOOTHING
+    return (wanted.scales or EXACT_SMOOTHING) if wanted.smooth else NO_SMOOTHING
 
 
 def may_run(source: Source) -> bool:
@@ -145,7 +179,7 @@ def surveys_by_mode(wanted: ColumnsWanted, source: Source, survey: Survey) -> di
     found = {}
     if may_run(source):
         found[FROM_ACTIVATIONS] = _storing(survey, limit, wanted)
-    if wanted.budget:
+    if wanted.budget or wanted.must_smooth:
         return found or {NO_OUTLIERS: survey}
     counts = counts_from_weights(survey, limit) if limit else {}
     if counts:

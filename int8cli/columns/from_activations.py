@@ -19,6 +19,7 @@ from int8cli.columns.from_statistics import StatisticsColumns
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted
 from int8cli.conversion.column_source import ColumnSource, KnownColumns, RequireRoom, RunTask
 from int8cli.errors import CannotRunError
+from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.skeleton import build_skeleton
@@ -43,6 +44,7 @@ def strategy_from_activations(wanted: ColumnsWanted, survey: Survey, settings: S
         leave_state=True,
         stored_columns=wanted.limit,
         smooth=wanted.smooth,
+        smooth_steps=wanted.steps or EXACT_STEPS,
         smooth_for=None if settings.inputs == WEIGHTS_ONLY else DEFAULT_INPUTS,
     )
     run = CalibrationRun(planned.text, options, wanted)

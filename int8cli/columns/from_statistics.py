@@ -23,7 +23,7 @@ from int8cli.planning.decisions import Decision
 from int8cli.planning.exponents import NOT_SCALED, NOT_SMOOTHED, ShardSmoothing, TensorExponents
 from int8cli.planning.output_files import sidecar_bytes
 from int8cli.planning.survey import Survey, model_fingerprint
-from int8cli.records.conversion import FROM_ACTIVATIONS, Settings, budget_bytes
+from int8cli.records.conversion import FROM_ACTIVATIONS, STEPS, Settings, budget_bytes
 from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, StoredColumns
 
 
@@ -48,9 +48,7 @@ def strategy_from_statistics(
         known = {linear.name for site in statistics.sites for linear in site.linears}
         counts = {each.spec.name: at_most(each, wanted.limit) for each in survey.plan.quantized if each.module in known}
     return ColumnStrategy(
-        replace(survey, stored_counts=counts, smooth=wanted.smooth),
-        chosen,
-        Ready(columns),
+        replace(survey, stored_counts=counts, smooth=STEPS.get(chosen.smooth)), chosen, Ready(columns)
     )
 
 

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint a calibration's smoothing changes, and by which powers of two.
+"""Which tensors of a checkpoint a calibration's smoothing changes, and by which scales.
 
 Owns the rules by which a proved smoothing is used in a conversion: all linears of the site become int8, and every
 tensor has the shape that it had in the calibration. Other sites are left alone, with the reason.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.scales import scales
 from int8cli.outliers.statistics import SiteSmoothing, SiteStatistics
 from int8cli.planning.decisions import Decision
 from int8cli.planning.exponents import NOT_SCALED, ShardSmoothing, TensorExponents
@@ -40,12 +41,14 @@ class Smoothings:
         if smoothing is None or reason:
             self.layers |= {_weight(linear.name): LayerSmoothing(reason=reason or NOT_TRIED) for linear in site.linears}
             return site
-        scaled = {each.tensor: TensorExponents(rows=_bytes(each.exponents)) for each in smoothing.scaled}
-        columns = TensorExponents(columns=_bytes(smoothing.exponents))
+        steps = smoothing.steps
+        scaled = {each.tensor: TensorExponents(_bytes(each.exponents), steps=steps) for each in smoothing.scaled}
+        columns = TensorExponents(columns=_bytes(smoothing.exponents), steps=steps)
         for name, found in [*scaled.items(), *((_weight(linear.name), columns) for linear in site.linears)]:
             self.exponents[name] = self.exponents.get(name, NOT_SCALED) | found
         lowest, highest = smoothing.exponents.aminmax()
-        report = LayerSmoothing(tuple(sorted(scaled)), smoothing.alpha, 2.0 ** int(lowest), 2.0 ** int(highest))
+        smallest, largest = scales(torch.stack([lowest, highest]), steps).tolist()
+        report = LayerSmoothing(tuple(sorted(scaled)), smoothing.alpha, smallest, largest, steps=steps)
         self.layers |= {_weight(linear.name): report for linear in site.linears}
         return site.once_smoothed()
 

@@ -9,14 +9,24 @@ from pathlib import Path
 from typing import Literal
 
 from int8cli.conversion.column_source import MakeColumns, NoColumns, Ready
+from int8cli.llm_int8.limits import Steps
 from int8cli.model.sampling import Sampling
 from int8cli.planning.decisions import Decision
 from int8cli.planning.survey import Survey
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
+from int8cli.records.conversion import (
+    EXACT_SMOOTHING,
+    FINE_SMOOTHING,
+    FROM_ACTIVATIONS,
+    FROM_WEIGHTS,
+    NO_OUTLIERS,
+    NO_SMOOTHING,
+    STEPS,
+    Settings,
+)
 
 AUTO = "auto"
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
-SMOOTH_MODES = (AUTO, NO_SMOOTHING)
+SMOOTH_MODES = (AUTO, EXACT_SMOOTHING, FINE_SMOOTHING, NO_SMOOTHING)
 # The most input columns to store for each linear. They add 1.5 % to the bytes of SmolLM2-135M (576 wide), less to wider
 # models. With 4, 8 and 10 columns, and zero-point inputs, the model was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
 # without any 0.0208; 0.0235 with the LLM.int8() of bitsandbytes.
@@ -27,9 +37,10 @@ DEFAULT_OUTLIER_COLUMNS = 8
 class ColumnsWanted:
     """What the user asked for: one of MODES or a statistics file, and the most columns for each linear.
 
-    `smooth`: smooth what a calibration or the file has proved. A `text` of None means the built-in sample. `known` are
-    the settings of an unfinished conversion to resume. With a `budget`, the columns of all linears take at most this
-    share of the output's bytes, and `limit` is 0.
+    `smooth`: smooth what a calibration or the file has proved. `scales`, EXACT_SMOOTHING or FINE_SMOOTHING, says how;
+    None is by powers of two, or as the file has it. With `must_smooth` nothing else will do. A `text` of None means the
+    built-in sample. `known` are the settings of an unfinished conversion to resume. With a `budget`, the columns of all
+    linears take at most this share of the output's bytes, and `limit` is 0.
     """
 
     mode: str
@@ -41,11 +52,18 @@ class ColumnsWanted:
     known: Settings | None = None
     smooth: bool = False
     budget: float = 0.0
+    scales: str | None = None
+    must_smooth: bool = False
 
     @property
     def stores(self) -> bool:
         """Whether any columns are wanted."""
         return bool(self.limit or self.budget)
+
+    @property
+    def steps(self) -> Steps | None:
+        """How many steps of a scale are a factor of 2 if a run of the model finds it; None without smoothing."""
+        return STEPS[self.scales or EXACT_SMOOTHING] if self.smooth else None
 
     @property
     def mode_to_resume(self) -> str:

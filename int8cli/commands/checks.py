@@ -19,12 +19,19 @@ from int8cli.commands.options import (
     InputsName,
     InspectOptions,
     PushOptions,
+    ScalesName,
     VerifyOptions,
 )
 from int8cli.commands.wanted_columns import wants_smoothing
 from int8cli.errors import CannotRunInPartsError, OptionError
 from int8cli.planning.layouts import LAYOUTS, layout_of
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS
+from int8cli.records.conversion import (
+    EXACT_SMOOTHING,
+    FINE_SMOOTHING,
+    FROM_ACTIVATIONS,
+    FROM_WEIGHTS,
+    NO_OUTLIERS,
+)
 from int8cli.workers.torch_start import start_torch
 
 MOST_MACHINES = 10_000
@@ -95,7 +102,7 @@ def _check_part(options: ConvertOptions) -> None:
 def _refuse_running_the_model(options: ConvertOptions) -> None:
     if options.smooth is not None and str(options.smooth) not in SMOOTH_MODES:
         return  # the file tells which columns to store, too
-    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and options.outlier_columns != 0:
+    if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and (options.outlier_columns != 0 or wants_smoothing(options)):
         raise CannotRunInPartsError(
             f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
             option="outliers",
@@ -135,6 +142,8 @@ def check_estimate(options: EstimateOptions) -> None:
 def check_inspect(options: InspectOptions) -> None:
     _check_counts(options)
     _check_choice("evidence", options.evidence or "activations", ("activations", "weights"))
+    if not isinstance(options.smooth, bool | None):
+        _check_choice("smooth", options.smooth, get_args(ScalesName))
     _check_threshold(options.threshold)
 
 
@@ -146,6 +155,7 @@ def check_verify(options: VerifyOptions) -> None:
 
 def check_evaluate(options: EvaluateOptions) -> None:
     _check_counts(options)
+    _check_choice("smooth", options.smooth, get_args(ScalesName))
 
 
 def check_device(device: DeviceName) -> None:
@@ -223,6 +233,12 @@ def _check_budget(options: ConvertOptions) -> None:
 
 
 def _check_smooth(value: str, outliers: str) -> None:
+    if value in (EXACT_SMOOTHING, FINE_SMOOTHING) and outliers in (FROM_WEIGHTS, NO_OUTLIERS):
+        raise OptionError(
+            f"{value!r} takes a run of the model or its statistics, and {outliers!r} has neither",
+            option="smooth",
+            hint="Run the model without storing columns, or use the statistics of such a run.",
+        )
     if value in SMOOTH_MODES:
         return
     if not _looks_like_a_file(value):

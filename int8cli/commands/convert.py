@@ -44,6 +44,7 @@ from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.layouts import LAYOUTS, layout_of
 from int8cli.planning.mixtures import about_experts, layout_shares
 from int8cli.planning.needs import Needs
+from int8cli.planning.room import AtOnce
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
@@ -126,6 +127,11 @@ def settings_of(options: ConvertOptions) -> Settings:
     return Settings(*exact, *patterns, options.float32, figures=options.figures, inputs=options.inputs)
 
 
+def _at_once(workers: int, options: ConvertOptions) -> AtOnce:
+    """What is on the disk while each worker converts a shard: the next one is fetched, and the last one uploaded."""
+    return AtOnce(None if options.keep_output else workers + 1, workers + 1 if workers > 1 else None)
+
+
 @contextmanager
 def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progress) -> Iterator["_Job"]:
     if options.ray is None:  # else the machines of the cluster have it
@@ -151,8 +157,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         workers = options.workers or choose_workers(source, shards_of(part, survey), options.device)
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
-        if not options.keep_output:
-            run = replace(run, most_outputs=workers + 1)  # one is uploaded while each worker converts another
+        run = replace(run, at_once=_at_once(workers, options))
         state = OwnPath(store.calibration_directory, output, store.aside)
         push = push_of(options, progress)
         yield _Job(source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), part, push)
@@ -189,7 +194,7 @@ class _Job:
             survey,
             run.output,
             threads=threads,
-            most_outputs=run.most_outputs,
+            at_once=run.at_once,
             shards=None if share is None else share.shards,
         )
         return ConversionPlan(run.output, survey, strategy.settings, needs, self._ways(), share)
@@ -225,10 +230,10 @@ class _Job:
 
     def on(self, cluster: OnCluster) -> "_Job":
         """The same job on a cluster."""
-        run = self.run
-        if run.most_outputs is not None:  # each worker uploads what it has converted
-            run = replace(run, most_outputs=cluster.slots)
-        wanted = replace(self.wanted, model_threads=cluster.model_threads)
+        outputs = None if self.run.at_once.outputs is None else cluster.slots  # each worker uploads what it converted
+        run = replace(self.run, at_once=AtOnce(outputs, cluster.slots, model_apart=True))
+        threads = cluster.model_threads(self.survey, self.wanted.sampling)
+        wanted = replace(self.wanted, model_threads=threads)
         return replace(self, run=run, wanted=wanted, cluster=cluster)
 
     def convert(self) -> ConversionReport:

@@ -30,6 +30,7 @@ from int8cli.model.text import Text, sequences_of
 from int8cli.outliers.calibrate import CalibrateOptions
 from int8cli.outliers.statistics_file import load_statistics
 from int8cli.progress import Progress
+from int8cli.records.conversion import STEPS
 from int8cli.results.evaluation import Evaluation
 from int8cli.results.method_names import SMOOTHED_WEIGHTS
 from int8cli.results.units import counted
@@ -100,6 +101,7 @@ class EvaluationJob:
             stored_columns=limit if found.needs_smoothing else 0,
             smooth=found.needs_smoothing,
             smooth_for=smoothed_for(found.methods),
+            smooth_steps=STEPS[options.smooth],
         )
         sample = Text.decode(SAMPLE_NAME, sample_text())
         return calibrated_columns(subject, sample, self.text, limit, how, self.progress)

@@ -69,6 +69,7 @@ def chat(
 ) -> Iterator[Generation]:
     """A conversation: an answer to each message, given all that was said before. Loads the model once.
 
+    Of a conversation that is longer than the model takes, the oldest messages are left out; `progress` gets a note.
     Raises what `generate` raises, and CannotRunError for a tokenizer without a chat template.
     """
     with system_errors():  # around a generator, it would end before the first answer
@@ -88,9 +89,13 @@ def _answers(
             f"the tokenizer of {directory} has no chat template", hint="The model can continue a text instead."
         )
     said: list[dict[str, str]] = []
+    left_out = 0
     for message in messages:
         said.append(_user(message))
-        ids = session.speaker.turn(said)
+        before = left_out
+        ids, left_out = session.speaker.latest_turn(said)
+        if left_out > before:
+            progress.note(f"the conversation is too long: the model no longer sees its first {left_out} messages")
         spoken = session.speaker.speak(ids, on_text)
         said.append({"role": "assistant", "content": spoken.text})
         yield session.result(ids, spoken)

@@ -15,6 +15,7 @@ from int8cli.commands.ways import speed_here
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import MissingExtraError, UnsupportedModelError
 from int8cli.estimate.ways import forwards_s, smoothing_s
+from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.model.extra import require_installed
 from int8cli.model.memory import return_memory_promptly
 from int8cli.model.sampling import Sampling
@@ -22,6 +23,7 @@ from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.progress import SILENT, Progress
+from int8cli.records.conversion import EXACT_SMOOTHING, NO_SMOOTHING, STEPS
 from int8cli.workers.torch_start import torch_threads_restored
 
 if TYPE_CHECKING:
@@ -107,7 +109,16 @@ def _run_model(
 
     return_memory_promptly()
     seconds = forwards_s(survey, speed_here(options.device), sampling.tokens, 2)
-    seconds += smoothing_s(survey, speed_here(options.device), sampling) if options.smooth else 0.0
+    smooth = EXACT_SMOOTHING if options.smooth is True else options.smooth or NO_SMOOTHING
+    if smooth != NO_SMOOTHING:
+        seconds += smoothing_s(survey, speed_here(options.device), sampling, STEPS[smooth])
     announce_duration(f"running the model on {sampling.tokens:,} tokens", seconds, progress)
-    how = CalibrateOptions(sampling, options.threshold, options.device, state, smooth=options.smooth)
+    how = CalibrateOptions(
+        sampling,
+        options.threshold,
+        options.device,
+        state,
+        smooth=smooth != NO_SMOOTHING,
+        smooth_steps=STEPS.get(smooth, EXACT_STEPS),
+    )
     return calibrate(source, survey, text, how, progress)

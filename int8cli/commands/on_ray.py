@@ -15,6 +15,7 @@ from int8cli.conversion.cluster import ClusterRun
 from int8cli.conversion.worker_job import RemoteSource, WorkerJob
 from int8cli.errors import NotEnoughMemoryError
 from int8cli.estimate.ways import TORCH_BYTES, memory_to_run
+from int8cli.llm_int8.limits import FINE_STEPS
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
 from int8cli.planning.survey import Survey
@@ -32,13 +33,13 @@ class OnCluster:
     model: str
     options: ConvertOptions
 
-    @property
-    def model_threads(self) -> int:
+    def model_threads(self, survey: Survey, sampling: Sampling) -> int:
         """The cores for a run of the model: those of the largest machine but for one shard, which waits for it.
 
-        With a GPU, of the largest machine that has one.
+        Of the machines with the memory for it and, with `--device cuda`, a GPU.
         """
-        return max(1, self.cluster.most_cores(_gpus(self.options)) - self.cluster.needs.cores)
+        besides = TaskNeeds(0, memory_to_run(survey, sampling), _gpus(self.options))
+        return max(1, self.cluster.most_cores(besides) - self.cluster.needs.cores)
 
     @property
     def slots(self) -> int:
@@ -56,7 +57,8 @@ class OnCluster:
         return ClusterRun(self.cluster, job, outliers, progress, needs)
 
     def _model_needs(self, survey: Survey, sampling: Sampling) -> TaskNeeds:
-        needs = TaskNeeds(self.model_threads, memory_to_run(survey, sampling), _gpus(self.options))
+        threads = self.model_threads(survey, sampling)
+        needs = TaskNeeds(threads, memory_to_run(survey, sampling), _gpus(self.options))
         if not self.cluster.offers(needs):
             raise NotEnoughMemoryError(
                 f"no machine of the cluster has {needs} for a run of the model", hint="Use shorter sequences."
@@ -69,11 +71,7 @@ def joined_cluster(model: str, address: str, survey: Survey, options: ConvertOpt
     """A cluster that is told what one shard takes. Raises MissingRayError, ClusterError, VersionMismatchError."""
     cluster = RayCluster(address, __version__)
     try:
-        gpus = _gpus(options)
-        threads = options.threads or _threads(cluster, len(survey.shards), gpus)
-        smoothed = replace(survey, smooth=True)  # whether it will be is not known yet
-        memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)
-        cluster.needs = TaskNeeds(threads, memory_bytes, gpus)
+        cluster.needs = _shard_needs(cluster, survey, options)
         yield OnCluster(cluster, model, options)
     finally:
         cluster.close()
@@ -84,9 +82,21 @@ def _gpus(options: ConvertOptions) -> int:
     return 1 if options.device == "cuda" else 0
 
 
-def _threads(cluster: RayCluster, shards: int, gpus: int) -> int:
-    """One for each shard while there are more shards than cores; else a share of the cores, on one machine."""
-    return max(1, min(THREADS_FOR_A_SHARD, cluster.most_cores(gpus), cluster.cores // max(1, shards)))
+def _shard_needs(cluster: RayCluster, survey: Survey, options: ConvertOptions) -> TaskNeeds:
+    """What one shard takes. One core while there are more shards than cores; else a share of them.
+
+    As many of that share as some machine has with the memory for so many threads; one where none has.
+    """
+    smoothed = replace(survey, smooth=FINE_STEPS)  # how it will be is not known yet, and this takes most
+
+    def needs(threads: int) -> TaskNeeds:
+        memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)
+        return TaskNeeds(threads, memory_bytes, _gpus(options))
+
+    if options.threads:
+        return needs(options.threads)
+    share = min(THREADS_FOR_A_SHARD, cluster.cores // max(1, len(survey.shards)))
+    return next((each for each in map(needs, range(share, 1, -1)) if cluster.offers(each)), needs(1))
 
 
 def _whole_files(survey: Survey) -> int:

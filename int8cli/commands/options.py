@@ -10,6 +10,8 @@ from typing import Literal
 LayoutName = Literal["bitsandbytes", "compressed-tensors"]
 InputsName = Literal["absmax", "zeropoint", "none"]
 DeviceName = Literal["cpu", "cuda"]
+# The scales of a smoothing: powers of two, which change no bit, or steps of 2^(1/4), which round what takes them.
+ScalesName = Literal["exact", "fine"]
 # On SmolLM2-135M, columns chosen on 512, 1,024, 2,048 and 4,096 tokens leave a mean output error of 0.01055, 0.01056,
 # 0.01055 and 0.01053, and a divergence of 0.0082, 0.0078, 0.0081 and 0.0080 nats from 16 bit. More tokens only take
 # longer: eight times the arithmetic for nothing.
@@ -36,9 +38,11 @@ class ConvertOptions:
     - `outlier_budget`: instead of a number for each layer, what the columns of all layers take together, as a share of
       the output's bytes: 0.01 is 1 %. They go where they save most. Takes statistics of the whole model, from a file or
       from a run of a model on disk before the first shard is converted.
-    - `smooth`: move what is hard to round from inputs into weights by powers of two: "auto" where statistics are there
-      and prove that the model computes the same bits, "none", or the path of a statistics file of `inspect_outliers`.
-      None is "auto" in the layout compressed-tensors where loaders round every input, else "none".
+    - `smooth`: move what is hard to round from inputs into weights. "exact" does it by powers of two, where a run of
+      the model or its statistics prove that it computes the same bits; "auto" is the same if the model can be run, else
+      nothing. "fine" does it in steps of 2^(1/4), for which norms are rounded to their dtype: int8 loses less, and the
+      rounding a little. "none" does nothing, and the path of a statistics file of `inspect_outliers` what that has.
+      None is "auto" in the layout compressed-tensors, else "none".
     - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
       `sequence_length`; `seed` selects the pieces of a long text.
     - `workers`: processes, each converts one shard at a time; None chooses from cores and shards. `threads`: per
@@ -127,7 +131,8 @@ class InspectOptions:
     - `text`: UTF-8 text to run the model on, None is the built-in sample. `tokens` is the total, in sequences of
       `sequence_length`; `seed` selects the pieces of a long text.
     - `threshold`: values of this magnitude or more are outliers.
-    - `smooth`: also find and prove what `convert` can smooth, which takes about as long as the rest.
+    - `smooth`: also find and prove what `convert` can smooth, which takes about as long as the rest: by "exact" powers
+      of two (or True), or in "fine" steps of 2^(1/4). None or False looks for nothing.
     - `device`: where the model runs.
     - `work_dir`: directory for the state of an unfinished run; None is the user's cache.
     - `retry_for`: seconds for which a download that fails without progress is tried again.
@@ -140,7 +145,7 @@ class InspectOptions:
     sequence_length: int = 512
     seed: int = 0
     threshold: float = 6.0
-    smooth: bool = False
+    smooth: ScalesName | bool | None = None
     device: DeviceName = "cpu"
     work_dir: Path | None = None
     retry_for: float = RETRY_FOR_S
@@ -223,6 +228,7 @@ class EvaluateOptions:
     - `methods`: their names; empty means the main methods, "all" means every one.
     - `outlier_columns`: the most columns to store for each linear layer; None is the default of `convert`.
     - `outliers`: statistics file that chooses the columns; None calibrates on another text.
+    - `smooth`: the scales of the smoothed methods, "exact" powers of two or "fine" steps of 2^(1/4).
     - `source`: for a converted model, the 16- or 32-bit model it was made from.
     - `revision`: revision of the model on the Hub or, if the model is a local conversion, of its source.
     - `device`: where the model runs.
@@ -237,6 +243,7 @@ class EvaluateOptions:
     methods: tuple[str, ...] = ()
     outlier_columns: int | None = None
     outliers: Path | None = None
+    smooth: ScalesName = "exact"
     source: str | Path | None = None
     revision: str | None = None
     device: DeviceName = "cpu"

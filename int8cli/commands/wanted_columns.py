@@ -5,7 +5,7 @@ from int8cli.commands.options import ConvertOptions
 from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.layouts import compressed_tensors
-from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, Settings
+from int8cli.records.conversion import FROM_WEIGHTS, NO_OUTLIERS, NO_SMOOTHING, STEPS, Settings
 
 
 def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWanted:
@@ -17,11 +17,23 @@ def columns_wanted(options: ConvertOptions, known: Settings | None) -> ColumnsWa
     smooth = _smooth(options)
     if smooth not in SMOOTH_MODES:  # a statistics file, which columns that are to be chosen are chosen by too
         mode, limit = smooth, limit if mode != NO_OUTLIERS else 0
-    smooths = wants_smoothing(options)
+    smooths, scales = wants_smoothing(options), smooth if smooth in STEPS else None
     if options.smooth is None and known is not None and mode == AUTO:
         smooths = known.smooth != NO_SMOOTHING
-    sampling = Sampling(options.tokens, options.sequence_length, options.seed)
-    return ColumnsWanted(mode, limit, options.text, sampling, options.device, usable_cores(), known, smooths, budget)
+        scales = known.smooth if smooths else None
+    return ColumnsWanted(
+        mode,
+        limit,
+        options.text,
+        Sampling(options.tokens, options.sequence_length, options.seed),
+        options.device,
+        usable_cores(),
+        known,
+        smooths,
+        budget,
+        scales,
+        must_smooth=smooth in STEPS,
+    )
 
 
 def wants_smoothing(options: ConvertOptions) -> bool:

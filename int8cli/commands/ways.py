@@ -8,7 +8,8 @@ from int8cli.commands.places import cache_directory
 from int8cli.conversion.convert import ConversionRun
 from int8cli.estimate.ways import Candidate, Way, way_of
 from int8cli.machine.speed import Speed, measured_beside, remember, remembered, usable_cores
-from int8cli.planning.survey import Survey, room_needed
+from int8cli.planning.room import room_needed
+from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_STATISTICS
 from int8cli.workers.torch_start import start_torch
@@ -27,7 +28,7 @@ def ways_to_convert(
     names = [contents.file_name for contents in survey.shards]
     ways = []
     for each in (first, *(other for other in surveys if other != first)):
-        rooms = room_needed(source, surveys[each], names, run.output, most_outputs=run.most_outputs)
+        rooms = room_needed(source, surveys[each], names, run.output, run.at_once)
         candidate = Candidate(each, surveys[each], sum(room.needed_bytes for room in rooms))
         ways.append(way_of(candidate, speed, wanted.sampling, threads=run.threads * run.workers))
     return tuple(ways)

@@ -1,7 +1,7 @@
 """One block: from its bytes in the source to its bytes in the outputs.
 
 Owns what happens to a block: it is copied, rewritten in another order or dtype, or quantized, the last two also scaled
-by powers of two. Does not know about files, threads, or the order of blocks.
+by the scales of a smoothing. Does not know about files, threads, or the order of blocks.
 """
 
 from bisect import bisect_left

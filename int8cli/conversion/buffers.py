@@ -152,13 +152,13 @@ class Workbench:
         self._gathered.tensor(loaded.dtype, (rows, count)).copy_(loaded.index_select(1, columns))
         return self._gathered.bytes[:size_bytes]
 
-    def scaled_copy(self, loaded: Tensor) -> Tensor:
-        """A copy of a loaded rectangle to be changed, in a buffer that the next copy overwrites; on a GPU in place."""
+    def copy_like(self, loaded: Tensor) -> Tensor:
+        """A place for a changed copy of a loaded rectangle, which the next copy overwrites; on a GPU the rectangle."""
         if self._on_gpu is not None:
             return loaded
         if self._copy is None:
             self._copy = Buffer(BLOCK_ELEMENTS * 8)
-        return self._copy.tensor(loaded.dtype, tuple(loaded.shape)).copy_(loaded)
+        return self._copy.tensor(loaded.dtype, tuple(loaded.shape))
 
     def read(self, offset_bytes: int, size_bytes: int) -> memoryview:
         """Read bytes of the source file into the source buffer."""

@@ -3,7 +3,6 @@
 Owns when a shard is started, and how what the workers tell becomes the one progress. Knows no cluster by name.
 """
 
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,9 @@ from typing import Any, Protocol, TypeVar
 
 from int8cli.conversion.announce import TASK, advance, shard_outcome
 from int8cli.conversion.column_source import KnownColumns, Ready, RequireRoom
+from int8cli.conversion.late import comes_true
 from int8cli.conversion.task import ShardTask
-from int8cli.conversion.worker_job import LATE_S, LOOK_AGAIN_S, TellCall, WorkerJob
+from int8cli.conversion.worker_job import TellCall, WorkerJob, WorkerResult
 from int8cli.errors import ClusterError
 from int8cli.planning.exponents import TensorExponents
 from int8cli.progress import BYTES, Progress
@@ -129,9 +129,9 @@ class _Shards:
         job = self.job if columns is None else self.job.with_columns(columns)
         self.session.start(name, partial(job.convert, self.tasks[name]))
 
-    def finish(self, name: str, record: ShardRecord) -> None:
-        task = self.tasks[name]
-        _require_seen_here(task)
+    def finish(self, name: str, result: WorkerResult) -> None:
+        task, record = self.tasks[name], result.record
+        _require_seen_here(task, result)
         self.counted.complete(name, task.tensor_bytes)
         self.progress.done(TASK, name, shard_outcome(record))
         self.records[name] = record
@@ -164,20 +164,23 @@ def _anywhere(task: ShardTask) -> ShardTask:
     return replace(task, directory=task.directory.absolute(), partial=task.partial.absolute())
 
 
-def _require_seen_here(task: ShardTask) -> None:
-    """Wait until this machine sees a finished shard. File systems of a network show new files late."""
-    deadline_s = time.monotonic() + LATE_S
-    while not _is_seen(RecordStore(task.directory), task):
-        if time.monotonic() > deadline_s:
-            raise ClusterError(
-                f"a worker has written {task.source.output}, but it is not in {task.directory} on this machine",
-                hint="The output must be a directory that all machines of the cluster see under the same path.",
-            )
-        time.sleep(LOOK_AGAIN_S)
+def _require_seen_here(task: ShardTask, result: WorkerResult) -> None:
+    """Wait until this machine sees what was recorded of a finished shard.
 
+    Of a shard that was handed on, that is the record of it: the shard itself may still be seen where it was removed.
+    """
+    store = RecordStore(task.directory)
 
-def _is_seen(store: RecordStore, task: ShardTask) -> bool:
-    return store.finished(task.source) is not None or store.uploaded(task.source) is not None
+    def seen() -> bool:
+        if result.upload is not None:
+            return store.uploaded(task.source) == result.upload
+        return store.finished(task.source) is not None
+
+    if not comes_true(seen):
+        raise ClusterError(
+            f"a worker has written {task.source.output}, but it is not in {task.directory} on this machine",
+            hint="The output must be a directory that all machines of the cluster see under the same path.",
+        )
 
 
 class _Counted:

@@ -34,7 +34,8 @@ from int8cli.errors import (
 )
 from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
-from int8cli.planning.survey import Survey, fingerprint, room_needed
+from int8cli.planning.room import ONE_PROCESS, AtOnce, room_needed
+from int8cli.planning.survey import Survey, fingerprint
 from int8cli.progress import Progress
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardSource
 from int8cli.records.manifest import MANIFEST_FILE
@@ -64,8 +65,8 @@ class ConversionRun:
     """How to convert, besides the settings that determine the result.
 
     `workers` processes convert one shard each, with `threads` threads per process. `overwrite` replaces an earlier
-    conversion in the directory. `destination` takes each shard as it is finished; with `most_outputs` it removes them,
-    so that no more than that are in the directory at once. `about_columns` says how outlier columns are chosen.
+    conversion in the directory. `destination` takes each shard as it is finished. `at_once` says how many shards need
+    room. `about_columns` says how outlier columns are chosen.
     """
 
     output: Path
@@ -75,7 +76,7 @@ class ConversionRun:
     threads: int = 2
     device: str = "cpu"
     destination: Destination | None = None
-    most_outputs: int | None = None
+    at_once: AtOnce = ONE_PROCESS
     about_columns: Callable[[], str] | None = None
 
 
@@ -107,9 +108,10 @@ def convert(
         store.check(conversion)
         records = finished_records(store, conversion, conversion.shards, destination)
         remaining = [shard for shard in conversion.shards if shard.file not in records]
-        require_room(source, survey, options, remaining)
+        require_room(source, survey, options, remaining, store)
         store.claim(conversion)
         store.remove_partial_files()
+        store.remove_left_over()  # by workers and parts that are not running
         begin_conversion(progress, survey, records, options.about_columns)
         copy_files(source, survey, options.output)
         shards = _Shards(source, survey, options, store, lock, progress)
@@ -154,7 +156,7 @@ class _Shards:
         executor = executor_for(self.options, len(tasks) if elsewhere is None else 0, self.lock, self.progress)
         try:
             recorded = recorded_exponents(self.options.output, records.values()) if self.survey.smooth and tasks else {}
-            room = partial(require_room, self.source, self.survey, self.options, remaining)
+            room = partial(require_room, self.source, self.survey, self.options, remaining, self.store)
             destination = self.options.destination
             if elsewhere is not None:
                 return elsewhere(tasks, recorded, room, ignore if destination is None else destination.taken)
@@ -178,7 +180,7 @@ def require_possible(source: Source, survey: Survey, settings: Settings, options
     if not options.overwrite:
         store.check(conversion, all_files=False)
         remaining = [shard for shard in conversion.shards if not (store.finished(shard) or store.uploaded(shard))]
-    require_room(source, survey, options, remaining)
+    require_room(source, survey, options, remaining, store)
 
 
 def finished_records(
@@ -266,14 +268,17 @@ def require_room(
     survey: Survey,
     options: ConversionRun,
     remaining: list[ShardSource],
-    peak_shard_bytes: int | None = None,
+    store: RecordStore,
+    model_bytes: int = 0,
 ) -> None:
     """Raise DiskSpaceError if the remaining output and the shards in flight do not fit on their disks.
 
-    `peak_shard_bytes` is the size of the shards in flight, if there are more than the usual two.
+    `model_bytes` are those of the shards that a run of the model has at once. What this process finds of an earlier one
+    in `store` is no obstacle.
     """
     names = [shard.file for shard in remaining]
-    for room in room_needed(source, survey, names, options.output, peak_shard_bytes, options.most_outputs):
+    rooms = room_needed(source, survey, names, options.output, options.at_once, model_bytes, store.left_over)
+    for room in rooms:
         if room.needed_bytes > room.free_bytes:
             needed, free = told_apart(room.needed_bytes, room.free_bytes)
             raise DiskSpaceError(

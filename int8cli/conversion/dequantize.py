@@ -85,6 +85,7 @@ def dequantize(
     shards = tuple(_shards(records, contents, converted, config, dtype))
     with locked(output, output / OWN_DIRECTORY):
         _claim(output, directory, records, dtype)
+        remove_tree(output / _PARTIAL, output)  # of a run that was killed: its space is counted as needed below
         finished = {shard.file for shard in shards if _size_of(output / shard.file) == shard.size_bytes}
         _require_room(output, sum(shard.size_bytes for shard in shards if shard.file not in finished))
         progress.begin(TASK, {shard.file: shard.size_bytes for shard in shards}, finished=finished)

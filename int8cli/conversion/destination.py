@@ -9,13 +9,17 @@ from typing import Protocol
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
+from int8cli.records.upload_record import UploadRecord
 
 
 class HandOn(Protocol):
     """Hands on one finished shard of a conversion that others convert too. Picklable."""
 
-    def __call__(self, store: RecordStore, record: ShardRecord) -> None:
-        """The files of a shard and its record are in the store's directory, or have been handed on before."""
+    def __call__(self, store: RecordStore, record: ShardRecord) -> UploadRecord | None:
+        """The files of a shard and its record are in the store's directory, or have been handed on before.
+
+        Returns the record of what the destination has now, in that directory too; None if it takes the shard later.
+        """
 
 
 class Destination(Protocol):

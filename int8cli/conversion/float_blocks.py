@@ -15,8 +15,9 @@ from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, TORCH_NAMES, TensorSpe
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
-from int8cli.llm_int8.smoothing import powers_of_two
-from int8cli.runtime.converted_tensors import ConvertedTensors
+from int8cli.llm_int8.limits import Steps
+from int8cli.llm_int8.scales import scaled
+from int8cli.runtime.converted_tensors import ConvertedTensors, Exponents
 
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -45,8 +46,8 @@ def float_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Ten
     """The tensor's values in row-major order, in pieces of its dtype. Each is to be used before the next is asked for.
 
     A weight is the one that `load_model` computes with: data * row_absmax / 127, and in the stored columns the source's
-    own values. A smoothing is undone in all tensors. Raises CheckpointError for a value that the dtype cannot hold, and
-    what reading raises.
+    own values. A smoothing is undone in all tensors: bit for bit where it was by powers of two, else to the nearest
+    value of the dtype. Raises CheckpointError for a value that the dtype cannot hold, and what reading raises.
     """
     if wanted.parts:
         return _fused_blocks(tensors, wanted)
@@ -71,11 +72,11 @@ def _fused_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Te
 def _restored_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tensor]:
     """An int8 weight, in blocks of its rows as the output has them."""
     dtype = TORCH_DTYPES[wanted.spec.dtype]
-    rows, columns = tensors.exponents(wanted.spec.name)
+    exponents = tensors.exponents(wanted.spec.name)
     module = wanted.spec.name.removesuffix(".weight")
     row_absmax, exact = tensors.row_absmax(module), tensors.exact_columns(module)
     if wanted.transpose:
-        yield from _transposed_blocks(tensors, wanted, row_absmax, rows, columns)
+        yield from _transposed_blocks(tensors, wanted, row_absmax, exponents)
         return
     start = 0
     for data in tensors.row_blocks(wanted.spec.name, _BLOCK_ELEMENTS):
@@ -83,21 +84,20 @@ def _restored_blocks(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator
         block = restored_weight(data, row_absmax[part], torch.float32)
         if exact is not None:
             block.index_copy_(1, exact.columns, exact.weight[part].float())
-        _undo(block, None if rows is None else rows[part], columns)
-        yield _cast(block, dtype, wanted.spec)
+        rows = None if exponents.rows is None else exponents.rows[part]
+        yield _cast(_undone(block, exponents.steps, rows, exponents.columns), dtype, wanted.spec)
         start = part.stop
 
 
-def _undo(block: Tensor, rows: Tensor | None, columns: Tensor | None) -> None:
-    """Undo a smoothing in a block of float32 (rows, columns), in place."""
-    if rows is not None:
-        block *= powers_of_two(-rows, block.dtype)[:, None]
-    if columns is not None:
-        block *= powers_of_two(-columns, block.dtype)
+def _undone(block: Tensor, steps: Steps, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """A block of float32 (rows, columns) without the smoothing."""
+    if rows is None and columns is None:
+        return block
+    return scaled(block, steps, rows=rows, columns=columns, undo=True)
 
 
 def _transposed_blocks(
-    tensors: ConvertedTensors, wanted: FloatTensor, row_absmax: Tensor, rows: Tensor | None, columns: Tensor | None
+    tensors: ConvertedTensors, wanted: FloatTensor, row_absmax: Tensor, exponents: Exponents
 ) -> Iterator[Tensor]:
     """Blocks of input columns, from a mapping of the data: (columns, out_features) each."""
     module, name = wanted.spec.name.removesuffix(".weight"), wanted.spec.name
@@ -109,7 +109,8 @@ def _transposed_blocks(
         for column in range(start, start + block.shape[1]):
             if exact is not None and column in places:
                 block[:, column - start] = exact.weight[:, places[column]].float()
-        _undo(block, rows, None if columns is None else columns[start : start + block.shape[1]])
+        columns = None if exponents.columns is None else exponents.columns[start : start + block.shape[1]]
+        block = _undone(block, exponents.steps, exponents.rows, columns)
         yield _cast(block.t().contiguous(), TORCH_DTYPES[wanted.spec.dtype], wanted.spec)
 
 
@@ -123,11 +124,12 @@ def _columns_of(tensors: ConvertedTensors, wanted: FloatTensor) -> Iterator[Tens
 
 
 def _flat_blocks(tensors: ConvertedTensors, name: str) -> Iterator[Tensor]:
-    flat, (exponents, _) = tensors.map(name).reshape(-1), tensors.exponents(name)
+    flat, exponents = tensors.map(name).reshape(-1), tensors.exponents(name)
     for start in range(0, flat.numel(), _BLOCK_ELEMENTS):
         block = flat[start : start + _BLOCK_ELEMENTS]
-        if exponents is not None:
-            block = block * powers_of_two(-exponents[start : start + _BLOCK_ELEMENTS], block.dtype)
+        if exponents.rows is not None:
+            rows = exponents.rows[start : start + _BLOCK_ELEMENTS]
+            block = scaled(block[:, None], exponents.steps, rows=rows, undo=True)[:, 0]
         yield block
 
 

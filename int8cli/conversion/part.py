@@ -27,9 +27,17 @@ from int8cli.conversion.convert import (
     task_of,
 )
 from int8cli.conversion.finish import RenderCard, conversion_report, write_conclusion
+from int8cli.conversion.late import comes_true, shown_late
 from int8cli.conversion.resumed_smoothing import recorded_exponents
 from int8cli.conversion.shard_loop import ShardLoop, ignore
-from int8cli.errors import CannotLockError, Int8cliError, OutputError, OutputInUseError, UnfinishedPartsError
+from int8cli.errors import (
+    CannotLockError,
+    Int8cliError,
+    OutputError,
+    OutputInUseError,
+    SettingsMismatchError,
+    UnfinishedPartsError,
+)
 from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
@@ -129,10 +137,12 @@ class _Part:
             finished = self._begin()
             self.store.claim_beside_others(self.conversion)
             self._convert_own(finished, lock, columns)
-            records = self._finished()
+            records = self._finished_by_all()
             if not self.missing(records):
                 self._conclude(records, render_card)
             return records
+        except SettingsMismatchError:  # what others have finished is not what was wanted here
+            raise
         except Int8cliError:
             if not self._concluded_by_others():
                 raise
@@ -172,7 +182,7 @@ class _Part:
         While shards are missing, a process that only concludes uploads none: the parts that still run do.
         """
         shards: Collection[ShardSource] = self.conversion.shards if self.part.share is None else self._mine
-        if self.part.share is None and self.missing(self._finished()):
+        if self.part.share is None and self.missing(self._finished_by_all()):
             shards = [shard for shard in shards if self.store.uploaded(shard) is not None]
         return finished_records(self.store, self.conversion, shards, self.options.destination)
 
@@ -181,7 +191,7 @@ class _Part:
         mine = self._mine
         remaining = [shard for shard in mine if shard.file not in finished]
         if mine:
-            require_room(self.source, self.survey, self.options, remaining)
+            require_room(self.source, self.survey, self.options, remaining, self.store)
             survey = self.survey.only(self.part.shards(self.survey))
             begin_conversion(self.progress, survey, finished, self.options.about_columns)
             self._convert(remaining, lock, columns)
@@ -190,7 +200,7 @@ class _Part:
             self.options.destination.settle()
 
     def _convert(self, remaining: Sequence[ShardSource], lock: int, columns: ColumnSource) -> None:
-        room = partial(require_room, self.source, self.survey, self.options, list(remaining))
+        room = partial(require_room, self.source, self.survey, self.options, list(remaining), self.store)
         settings = self.conversion.settings
         executor = executor_for(self.options, len(remaining), lock, self.progress)
         try:
@@ -218,6 +228,17 @@ class _Part:
             if record is not None:
                 found[shard.file] = record
         return found
+
+    def _finished_by_all(self) -> Records:
+        """The same, with what other machines have just finished and this one does not see yet."""
+
+        def shown() -> bool:
+            missing = self.missing(self._finished())
+            shards = (shard for shard in self.conversion.shards if shard.file in missing)
+            return not shown_late(path for shard in shards for path in self.store.paths_of(shard))
+
+        comes_true(shown)
+        return self._finished()
 
     def _in_order(self, records: Records) -> list[ShardRecord]:
         return [records[shard.file] for shard in self.conversion.shards]

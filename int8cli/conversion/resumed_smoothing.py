@@ -10,7 +10,7 @@ from pathlib import Path
 from int8cli.checkpoint.reader import FileReader, open_to_read, size_of
 from int8cli.checkpoint.weight_files import read_contents
 from int8cli.errors import CheckpointError, SavedStateError
-from int8cli.planning.exponents import NOT_SCALED, TensorExponents, are_sound, gathered, is_exponents, misfits
+from int8cli.planning.exponents import NOT_SCALED, TensorExponents, are_sound, gathered, is_exponents, misfits, steps_of
 from int8cli.planning.output_files import sidecar_file_name
 from int8cli.records.shard_record import ShardRecord
 
@@ -25,10 +25,13 @@ def exponents_in(path: Path) -> dict[str, TensorExponents]:
         for stored in wanted:
             data = bytearray(stored.spec.nbytes)
             reader.read_into(stored.offset_bytes, memoryview(data))
-            if stored.spec.dtype != "I8" or not are_sound(bytes(data)):
+            if stored.spec.dtype != "I8" or not are_sound(bytes(data), steps_of(stored.spec.name)):
                 raise CheckpointError(f"{path.name}: {stored.spec.name} is not made of exponents")
             found.append((stored.spec.name, bytes(data)))
-    return gathered(found)
+    try:
+        return gathered(found)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: {error}") from error
 
 
 def recorded_exponents(output: Path, records: Iterable[ShardRecord]) -> dict[str, TensorExponents]:
@@ -61,7 +64,7 @@ def require_fitting(output: Path, records: Iterable[ShardRecord]) -> None:
     misfit = next(misfits(smoothed, recorded_exponents(output, found)), None) if smoothed else None
     if misfit is not None:
         raise SavedStateError(
-            f"{misfit} is multiplied by other powers of two than its input is divided by: its shard and that of what "
+            f"{misfit} is multiplied by other scales than its input is divided by: its shard and that of what "
             "is in front of it come from different calibrations",
             hint="Start over.",
         )

@@ -1,9 +1,9 @@
-"""Blocks of a shard multiplied by the powers of two of a smoothing.
+"""Blocks of a shard multiplied by the scales of a smoothing.
 
-Owns the factors of each tensor in its dtype, and the check that a tensor which stays a float is changed exactly.
+Owns the exponents of each tensor as torch has them, and the check that a tensor which stays a float loses no more than
+its last digit, and nothing at all by powers of two.
 """
 
-import threading
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from int8cli.conversion.buffers import Workbench
 from int8cli.errors import InexactSmoothingError
-from int8cli.llm_int8.smoothing import powers_of_two
+from int8cli.llm_int8.limits import EXACT_STEPS, Steps
+from int8cli.llm_int8.scales import scaled, scales
 from int8cli.planning.blocks import Matrix, Rectangle
 from int8cli.planning.exponents import TensorExponents
 
@@ -20,50 +21,59 @@ class BlockScaling:
     """Scales the blocks of the tensors that have exponents; the others stay as they are."""
 
     def __init__(self, exponents: Mapping[str, TensorExponents], device: str) -> None:
-        self._exponents, self._device = exponents, torch.device(device)
-        self._factors: dict[str, tuple[Tensor | None, Tensor | None]] = {}
-        self._lock = threading.Lock()
+        self._exponents = {name: _Exponents(found, torch.device(device)) for name, found in exponents.items()}
 
     def scaled(self, bench: Workbench, matrix: Matrix, part: Rectangle, loaded: Tensor) -> Tensor:
-        """A rectangle (rows, columns) of a weight as a new one, columns multiplied first and then rows, as when proved.
+        """A rectangle (rows, columns) of a weight as a new one, of the same dtype.
 
         The block that was loaded stays as it is: its bytes are those of the source.
         """
-        name = matrix.stored.spec.name
-        if name not in self._exponents:
+        found = self._exponents.get(matrix.stored.spec.name)
+        if found is None:
             return loaded
-        rows, columns = self._factors_of(name, loaded.dtype)
-        scaled = bench.scaled_copy(loaded)
-        if columns is not None:
-            scaled *= columns[part.column : part.column + part.columns]
-        if rows is not None:
-            scaled *= rows[part.row : part.row + part.rows, None]
-        return scaled
+        rows, columns = found.rows, found.columns
+        return scaled(
+            loaded,
+            found.steps,
+            rows=None if rows is None else rows[part.row : part.row + part.rows],
+            columns=None if columns is None else columns[part.column : part.column + part.columns],
+            out=bench.copy_like(loaded),
+        )
 
     def scaled_vector(self, name: str, part: Rectangle, loaded: Tensor) -> Tensor:
-        """A piece (1, elements) of a vector, on the CPU. Raises InexactSmoothingError if digits would be lost."""
-        rows, _ = self._factors_of(name, loaded.dtype)
-        assert rows is not None
-        factors = rows[part.column : part.column + part.columns].to(loaded.device)
-        scaled = loaded * factors
-        same = scaled / factors == loaded
-        if not bool((same | loaded.isnan()).all()):
+        """A piece (1, elements) of a vector, on the CPU.
+
+        Raises InexactSmoothingError if powers of two lose digits, or finer scales more than rounding to the dtype does.
+        """
+        found = self._exponents[name]
+        assert found.rows is not None
+        rows = found.rows[part.column : part.column + part.columns].to(loaded.device)
+        result = scaled(loaded.reshape(-1, 1), found.steps, rows=rows).reshape(loaded.shape)
+        lost = _loses(loaded, result, rows, found.steps)
+        if bool(lost.any()):
             raise InexactSmoothingError(
-                f"{name} has the value {float(loaded[~same].flatten()[0]):.3g}, too small or too large to be divided "
-                "by a power of two",
+                f"{name} has the value {float(loaded[lost].flatten()[0]):.3g}, too small or too large to be divided "
+                f"by {'a power of two' if found.steps == EXACT_STEPS else 'the scale of its column'}",
                 hint="Convert without smoothing.",
             )
-        return scaled
+        return result
 
-    def _factors_of(self, name: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        with self._lock:
-            if name not in self._factors:
-                found = self._exponents[name]
-                self._factors[name] = self._factor(found.rows, dtype), self._factor(found.columns, dtype)
-            return self._factors[name]
 
-    def _factor(self, exponents: bytes, dtype: torch.dtype) -> Tensor | None:
-        if not exponents:
-            return None
-        values = torch.frombuffer(bytearray(exponents), dtype=torch.int8)
-        return powers_of_two(values, dtype).to(self._device)
+class _Exponents:
+    """The exponents of one tensor on a device, int8."""
+
+    def __init__(self, found: TensorExponents, device: torch.device) -> None:
+        self.steps: Steps = found.steps
+        self.rows, self.columns = _tensor(found.rows, device), _tensor(found.columns, device)
+
+
+def _tensor(exponents: bytes, device: torch.device) -> Tensor | None:
+    return torch.frombuffer(bytearray(exponents), dtype=torch.int8).to(device) if exponents else None
+
+
+def _loses(before: Tensor, after: Tensor, rows: Tensor, steps: Steps) -> Tensor:
+    """Where a value has lost digits by more than one rounding to its dtype, or at all by powers of two."""
+    back = after.double() * scales(-rows, steps).double()
+    allowed = 0.0 if steps == EXACT_STEPS else torch.finfo(before.dtype).eps / 2.0
+    wrong = (back - before.double()).abs() > allowed * before.double().abs()
+    return torch.isfinite(before) & (wrong | ~torch.isfinite(after))

@@ -4,6 +4,7 @@ Owns what a worker needs to know. The worker that records a shard may be lost be
 is started again finds the record. Knows no cluster.
 """
 
+import os
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -12,12 +13,15 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.object_store import shown_address
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import ShardFile, Source, SourceIdentity
 from int8cli.conversion.column_source import ColumnSource, KnownColumns, MakeColumns, Ready, RequireRoom
 from int8cli.conversion.destination import HandOn
+from int8cli.conversion.late import LATE_S, LOOK_AGAIN_S
 from int8cli.conversion.resumed_smoothing import require_same
 from int8cli.conversion.task import ShardTask
 from int8cli.errors import DigestMismatchError, OutputInUseError, SourceError
@@ -26,11 +30,9 @@ from int8cli.progress import BYTES, SILENT, Progress
 from int8cli.records.part import new_token
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
+from int8cli.records.upload_record import UploadRecord
 from int8cli.workers.processes import OnBytes
 
-# How long a file system of a network may go on with what it knew: of a directory, or of a machine that is gone.
-LATE_S = 90.0
-LOOK_AGAIN_S = 0.2
 # Has a method of the driver's listener called there: see `cluster`.
 TellCall = Callable[[Callable[[Any], object]], None]
 
@@ -65,6 +67,14 @@ class RemoteSource:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerResult:
+    """A shard that a worker has recorded. `upload` is what was recorded of handing it on, if anything was."""
+
+    record: ShardRecord
+    upload: UploadRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerJob:
     """What a worker does with a shard, besides the shard's own task. `hand_on` gets what is converted."""
 
@@ -76,21 +86,24 @@ class WorkerJob:
         """The same for one shard whose columns are known."""
         return replace(self, columns=Ready(columns))
 
-    def convert(self, task: ShardTask, on_bytes: OnBytes) -> ShardRecord:
-        """Convert a shard, record it and hand it on, as far as no earlier attempt has."""
-        with self._opened(task.directory) as (source, store, columns):
+    def convert(self, task: ShardTask, on_bytes: OnBytes) -> WorkerResult:
+        """Convert a shard, record it and hand it on, as far as no earlier attempt has.
+
+        What attempts that were lost have left of it, unfinished files and downloads, is removed then.
+        """
+        with self._opened(task.directory, task.source.output) as (source, store, columns):
             record = store.finished(task.source)
             if record is None and self.hand_on is not None and store.uploaded(task.source) is not None:
                 record = store.record(task.source)
             if record is None:
                 record = _convert_as_published(task, source, store, columns, on_bytes)
-            if self.hand_on is not None:
-                self.hand_on(store, record)
-            return record
+            upload = None if self.hand_on is None else self.hand_on(store, record)
+        store.remove_left_over(_attempts(task.source.output))
+        return WorkerResult(record, upload)
 
     def scan(self, task: ShardTask, on_bytes: OnBytes) -> None:
         """Learn of a shard what the columns of others need."""
-        with self._opened(task.directory) as (_, _, columns):
+        with self._opened(task.directory, task.source.output) as (_, _, columns):
             columns.expect([task.source.file], lambda work: work(on_bytes))
 
     def run_model(
@@ -105,7 +118,7 @@ class WorkerJob:
         def check_room(size_bytes: int) -> None:
             tell(methodcaller("require_room", size_bytes))
 
-        with self._opened(output, _ToldProgress(tell)) as (_, _, columns):
+        with self._opened(output, "", _ToldProgress(tell)) as (_, _, columns):
             with closing(_once_released(columns, check_room)) as released:
                 for shard in released:
                     require_same(columns.settled(), recorded)
@@ -115,15 +128,22 @@ class WorkerJob:
             return {shard: _known(columns, shard) for shard in shards}
 
     @contextmanager
-    def _opened(self, output: Path, progress: Progress = SILENT) -> Iterator[tuple[Source, RecordStore, ColumnSource]]:
-        """The source and the output, under names that no other worker has."""
-        store = RecordStore(output, new_token())
+    def _opened(
+        self, output: Path, shard: str, progress: Progress = SILENT
+    ) -> Iterator[tuple[Source, RecordStore, ColumnSource]]:
+        """The source and the output, under names that no other worker has, for a shard or for a run of the model."""
+        store = RecordStore(output, _attempts(shard) + new_token())
         with closing(self.source.open(store, output)) as source:
             try:
                 state = OwnPath(store.calibration_directory, output, store.aside)
                 yield source, store, self.columns(source, state, progress)
             finally:
                 store.remove_own_partial_files()
+
+
+def _attempts(shard: str) -> str:
+    """How the names begin that belong to attempts at one shard, by its output."""
+    return xxhash.xxh3_64_hexdigest(os.fsencode(shard))
 
 
 def _known(columns: ColumnSource, shard: str) -> KnownColumns:

@@ -19,7 +19,8 @@ from int8cli.estimate.kv_cache import DTYPE_BYTES, KvCache
 from int8cli.estimate.units import PARTS, MemoryUnit, cached_units, part_of, units_of
 from int8cli.estimate.weights import Weights, buffers_of, bytes_in_file, names_not_in_memory, weights_of
 from int8cli.planning.mixtures import LayoutShare, layout_shares
-from int8cli.planning.survey import Survey, other_files_bytes, room_needed
+from int8cli.planning.room import ONE_PROCESS, other_files_bytes, room_needed
+from int8cli.planning.survey import Survey
 
 FLOAT16 = "float16"
 INT8 = "int8"
@@ -156,7 +157,7 @@ def estimate_memory(source: Source, survey: Survey, output: Path, *, threads: in
         survey,
         tuple(units),
         tuple(Part(name, parts[name]) for name in PARTS if name in parts),
-        kv_cache_of(survey.config, key_value_rows(found), config_class),
+        kv_cache_of(survey.config, key_value_rows(found, survey.config), config_class),
         _conversion(source, survey, output, threads),
         not_in_memory,
     )
@@ -205,7 +206,7 @@ def _aliases(survey: Survey, not_in_memory: frozenset[str]) -> frozenset[str]:
 def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> ConversionNeeds:
     sizes: Mapping[str, int] = {contents.file_name: contents.file_bytes for contents in survey.shards}
     download_bytes = sum(size for name, size in sizes.items() if source.transfers(name))
-    rooms = room_needed(source, survey, list(sizes), output)
+    rooms = room_needed(source, survey, list(sizes), output, ONE_PROCESS)
     return ConversionNeeds(
         download_bytes,
         survey.output_bytes,

@@ -6,7 +6,9 @@ in the shape of k_proj and v_proj all the same.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from int8cli.estimate.config_fields import HEAD_WIDTH, Fields, language_model
 from int8cli.estimate.units import MemoryUnit, last_stack
 from int8cli.planning.decisions import Decision
 
@@ -21,15 +23,23 @@ _OTHER = re.compile(r"cross|enc_?dec|encoder_attn|linear_attn|indexer|compressor
 RowsByLayer = Sequence[int | None]
 
 
-def key_value_rows(units: Iterable[MemoryUnit]) -> tuple[int | None, ...]:
+def key_value_rows(units: Iterable[MemoryUnit], config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Rows of the key and the value projection together, for each block that a cache belongs to, first to last.
 
-    None for a block that has neither the two once each, nor one projection for queries, keys and values.
+    None for a block that has neither the two once each, nor one projection for queries, keys and values in which all
+    heads are equally wide, as far as the config says.
     """
-    return tuple(_rows(unit.decisions) for unit in last_stack(units))
+    alike = _heads_are_alike(language_model(config).fields)
+    return tuple(_rows(unit.decisions, alike=alike) for unit in last_stack(units))
 
 
-def _rows(decisions: Iterable[Decision]) -> int | None:
+def _heads_are_alike(fields: Fields) -> bool:
+    """Whether the heads of values are as wide as those of queries. If not, the output tells nothing of the queries."""
+    width = fields.number(*HEAD_WIDTH, default=0)
+    return fields.number("v_head_dim", default=width) == width
+
+
+def _rows(decisions: Iterable[Decision], *, alike: bool) -> int | None:
     found: Mapping[re.Pattern[str], list[int]] = {_KEY: [], _VALUE: []}
     for decision in decisions:
         spec = decision.spec
@@ -39,7 +49,7 @@ def _rows(decisions: Iterable[Decision]) -> int | None:
             if pattern.search(decision.module):
                 rows.append(decision.computed_shape[0])
     if not any(found.values()):
-        return _fused_rows(decisions)
+        return _fused_rows(decisions) if alike else None
     once = all(len(rows) == 1 for rows in found.values())
     return sum(rows[0] for rows in found.values()) if once else None
 

@@ -88,9 +88,17 @@ def layer_kinds(model: LanguageModel, blocks: int, *, decoder: bool) -> Kinds:
         kind = _kind_by_family(fields.model_type)
         kinds = tuple(kind(fields, layer) for layer in range(count))
         _assume_kinds(model)
-    images = fields.config.get("cross_attention_layers") or ()
+    images = _image_layers(fields)
     kinds = tuple(IMAGE if layer in images else kind for layer, kind in enumerate(kinds))
     return _without_shared(kinds, fields)
+
+
+def _image_layers(fields: Fields) -> frozenset[int]:
+    """The layers that attend to an image alone. Raises UnknownCacheError if the field is no list of layers."""
+    listed = fields.config.get("cross_attention_layers") or ()
+    if not isinstance(listed, (list, tuple)) or any(type(layer) is not int for layer in listed):
+        raise UnknownCacheError("cross_attention_layers is no list of layers")
+    return frozenset(listed)
 
 
 def _assume_kinds(model: LanguageModel) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from int8cli.errors import TextError
 from int8cli.evaluation.subject import Subject
 from int8cli.llm_int8.columns import choose_columns
+from int8cli.llm_int8.limits import Steps
 from int8cli.model.text import Text
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics
@@ -20,10 +21,15 @@ from int8cli.results.evaluation import StoredColumnsSummary
 
 @dataclass(frozen=True, slots=True)
 class SmoothedColumns:
-    """The exponents of a layer's input columns, int8 (in,), and the columns to store once it is smoothed."""
+    """The exponents of a layer's input columns, int8 (in,), and the columns to store once it is smoothed.
+
+    `steps` of an exponent are a factor of 2. `scaled` are the tensors that make the divided input.
+    """
 
     exponents: Tensor
     stored: tuple[int, ...]
+    steps: Steps
+    scaled: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +79,13 @@ def calibrated_columns(
 
 def smoothing_from(statistics: OutlierStatistics) -> dict[str, SmoothedColumns]:
     """The proved smoothing of each linear layer that has one."""
-    return {
-        linear.name: SmoothedColumns(site.smoothing.exponents, linear.smoothed.stored if linear.smoothed else ())
-        for site in statistics.linear_sites
-        if site.smoothing is not None
-        for linear in site.linears
-    }
+    found: dict[str, SmoothedColumns] = {}
+    for site in statistics.linear_sites:
+        if site.smoothing is None:
+            continue
+        how = site.smoothing
+        for linear in site.linears:
+            stored = linear.smoothed.stored if linear.smoothed else ()
+            scaled = tuple(each.tensor for each in how.scaled)
+            found[linear.name] = SmoothedColumns(how.exponents, stored, how.steps, scaled)
+    return found

@@ -19,6 +19,7 @@ from int8cli.evaluation.saved_sums import load_sums, run_identity, save_sums
 from int8cli.evaluation.subject import Subject
 from int8cli.evaluation.units import LayerSums, Trajectories, UnitEvaluation, added_sums, layer_errors
 from int8cli.evaluation.weights import LayerWeights
+from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.loaded_unit import LoadedUnit
@@ -29,6 +30,7 @@ from int8cli.model.skeleton import Skeleton, build_skeleton
 from int8cli.model.stream import StreamedModel
 from int8cli.model.text import Text, sequences_of
 from int8cli.progress import Progress
+from int8cli.records.conversion import EXACT_SMOOTHING, FINE_SMOOTHING
 from int8cli.results.evaluation import EvaluatedText, Evaluation, MethodResult, StoredColumnsSummary
 from int8cli.results.units import told_apart
 from int8cli.runtime.converted_tensors import ConvertedTensors
@@ -229,7 +231,16 @@ class _Run:
             notes=self._wanted.notes,
             seconds=time.monotonic() - self._begun_s,
             inputs=subject.inputs,
+            smooth=self._smooth(),
         )
+
+    def _smooth(self) -> str | None:
+        """The scales of the smoothed methods, by name; None without such methods."""
+        smoothing = self._columns.smoothing if self._columns is not None else None
+        if not self._wanted.needs_smoothing or smoothing is None:
+            return None
+        fine = any(each.steps != EXACT_STEPS for each in smoothing.values())
+        return FINE_SMOOTHING if fine else EXACT_SMOOTHING
 
     def _evaluated_text(self) -> EvaluatedText:
         targets = [passage.targets.numel() for passage in self._passages if passage.targets is not None]

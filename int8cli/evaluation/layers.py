@@ -17,9 +17,10 @@ from int8cli.llm_int8.baselines import (
     quantize_weight,
     restored_weight,
 )
+from int8cli.llm_int8.limits import Steps
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.llm_int8.smoothing import powers_of_two
+from int8cli.llm_int8.scales import scaled
 from int8cli.runtime.converted_tensors import ExactColumns, Int8Data
 
 _CHUNK_ELEMENTS = 1 << 22
@@ -27,10 +28,15 @@ _CHUNK_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class SmoothedLayer:
-    """The exponents of a layer's input columns, int8 (in,), and the columns to store then, int64 (k,), sorted."""
+    """The exponents of a layer's input columns, int8 (in,), and the columns to store then, int64 (k,), sorted.
+
+    `steps` of an exponent are a factor of 2. `divisors`, float32 (in,), are what inputs are divided by.
+    """
 
     exponents: Tensor
     columns: Tensor
+    steps: Steps
+    divisors: Tensor
 
 
 class Layer:
@@ -39,8 +45,8 @@ class Layer:
     `weight` is the 16-bit weight, None if only int8 is available. `stored` is the int8 data of a converted model;
     without it, the weight is quantized as in `convert`. `exact_columns` are the stored outlier columns, if any.
     `smoothing` is what the smoothed methods compute with; without it, they compute with the layer as it is.
-    `columns_of_stored` are the exponents by which the columns of `stored` were multiplied, int8 (in,), if inputs are
-    given undivided: the layer is then the smoothed one, and `given` divides its inputs.
+    `columns_of_stored` are the exponents of the columns of `stored`, with their steps, if inputs are given undivided:
+    the layer is then the smoothed one, and `given` divides its inputs.
     """
 
     def __init__(
@@ -52,14 +58,14 @@ class Layer:
         exact_columns: ExactColumns | None = None,
         threshold: float,
         smoothing: SmoothedLayer | None = None,
-        columns_of_stored: Tensor | None = None,
+        columns_of_stored: tuple[Tensor, Steps] | None = None,
     ) -> None:
         self.name, self.threshold, self.exact_columns = name, threshold, exact_columns
         self._smoothing = smoothing
         self._smoothed: Layer | None = None
         self._columns_of_stored = columns_of_stored
         if weight is not None and columns_of_stored is not None:
-            weight = weight * powers_of_two(columns_of_stored, weight.dtype)
+            weight = scaled(weight, columns_of_stored[1], columns=columns_of_stored[0])
         self._weight, self._stored = weight, stored
         self._matrix: tuple[InputScheme, Span, Int8Matrix] | None = None
         self._restored: Tensor | None = None
@@ -105,15 +111,16 @@ class Layer:
         """The inputs (tokens, in) of this layer, from those in the 16-bit model."""
         if self._columns_of_stored is None:
             return inputs
-        return inputs * powers_of_two(-self._columns_of_stored, inputs.dtype)
+        columns, steps = self._columns_of_stored
+        return scaled(inputs, steps, columns=columns, undo=True)
 
     @property
     def smoothed(self) -> "Layer":
-        """The layer with its columns multiplied by the powers of two, and other columns stored; itself without any."""
+        """The layer with its columns multiplied by their scales, and other columns stored; itself without any."""
         if self._smoothing is None:
             return self
         if self._smoothed is None:
-            weight = self.weight * powers_of_two(self._smoothing.exponents, self.weight.dtype)
+            weight = scaled(self.weight, self._smoothing.steps, columns=self._smoothing.exponents)
             columns = self._smoothing.columns
             exact = ExactColumns(columns, weight[:, columns])
             self._smoothed = Layer(self.name, weight, exact_columns=exact, threshold=self.threshold)
@@ -123,7 +130,7 @@ class Layer:
         """The inputs (tokens, in) of the smoothed layer."""
         if self._smoothing is None:
             return inputs
-        return inputs * powers_of_two(-self._smoothing.exponents, inputs.dtype)
+        return (inputs.float() / self._smoothing.divisors).to(inputs.dtype)
 
     def forget(self) -> None:
         """Free the forms that only one method uses. The smoothed layer stays for the next smoothed method."""

@@ -32,7 +32,7 @@ def run_identity(
     """Everything that two runs must have in common for one to resume the other. `compared` are keys of methods."""
     chosen = "" if columns is None else json.dumps(sorted(columns.by_layer.items()))
     smoothing = sorted((columns.smoothing or {}).items()) if columns is not None else []
-    exponents = [[name, each.exponents.tolist(), list(each.stored)] for name, each in smoothing]
+    exponents = [[name, each.exponents.tolist(), list(each.stored), each.steps] for name, each in smoothing]
     return {
         "smoothing": hashlib.sha256(json.dumps(exponents).encode()).hexdigest(),
         "evaluation": [method.key for method in trajectories.methods],

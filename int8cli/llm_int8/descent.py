@@ -2,11 +2,12 @@
 
 Rounding to steps of size d adds d² / 12 to the mean square. So for linears l that share the inputs of tokens t
 
-    err² = Σ_l ( Σ_i r_i² · Σ_j m_j / s_j² / 127² + Σ_t v_t g_t² · Σ_j s_j² ||w_j||² / levels² ) / 12,  s_j = 2^k_j
+    err² = Σ_l ( Σ_i r_i² · Σ_j m_j / s_j² / 127² + Σ_t v_t g_t² · Σ_j s_j² ||w_j||² / levels² ) / 12, s_j = 2^(k_j/n)
 
-r_i = max_j |w_ij| s_j is what row i is scaled by, and g_t what token t is scaled by once its inputs are divided. With
-v_t = 1 / (T ||y_t||²) the error of each token is relative to its output, so that one token with a huge output does not
-decide alone; m_j = Σ_t v_t x_tj². On SmolLM2-135M this is within 5 % of the measured error.
+Of an exponent k, n steps are a factor of 2: one or four. r_i = max_j |w_ij| s_j is what row i is scaled by, and g_t
+what token t is scaled by once its inputs are divided. With v_t = 1 / (T ||y_t||²) the error of each token is relative
+to its output, so that one token with a huge output does not decide alone; m_j = Σ_t v_t x_tj². On SmolLM2-135M this is
+within 5 % of the measured error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.quantize import INT8_MAX
 from int8cli.llm_int8.smoothing import ExponentRange
@@ -38,13 +40,19 @@ class ExpectedError:
     """The error expected of the int8 products of a site, as a function of the exponents of its input columns.
 
     inputs (tokens, in_features) and weights (out_features, in_features), neither smoothed. Without a `scheme` inputs
-    stay floats. Columns with the same value in `group`, int64 (in_features,), share an exponent.
+    stay floats. Columns with the same value in `group`, int64 (in_features,), share an exponent. `steps` of an exponent
+    are a factor of 2.
     """
 
     def __init__(
-        self, inputs: Tensor, weights: Sequence[Tensor], scheme: InputScheme | None, group: Tensor | None = None
+        self,
+        inputs: Tensor,
+        weights: Sequence[Tensor],
+        scheme: InputScheme | None,
+        group: Tensor | None = None,
+        steps: Steps = EXACT_STEPS,
     ) -> None:
-        self._scheme = scheme
+        self._scheme, self._steps = scheme, steps
         measured = [_energies(inputs, weight) for weight in weights]
         outputs = torch.stack([energies for energies, _ in measured])  # (linears, tokens)
         counted = outputs > 0.0
@@ -65,27 +73,33 @@ class ExpectedError:
     def descended(self, exponents: Tensor, allowed: ExponentRange) -> Tensor:
         """Exponents with a smaller error, or these: int8 (in_features,).
 
-        Begins with `exponents`, which must be `allowed`. One column after the other is moved by one step if that makes
-        the error smaller.
+        Begins with `exponents`, which must be `allowed`. One column after the other is moved by a factor of 2 if that
+        makes the error smaller, and then, if there are finer steps, by one step.
         """
         state = self._state(exponents)
         limits = allowed if self._group is None else self._narrowest(allowed)
+        for stride in sorted({self._steps, 1}, reverse=True):
+            self._sweep(state, limits, stride)
+        found = state.exponents.to(torch.int8)
+        return found if self._group is None else found[self._group]
+
+    def _sweep(self, state: "_State", limits: ExponentRange, stride: int) -> None:
+        """Move columns by `stride` steps, up or down, until few move."""
         size, tile = state.exponents.numel(), self._tile()
         for _ in range(_SWEEPS):
             moved = 0
             for start in range(0, size, tile):
-                for column, step in state.promising(slice(start, min(size, start + tile)), limits):
+                for column, step in state.promising(slice(start, min(size, start + tile)), limits, stride):
                     moved += state.tried(column, step)
             if moved * _SETTLED < size:
                 break
-        found = state.exponents.to(torch.int8)
-        return found if self._group is None else found[self._group]
 
     def _state(self, exponents: Tensor) -> "_State":
         if self._group is not None:
             first = torch.zeros(int(self._group.max()) + 1, dtype=exponents.dtype, device=exponents.device)
             exponents = first.scatter(0, self._group, exponents)
-        return _State(self._scheme, self._share, self._mean_square, self._norms, self._weights, self._inputs, exponents)
+        sums = self._share, self._mean_square, self._norms
+        return _State(self._scheme, self._steps, *sums, self._weights, self._inputs, exponents)
 
     def _tile(self) -> int:
         longest = max(matrix.values.shape[0] for matrix in (*self._weights, *self._inputs))
@@ -190,6 +204,7 @@ class _State:
     """The exponents at one moment, int64 (columns,), and all sums of the error that they lead to."""
 
     scheme: InputScheme | None
+    steps: Steps
     share: Tensor
     mean_square: Tensor
     norms: Tensor
@@ -206,7 +221,8 @@ class _State:
 
     def __post_init__(self) -> None:
         self.exponents = self.exponents.long().clone()
-        self._up, self._down = torch.exp2(self.exponents.float()), torch.exp2(-self.exponents.float())
+        octaves = self.exponents.float() / self.steps
+        self._up, self._down = torch.exp2(octaves), torch.exp2(-octaves)
         self._moved = (self.mean_square * self._down.double().square()).sum(dim=1, keepdim=True)
         self._energy = (self.norms * self._up.double().square()).sum(dim=1, keepdim=True)
         self._rows = [_Largest(matrix, self._up) for matrix in self.weights]
@@ -214,20 +230,22 @@ class _State:
         rows, tokens = ([each.first[:, None] for each in some] for some in (self._rows, self._tokens))
         self.error = float(self._error(rows, tokens, self._moved, self._energy))
 
-    def promising(self, columns: slice, allowed: ExponentRange) -> Iterator[tuple[int, int]]:
-        """The columns that gain by a step, seen one by one, and the better step of each."""
-        found = torch.stack([self._allowed_after(columns, step, allowed) for step in (-1, 1)])  # (2, columns)
+    def promising(self, columns: slice, allowed: ExponentRange, stride: int) -> Iterator[tuple[int, int]]:
+        """The columns that gain by `stride` steps up or down, seen one by one, and the better move of each."""
+        moves = (-stride, stride)
+        found = torch.stack([self._allowed_after(columns, step, allowed) for step in moves])  # (2, columns)
         best = found.min(dim=0)
         for place in self._gains(best.values).nonzero().squeeze(1).tolist():
-            yield columns.start + place, (-1, 1)[int(best.indices[place])]
+            yield columns.start + place, moves[int(best.indices[place])]
 
     def tried(self, column: int, step: int) -> bool:
-        """Move a column by one step if that still gains; whether it did."""
+        """Move a column by so many steps if that still gains; whether it did."""
         columns = slice(column, column + 1)
         error = self._after(columns, step)
         if not bool(self._gains(error)):
             return False
-        before, after = 2.0 ** int(self.exponents[column]), 2.0 ** (int(self.exponents[column]) + step)
+        number = int(self.exponents[column])
+        before, after = 2.0 ** (number / self.steps), 2.0 ** ((number + step) / self.steps)
         self._moved = self._moved + self.mean_square[:, columns] * (after**-2 - before**-2)
         self._energy = self._energy + self.norms[:, columns] * (after**2 - before**2)
         self.exponents[column] += step
@@ -248,12 +266,12 @@ class _State:
         return torch.where(fits, self._after(columns, step), torch.inf)
 
     def _after(self, columns: slice, step: int) -> Tensor:
-        """The error if one of the columns were moved by a step, for each: float64 (columns,)."""
-        up, down = self._up[columns].double(), self._down[columns].double()
-        moved = self._moved + self.mean_square[:, columns] * down.square() * (4.0**-step - 1.0)
-        energy = self._energy + self.norms[:, columns] * up.square() * (4.0**step - 1.0)
-        rows = [each.with_factors(columns, self._up[columns] * 2.0**step) for each in self._rows]
-        tokens = [each.with_factors(columns, self._down[columns] * 2.0**-step) for each in self._tokens]
+        """The error if one of the columns were moved by so many steps, for each: float64 (columns,)."""
+        up, down, factor = self._up[columns].double(), self._down[columns].double(), 2.0 ** (step / self.steps)
+        moved = self._moved + self.mean_square[:, columns] * down.square() * (factor**-2 - 1.0)
+        energy = self._energy + self.norms[:, columns] * up.square() * (factor**2 - 1.0)
+        rows = [each.with_factors(columns, self._up[columns] * factor) for each in self._rows]
+        tokens = [each.with_factors(columns, self._down[columns] / factor) for each in self._tokens]
         return self._error(rows, tokens, moved, energy)
 
     def _error(self, rows: Sequence[Tensor], tokens: Sequence[Tensor], moved: Tensor, energy: Tensor) -> Tensor:

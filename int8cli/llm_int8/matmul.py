@@ -4,7 +4,8 @@ Owns how inputs are quantized at run time and how an integer product becomes a f
 on every path: accumulated in int32, or in float64 where int32 could overflow, never in float32.
 
 In a decode step, most operations of a linear are on a few numbers, so that their count is what they cost. What depends
-on the weight alone is computed once (`Int8Weight.of`); what depends on the inputs is computed in place.
+on the weight alone is computed once (`Int8Weight.of`); what depends on the inputs is computed in place. In a prefill,
+operations count that torch does not vectorise: those of three operands of which one has a number for each token.
 """
 
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ _INT32_SAFE_FEATURES = (2**31 - 1) // (128 * 128)
 _INT32_SAFE_OFFSET_FEATURES = (2**31 - 1) // (255 * 128)
 # The smallest float32 above 0.
 _SMALLEST = 2.0**-149
+
+
+def _constant(value: float) -> Tensor:
+    """A number as a tensor: torch makes one of a Python number in each operation, which takes longer than the rest."""
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
+_HALF, _LOWEST = _constant(0.5), _constant(-128.0)
+_ABSMAX_STEPS, _HALF_OF_ALL_STEPS = _constant(INT8_MAX), _constant(127.5)
 # CUDA's integer product needs more than 16 rows, and multiples of 8 for the other two sizes.
 _CUDA_MIN_ROWS = 17
 _CUDA_MULTIPLE = 8
@@ -37,7 +47,8 @@ _BLOCK_ELEMENTS = 1 << 22
 class Int8Input:
     """Inputs of a linear layer in int8: x ≈ (data - zero_point) * step, with one step and zero point for each token.
 
-    data: int8 (tokens, in_features); step and zero_point: float32 (tokens,), zero_point holding whole numbers.
+    data: int8 (tokens, in_features); step and zero_point: float32 (tokens,), zero_point holding whole numbers. The step
+    of a token with an infinity or NaN is NaN, and so are its products.
     """
 
     data: Tensor
@@ -99,33 +110,43 @@ def quantize_tokens(inputs: Tensor, scheme: InputScheme) -> Int8Input:
     with an offset, so that inputs which are not centred on zero use the whole range [eq. 2 to 5].
     """
     whole = _quantized_in_place(inputs.to(torch.float32, copy=True), scheme)
-    return Int8Input(whole.values.to(torch.int8), whole.step.squeeze(1), whole.zero_point.squeeze(1))
+    return Int8Input(_int8(whole.values), whole.step.squeeze(1), whole.zero_point.squeeze(1))
 
 
 @dataclass(frozen=True, slots=True)
 class _WholeInput:
-    """`Int8Input` before the cast: values float32 (tokens, in_features); step and zero_point float32 (tokens, 1)."""
+    """`Int8Input` before the cast, whose values may be beyond int8 by 1: float32 (tokens, in_features).
+
+    step and zero_point: float32 (tokens, 1).
+    """
 
     values: Tensor
     step: Tensor
     zero_point: Tensor
 
 
+def _int8(values: Tensor) -> Tensor:
+    """Whole numbers in float32, which are lost, as int8."""
+    return values.clamp_(-128, 127).to(torch.int8)
+
+
 def _quantized_in_place(values: Tensor, scheme: InputScheme, *, has_zero: bool = False) -> _WholeInput:
     """Quantize float32 (tokens, in_features), which are lost. `has_zero`: every token is known to hold a zero."""
     low, high = values.amin(dim=1, keepdim=True), values.amax(dim=1, keepdim=True)  # (tokens, 1)
     if scheme == "absmax":
-        step = torch.maximum(high, low.neg_()).div_(INT8_MAX)
-        zero_point = torch.zeros_like(step)
-        scaled = values.div_(step.clamp_min(_SMALLEST))
-    else:
-        if not has_zero:
-            low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
-        step = zero_point_step(low, high)
-        divisor = step.clamp_min(_SMALLEST)  # a token of zeros has the step 0, and becomes its own zero point
-        zero_point = torch.rsub(low.div_(divisor), -128.0).round_()
-        scaled = torch.addcdiv(zero_point, values, divisor, out=values)
-    return _WholeInput(scaled.round_().clamp_(-128, 127), step, zero_point)
+        step = _or_nan(torch.maximum(high, low.neg_()).div_(_ABSMAX_STEPS))
+        return _WholeInput(values.div_(step.clamp_min(_SMALLEST)).round_(), step, torch.zeros_like(step))
+    if not has_zero:
+        low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
+    step = _or_nan(zero_point_step(low, high))
+    divisor = step.clamp_min(_SMALLEST)  # a token of zeros has the step 0, and becomes its own zero point
+    zero_point = (_LOWEST - low.div_(divisor)).round_()
+    return _WholeInput(values.div_(divisor).add_(zero_point).round_(), step, zero_point)
+
+
+def _or_nan(step: Tensor) -> Tensor:
+    """The step in place, or NaN if it is infinite: what infinities and NaN are in int8 differs between processors."""
+    return step.add_(step, alpha=0.0)
 
 
 def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
@@ -133,7 +154,7 @@ def zero_point_step(low: Tensor, high: Tensor) -> Tensor:
 
     low <= 0 <= high, float32 of one shape. Both are halved first, which is exact except for subnormals.
     """
-    return torch.sub(0.5 * high, low, alpha=0.5).div_(127.5)
+    return torch.sub(high * _HALF, low, alpha=0.5).div_(_HALF_OF_ALL_STEPS)
 
 
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
@@ -179,10 +200,10 @@ def _vectorwise(inputs: _WholeInput, weight: Int8Weight, *, offset: bool) -> Ten
 
 
 def _whole_product(values: Tensor, data: Tensor | PackedWeight) -> Tensor:
-    """values, whole numbers in float32, times data transposed: exact (tokens, out), in int32, float32 or float64."""
+    """values times data transposed, as `_WholeInput` has them: exact (tokens, out), in int32, float32 or float64."""
     if isinstance(data, PackedWeight):
         return data.product(values)
-    return int8_product(values.to(torch.int8), data)
+    return int8_product(_int8(values), data)
 
 
 def _exact_dtype(product: torch.dtype, in_features: int) -> torch.dtype:

@@ -26,7 +26,9 @@ _LARGEST_INPUT = 128
 _OFFSET = 128
 _ENGINE = "fbgemm"
 
-_packing = threading.Lock()  # the engine is a setting of the process
+# Rows whose magnitudes are summed at once: memory that is touched for the first time takes longer than the sum.
+_BLOCK_ELEMENTS = 1 << 19
+
 _keys = count()
 _by_key: "WeakValueDictionary[int, PackedWeight]" = WeakValueDictionary()
 
@@ -65,8 +67,8 @@ class PackedWeight:
     def product(self, values: Tensor) -> Tensor:
         """values (tokens, in_features) times the weight transposed, exact: (tokens, out_features).
 
-        values: float32, whole numbers from -128 to 127. The result holds whole numbers in float32 if the weight is in
-        one part, and is int32 otherwise.
+        values: float32, whole numbers; those beyond int8 are clamped to it. The result holds whole numbers in float32
+        if the weight is in one part, and is int32 otherwise.
         """
         if torch.compiler.is_compiling():
             compiled: Tensor = _product_by_key(values, self.key, self.shape[0], self.in_one_part)
@@ -108,11 +110,12 @@ def _is_exact() -> bool:
         return False
     width = 64
     extremes = torch.tensor([127, -127, 127, -128], dtype=torch.int8, device="cpu")[:, None].expand(4, width)
-    values = extremes.float().contiguous()
     packed = _packed(extremes)
     if not torch.equal(_unpacked(packed), extremes):
         return False
-    return torch.equal(_multiplied(values, packed).double(), values.double() @ values.double().t())
+    values = extremes.double()
+    beyond = values + values.sign() * torch.arange(width, device="cpu").remainder(3)
+    return torch.equal(_multiplied(beyond.float(), packed).double(), beyond.clamp(-128, 127) @ values.t())
 
 
 def _exact_width(data: Tensor) -> int:
@@ -133,33 +136,56 @@ def _largest_sum(part: Tensor) -> int:
     width = part.shape[1]
     if width * _LARGEST_INPUT * _LARGEST_INPUT <= _EXACT_IN_FLOAT:
         return width * _LARGEST_INPUT * _LARGEST_INPUT
-    magnitudes = part.clamp(min=-127).abs_()  # -128 has no magnitude in int8: each value may lack 1
-    row_sums = cpu_product(magnitudes.new_ones(1, width), magnitudes)
-    return _LARGEST_INPUT * (int(row_sums.max()) + width)
+    ones, largest = part.new_ones(1, width), 0
+    for rows in torch.split(part, max(2, _BLOCK_ELEMENTS // width)):
+        magnitudes = rows.clamp(min=-127).abs_()  # -128 has no magnitude in int8: each value may lack 1
+        largest = max(largest, int(cpu_product(ones, magnitudes).max()))
+    return _LARGEST_INPUT * (largest + width)
 
 
 def _packed(data: Tensor) -> Any:
-    with _packing, _engine(), warnings.catch_warnings():
-        # torch announces that it will drop the tensors which this is made from. Without them, there is no packing.
+    with _engine.selected():
+        return torch.ops.quantized.linear_prepack(_as_quantized(data.contiguous()), None)
+
+
+def _as_quantized(data: Tensor) -> Tensor:
+    """torch announces, in a warning, that it will drop these tensors. Without them, there is no packing."""
+    with _warnings, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        quantized = torch._make_per_tensor_quantized_tensor(data.contiguous(), 1.0, 0)
-        return torch.ops.quantized.linear_prepack(quantized, None)
+        return torch._make_per_tensor_quantized_tensor(data, 1.0, 0)
+
+
+_warnings = threading.Lock()  # filters of warnings are a setting of the process
+
+
+class _Engine:
+    """FBGEMM as the engine that torch packs for, which is a setting of the process, while any thread packs."""
+
+    def __init__(self) -> None:
+        self._lock, self._threads, self._before = threading.Lock(), 0, ""
+
+    @contextmanager
+    def selected(self) -> Iterator[None]:
+        with self._lock:
+            if not self._threads:
+                self._before = torch.backends.quantized.engine
+                torch.backends.quantized.engine = _ENGINE
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._threads -= 1
+                if not self._threads:
+                    torch.backends.quantized.engine = self._before
+
+
+_engine = _Engine()
 
 
 def _unpacked(part: Any) -> Tensor:
     data: Tensor = torch.ops.quantized.linear_unpack(part)[0].int_repr()
     return data
-
-
-@contextmanager
-def _engine() -> Iterator[None]:
-    """FBGEMM as the engine that torch packs for. Products follow what was packed."""
-    before = torch.backends.quantized.engine
-    torch.backends.quantized.engine = _ENGINE
-    try:
-        yield
-    finally:
-        torch.backends.quantized.engine = before
 
 
 def _multiplied(values: Tensor, part: Any) -> Tensor:

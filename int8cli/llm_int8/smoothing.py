@@ -1,8 +1,8 @@
-"""Exact smoothing: input columns divided by powers of two, and the columns of the weight multiplied by them.
+"""Smoothing: input columns divided by scales, and the columns of the weight multiplied by them.
 
 Owns the choice of the exponents, and the range in which scaling by a power of two is exact. An exponent k stands for
 x_j / 2^k and w_j * 2^k, which leaves X Wᵀ as it is, bit for bit, as long as nothing overflows or becomes subnormal.
-[SmoothQuant, Xiao et al. 2023, eq. 4, with powers of two]
+With finer steps (`scales`) each factor is rounded once. [SmoothQuant, Xiao et al. 2023, eq. 4, with such scales]
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from int8cli.llm_int8.baselines import restored_weight
 from int8cli.llm_int8.inputs import InputSummary
-from int8cli.llm_int8.limits import MAX_EXPONENT
+from int8cli.llm_int8.limits import EXACT_STEPS, MAX_EXPONENT, Steps
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
 from int8cli.llm_int8.quantize import quantize_rowwise
+from int8cli.llm_int8.scales import scaled, scales
 
 # How much of a column's range moves from the inputs to the weight: 0.5 shares it equally between both.
 ALPHAS = (0.35, 0.5, 0.65, 0.8)
@@ -44,14 +45,12 @@ class ExponentRange:
         """The range of k if this is that of -k."""
         return ExponentRange(-self.highest, -self.lowest)
 
+    def in_steps(self, steps: Steps) -> "ExponentRange":
+        """The same range for exponents of which `steps` are a factor of 2."""
+        return ExponentRange(self.lowest * steps, self.highest * steps)
+
     def clamp(self, exponents: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(exponents, self.lowest), self.highest)
-
-
-def powers_of_two(exponents: Tensor, dtype: torch.dtype) -> Tensor:
-    """2^k for each exponent, exact, in a float dtype that can hold it. |k| <= 126."""
-    bits = (exponents.to(torch.int32) + 127) << 23
-    return bits.view(torch.float32).to(dtype)
 
 
 def exact_range(rows: Tensor) -> ExponentRange:
@@ -93,14 +92,19 @@ def input_range(absmax: Tensor, dtype: torch.dtype) -> ExponentRange:
 
 
 def smoothing_exponents(
-    input_absmax: Tensor, weight_absmax: Tensor, alpha: float, allowed: ExponentRange, group: Tensor | None = None
+    input_absmax: Tensor,
+    weight_absmax: Tensor,
+    alpha: float,
+    allowed: ExponentRange,
+    group: Tensor | None = None,
+    steps: Steps = EXACT_STEPS,
 ) -> Tensor:
-    """The exponent of each input column: int8 (in_features,).
+    """The exponent of each input column: int8 (in_features,), of which `steps` are a factor of 2.
 
-    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), divided by the geometric mean of all s, as the nearest power of two,
-    within `allowed`. Columns whose inputs or weights are all 0 get the exponent 0. Both maxima are float32
-    (in_features,); that of the weight is over every linear that shares the input. Columns with the same value in
-    `group`, int64 (in_features,), share an exponent.
+    s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), divided by the geometric mean of all s, as the nearest step, within
+    `allowed`, which is in steps too. Columns whose inputs or weights are all 0 get the exponent 0. Both maxima are
+    float32 (in_features,); that of the weight is over every linear that shares the input. Columns with the same value
+    in `group`, int64 (in_features,), share an exponent.
     """
     if group is not None:
         input_absmax, weight_absmax = _largest(input_absmax, group), _largest(weight_absmax, group)
@@ -110,13 +114,13 @@ def smoothing_exponents(
         return torch.zeros_like(input_absmax, dtype=torch.int8)
     logarithm = alpha * input_absmax.double().log2() - (1.0 - alpha) * weight_absmax.double().log2()
     logarithm = logarithm - logarithm[known].mean()
-    exponents = torch.where(known, logarithm, 0.0).round().long()
+    exponents = torch.where(known, logarithm * steps, 0.0).round().long()
     return allowed.clamp(exponents).to(torch.int8)
 
 
-def smoothed_summary(summary: InputSummary, exponents: Tensor) -> InputSummary:
+def smoothed_summary(summary: InputSummary, exponents: Tensor, steps: Steps) -> InputSummary:
     """The statistics of the divided inputs, by dimension. Figures over all dimensions are those of the originals."""
-    factors = powers_of_two(-exponents, torch.float32)
+    factors = scales(exponents, steps).reciprocal()
     return replace(
         summary,
         minimum=summary.minimum * factors,
@@ -132,21 +136,23 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack(found).amax(dim=0)
 
 
-def smoothed_output_error(inputs: Tensor, weight: Tensor, exponents: Tensor, scheme: InputScheme | None) -> float:
+def smoothed_output_error(
+    inputs: Tensor, weight: Tensor, exponents: Tensor, scheme: InputScheme | None, steps: Steps = EXACT_STEPS
+) -> float:
     """(||error|| / ||X Wᵀ||)² of the int8 product of the smoothed inputs and weight, in the mean over tokens.
 
     inputs (tokens, in_features) and weight (out_features, in_features), neither smoothed yet; exponents are those of
     the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. Tokens whose output is 0 are
     not counted.
     """
-    divided, factors = inputs * powers_of_two(-exponents, inputs.dtype), powers_of_two(exponents, weight.dtype)
+    divided = scaled(inputs, steps, columns=exponents, undo=True)
     errors, energies = (torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device) for _ in range(2))
     whole = inputs.float()
     step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step]
         exact = whole @ rows.float().t()  # (tokens, rows)
-        data, row_absmax = quantize_rowwise(rows * factors)
+        data, row_absmax = quantize_rowwise(scaled(rows, steps, columns=exponents))
         if scheme is None:
             product = divided.float() @ restored_weight(data, row_absmax, torch.float32).t()
         else:

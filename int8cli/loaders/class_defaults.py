@@ -12,6 +12,7 @@ def _types(names: str) -> frozenset[str]:
 
 
 WIDTHS, HEADS, KINDS = "widths", "heads", "kinds"
+_TIES = "tie_word_embeddings"
 
 # Output head and input embedding are one weight, unless the config says otherwise.
 TIED = _types(
@@ -29,6 +30,15 @@ TIED = _types(
     roc_bert roformer seamless_m4t seamless_m4t_v2 shieldgemma2 smollm3 speech_to_text squeezebert starcoder2
     switch_transformers t5 t5gemma t5gemma2 tapas trocr udop umt5 vaultgemma visual_bert voxtral_realtime whisper xglm
     xlm
+    """
+)
+
+# Classes around a language model that tie their head where only its config says so. In the others their own config
+# counts from transformers 5 on; 4.57 asked the language model's alone.
+_TIED_AS_WITHIN = _types(
+    """
+    fast_vlm glm4v glm4v_moe glm_ocr hunyuan_vl llava llava_next_video llava_onevision minimax_m3_vl paddleocr_vl
+    qwen2_5_vl qwen2_vl vibevoice video_llama_3
     """
 )
 
@@ -141,15 +151,27 @@ _OF_THE_HUB = _types(
 
 
 def ties_head(config: Mapping[str, Any], language_config: Mapping[str, Any]) -> bool | None:
-    """Whether the output head shares the embedding's weight: as a config says, its language model's, or its class.
+    """Whether the output head shares the embedding's weight: as a config says, or its class.
 
-    None where the configs do not say and the class is not known.
+    `language_config` is that of the language model within, or `config` itself. Around a language model, both must say
+    so: releases ask one or the other, and what is tied for one of them only is not counted as shared. None where the
+    configs do not say and the class is not known.
     """
-    for each in (config, language_config):
-        stated = each.get("tie_word_embeddings")
-        if isinstance(stated, bool):
-            return stated
-    model_type = config.get("model_type")
+    own, within = _tied(config), _tied(language_config)
+    if language_config is config:
+        return own
+    if language_config.get(_TIES) is True and config.get("model_type") in _TIED_AS_WITHIN:
+        own = True
+    if own is False or within is False:
+        return False
+    return own
+
+
+def _tied(config: Mapping[str, Any]) -> bool | None:
+    """What a config says, or else its class; None if that is not known."""
+    stated, model_type = config.get(_TIES), config.get("model_type")
+    if isinstance(stated, bool):
+        return stated
     return model_type in TIED if model_type in TIED.union(*_UNDERSTOOD.values()) else None
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8cli.llm_int8.smoothing import ExponentRange, exact_range, powers_of_two
+from int8cli.llm_int8.scales import powers_of_two
+from int8cli.llm_int8.smoothing import ExponentRange, exact_range
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, linears_of, product_of, tensors_in, weight_of
 
@@ -46,7 +47,7 @@ class Fold:
         return self.producer == other.producer and not set(self.rows.tolist()).isdisjoint(other.rows.tolist())
 
     def row_exponents(self, exponents: Tensor, size: int) -> Tensor:
-        """The exponents of the producer's rows, int8 (size,): each is multiplied by 2^k."""
+        """The exponents of the producer's rows, int8 (size,), from those of the input columns."""
         found = torch.zeros(size, dtype=torch.int8, device=exponents.device)
         found[self.rows] = -exponents
         return found

@@ -14,6 +14,7 @@ from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, NotEnoughMemoryError
 from int8cli.llm_int8.inputs import THRESHOLD
+from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
@@ -44,7 +45,7 @@ class CalibrateOptions:
     the directory above it, but not below. With `stored_columns`, the output error of each linear is measured, in int8
     alone and with that many columns exact. With `smooth`, the smoothing of each site is found and proved, which takes
     about as long as the rest; it is chosen for inputs that are quantized by `smooth_for`,
-    or not at all.
+    or not at all, in exponents of which `smooth_steps` are a factor of 2.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -56,6 +57,7 @@ class CalibrateOptions:
     stored_columns: int = 0
     smooth: bool = False
     smooth_for: InputScheme | None = DEFAULT_INPUTS
+    smooth_steps: Steps = EXACT_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +116,10 @@ class Calibration:
         self._require_memory(skeleton)
         self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
-        self._smoother = UnitSmoother(options.smooth_for) if options.smooth else None
+        self._smoother = UnitSmoother(options.smooth_for, steps=options.smooth_steps) if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
         identity |= {"smooth": str(options.smooth_for)} if options.smooth else {}
+        identity |= {"smooth_steps": options.smooth_steps} if options.smooth_steps != EXACT_STEPS else {}
         below = options.state_below
         self._saved = SavedStates(options.state_directory, identity, below) if options.state_directory else None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from int8cli.llm_int8.columns import predicted_output_error
 from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.outliers import MassiveActivation, OutlierFeature, massive_activations, systematic_features
 from int8cli.llm_int8.smoothing import smoothed_summary
 
@@ -41,9 +42,9 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class ScaledRows:
-    """A tensor of the checkpoint whose rows (out_features, or elements of a norm) are multiplied by 2^exponents.
+    """A tensor of the checkpoint whose rows (out_features, or elements of a norm) are scaled: exponents int8 (rows,).
 
-    exponents: int8 (rows,).
+    They have the opposite sign of those of the columns that the rows make.
     """
 
     tensor: str
@@ -52,16 +53,17 @@ class ScaledRows:
 
 @dataclass(frozen=True, slots=True)
 class SiteSmoothing:
-    """The exact smoothing of a site: inputs divided by 2^exponents, columns of its linears multiplied by them.
+    """The smoothing of a site: inputs divided by scales, columns of its linears multiplied by them.
 
     exponents: int8 (in_features,), chosen with `alpha`. `scaled` are the tensors that make the divided input.
-    `mean_squared_rowmax` is that of some of the divided inputs.
+    `mean_squared_rowmax` is that of some of the divided inputs. `steps` of every exponent are a factor of 2.
     """
 
     exponents: Tensor
     alpha: float
     scaled: tuple[ScaledRows, ...]
     mean_squared_rowmax: float = 0.0
+    steps: Steps = EXACT_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +119,7 @@ class SiteStatistics:
         """The site of the smoothed model: its inputs divided, its linears with their figures after it."""
         if self.smoothing is None:
             return self
-        inputs = smoothed_summary(self.inputs, self.smoothing.exponents)
+        inputs = smoothed_summary(self.inputs, self.smoothing.exponents, self.smoothing.steps)
         inputs = replace(inputs, mean_squared_rowmax=self.smoothing.mean_squared_rowmax)
         return replace(self, inputs=inputs, linears=tuple(_once_smoothed(linear) for linear in self.linears))
 

@@ -2,8 +2,9 @@
 
 Owns its format. Each site has the tensors `<site>.minimum`, `.maximum`, `.absmax_later`, `.absmax_position`,
 `.mean_square` and `.share_over`, and each linear layer has `<linear>.weight_error`. A smoothed site has
-`.smooth_exponents`, and `.smooth_exponents.<tensor>` for each tensor whose rows are scaled; its linears have
-`.smoothed_weight_error`. Everything else, including model, revision and text, is one JSON document in the metadata.
+`.smooth_exponents`, and `.smooth_exponents.<tensor>` for each tensor whose rows are scaled, both in the unit that the
+document has as `steps`; its linears have `.smoothed_weight_error`. Everything else, including model, revision and
+text, is one JSON document in the metadata.
 """
 
 import json
@@ -23,7 +24,7 @@ from int8cli.checkpoint.serialize import serialize
 from int8cli.checkpoint.writer import write_file
 from int8cli.errors import StatisticsFileError
 from int8cli.llm_int8.inputs import InputSummary
-from int8cli.llm_int8.limits import MAX_EXPONENT
+from int8cli.llm_int8.limits import EXACT_STEPS, MAX_EXPONENT, Steps
 from int8cli.outliers.statistics import (
     LinearStatistics,
     OutlierStatistics,
@@ -67,6 +68,8 @@ def load_statistics(path: Path) -> OutlierStatistics:
                 _site(f"sites[{index}]", site, file.get_tensor, found.provenance.threshold)
                 for index, site in enumerate(found.sites)
             )
+            if len({site.smoothing.steps for site in found.sites if site.smoothing is not None}) > 1:
+                raise InvalidJsonError("mixes powers of two with finer scales")
     except (SafetensorError, OSError, UnicodeError, InvalidJsonError) as error:
         raise StatisticsFileError(
             f"{path.name} is not a file of outlier statistics: {error!s:.200}",
@@ -107,6 +110,7 @@ class _SmoothingFields:
     alpha: float
     scaled: tuple[str, ...]
     mean_squared_rowmax: float = 0.0
+    steps: Steps = EXACT_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +179,20 @@ def _site(place: str, site: _SiteFields, tensor: Callable[[str], Tensor], thresh
 def _smoothing(site: _SiteFields, tensor: Callable[[str], Tensor], features: int) -> SiteSmoothing | None:
     if site.smoothing is None:
         return None
-    exponents = _exponents(tensor, _smooth_name(site.name))
+    steps = site.smoothing.steps
+    exponents = _exponents(tensor, _smooth_name(site.name), steps)
     if len(exponents) != features:
         raise InvalidJsonError(f"{_smooth_name(site.name)} has {len(exponents)} values, not {features}")
-    scaled = (ScaledRows(name, _exponents(tensor, _scaled_name(site.name, name))) for name in site.smoothing.scaled)
-    return SiteSmoothing(exponents, site.smoothing.alpha, tuple(scaled), site.smoothing.mean_squared_rowmax)
+    scaled = tuple(
+        ScaledRows(name, _exponents(tensor, _scaled_name(site.name, name), steps)) for name in site.smoothing.scaled
+    )
+    return SiteSmoothing(exponents, site.smoothing.alpha, scaled, site.smoothing.mean_squared_rowmax, steps)
 
 
-def _exponents(tensor: Callable[[str], Tensor], name: str) -> Tensor:
-    found = _vector(tensor, name)
-    if found.dtype != torch.int8 or (found.numel() and int(found.abs().max()) > MAX_EXPONENT):
-        raise InvalidJsonError(f"{name} is not made of exponents from -{MAX_EXPONENT} to {MAX_EXPONENT}")
+def _exponents(tensor: Callable[[str], Tensor], name: str, steps: Steps) -> Tensor:
+    found, largest = _vector(tensor, name), MAX_EXPONENT * steps
+    if found.dtype != torch.int8 or (found.numel() and int(found.int().abs().max()) > largest):
+        raise InvalidJsonError(f"{name} is not made of exponents from -{largest} to {largest}")
     return found
 
 
@@ -285,6 +292,7 @@ def _smoothing_to_json(smoothing: SiteSmoothing) -> dict[str, Any]:
         "alpha": smoothing.alpha,
         "scaled": [scaled.tensor for scaled in smoothing.scaled],
         "mean_squared_rowmax": smoothing.mean_squared_rowmax,
+        **({"steps": smoothing.steps} if smoothing.steps != EXACT_STEPS else {}),
     }
 
 

@@ -1,11 +1,10 @@
 """The exponents for one unit of a model: chosen from its inputs, and proved before they count.
 
-Owns the order in which folds are tried. The folds and the proof are in `model.folds`, the arithmetic in
-`llm_int8.smoothing`.
+Owns the order in which folds are tried, and which powers of two prove a fold. The folds and the proof are in
+`model.folds`, the arithmetic in `llm_int8.smoothing`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from int8cli.llm_int8.descent import ExpectedError
 from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
+from int8cli.llm_int8.scales import scaled
 from int8cli.llm_int8.smoothing import (
     ALPHAS,
     ExponentRange,
     column_absmax,
     input_range,
-    powers_of_two,
     smoothed_output_error,
     smoothing_exponents,
 )
@@ -31,17 +31,19 @@ from int8cli.outliers.statistics import ScaledRows, SiteSmoothing
 # Why a site is left alone.
 NO_PRODUCER = "nothing before it takes the division exactly"
 NO_GAIN = "no powers of two make its int8 product better"
+NO_FINE_GAIN = "no scales make its int8 product better"
 # On how many inputs the chosen exponents are compared with none, by the int8 products themselves.
 _MEASURED = 128
 
 
 @dataclass(frozen=True, slots=True)
 class _Applied:
-    """A fold that is in the weights of the unit now."""
+    """A fold that is in the weights of the unit now, with the powers of two `proving`."""
 
     fold: Fold
     exponents: Tensor
     alpha: float
+    proving: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,37 +53,31 @@ class UnitSmoothing:
     found: Mapping[str, SiteSmoothing] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
-    def rows_of(self, linear: str) -> Tensor | None:
-        """The exponents of the rows of a linear that makes a divided input, int8 (out,); None if no row is scaled."""
-        rows = [
-            scaled.exponents
-            for smoothing in self.found.values()
-            for scaled in smoothing.scaled
-            if scaled.tensor == f"{linear}.weight"
-        ]
-        return torch.stack(rows).sum(dim=0, dtype=torch.int8) if rows else None
-
 
 class UnitSmoother:
     """Smooths units. What it finds in one does not depend on others, so that an interrupted run finds the same."""
 
-    def __init__(self, scheme: InputScheme | None, alphas: Sequence[float] = ALPHAS) -> None:
-        """The exponents are chosen for products with inputs quantized by `scheme`; None leaves them in floats."""
-        self._scheme, self._alphas = scheme, tuple(alphas)
+    def __init__(
+        self, scheme: InputScheme | None, alphas: Sequence[float] = ALPHAS, steps: Steps = EXACT_STEPS
+    ) -> None:
+        """The exponents are chosen for products with inputs quantized by `scheme`; None leaves them in floats.
 
-    @contextmanager
-    def smoothed(
+        `steps` of an exponent are a factor of 2.
+        """
+        self._scheme, self._alphas, self._steps = scheme, tuple(alphas), steps
+
+    def smoothing(
         self,
         loaded: LoadedUnit,
         sites: Sequence[Site],
         inputs: Mapping[str, InputSummary],
         examples: Mapping[str, Tensor],
-    ) -> Iterator[UnitSmoothing]:
-        """The proved smoothing of each site, with the unit's weights smoothed while the context lasts.
+    ) -> UnitSmoothing:
+        """The proved smoothing of each site. The unit's weights are the same afterwards.
 
-        The others are left alone: no fold was proved, or none made the int8 product better. `examples` are some inputs
-        of each site (positions, in_features): the exponents are chosen for these. The unit must have been run with
-        `repeatable`.
+        The others are to be left alone: no fold was proved, or none made the int8 product better. `examples` are some
+        inputs of each site (positions, in_features): the exponents are chosen for these. The unit must have been run
+        with `repeatable`.
         """
         applied: list[_Applied] = []
         reasons: dict[str, str] = {}
@@ -94,11 +90,11 @@ class UnitSmoother:
                 if reason:
                     reasons[site.name] = reason
                 earlier += site.linears
-            found = {each.fold.site.name: _result(loaded, each, examples[each.fold.site.name]) for each in applied}
-            yield UnitSmoothing(found, reasons)
+            found = {each.fold.site.name: self._result(loaded, each, examples) for each in applied}
+            return UnitSmoothing(found, reasons)
         finally:
             for each in reversed(applied):
-                scale(loaded, each.fold, -each.exponents)
+                scale(loaded, each.fold, -each.proving)
 
     def _try(
         self,
@@ -112,19 +108,30 @@ class UnitSmoother:
     ) -> str:
         """Apply the first fold of a site that is proved, beside those that are `applied`. Returns why none was."""
         weights = [weight_of(loaded.linears[name]) for name in site.linears]
-        choice = _Choice(self._scheme, self._alphas, weights, summary.absmax.to(examples.device), examples)
+        absmax = summary.absmax.to(examples.device)
+        choice = _Choice(self._scheme, self._alphas, self._steps, weights, absmax, examples)
         for fold in folds_of(loaded, site, earlier):
             if any(each.fold.overlaps(fold) for each in applied):
                 continue
             found = choice.of(fold, allowed_exponents(loaded, fold))
             if found is None:
-                return NO_GAIN
-            scale(loaded, fold, found.exponents)
+                return NO_GAIN if self._steps == EXACT_STEPS else NO_FINE_GAIN
+            scale(loaded, fold, found.proving)
             applied.append(found)
             if proof.holds([each.fold.producer for each in applied]):
                 return ""
-            scale(loaded, fold, -applied.pop().exponents)
+            scale(loaded, fold, -applied.pop().proving)
         return NO_PRODUCER
+
+    def _result(self, loaded: LoadedUnit, applied: _Applied, examples: Mapping[str, Tensor]) -> SiteSmoothing:
+        fold = applied.fold
+        module = loaded.module_of(fold.producer)
+        size = weight_of(module).shape[0] if fold.producer in loaded.linears else len(fold.rows)
+        rows = fold.row_exponents(applied.exponents, size).cpu()
+        by_name = tuple(ScaledRows(f"{fold.producer}.{name}", rows) for name in fold.parameters)
+        divided = scaled(examples[fold.site.name].float(), self._steps, columns=applied.exponents, undo=True)
+        rowmax = float(divided.abs().amax(dim=1).double().square().mean())
+        return SiteSmoothing(applied.exponents.cpu(), applied.alpha, by_name, rowmax, self._steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +143,7 @@ class _Choice:
 
     scheme: InputScheme | None
     alphas: Sequence[float]
+    steps: Steps
     weights: Sequence[Tensor]
     absmax: Tensor
     examples: Tensor
@@ -148,12 +156,12 @@ class _Choice:
         if key not in self._known:
             self._known[key] = self._found(allowed, group)
         found = self._known[key]
-        return None if found is None else _Applied(fold, *found)
+        return None if found is None else _Applied(fold, *found, proving=proving(found[0], self.steps))
 
     def _found(self, allowed: ExponentRange, group: Tensor | None) -> tuple[Tensor, float] | None:
-        over = column_absmax(self.weights)
-        choices = [smoothing_exponents(self.absmax, over, alpha, allowed, group) for alpha in self.alphas]
-        expected = ExpectedError(self.examples, self.weights, self.scheme, group)
+        over, allowed = column_absmax(self.weights), allowed.in_steps(self.steps)
+        choices = [smoothing_exponents(self.absmax, over, alpha, allowed, group, self.steps) for alpha in self.alphas]
+        expected = ExpectedError(self.examples, self.weights, self.scheme, group, self.steps)
         alpha, first = min(zip(self.alphas, choices, strict=True), key=lambda choice: expected.of(choice[1]))
         exponents = expected.descended(first, allowed)
         gains = self._measured(exponents) < self._measured(torch.zeros_like(exponents))
@@ -162,15 +170,16 @@ class _Choice:
     def _measured(self, exponents: Tensor) -> float:
         """The error of the int8 products on some of the examples, added up over the linears of the site."""
         some = self.examples[:: max(1, len(self.examples) // _MEASURED)]
-        return sum(smoothed_output_error(some, weight, exponents, self.scheme) for weight in self.weights)
+        return sum(smoothed_output_error(some, weight, exponents, self.scheme, self.steps) for weight in self.weights)
 
 
-def _result(loaded: LoadedUnit, applied: _Applied, examples: Tensor) -> SiteSmoothing:
-    fold = applied.fold
-    module = loaded.module_of(fold.producer)
-    size = weight_of(module).shape[0] if fold.producer in loaded.linears else len(fold.rows)
-    rows = fold.row_exponents(applied.exponents, size).cpu()
-    scaled = tuple(ScaledRows(f"{fold.producer}.{name}", rows) for name in fold.parameters)
-    divided = examples.float() * powers_of_two(-applied.exponents, torch.float32)
-    rowmax = float(divided.abs().amax(dim=1).double().square().mean())
-    return SiteSmoothing(applied.exponents.cpu(), applied.alpha, scaled, rowmax)
+def proving(exponents: Tensor, steps: Steps) -> Tensor:
+    """The exponents of whole powers of two that prove a fold: int8 (in_features,).
+
+    They are the nearest ones, but no column that is scaled at all is left out: where a scale is near to 1, it is proved
+    by 2 or by one half. Columns with the same exponent have the same here.
+    """
+    if steps == EXACT_STEPS:
+        return exponents
+    nearest = (exponents.float() / steps).round()
+    return torch.where(nearest == 0, exponents.sign(), nearest).to(torch.int8)

@@ -18,7 +18,7 @@ from int8cli.llm_int8.inputs import InputStatistics, InputSummary, NonFiniteInpu
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS
 from int8cli.llm_int8.measure import measured_output_errors
 from int8cli.llm_int8.quantize import NonFiniteWeightError
-from int8cli.llm_int8.smoothing import powers_of_two
+from int8cli.llm_int8.scales import scaled
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, first_hidden, weight_of
 from int8cli.outliers.sampled_rows import SampledRows
@@ -88,21 +88,23 @@ class UnitWatch:
         """The sites with what smooths them, and with the columns that are worth storing after that."""
         inputs = {site.name: site.inputs for site in found}
         samples = {name: sampled.rows() for name, sampled in self._samples.items()}
-        with smoother.smoothed(loaded, sites, inputs, samples) as smoothing:
-            return [self._after(site, smoothing, loaded.linears) for site in found]
+        smoothing = smoother.smoothing(loaded, sites, inputs, samples)
+        return [self._after(site, smoothing, loaded.linears) for site in found]
 
     def _after(self, site: SiteStatistics, unit: UnitSmoothing, modules: Mapping[str, nn.Module]) -> SiteStatistics:
-        """A site, with its linears smoothed now."""
+        """A site with its smoothing, and the figures of its linears once they are smoothed."""
         smoothing = unit.found.get(site.name)
         if smoothing is None:
             return dataclasses.replace(site, not_smoothed=unit.reasons.get(site.name, ""))
         site = dataclasses.replace(site, smoothing=smoothing)
         examples = self._examples.get(site.name)
         if examples is not None:
-            examples = examples * powers_of_two(-smoothing.exponents.to(examples.device), examples.dtype)
+            divisors = smoothing.exponents.to(examples.device)
+            examples = scaled(examples, smoothing.steps, columns=divisors, undo=True)
         linears = []
         for linear in site.linears:
-            weight = _with_its_rows(weight_of(modules[linear.name]), unit.rows_of(linear.name))
+            weight = weight_of(modules[linear.name])
+            weight = scaled(weight, smoothing.steps, columns=smoothing.exponents.to(weight.device))
             linears.append(self._smoothed_linear(site, linear, examples, weight))
         return dataclasses.replace(site, linears=tuple(linears))
 
@@ -197,13 +199,6 @@ def _naming(what: str) -> Iterator[None]:
             f"{what} contains {error.value} at position {error.position:,}, dimension {error.dimension:,}",
             hint="The model overflows there, or a weight before it is damaged.",
         ) from error
-
-
-def _with_its_rows(weight: Tensor, rows: Tensor | None) -> Tensor:
-    """A weight whose rows are scaled, with its own rows again: its output has the size that it had."""
-    if rows is None:
-        return weight
-    return weight * powers_of_two(-rows.to(weight.device), weight.dtype)[:, None]
 
 
 def _weight_figures(name: str, linear: nn.Module) -> LinearStatistics:

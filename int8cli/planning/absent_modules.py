@@ -16,6 +16,7 @@ TIED_HEADS: dict[str, tuple[str, ...]] = {
         *("bert-generation", "camembert", "data2vec-text", "esm", "gte", "ibert", "jina_embeddings_v3", "longformer"),
         *("luke", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
     ),
+    "lm_head.out_proj": ("t5gemma", "t5gemma2"),
     "proj_out": ("canary", "cohere_asr", "moonshine", "moonshine_streaming", "whisper"),
     "output_projection": ("biogpt", "fsmt", "trocr"),
     "generator_lm_head": ("convbert", "electra"),

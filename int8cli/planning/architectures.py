@@ -17,6 +17,7 @@ from int8cli.planning.reasons import (
     LAST,
     LINEAR,
     OTHER_HEAD,
+    READ,
     ROUTER,
     SUBCLASS,
     TIED,
@@ -131,7 +132,11 @@ CONV1D_NAME = re.compile(r"(?:^|\.)(?:c_attn|q_attn|c_fc|c_proj)$")
 
 _LINEAR_GATES = (_leaf(r"router\.gate router\.classifier router\.layer gateway\.gate gate\.wg", LINEAR),)
 _LINEAR_PATCHES = (_leaf(r"patch_embedding", LINEAR),)
-_LINEAR_REL_POS = (_leaf(r"rel_pos_bias rel_pos_[xy]_bias", LINEAR),)
+# Linear layers that do not run in int8, although transformers quantizes them on load: the model's own code computes
+# with their weight, or casts their input to its dtype. scripts/survey_architectures.py finds them.
+_READ_PATCHES = (_leaf(r"patch_embedding patch_embed\.proj", READ),)
+_READ_REL_POS = (_leaf(r"rel_pos_bias rel_pos_[xy]_bias", READ),)
+_READ_SPEECH_INPUT = (_leaf("input_linear", READ),)
 _SHARED_BOXES = (_under(r"bbox_embed class_embed", TIED),)
 _FUSED_QKV = (_leaf(r"attn\.w?_?qkv attn\.Wqkv mixer\.Wqkv", FUSED),)
 
@@ -142,11 +147,16 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     ),
     **dict.fromkeys(("d_fine", "deimv2"), (*_LINEAR_GATES, *_SHARED_BOXES)),
     **dict.fromkeys(("deformable_detr", "grounding-dino", "mm-grounding-dino", "rt_detr_v2"), _SHARED_BOXES),
+    **dict.fromkeys(("inkling2", "inkling2_vision"), _LINEAR_PATCHES),
     **dict.fromkeys(
-        ("inkling2", "inkling2_vision", "muse_glimmer", "muse_glimmer_vision", "muse_spark", "muse_spark_vision"),
-        _LINEAR_PATCHES,
+        (
+            *("cosmos3_edge", "cosmos3_edge_vision", "ernie4_5_vl_moe"),
+            *("muse_glimmer", "muse_glimmer_vision", "muse_spark", "muse_spark_vision"),
+        ),
+        _READ_PATCHES,
     ),
-    **dict.fromkeys(("layoutlmv3", "pp_doclayout_v2"), _LINEAR_REL_POS),
+    **dict.fromkeys(("layoutlmv2", "layoutlmv3", "pp_doclayout_v2"), _READ_REL_POS),
+    **dict.fromkeys(("granite_speech5_ctc", "granite_speech5_encoder"), _READ_SPEECH_INPUT),
     **dict.fromkeys(
         (
             *("jina_embeddings_v3", "nemo_speechlm", "nomic_bert", "qianfan_ocr"),
@@ -161,7 +171,16 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
         (_leaf(r"self_attention\.(?:query_key_value|dense) mlp\.dense_(?:h_to_4h|4h_to_h)", SUBCLASS),),
     ),
     **dict.fromkeys(("zamba", "zamba2"), (_under("shared_transf shared_transformer", TIED),)),
+    **dict.fromkeys(
+        (
+            *("data2vec-audio", "unispeech", "unispeech-sat", "wavlm"),
+            *("wav2vec2", "wav2vec2-bert", "wav2vec2-conformer"),
+        ),
+        (_leaf(r"tdnn\.\d+\.kernel project_q", READ),),
+    ),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), (_leaf(r"altup\.(?:correction|prediction)_coefs", READ),)),
     "apertus1p5": (_leaf(r"quantize\.embedding", LINEAR),),
+    "blip-2": (_top("text_projection vision_projection itm_head", READ),),
     "cohere_asr": (_leaf(r"log_softmax\.mlp\.layer0", HEAD),),
     "ctrl": (_leaf("w", EMBEDDING),),
     "dab-detr": (_under("bbox_predictor", TIED),),
@@ -173,15 +192,18 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
     "kimi_k25": (_leaf("wqkv", FUSED),),
     "lara_mini": (_leaf(r"linear_attn\.in_proj", FUSED),),
+    "mamba": (_leaf("dt_proj", READ),),
     "maskformer": (_leaf(r"pixel_level_module\.\S*\.(?:query|key|value|dense)", FUSED),),
     "minimax_m3_vl": (_leaf(r"shared_experts\.(?:gate|up)_proj", FUSED),),
     "mistral_large4": (_leaf(r"transformer\.layers\.\d+\.attention\.w[qk]", FUSED),),
     "pp_doclayout_v3": (_under("enc_bbox_head enc_score_head", TIED),),
+    "reformer": (_leaf(r"self_attention\.(?:query_key|value)", READ),),
     "rf_detr": (_leaf(r"decoder\.layers\.\d+\.self_attn\.out_proj", LINEAR),),
     "sapiens2": (_leaf("w12", FUSED),),
     "sarvam_moe": (_leaf(r"attention\.query_key_value", FUSED),),
     "step3p7": (_leaf(r"transformer\.resblocks\.\d+\.attn\.out_proj", LINEAR),),
     "tipsv2_text_model": (_leaf("out_proj", LINEAR),),
+    "videomae": (_leaf(r"attention\.attention\.(?:query|key|value)", READ),),  # before transformers 5.24
     "unlimited_ocr": (_leaf(r"transformer\.layers\.\d+\.self_attn\.qkv_proj projector\.layers", FUSED),),
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor
+from int8cli.llm_int8.limits import EXACT_STEPS, FINE_STEPS, Steps
 from int8cli.planning.decisions import Decision
 
 # 512K elements: the buffers of one block (1 MB of 16-bit input, twice 2 MB of float32, 512 KB of int8) stay in the
@@ -21,8 +22,9 @@ THREADS_FOR_A_SHARD = 4
 # The buffers of one thread, in bytes for each element of a block: source 8 (the widest dtype), float32 scaled and
 # rounded 4 + 4, int8 data 1, scales 4 (a block may have one column).
 BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
-# And of one that smooths: a copy of the block in the source's dtype.
-SMOOTHING_BYTES_A_THREAD = BLOCK_ELEMENTS * 8
+# And of one that smooths: a copy of the block in the source's dtype, and for scales that are no powers of two one in a
+# wider dtype.
+SMOOTHING_BYTES_A_THREAD: Mapping[Steps, int] = {EXACT_STEPS: BLOCK_ELEMENTS * 8, FINE_STEPS: BLOCK_ELEMENTS * 16}
 # And of one that reads 8-bit floats with scales: indices, products in float32, and the result in 16 bit.
 SCALED_BYTES_A_THREAD = BLOCK_ELEMENTS * (4 + 4 + 2)
 
@@ -144,7 +146,7 @@ Block = QuantizeBlock | RewriteBlock | CopyBlock
 def blocks_of(
     contents: ShardContents, decisions: Mapping[str, Decision], smoothed: Collection[str] = ()
 ) -> Iterator[Block]:
-    """Every block of a shard, in the order of the source file. `smoothed` tensors are multiplied by powers of two."""
+    """Every block of a shard, in the order of the source file. `smoothed` tensors are multiplied by scales."""
     for stored in contents.tensors:
         decision, is_smoothed = decisions[stored.spec.name], stored.spec.name in smoothed
         if not stored.spec.numel:

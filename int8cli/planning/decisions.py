@@ -26,13 +26,14 @@ class FloatLayers:
 class Acceptance:
     """Which layers a loader supports in int8 besides plain linear layers: separate experts, transformers' Conv1D.
 
-    `floats` are linear layers that it does not support in int8. The defaults are those of transformers' bitsandbytes
-    path.
+    `floats` are linear layers that it does not support in int8. With `language_model_only`, neither are those beside
+    the language model in a model that also sees or hears. The defaults are those of transformers' bitsandbytes path.
     """
 
     experts: bool = False
     conv1d: bool = True
     floats: tuple[FloatLayers, ...] = ()
+    language_model_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)

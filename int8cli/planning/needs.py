@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli.checkpoint.source import Source
-from int8cli.planning.survey import Room, Survey, room_needed
+from int8cli.planning.room import ONE_PROCESS, AtOnce, Room, room_needed
+from int8cli.planning.survey import Survey
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,12 @@ class Needs:
         output: Path,
         *,
         threads: int,
-        most_outputs: int | None = None,
+        at_once: AtOnce = ONE_PROCESS,
         shards: Collection[str] | None = None,
     ) -> "Needs":
-        """`most_outputs` as in `room_needed`. `shards` are the source files to convert, None for all."""
+        """`shards` are the source files to convert, None for all."""
         wanted = [each for each in survey.shards if shards is None or each.file_name in shards]
         names = [contents.file_name for contents in wanted]
         download = sum(contents.file_bytes for contents in wanted if source.transfers(contents.file_name))
-        rooms = room_needed(source, survey, names, output, most_outputs=most_outputs)
+        rooms = room_needed(source, survey, names, output, at_once)
         return cls(download, rooms, threads * survey.buffer_bytes_a_thread)

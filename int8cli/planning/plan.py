@@ -20,6 +20,7 @@ from int8cli.planning import architectures as names
 from int8cli.planning import reasons as why
 from int8cli.planning.architectures import Rule
 from int8cli.planning.decisions import Acceptance, Decision, Plan, PlanOptions
+from int8cli.planning.language_model import outside_language_model
 from int8cli.planning.leftovers import modules_without_weight
 
 _WEIGHT = ".weight"
@@ -51,6 +52,7 @@ class _Checkpoint:
         self.rules = tuple(_rules_for(config))
         self._model_types = frozenset(model_types(config))
         self._float32 = tuple(float32_of(model_types(config)))
+        self._beside_text = outside_language_model(specs, config)
         self.tied = bool(config.get("tie_word_embeddings", False))
         self._vocabularies = frozenset(_vocabularies(config))
         self._token_embeddings = frozenset(
@@ -100,10 +102,12 @@ class _Checkpoint:
         """Whether a linear layer is left alone because of its float32. One that is always float32 becomes int8."""
         return self.float32(module) == why.FLOAT32
 
-    def is_float_for(self, loader: Acceptance, module: str) -> bool:
-        """Whether a loader does not support this linear layer in int8."""
+    def why_float_for(self, loader: Acceptance, module: str) -> str | None:
+        """Why a loader does not support this linear layer in int8; None if it does."""
         concerned = (each for each in loader.floats if not each.model_types or each.model_types & self._model_types)
-        return any(each.pattern.search(module) for each in concerned)
+        if any(each.pattern.search(module) for each in concerned):
+            return why.LOADER_FLOAT
+        return why.BESIDE_TEXT if loader.language_model_only and module in self._beside_text else None
 
     def _shows_conv1d(self, spec: TensorSpec) -> bool:
         if len(spec.shape) != 2 or not names.CONV1D_NAME.search(_module(spec)):
@@ -119,8 +123,8 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = why.CONV1D
     if reason == why.LINEAR and is_misread(_module(spec)):
         reason = why.MISREAD
-    if reason == why.LINEAR and checkpoint.is_float_for(options.loader, _module(spec)):
-        reason = why.LOADER_FLOAT
+    if reason == why.LINEAR:
+        reason = checkpoint.why_float_for(options.loader, _module(spec)) or reason
     if reason == why.LINEAR:
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == why.LINEAR

@@ -22,9 +22,11 @@ FUSED = "split or merged by transformers on load"
 FLOAT32 = "kept in float32 by transformers"  # in a float16 model
 FLOAT32_ALWAYS = "always kept in float32 by transformers"  # in a bfloat16 model too
 SUBCLASS = "a linear class of the model's own, which the bitsandbytes path does not replace"
+READ = "multiplied by the model's own code, which needs a float weight"
 MISREAD = "named so that transformers 5.0 would not load it in int8"
 CONV1D = "a Conv1D, which this layout's loaders do not replace"
 LOADER_FLOAT = "not supported in int8 by the loaders of this layout"
+BESIDE_TEXT = "beside the language model; this layout's loaders want it in floats"
 UNKNOWN = "not recognised as a linear layer"
 SKIPPED = "left alone by --skip"
 NOT_NAMED = "not named by --only"
@@ -42,8 +44,10 @@ LINEAR_LEFT_ALONE = frozenset(
             FLOAT32,
             FLOAT32_ALWAYS,
             SUBCLASS,
+            READ,
             CONV1D,
             LOADER_FLOAT,
+            BESIDE_TEXT,
             SKIPPED,
             NOT_NAMED,
         ),

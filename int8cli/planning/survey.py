@@ -1,4 +1,4 @@
-"""Everything that is known about a conversion before the first weight is read: headers, plan, sizes, disk space.
+"""Everything that is known about a conversion before the first weight is read: headers, plan, sizes.
 
 Owns what `convert` starts from and what `--dry-run` shows. Reads config.json, the index and the headers. Needs no torch
 for safetensors sources.
@@ -8,19 +8,15 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from heapq import nlargest
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
-from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
-from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.llm_int8.limits import Steps
 from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SCALED_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
@@ -35,10 +31,6 @@ from int8cli.planning.scaled_sources import methods_of, understood_methods, with
 from int8cli.results.conversion import TensorGroup
 
 _EDGE_BYTES = 1 << 16
-# Measured on SmolLM2: record, report and index need 684 bytes for each tensor.
-_RECORD_BYTES_A_TENSOR = 1000
-# And 289 bytes for each stored column with its figures.
-_RECORD_BYTES_A_COLUMN = 500
 
 
 @dataclass(frozen=True)
@@ -47,7 +39,8 @@ class Survey:
 
     `target` is the layout of the output. `shards` have the matrices of fused experts, where the layout stores those in
     int8, in place of the tensors of the file. `stored_counts` is the most columns that a sidecar stores, by quantized
-    tensor; None without sidecars. `smooth`: sidecars have the exponents of a smoothing too.
+    tensor; None without sidecars. `smooth`: sidecars have the exponents of a smoothing too, of which so many are
+    a factor of 2.
     """
 
     identity: SourceIdentity
@@ -58,7 +51,7 @@ class Survey:
     plan: Plan
     target: Layout = bitsandbytes
     stored_counts: Mapping[str, int] | None = None
-    smooth: bool = False
+    smooth: Steps | None = None
 
     @cached_property
     def decisions(self) -> dict[str, Decision]:
@@ -84,7 +77,7 @@ class Survey:
                 self.decisions,
                 self.outputs[contents.file_name].file_name,
                 self.stored_counts,
-                tuple(most_specs(contents, self.decisions)) if self.smooth else (),
+                tuple(most_specs(contents, self.decisions, self.smooth)) if self.smooth else (),
             )
             for contents in self.shards
         }
@@ -126,7 +119,7 @@ class Survey:
     def buffer_bytes_a_thread(self) -> int:
         """The buffers of one thread that converts this source, besides what it reads of whole files."""
         scaled = any(stored.scaled is not None for contents in self.shards for stored in contents.tensors)
-        smoothing = SMOOTHING_BYTES_A_THREAD if self.smooth else 0
+        smoothing = SMOOTHING_BYTES_A_THREAD[self.smooth] if self.smooth else 0
         return BUFFER_BYTES_A_THREAD + smoothing + (SCALED_BYTES_A_THREAD if scaled else 0)
 
     @property
@@ -167,15 +160,6 @@ def _reason_with_cast(decision: Decision) -> str:
     if decision.written_dtype == decision.spec.dtype:
         return decision.reason
     return f"{decision.reason}; {decision.spec.dtype} cast to {decision.written_dtype}, as loaders would"
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """The free space that a disk needs, and what it has. `directory` is on that disk."""
-
-    directory: Path
-    needed_bytes: int
-    free_bytes: int
 
 
 def survey_source(source: Source, options: PlanOptions, target: Layout = bitsandbytes) -> Survey:
@@ -232,56 +216,6 @@ def group_by_kind(decisions: Iterable[Decision]) -> tuple[TensorGroup, ...]:
         for (kind, reason), members in groups.items()
     ]
     return tuple(sorted(grouped, key=lambda group: (-group.bytes, group.kind, group.reason)))
-
-
-def room_needed(
-    source: Source,
-    survey: Survey,
-    remaining: Sequence[str],
-    output: Path,
-    peak_shard_bytes: int | None = None,
-    most_outputs: int | None = None,
-) -> tuple[Room, ...]:
-    """The free space that each disk needs to convert the `remaining` shards; one entry for each disk.
-
-    Counts the output and, for a Hub source, the downloaded shards that exist at once: the one being converted and the
-    next, at least `peak_shard_bytes`, or all if the source keeps them. Shards in the Hub cache need nothing.
-    `most_outputs` is how many output shards there are at once, if they do not stay.
-    """
-    sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
-    transferred = [sizes[name] if source.transfers(name) else 0 for name in remaining]
-    outputs = [survey.outputs[name].file_bytes + _sidecar_bytes(survey, name) for name in remaining]
-    needed = [
-        (output, sum(outputs if most_outputs is None else nlargest(most_outputs, outputs))),
-        (output, other_files_bytes(source, survey)),
-    ]
-    if source.keeps_in is not None:
-        needed.append((source.keeps_in, sum(transferred)))
-    else:
-        two = max((sum(pair) for pair in pairwise([*transferred, 0])), default=0)
-        needed.append((output, two if peak_shard_bytes is None else max(two, peak_shard_bytes)))
-    by_disk: dict[int, list[tuple[Path, int]]] = {}
-    for directory, size_bytes in needed:
-        existing = existing_parent(directory)
-        with disk_errors(existing):
-            disk = existing.stat().st_dev
-        by_disk.setdefault(disk, []).append((existing, size_bytes))
-    return tuple(
-        Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), free_bytes(shares[0][0]))
-        for shares in by_disk.values()
-    )
-
-
-def _sidecar_bytes(survey: Survey, name: str) -> int:
-    return survey.sidecars[name].file_bytes if name in survey.sidecars else 0
-
-
-def other_files_bytes(source: Source, survey: Survey) -> int:
-    """The size of all files without weights: exact for copied files, estimated for records, report and index."""
-    copied = sum(source.size_bytes(name) for name in survey.weights.copied)
-    files = (*survey.outputs.values(), *survey.sidecars.values())
-    columns = sum((survey.stored_counts or {}).values())
-    return copied + _RECORD_BYTES_A_TENSOR * sum(len(file.tensors) for file in files) + _RECORD_BYTES_A_COLUMN * columns
 
 
 def fingerprint(source: Source, file_name: str) -> str:

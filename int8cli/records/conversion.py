@@ -3,10 +3,12 @@
 Owns the settings that decide the bytes of an output, and the schema of the file. Reads and writes nothing.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from int8cli.checkpoint.source import SourceIdentity
+from int8cli.llm_int8.limits import EXACT_STEPS, FINE_STEPS, Steps
 from int8cli.records.documents import check_file_name, check_shard_name, without_schema
 from int8cli.typed_json import InvalidJsonError, read_as
 
@@ -17,12 +19,14 @@ NO_OUTLIERS = "none"
 FROM_ACTIVATIONS = "activations"
 FROM_STATISTICS = "statistics"
 FROM_WEIGHTS = "weights"
-# The values of Settings.smooth.
+# The values of Settings.smooth: nothing, by powers of two, in finer steps.
 NO_SMOOTHING = "none"
+EXACT_SMOOTHING = "exact"
+FINE_SMOOTHING = "fine"
+STEPS: Mapping[str, Steps] = {EXACT_SMOOTHING: EXACT_STEPS, FINE_SMOOTHING: FINE_STEPS}
 # Values of Settings.inputs: the default, and inputs that stay in 16 bit.
 ABSMAX_INPUTS = "absmax"
 WEIGHTS_ONLY = "none"
-EXACT_SMOOTHING = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,8 @@ class Settings:
     most columns of one linear. With an `outlier_budget`, all linears together store no more than this share of the
     output's bytes, and one linear has no limit of its own. `calibration` names the text and how much of it is used, or
     the statistics. `figures`: whether the error of every layer is measured. `smooth`: whether what the calibration
-    proved is smoothed. `inputs` says how loaders quantize inputs, where the layout leaves that open.
+    proved is smoothed, and by which scales. `inputs` says how loaders quantize inputs, where the layout leaves that
+    open.
     """
 
     layout: str

@@ -26,6 +26,7 @@ from int8cli.typed_json import read_as
 
 PARTS = "parts"
 PART_SCHEMA = "int8cli.part/1"
+_ATTEMPTS = 10
 _FILE = re.compile(r"[0-9a-f]{16}\.json")
 
 
@@ -101,18 +102,7 @@ def joined(output: Path, parts: Path, token: str, record: PartRecord) -> Iterato
     Raises VersionMismatchError, and then leaves nothing, OutputError.
     """
     path = parts / f"{token}.json"
-    with disk_errors(path), opened_directory(parts, output, make=True) as directory:
-        descriptor = create_file(f".{token}.partial", directory)
-        try:
-            hold(descriptor)  # before it has its name, so that nobody sees it without its lock
-            write_all(descriptor, (json.dumps({"schema": PART_SCHEMA, **asdict(record)}) + "\n").encode())
-            os.fsync(descriptor)
-            os.replace(f".{token}.partial", path.name, src_dir_fd=directory, dst_dir_fd=directory)
-        except BaseException:
-            os.close(descriptor)
-            with suppress(OSError):
-                os.unlink(f".{token}.partial", dir_fd=directory)
-            raise
+    descriptor = _said(output, parts, token, record)
     try:
         try:
             refuse_other_versions(parts, record.version)  # of one that started at the same moment
@@ -124,6 +114,38 @@ def joined(output: Path, parts: Path, token: str, record: PartRecord) -> Iterato
         yield
     finally:
         os.close(descriptor)
+
+
+def _said(output: Path, parts: Path, token: str, record: PartRecord) -> int:
+    """Write the file of a process, locked. Returns its descriptor.
+
+    Another process that concludes the conversion at this moment may remove the directory: then it is made again.
+    """
+    with disk_errors(parts / f"{token}.json"):
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(FileNotFoundError):
+                return _written(output, parts, token, record)
+        return _written(output, parts, token, record)
+
+
+def _written(output: Path, parts: Path, token: str, record: PartRecord) -> int:
+    with opened_directory(parts, output, make=True) as directory:
+        return _created(f"{token}.json", f".{token}.partial", directory, record)
+
+
+def _created(name: str, aside: str, directory: int, record: PartRecord) -> int:
+    descriptor = create_file(aside, directory)
+    try:
+        hold(descriptor)  # before it has its name, so that nobody sees it without its lock
+        write_all(descriptor, (json.dumps({"schema": PART_SCHEMA, **asdict(record)}) + "\n").encode())
+        os.fsync(descriptor)
+        os.replace(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        os.close(descriptor)
+        with suppress(OSError):
+            os.unlink(aside, dir_fd=directory)
+        raise
+    return descriptor
 
 
 def _tidy_up(output: Path, parts: Path, token: str, record: PartRecord) -> None:

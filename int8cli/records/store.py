@@ -6,6 +6,7 @@ name, so a record always describes a complete file.
 
 import json
 import os
+import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ from int8cli.records.documents import read_document
 from int8cli.records.part import PARTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.upload_record import CommitRecord, UploadRecord
+
+# The names of directories that belong to one process, as in `part` and in `worker_job`.
+_TOKEN = re.compile(r"([0-9a-f]{16}){1,2}")
 
 
 class RecordStore:
@@ -91,6 +95,28 @@ class RecordStore:
         The directory above them stays, even empty: another process may be about to make its own in it.
         """
         remove_tree(self.partial_directory, self._output)
+
+    def remove_left_over(self, beginning: str = "") -> None:
+        """Remove the directories of processes whose token begins like this: of all by default.
+
+        None of them may be running, or what it does must not be wanted any more.
+        """
+        for directory in (self.own / "partial", self.own / "incoming"):
+            with suppress(FileNotFoundError, NotADirectoryError):
+                for name in os.listdir(directory):
+                    if _TOKEN.fullmatch(name) and name.startswith(beginning):
+                        remove_tree(directory / name, self._output)
+
+    @property
+    def left_over(self) -> tuple[Path, ...]:
+        """The directories whose files this run removes, replaces or goes on with."""
+        return self.partial_directory, self.incoming_directory
+
+    def paths_of(self, shard: ShardSource) -> list[Path]:
+        """Where the files of a shard and its records are, as far as they are known. Raises OutputError."""
+        record = self.record(shard)
+        files = [] if record is None else [self._output / file.file for file in record.files]
+        return [self._record_path(shard), self._upload_path(shard), *files]
 
     def conversion(self) -> Conversion | None:
         """The conversion that this directory belongs to; None if there is none. Raises OutputError."""
@@ -235,8 +261,10 @@ class RecordStore:
 
     @property
     def _state(self) -> tuple[Path, ...]:
-        """The directories of all processes."""
-        return self.own / "partial", self.own / "incoming", self.parts
+        """The directories of all processes. What they say of themselves goes first: a process that loses its files to
+        another one then finds that it is not wanted any more.
+        """
+        return self.parts, self.own / "partial", self.own / "incoming"
 
     def _of_this_process(self, directory: Path) -> Path:
         return directory if self._token is None else directory / self._token

@@ -4,6 +4,7 @@ import math
 
 from rich.table import Table
 
+from int8cli.records.conversion import FINE_SMOOTHING
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import escape, printable
 from int8cli.results.evaluation import Evaluation, MethodResult
@@ -74,6 +75,9 @@ def summary_lines(found: Evaluation) -> list[str]:
     if columns is not None:
         by = f", calibrated on {columns.text} ({columns.tokens:,} tokens)" if columns.text else ""
         lines.append(f"stored columns: {columns.mean_columns:.1f} per layer{by}")
+    if found.smooth is not None:
+        fine = "in steps of 2^(1/4), norms rounded to their dtype"
+        lines.append(f"smoothed methods: {fine if found.smooth == FINE_SMOOTHING else 'by powers of two, exactly'}")
     return lines
 
 

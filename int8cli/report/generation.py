@@ -7,17 +7,20 @@ from int8cli.results.units import human_bytes
 
 def generation_lines(found: Generation) -> list[str]:
     """Lines for a terminal."""
-    rate = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:.1f} tokens/s"
-    ended = "" if found.stopped == "end" else ", stopped at the limit"
-    lines = [
-        f"{found.new_tokens} tokens after a prompt of {found.prompt_tokens}: the first in "
-        f"{found.seconds_to_first_token:.2f} s{rate}{ended}",
-        _memory(found),
-    ]
+    lines = [speed_line(found), memory_line(found)]
     return lines if found.agreement is None else [*lines, "", *_agreement_lines(found, found.agreement)]
 
 
-def _memory(found: Generation) -> str:
+def speed_line(found: Generation) -> str:
+    rate = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:.1f} tokens/s"
+    ended = "" if found.stopped == "end" else ", stopped at the limit"
+    return (
+        f"{found.new_tokens} tokens after a prompt of {found.prompt_tokens}: the first in "
+        f"{found.seconds_to_first_token:.2f} s{rate}{ended}"
+    )
+
+
+def memory_line(found: Generation) -> str:
     peaks = [
         f"{human_bytes(peak)} {where}"
         for peak, where in ((found.peak_memory_bytes, "resident"), (found.peak_gpu_bytes, "on the GPU"))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
+from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.llm_int8.outliers import LAYER_SHARE, POSITION_SHARE
 from int8cli.outliers.statistics import (
     LocatedActivation,
@@ -42,11 +43,13 @@ def show_statistics(found: OutlierStatistics) -> None:
 
 
 def smoothed_lines(sites: Sequence[SiteStatistics]) -> list[str]:
-    """How many inputs can be smoothed exactly, and why the others cannot; and the predicted errors after that."""
+    """How many inputs can be smoothed, and why the others cannot; and the predicted errors after that."""
     smoothed = sum(site.smoothing is not None for site in sites)
+    fine = any(site.smoothing is not None and site.smoothing.steps != EXACT_STEPS for site in sites)
+    how = "in steps of 2^(1/4)" if fine else "exactly"
     reasons = Counter(site.not_smoothed for site in sites if site.not_smoothed)
     left = "; ".join(f"{count:,} ({reason})" for reason, count in sorted(reasons.items()))
-    lines = [f"{smoothed:,} of {len(sites):,} inputs can be smoothed exactly" + (f"; not: {left}" if left else "")]
+    lines = [f"{smoothed:,} of {len(sites):,} inputs can be smoothed {how}" + (f"; not: {left}" if left else "")]
     if smoothed:
         lines.append(f"{_predicted([site.once_smoothed() for site in sites])}, once smoothed")
     return lines

@@ -118,6 +118,7 @@ def _smoothing(site: SiteStatistics) -> dict[str, Any] | None:
         "scaled": sorted(each.tensor for each in site.smoothing.scaled),
         "alpha": site.smoothing.alpha,
         "exponents": site.smoothing.exponents.tolist(),
+        "steps": site.smoothing.steps,
         "linears": [_predicted_errors(after, linear) for linear in after.linears],
         "reason": "",
     }

@@ -8,9 +8,10 @@ from typing import Any
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.estimate.ways import Way
 from int8cli.planning.needs import Needs
+from int8cli.planning.room import Room
 from int8cli.planning.share import PlannedShare
-from int8cli.planning.survey import Room, Survey, group_by_kind
-from int8cli.records.conversion import NO_OUTLIERS, Settings
+from int8cli.planning.survey import Survey, group_by_kind
+from int8cli.records.conversion import FINE_SMOOTHING, NO_OUTLIERS, Settings
 from int8cli.report.conversion import groups_table
 from int8cli.report.stored import chosen_by, columns_word, percent_more
 from int8cli.report.terminal import stdout_console
@@ -171,14 +172,19 @@ def _chosen_by(survey: Survey, settings: Settings) -> str:
     if settings.outliers == NO_OUTLIERS or survey.stored_counts is None:
         return "no columns are stored exactly"
     if settings.most_columns == 0:
-        return f"smoothed where the model proves to compute the same bits; {escape(chosen_by(asdict(settings)))}"
+        return f"{_smoothed_how(settings)}; {escape(chosen_by(asdict(settings)))}"
     values = asdict(settings)
     columns = counted(sum(survey.stored_counts.values()), columns_word(values))
     by = escape(chosen_by(values))
-    smoothed = "; smoothed where the model proves to compute the same bits" if survey.smooth else ""
+    smoothed = f"; {_smoothed_how(settings)}" if survey.smooth else ""
     whole = f"{percent(settings.outlier_budget)} of the output"
     limit = f"{settings.most_columns:,} per layer" if settings.most_columns else whole
     return f"up to {columns} stored exactly, at most {limit}; {by}{smoothed}"
+
+
+def _smoothed_how(settings: Settings) -> str:
+    fine = settings.smooth == FINE_SMOOTHING
+    return f"smoothed where the model proves to compute the same bits{', but for rounded scales' if fine else ''}"
 
 
 def _disk_line(room: Room) -> str:

@@ -1,16 +1,28 @@
-"""The wording for exact smoothing: what was smoothed, and what was left alone and why."""
+"""The wording for smoothing: what was smoothed, and what was left alone and why."""
 
 from collections.abc import Iterator
 
+from int8cli.planning.exponents import columns_name, rows_name
 from int8cli.report import markdown
 from int8cli.results.smoothing import SmoothingSummary
 from int8cli.results.units import counted
+
+_EXACT = (
+    "Powers of two lose no digits: in 16 bit, the smoothed model computes the same bits as the original, which was "
+    "checked block by block when this was made."
+)
+_FINE = (
+    "The scales are in steps of 2^(1/4), finer than powers of two, so the divided tensors are rounded: each value is "
+    "the nearest that its dtype has, in bfloat16 within 0.4 %. That powers of two in their place change no bit was "
+    "checked block by block when this was made."
+)
 
 
 def smoothed_line(summary: SmoothingSummary) -> str:
     """`195 of 210 layers, exactly; left alone: 15 layers (no powers of two make their int8 product better)`."""
     text = f"{summary.smoothed:,} of {counted(summary.layers, 'layer')}"
-    text += ", exactly, by powers of two" if summary.smoothed else ""
+    if summary.smoothed:
+        text += ", exactly, by powers of two" if summary.exact else ", in steps of 2^(1/4), which rounds norms"
     left = "; ".join(f"{count:,} ({reason})" for reason, count in summary.reasons)
     return f"{text}; left alone: {left}" if left else text
 
@@ -20,16 +32,17 @@ def smoothing_section(summary: SmoothingSummary) -> Iterator[str]:
     yield "## Smoothing\n"
     yield (
         f"{summary.smoothed:,} of {counted(summary.layers, 'int8 layer')} are smoothed: an input column is divided by "
-        "a power of two where it is made, and the column of the weight multiplied by it, so that both are easier to "
-        f"round. {counted(summary.scaled_tensors, 'tensor')} in front of these layers (gains and biases of norms, "
-        "rows of earlier layers) are divided for it. Powers of two lose no digits: in 16 bit, the smoothed model "
-        "computes the same bits as the original, which was checked block by block when this was made.\n"
+        f"{'a power of two' if summary.exact else 'a scale'} where it is made, and the column of the weight multiplied "
+        f"by it, so that both are easier to round. {counted(summary.scaled_tensors, 'tensor')} in front of these "
+        "layers (gains and biases of norms, rows of earlier layers) are divided for it. "
+        f"{_EXACT if summary.exact else _FINE}\n"
     )
     if summary.reasons:
         yield "Left alone:\n"
         yield from (f"- {counted(count, 'layer')}: {markdown.text(reason)}" for reason, count in summary.reasons)
         yield ""
+    columns, rows = columns_name("X", summary.steps), rows_name("T", summary.steps)
     yield (
-        "For a layer `X`, `int8/outliers` has `X.smooth_exponents` (int8, one for each input column), and for a "
-        "divided tensor `T` it has `T.smooth_row_exponents`. `int8cli dequantize` undoes them.\n"
+        f"For a layer `X`, `int8/outliers` has `{columns}` (int8, one for each input column), and for a divided tensor "
+        f"`T` it has `{rows}`. `int8cli dequantize` undoes them{'' if summary.exact else ', but for the rounding'}.\n"
     )

@@ -110,7 +110,8 @@ class Evaluation:
     that was given, or None. `int8_layers` counts the linear layers that the methods compute in int8. `error_tokens`
     counts the tokens on which the layers' errors were measured. `notes` are sentences for the reader. `seconds` is the
     time of the whole evaluation, the calibration included. `inputs`: how loaders quantize the inputs of a converted
-    model in the layout compressed-tensors.
+    model in the layout compressed-tensors. `smooth`: the scales of the smoothed methods, "exact" powers of two or
+    "fine" steps of 2^(1/4); None without such methods.
     """
 
     model: str
@@ -127,6 +128,7 @@ class Evaluation:
     notes: tuple[str, ...]
     seconds: float
     inputs: str = "absmax"
+    smooth: str | None = None
 
     def method(self, key: str) -> MethodResult | None:
         return next((method for method in self.methods if method.key == key), None)
@@ -162,6 +164,7 @@ def evaluation_to_json(found: Evaluation) -> dict[str, Any]:
             "text": {"name": columns.text, "sha256": columns.text_sha256},
             "tokens": columns.tokens,
         },
+        "smooth": found.smooth,
         "int8_layers": found.int8_layers,
         "error_tokens": found.error_tokens,
         "methods": [_method_to_json(method) for method in found.methods],

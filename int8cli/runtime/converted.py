@@ -13,7 +13,7 @@ from int8cli.checkpoint.tensor import QUANTIZABLE_DTYPES, ShardContents, StoredT
 from int8cli.checkpoint.weight_files import read_contents
 from int8cli.errors import CheckpointError
 from int8cli.planning.decisions import Plan
-from int8cli.planning.exponents import columns_name, is_exponents, tensor_of
+from int8cli.planning.exponents import are_of_rows, is_exponents, tensor_of
 from int8cli.planning.fused_experts import FusedTensor, fused_tensors
 from int8cli.planning.layouts import LAYOUTS_BY_KEY, weights_only
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, outlier_weight_name
@@ -150,11 +150,12 @@ def _check_scale(weight: TensorSpec, scale: TensorSpec) -> None:
 
 def _check_columns(converted: Converted) -> None:
     """Raises CheckpointError unless all stored columns belong to int8 layers, as I32 [k] and floats [out, k]."""
-    stored = {name: spec for name, spec in converted.stored.items() if not is_exponents(name)}
-    for name in converted.stored.keys() - stored.keys():
-        _check_exponents(converted, converted.stored[name])
+    modules, sidecars = converted.modules, converted.stored
+    stored = {name: spec for name, spec in sidecars.items() if not is_exponents(name)}
+    for name in sidecars.keys() - stored.keys():
+        _check_exponents(converted, sidecars[name])
     for name in stored:
-        if name.rpartition(".")[0] not in converted.modules:
+        if name.rpartition(".")[0] not in modules:
             raise CheckpointError(f"{name} stores columns of a layer that is not in int8", hint=CONVERT_AGAIN)
     for module in sorted({name.rpartition(".")[0] for name in stored}):
         out_features = converted.specs[f"{module}{_WEIGHT}"].shape[0]
@@ -171,7 +172,7 @@ def _check_exponents(converted: Converted, found: TensorSpec) -> None:
     """Raise CheckpointError unless exponents are I8, one for each row or column of a tensor of the model."""
     tensor = tensor_of(found.name)
     spec = converted.specs.get(tensor)
-    size = None if spec is None or not spec.shape else spec.shape[-1 if found.name == columns_name(tensor) else 0]
+    size = None if spec is None or not spec.shape else spec.shape[0 if are_of_rows(found.name) else -1]
     if found.dtype != "I8" or found.shape != (size,):
         raise CheckpointError(
             f"{found.name} is {_shown(found)}, which are no exponents for {tensor} {_shown(spec)}", hint=CONVERT_AGAIN

@@ -14,6 +14,7 @@ from int8cli.checkpoint.source import ShardFile, Source
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CheckpointError
 from int8cli.llm_int8.baselines import restored_weight
+from int8cli.llm_int8.limits import EXACT_STEPS, FINE_STEPS, Steps
 from int8cli.llm_int8.quantize import INT8_MAX
 from int8cli.planning.exponents import are_sound, columns_name, rows_name
 from int8cli.planning.fused_experts import FusedTensor
@@ -37,6 +38,15 @@ class ExactColumns:
 
     columns: Tensor
     weight: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Exponents:
+    """The exponents of a tensor's rows and columns, int8, of which `steps` are a factor of 2. None: not scaled."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+    steps: Steps
 
 
 def signed(packed: Tensor) -> Tensor:
@@ -128,15 +138,20 @@ class ConvertedTensors(CheckpointTensors):
         values = super().read(scale.name).float().reshape(-1)
         return values * INT8_MAX if scale.is_step else values
 
-    def exponents(self, name: str) -> tuple[Tensor | None, Tensor | None]:
-        """The exponents of a tensor's rows and columns, int8; None where it is not scaled. Raises CheckpointError."""
-        return self._exponents(rows_name(name)), self._exponents(columns_name(name))
+    def exponents(self, name: str) -> "Exponents":
+        """The exponents of a tensor's rows and columns. Raises CheckpointError."""
+        for steps in (FINE_STEPS, EXACT_STEPS):
+            names = rows_name(name, steps), columns_name(name, steps)
+            if any(each in self._known for each in names):
+                break
+        rows, columns = (self._exponents(each, steps) for each in names)
+        return Exponents(rows, columns, steps)
 
-    def _exponents(self, name: str) -> Tensor | None:
+    def _exponents(self, name: str, steps: Steps) -> Tensor | None:
         if name not in self._known:
             return None
         found = super().read(name)
-        if not are_sound(bytes(found.view(torch.uint8).tolist())):
+        if not are_sound(bytes(found.view(torch.uint8).tolist()), steps):
             raise CheckpointError(f"{name} is not made of exponents", hint=CONVERT_AGAIN)
         return found
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,31 @@ _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 
 
 class ExpertMatrices(nn.Module):
-    """The three matrices of one expert."""
+    """The three matrices of one expert.
 
-    gate: Int8Linear
-    up: Int8Linear
-    down: Int8Linear
+    As modules they have names that no renaming of transformers meets: PhiMoE's makes a router of any `gate.weight`.
+    """
 
     def __init__(self, gate: Int8Linear, up: Int8Linear, down: Int8Linear) -> None:
         super().__init__()
-        self.gate, self.up, self.down = gate, up, down
+        for role, matrix in (("gate", gate), ("up", up), ("down", down)):
+            self.add_module(_child(role), matrix)
+
+    @property
+    def gate(self) -> Int8Linear:
+        return cast(Int8Linear, self.get_submodule(_child("gate")))
+
+    @property
+    def up(self) -> Int8Linear:
+        return cast(Int8Linear, self.get_submodule(_child("up")))
+
+    @property
+    def down(self) -> Int8Linear:
+        return cast(Int8Linear, self.get_submodule(_child("down")))
+
+
+def _child(role: str) -> str:
+    return f"{role}_matrix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +67,7 @@ class ExpertPlace:
     @property
     def path(self) -> str:
         """The name of its Int8Linear in the model."""
-        return f"{self.module}.{INSIDE}.{self.number}.{self.role}"
+        return f"{self.module}.{INSIDE}.{self.number}.{_child(self.role)}"
 
 
 def find_experts(model_class: Any, config: Any, linears: Iterable[StoredLinear]) -> dict[str, ExpertPlace]:
@@ -81,7 +97,7 @@ def find_experts(model_class: Any, config: Any, linears: Iterable[StoredLinear])
             kind = type(model.get_submodule(module)).__name__
             raise UnsupportedModelError(f"{name} is int8, but a {kind} cannot be computed in int8 here")
         number = int(found["number"])
-        places[name] = ExpertPlace(module, number, role, f"{found['experts']}.{INSIDE}.{number}.{role}")
+        places[name] = ExpertPlace(module, number, role, f"{found['experts']}.{INSIDE}.{number}.{_child(role)}")
     return places
 
 

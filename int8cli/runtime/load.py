@@ -21,18 +21,16 @@ from int8cli.llm_int8.matmul import DEFAULT_INPUTS, INPUT_SCHEMES, InputScheme
 from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_installed
 from int8cli.model.loading import as_large_as, name_targets
-from int8cli.model.memory import return_freed_memory
 from int8cli.progress import SILENT, Progress
 from int8cli.runtime.experts import ExpertPlace, find_experts, replace_experts
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.offload import Offload
+from int8cli.runtime.packing import pack_layers
 from int8cli.runtime.placement import MaxMemory, memory_limits
 from int8cli.runtime.stored import StoredLinear, StoredModel
 
 _GENERATION_CONFIG = "generation_config.json"
 _CHECK_CONFIG = "Check config.json, or convert the model again."
-# malloc keeps what it could return: packing SmolLM2-135M takes 139 MB more at its peak, or 46 MB if that is returned.
-_RETURNED_BYTES = 16 << 20
 _OTHER_LOADERS_HINT = "If transformers loads the directory itself, use AutoModel...from_pretrained(DIR)."
 
 
@@ -146,21 +144,18 @@ def _load(
 
 
 def _prepare_layers(model: Any, missing: Iterable[str], *, packing: bool) -> None:
-    """Call `prepare` on every int8 layer that has its weight. Packing takes new memory and frees what was read."""
-    freed_bytes = 0
-    for name, module in model.named_modules():
-        if not isinstance(module, Int8Linear):
-            continue
-        lost = sorted(key for key in missing if key.rpartition(".")[0] == name)
-        if lost:
-            raise CheckpointError(f"transformers needs {lost[0]}, which is missing", hint=_OTHER_LOADERS_HINT)
-        if not module.weight.stride(0):
-            continue  # it stands for a tensor that stays on the disk
-        module.prepare(packing=packing)
-        freed_bytes += module.weight.numel()
-        if freed_bytes >= _RETURNED_BYTES:
-            return_freed_memory()
-            freed_bytes = 0
+    """Call `prepare` on every int8 layer that has its weight."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    lost = sorted(key for key in missing if key.rpartition(".")[0] in layers)
+    if lost:
+        raise CheckpointError(f"transformers needs {lost[0]}, which is missing", hint=_OTHER_LOADERS_HINT)
+    # A weight without strides stands for a tensor that stays on the disk.
+    here = [layer for layer in layers.values() if layer.weight.stride(0)]
+    if packing:
+        pack_layers(here)
+    else:
+        for layer in here:
+            layer.prepare(packing=False)
 
 
 @contextmanager

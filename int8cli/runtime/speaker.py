@@ -64,13 +64,28 @@ class Speaker:
 
         Raises TextError for an empty conversation, CannotRunError for a chat template that does not work.
         """
+        return self._checked(self._rendered(messages))
+
+    def latest_turn(self, messages: Sequence[dict[str, str]]) -> tuple[Tensor, int]:
+        """`turn` without the oldest pairs of messages, if there is no room for an answer, and how many were left out.
+
+        The last message is always there. Raises what `turn` raises.
+        """
+        answer = 0 if self._limit is None else min(self._max_new_tokens, self._limit // 2)
+        for left_out in range(0, len(messages) - 1, 2):
+            ids = self._rendered(messages[left_out:])
+            if self._limit is None or ids.shape[1] + answer <= self._limit:
+                return self._checked(ids), left_out
+        return self.turn(messages[-1:]), len(messages) - 1
+
+    def _rendered(self, messages: Sequence[dict[str, str]]) -> Tensor:
         for message in messages:
             _require_unicode(message["content"])
         with _rejections("the chat template does not work", "Without it, the model can continue a text."):
-            found = self._tokenizer.apply_chat_template(
+            found: Tensor = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
-        return self._checked(found)
+        return found
 
     def speak(self, prompt: Tensor, on_text: OnText | None = None) -> Spoken:
         """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty piece at its end.
@@ -105,16 +120,21 @@ class Speaker:
     def _checked(self, ids: Tensor) -> Tensor:
         if not ids.shape[1]:
             raise TextError("the prompt is empty", hint="Give some text to continue.")
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and ids.shape[1] >= limit:
+        if self._limit is not None and ids.shape[1] >= self._limit:
             raise TextError(
-                f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {limit:,}", hint="Give less text."
+                f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {self._limit:,}",
+                hint="Give less text.",
             )
         return ids
 
+    @property
+    def _limit(self) -> int | None:
+        """The most tokens, old and new, that the model takes; None if its config does not say."""
+        found: int | None = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
     def _options(self, prompt_tokens: int) -> dict[str, Any]:
-        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        room = self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - prompt_tokens)
+        room = self._max_new_tokens if self._limit is None else min(self._max_new_tokens, self._limit - prompt_tokens)
         options: dict[str, Any] = {"max_new_tokens": room, "num_beams": 1, "pad_token_id": self._padding()}
         if self._temperature > 0.0:
             return {**options, "do_sample": True, "temperature": self._temperature}

@@ -160,7 +160,7 @@ def _dict_reader(declared: Any) -> Callable[[Any], Any]:
 
 def _literal_reader(allowed: tuple[Any, ...]) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
-        if not isinstance(value, str) or value not in allowed:
+        if type(value) not in (str, int) or value not in allowed:
             raise InvalidJsonError(f"is {shown(value)}, not one of {', '.join(map(str, allowed))}")
         return value
 

@@ -76,10 +76,11 @@ class UploadFromWorker(HandOn):
     opens: Callable[[], Target]
     keep: bool
 
-    def __call__(self, store: RecordStore, record: ShardRecord) -> None:
+    def __call__(self, store: RecordStore, record: ShardRecord) -> UploadRecord | None:
         with closing(self.opens()) as target:
             upload = ShardUpload(target, store.output, store, self.keep)
             if upload.is_done(record):
                 upload.remove(record)
             else:
                 upload.conclude(record, upload.send(record, lambda *_: None))
+            return store.uploaded(record.source) if upload.is_done(record) else None

@@ -22,14 +22,16 @@ from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.planned_shard import PlannedShard
 from int8cli.planning.survey import Survey, fingerprint, survey_source
 from int8cli.progress import Progress
-from int8cli.records.conversion import Conversion
+from int8cli.records.conversion import EXACT_SMOOTHING, Conversion
 from int8cli.records.manifest import SideFile
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.comparison import Comparison
 from int8cli.verification.layout import target_of
+from int8cli.verification.nearest import not_nearest, rounded_vectors
 from int8cli.verification.options import VerificationRun
 from int8cli.verification.recorded_task import task_as_recorded
+from int8cli.verification.second_opinion import Opinion, SecondOpinion
 
 # Two machines may add the same float64 values in different orders.
 _SUMS_RELATIVE_TOLERANCE = 1e-6
@@ -72,29 +74,34 @@ def check_weights(
     records: Mapping[str, ShardRecord],
     options: VerificationRun,
     progress: Progress,
-) -> tuple[Check, Check]:
-    """Convert every shard again and compare bytes and figures. Fetches one shard at a time from the Hub."""
+) -> tuple[Check, Check, Check]:
+    """Convert every shard again and compare bytes and figures, and hear a second opinion on what agrees.
+
+    Fetches one shard at a time from the Hub.
+    """
     weights: list[Failure] = []
     figures: list[Failure] = []
-    layers = copied = columns = scaled = 0
+    layers = copied = columns = scaled = rounded = 0
     present = {contents.file_name: contents.file_bytes for contents in survey.shards}
     # One of another size is another file, as the check of the source says: nothing can be learnt from its bytes.
     alike = [shard for shard in conversion.shards if present.get(shard.file) == shard.size_bytes]
     if conversion.shards and not alike:
         why = "no shard of this source is one that was converted"
-        return Check.not_made("weights", why), Check.not_made("figures", why)
+        return Check.not_made("weights", why), Check.not_made("method", why), Check.not_made("figures", why)
     shards = [shard for shard in alike if shard.file in records]
+    judge, opinion = SecondOpinion(directory, conversion, records.values(), survey.config), Opinion()
     for shard, following in zip(shards, [*shards[1:], None], strict=True):
         record = records[shard.file]
         task = task_as_recorded(directory, shard, survey, conversion, record, options)
         layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)
         columns += sum(len(stored.columns) for stored in task.stored.values())
         scaled += len(task.planned.exponents)
+        rounded += len(rounded_vectors(task.planned))
         try:
             with source.fetch(shard.file) as local:
                 if following is not None:
                     source.prefetch(following.file)
-                result, found = _compare(task.with_borrowed(source), local, progress)
+                result, found = _compare(task.with_borrowed(source), local, record, judge, opinion, progress)
         except Int8cliError as error:
             weights.append(Failure(shard.output, str(error)))
             continue
@@ -103,8 +110,16 @@ def check_weights(
         figures += _figure_failures(task, result, record)
     detail = f"{layers:,} layers quantized again, {copied:,} tensors compared as they are"
     detail += f", {columns:,} stored columns too" if columns else ""
-    detail += f"; {scaled:,} tensors are those of the source times their powers of two" if scaled else ""
-    return Check.of("weights", detail, weights), Check.of("figures", _figures_detail(layers, conversion), figures)
+    exact = conversion.settings.smooth == EXACT_SMOOTHING
+    by = "powers of two" if exact else "scales"
+    detail += f"; {scaled:,} tensors are those of the source times their {by}" if scaled else ""
+    detail += f", of which {rounded:,} stay floats, each value the nearest" if rounded else ""
+    method = f"{opinion.layers:,} layers by its definition, {opinion.copied:,} tensors read a second way"
+    return (
+        Check.of("weights", detail, weights),
+        Check.of("method", method, opinion.failures),
+        Check.of("figures", _figures_detail(layers, conversion), figures),
+    )
 
 
 def _figures_detail(layers: int, conversion: Conversion) -> str:
@@ -126,7 +141,15 @@ def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
     return Check.of("copies", f"{len(survey.weights.copied)} copied files", failures)
 
 
-def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[PassResult, list[Failure]]:
+def _compare(
+    task: ShardTask,
+    local: LocalFile,
+    record: ShardRecord,
+    judge: SecondOpinion,
+    opinion: Opinion,
+    progress: Progress,
+) -> tuple[PassResult, list[Failure]]:
+    """Convert a shard again and compare. `judge` adds to `opinion` what it finds in a shard that agrees."""
     planned, failures = _comparable(task)
 
     def advance(shard: str, tensor: str, count: int) -> None:
@@ -142,6 +165,10 @@ def _compare(task: ShardTask, local: LocalFile, progress: Progress) -> tuple[Pas
             failures.append(Failure(task.source.file, NOT_AS_PUBLISHED))
         for comparison in comparisons:
             failures += comparison.differences()
+        if not failures:
+            failures += not_nearest(planned, shard.reader, task.directory / planned.output.file_name)
+        if not failures and not result.non_finite:
+            opinion.add(judge.of(task, record, shard))
     for name, place in result.non_finite.items():
         failures.append(Failure(task.source.output, f"is in int8, but contains {place.value} in the source", name))
     return result, failures

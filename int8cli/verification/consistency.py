@@ -24,6 +24,7 @@ from int8cli.results.conversion import LayerReport, summarize_stored, worst_firs
 from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Failure
 from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
+from int8cli.verification.declared import misstated
 from int8cli.verification.layout import target_of
 
 SINGLE_FILES = ("model.safetensors", INDEX_FILE)
@@ -141,6 +142,8 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
     for key in sorted((wanted.keys() | stated.keys()) - {target.SKIP_KEY}):
         if stated.get(key) != wanted.get(key):
             yield Failure(CONFIG_FILE, f"quantization_config.{key} is {stated.get(key)!r}, not {wanted.get(key)!r}")
+    if all(stated.get(key) == value for key, value in wanted.items() if key != target.SKIP_KEY):
+        yield from (Failure(CONFIG_FILE, problem) for problem in misstated(stated, settings))
     if not (isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
         yield Failure(CONFIG_FILE, f"quantization_config.{target.SKIP_KEY} is {entries!r}, not a list of names")
         return

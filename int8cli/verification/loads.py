@@ -24,6 +24,7 @@ from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.float_dtypes import cast_problems, rounding_problems
+from int8cli.verification.heads import kept_by_loader
 
 NAME = "loads"
 _READS_NO_MIXTURE = "cannot read mixtures of experts in this layout; vLLM can"
@@ -170,6 +171,11 @@ def _compare(output: _BuiltModel, source: _BuiltModel, dtypes: Mapping[str, str]
         failures.append((name, f"is {list(found)}, the model needs {list(wanted)}"))
     modules = list(_modules(output.model, dtypes))
     failures += [(name, problem) for name, problem in modules if problem is not None]
+    kept = kept_by_loader(source.model) if source.model is not None else frozenset()
+    in_int8 = {name.rpartition(".")[0] for name, problem in modules if problem is None}
+    failures += [
+        (f"{name}.weight", "is in int8, and transformers keeps it as a float") for name in sorted(kept & in_int8)
+    ]
     return sum(1 for _, problem in modules if problem is None), failures
 
 

@@ -29,6 +29,7 @@ from int8cli.verification.consistency import (
     tensor_failures,
 )
 from int8cli.verification.files import READ, DigestPass
+from int8cli.verification.heads import heads_by_shape
 from int8cli.verification.layout import target_of
 from int8cli.verification.loads import NAME
 from int8cli.verification.options import VerificationRun
@@ -115,7 +116,8 @@ def _check_whole(
     yield check_sidecars(directory, conversion, found)
     sources = sum(len(record.source_tensors) for record in found)
     detail = f"{sources:,} of the source: none missing, none extra"
-    yield Check.of("tensors", detail, tensor_failures(conversion, found))
+    heads = heads_by_shape(directory, found) if CONFIG_FILE in conversion.files else ()
+    yield Check.of("tensors", detail, (*tensor_failures(conversion, found), *heads))
     detail = "every tensor, and total_size" if shards > 1 else "not needed for a single shard"
     yield Check.of("index", detail, index_failures(directory, found))
     if CONFIG_FILE in conversion.files:

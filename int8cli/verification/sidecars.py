@@ -14,9 +14,9 @@ from int8cli.checkpoint.reader import FileReader
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
 from int8cli.conversion.resumed_smoothing import exponents_in
 from int8cli.errors import Int8cliError
-from int8cli.planning.exponents import TensorExponents, columns_name, is_exponents, misfits, rows_name, tensor_of
+from int8cli.planning.exponents import TensorExponents, are_of_rows, is_exponents, misfits, steps_of, tensor_of
 from int8cli.planning.output_files import SIDECAR_DIRECTORY, outlier_cols_name, sidecar_file_name, stored_specs
-from int8cli.records.conversion import NO_OUTLIERS, NO_SMOOTHING, Conversion, budget_bytes
+from int8cli.records.conversion import NO_OUTLIERS, NO_SMOOTHING, STEPS, Conversion, budget_bytes
 from int8cli.records.shard_record import FileRecord, ShardRecord
 from int8cli.results.conversion import LayerReport
 from int8cli.results.smoothing import summarize_smoothing
@@ -107,7 +107,8 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
     """Check that the sidecar of one record exists and matches the record."""
     name = sidecar_file_name(record.source.output)
     due = conversion.settings.outliers != NO_OUTLIERS and bool(record.layers)
-    smoothed = conversion.settings.smooth != NO_SMOOTHING
+    smooth = conversion.settings.smooth
+    smoothed = smooth != NO_SMOOTHING
     sidecars = [file for file in record.files[1:] if file.file == name]
     for other in record.files[1:]:
         if other.file != name:
@@ -119,14 +120,14 @@ def _record_failures(directory: Path, conversion: Conversion, record: ShardRecor
     if not sidecars:
         yield Failure(name, f"is missing from the record of {record.source.output}")
         return
-    yield from _tensor_failures(record, sidecars[0], smoothed=smoothed)
+    yield from _tensor_failures(record, sidecars[0], smooth)
     problems = [(layer, column_problem(layer, conversion.settings.most_columns)) for layer in record.layers]
     yield from (Failure(name, problem, layer.name) for layer, problem in problems if problem is not None)
     sound = [layer for layer, problem in problems if problem is None]
     yield from _index_failures(directory, sidecars[0], sound)
 
 
-def _tensor_failures(record: ShardRecord, sidecar: FileRecord, *, smoothed: bool) -> Iterator[Failure]:
+def _tensor_failures(record: ShardRecord, sidecar: FileRecord, smooth: str) -> Iterator[Failure]:
     """Check that the recorded tensors are those of the layers, by name, shape and dtype: none missing, none extra."""
     sources = {spec.name: spec for spec in record.source_tensors}
     unmatched = {tensor.name: tensor for tensor in sidecar.tensors}
@@ -147,7 +148,7 @@ def _tensor_failures(record: ShardRecord, sidecar: FileRecord, *, smoothed: bool
             problem = f"its stored columns are reported as {layer.stored.bytes:,} bytes, but have {size_bytes:,}"
             yield Failure(sidecar.file, problem, layer.name)
     for name, tensor in unmatched.items():
-        if not is_exponents(name) or not smoothed:
+        if not is_exponents(name) or STEPS.get(smooth) != steps_of(name):
             yield Failure(sidecar.file, "does not belong to an int8 layer", name)
         elif (tensor.dtype, tensor.shape) != ("I8", _due_exponents(name, record)):
             yield Failure(sidecar.file, f"is {tensor.dtype} {list(tensor.shape)}, which fits no tensor", name)
@@ -158,9 +159,9 @@ def _due_exponents(name: str, record: ShardRecord) -> tuple[int, ...] | None:
     tensor = tensor_of(name)
     layer = next((each for each in record.layers if f"{each.name}.weight" == tensor), None)
     if layer is not None:
-        return (layer.shape[1] if name == columns_name(tensor) else layer.shape[0],)
+        return (layer.shape[0] if are_of_rows(name) else layer.shape[1],)
     source = next((spec for spec in record.source_tensors if spec.name == tensor), None)
-    return source.shape if source is not None and name == rows_name(tensor) else None
+    return source.shape if source is not None and are_of_rows(name) else None
 
 
 def _index_failures(directory: Path, sidecar: FileRecord, layers: Sequence[LayerReport]) -> Iterator[Failure]:

@@ -6,8 +6,9 @@ Owns the connection, what the machines offer, and that all of them have the same
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from int8cli.errors import ClusterError, MissingRayError
@@ -41,22 +42,22 @@ class RayCluster:
         """Those of all machines together."""
         return int(self._ray.cluster_resources().get("CPU", 0))
 
-    def most_cores(self, gpus: int) -> int:
-        """Those of the machine with the most, among the machines that have so many GPUs. 0 if there is none."""
-        resources = (node["Resources"] for node in self._nodes())
-        return max((int(each.get("CPU", 0)) for each in resources if each.get("GPU", 0) >= gpus), default=0)
+    def most_cores(self, besides: TaskNeeds) -> int:
+        """Those of the machine with the most, among the machines that have what a task needs besides its cores.
+
+        0 if there is none.
+        """
+        able = (node for node in self._nodes() if _times(node, replace(besides, cores=0)))
+        return max((int(node["Resources"].get("CPU", 0)) for node in able), default=0)
 
     @property
     def slots(self) -> int:
-        """The most tasks that run at once, by their cores."""
-        return max(1, self.cores // self.needs.cores)
+        """The most tasks that run at once, by the needs of each."""
+        return max(1, sum(_times(node, self.needs) for node in self._nodes()))
 
     def offers(self, needs: TaskNeeds) -> bool:
         """Whether some machine could run such a task if nothing else ran there. Ray would wait for one."""
-        return any(
-            all(node["Resources"].get(name, 0) >= amount for name, amount in needs.resources.items())
-            for node in self._nodes()
-        )
+        return any(_times(node, needs) for node in self._nodes())
 
     @contextmanager
     def session(self, on_bytes: OnBytes, on_told: Tell = lambda item: None) -> Iterator[RaySession]:
@@ -115,6 +116,12 @@ class RayCluster:
                 continue
             if found != f"int8cli {self._version}":
                 raise other_version(host, found, self._version)
+
+
+def _times(node: Mapping[str, Any], needs: TaskNeeds) -> int:
+    """How many such tasks a machine runs at once if nothing else runs there. 1 for one that needs nothing."""
+    resources = node["Resources"]
+    return min((int(resources.get(name, 0) // amount) for name, amount in needs.resources.items() if amount), default=1)
 
 
 def _ray() -> Any:

@@ -25,6 +25,7 @@ from surveying.loader import (
     replaced_modules,
     without_initialization,
 )
+from surveying.reading import linears_read
 
 TIE_FLIPPED = " (tie_word_embeddings flipped)"
 BUILD_LIMIT_S = 60
@@ -173,6 +174,7 @@ def describe(model_type: str, class_name: str, model: Any, saved: BuiltModel | N
         "targets": targets,
         "linears": linears,
         "left_alone": [name for name in linears if name not in int8_modules],
+        "read": linears_read(model, linears),
         "conv1d": conv1d_modules(model),
         "skips": skips,
         "float32": held_in_float32(model, "bfloat16"),

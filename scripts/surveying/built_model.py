@@ -15,7 +15,7 @@ class BuiltModel:
 
     `fate` maps a saved name to "int8", "kept" (a linear left alone), "converted" (computed from on load, so that int8
     cannot stand there) or "other:<module class>", LOST for none; `targets` maps it to the model's parameter. `linears`,
-    `left_alone` and `conv1d` are modules of the model.
+    `left_alone`, `conv1d` and `read` (whose weight the model's own code reads) are modules of the model.
     """
 
     model_type: str
@@ -32,6 +32,7 @@ class BuiltModel:
     skips: tuple[str, ...]
     float32: tuple[str, ...]
     float32_in_float16: tuple[str, ...]
+    read: tuple[str, ...]
 
     @property
     def label(self) -> str:
@@ -40,9 +41,8 @@ class BuiltModel:
 
 def as_built_model(record: dict[str, Any]) -> BuiltModel:
     shapes = {name: tuple(shape) for name, shape in record["shapes"].items()}
-    tuples = {
-        key: tuple(record[key]) for key in ("linears", "left_alone", "conv1d", "skips", "float32", "float32_in_float16")
-    }
+    names = ("linears", "left_alone", "conv1d", "skips", "float32", "float32_in_float16", "read")
+    tuples = {key: tuple(record[key]) for key in names}
     return BuiltModel(**record | tuples | {"shapes": shapes})
 
 

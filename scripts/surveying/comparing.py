@@ -23,14 +23,17 @@ def differences(model: BuiltModel, plan: Plan) -> Iterator[tuple[str, str, str, 
         if fate == LOST:
             yield "lost", decision.kind, fate, decision.reason
             continue
-        conv1d = model.targets[decision.spec.name].removesuffix(".weight") in model.conv1d
+        module = model.targets[decision.spec.name].removesuffix(".weight")
+        conv1d = module in model.conv1d
         if decision.quantize and decision.transpose != conv1d:
             yield "FATAL", decision.kind, "Conv1D" if conv1d else "nn.Linear", "transposed the wrong way"
+        if decision.quantize and module in model.read:
+            yield "READ", decision.kind, "the weight is read", decision.reason
         if decision.quantize and fate not in ("int8", "kept"):
             yield "FATAL", decision.kind, fate, decision.reason
         elif decision.quantize and fate == "kept":
             yield "refused", decision.kind, fate, decision.reason
-        elif not decision.quantize and fate == "int8" and decision.spec.numel:
+        elif not decision.quantize and fate == "int8" and decision.spec.numel and module not in model.read:
             yield "missed", decision.kind, fate, decision.reason
 
 

@@ -37,7 +37,7 @@ class ThisMachine:
     def __init__(self, address: str, version: str) -> None:
         self.needs: Any = None
 
-    def most_cores(self, gpus: int) -> int:
+    def most_cores(self, besides: object) -> int:
         return 1
 
     def offers(self, needs: object) -> bool:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from int8cli.checkpoint.locate import opened_source
-from int8cli.llm_int8.smoothing import powers_of_two
+from int8cli.llm_int8.scales import powers_of_two
 from int8cli.model.sampling import Sampling
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics import OutlierStatistics

@@ -35,11 +35,24 @@ class MalformedAnswerError(Exception):
     """A server's answer is invalid: a size that is not a number, a redirect to nowhere."""
 
 
+class OutdatedRequestError(Exception):
+    """A request was refused because it was made too long ago: made anew, it may be taken."""
+
+
 def is_foreign(error: Exception) -> bool:
     """Whether the network, the server or huggingface_hub caused the error. Any other error is a bug."""
     httpx = _httpx()
     return isinstance(
-        error, (ShortBodyError, WrongRangeError, MalformedAnswerError, httpx.HTTPError, httpx.InvalidURL, OSError)
+        error,
+        (
+            ShortBodyError,
+            WrongRangeError,
+            MalformedAnswerError,
+            OutdatedRequestError,
+            httpx.HTTPError,
+            httpx.InvalidURL,
+            OSError,
+        ),
     )
 
 
@@ -52,7 +65,8 @@ def is_transient(error: Exception) -> bool:
         return status in (408, 429) or status >= 500
     httpx = _httpx()
     transient = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
-    return isinstance(error, (ShortBodyError, WrongRangeError, MalformedAnswerError, *transient))
+    ours = (ShortBodyError, WrongRangeError, MalformedAnswerError, OutdatedRequestError)
+    return isinstance(error, (*ours, *transient))
 
 
 def asked_pause_s(error: Exception) -> float | None:

@@ -4,12 +4,20 @@ Owns the translation of the errors of huggingface_hub's upload functions. Makes 
 """
 
 import re
+from typing import TYPE_CHECKING
 
-from int8cli.checkpoint.hub.failures import TRY_AGAIN, described, is_foreign, translated
+from int8cli.checkpoint.hub.failures import TRY_AGAIN, OutdatedRequestError, described, is_foreign, translated
 from int8cli.errors import AccessDeniedError, DestinationError, Int8cliError, TransferError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 _LONGEST = 300
 _NO_ROOM = (402, 413, 507)  # payment required, too large, insufficient storage
+# What the Hub says with a 403 where an account has no storage left, and not where a token may not write.
+_FULL = re.compile(r"\b(?:storage|quota)\b.*\b(?:limit|exceeded|full|reached)\b", re.IGNORECASE)
+# What a storage says of a signed address that came too late, or of a body that came too slowly.
+_OUTDATED = re.compile(r"expired|RequestTimeout|not valid in the specified time", re.IGNORECASE)
 _MAY_WRITE = "Check the name, and the token: set HF_TOKEN or run `hf auth login` with one that may write there."
 
 
@@ -29,6 +37,27 @@ def is_refusal(error: Exception) -> bool:
     return isinstance(error, (ValueError, RuntimeError)) or type(error).__module__.partition(".")[0] == "hf_xet"
 
 
+def outdated(error: Exception) -> OutdatedRequestError | None:
+    """What to raise for a refusal that a new request may not meet; None for others.
+
+    Somebody else has made a commit at the same moment (409, 412), or the signed address of an upload has expired. A new
+    request is about the repository as it is then, with a new address.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    status = error.response.status_code
+    overtaken = status in (409, 412) and "/commit/" in error.response.url.path
+    late = status in (400, 401, 403) and _OUTDATED.search(error.response.text) and _is_signed(error)
+    return OutdatedRequestError(_said_by(error)) if overtaken or late else None
+
+
+def _is_signed(error: "HfHubHTTPError") -> bool:
+    """Whether the refused request had no token: the address alone opens a storage."""
+    return "Authorization" not in error.response.request.headers
+
+
 def upload_error(error: Exception, what: str) -> Int8cliError:
     """The error of our tree for an error of an upload that is not transient."""
     from huggingface_hub import errors as hub
@@ -37,10 +66,10 @@ def upload_error(error: Exception, what: str) -> Int8cliError:
         return translated(error, what)
     if isinstance(error, hub.HfHubHTTPError):
         status, said = error.response.status_code, _said_by(error)
+        if status in _NO_ROOM or (status == 403 and _FULL.search(said)):
+            return no_room(what, said)
         if status in (401, 403, 404):
             return AccessDeniedError(f"{what}: {said}", hint=_MAY_WRITE)
-        if status in _NO_ROOM:
-            return no_room(what, said)
         return DestinationError(f"{what}: {said}", hint=TRY_AGAIN)
     if is_foreign(error):
         return translated(error, what)

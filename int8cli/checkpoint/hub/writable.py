@@ -27,7 +27,7 @@ from int8cli.checkpoint.hub.push_file import (
 )
 from int8cli.checkpoint.hub.repository import quiet_huggingface_hub
 from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
-from int8cli.checkpoint.hub.upload_failures import cause_of, is_refusal, upload_error
+from int8cli.checkpoint.hub.upload_failures import cause_of, is_refusal, outdated, upload_error
 from int8cli.errors import AccessDeniedError, DestinationError, Int8cliError
 
 if TYPE_CHECKING:
@@ -245,6 +245,8 @@ def _unwrapped(request: Callable[[], T], what: str) -> T:
         cause = cause_of(error)
         if isinstance(cause, json.JSONDecodeError):  # huggingface_hub reads some answers before their status
             raise MalformedAnswerError("the server's answer is not JSON") from error
+        if (late := outdated(cause)) is not None:
+            raise late from error
         if not is_foreign(cause) and is_refusal(cause):
             raise upload_error(cause, what) from error
         raise cause from None

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.planning.decisions import Acceptance, FloatLayers, Plan
+from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
 
 NAME = KEY = "bitsandbytes"
 INPUTS = "absmax"  # and those over the threshold in 16 bit
-# In transformers 5, Mamba's first version multiplies `dt_proj.weight` itself (modeling_mamba.py), so that a model with
-# this layer in int8 loads and does not run. FalconMamba, Mamba-2 and Jamba call the layer.
-ACCEPTS = Acceptance(floats=(FloatLayers(re.compile(r"(?:^|\.)dt_proj$"), frozenset({"mamba"})),))
+ACCEPTS = Acceptance()
 SCALES: Literal["row_absmax", "step"] = "row_absmax"
 PACKED = False
 AS_ON_LOAD = True

@@ -22,7 +22,9 @@ INPUTS = "absmax"
 # The loaders replace every `nn.Linear`; vLLM also replaces layers made of them, such as separate experts. transformers'
 # Conv1D is not one, and vLLM transposes the weights that it reads for it.
 # vLLM builds some linear layers without a quantization config (0.32: qwen2_moe.py, qwen3_next.py, mamba_mixer.py), and
-# `dt_proj` is computed by its weight itself, which no loader does with int8.
+# `dt_proj` is computed by its weight itself, which no loader does with int8. Many projectors and towers of models that
+# see or hear are without a config, too (paligemma.py, pixtral.py, qwen2_audio.py, lfm2_vl.py and others). They are
+# small, no text reaches them in calibration, and the recipes of llm-compressor leave them in floats.
 ACCEPTS = Acceptance(
     experts=True,
     conv1d=False,
@@ -31,6 +33,7 @@ ACCEPTS = Acceptance(
         FloatLayers(re.compile(r"(?:^|\.)dt_proj$")),
         FloatLayers(re.compile(r"\.mamba\.(?:in|x|out)_proj$"), frozenset({"jamba"})),
     ),
+    language_model_only=True,
 )
 SCALES: Literal["row_absmax", "step"] = "step"
 PACKED = False

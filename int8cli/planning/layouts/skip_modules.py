@@ -65,6 +65,23 @@ def _always_named(plan: Plan) -> Iterator[str]:
     yield from (head for head in absent_modules.TASK_HEADS if head not in present)
     if any(decision.reason == why.EXPERT for decision in plan.copied):
         yield EXPERTS_PATTERN
+    yield from (rf"(?:.*\.)?{re.escape(part)}\..*$" for part in sorted(set(_parts_beside_text(plan))))
+
+
+def _parts_beside_text(plan: Plan) -> Iterator[str]:
+    """The names of the largest parts of a model, such as `vision_tower`, that lie beside its language model."""
+    language = {
+        ".".join(parts[:length])
+        for decision in plan.quantized
+        for parts in (decision.module.split("."),)
+        for length in range(1, len(parts) + 1)
+    }
+    for decision in plan.copied:
+        if decision.reason == why.BESIDE_TEXT:
+            parts = decision.module.split(".")
+            depth = next((n for n in range(1, len(parts)) if ".".join(parts[:n]) not in language), 0)
+            if depth:
+                yield parts[depth - 1]  # loaders rename what is before
 
 
 def _safe_form(entry: str, quantized: Collection[str], rules: Sequence[SkipRule]) -> list[str]:

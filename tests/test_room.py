@@ -1,0 +1,155 @@
+"""The room for downloads: how many shards of the source are on the disk at once, by who converts them."""
+
+from collections.abc import Iterator
+from functools import partial
+from heapq import nlargest
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.calibration_models import make_model, some_text
+from support.hub_stand_in import HubStandIn
+from support.one_machine import ThisMachine
+from support.program import tree
+
+from int8cli import ConvertOptions, convert
+from int8cli.checkpoint import locate
+from int8cli.checkpoint.hub import HubOptions
+from int8cli.planning.room import Room, room_needed
+from int8cli.records.store import RecordStore
+from int8cli.workers.ray_cluster import RayCluster
+from int8cli.workers.ray_session import TaskNeeds
+
+REPO = "org/model"
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in shards of several sizes, and a text for it."""
+    directory = tmp_path_factory.mktemp("room")
+    (directory / "words.txt").write_text(some_text().text)
+    return make_model("llama", directory / "model", max_shard_size="12KB")
+
+
+@pytest.fixture
+def asked(published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+    """What each conversion needed of the disk, in the order in which it asked. The model is on the Hub."""
+    found: list[int] = []
+
+    def noted(*args: Any) -> tuple[Room, ...]:
+        rooms = room_needed(*args)
+        found.append(sum(room.needed_bytes for room in rooms))
+        return rooms
+
+    monkeypatch.setattr("int8cli.conversion.convert.room_needed", noted)
+    monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
+    with HubStandIn() as hub:
+        hub.add_repo(REPO, published)
+        cache = tmp_path / "cache"
+        monkeypatch.setattr(locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=cache))
+        yield found
+
+
+def sizes_of(published: Path) -> list[int]:
+    return [path.stat().st_size for path in sorted(published.glob("*.safetensors"))]
+
+
+def test_every_worker_has_a_download_and_the_next_one_is_fetched(
+    asked: list[int], published: Path, tmp_path: Path
+) -> None:
+    sizes = sizes_of(published)
+    two = max(one + other for one, other in pairwise(sizes))
+    convert(REPO, tmp_path / "one", ConvertOptions(outliers="none", workers=1))
+    alone = asked[0]
+    asked.clear()
+    convert(REPO, tmp_path / "several", ConvertOptions(outliers="none", workers=2))
+    assert asked[0] - alone == sum(nlargest(3, sizes)) - two > 0
+    assert tree(tmp_path / "several") == tree(tmp_path / "one")
+
+
+def test_every_worker_of_a_cluster_has_a_download_and_so_has_the_run_of_the_model(
+    asked: list[int], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {}
+    for slots in (1, 4):
+        monkeypatch.setattr(ThisMachine, "slots", slots)
+        asked.clear()
+        text = published.parent / "words.txt"
+        options = ConvertOptions(outliers="activations", text=text, tokens=48, sequence_length=16, ray="local")
+        convert(REPO, tmp_path / str(slots), options)
+        needed[slots] = asked[1], asked[-1]  # before the first shard, and when the run of the model asks
+    sizes = sizes_of(published)
+    assert needed[4][0] - needed[1][0] == sum(nlargest(4, sizes)) - max(sizes)
+    assert needed[4][1] - needed[4][0] == needed[1][1] - needed[1][0] >= max(sizes)
+    assert tree(tmp_path / "4") == tree(tmp_path / "1")
+
+
+@pytest.mark.parametrize("how", ["plain", "part", "cluster"])
+def test_what_a_killed_run_left_is_no_obstacle(
+    how: str, asked: list[int], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk with just the room, the same command goes on: its own unfinished files and downloads count as free."""
+    output = tmp_path / "out"
+    options = {
+        "plain": ConvertOptions(outliers="none", workers=1),
+        "part": ConvertOptions(outliers="none", workers=1, part=(1, 1)),
+        "cluster": ConvertOptions(outliers="none", ray="local"),
+    }[how]
+    convert(REPO, tmp_path / "whole", options)
+    size_bytes = asked[0]
+
+    def disk_of_that_size(directory: Path) -> int:
+        shards = [path for path in output.rglob("*.safetensors*") if path.is_file()] if output.exists() else []
+        return size_bytes - sum(path.stat().st_blocks * 512 for path in shards)
+
+    class Killed(BaseException):
+        """As by SIGKILL: nothing is tidied up."""
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("int8cli.planning.room.free_bytes", disk_of_that_size)
+    with monkeypatch.context() as patch:
+        patch.setattr("int8cli.checkpoint.writer.ShardWriter.commit", killed)
+        patch.setattr("int8cli.checkpoint.writer.ShardWriter.abandon", lambda _: None)
+        for name in ("remove_own_partial_files", "remove_partial_files"):
+            patch.setattr(RecordStore, name, lambda _: None)
+        with pytest.raises(Killed):
+            convert(REPO, output, options)
+    left = [path for path in (output / "int8").rglob("*.safetensors*") if path.is_file()]
+    assert {path.relative_to(output / "int8").parts[0] for path in left} == {"partial", "incoming"}
+    convert(REPO, output, options)
+    assert tree(output) == tree(tmp_path / "whole")
+
+
+class Machines(RayCluster):
+    """Machines that a cluster was told of, and no cluster."""
+
+    def __init__(self, *resources: dict[str, float]) -> None:
+        self._resources = resources
+
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [{"Resources": each} for each in self._resources]
+
+
+def test_a_machine_with_cores_and_without_memory_counts_for_nothing() -> None:
+    """The head of a cluster often has many cores and no room."""
+    cluster = Machines({"CPU": 64, "memory": 1 * GIB}, {"CPU": 8, "memory": 40 * GIB}, {"CPU": 4, "memory": 9 * GIB})
+    needs = TaskNeeds(1, 4 * GIB)
+    assert cluster.most_cores(TaskNeeds(0, 4 * GIB)) == 8
+    assert cluster.most_cores(TaskNeeds(0, 50 * GIB)) == 0
+    cluster.needs = needs
+    assert cluster.slots == 8 + 2
+    cluster.needs = TaskNeeds(3, GIB)
+    assert cluster.slots == 1 + 2 + 1
+    assert cluster.offers(TaskNeeds(8, 40 * GIB))
+    assert not cluster.offers(TaskNeeds(9, 2 * GIB))
+
+
+def test_a_machine_without_gpus_counts_for_nothing_where_one_is_needed() -> None:
+    cluster = Machines({"CPU": 64, "memory": GIB}, {"CPU": 8, "memory": GIB, "GPU": 2})
+    assert cluster.most_cores(TaskNeeds(0, 1, 1)) == 8
+    cluster.needs = TaskNeeds(1, 1, 1)
+    assert cluster.slots == 2
