@@ -202,8 +202,10 @@ def test_a_router_that_returns_more_than_its_product_is_measured_like_other_line
     assert linears["model.layers.1.feed_forward.shared_expert.up_proj"].output_mean_square > 0
 
 
-def test_statistics_are_those_of_the_whole_models_inputs(tmp_path: Path) -> None:
-    statistics = calibrated(make_model("llama", tmp_path), tokens=32)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_statistics_are_those_of_the_whole_models_inputs(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In float32 too, where a copy that is not made would change what the model computes."""
+    statistics = calibrated(make_model("llama", tmp_path, dtype=dtype), tokens=32)
     model = type(build_tiny(ALL["llama"])).from_pretrained(tmp_path, dtype="auto").eval()
     site = next(s for s in statistics.sites if s.name == "model.layers.1.mlp.down_proj")
     linear = model.get_submodule(site.name)

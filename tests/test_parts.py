@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -21,7 +22,9 @@ from support.progress import CoherentProgress
 
 from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, plan_conversion, status
 from int8cli.checkpoint import writer
+from int8cli.checkpoint.own_files import create_file
 from int8cli.commands import in_parts
+from int8cli.conversion.finish import write_conclusion
 from int8cli.errors import (
     CannotRunInPartsError,
     DiskSpaceError,
@@ -222,6 +225,47 @@ def test_a_part_whose_files_others_finished_and_removed_succeeds(
     result = convert(root / "model", output, part(1, 2, replace(NONE, threads=1)), progress=WhileItConverts())
     assert result.missing == ()
     assert tree(output) == tree(root / "one")
+
+
+@pytest.mark.parametrize("options", [replace(NONE, finish=True), part(2, 2)])
+def test_two_that_conclude_at_once_without_locks(
+    options: ConvertOptions, root: Path, tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one concludes, and removes what this one is about to write in, while it concludes too."""
+    no_locks(monkeypatch)
+    output = tmp_path / "out"
+    for number in (1, 2):
+        convert(root / "model", output, part(number, 2))
+    (output / "config.json").unlink()
+    concluded: list[int] = []
+
+    def after_another(*args: Any) -> Any:
+        child = nursery.start("convert", root / "model", "-o", "out", "--outliers", "none", "--finish", cwd=tmp_path)
+        concluded.append(child.wait().code)
+        return write_conclusion(*args)
+
+    monkeypatch.setattr("int8cli.conversion.part.write_conclusion", after_another)
+    assert convert(root / "model", output, options).missing == ()
+    assert concluded == [0]
+    assert tree(output) == tree(root / "one")
+
+
+def test_a_directory_that_another_one_removes_meanwhile_is_made_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one that concludes while this one says that it works on the directory."""
+    removed: list[str] = []
+
+    def create_in_what_is_gone(name: str, directory: int) -> int:
+        if not removed:
+            removed.append(name)
+            shutil.rmtree(tmp_path / "out/int8/parts")
+        return create_file(name, directory)
+
+    monkeypatch.setattr("int8cli.records.part.create_file", create_in_what_is_gone)
+    assert convert(root / "model", tmp_path / "out", part(1, 1)).missing == ()
+    assert removed
+    assert tree(tmp_path / "out") == tree(root / "one")
 
 
 @pytest.mark.parametrize("which", ["part", "finish"])

@@ -178,7 +178,7 @@ class _MeanSquare:
         rows = y.reshape(-1, y.shape[-1])
         step = max(1, _STEP_ELEMENTS // max(1, rows.shape[1]))
         for start in range(0, rows.shape[0], step):
-            chunk = rows[start : start + step].float()
+            chunk = rows[start : start + step].to(torch.float32, copy=True)  # float32 is changed in place below
             if bias is not None:
                 chunk -= bias.float()
             self._sum += float(chunk.square_().sum(dtype=torch.float64))
