@@ -304,6 +304,7 @@ def test_an_interrupted_stream_goes_on_and_what_was_lost_is_made_again(
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
 
 
+@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("changes", "smooths"),
     [

@@ -5,15 +5,16 @@ Owns which files these are, and the check that their bytes are those that were r
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 from int8cli.checkpoint.digest import git_sha1_of, new_digest, sha256_of
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.disk import reading_errors
+from int8cli.checkpoint.file_state import FileState
 from int8cli.checkpoint.hub.push_file import PushFile
 from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.reader import FileReader
-from int8cli.checkpoint.source import LocalFile
 from int8cli.conversion.side_files import complete_manifest
 from int8cli.errors import CorruptShardError, ModelNotFoundError, OutputError
 from int8cli.planning.output_files import CARD_FILE
@@ -83,27 +84,25 @@ def all_names(conversion: Conversion, store: RecordStore) -> tuple[str, ...]:
 
 
 def _recorded(directory: Path, file: SideFile) -> PushFile:
-    with _local(directory, file.file) as local:
-        if not file.is_at(local.path):
-            raise OutputError(f"{file.file} differs from what was written", hint=_REWRITE)
+    if not file.is_at(_path(directory, file.file)):
+        raise OutputError(f"{file.file} differs from what was written", hint=_REWRITE)
     return _side_file(directory, file.file)
 
 
 def _side_file(directory: Path, name: str) -> PushFile:
-    with _local(directory, name) as local:
-        assert local.state is not None
-        digests = sha256_of(local.path), git_sha1_of(local.path)
-    return PushFile(name, local.state.size_bytes, *digests, local.path, state=local.state)
+    path = _path(directory, name)
+    with reading_errors(path, name):
+        state = FileState.of(path.stat())
+    return PushFile(name, state.size_bytes, sha256_of(path), git_sha1_of(path), path, state=state)
 
 
-@contextmanager
-def _local(directory: Path, name: str) -> Iterator[LocalFile]:
-    """A file that must not change in this context."""
+def _path(directory: Path, name: str) -> Path:
+    """Where a file is. Raises OutputError if it is missing, SourceError for a link to a file outside the directory."""
     try:
-        with DirectorySource(directory).fetch(name) as local:
-            yield local
+        DirectorySource(directory).size_bytes(name)
     except ModelNotFoundError as error:
         raise OutputError(f"{name} is missing", hint=_REWRITE) from error
+    return directory / name
 
 
 def _parts(record: FileRecord) -> Iterator[tuple[str, int, str]]:

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from int8cli.checkpoint.digest import sha256_of
 from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.disk import reading_errors
 from int8cli.checkpoint.file_state import FileState
 from int8cli.checkpoint.hub.lfs import LfsObject
 from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.source import LocalFile
-from int8cli.errors import DestinationError
+from int8cli.errors import CorruptShardError, DestinationError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd
@@ -41,9 +42,17 @@ class PushFile:
     state: FileState | None = None
 
     def require_unchanged(self) -> None:
-        """Raise CorruptShardError if the file that is here was written to since its digest was computed."""
-        if self.path is not None:
+        """Raise CorruptShardError if the file that is here has other bytes than those of its digest.
+
+        It is read only if it was written to: another process that has the same shard may have written the same bytes.
+        """
+        if self.path is None:
+            return
+        try:
             LocalFile(self.path, state=self.state).require_unchanged(self.name)
+        except CorruptShardError:
+            if sha256_of(self.path) != self.sha256:
+                raise
 
     @property
     def lfs(self) -> LfsObject:
