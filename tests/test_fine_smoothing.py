@@ -156,6 +156,20 @@ def test_the_output_is_the_source_times_scales_rounded_once(architecture: str, w
     assert failed(tmp_path / "out", source) == []
 
 
+def test_vectors_that_finer_scales_would_take_digits_of_are_scaled_less(words: Path, tmp_path: Path) -> None:
+    """Biases of 1e-5 are not normal in float16: times 2^(1/4) they would be rounded by more than their last digit."""
+
+    def shrink(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith("layer_norm.bias"):
+                parameter.copy_(torch.linspace(-1e-5, 1e-5, len(parameter)))
+        spread(model)
+
+    source = make_model("opt", tmp_path / "model", shrink, dtype=torch.float16, **SMALL)
+    convert(source, tmp_path / "out", options(words))
+    assert failed(tmp_path / "out", source) == []
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_every_dtype(dtype: torch.dtype, words: Path, tmp_path: Path) -> None:
     source = make_model("llama-biased", tmp_path / "model", spread, dtype=dtype, **SMALL)

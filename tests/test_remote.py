@@ -40,6 +40,7 @@ from int8cli.errors import (
 )
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.shard_record import ShardRecord
+from int8cli.records.store import RecordStore
 from int8cli.upload.shard_uploads import ShardUploads
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in range(1, 4)]
@@ -181,6 +182,21 @@ def test_failures_are_tried_again_and_parts_resumed(store: Store, model: Path, t
     with source.fetch(SHARDS[0]) as local:
         assert local.path.read_bytes() == (model / SHARDS[0]).read_bytes()
     assert [start for _, start, _ in store.ranges] == [1000]
+
+
+def test_a_part_of_a_download_is_not_what_a_process_has_left(store: Store, model: Path, tmp_path: Path) -> None:
+    """What processes have left is removed when a run begins, and what the run itself goes on with is not."""
+    own = tmp_path / "out/int8/incoming"
+    source = StoreSource("store://bucket/model", HubOptions(own, retry=QUICK))
+    Store.errors[:] = [OSError("down")] * 3
+    with pytest.raises(TransferError), source.fetch(SHARDS[0]):
+        pass
+    (own / "0123456789abcdef").mkdir()
+    before = [path.name for path in own.rglob("*.incomplete")]
+    RecordStore(tmp_path / "out").remove_left_over()
+    assert len(before) == 1
+    assert [path.name for path in own.rglob("*.incomplete")] == before
+    assert not (own / "0123456789abcdef").exists()
 
 
 def test_an_object_that_is_replaced_is_an_error(store: Store, model: Path, tmp_path: Path) -> None:

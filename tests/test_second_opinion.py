@@ -366,3 +366,49 @@ def test_an_output_head_in_int8_of_a_model_that_nothing_knows(
     assert [(failure.tensor, failure.problem) for failure in found.failures] == [
         (name, "looks like an output head, and is in int8")
     ]
+
+
+# What is sound, though it looks odd
+
+
+def test_float32_rows_on_the_edge_of_float16_agree(tmp_path: Path) -> None:
+    """float16 rounds 65,510 down to its largest value, which is no reason to compute in float16."""
+    torch.manual_seed(0)
+    weight = torch.randn(96, 64)
+    weight[3, 5], weight[4, 5], weight[5, 5] = 65504.0, 65510.0, 65530.0
+    tensors = {"model.embed_tokens.weight": torch.randn(40, 64), "model.layers.0.mlp.up_proj.weight": weight}
+    source = save_by_hand(tmp_path / "source", tensors, {"model_type": "made-here", "vocab_size": 40})
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", float32="float16"))
+    assert failed(verified(tmp_path / "out", source)) == {}
+
+
+def test_a_layer_is_no_head_whose_like_in_other_blocks_are_floats(tmp_path: Path) -> None:
+    shapes = {"embed_tokens": (96, 64), **{f"layers.{block}.mlp.up_proj": (96, 64) for block in range(2)}}
+    tensors = {f"model.{name}.weight": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    config = {"model_type": "made-here", "vocab_size": 96, "dtype": "bfloat16"}
+    source = save_by_hand(tmp_path / "source", tensors, config)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", only=("*.0.mlp.up_proj",)))
+    assert failed(verified(tmp_path / "out", source)) == {}
+
+
+def test_without_records_it_says_so(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none"))
+    for path in (tmp_path / "out/int8/records").iterdir():
+        path.unlink()
+    assert failed(verified(tmp_path / "out", source))
+
+
+def test_fused_experts_beside_the_language_model_stay_as_they_are(tmp_path: Path) -> None:
+    experts = {"gate_up_proj": (3, 64, 32), "down_proj": (3, 32, 32)}
+    names = [f"{part}.model.layers.0.mlp" for part in ("thinker", "talker")]
+    tensors = {f"{name}.experts.{kind}": torch.randn(shape) for name in names for kind, shape in experts.items()}
+    tensors |= {f"{name}.gate.weight": torch.randn(3, 32) for name in names}
+    tensors |= {f"{name[:-4]}.self_attn.q_proj.weight": torch.randn(32, 32) for name in names}
+    inner = {"text_config": {"model_type": "qwen3_omni_moe_text", "num_experts": 3}, "audio_config": {"d_model": 32}}
+    config = {"model_type": "qwen3_omni_moe", "thinker_config": inner, "dtype": "bfloat16"}
+    source = save_by_hand(tmp_path / "source", {name: each.bfloat16() for name, each in tensors.items()}, config)
+    convert(source, tmp_path / "out", ConvertOptions(outliers="none", layout="compressed-tensors"))
+    written = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    assert "talker.model.layers.0.mlp.experts.gate_up_proj" in written
+    assert written["thinker.model.layers.0.mlp.experts.0.gate_proj.weight"].dtype == torch.int8
+    assert "method" not in failed(verified(tmp_path / "out", source))

@@ -145,8 +145,8 @@ class StoreSource:
     def _place(self, file_name: str) -> Path:
         """Where a file is downloaded to. Contains its mark, so that a part of another object is never resumed."""
         entry = self._entry(file_name)
-        mark = sha256(f"{self._store.url} {entry.size_bytes} {entry.mark}".encode()).hexdigest()[:16]
-        return self._options.downloads.path / mark / file_name
+        mark = sha256(f"{self._store.url} {entry.size_bytes} {entry.mark}".encode()).hexdigest()[:20]
+        return self._options.downloads.path / mark / file_name  # no directory of a process has a name of this length
 
 
 class _RangeReader(RangeStream):

@@ -106,7 +106,8 @@ def _refuse_running_the_model(options: ConvertOptions) -> None:
         raise CannotRunInPartsError(
             f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
             option="outliers",
-            hint="Make statistics of the outliers once, and give the file to every part.",
+            hint="Make statistics of the outliers once, and give the file to every part. Without smoothing, columns "
+            "by the weights, or none, need no run of the model.",
         )
 
 

@@ -173,7 +173,8 @@ def _require_seen_here(task: ShardTask, result: WorkerResult) -> None:
 
     def seen() -> bool:
         if result.upload is not None:
-            return store.uploaded(task.source) == result.upload
+            found = store.uploaded(task.source)  # a late attempt may have written it again, with other marks
+            return found is not None and found.repository == result.upload.repository
         return store.finished(task.source) is not None
 
     if not comes_true(seen):

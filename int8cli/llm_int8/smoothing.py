@@ -80,6 +80,19 @@ def _exact_range(rows: Tensor) -> ExponentRange:
     return ExponentRange(lowest.amax(dim=0).long(), highest.amin(dim=0).long())
 
 
+def normal_range(values: Tensor) -> ExponentRange:
+    """For each of some floats (n,), the exponents k for which it stays normal if it is scaled by 2^k, and between.
+
+    Scaling one that is not normal would lose digits in finer steps than whole ones: then only 0.
+    """
+    normal = _exponent(torch.tensor(torch.finfo(values.dtype).tiny, dtype=torch.float32))
+    floats = values.float()
+    matter = torch.isfinite(floats) & (floats != 0)
+    exponent = torch.where(matter, _exponents(floats), normal + MAX_EXPONENT)
+    lowest = (normal - exponent).clamp(-MAX_EXPONENT, 0).long()
+    return ExponentRange(lowest, torch.where(exponent < normal, 0, MAX_EXPONENT).long())
+
+
 def input_range(absmax: Tensor, dtype: torch.dtype) -> ExponentRange:
     """The exponents k for which an input column with this largest |x| (columns,), divided by 2^k, stays normal."""
     info = torch.finfo(dtype)

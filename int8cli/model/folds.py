@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.scales import powers_of_two
-from int8cli.llm_int8.smoothing import ExponentRange, exact_range
+from int8cli.llm_int8.smoothing import ExponentRange, exact_range, normal_range
 from int8cli.model.loaded_unit import LoadedUnit
 from int8cli.model.sites import Site, linears_of, product_of, tensors_in, weight_of
 
@@ -125,14 +126,19 @@ def _head_sizes(module: nn.Module) -> tuple[int, ...]:
     return tuple(dict.fromkeys(size for size in found if isinstance(size, int) and size > 0))
 
 
-def allowed_exponents(loaded: LoadedUnit, fold: Fold) -> ExponentRange:
-    """The exponents of the input columns for which every scaled parameter stays exact in its dtype."""
+def allowed_exponents(loaded: LoadedUnit, fold: Fold, steps: Steps) -> ExponentRange:
+    """The exponents of the input columns for which every scaled parameter stays exact in its dtype.
+
+    In finer steps, the vectors that stay floats must stay normal too.
+    """
     device = fold.rows.device
     allowed = ExponentRange.unlimited(len(fold.rows), device)
     for name in fold.site.linears:
         allowed = allowed & exact_range(weight_of(loaded.linears[name]))
     for parameter in _producing(loaded, fold):
         of_rows = exact_range(parameter.reshape(parameter.shape[0], -1).t())
+        if parameter.dim() == 1 and steps != EXACT_STEPS:
+            of_rows = of_rows & normal_range(parameter)
         allowed = allowed & -ExponentRange(of_rows.lowest[fold.rows], of_rows.highest[fold.rows])
     return allowed
 

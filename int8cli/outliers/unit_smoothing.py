@@ -113,7 +113,7 @@ class UnitSmoother:
         for fold in folds_of(loaded, site, earlier):
             if any(each.fold.overlaps(fold) for each in applied):
                 continue
-            found = choice.of(fold, allowed_exponents(loaded, fold))
+            found = choice.of(fold, allowed_exponents(loaded, fold, choice.steps))
             if found is None:
                 return NO_GAIN if self._steps == EXACT_STEPS else NO_FINE_GAIN
             scale(loaded, fold, found.proving)

@@ -18,6 +18,7 @@ from typing import Any
 from int8cli.checkpoint.tensor import DTYPE_BITS, QUANTIZABLE_DTYPES, Scaled, ShardContents, StoredTensor, TensorSpec
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.expert_names import ExpertNames, names_when_split
+from int8cli.planning.language_model import outside_language_model
 from int8cli.planning.plan import model_types
 
 # What precedes the expert's number, then the tensor. Granite's are named after what transformers 4 made of them.
@@ -58,14 +59,17 @@ def split_experts(
 ) -> tuple[ShardContents, ...]:
     """The shards with each fused tensor of experts replaced by its matrices, where that is understood.
 
-    A layer stays fused if the options leave any of its experts alone, because loaders read all or none in int8.
+    A layer stays fused if any of its experts is left alone, because loaders read all or none in int8.
     """
     names = names_when_split(model_types(config))
     if not options.loader.experts or names is None:
         return tuple(shards)
     mappable = [stored.spec for contents in shards if contents.mappable for stored in contents.tensors]
+    everything = {stored.spec.name for contents in shards for stored in contents.tensors}
+    beside = outside_language_model(everything, config) if options.loader.language_model_only else frozenset[str]()
     layers = [layer for layer in _layers(mappable, names) if layer.transposed is not None]
-    wanted = [layer for layer in layers if _is_wanted(layer, options)]
+    wanted = [layer for layer in layers if layer.gate_up.name.rpartition(".")[0] not in beside]
+    wanted = [layer for layer in wanted if _is_wanted(layer, options)]
     by_tensor = {spec.name: layer for layer in wanted for spec in (layer.gate_up, layer.down)}
     modules = frozenset(layer.gate_up.name.partition(".experts.")[0] for layer in wanted if names.renames)
     return tuple(_split(contents, by_tensor, names, modules) for contents in shards)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from int8cli.checkpoint.digest import NOT_AS_PUBLISHED
@@ -90,7 +91,7 @@ def check_weights(
         return Check.not_made("weights", why), Check.not_made("method", why), Check.not_made("figures", why)
     shards = [shard for shard in alike if shard.file in records]
     judge, opinion = SecondOpinion(directory, conversion, records.values(), survey.config), Opinion()
-    for shard, following in zip(shards, [*shards[1:], None], strict=True):
+    for shard, following in zip_longest(shards, shards[1:]):
         record = records[shard.file]
         task = task_as_recorded(directory, shard, survey, conversion, record, options)
         layers, copied = layers + len(record.layers), copied + len(task.planned.plan.copied)

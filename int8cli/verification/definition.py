@@ -16,6 +16,7 @@ from torch import Tensor
 
 _STEPS = 127
 _SCALE_FITS_ABOVE = 1e-36
+_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,9 @@ def _as_quantized(weight: Tensor, *, float32_via_half: bool) -> tuple[Tensor, Te
     """The values that are quantized, and the absmax of their rows, both float32."""
     if weight.dtype != torch.float32 or float32_via_half:
         halves = weight.half().float()
-        row_absmax = _absmax(halves)
-        too_large = row_absmax.isinf()
+        too_large = _absmax(weight.float()) > _LARGEST_HALF
         if not bool(too_large.any()):
-            return halves, row_absmax
+            return halves, _absmax(halves)
         halves[too_large] = weight[too_large].float()
         return halves, _absmax(halves)
     return weight, _absmax(weight)

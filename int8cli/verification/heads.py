@@ -3,6 +3,7 @@
 Owns two judgements: the loader's own, where it has a class for the model, and one by shapes, where it has none.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,14 +43,21 @@ def heads_by_shape(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
         vocabularies = frozenset(_vocabularies(read_config(DirectorySource(directory))))
     except Int8cliError:
         return
+    kinds = Counter(_kind(spec.name) for record in records for spec in record.source_tensors)
     shapes = Counter(layer.shape for record in records for layer in record.layers)
     int8 = {f"{layer.name}.weight" for record in records for layer in record.layers}
     floats = {spec.shape for record in records for spec in record.source_tensors if spec.name not in int8}
     for record in records:
         for layer in record.layers:
             rows, columns = layer.shape
-            if rows in vocabularies and rows > columns and layer.shape in floats and shapes[layer.shape] == 1:
+            alone = kinds[_kind(f"{layer.name}.weight")] <= 1 and shapes[layer.shape] == 1
+            if rows in vocabularies and rows > columns and layer.shape in floats and alone:
                 yield Failure(record.files[0].file, "looks like an output head, and is in int8", layer.name)
+
+
+def _kind(name: str) -> str:
+    """The name without its numbers: a layer of a block has others of its kind, of which some may be floats."""
+    return re.sub(r"\d+", "*", name)
 
 
 def _vocabularies(config: Mapping[str, Any]) -> Iterator[int]:
