@@ -155,6 +155,7 @@ def test_a_library_that_panics_is_an_error(
         panic()
     convert(model, tmp_path / "out", ConvertOptions(outliers="none", workers=1))
     monkeypatch.setattr("vl_convert.javascript_bundle", panic)
+    monkeypatch.setattr("int8cli.cli.end_on_signals", lambda: None)  # it would end the process of the tests later
     monkeypatch.setattr("sys.argv", ["int8cli", "report", str(tmp_path / "out"), "-o", str(tmp_path / "page.html")])
     with pytest.raises(SystemExit) as caught:
         main()
