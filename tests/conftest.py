@@ -1,5 +1,5 @@
 """What all tests share: an environment that says nothing of this machine, the same random numbers in every run, a
-working Ctrl-C, and a nursery of processes for each module that uses one.
+working Ctrl-C; and for the modules that use them a nursery of processes, a text, and torch with one thread.
 """
 
 import errno
@@ -11,6 +11,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -103,3 +104,24 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
 
     with nursery_in(tmp_path_factory.mktemp("nursery")) as nursery:
         yield nursery
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file that the tokenizers of tiny models know."""
+    from support.calibration_models import some_text
+
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(some_text().text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Products of tiny models take longer to distribute over threads than to compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

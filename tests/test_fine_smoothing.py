@@ -53,16 +53,7 @@ COLUMNS, ROWS = ".smooth_quarter_exponents", ".smooth_row_quarter_exponents"
 FAMILIES = {"llama-biased": 0.5, "opt": 0.5, "bloom": 0.5, "gemma2": 0.2, "mixtral": 0.2, "gpt2": 0.5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(some_text().text)
-    return path
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

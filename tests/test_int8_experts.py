@@ -56,7 +56,7 @@ def test_experts_run_in_int8_near_the_float_model(family: str, tmp_path: Path) -
     assert len(experts_modules(model)) == model.config.num_hidden_layers
     with torch.no_grad():
         found, exact = model(IDS).logits, reference(IDS).logits
-    assert 1e-6 < relative_error(found, exact) < 0.05
+    assert 1e-6 < relative_error(found, exact) < (0.05 if family == "phimoe" else 0.03)
 
 
 def test_experts_run_where_transformers_knows_no_norm_behind_them(

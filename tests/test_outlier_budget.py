@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.calibration_models import calibrated, make_model, some_text
+from support.calibration_models import calibrated, make_model
 from support.checkpoints import read_all
 from support.hub_stand_in import HubStandIn
 from support.program import tree
@@ -50,16 +50,7 @@ class StopsAt(SilentProgress):
                 raise StopError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(some_text().text)
-    return path
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from support.progress import CoherentProgress
 from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, plan_conversion, status
 from int8cli.checkpoint import writer
 from int8cli.checkpoint.own_files import create_file
+from int8cli.checkpoint.writer import new_file, write_file
 from int8cli.commands import in_parts
 from int8cli.conversion.finish import write_conclusion
 from int8cli.errors import (
@@ -536,3 +537,14 @@ def test_a_part_prints_one_document(root: Path, nursery: Nursery, tmp_path: Path
     assert (first["schema"], first["part"], first["parts"]) == ("int8cli.part-result/1", 1, 2)
     assert (first["finished"], len(first["missing"]), last["finished"], last["missing"]) == (False, 3, True, [])
     assert last["report"] == json.loads((tmp_path / "out/int8/report.json").read_text())
+
+
+def test_records_of_one_shard_are_written_at_the_same_time(tmp_path: Path) -> None:
+    """That of the shard by one thread, that of its upload by another, which another process has converted as well."""
+    aside = tmp_path / "partial/token"
+    record, upload = tmp_path / "records/shard.json", tmp_path / "uploads/shard.json"
+    with new_file(record, below=tmp_path, aside=aside) as file:
+        file.write(b"of the shard")
+        write_file(upload, b"of the upload", below=tmp_path, aside=aside)
+    assert (record.read_bytes(), upload.read_bytes()) == (b"of the shard", b"of the upload")
+    assert list(aside.iterdir()) == []

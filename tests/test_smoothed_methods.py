@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from support.calibration_models import make_model, some_text
 from support.smoothing import planted, smoothed_copy, smoothed_statistics, spread
 from typer.testing import CliRunner, Result
@@ -49,9 +48,7 @@ def kl(found: Evaluation, key: str) -> float:
     return method.scores.kl_divergence
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_smoothed_method_computes_what_the_plain_one_does_in_the_smoothed_model(tmp_path: Path) -> None:

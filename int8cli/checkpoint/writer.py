@@ -143,7 +143,9 @@ def new_file(
     If the context ends with an error, the file is removed. `below` and `aside` as in `write_file`. Raises
     DiskSpaceError, OutputError.
     """
-    temporary = name_aside(final.name, prefix=".", suffix=".partial")
+    # Two threads may write files of one name into different directories, with one `aside`.
+    name = final.name if aside is None else f"{final.parent.name}-{final.name}"
+    temporary = name_aside(name, prefix=".", suffix=".partial")
     within = final.parent if below is None else below
     with (
         disk_errors(final, size_bytes),

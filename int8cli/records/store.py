@@ -25,7 +25,6 @@ from int8cli.records.upload_record import CommitRecord, UploadRecord
 
 # The names of directories that belong to one process, as in `part` and in `worker_job`.
 _TOKEN = re.compile(r"([0-9a-f]{16}){1,2}")
-_ATTEMPTS = 3
 
 
 class RecordStore:
@@ -216,7 +215,7 @@ class RecordStore:
 
     def add_upload(self, shard: ShardSource, upload: UploadRecord) -> None:
         """Record that a repository has the files of a finished shard."""
-        self._write(self._upload_path(shard), _to_bytes(upload.to_json()))
+        write_file(self._upload_path(shard), _to_bytes(upload.to_json()), below=self._output, aside=self.aside)
 
     def commit(self) -> CommitRecord | None:
         """The last commit that was made of this conversion; None if none was. Raises OutputError if it is damaged."""
@@ -225,7 +224,7 @@ class RecordStore:
 
     def add_commit(self, commit: CommitRecord) -> None:
         """Record a commit that names all files of the conversion."""
-        self._write(self._commit_path, _to_bytes(commit.to_json()))
+        write_file(self._commit_path, _to_bytes(commit.to_json()), below=self._output, aside=self.aside)
 
     def forget_upload(self, shard: ShardSource) -> None:
         """Remove the record of an upload: the repository does not have the files."""
@@ -238,18 +237,8 @@ class RecordStore:
 
     def add(self, record: ShardRecord) -> None:
         """Record that a shard is finished. Its files must be on disk under their final names."""
-        self._write(self._record_path(record.source), _to_bytes(record.to_json()))
-
-    def _write(self, path: Path, data: bytes) -> None:
-        """Write a record. Where another process removes what it takes for left over, the directories are made again."""
-        for _ in range(_ATTEMPTS - 1):
-            try:
-                write_file(path, data, below=self._output, aside=self.aside)
-                return
-            except OutputError as error:
-                if not isinstance(error.__cause__, FileNotFoundError):
-                    raise
-        write_file(path, data, below=self._output, aside=self.aside)
+        path = self._record_path(record.source)
+        write_file(path, _to_bytes(record.to_json()), below=self._output, aside=self.aside)
 
     def clear(self) -> None:
         """Remove every file that an earlier conversion recorded as its own, and the records; nothing else.
