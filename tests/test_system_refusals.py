@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,12 @@ from int8cli.checkpoint.disk import raise_if_of_the_system, system_errors
 from int8cli.checkpoint.hub.ahead import FetchAhead
 from int8cli.checkpoint.weights_only import load_weights
 from int8cli.cli import main
-from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, SystemRefusalError
+from int8cli.errors import CannotRunError, Int8cliError, NotEnoughMemoryError, SourceError, SystemRefusalError
 from int8cli.model.strands import Strand
 from int8cli.model.text import load_tokenizer
 from int8cli.runtime.reference import load_reference
+from int8cli.verification.heads import heads_by_shape
+from int8cli.verification.loads import check_loads
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
 
@@ -121,6 +124,33 @@ def test_a_model_is_not_blamed_for_what_the_system_refuses(
     monkeypatch.setattr(function, refuse)
     with pytest.raises(SystemRefusalError, match="Too many open files"):
         call(model)
+
+
+class Refusing:
+    """Finds no module: the system refuses to look."""
+
+    def find_spec(self, *_: Any) -> None:
+        raise refused(errno.EROFS)
+
+
+def test_a_loader_that_the_system_does_not_let_be_imported_is_not_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "transformers")
+    monkeypatch.setattr(sys, "meta_path", [Refusing(), *sys.meta_path])
+    with pytest.raises(SystemRefusalError, match="Read-only file system"):
+        check_loads(tmp_path, "bitsandbytes", [])
+
+
+def test_a_head_is_not_overlooked_because_the_config_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise SourceError("config.json: cannot be read", hint="") from refused(errno.EIO)
+
+    monkeypatch.setattr("int8cli.verification.heads.read_config", refuse)
+    with pytest.raises(SystemRefusalError):
+        list(heads_by_shape(tmp_path, []))
 
 
 @pytest.mark.parametrize("begin", [lambda strand, _: strand.advance(), lambda _, ahead: ahead.start("file")])

@@ -11,6 +11,7 @@ from typing import Any
 
 from int8cli.checkpoint.config_file import read_config
 from int8cli.checkpoint.directory import DirectorySource
+from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.errors import Int8cliError
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Failure
@@ -41,7 +42,8 @@ def heads_by_shape(directory: Path, records: Sequence[ShardRecord]) -> Iterator[
     """
     try:
         vocabularies = frozenset(_vocabularies(read_config(DirectorySource(directory))))
-    except Int8cliError:
+    except Int8cliError as error:
+        raise_if_of_the_system(error)
         return
     kinds = Counter(_kind(spec.name) for record in records for spec in record.source_tensors)
     shapes = Counter(layer.shape for record in records for layer in record.layers)

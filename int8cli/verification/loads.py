@@ -69,6 +69,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         try:
             import transformers
         except Exception as error:  # a broken installation says nothing about the model
+            raise_if_of_the_system(error)
             return Check.not_made(NAME, f"transformers cannot be imported here: {_first_line(error)}")
         loader = f"transformers {transformers.__version__}"
         specs = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
