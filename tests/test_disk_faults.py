@@ -196,7 +196,8 @@ def test_no_memory_for_the_program_itself_is_no_traceback(megabytes: int, model:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=120)
     assert ended.returncode == 1, ended.stderr.decode()
-    assert ended.stderr.startswith(b"error: ") and b"\nhint: " in ended.stderr
+    assert ended.stderr.startswith(b"error: ")
+    assert b"\nhint: " in ended.stderr
     assert b"Traceback" not in ended.stderr, ended.stderr.decode()
 
 

@@ -1,4 +1,4 @@
-"""Which expressions of a config.json are matched: all that loaders and convert write, and none that can take any time."""
+"""Which expressions of a config.json are matched: those that loaders and convert write, none that takes any time."""
 
 import re
 
@@ -18,7 +18,16 @@ USUAL = (
     r"re:(?!.*experts).*",
     r"(?:^|.*[.(*+])layers\.[0-9]+\.(?P<part>mlp|attn)",
 )
-ENDLESS = ("(a+)+$", "(a|a)*$", r"(\w+\.?)+$", "((a)?)*", "a?" * 30 + "a" * 30, "(?:a|a)" * 40, ".*a" * 12, r"(?i:\w*)+")
+ENDLESS = (
+    "(a+)+$",
+    "(a|a)*$",
+    r"(\w+\.?)+$",
+    "((a)?)*",
+    "a?" * 30 + "a" * 30,
+    "(?:a|a)" * 40,
+    ".*a" * 12,
+    r"(?i:\w*)+",
+)
 
 
 @pytest.mark.parametrize("entry", USUAL)

@@ -151,7 +151,9 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
     layers = [layer for record in records for layer in record.layers]
     unmatched = slow(entries, max((len(layer.name) for layer in layers), default=0))
     for entry in unmatched:
-        problem = f"quantization_config.{target.SKIP_KEY}: {shown(entry)} can take any time to match; it was not matched"
+        problem = (
+            f"quantization_config.{target.SKIP_KEY}: {shown(entry)} can take any time to match; it was not matched"
+        )
         yield Failure(CONFIG_FILE, problem)
     for layer in layers:
         for entry in (entry for entry in entries if entry not in unmatched):
