@@ -18,7 +18,7 @@ from support.checkpoints import (
     save_by_hand,
     save_tiny,
 )
-from support.program import llama, run, tree
+from support.program import Nursery, llama, tree
 from support.verifying import verified
 from torch import Tensor, nn
 
@@ -102,10 +102,10 @@ def test_sizes_are_predicted_exactly(tmp_path: Path) -> None:
     assert LAYOUT in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
+def test_estimate_memory_knows_the_size_too(nursery: Nursery, tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "source")
     report = convert(tmp_path / "source", tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT)).report
-    outcome = run("estimate-memory", "source", "--layout", LAYOUT, "--json", cwd=tmp_path)
+    outcome = nursery.run("estimate-memory", "source", "--layout", LAYOUT, "--json", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     estimate = json.loads(outcome.out)
     assert estimate["output_bytes"] == report.output_bytes
@@ -254,11 +254,11 @@ def test_layers_with_experts_in_int8_and_in_floats_are_named(skip: str) -> None:
     ]
 
 
-def test_merged_layers_are_named_before_anything_is_converted(tmp_path: Path) -> None:
+def test_merged_layers_are_named_before_anything_is_converted(nursery: Nursery, tmp_path: Path) -> None:
     llama(tmp_path / "source")
     options = ("--layout", LAYOUT, "--outliers", "none", "--skip", "*.q_proj")
     for when in ("--dry-run", "--workers=1"):
-        outcome = run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
+        outcome = nursery.run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
         assert outcome.code == 0, outcome.err
         said = " ".join(outcome.err.split())
         assert "leave the others alone too: *.self_attn.k_proj, *.self_attn.v_proj" in said
@@ -382,11 +382,11 @@ def test_a_model_without_a_language_model_of_its_own_is_int8_throughout(
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "falcon_mamba"])
-def test_a_model_that_vllm_cannot_open_is_said_to_be_one(architecture: str, tmp_path: Path) -> None:
+def test_a_model_that_vllm_cannot_open_is_said_to_be_one(architecture: str, nursery: Nursery, tmp_path: Path) -> None:
     build_tiny((LISTED | OTHERS)[architecture]).save_pretrained(tmp_path / "source")
     options = ("--layout", LAYOUT, "--outliers", "none")
     for when in ("--dry-run", "--workers=1"):
-        outcome = run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
+        outcome = nursery.run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
         assert outcome.code == 0, outcome.err
         assert "warning: vLLM cannot open this: it has the mixers of Mamba only in floats" in " ".join(
             outcome.err.split()
