@@ -463,8 +463,9 @@ def on_terminal(*args: str, cwd: Path, **env: str) -> tuple[int, str]:
     """Run the program with all its streams on a terminal of 80 columns; returns its code and all that was drawn."""
     command = [sys.executable, "-m", "int8cli", *args]
     with Terminal() as terminal:
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.descriptor)
-        code = subprocess.run(command, cwd=cwd, env=environment(TERM=TERM, **env), check=False, **streams).returncode
+        to = terminal.descriptor
+        env = environment(TERM=TERM, **env)
+        code = subprocess.run(command, cwd=cwd, env=env, check=False, stdin=to, stdout=to, stderr=to).returncode
     return code, terminal.drawn
 
 

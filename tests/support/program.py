@@ -162,8 +162,8 @@ class Nursery:
     def on_terminal(self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
         """Run the program with all its streams on a terminal; returns its code and all that was drawn."""
         with Terminal() as terminal:
-            streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.path)
-            code = self.start(*args, cwd=cwd, env={"TERM": TERM, **(env or {})}, **streams).wait().code
+            to, env = terminal.path, {"TERM": TERM, **(env or {})}
+            code = self.start(*args, cwd=cwd, env=env, stdin=to, stdout=to, stderr=to).wait().code
         return code, terminal.drawn
 
     def wait(self, pid: int) -> int:
