@@ -65,15 +65,18 @@ def chat(
     options: GenerateOptions = _DEFAULTS,
     *,
     on_text: OnText | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Generation]:
     """A conversation: an answer to each message, given all that was said before. Loads the model once.
 
+    `stop` is asked before each block of the model. Once it returns True, the answer ends there, and the conversation
+    goes on with what has come of it; if nothing has, the message counts as not sent.
     Of a conversation that is longer than the model takes, the oldest messages are left out; `progress` gets a note.
     Raises what `generate` raises, and CannotRunError for a tokenizer without a chat template.
     """
     with system_errors():  # around a generator, it would end before the first answer
-        yield from _answers(directory, messages, options, on_text, progress)
+        yield from _answers(directory, messages, options, on_text, stop, progress)
 
 
 def _answers(
@@ -81,6 +84,7 @@ def _answers(
     messages: Iterable[str],
     options: GenerateOptions,
     on_text: OnText | None,
+    stop: Callable[[], bool] | None,
     progress: Progress,
 ) -> Iterator[Generation]:
     session = _open(Path(directory), options, progress)
@@ -96,8 +100,11 @@ def _answers(
         ids, left_out = session.speaker.latest_turn(said)
         if left_out > before:
             progress.note(f"the conversation is too long: the model no longer sees its first {left_out} messages")
-        spoken = session.speaker.speak(ids, on_text)
-        said.append({"role": "assistant", "content": spoken.text})
+        spoken = session.speaker.speak(ids, on_text, stop)
+        if spoken.ids.numel():
+            said.append({"role": "assistant", "content": spoken.text})
+        else:
+            said.pop()
         yield session.result(ids, spoken)
 
 
@@ -122,9 +129,9 @@ class _Session:
             prompt_tokens=ids.shape[1],
             text=spoken.text,
             new_tokens=spoken.ids.numel(),
-            stopped="end" if spoken.ended else "length",
-            seconds_to_first_token=spoken.times_s[0],
-            seconds=spoken.times_s[-1],
+            stopped=spoken.stopped,
+            seconds_to_first_token=spoken.times_s[0] if spoken.times_s else None,
+            seconds=spoken.times_s[-1] if spoken.times_s else 0.0,
             tokens_per_second=spoken.tokens_per_second,
             weights_bytes=self.weights_bytes,
             peak_memory_bytes=peak_bytes("cpu"),
