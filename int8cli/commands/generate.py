@@ -15,7 +15,7 @@ from int8cli.model.memory import peak_bytes, return_memory_promptly
 from int8cli.model.text import load_tokenizer
 from int8cli.progress import SILENT, Progress
 from int8cli.results.generation import Agreement, Generation
-from int8cli.runtime.reference import load_reference, refuse_quantized_reference
+from int8cli.runtime.reference import check_reference, load_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,6 @@ def generate(
     on the same prompt afterwards, once the int8 model has left the memory. Raises what `load_model` raises,
     CannotRunError without a tokenizer, TextError, ReferenceModelError.
     """
-    if options.compare is not None:
-        refuse_quantized_reference(str(options.compare))
     session = _open(Path(directory), options, progress)
     speaker = session.speaker
     ids = speaker.prompt(prompt) if options.raw or not speaker.has_chat_template() else speaker.turn([_user(prompt)])
@@ -149,6 +147,8 @@ def _open(directory: Path, options: GenerateOptions, progress: Progress) -> _Ses
     if options.device is not None:
         check_device(options.device)
     require_transformers()
+    if options.compare is not None:
+        check_reference(str(options.compare))
     return_memory_promptly(_MALLOC_KEEPS_BYTES)
     from int8cli.runtime.load import load_model
 

@@ -67,7 +67,7 @@ class Speaker:
     def turn(self, messages: Sequence[dict[str, str]]) -> Tensor:
         """The tokens of a conversation up to the point where the model answers: int64 (1, n).
 
-        Raises TextError for an empty conversation, CannotRunError for a chat template that does not work.
+        Raises TextError for a message without words, CannotRunError for a chat template that does not work.
         """
         return self._checked(self._rendered(messages))
 
@@ -86,6 +86,8 @@ class Speaker:
     def _rendered(self, messages: Sequence[dict[str, str]]) -> Tensor:
         for message in messages:
             _require_unicode(message["content"])
+        if not messages[-1]["content"].strip():
+            raise _empty()
         with _rejections("the chat template does not work", "Without it, the model can continue a text."):
             found: Tensor = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -130,7 +132,7 @@ class Speaker:
 
     def _checked(self, ids: Tensor) -> Tensor:
         if not ids.shape[1]:
-            raise TextError("the prompt is empty", hint="Give some text to continue.")
+            raise _empty()
         if self._limit is not None and ids.shape[1] >= self._limit:
             raise TextError(
                 f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {self._limit:,}",
@@ -164,6 +166,10 @@ class Speaker:
 
     def _ends(self, ids: Tensor) -> bool:
         return bool(ids.numel()) and int(ids[-1]) in self._end_tokens()
+
+
+def _empty() -> TextError:
+    return TextError("the prompt is empty", hint="Give some text to continue or to answer.")
 
 
 def _require_unicode(text: str) -> None:
