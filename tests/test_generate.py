@@ -169,7 +169,7 @@ def test_a_hub_id_that_cannot_be_compared_with_is_refused_before_anything_is_gen
 
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", absent)
     monkeypatch.setattr("int8cli.runtime.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    with pytest.raises(ReferenceModelError, match="as the 16-bit model: nobody/nothing is not a repository$"):
+    with pytest.raises(ReferenceModelError, match=r"as the 16-bit model: nobody/nothing is not a repository$"):
         generate(root / "out", "a", GenerateOptions(compare="nobody/nothing"))
 
 
