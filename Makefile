@@ -106,7 +106,7 @@ test-s3: .venv-s3/.ready
 	$(BIN)/python -m pip --python .venv-s3/bin/python install -qq --disable-pip-version-check --constraint $(PINS) --group s3
 	touch $@
 
-# lm-eval is 32 packages, which nothing else needs: likewise. They would hold back the oldest versions, so only those
+# lm-eval brings 40 packages, which nothing else needs: likewise. They would hold back the oldest versions, so only those
 # that the lock file has anyway are locked.
 LM_EVAL := lm-eval==0.4.13
 test-lm-eval: .venv-lm-eval/.ready
