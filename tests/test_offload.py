@@ -62,8 +62,11 @@ def test_limits_are_sizes_of_known_devices() -> None:
         memory_limits("cpu", {0: "2GB"})
     with pytest.raises(OptionError, match="1 is not a device"):
         memory_limits("cuda", {1: "2GB"})
-    with pytest.raises(OptionError, match="'much' is not a size"):
-        memory_limits("cpu", {"cpu": "much"})
+    for bad in ("much", 1e9, None, -5):
+        with pytest.raises(OptionError, match=f"{bad!r} is not a size"):
+            memory_limits("cpu", {"cpu": bad})  # type: ignore[dict-item]
+    with pytest.raises(OptionError, match="'8GB' does not say for which device"):
+        memory_limits("cpu", "8GB")  # type: ignore[arg-type]
 
 
 # Running
