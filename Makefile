@@ -3,8 +3,8 @@
 # `make torture SECONDS=600` tries for that long to make it lose data. `make test-oldest` and `make test-newest` run the
 # tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without test dependencies,
 # `make test-ray` and `make test-s3` run tests that need a cluster or an S3 server on this machine, `make test-vllm` opens
-# what int8cli writes in vLLM, `make lock` and `make lock-vllm` update the lock files. See
-# docs/development.md.
+# what int8cli writes in vLLM, `make test-lm-eval` has lm-eval judge it, `make lock` and `make lock-vllm` update the lock
+# files. See docs/development.md.
 
 PYTHON ?= python3
 COMMA := ,
@@ -49,8 +49,8 @@ DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 DEMO_PAGE := demo/report.html
 
-.PHONY: demo test test-oldest test-newest test-bare test-ray test-s3 test-vllm lock lock-vllm benchmark torture lint types \
-	pytest always clean
+.PHONY: demo test test-oldest test-newest test-bare test-ray test-s3 test-vllm test-lm-eval lock lock-vllm benchmark torture \
+	lint types pytest always clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -104,6 +104,17 @@ test-s3: .venv-s3/.ready
 .venv-s3/.ready: $(READY)
 	$(call beside,.venv-s3)
 	$(BIN)/python -m pip --python .venv-s3/bin/python install -qq --disable-pip-version-check --constraint $(PINS) --group s3
+	touch $@
+
+# lm-eval brings 40 packages, which nothing else needs: likewise. They would hold back the oldest versions, so only those
+# that the lock file has anyway are locked.
+LM_EVAL := lm-eval==0.4.13
+test-lm-eval: .venv-lm-eval/.ready
+	.venv-lm-eval/bin/python -m pytest -n 0 tests/test_lm_eval.py $(TESTS)
+
+.venv-lm-eval/.ready: $(READY)
+	$(call beside,.venv-lm-eval)
+	.venv-lm-eval/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) $(LM_EVAL)
 	touch $@
 
 # An empty environment that finds what is installed in the other one.

@@ -72,24 +72,6 @@ def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> N
     assert found["generated_text"].lstrip() == spoken  # transformers 5.0.0 leaves the blank before the first word
 
 
-def test_lm_eval_takes_the_model_and_finds_its_tokenizer(root: Path, words: str) -> None:
-    """Runs where lm-eval is installed. It is no dependency of the tests: it brings datasets, scikit-learn and more."""
-    harness: Any = pytest.importorskip("lm_eval.models.huggingface")
-    instance: Any = pytest.importorskip("lm_eval.api.instance").Instance
-    model = int8cli.load_model(root / "out", device="cpu")
-    judge = harness.HFLM(pretrained=model, batch_size=2)
-    judge.tokenizer.eos_token = judge.tokenizer.convert_ids_to_tokens(1)  # lm-eval decodes one
-    pairs = [(words, f" {words}"), (words, f" {words} {words}")]
-    requests = [instance("loglikelihood", {}, arguments=pair, idx=number) for number, pair in enumerate(pairs)]
-    found = judge.loglikelihood(requests, disable_tqdm=True)
-    for (context, continuation), (log_likelihood, _) in zip(pairs, found, strict=True):
-        start, ids = len(judge.tok_encode(context)), torch.tensor([judge.tok_encode(context + continuation)])
-        with torch.inference_mode():
-            log_odds = model(ids).logits[0].float().log_softmax(dim=-1)
-        expected = sum(float(log_odds[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
-        assert log_likelihood == pytest.approx(expected, rel=1e-2)  # lm-eval adds in bfloat16
-
-
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str) -> None:
     template = generate(root / "chatty", words, SHORT)
     raw = generate(root / "chatty", words, GenerateOptions(raw=True, max_new_tokens=6, device="cpu"))
@@ -173,10 +155,22 @@ def test_a_comparison_says_where_the_first_token_differs(root: Path, words: str,
 
 def test_a_quantized_model_is_no_16_bit_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with itself, a conversion would agree in every token. It is refused before any weight is read."""
-    monkeypatch.setattr("int8cli.commands.generate._open", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("int8cli.runtime.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ReferenceModelError, match=r"quantized model \(bitsandbytes\), not the 16-bit one") as refused:
         generate(root / "out", "a", GenerateOptions(compare=root / "out"))
     assert "that was converted" in refused.value.hint
+
+
+def test_a_hub_id_that_cannot_be_compared_with_is_refused_before_anything_is_generated(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise OSError("nobody/nothing is not a repository\nsecond line")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", absent)
+    monkeypatch.setattr("int8cli.runtime.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ReferenceModelError, match=r"as the 16-bit model: nobody/nothing is not a repository$"):
+        generate(root / "out", "a", GenerateOptions(compare="nobody/nothing"))
 
 
 def reference(directory: Path, text: str) -> list[int]:
@@ -198,7 +192,10 @@ def reference(directory: Path, text: str) -> list[int]:
         ({"inputs": "xx"}, OptionError, "zeropoint, absmax"),
         ({"max_memory": ("cpu",)}, OptionError, "not DEVICE=SIZE"),
         ({"max_memory": ("gpu=1GB",)}, OptionError, "not DEVICE=SIZE"),
-        ({"compare": "nothing/"}, ReferenceModelError, "cannot be loaded"),
+        ({"compare": "nothing/"}, ReferenceModelError, "nothing/: no such directory"),
+        ({"compare": "./nothing"}, ReferenceModelError, "./nothing: no such directory"),
+        ({"compare": Path(__file__)}, ReferenceModelError, "no directory with a config.json"),
+        ({"compare": Path(__file__).parent}, ReferenceModelError, "no directory with a config.json"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: Any, error: type[Exception], words: str, root: Path) -> None:
@@ -209,6 +206,9 @@ def test_what_makes_no_sense_is_refused(options: Any, error: type[Exception], wo
 def test_prompts_that_cannot_be_continued_are_refused(root: Path, words: str, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="empty"):
         generate(root / "out", "", GenerateOptions(raw=True, device="cpu"))
+    for blank in ("", " \n"):
+        with pytest.raises(TextError, match="empty"):
+            generate(root / "chatty", blank, SHORT)
     with pytest.raises(TextError, match="takes fewer than"):
         generate(root / "out", " ".join([words] * 500), SHORT)
     bare = save_tiny("bert", tmp_path / "bert")

@@ -28,6 +28,8 @@ _ENGINE = "fbgemm"
 
 # Rows whose magnitudes are summed at once: memory that is touched for the first time takes longer than the sum.
 _BLOCK_ELEMENTS = 1 << 19
+# What packing takes at once: a quantized copy and the packed one, which is padded.
+_PACKING_COPIES, _PACKING_BYTES = 2, 1 << 20
 
 _keys = count()
 _by_key: "WeakValueDictionary[int, PackedWeight]" = WeakValueDictionary()
@@ -48,7 +50,7 @@ class PackedWeight:
 
     @classmethod
     def of(cls, data: Tensor) -> "PackedWeight | None":
-        """The weight packed, or None where torch has no such product or its sums are not exact."""
+        """The weight packed, or None where torch has no such product, its sums are not exact, or memory is short."""
         if data.device.type != "cpu" or 0 in data.shape or not is_supported():
             return None
         width = _exact_width(data)
@@ -144,6 +146,8 @@ def _largest_sum(part: Tensor) -> int:
 
 
 def _packed(data: Tensor) -> Any:
+    """Raises RuntimeError where the system would refuse the memory: FBGEMM does not look, and the process crashes."""
+    torch.empty(_PACKING_COPIES * data.numel() + _PACKING_BYTES, dtype=torch.int8, device="cpu")  # freed at once
     with _engine.selected():
         return torch.ops.quantized.linear_prepack(_as_quantized(data.contiguous()), None)
 
