@@ -231,7 +231,7 @@ class _Job:
     def on(self, cluster: OnCluster) -> "_Job":
         """The same job on a cluster."""
         outputs = None if self.run.at_once.outputs is None else cluster.slots  # each worker uploads what it converted
-        run = replace(self.run, at_once=AtOnce(outputs, cluster.slots, model_apart=True))
+        run = replace(self.run, at_once=AtOnce(outputs, cluster.slots, elsewhere=True))
         threads = cluster.model_threads(self.survey, self.wanted.sampling)
         wanted = replace(self.wanted, model_threads=threads)
         return replace(self, run=run, wanted=wanted, cluster=cluster)

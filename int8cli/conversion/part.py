@@ -22,13 +22,13 @@ from int8cli.conversion.convert import (
     describe,
     executor_for,
     finished_records,
-    require_room,
     require_something_to_quantize,
     task_of,
 )
 from int8cli.conversion.finish import RenderCard, conversion_report, write_conclusion
 from int8cli.conversion.late import comes_true, shown_late
 from int8cli.conversion.resumed_smoothing import recorded_exponents
+from int8cli.conversion.room import remove_useless_downloads, require_room, require_room_to_run
 from int8cli.conversion.shard_loop import ShardLoop, ignore
 from int8cli.errors import (
     CannotLockError,
@@ -191,7 +191,8 @@ class _Part:
         mine = self._mine
         remaining = [shard for shard in mine if shard.file not in finished]
         if mine:
-            require_room(self.source, self.survey, self.options, remaining, self.store)
+            require_room(self.source, self.survey, self.options.at_once, remaining, self.store)
+            remove_useless_downloads(self.source, self.survey, self.options.at_once, remaining, self.store)
             survey = self.survey.only(self.part.shards(self.survey))
             begin_conversion(self.progress, survey, finished, self.options.about_columns)
             self._convert(remaining, lock, columns)
@@ -200,7 +201,7 @@ class _Part:
             self.options.destination.settle()
 
     def _convert(self, remaining: Sequence[ShardSource], lock: int, columns: ColumnSource) -> None:
-        room = partial(require_room, self.source, self.survey, self.options, list(remaining), self.store)
+        room = partial(require_room_to_run, self.source, self.survey, self.options.at_once, remaining, self.store)
         settings = self.conversion.settings
         executor = executor_for(self.options, len(remaining), lock, self.progress)
         try:

@@ -89,7 +89,7 @@ class WorkerJob:
     def convert(self, task: ShardTask, on_bytes: OnBytes) -> WorkerResult:
         """Convert a shard, record it and hand it on, as far as no earlier attempt has.
 
-        What attempts that were lost have left of it, unfinished files and downloads, is removed then.
+        What a lost attempt that went on beside this one has left is removed then.
         """
         with self._opened(task.directory, task.source.output) as (source, store, columns):
             record = store.finished(task.source)
@@ -131,8 +131,12 @@ class WorkerJob:
     def _opened(
         self, output: Path, shard: str, progress: Progress = SILENT
     ) -> Iterator[tuple[Source, RecordStore, ColumnSource]]:
-        """The source and the output, under names that no other worker has, for a shard or for a run of the model."""
+        """The source and the output, under names that no other worker has, for a shard or for a run of the model.
+
+        What attempts that were lost have left of it is removed first: room was asked for one attempt at a time.
+        """
         store = RecordStore(output, _attempts(shard) + new_token())
+        store.remove_left_over(_attempts(shard))
         with closing(self.source.open(store, output)) as source:
             try:
                 state = OwnPath(store.calibration_directory, output, store.aside)
