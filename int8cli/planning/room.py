@@ -82,17 +82,7 @@ def room_needed(
     else:
         rest_bytes = max(0, model_bytes - sum(begun.values()))
         needed.append((output, _most_in_turn(shards, at_once, rest_bytes)))
-    by_disk: dict[int, list[tuple[Path, int]]] = {}
-    for directory, size_bytes in needed:
-        existing = existing_parent(directory)
-        with disk_errors(existing):
-            disk = existing.stat().st_dev
-        by_disk.setdefault(disk, []).append((existing, size_bytes))
-    stays = {path for paths in kept.values() for path in paths}
-    return tuple(
-        Room(shares[0][0], sum(size_bytes for _, size_bytes in shares), _free_bytes(shares[0][0], disk, left_over, stays))
-        for disk, shares in by_disk.items()
-    )
+    return _by_disk(needed, left_over, {path for paths in kept.values() for path in paths})
 
 
 def kept_downloads(
@@ -158,6 +148,23 @@ def _free_bytes(directory: Path, disk: int, left_over: Sequence[Path], stays: Co
     """What is free on a disk, and what files in these directories take of it, but for those that stay."""
     found = (Path(path, name) for each in left_over for path, _, names in os.walk(each) for name in names)
     return free_bytes(directory) + _bytes_on_disk((path for path in found if path not in stays), disk)
+
+
+def _by_disk(
+    needed: Iterable[tuple[Path, int]], left_over: Sequence[Path], stays: Collection[Path]
+) -> tuple[Room, ...]:
+    """What each disk needs, of what is needed below each of these directories."""
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for directory, size_bytes in needed:
+        existing = existing_parent(directory)
+        with disk_errors(existing):
+            disk = existing.stat().st_dev
+        by_disk.setdefault(disk, []).append((existing, size_bytes))
+    rooms = []
+    for disk, shares in by_disk.items():
+        directory, total_bytes = shares[0][0], sum(size_bytes for _, size_bytes in shares)
+        rooms.append(Room(directory, total_bytes, _free_bytes(directory, disk, left_over, stays)))
+    return tuple(rooms)
 
 
 def _bytes_on_disk(paths: Iterable[Path], disk: int | None = None) -> int:
