@@ -16,7 +16,7 @@ from support.hub_stand_in import HubStandIn
 from support.one_machine import Session, Tell, ThisMachine
 from support.program import llama, tree
 
-from int8cli import ConvertOptions, SilentProgress, convert
+from int8cli import ConvertOptions, SilentProgress, convert, plan_conversion
 from int8cli.checkpoint import locate
 from int8cli.checkpoint.hub import HubOptions
 from int8cli.checkpoint.hub.source import HubSource
@@ -90,6 +90,24 @@ def test_every_worker_of_a_cluster_has_a_download_and_so_has_the_run_of_the_mode
     assert needed[4][0] - needed[1][0] == sum(nlargest(4, sizes)) - max(sizes)
     assert needed[4][1] - needed[4][0] == needed[1][1] - needed[1][0] >= max(sizes)
     assert tree(tmp_path / "4") == tree(tmp_path / "1")
+
+
+@pytest.mark.parametrize("outliers", ["none", "activations"])
+def test_a_dry_run_shows_the_room_of_all_tasks_of_a_cluster(
+    outliers: str, asked: list[int], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThisMachine, "slots", 4)
+    options = ConvertOptions(outliers=outliers, tokens=48, sequence_length=16, ray="local")
+    if outliers == "activations":
+        options = replace(options, text=published.parent / "words.txt")
+    plan = plan_conversion(REPO, tmp_path / "out", options)
+    convert(REPO, tmp_path / "out", options)
+    needed = sum(room.needed_bytes for room in plan.needs.disks)
+    if outliers == "none":
+        assert needed == asked[-1]
+    else:  # how many shards the model reads at once is known once it is built
+        two = max(one + other for one, other in pairwise(sizes_of(published)))
+        assert asked[1] < needed == asked[1] + two < asked[-1]
 
 
 def test_a_run_of_the_model_that_begins_again_needs_no_room_for_what_is_finished(

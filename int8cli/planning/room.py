@@ -85,6 +85,15 @@ def room_needed(
     return _by_disk(needed, left_over, {path for paths in kept.values() for path in paths})
 
 
+def model_download_bytes(source: Source, survey: Survey) -> int:
+    """The downloads that a run of the model probably has at once: the shard that is read, and the one after it.
+
+    It tells more exactly once the model is built: some models read several shards at once.
+    """
+    sizes = [contents.file_bytes if source.transfers(contents.file_name) else 0 for contents in survey.shards]
+    return _pair_bytes(sizes)
+
+
 def kept_downloads(
     source: Source, survey: Survey, remaining: Collection[str], at_once: AtOnce
 ) -> Mapping[str, tuple[Path, ...]]:
@@ -140,8 +149,13 @@ def _downloads_bytes(shards: Sequence[_Shard], at_once: AtOnce) -> int:
     """The most bytes of downloaded shards at once."""
     sizes = [shard.source_bytes for shard in shards]
     if at_once.downloads is None:
-        return max((sum(pair) for pair in pairwise([*sizes, 0])), default=0)
+        return _pair_bytes(sizes)
     return sum(nlargest(at_once.downloads, sizes))
+
+
+def _pair_bytes(sizes: Sequence[int]) -> int:
+    """The most that two in a row have."""
+    return max((sum(pair) for pair in pairwise([*sizes, 0])), default=0)
 
 
 def _free_bytes(directory: Path, disk: int, left_over: Sequence[Path], stays: Collection[Path]) -> int:
