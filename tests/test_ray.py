@@ -36,9 +36,11 @@ from int8cli.outliers.calibrate import TASK as CALIBRATE
 from int8cli.workers import ray_session
 from int8cli.workers.processes import OnBytes
 from int8cli.workers.ray_cluster import RayCluster
+from int8cli.workers.ray_session import RaySession, TaskNeeds
 
 ray = pytest.importorskip("ray")
 SHARDS = 12
+WIDE_SHARDS = 16
 NONE = ConvertOptions(outliers="none")
 GIB = 1 << 30
 STORE_BYTES = 80 << 20
@@ -50,6 +52,7 @@ SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ray")
     llama(root / "model", layers=6, hidden=256, intermediate=512, shards=SHARDS)
+    llama(root / "wide", layers=4, hidden=512, intermediate=2048, shards=WIDE_SHARDS)  # with blocks of the full size
     for outliers in ("none", "weights"):
         convert(root / "model", root / outliers, ConvertOptions(outliers=outliers))
     return root
@@ -378,6 +381,49 @@ def test_without_a_cluster_one_is_started(
 
 
 # Bad days
+
+
+@pytest.mark.parametrize(("outliers", "threads"), [("none", 1), ("weights", 1), ("none", 4)])
+def test_a_worker_takes_no_more_memory_than_is_declared(
+    outliers: str, threads: int, nodes: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor more with every shard: malloc would keep a buffer for each of a worker's many threads."""
+    own_workers(nodes)  # those of other tests may have run a model
+    node = nodes.add_node(num_cpus=threads, memory=2 * GIB, object_store_memory=STORE_BYTES) if threads > 1 else None
+    declared: list[TaskNeeds] = []
+    started = RaySession.start
+
+    def start(session: RaySession, name: str, task: Any) -> None:
+        declared.append(session._needs)
+        started(session, name, task)
+
+    def measured(name: str, task: Any, version: str, reports: Any) -> Any:  # sent by value, as it is no module's
+        from int8cli.workers.ray_session import _run
+
+        result = _run(name, task, version, reports)
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line.split()[1] for line in status if line.startswith("VmHWM:"))
+        with (tmp_path / str(os.getpid())).open("a") as peaks:
+            peaks.write(f"{int(peak) * 1024}\n")
+        return result
+
+    monkeypatch.setattr(RaySession, "start", start)
+    monkeypatch.setattr(ray_session, "_run", measured)
+    options = ConvertOptions(outliers=outliers, threads=threads)
+    convert(root / "wide", tmp_path / "out", on(nodes, options))
+    if node is not None:
+        nodes.remove_node(node)
+    peaks = [[int(peak) for peak in path.read_text().split()] for path in tmp_path.iterdir() if path.name.isdigit()]
+    assert max(map(max, peaks)) <= declared[0].memory_bytes
+    assert sum(map(len, peaks)) >= WIDE_SHARDS
+    for worker in peaks:
+        assert worker[-1] - worker[len(worker) // 2] < 4_000_000
+
+
+def own_workers(cluster: Any) -> None:
+    """Join the cluster as a new driver, which gets workers of its own."""
+    ray.shutdown()
+    RayCluster(cluster.address, __version__)
 
 
 def test_scales_in_another_shard_are_read_by_the_workers(cluster: Any, tmp_path: Path) -> None:

@@ -501,6 +501,66 @@ def test_what_does_not_pass_is_not_waited_for(number: int, store: Store, model: 
     assert "Make room" in caught.value.hint
 
 
+class Directories(MemoryFileSystem):
+    """A file system with directories, as SMB or DBFS, whose driver makes those that it has not found.
+
+    Each is made by another process at the moment before. `number` is what the driver tells of that.
+    """
+
+    protocol = "directories"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    number: int | None = None
+    refused: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = super()._strip_protocol(path.replace("directories://", "memory://", 1))
+        return stripped
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        parent = rpath.rpartition("/")[0]
+        if not self.isdir(parent):
+            if not self.exists(parent):
+                super().makedirs(parent, exist_ok=True)
+            self.refused.append(parent)
+            raise FileExistsError(*(() if self.number is None else (self.number,)), parent)
+        super().put_file(lpath, rpath, *args, **kwargs)
+
+
+@pytest.fixture
+def directories() -> Iterator[Directories]:
+    fsspec.register_implementation("directories", Directories, clobber=True)
+    fs = Directories()
+    fs.mkdir("/bucket")
+    yield fs
+    Directories.store.clear()
+    Directories.pseudo_dirs[:] = [""]
+    Directories.refused.clear()
+
+
+@pytest.mark.parametrize("number", [None, errno.EEXIST])
+def test_a_directory_that_two_make_at_once_is_no_error(
+    number: int | None, directories: Directories, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Directories, "number", number)
+    int8cli.convert(model, tmp_path / "out", replace(OPTIONS, push_to="directories://bucket/out", retry_for=0.0))
+    assert directories.refused == ["/bucket/out/int8", "/bucket/out/int8/records"]
+    assert objects(directories, "bucket/out") == files_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [None, errno.EEXIST])
+def test_a_file_in_the_place_of_a_directory_is_not_waited_for(
+    number: int | None, directories: Directories, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Directories, "number", number)
+    directories.pipe("/bucket/out/int8", b"a file")
+    with pytest.raises(TransferError, match="out: int8/") as found:
+        int8cli.convert(model, tmp_path / "out", replace(OPTIONS, push_to="directories://bucket/out"))
+    assert found.value.hint is not None
+    assert "Something else has a place that is needed" in found.value.hint
+
+
 def test_another_description_in_a_store_is_not_read_whole(store: Store, model: Path, tmp_path: Path) -> None:
     int8cli.convert(model, tmp_path / "local", OPTIONS)
     store.pipe(f"/bucket/out/{CONVERSION_FILE}", b"0" * 100_000)

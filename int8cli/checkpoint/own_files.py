@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +127,18 @@ def remove_file(path: Path, below: Path) -> None:
     """Remove a file of ours, or a link in its place, if there is one. Raises OSError, OutputError."""
     with suppress(FileNotFoundError), opened_directory(path.parent, below) as directory:
         os.unlink(path.name, dir_fd=directory)
+
+
+def remove_files_but(kept: Collection[Path], directory: Path, below: Path) -> None:
+    """Remove what is in a directory of ours and below it, except for these files and the directories above them.
+
+    Raises OSError, OutputError.
+    """
+    for path, _, names in os.walk(directory):
+        for name in names:
+            if (found := Path(path, name)) not in kept:
+                remove_file(found, below)
+    remove_empty_directories(directory, below)
 
 
 def remove_empty_directories(directory: Path, below: Path) -> None:

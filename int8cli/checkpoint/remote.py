@@ -76,12 +76,15 @@ class StoreSource:
     def transfers(self, file_name: str) -> bool:
         return True
 
+    def downloads(self, file_name: str) -> tuple[Path, ...]:
+        place = self._place(file_name)
+        return part_of(place), place
+
     def prefetch(self, file_name: str) -> None:
         self._ahead.start(checked_file_name(file_name))
 
     def discard(self, file_name: str) -> None:
-        path = self._place(file_name)
-        for each in (path, part_of(path)):
+        for each in self.downloads(file_name):
             with disk_errors(each):
                 remove_file(each, self._options.downloads.below)
 

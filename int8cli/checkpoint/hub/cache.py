@@ -59,6 +59,10 @@ class HubCache:
         self._remember_revision()
         return path
 
+    def place(self, file_name: str) -> Path:
+        """Where the bytes of a file are once they are complete."""
+        return self._blob(self._remote.published(file_name).etag)
+
     def discard(self, file_name: str, cached: Path) -> None:
         """Remove a file that this object downloaded. Raises CorruptShardError for others, which programs may use."""
         if file_name not in self._downloaded:
