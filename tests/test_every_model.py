@@ -19,6 +19,7 @@ from int8cli.commands.options import LayoutName
 from int8cli.errors import UnsupportedModelError
 from int8cli.loaders import transformers_versions
 from int8cli.loaders.older_names import names_on_load
+from int8cli.planning import plan as plan_module
 from int8cli.planning import reasons as why
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
@@ -249,3 +250,40 @@ def test_a_float16_weight_is_rounded_to_the_bfloat16_of_its_config_as_on_load(wi
         convert(source, tmp_path / layout, ConvertOptions(outliers="none", layout=layout))
         data, _ = quantize_with_bitsandbytes(rounded)
         assert torch.equal(read_all(tmp_path / layout)[f"{name}.weight"], data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
+def test_a_weight_with_nan_stays_a_float_in_the_dtype_that_loaders_give_it(
+    layout: LayoutName, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny("llama", tmp_path / "source", dtype)
+    config = read_json(source / "config.json") | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = read_all(source)
+    tensors[f"{DOWN}.weight"][1, 2] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", layout=layout, on_nonfinite="keep"))
+    found = read_all(tmp_path / "output")[f"{DOWN}.weight"]
+    assert torch.equal(found.nan_to_num(), tensors[f"{DOWN}.weight"].bfloat16().nan_to_num())
+    assert found.isnan().sum() == 1
+    assert verify(tmp_path / "output", VerifyOptions(source=source)).passed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "output", device_map="cpu")
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, config["vocab_size"])
+
+
+def test_a_weight_with_nan_that_an_earlier_version_copied_as_it_is_matches_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(8, 8).half()
+    weight[1, 2] = torch.nan
+    tensors = {"model.layers.0.mlp.up_proj.weight": weight, "model.layers.0.mlp.gate_proj.weight": torch.randn(8, 8)}
+    source = save_by_hand(tmp_path / "source", tensors, {"model_type": "llama", "dtype": "bfloat16"})
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "_written_dtype", lambda spec, _: spec.dtype)
+        convert(source, tmp_path / "output", ConvertOptions(outliers="none", on_nonfinite="keep"))
+    assert read_all(tmp_path / "output")["model.layers.0.mlp.up_proj.weight"].dtype == torch.float16
+    checks = verify(tmp_path / "output", VerifyOptions(source=source)).checks
+    assert {check.name for check in checks if check.status == "failed"} <= {"loads"}
