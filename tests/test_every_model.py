@@ -10,7 +10,17 @@ import safetensors
 import torch
 from packaging.version import Version
 from safetensors.torch import save_file
-from support.checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, read_json, save_by_hand, save_tiny
+from support.checkpoints import (
+    LISTED,
+    WITHOUT_COLUMNS,
+    Tiny,
+    build_tiny,
+    read_all,
+    read_json,
+    save_by_hand,
+    save_tiny,
+)
+from support.verifying import verified
 from test_plan import plan_of, spec
 from torch import Tensor
 
@@ -148,6 +158,38 @@ def test_a_head_of_a_padded_vocabulary_is_told_and_a_layer_of_that_width_in_bloc
 
 
 # a judge that shares no table
+
+
+IDEFICS = Tiny(
+    "IdeficsForVisionText2Text",
+    "IdeficsConfig",
+    {
+        **LISTED["llama"].arguments,
+        "additional_vocab_size": 2,
+        "cross_layer_interval": 1,
+        "vision_config": {
+            "embed_dim": 32,
+            "image_size": 16,
+            "intermediate_size": 37,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "patch_size": 8,
+        },
+    },
+)
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
+def test_the_layers_of_idefics_that_look_at_images_are_int8_and_the_rows_added_to_its_head_are_not(
+    layout: LayoutName, tmp_path: Path
+) -> None:
+    build_tiny(IDEFICS).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "output", ConvertOptions(outliers="none", layout=layout))
+    written = read_all(tmp_path / "output")
+    for each in ("cross_attn.q_proj", "mlp.down_proj"):
+        assert written[f"model.gated_cross_attn_layers.0.{each}.weight"].dtype == torch.int8
+    assert written["lm_head.additional_fc.weight"].dtype == torch.bfloat16
+    assert verified(tmp_path / "output").passed
 
 
 def with_router_in_float32(directory: Path) -> Path:
