@@ -328,6 +328,11 @@ MODALITIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "qwen2-vl": (VISION, ["model.layers.0.mlp.down_proj"], ["visual.blocks.0.attn.proj", "visual.merger.mlp.0"]),
     "qwen3-vl": (VISION, ["model.language_model.layers.0.mlp.down_proj"], ["model.visual.blocks.0.attn.proj"]),
+    "idefics": (
+        VISION,
+        ["model.layers.0.mlp.down_proj", "model.gated_cross_attn_layers.0.cross_attn.q_proj"],
+        ["model.vision_model.encoder.layers.0.mlp.fc1", "model.perceiver_resampler.blocks.0.1.fc"],
+    ),
     "internvl": (
         VISION | {"llm_config": {"hidden_size": 8}},
         ["language_model.model.layers.0.feed_forward.w1"],

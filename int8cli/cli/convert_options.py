@@ -57,7 +57,7 @@ HowFloat32 = Annotated[
     Float32, typer.Option(help="Quantize float32 weights directly, or from float16 as bitsandbytes does.")
 ]
 WhenNonFinite = Annotated[
-    OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
+    OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it as a float.")
 ]
 
 

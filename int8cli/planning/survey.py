@@ -172,7 +172,7 @@ class Survey:
 
 def _reason_with_cast(decision: Decision) -> str:
     """The reason, and the cast if a tensor is written in another dtype."""
-    if decision.written_dtype == decision.spec.dtype:
+    if decision.quantize or decision.written_dtype == decision.spec.dtype:
         return decision.reason
     return f"{decision.reason}; {decision.spec.dtype} cast to {decision.written_dtype}, as loaders would"
 
