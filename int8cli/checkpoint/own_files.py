@@ -104,12 +104,17 @@ def sync_files(directory: Path, below: Path) -> None:
     """Write the files in a directory of ours, and their names, to the disk. Raises OSError, OutputError."""
     with opened_directory(directory, below) as itself:
         for name in os.listdir(itself):
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=itself)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            sync_file(name, itself)
         os.fsync(itself)
+
+
+def sync_file(name: str | Path, directory: int | None = None) -> None:
+    """Write a file of ours to the disk. `name` is relative to an open directory, if there is one. Raises OSError."""
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def remove_tree(directory: Path, below: Path) -> None:
