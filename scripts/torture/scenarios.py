@@ -32,9 +32,9 @@ _COPIED_BYTES = 20_000
 class Scenario:
     """A command. `SOURCE` in `args` stands for the checkpoint's path or repository, `TEXT` for a file of words.
 
-    `source` names how the checkpoint is made, or where it is published. `before` runs first, undisturbed. `every`: how often it is drawn.
-    `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it. `to_a_store`: it also writes
-    to `store`, through fsspec, where nothing is whole before its config.json is.
+    `source` names how the checkpoint is made, or where it is published. `before` runs first, undisturbed. `every`: how
+    often it is drawn. `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it.
+    `to_a_store`: it also writes to `store`, through fsspec, where nothing is whole before its config.json is.
     """
 
     name: str
