@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from heapq import nlargest
+from heapq import heappop, heappush
 from itertools import pairwise
 from pathlib import Path
 
@@ -130,27 +130,40 @@ def _most_in_turn(shards: Sequence[_Shard], at_once: AtOnce, model_bytes: int) -
     A download that is there goes with its shard: until then it is not free. The run of the model takes `model_bytes`
     besides what is there.
     """
-    most = begun = 0
-    for place in range(1, len(shards) + 1):
-        first = shards[:place]
-        begun += first[-1].begun_bytes
-        most = max(most, _outputs_bytes(first, at_once) + _downloads_bytes(first, at_once) - begun)
+    most = begun = before = 0
+    outputs, downloads = _Largest(at_once.outputs), _Largest(1 if at_once.downloads is None else at_once.downloads)
+    for shard in shards:
+        begun += shard.begun_bytes
+        outputs.add(shard.output_bytes)
+        downloads.add(shard.source_bytes + (before if at_once.downloads is None else 0))
+        before = shard.source_bytes
+        most = max(most, outputs.sum + downloads.sum - begun)
     if at_once.elsewhere:
         return most + model_bytes
-    return max(most, _outputs_bytes(shards, at_once) + model_bytes) if model_bytes else most
+    return max(most, outputs.sum + model_bytes) if model_bytes else most
 
 
 def _outputs_bytes(shards: Sequence[_Shard], at_once: AtOnce) -> int:
-    sizes = [shard.output_bytes for shard in shards]
-    return sum(sizes if at_once.outputs is None else nlargest(at_once.outputs, sizes))
+    outputs = _Largest(at_once.outputs)
+    for shard in shards:
+        outputs.add(shard.output_bytes)
+    return outputs.sum
 
 
-def _downloads_bytes(shards: Sequence[_Shard], at_once: AtOnce) -> int:
-    """The most bytes of downloaded shards at once."""
-    sizes = [shard.source_bytes for shard in shards]
-    if at_once.downloads is None:
-        return _pair_bytes(sizes)
-    return sum(nlargest(at_once.downloads, sizes))
+class _Largest:
+    """The sum of the largest numbers that were added: of so many, or of all for None."""
+
+    def __init__(self, count: int | None) -> None:
+        self._count = count
+        self._heap: list[int] = []
+        self.sum = 0
+
+    def add(self, number: int) -> None:
+        self.sum += number
+        if self._count is not None:
+            heappush(self._heap, number)
+            if len(self._heap) > self._count:
+                self.sum -= heappop(self._heap)
 
 
 def _pair_bytes(sizes: Sequence[int]) -> int:
