@@ -33,15 +33,15 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that does not end its text, and takes as long a text as it likes."""
     root = tmp_path_factory.mktemp("chat")
     make_model("llama", root / "model")
-    for name, changes in {
-        "config.json": {"max_position_embeddings": 2 * NEVER_ENDS, "eos_token_id": None},
-        "generation_config.json": {"eos_token_id": None},
-    }.items():
-        document = json.loads((root / "model" / name).read_text())
-        (root / "model" / name).write_text(json.dumps({**document, **changes}))
+    change(root / "model/config.json", max_position_embeddings=2 * NEVER_ENDS, eos_token_id=None)
+    change(root / "model/generation_config.json", eos_token_id=None)
     convert(root / "model", root / "out", WITHOUT_COLUMNS)
     (root / "out/chat_template.jinja").write_text(TEMPLATE)
     return root / "out"
+
+
+def change(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @dataclass

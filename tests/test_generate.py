@@ -56,6 +56,7 @@ def test_a_prompt_is_continued_and_its_text_comes_in_pieces(root: Path, words: s
     assert (pieces[-1], pieces.count("")) == ("", 1)
     assert "".join(pieces) == found.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert found.new_tokens == len(expected)
+    assert found.seconds_to_first_token is not None
     assert 0 < found.seconds_to_first_token <= found.seconds
     assert found.peak_memory_bytes is not None
     assert found.peak_memory_bytes > found.weights_bytes > 0

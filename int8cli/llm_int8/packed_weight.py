@@ -5,6 +5,7 @@ each call of several tokens, which for 8 tokens takes longer than the product. T
 slower or not exact: docs/benchmarks.md has the table.
 """
 
+import mmap
 import threading
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ class PackedWeight:
             return None
         try:
             parts = tuple(_packed(part) for part in torch.split(data, width, dim=1))
-        except (AttributeError, NotImplementedError, RuntimeError):
+        except (AttributeError, NotImplementedError, OSError, RuntimeError):
             return None
         return cls(parts, (data.shape[0], data.shape[1]))
 
@@ -99,7 +100,7 @@ def is_supported() -> bool:
     """
     try:
         return _is_exact()
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except (AttributeError, NotImplementedError, OSError, RuntimeError):
         return False
 
 
@@ -146,8 +147,9 @@ def _largest_sum(part: Tensor) -> int:
 
 
 def _packed(data: Tensor) -> Any:
-    """Raises RuntimeError where the system would refuse the memory: FBGEMM does not look, and the process crashes."""
-    torch.empty(_PACKING_COPIES * data.numel() + _PACKING_BYTES, dtype=torch.int8, device="cpu")  # freed at once
+    """Raises OSError where the system would refuse the memory: FBGEMM does not look, and the process crashes."""
+    room = _PACKING_COPIES * data.numel() + _PACKING_BYTES
+    mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON).close()  # malloc would remember the size, and keep more
     with _engine.selected():
         return torch.ops.quantized.linear_prepack(_as_quantized(data.contiguous()), None)
 
