@@ -344,7 +344,12 @@ def test_what_lost_workers_left_is_removed_with_their_shard(
                 for place in ("partial", "incoming"):
                     (output / "int8" / place / token[0]).mkdir(parents=True)
                     (output / "int8" / place / token[0] / "half").write_text("half")
-            result = task(lambda *report: (beside.extend(output.rglob("half")), on_bytes(*report)))
+
+            def looks(shard: str, tensor: str, count: int) -> None:
+                beside.extend(output.rglob("half"))
+                on_bytes(shard, tensor, count)
+
+            result = task(looks)
             seen.append(len([*output.glob("int8/incoming/*"), *output.glob("int8/partial/*")]))
             return result
 

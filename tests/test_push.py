@@ -324,12 +324,13 @@ def test_the_second_of_two_that_commit_the_same_finds_it_there(hub: WritableHub,
     """The first one's commit is made at the moment of the second one's, which the Hub refuses."""
     _, first, file = at_once(hub, tmp_path)
     _, second, _ = at_once(hub, tmp_path)
-    commits = []
+    commits: list[Commit] = []
+    begun: list[str] = []
 
     def the_first_commits(step: str, when: str) -> bool:
-        if step == "commit" and when == "before" and not commits:
-            commits.append(None)
-            commits[0] = first.commit([file], "a card")
+        if step == "commit" and not begun:
+            begun.append(when)
+            commits.append(first.commit([file], "a card"))
         return False
 
     hub.fail("commit", Fault(on="POST", status=412))

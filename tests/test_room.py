@@ -235,7 +235,9 @@ def test_a_run_takes_no_more_than_it_asks_for(
     monkeypatch.setattr("int8cli.commands.in_parts.new_token", lambda: TOKEN)
     monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
     monkeypatch.setattr(locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=disk / "cache"))
-    size_bytes, asked, most = 0, [], []
+    size_bytes = 0
+    asked: list[Room] = []
+    most: list[int] = []
 
     def used_bytes() -> int:
         total = 0

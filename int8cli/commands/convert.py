@@ -201,6 +201,7 @@ class _Job:
 
     def _planned_by(self, strategy: ColumnStrategy) -> ConversionPlan:
         run, survey, share = self.run, strategy.survey, planned_share(self.part, strategy.survey)
+        store = RecordStore(run.output, None if self.part is None else self.part.token)
         cluster = None if self.cluster is None else self.cluster.needs(strategy, self.wanted.sampling)
         for warning in warnings_of(survey):
             self.progress.note(warning)
@@ -212,7 +213,7 @@ class _Job:
             buffer_bytes=survey.buffer_bytes(run.threads * run.workers, run.workers),
             at_once=run.at_once,
             shards=None if share is None else share.shards,
-            left_over=RecordStore(run.output).left_over,
+            left_over=store.left_over,
             cluster=cluster,
         )
         return ConversionPlan(run.output, survey, strategy.settings, needs, self._ways(), share)
