@@ -248,7 +248,7 @@ def test_floats_that_transformers_loses_on_load_are_said_to_be_so(family: str, t
         found, exact = load_model(tmp_path / "out", device="cpu")(ids).logits, model(ids).logits
     assert (found - exact).norm() < 0.05 * exact.norm()
     loader: Any = getattr(transformers, tiny.model)
-    with pytest.raises((RuntimeError, ValueError), match="automatic conversion of the weights|only have one to many"):
+    with pytest.raises((RuntimeError, ValueError), match=r"automatic conversion of the weights|only have one to many"):
         loader.from_pretrained(tmp_path / "out")
 
 

@@ -1,7 +1,4 @@
-"""Tiny models that see, with processors made here, and a picture.
-
-Needs torchvision. Imports transformers.
-"""
+"""Tiny models that see, with processors, and a picture. Needs torchvision."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,20 +6,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from support.checkpoints import Tiny
 from support.in_vllm import HEADS, LLAMA, saved
+from support.processors import (
+    GRID,
+    IMAGE,
+    PATCH,
+    SIZE,
+    VOCABULARY,
+    gemma3,
+    idefics3,
+    internvl,
+    llava,
+    llava_next,
+    mistral3,
+    paligemma,
+    qwen,
+)
 
-VOCABULARY = 384
-IMAGE = 3 + 256  # the token that stands for a part of a picture, where it is the first after all bytes
-_SIZE, _PATCH = 32, 8
-_SQUARE = {"height": _SIZE, "width": _SIZE}
-_GRID = [[_SIZE, 2 * _SIZE], [2 * _SIZE, _SIZE]]
 _LLAMA = {**LLAMA, "vocab_size": VOCABULARY, "max_position_embeddings": 1024}
 _HEADS = {**HEADS, "vocab_size": VOCABULARY, "max_position_embeddings": 1024}
 _TOWER = {
@@ -30,8 +35,8 @@ _TOWER = {
     "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "image_size": _SIZE,
-    "patch_size": _PATCH,
+    "image_size": SIZE,
+    "patch_size": PATCH,
 }
 _CLIP = {**_TOWER, "model_type": "clip_vision_model"}
 _SIGLIP = {**_TOWER, "model_type": "siglip_vision_model", "vision_use_head": False}
@@ -39,13 +44,12 @@ _QWEN_TOWER = {
     "depth": 2,
     "intermediate_size": 96,
     "num_heads": 2,
-    "patch_size": _PATCH,
+    "patch_size": PATCH,
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
 _QWEN3_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_interleaved": True}}
-_QWEN_TOKENS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 _QWEN_IDS = {
     "image_token_id": IMAGE,
     "video_token_id": IMAGE + 1,
@@ -102,96 +106,8 @@ def as_published(name: str, tensor: Tensor, tiny: Tiny) -> tuple[str, Tensor]:
     return name, tensor
 
 
-def _tokenizer(*image_tokens: str, **named: str) -> Any:
-    """Three marks, then every byte, then what stands for pictures: `named` tokens are attributes too."""
-    vocabulary = ("<pad>", "<bos>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet()))
-    backend = Tokenizer(models.BPE({token: number for number, token in enumerate(vocabulary)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    made = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        extra_special_tokens=named or None,
-    )
-    made.add_special_tokens({"additional_special_tokens": [*image_tokens]})
-    made.add_tokens(["\n", "\n\n", "\n\n\n", "\n\n\n\n"])  # vLLM looks for them in the vocabulary of a Gemma
-    return made
-
-
-def _llava() -> Any:
-    images = transformers.CLIPImageProcessor(size={"shortest_edge": _SIZE}, crop_size=_SQUARE)
-    return transformers.LlavaProcessor(
-        images,
-        _tokenizer("<image>"),
-        patch_size=_PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def _llava_next() -> Any:
-    images = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": _SIZE}, crop_size=_SQUARE, image_grid_pinpoints=_GRID
-    )
-    return transformers.LlavaNextProcessor(
-        images,
-        _tokenizer("<image>"),
-        patch_size=_PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def _paligemma() -> Any:
-    images = transformers.SiglipImageProcessor(size=_SQUARE)
-    images.image_seq_length = (_SIZE // _PATCH) ** 2
-    return transformers.PaliGemmaProcessor(images, _tokenizer(image_token="<image>"))
-
-
-def _gemma3() -> Any:
-    marks = _tokenizer(image_token="<image>", boi_token="<boi>", eoi_token="<eoi>")
-    return transformers.Gemma3Processor(transformers.Gemma3ImageProcessor(size=_SQUARE), marks, image_seq_length=4)
-
-
-def _idefics3() -> Any:
-    images = transformers.Idefics3ImageProcessor(
-        size={"longest_edge": 2 * _SIZE}, max_image_size={"longest_edge": _SIZE}
-    )
-    rows = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    marks = _tokenizer("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>", *rows)
-    return transformers.Idefics3Processor(images, marks, image_seq_len=4)
-
-
-def _mistral3() -> Any:
-    images = transformers.PixtralImageProcessor(
-        size={"longest_edge": 2 * _SIZE}, patch_size={"height": _PATCH, "width": _PATCH}
-    )
-    marks = _tokenizer("[IMG]", "[IMG_BREAK]", "[IMG_END]")
-    return transformers.PixtralProcessor(images, marks, patch_size=_PATCH, spatial_merge_size=2)
-
-
-def _internvl() -> Any:
-    marks = _tokenizer(
-        context_image_token="<IMG_CONTEXT>",
-        start_image_token="<img>",
-        end_image_token="</img>",
-        video_token="<video>",
-    )
-    images = transformers.GotOcr2ImageProcessor(size=_SQUARE, max_patches=2)
-    return transformers.InternVLProcessor(images, marks, transformers.InternVLVideoProcessor(), image_seq_length=4)
-
-
-def _qwen(processor: str, video_processor: str) -> Any:
-    sizes = {"size": {"shortest_edge": 1024, "longest_edge": 4096}, "patch_size": _PATCH, "merge_size": 2}
-    images = transformers.Qwen2VLImageProcessor(**sizes)
-    videos = getattr(transformers, video_processor)(**sizes)
-    return getattr(transformers, processor)(images, _tokenizer(*_QWEN_TOKENS), videos)
-
-
-_QWEN2 = partial(_qwen, "Qwen2VLProcessor", "Qwen2VLVideoProcessor")
-_QWEN3 = partial(_qwen, "Qwen3VLProcessor", "Qwen3VLVideoProcessor")
+_QWEN2 = partial(qwen, "Qwen2VLProcessor", "Qwen2VLVideoProcessor")
+_QWEN3 = partial(qwen, "Qwen3VLProcessor", "Qwen3VLVideoProcessor")
 
 
 def _seeing(
@@ -215,7 +131,7 @@ SEEING: Mapping[str, Seeing] = {
     "llava": _seeing(
         "LlavaForConditionalGeneration",
         "LlavaConfig",
-        _llava,
+        llava,
         "<image>",
         text_config={**_LLAMA, "model_type": "llama"},
         vision_config=_CLIP,
@@ -224,17 +140,17 @@ SEEING: Mapping[str, Seeing] = {
     "llava_next": _seeing(
         "LlavaNextForConditionalGeneration",
         "LlavaNextConfig",
-        _llava_next,
+        llava_next,
         "<image>",
         text_config={**_LLAMA, "model_type": "llama"},
         vision_config=_CLIP,
-        image_grid_pinpoints=_GRID,
+        image_grid_pinpoints=GRID,
         image_token_index=IMAGE,
     ),
     "paligemma": _seeing(
         "PaliGemmaForConditionalGeneration",
         "PaliGemmaConfig",
-        _paligemma,
+        paligemma,
         "",
         alike=False,  # every token of the prompt sees all others in transformers, and those before it in vLLM
         text_config={**_HEADS, "model_type": "gemma", "vocab_size": 1600},  # its processor adds 1,152 tokens
@@ -245,7 +161,7 @@ SEEING: Mapping[str, Seeing] = {
     "gemma3": _seeing(
         "Gemma3ForConditionalGeneration",
         "Gemma3Config",
-        _gemma3,
+        gemma3,
         "<boi>",
         alike=False,  # likewise the tokens of a picture
         text_config={**_HEADS, "model_type": "gemma3_text"},
@@ -258,7 +174,7 @@ SEEING: Mapping[str, Seeing] = {
     "idefics3": _seeing(
         "Idefics3ForConditionalGeneration",
         "Idefics3Config",
-        _idefics3,
+        idefics3,
         "<image>",
         text_config={**_LLAMA, "model_type": "llama"},
         vision_config=_TOWER,
@@ -269,10 +185,10 @@ SEEING: Mapping[str, Seeing] = {
     "mistral3": _seeing(
         "Mistral3ForConditionalGeneration",
         "Mistral3Config",
-        _mistral3,
+        mistral3,
         "[IMG]",
         text_config={**_HEADS, "model_type": "mistral"},
-        vision_config={**_TOWER, "model_type": "pixtral", "head_dim": 32, "image_size": 2 * _SIZE},
+        vision_config={**_TOWER, "model_type": "pixtral", "head_dim": 32, "image_size": 2 * SIZE},
         image_token_index=IMAGE,
         spatial_merge_size=2,
         vision_feature_layer=-1,
@@ -280,10 +196,10 @@ SEEING: Mapping[str, Seeing] = {
     "internvl": _seeing(
         "InternVLForConditionalGeneration",
         "InternVLConfig",
-        _internvl,
+        internvl,
         "<IMG_CONTEXT>",
         text_config={**_LLAMA, "model_type": "qwen2"},
-        vision_config={**_TOWER, "image_size": [_SIZE, _SIZE], "patch_size": [_PATCH, _PATCH]},
+        vision_config={**_TOWER, "image_size": [SIZE, SIZE], "patch_size": [PATCH, PATCH]},
         image_token_id=IMAGE,
         image_seq_length=4,
     ),
@@ -297,7 +213,7 @@ SEEING: Mapping[str, Seeing] = {
     "qwen2_5_vl": _qwen_seeing(
         "Qwen2_5_VLForConditionalGeneration",
         "Qwen2_5_VLConfig",
-        partial(_qwen, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
+        partial(qwen, "Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
         text_config={**_LLAMA, **_MROPE},
         vision_config={
             **_QWEN_TOWER,

@@ -61,9 +61,9 @@ _FUSED_EXPERTS = re.compile(
 )
 # vLLM builds the mixers of Mamba's first version without a quantization config (0.32: mamba.py, mamba_mixer.py).
 _MAMBA_MIXER = re.compile(r"\S+\.mixer\.x_proj(?:\.weight)?$")
-# Floats that transformers' quantizer for this format loses, or stumbles over, when it merges them into one weight or
-# splits them on load (5.24: quantizers/base.py, `update_weight_conversions`): convolutions of OLMo Hybrid, Kimi Linear and
-# others, and HRM-Text's projections. No int8 layer has a part in it, so none that is left alone would help.
+# Floats that transformers merges or splits on load, which its quantizer for this format makes fail (5.24:
+# quantizers/base.py, `update_weight_conversions`): the convolutions of OLMo Hybrid, Kimi Linear and others, and the
+# projections of HRM-Text. No int8 layer takes part in it, so leaving one alone would not help.
 _LOST_ON_LOAD = re.compile(r"(?:^|\.)(?:[qkv]_conv1d|gqkv_proj)\.weight$")
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
@@ -146,8 +146,8 @@ def caveats(plan: Plan) -> Iterator[str]:
         yield "vLLM cannot open this: it has the mixers of Mamba only in floats; transformers and load_model can"
     if lost := next((each.spec.name for each in plan.copied if _LOST_ON_LOAD.search(each.spec.name)), None):
         yield (
-            f"transformers 5.24 cannot open this: its quantizer of this layout cannot follow its own merging and splitting "
-            f"of floats such as {lost}; load_model can"
+            "transformers 5.24 cannot open this: it fails in this layout where it merges or splits floats on load, such "
+            f"as {lost}; load_model can"
         )
     for (merged, leaf), parents in _mixed(plan).items():
         siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)
