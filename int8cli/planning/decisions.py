@@ -50,8 +50,8 @@ class Decision:
     """Whether one tensor becomes int8, and why.
 
     `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
-    expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float, which one with NaN
-    is too though the plan quantizes it. `float32` says when loaders hold it in float32 (`why.FLOAT32`,
+    expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float. A quantized one
+    has it too, since with NaN it stays a float. `float32` says when loaders hold it in float32 (`why.FLOAT32`,
     `why.FLOAT32_ALWAYS`); None if never.
     """
 

@@ -146,8 +146,8 @@ def caveats(plan: Plan) -> Iterator[str]:
         yield "vLLM cannot open this: it has the mixers of Mamba only in floats; transformers and load_model can"
     if lost := next((each.spec.name for each in plan.copied if _LOST_ON_LOAD.search(each.spec.name)), None):
         yield (
-            "transformers 5.24 cannot open this: it fails in this layout where it merges or splits floats on load, such "
-            f"as {lost}; load_model can"
+            "transformers 5.24 cannot open this: it fails in this layout where it merges or splits floats on load, "
+            f"such as {lost}; load_model can"
         )
     for (merged, leaf), parents in _mixed(plan).items():
         siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)
