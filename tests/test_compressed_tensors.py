@@ -223,7 +223,7 @@ _HYBRID = {
     "linear_num_value_heads": 2,
     "linear_value_head_dim": 16,
 }
-MERGED_OR_SPLIT = {
+MERGED_OR_SPLIT: dict[str, tuple[dict[str, Any], str]] = {
     "OlmoHybrid": ({**_HYBRID, "layer_types": ["linear_attention", "full_attention"]}, "linear_attn.k_conv1d.weight"),
     "HrmText": ({"num_key_value_heads": 4, "head_dim": 8}, "attn.gqkv_proj.weight"),
 }

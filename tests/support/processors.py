@@ -56,7 +56,7 @@ def llava_next() -> Any:
 
 
 def paligemma() -> Any:
-    images = transformers.SiglipImageProcessor(size=_SQUARE)
+    images: Any = transformers.SiglipImageProcessor(size=_SQUARE)
     images.image_seq_length = (SIZE // PATCH) ** 2
     return transformers.PaliGemmaProcessor(images, _tokenizer(image_token="<image>"))
 
@@ -93,7 +93,11 @@ def internvl() -> Any:
 
 
 def qwen(processor: str, video_processor: str) -> Any:
-    sizes = {"size": {"shortest_edge": 1024, "longest_edge": 4096}, "patch_size": PATCH, "merge_size": 2}
+    sizes: dict[str, Any] = {
+        "size": {"shortest_edge": 1024, "longest_edge": 4096},
+        "patch_size": PATCH,
+        "merge_size": 2,
+    }
     images = transformers.Qwen2VLImageProcessor(**sizes)
     videos = getattr(transformers, video_processor)(**sizes)
     return getattr(transformers, processor)(images, _tokenizer(*QWEN_TOKENS), videos)

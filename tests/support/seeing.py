@@ -50,7 +50,7 @@ _QWEN_TOWER = {
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
 _QWEN3_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "mrope_interleaved": True}}
-_QWEN_IDS = {
+_QWEN_IDS: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": IMAGE + 1,
     "vision_start_token_id": IMAGE + 2,
