@@ -146,8 +146,9 @@ lock-vllm:
 lock: .venv-lock/.ready
 	.venv-lock/bin/python scripts/lock.py $(PACKAGE) $(if $(TORCH),--torch $(TORCH))
 
-# The newest versions are looked up every time. vLLM asks for torchvision and its kin, and nothing here uses them: the
-# builds on PyPI do not load beside a CPU build of torch (`operator torchvision::nms does not exist`).
+# The newest versions are looked up every time. Of torchvision and its kin, which vLLM asks for, the builds on PyPI do not
+# load beside a CPU build of torch (`operator torchvision::nms does not exist`). The models that see want torchvision, and
+# none of its operators: what declares these is passed over.
 $(READY): pyproject.toml requirements.lock $(LOCKS) $(if $(filter newest,$(END)),always)
 	@echo "Installing into $(VENV). This is silent and takes minutes: on Linux, torch brings up to 5.4 GB of CUDA"
 	@echo "libraries (three minutes on a fast line). TORCH_BACKEND=cpu leaves them out."
@@ -158,7 +159,9 @@ $(READY): pyproject.toml requirements.lock $(LOCKS) $(if $(filter newest,$(END))
 	$(call install_torch,$(VENV))
 	PIP_CONSTRAINT=$(PINS) $(PIP) install -qq --no-build-isolation --group $(GROUP) --editable ".[$(EXTRAS)]"
 ifeq ($(END),vllm)
-	$(PIP) uninstall -qq --yes torchaudio torchcodec torchvision
+	$(PIP) uninstall -qq --yes torchaudio torchcodec
+	echo 'import sys, types; name = "torchvision._meta_registrations"; sys.modules[name] = types.ModuleType(name)' \
+		> "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/torchvision_without_operators.pth"
 else
 	$(PIP) check
 endif

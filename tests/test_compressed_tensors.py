@@ -11,7 +11,9 @@ import torch
 from support.checkpoints import (
     LISTED,
     OTHERS,
+    Tiny,
     build_tiny,
+    is_known,
     read_all,
     read_json,
     read_tensors,
@@ -212,6 +214,42 @@ def test_the_report_says_if_vllm_could_not_merge_layers() -> None:
         "vLLM merges q_proj, k_proj, v_proj of model.layers.1.self_attn into one layer, which cannot mix int8 and "
         "float weights; leave the others alone too: *.self_attn.q_proj, *.self_attn.v_proj"
     ]
+
+
+# Transformers merges the convolutions of the one on load, and splits projections of the other.
+_HYBRID = {
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_num_value_heads": 2,
+    "linear_value_head_dim": 16,
+}
+MERGED_OR_SPLIT: dict[str, tuple[dict[str, Any], str]] = {
+    "OlmoHybrid": ({**_HYBRID, "layer_types": ["linear_attention", "full_attention"]}, "linear_attn.k_conv1d.weight"),
+    "HrmText": ({"num_key_value_heads": 4, "head_dim": 8}, "attn.gqkv_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("family", MERGED_OR_SPLIT)
+def test_floats_that_transformers_loses_on_load_are_said_to_be_so(family: str, tmp_path: Path) -> None:
+    """Once transformers opens them, the warning can go."""
+    import transformers
+
+    arguments, lost = MERGED_OR_SPLIT[family]
+    tiny = Tiny(f"{family}ForCausalLM", f"{family}Config", {**LISTED["llama"].arguments, **arguments})
+    if not is_known(tiny):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    model = build_tiny(tiny, torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(rf"transformers 5.24 cannot open this.* such as \S*{re.escape(lost)}; load_model can", card)
+    ids = torch.tensor([[1, 5, 7, 9]])
+    with torch.no_grad():
+        found, exact = load_model(tmp_path / "out", device="cpu")(ids).logits, model(ids).logits
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    loader: Any = getattr(transformers, tiny.model)
+    with pytest.raises((RuntimeError, ValueError), match=r"automatic conversion of the weights|only have one to many"):
+        loader.from_pretrained(tmp_path / "out")
 
 
 def test_the_layers_to_leave_alone_too_are_named_once_for_all_blocks() -> None:

@@ -50,9 +50,9 @@ class Decision:
     """Whether one tensor becomes int8, and why.
 
     `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
-    expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float, and that of a
-    quantized one if it turns out to hold NaN or infinity. `float32` says when loaders hold it in float32
-    (`why.FLOAT32`, `why.FLOAT32_ALWAYS`); None if never.
+    expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float. A quantized one
+    has it too, since with NaN it stays a float. `float32` says when loaders hold it in float32 (`why.FLOAT32`,
+    `why.FLOAT32_ALWAYS`); None if never.
     """
 
     spec: TensorSpec
