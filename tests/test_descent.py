@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from int8cli.llm_int8.descent import ExpectedError
-from int8cli.llm_int8.matmul import InputScheme
+from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
+from int8cli.llm_int8.quantize import quantize_rowwise
 from int8cli.llm_int8.smoothing import ExponentRange, smoothed_output_error
 from int8cli.outliers.sampled_rows import SampledRows
 
@@ -96,12 +97,27 @@ def test_neither_the_dtype_nor_the_order_of_memory_matters() -> None:
     assert one.of(other.descended(nothing, unlimited())) == pytest.approx(found, rel=0.02)
 
 
-def test_one_token_with_a_huge_output_does_not_decide_alone() -> None:
-    inputs, weights = uneven((TOKENS, COLUMNS), 10), [uneven((ROWS, COLUMNS), 11)]
+def test_an_error_of_a_given_size_counts_the_same_in_every_token() -> None:
+    """A massive activation, which one token has in one column, decides how that column is scaled: the rounding of this
+    token does more harm than that of all others."""
+    inputs, weight = uneven((TOKENS, COLUMNS), 10, 0.3), uneven((ROWS, COLUMNS), 11, 0.3)
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
-    before = ExpectedError(inputs, weights, "absmax").of(nothing)
-    inputs[5] *= 1000.0
-    assert ExpectedError(inputs, weights, "absmax").of(nothing) == pytest.approx(before, rel=1e-5)
+    usual = ExpectedError(inputs, [weight], "zeropoint").descended(nothing, unlimited())
+    inputs[0, 7] = 3000.0
+    exact = inputs @ weight.t()
+    expected = ExpectedError(inputs, [weight], "zeropoint")
+
+    def squared_errors(exponents: Tensor) -> Tensor:
+        scales = torch.exp2(exponents.float())
+        product = llm_int8_linear(inputs / scales, Int8Weight.of(*quantize_rowwise(weight * scales)), "zeropoint")
+        return (product - exact).square().sum(dim=1)
+
+    found = expected.descended(usual, unlimited())
+    before, after = squared_errors(usual), squared_errors(found)
+    assert after[0] < before[0] / 2
+    assert after[1:].sum() > before[1:].sum()
+    assert after.sum() < before.sum() / 2
+    assert expected.of(found) < expected.of(usual) / 2
 
 
 def test_zeros_are_no_obstacle() -> None:

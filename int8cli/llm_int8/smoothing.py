@@ -152,14 +152,13 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
 def smoothed_output_error(
     inputs: Tensor, weight: Tensor, exponents: Tensor, scheme: InputScheme | None, steps: Steps = EXACT_STEPS
 ) -> float:
-    """(||error|| / ||X Wᵀ||)² of the int8 product of the smoothed inputs and weight, in the mean over tokens.
+    """(||error|| / ||X Wᵀ||)² of the int8 product of the smoothed inputs and weight; 0 if the output is 0.
 
     inputs (tokens, in_features) and weight (out_features, in_features), neither smoothed yet; exponents are those of
-    the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. Tokens whose output is 0 are
-    not counted.
+    the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows.
     """
     divided = scaled(inputs, steps, columns=exponents, undo=True)
-    errors, energies = (torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device) for _ in range(2))
+    error, energy = 0.0, 0.0
     whole = inputs.float()
     step = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
@@ -170,10 +169,9 @@ def smoothed_output_error(
             product = divided.float() @ restored_weight(data, row_absmax, torch.float32).t()
         else:
             product = llm_int8_linear(divided, Int8Weight.of(data, row_absmax), scheme)
-        errors += (product - exact).square_().sum(dim=1, dtype=torch.float64)
-        energies += exact.square_().sum(dim=1, dtype=torch.float64)
-    counted = energies > 0.0
-    return float((errors[counted] / energies[counted]).mean()) if bool(counted.any()) else 0.0
+        error += float((product - exact).square_().sum(dtype=torch.float64))
+        energy += float(exact.square_().sum(dtype=torch.float64))
+    return error / energy if energy > 0.0 else 0.0
 
 
 def _largest(values: Tensor, group: Tensor) -> Tensor:
