@@ -2,13 +2,11 @@
 
 Rounding to steps of size d adds d² / 12 to the mean square. So for linears l that share the inputs of tokens t
 
-    err² = Σ_l v_l ( Σ_i r_i² · Σ_j m_j / s_j² / 127² + Σ_t g_t² · Σ_j s_j² ||w_j||² / levels² ) / 12, s_j = 2^(k_j/n)
+    err² = Σ_l ( Σ_i r_i² · Σ_j m_j / s_j² / 127² + Σ_t v_t g_t² · Σ_j s_j² ||w_j||² / levels² ) / 12, s_j = 2^(k_j/n)
 
 Of an exponent k, n steps are a factor of 2: one or four. r_i = max_j |w_ij| s_j is what row i is scaled by, and g_t
-what token t is scaled by once its inputs are divided; m_j = Σ_t x_tj². With v_l = 1 / Σ_t ||y_t||² the error of a
-linear is relative to its output over all tokens, as everywhere else. An error of a given size counts the same in every
-token: by the gradients of SmolLM2-135M's loss it does harm in proportion to its square, whether the token's output is
-small or, where activations are massive, a thousand times larger.
+what token t is scaled by once its inputs are divided; m_j = Σ_t v_t x_tj². How much a token counts, v_t, is in
+`token_shares`. On SmolLM2-135M this is within 5 % of the measured error.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ from torch import Tensor
 from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.llm_int8.smoothing import ExponentRange
+from int8cli.llm_int8.smoothing import ExponentRange, token_shares
 
 # Sweeps over the columns, at most. The error falls by 25 % in the first and by 5 % in all that follow.
 _SWEEPS = 4
@@ -55,18 +53,19 @@ class ExpectedError:
     ) -> None:
         self._scheme, self._steps = scheme, steps
         measured = [_energies(inputs, weight) for weight in weights]
-        shares = torch.stack([1.0 / energy if energy > 0.0 else energy for energy, _ in measured])[:, None]
-        self._squares = shares * _sum_squares(inputs)  # (linears, in)
-        self._norms = (shares * torch.stack([norms for _, norms in measured])).sum(dim=0, keepdim=True)  # (1, in)
+        outputs = torch.stack([energies for energies, _ in measured])  # (linears, tokens)
+        self._share = torch.stack([token_shares(energies) for energies in outputs])
+        self._mean_square = _sum_squares(inputs, self._share)  # (linears, in)
+        self._norms = torch.stack([norms for _, norms in measured])  # (linears, in)
         self._group = None if group is None else _numbered(group)
         parts = _PARTS[scheme] if scheme is not None else ()
         self._inputs = [self._gathered(inputs, part) for part in parts]
         self._weights = [self._gathered(weight, "magnitude") for weight in weights]
         if self._group is not None:
-            self._squares, self._norms = self._added(self._squares), self._added(self._norms)
+            self._mean_square, self._norms = self._added(self._mean_square), self._added(self._norms)
 
     def of(self, exponents: Tensor) -> float:
-        """(||error|| / ||X Wᵀ||)², added up over the linears. exponents: int8 (in_features,)."""
+        """The expected `smoothed_output_error`, added up over the linears. exponents: int8 (in_features,)."""
         return self._state(exponents).error
 
     def descended(self, exponents: Tensor, allowed: ExponentRange) -> Tensor:
@@ -97,7 +96,8 @@ class ExpectedError:
         if self._group is not None:
             first = torch.zeros(int(self._group.max()) + 1, dtype=exponents.dtype, device=exponents.device)
             exponents = first.scatter(0, self._group, exponents)
-        return _State(self._scheme, self._steps, self._squares, self._norms, self._weights, self._inputs, exponents)
+        sums = self._share, self._mean_square, self._norms
+        return _State(self._scheme, self._steps, *sums, self._weights, self._inputs, exponents)
 
     def _tile(self) -> int:
         longest = max(matrix.values.shape[0] for matrix in (*self._weights, *self._inputs))
@@ -116,7 +116,7 @@ class ExpectedError:
         return _Matrix(gathered, "magnitude")
 
     def _added(self, values: Tensor) -> Tensor:
-        """The sums of values (n, in) over each group."""
+        """The sums of values (linears, in) over each group."""
         assert self._group is not None
         sums = values.new_zeros((values.shape[0], int(self._group.max()) + 1))
         return sums.index_add_(1, self._group, values)
@@ -203,7 +203,8 @@ class _State:
 
     scheme: InputScheme | None
     steps: Steps
-    squares: Tensor
+    share: Tensor
+    mean_square: Tensor
     norms: Tensor
     weights: Sequence[_Matrix]
     inputs: Sequence[_Matrix]
@@ -220,7 +221,7 @@ class _State:
         self.exponents = self.exponents.long().clone()
         octaves = self.exponents.float() / self.steps
         self._up, self._down = torch.exp2(octaves), torch.exp2(-octaves)
-        self._moved = (self.squares * self._down.double().square()).sum(dim=1, keepdim=True)
+        self._moved = (self.mean_square * self._down.double().square()).sum(dim=1, keepdim=True)
         self._energy = (self.norms * self._up.double().square()).sum(dim=1, keepdim=True)
         self._rows = [_Largest(matrix, self._up) for matrix in self.weights]
         self._tokens = [_Largest(matrix, self._down) for matrix in self.inputs]
@@ -243,7 +244,7 @@ class _State:
             return False
         number = int(self.exponents[column])
         before, after = 2.0 ** (number / self.steps), 2.0 ** ((number + step) / self.steps)
-        self._moved = self._moved + self.squares[:, columns] * (after**-2 - before**-2)
+        self._moved = self._moved + self.mean_square[:, columns] * (after**-2 - before**-2)
         self._energy = self._energy + self.norms[:, columns] * (after**2 - before**2)
         self.exponents[column] += step
         self._up[column], self._down[column] = after, 1.0 / after
@@ -265,20 +266,20 @@ class _State:
     def _after(self, columns: slice, step: int) -> Tensor:
         """The error if one of the columns were moved by so many steps, for each: float64 (columns,)."""
         up, down, factor = self._up[columns].double(), self._down[columns].double(), 2.0 ** (step / self.steps)
-        moved = self._moved + self.squares[:, columns] * down.square() * (factor**-2 - 1.0)
+        moved = self._moved + self.mean_square[:, columns] * down.square() * (factor**-2 - 1.0)
         energy = self._energy + self.norms[:, columns] * up.square() * (factor**2 - 1.0)
         rows = [each.with_factors(columns, self._up[columns] * factor) for each in self._rows]
         tokens = [each.with_factors(columns, self._down[columns] / factor) for each in self._tokens]
         return self._error(rows, tokens, moved, energy)
 
     def _error(self, rows: Sequence[Tensor], tokens: Sequence[Tensor], moved: Tensor, energy: Tensor) -> Tensor:
-        """rows: r (out, n) for each linear, tokens: the parts of g (tokens, n); moved (linears, n), energy (1, n)."""
-        steps = torch.stack([each.square().sum(dim=0) for each in rows]).double()  # (linears, n)
-        error = (steps * moved).sum(dim=0) / (INT8_MAX * INT8_MAX)
+        """rows: r (out, n) for each linear, tokens: the parts of g (tokens, n); moved and energy (linears, n)."""
+        squares = torch.stack([each.square().sum(dim=0) for each in rows]).double()  # (linears, n)
+        error = squares * moved / (INT8_MAX * INT8_MAX)
         if self.scheme is not None:
-            ranges = torch.stack(list(tokens)).sum(dim=0).double().square().sum(dim=0)  # (n,)
-            error += ranges * energy[0] / (_LEVELS[self.scheme] * _LEVELS[self.scheme])
-        return error * _ROUNDING_VARIANCE
+            ranges = self.share @ torch.stack(list(tokens)).sum(dim=0).double().square()  # (linears, n)
+            error += ranges * energy / (_LEVELS[self.scheme] * _LEVELS[self.scheme])
+        return error.sum(dim=0) * _ROUNDING_VARIANCE
 
 
 def _numbered(group: Tensor) -> Tensor:
@@ -287,22 +288,22 @@ def _numbered(group: Tensor) -> Tensor:
 
 
 def _energies(inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """||X W^T||², and ||w_j||² of each column: float64 () and (in,)."""
-    energy = torch.zeros((), dtype=torch.float64, device=inputs.device)
+    """||x W^T||² of each token, and ||w_j||² of each column: float64 (tokens,) and (in,)."""
+    energies = torch.zeros(inputs.shape[0], dtype=torch.float64, device=inputs.device)
     norms = torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device)
     whole = inputs.float()
     for chunk in _chunks(weight):
         rows = weight[chunk].float()
-        energy += (whole @ rows.t()).double().square().sum()
+        energies += (whole @ rows.t()).double().square().sum(dim=1)
         norms += rows.square().sum(dim=0).double()
-    return energy, norms
+    return energies, norms
 
 
-def _sum_squares(inputs: Tensor) -> Tensor:
-    """Σ_t x_tj²: float64 (in,)."""
-    sums = torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device)
+def _sum_squares(inputs: Tensor, share: Tensor) -> Tensor:
+    """Σ_t share_t x_tj², for shares (linears, tokens): float64 (linears, in)."""
+    sums = share.new_zeros((share.shape[0], inputs.shape[1]))
     for chunk in _chunks(inputs):
-        sums += inputs[chunk].double().square().sum(dim=0)
+        sums += share[:, chunk] @ inputs[chunk].double().square()
     return sums
 
 
