@@ -6,7 +6,7 @@ Rounding to steps of size d adds d² / 12 to the mean square. So for linears l t
 
 Of an exponent k, n steps are a factor of 2: one or four. r_i = max_j |w_ij| s_j is what row i is scaled by, and g_t
 what token t is scaled by once its inputs are divided; m_j = Σ_t v_t x_tj². How much a token counts, v_t, is in
-`token_shares`. On SmolLM2-135M this is within 5 % of the measured error.
+`token_shares`. On SmolLM2-135M this is 6 % less to 17 % more than the measured error, 1 % in the median.
 """
 
 from collections.abc import Iterator, Sequence
