@@ -168,17 +168,36 @@ def test_a_full_disk_between_blocks_is_reported(tmp_path: Path) -> None:
     states.close()
 
 
-@pytest.mark.parametrize("limit", [12, 16, 20, 40])
+@pytest.mark.parametrize("limit", [3, 5, 12, 16, 20, 40])
 def test_few_descriptors_are_no_traceback(limit: int, model: Path, tmp_path: Path) -> None:
     program = (
-        f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
-        "from int8cli.cli import main; import sys\n"
+        "import resource; from int8cli.__main__ import main; import sys\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
         f"sys.argv = ['int8cli', 'convert', {str(model)!r}, '-o', 'out', '--outliers', 'none', '--workers', '2']\n"
         "main()\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=120)
     assert ended.returncode in (0, 1), ended.stderr.decode()
+    assert b"Traceback" not in ended.stderr, ended.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is read from /proc")
+@pytest.mark.parametrize("megabytes", [1, 4, 8, 16])
+def test_no_memory_for_the_program_itself_is_no_traceback(megabytes: int, model: Path, tmp_path: Path) -> None:
+    program = (
+        "import resource; from int8cli.__main__ import main; import sys\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        f"limit = used + {megabytes} * 2**20\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        f"sys.argv = ['int8cli', 'estimate-memory', {str(model)!r}]\n"
+        "main()\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr.decode()
+    assert ended.stderr.startswith(b"error: ")
+    assert b"\nhint: " in ended.stderr
     assert b"Traceback" not in ended.stderr, ended.stderr.decode()
 
 

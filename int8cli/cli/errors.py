@@ -100,6 +100,10 @@ def errors_outside_commands() -> Iterator[None]:
     except Int8cliError as error:
         show_error(error, error.hint)
         raise SystemExit(_ended_by(EXIT_ERROR)) from None
+    except (ImportError, MemoryError) as error:  # while options are parsed: too little memory for the parser's modules
+        refusal = _refusal(error)
+        show_error(refusal, refusal.hint)
+        raise SystemExit(_ended_by(EXIT_ERROR)) from None
 
 
 @contextmanager

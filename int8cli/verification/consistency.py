@@ -15,6 +15,7 @@ from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import CAST_ON_LOAD, QUANTIZABLE_DTYPES, TensorSpec
 from int8cli.conversion.side_files import side_file_names
 from int8cli.errors import Int8cliError
+from int8cli.loaders.expressions import slow
 from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import INDEX_FILE, REPORT_FILE
 from int8cli.records.conversion import ABSMAX_INPUTS, NO_SMOOTHING, Conversion
@@ -23,7 +24,7 @@ from int8cli.records.shard_record import ShardRecord, TensorRecord
 from int8cli.results.conversion import LayerReport, summarize_stored, worst_first
 from int8cli.results.smoothing import summarize_smoothing
 from int8cli.results.verification import Failure
-from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as
+from int8cli.typed_json import InvalidJsonError, inside, parse_json, read_as, shown
 from int8cli.verification.declared import misstated
 from int8cli.verification.layout import target_of
 
@@ -147,8 +148,15 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
     if not (isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
         yield Failure(CONFIG_FILE, f"quantization_config.{target.SKIP_KEY} is {entries!r}, not a list of names")
         return
-    for layer in (layer for record in records for layer in record.layers):
-        for entry in entries:
+    layers = [layer for record in records for layer in record.layers]
+    unmatched = slow(entries, max((len(layer.name) for layer in layers), default=0))
+    for entry in unmatched:
+        problem = (
+            f"quantization_config.{target.SKIP_KEY}: {shown(entry)} can take any time to match; it was not matched"
+        )
+        yield Failure(CONFIG_FILE, problem)
+    for layer in layers:
+        for entry in (entry for entry in entries if entry not in unmatched):
             if target.leaves_alone(entry, layer.name):
                 problem = f"quantization_config.{target.SKIP_KEY}: {entry!r} covers a layer that is in int8"
                 yield Failure(CONFIG_FILE, problem, layer.name)

@@ -20,9 +20,11 @@ from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.loaders.expressions import slow
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
+from int8cli.typed_json import shown
 from int8cli.verification.float_dtypes import cast_problems, rounding_problems
 from int8cli.verification.heads import kept_by_loader
 
@@ -37,6 +39,10 @@ _PACKAGES = {
 
 class _UnknownModelError(Exception):
     """The installed transformers has no class for the model."""
+
+
+class _SlowExpressionError(Exception):
+    """The loader could be busy with the config's expressions for any time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +81,13 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         specs = [TensorSpec(t.name, t.dtype, t.shape) for record in records for t in record.files[0].tensors]
         reads = LAYOUTS[layout].transformers_reads(spec.name for spec in specs)
         try:
+            _refuse_slow_expressions(directory, specs)
             model_class, config = _class_of(directory)
             built = _build(model_class, config, specs)
         except _UnknownModelError as error:
             return Check.not_made(NAME, f"{loader} {error}; the model's own code is not run")
+        except _SlowExpressionError as error:
+            return Check.not_made(NAME, str(error))
         except ImportError as error:
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises here, users would see too
@@ -105,6 +114,15 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
     shards = {tensor.name: record.files[0].file for record in records for tensor in record.files[0].tensors}
     found = [Failure(shards.get(name, CONFIG_FILE), what, name or None) for name, what in failures]
     return Check.of(NAME, detail, found)
+
+
+def _refuse_slow_expressions(directory: Path, specs: Iterable[TensorSpec]) -> None:
+    """Raises _SlowExpressionError."""
+    stated = read_config(DirectorySource(directory)).get("quantization_config")
+    longest = max((len(spec.name) for spec in specs), default=0)
+    for entries in stated.values() if isinstance(stated, dict) else ():
+        if isinstance(entries, list) and (found := slow(entries, longest)):
+            raise _SlowExpressionError(f"{shown(found[0])} in quantization_config can take any time to match")
 
 
 def _class_of(directory: Path) -> tuple[Any, Any]:
