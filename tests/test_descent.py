@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from int8cli.llm_int8.descent import ExpectedError
-from int8cli.llm_int8.matmul import InputScheme
-from int8cli.llm_int8.smoothing import ExponentRange, smoothed_output_error
+from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
+from int8cli.llm_int8.quantize import quantize_rowwise
+from int8cli.llm_int8.smoothing import ExponentRange, smoothed_output_error, token_shares
 from int8cli.outliers.sampled_rows import SampledRows
 
 SCHEMES: tuple[InputScheme | None, ...] = ("absmax", "zeropoint", None)
@@ -96,12 +97,43 @@ def test_neither_the_dtype_nor_the_order_of_memory_matters() -> None:
     assert one.of(other.descended(nothing, unlimited())) == pytest.approx(found, rel=0.02)
 
 
-def test_one_token_with_a_huge_output_does_not_decide_alone() -> None:
-    inputs, weights = uneven((TOKENS, COLUMNS), 10), [uneven((ROWS, COLUMNS), 11)]
+def squared_errors(inputs: Tensor, weight: Tensor, exponents: Tensor) -> Tensor:
+    """||error_t||² of the int8 product with zero points: float32 (tokens,)."""
+    scales = torch.exp2(exponents.float())
+    product = llm_int8_linear(inputs / scales, Int8Weight.of(*quantize_rowwise(weight * scales)), "zeropoint")
+    return (product - inputs @ weight.t()).square().sum(dim=1)
+
+
+def test_a_token_with_a_massive_activation_counts_as_much_as_all_others() -> None:
+    """It is neither one of many, nor all that counts."""
+    energies = torch.tensor([1e6, 1.0, 4.0, 0.0], dtype=torch.float64)
+    shares = token_shares(energies)
+    assert torch.allclose(shares * energies, torch.tensor([0.625, 0.125, 0.125, 0.0], dtype=torch.float64), atol=1e-5)
+    assert torch.equal(token_shares(torch.zeros(3, dtype=torch.float64)), torch.zeros(3, dtype=torch.float64))
+
+
+def test_a_token_with_a_massive_activation_decides_how_its_column_is_scaled() -> None:
+    inputs, weight = uneven((TOKENS, COLUMNS), 10, 0.3), uneven((ROWS, COLUMNS), 11, 0.3)
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
-    before = ExpectedError(inputs, weights, "absmax").of(nothing)
-    inputs[5] *= 1000.0
-    assert ExpectedError(inputs, weights, "absmax").of(nothing) == pytest.approx(before, rel=1e-5)
+    usual = ExpectedError(inputs, [weight], "zeropoint").descended(nothing, unlimited())
+    inputs[0, 7] = 3000.0
+    expected = ExpectedError(inputs, [weight], "zeropoint")
+    found = expected.descended(usual, unlimited())
+    before, after = (squared_errors(inputs, weight, exponents) for exponents in (usual, found))
+    assert after[0] < before[0] * 0.9
+    assert expected.of(found) < expected.of(usual)
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_tokens_count_in_the_descent_as_in_the_measured_error(factor: float) -> None:
+    inputs, weight = uneven((TOKENS, COLUMNS), 12, 0.5), uneven((ROWS, COLUMNS), 13, 0.5)
+    inputs[5] *= factor
+    nothing = torch.zeros(COLUMNS, dtype=torch.int8)
+    expected = ExpectedError(inputs, [weight], "zeropoint").of(nothing)
+    assert expected == pytest.approx(smoothed_output_error(inputs, weight, nothing, "zeropoint"), rel=0.2)
+    energies = (inputs @ weight.t()).square().sum(dim=1)
+    counted = token_shares(energies.double()) * squared_errors(inputs, weight, nothing)
+    assert smoothed_output_error(inputs, weight, nothing, "zeropoint") == pytest.approx(float(counted.sum()), rel=1e-4)
 
 
 def test_zeros_are_no_obstacle() -> None:

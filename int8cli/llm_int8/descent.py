@@ -5,9 +5,8 @@ Rounding to steps of size d adds d² / 12 to the mean square. So for linears l t
     err² = Σ_l ( Σ_i r_i² · Σ_j m_j / s_j² / 127² + Σ_t v_t g_t² · Σ_j s_j² ||w_j||² / levels² ) / 12, s_j = 2^(k_j/n)
 
 Of an exponent k, n steps are a factor of 2: one or four. r_i = max_j |w_ij| s_j is what row i is scaled by, and g_t
-what token t is scaled by once its inputs are divided. With v_t = 1 / (T ||y_t||²) the error of each token is relative
-to its output, so that one token with a huge output does not decide alone; m_j = Σ_t v_t x_tj². On SmolLM2-135M this is
-within 5 % of the measured error.
+what token t is scaled by once its inputs are divided; m_j = Σ_t v_t x_tj². How much a token counts, v_t, is in
+`token_shares`. On SmolLM2-135M this is 6 % less to 17 % more than the measured error, 1 % in the median.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor
 from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.quantize import INT8_MAX
-from int8cli.llm_int8.smoothing import ExponentRange
+from int8cli.llm_int8.smoothing import ExponentRange, token_shares
 
 # Sweeps over the columns, at most. The error falls by 25 % in the first and by 5 % in all that follow.
 _SWEEPS = 4
@@ -55,8 +54,7 @@ class ExpectedError:
         self._scheme, self._steps = scheme, steps
         measured = [_energies(inputs, weight) for weight in weights]
         outputs = torch.stack([energies for energies, _ in measured])  # (linears, tokens)
-        counted = outputs > 0.0
-        self._share = torch.where(counted, 1.0 / torch.where(counted, outputs, 1.0), 0.0) / max(1, inputs.shape[0])
+        self._share = torch.stack([token_shares(energies) for energies in outputs])
         self._mean_square = _sum_squares(inputs, self._share)  # (linears, in)
         self._norms = torch.stack([norms for _, norms in measured])  # (linears, in)
         self._group = None if group is None else _numbered(group)
@@ -67,7 +65,7 @@ class ExpectedError:
             self._mean_square, self._norms = self._added(self._mean_square), self._added(self._norms)
 
     def of(self, exponents: Tensor) -> float:
-        """(||error|| / ||X Wᵀ||)², the mean over tokens, added up over the linears. exponents: int8 (in_features,)."""
+        """The expected `smoothed_output_error`, added up over the linears. exponents: int8 (in_features,)."""
         return self._state(exponents).error
 
     def descended(self, exponents: Tensor, allowed: ExponentRange) -> Tensor:

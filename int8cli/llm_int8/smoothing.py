@@ -152,11 +152,10 @@ def column_absmax(weights: Sequence[Tensor]) -> Tensor:
 def smoothed_output_error(
     inputs: Tensor, weight: Tensor, exponents: Tensor, scheme: InputScheme | None, steps: Steps = EXACT_STEPS
 ) -> float:
-    """(||error|| / ||X Wᵀ||)² of the int8 product of the smoothed inputs and weight, in the mean over tokens.
+    """Σ_t v_t ||error_t||² of the int8 product of the smoothed inputs and weight, with v of `token_shares`.
 
     inputs (tokens, in_features) and weight (out_features, in_features), neither smoothed yet; exponents are those of
-    the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows. Tokens whose output is 0 are
-    not counted.
+    the input columns. Without a `scheme` the inputs stay floats. Works on blocks of rows.
     """
     divided = scaled(inputs, steps, columns=exponents, undo=True)
     errors, energies = (torch.zeros(len(inputs), dtype=torch.float64, device=inputs.device) for _ in range(2))
@@ -172,8 +171,22 @@ def smoothed_output_error(
             product = llm_int8_linear(divided, Int8Weight.of(data, row_absmax), scheme)
         errors += (product - exact).square_().sum(dim=1, dtype=torch.float64)
         energies += exact.square_().sum(dim=1, dtype=torch.float64)
+    return float((token_shares(energies) * errors).sum())
+
+
+def token_shares(energies: Tensor) -> Tensor:
+    """How much the squared error of a token's output counts, by ||y_t||² of the tokens: float64 (tokens,).
+
+    v_t = ( 1 / (T ||y_t||²) + 1 / Σ_u ||y_u||² ) / 2: half of it is the mean of the errors relative to each token's
+    output, half the error relative to all of it. By the first half alone, a token with a massive activation is one of
+    many. But all others attend to it, and what an error costs does not depend on the size of the output that it is in.
+    By the second half alone, such a token is all that counts. Tokens whose output is 0 do not count.
+    """
     counted = energies > 0.0
-    return float((errors[counted] / energies[counted]).mean()) if bool(counted.any()) else 0.0
+    if not bool(counted.any()):
+        return torch.zeros_like(energies)
+    each = torch.where(counted, 1.0 / torch.where(counted, energies, 1.0), 0.0) / len(energies)
+    return (each + counted / energies.sum()) / 2.0
 
 
 def _largest(values: Tensor, group: Tensor) -> Tensor:
