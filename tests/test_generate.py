@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support.calibration_models import make_model
 from support.checkpoints import WITHOUT_COLUMNS, save_tiny
-from support.program import Nursery, run
+from support.program import Nursery
 from support.progress import CoherentProgress
 from transformers import AutoTokenizer
 
@@ -224,40 +225,39 @@ def test_prompts_that_cannot_be_continued_are_refused(root: Path, words: str, tm
 # The command
 
 
-def test_the_text_is_on_stdout_and_the_figures_on_stderr(root: Path, words: str, nursery: Nursery) -> None:
+def test_the_text_is_on_stdout_and_the_figures_on_stderr(root: Path, words: str, model_nursery: Nursery) -> None:
     found = generate(root / "out", words, SHORT)
     options = ("--max-new-tokens", "6", "--device", "cpu")
-    outcome = nursery.run("generate", "out", words, *options, "--compare", "model", cwd=root)
+    outcome = model_nursery.run("generate", "out", words, *options, "--compare", "model", cwd=root)
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{found.text}\n"
     assert "tokens after a prompt of" in outcome.err
     assert "of weights in memory" in outcome.err
     assert "16 bit would choose" in outcome.err
     assert "Loading" not in outcome.err
-    quiet = nursery.run("generate", "out", words, *options, "-q", cwd=root)
+    quiet = model_nursery.run("generate", "out", words, *options, "-q", cwd=root)
     assert (quiet.out, quiet.err) == (outcome.out, "")
 
 
-def test_json_is_one_document(root: Path, words: str, nursery: Nursery) -> None:
-    outcome = nursery.run("generate", "out", words, "--max-new-tokens", "6", "--json", cwd=root)
+def test_json_is_one_document(root: Path, words: str, model_nursery: Nursery) -> None:
+    outcome = model_nursery.run("generate", "out", words, "--max-new-tokens", "6", "--json", cwd=root)
     document = json.loads(outcome.out)
     assert document["schema"] == "int8cli.generation/1"
     assert document["text"] == generate(root / "out", words, SHORT).text
 
 
-def test_prompts_and_conversations_come_from_standard_input(root: Path, words: str) -> None:
-    (root / "prompt.txt").write_text(f"{words}\n")
+def test_prompts_and_conversations_come_from_standard_input(root: Path, words: str, model_nursery: Nursery) -> None:
+    run = partial(model_nursery.run, "generate", cwd=root)
+    prompt = str(root / "prompt.txt")
+    Path(prompt).write_text(f"{words}\n")
     options = ("--max-new-tokens", "6", "--device", "cpu", "-q")
-    with (root / "prompt.txt").open() as prompt:
-        outcome = run("generate", "out", *options, cwd=root, stdin=prompt)
-    assert outcome.out == run("generate", "out", words, *options, cwd=root).out
-    with (root / "prompt.txt").open() as prompt:
-        talk = run("generate", "chatty", "--chat", *options[:-1], cwd=root, stdin=prompt)
+    outcome = run("out", *options, stdin=prompt)
+    assert outcome.out == run("out", words, *options).out
+    talk = run("chatty", "--chat", *options[:-1], stdin=prompt)
     assert talk.code == 0, talk.err
     assert talk.err.count("tokens after a prompt of") == talk.err.count("of weights in memory") == 1
-    with (root / "prompt.txt").open() as prompt:
-        assert run("generate", "out", "-", *options, cwd=root, stdin=prompt).out == outcome.out
-    assert run("generate", "chatty", words, "--chat", cwd=root).code == 2
+    assert run("out", "-", *options, stdin=prompt).out == outcome.out
+    assert run("chatty", words, "--chat").code == 2
 
 
 # What the model's own files and the prompt say
@@ -285,7 +285,7 @@ def test_files_of_the_model_that_do_not_work_are_errors(
     assert caught.value.hint
 
 
-def test_what_is_no_text_is_no_prompt(root: Path, nursery: Nursery) -> None:
+def test_what_is_no_text_is_no_prompt(root: Path, model_nursery: Nursery) -> None:
     with pytest.raises(TextError, match="not UTF-8"):
         generate(root / "out", "\udcff", SHORT)
     with pytest.raises(TextError, match="not UTF-8"):
@@ -296,7 +296,7 @@ def test_what_is_no_text_is_no_prompt(root: Path, nursery: Nursery) -> None:
     with pytest.raises(OptionError, match="not a size"):
         generate(root / "out", "a", GenerateOptions(device="cpu", max_memory=("cpu=1e400GB",)))
     (root / "latin.txt").write_bytes(b"\xff\xfe\n")
-    with (root / "latin.txt").open() as prompt:
-        outcome = run("generate", "out", "--device", "cpu", "-q", cwd=root, stdin=prompt)
+    prompt = str(root / "latin.txt")
+    outcome = model_nursery.run("generate", "out", "--device", "cpu", "-q", cwd=root, stdin=prompt)
     assert outcome.code == 1, outcome.err
     assert "is not UTF-8 text" in outcome.err  # the locale decides who notices
