@@ -354,6 +354,15 @@ def test_the_server_decides_how_long_to_wait(hub, model, tmp_path, headers):
     assert time.monotonic() - began >= 1.0
 
 
+def test_a_server_that_asks_for_no_pause_and_always_fails_is_not_asked_without_end(hub, tmp_path):
+    hub.fail(SHARD, Fault(status=429, headers={"Retry-After": "0"}, times=99))
+    waits = Waits()
+    policy = RetryPolicy(attempts=7, first_pause_s=0.01, max_pause_s=0.1)
+    with pytest.raises(TransferError):
+        fetched(source_of(hub, tmp_path, retry=policy, on_wait=waits), SHARD)
+    assert [pause_s for _, _, pause_s in waits.seen] == [0.0, 0.0, 0.0, 0.08, 0.1, 0.1]
+
+
 def test_a_silent_server_is_disconnected_and_asked_again(hub, model, tmp_path):
     hub.fail(SHARD, Fault(drop_after_bytes=100_000, stall_s=3.0))
     assert fetched(source_of(hub, tmp_path, timeout_s=1.0), SHARD) == (model / SHARD).read_bytes()

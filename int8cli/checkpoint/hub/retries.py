@@ -26,6 +26,8 @@ T = TypeVar("T")
 # New requests about one state that are refused as outdated. With the usual pauses they take two minutes, which is
 # longer than a commit of somebody else.
 _MOST_OUTDATED = 8
+# Failures in a row after which a pause is not made shorter than usual because the server asks for it.
+_OBEYED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,9 @@ class Retries:
             over = f" in {failing_for_s / 60:,.0f} minutes" if failing_for_s >= 90 else ""
             message = f"{self.what}: failed {times}{over}: {described(error)}"
             raise TransferError(message, hint=next_step(error)) from error
-        pause_s = asked_pause_s(error)
-        if pause_s is None:
-            pause_s = self._policy.pause_s(self._failures)
+        pause_s, asked_s = self._policy.pause_s(self._failures), asked_pause_s(error)
+        if asked_s is not None:  # a server may ask for no pause, and fail each time
+            pause_s = asked_s if self._failures <= _OBEYED else max(asked_s, pause_s)
         if self._policy.patience_s is not None:  # the last attempt is made when patience ends, not a minute before
             pause_s = min(pause_s, max(self._policy.first_pause_s, self._policy.patience_s - failing_for_s))
         if self._on_wait is not None:
