@@ -3,8 +3,8 @@
 # `make torture SECONDS=600` tries for that long to make it lose data. `make test-oldest` and `make test-newest` run the
 # tests at both ends of the ranges in pyproject.toml, `make test-bare` runs the commands without test dependencies,
 # `make test-ray` and `make test-s3` run tests that need a cluster or an S3 server on this machine, `make test-vllm` opens
-# what int8cli writes in vLLM, `make lock` and `make lock-vllm` update the lock files. See
-# docs/development.md.
+# what int8cli writes in vLLM, `make test-lm-eval` has lm-eval judge it, `make lock` and `make lock-vllm` update the lock
+# files. See docs/development.md.
 
 PYTHON ?= python3
 COMMA := ,
@@ -49,8 +49,8 @@ DEMO_MODEL := demo/SmolLM2-135M-Instruct
 DEMO_INT8 := $(DEMO_MODEL)-int8
 DEMO_PAGE := demo/report.html
 
-.PHONY: demo test test-oldest test-newest test-bare test-ray test-s3 test-vllm lock lock-vllm benchmark torture lint types \
-	pytest always clean
+.PHONY: demo test test-oldest test-newest test-bare test-ray test-s3 test-vllm test-lm-eval lock lock-vllm benchmark torture \
+	lint types pytest always clean
 
 demo: $(READY)
 	$(BIN)/python scripts/make_demo_model.py $(DEMO_MODEL)
@@ -106,6 +106,17 @@ test-s3: .venv-s3/.ready
 	$(BIN)/python -m pip --python .venv-s3/bin/python install -qq --disable-pip-version-check --constraint $(PINS) --group s3
 	touch $@
 
+# lm-eval brings 40 packages, which nothing else needs: likewise. They would hold back the oldest versions, so only those
+# that the lock file has anyway are locked.
+LM_EVAL := lm-eval==0.4.13
+test-lm-eval: .venv-lm-eval/.ready
+	.venv-lm-eval/bin/python -m pytest -n 0 tests/test_lm_eval.py $(TESTS)
+
+.venv-lm-eval/.ready: $(READY)
+	$(call beside,.venv-lm-eval)
+	.venv-lm-eval/bin/python -m pip install -qq --disable-pip-version-check --constraint $(PINS) $(LM_EVAL)
+	touch $@
+
 # An empty environment that finds what is installed in the other one.
 define beside
 $(PYTHON) -m venv --clear $(1)
@@ -135,8 +146,9 @@ lock-vllm:
 lock: .venv-lock/.ready
 	.venv-lock/bin/python scripts/lock.py $(PACKAGE) $(if $(TORCH),--torch $(TORCH))
 
-# The newest versions are looked up every time. vLLM asks for torchvision and its kin, and nothing here uses them: the
-# builds on PyPI do not load beside a CPU build of torch (`operator torchvision::nms does not exist`).
+# The newest versions are looked up every time. Of torchvision and its kin, which vLLM asks for, the builds on PyPI do not
+# load beside a CPU build of torch (`operator torchvision::nms does not exist`). The models that see want torchvision, and
+# none of its operators: what declares these is passed over.
 $(READY): pyproject.toml requirements.lock $(LOCKS) $(if $(filter newest,$(END)),always)
 	@echo "Installing into $(VENV). This is silent and takes minutes: on Linux, torch brings up to 5.4 GB of CUDA"
 	@echo "libraries (three minutes on a fast line). TORCH_BACKEND=cpu leaves them out."
@@ -147,7 +159,9 @@ $(READY): pyproject.toml requirements.lock $(LOCKS) $(if $(filter newest,$(END))
 	$(call install_torch,$(VENV))
 	PIP_CONSTRAINT=$(PINS) $(PIP) install -qq --no-build-isolation --group $(GROUP) --editable ".[$(EXTRAS)]"
 ifeq ($(END),vllm)
-	$(PIP) uninstall -qq --yes torchaudio torchcodec torchvision
+	$(PIP) uninstall -qq --yes torchaudio torchcodec
+	echo 'import sys, types; name = "torchvision._meta_registrations"; sys.modules[name] = types.ModuleType(name)' \
+		> "$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')/torchvision_without_operators.pth"
 else
 	$(PIP) check
 endif

@@ -8,6 +8,7 @@ GPU, on a GPU) so far. Times are of the process's CPU on a processor, which othe
 on a GPU.
 """
 
+import inspect
 import json
 import os
 import resource
@@ -88,7 +89,7 @@ class TransformersModel:
     def _step(self, batch: int) -> Callable[[], object]:
         ids = self._ids(batch, CONTEXT)
         cache = self._model(ids, use_cache=True).past_key_values
-        name = "cache" if "cache" in self._model.forward.__code__.co_varnames else "past_key_values"
+        name = "cache" if "cache" in inspect.signature(self._model.forward).parameters else "past_key_values"
         return lambda: self._model(ids[:, -1:], use_cache=True, **{name: cache})
 
     def _ids(self, batch: int, length: int) -> torch.Tensor:

@@ -107,6 +107,15 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
 
 
 @pytest.fixture(scope="module")
+def model_nursery(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Nursery]":
+    """For modules whose processes run models."""
+    from support.program import nursery_in
+
+    with nursery_in(tmp_path_factory.mktemp("nursery"), models=True) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file that the tokenizers of tiny models know."""
     from support.calibration_models import some_text

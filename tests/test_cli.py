@@ -1,24 +1,32 @@
 """The program as users see it: what it prints to stdout and stderr, its exit codes, and errors of usage."""
 
 import dataclasses
-import fcntl
 import inspect
 import json
 import os
-import pty
 import re
 import shlex
 import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.program import CONVERT, Nursery, environment, llama, outcome_of, run, start, tree, wait_until
+from support.program import (
+    CONVERT,
+    TERM,
+    Nursery,
+    Terminal,
+    environment,
+    llama,
+    outcome_of,
+    run,
+    start,
+    tree,
+    wait_until,
+)
 from typer.testing import CliRunner
 
 from int8cli import (
@@ -453,29 +461,12 @@ def test_what_is_parsed_reaches_the_library_in_its_own_form() -> None:
 
 def on_terminal(*args: str, cwd: Path, **env: str) -> tuple[int, str]:
     """Run the program with all its streams on a terminal of 80 columns; returns its code and all that was drawn."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "int8cli", *args],
-        cwd=cwd,
-        env=environment(TERM="xterm-256color", **env),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-    )
-    os.close(theirs)
-    drawn = b""
-    while piece := read_from_terminal(ours):
-        drawn += piece
-    os.close(ours)
-    return process.wait(), drawn.decode()
-
-
-def read_from_terminal(descriptor: int) -> bytes:
-    try:
-        return os.read(descriptor, 65536)
-    except OSError:  # raised by a terminal after its last writer has closed it
-        return b""
+    command = [sys.executable, "-m", "int8cli", *args]
+    with Terminal() as terminal:
+        to = terminal.descriptor
+        env = environment(TERM=TERM, **env)
+        code = subprocess.run(command, cwd=cwd, env=env, check=False, stdin=to, stdout=to, stderr=to).returncode
+    return code, terminal.drawn
 
 
 def test_a_terminal_gets_a_live_bar(large: Path, tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.calibration_models import make_model, some_text
 from support.one_machine import Session, Tell, ThisMachine
 from support.program import Nursery, llama, tree
 from support.progress import CoherentProgress
 
-from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers
+from int8cli import ConvertOptions, InspectOptions, convert, inspect_outliers, plan_conversion
 from int8cli.cli.optional_value import RAY
 from int8cli.conversion.worker_job import WorkerJob, _attempts
 from int8cli.errors import ClusterError, DiskSpaceError, OutputInUseError
@@ -26,6 +28,7 @@ from int8cli.records.part import new_token
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.records.upload_record import UploadRecord
+from int8cli.report.plan import plan_to_json, show_plan
 from int8cli.workers.processes import OnBytes
 from int8cli.workers.ray_session import TaskNeeds, _Machines
 
@@ -218,11 +221,97 @@ def test_room_is_asked_for_before_the_model_is_run(root: Path, tmp_path: Path, m
         if len(args) > 5:
             raise DiskSpaceError("full")
 
-    monkeypatch.setattr("int8cli.conversion.convert.require_room", require_room)
+    for module in ("convert", "room"):
+        monkeypatch.setattr(f"int8cli.conversion.{module}.require_room", require_room)
     with pytest.raises(DiskSpaceError):
         convert(root / "model", tmp_path / "out", on_cluster(root))
     assert asked[-1] == 0  # nothing is downloaded from a directory
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# What is declared and shown
+
+
+BLOCK = 1 << 19  # elements
+ALONE = 325_000_000  # bytes of a worker beside its buffers
+
+
+@pytest.mark.parametrize(
+    ("smooth", "threads", "a_thread"),
+    [
+        ("none", 1, 21 * BLOCK),
+        ("exact", 1, 29 * BLOCK),
+        ("fine", 1, 37 * BLOCK),
+        ("fine", 4, 37 * BLOCK),
+    ],
+)
+def test_the_memory_of_a_shard_is_declared_as_it_is_smoothed(
+    smooth: str, threads: int, a_thread: int, root: Path, tmp_path: Path
+) -> None:
+    options = replace(on_cluster(root), smooth=smooth, threads=threads)
+    cluster = plan_conversion(root / "model", tmp_path / "out", options).needs.cluster
+    assert cluster is not None
+    assert cluster.shard == TaskNeeds(threads, ALONE + threads * a_thread)
+
+
+def test_what_is_stored_transposed_takes_tiles_too(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    tensors = {"h.0.mlp.c_fc.weight": torch.ones(8, 16), "h.0.mlp.c_fc.bias": torch.ones(16)}
+    save_file(tensors, tmp_path / "model/model.safetensors", {"format": "pt"})
+    options = ConvertOptions(outliers="none", ray="local", threads=2)
+    cluster = plan_conversion(tmp_path / "model", tmp_path / "out", options).needs.cluster
+    assert cluster is not None
+    assert cluster.shard.memory_bytes == ALONE + 2 * (21 + 8) * BLOCK + 2 * (1 << 24)
+
+
+def test_a_task_has_the_threads_that_are_declared(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the machine that drives it."""
+    threads: list[int] = []
+
+    class Notes(Session):
+        def start(self, name: str, task: Any) -> None:
+            threads.append(task.args[0].options.threads)
+            super().start(name, task)
+
+    monkeypatch.setattr(ThisMachine, "tasks", Notes)
+    monkeypatch.setattr("int8cli.commands.parallelism.usable_cores", lambda: 64)
+    convert(root / "model", tmp_path / "out", replace(NONE, ray="local"))
+    assert set(threads) == {1}
+
+
+def test_a_dry_run_shows_what_the_tasks_of_a_cluster_need(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ThisMachine, "slots", 4)
+    plan = plan_conversion(root / "model", tmp_path / "out", on_cluster(root))
+    assert not (tmp_path / "out").exists()
+    cluster = plan.needs.cluster
+    assert cluster is not None
+    assert cluster.model is not None
+    found = plan_to_json(plan.survey, plan.needs, plan.settings, plan.ways)["needs"]["cluster"]
+    assert found == {"shards_at_once": 4, "shard": asdict(cluster.shard), "model": asdict(cluster.model)}
+    show_plan(plan.survey, plan.needs, plan.output, plan.settings, plan.ways)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("cluster")]
+    sizes = [f"{needs.memory_bytes:,}" for needs in (cluster.shard, cluster.model)]
+    assert [line[1] for line in lines] == sizes
+    assert " ".join(lines[0]).endswith("1 core for each of up to 4 shards at once")
+    assert " ".join(lines[1]).endswith("1 core for a run of the model")
+    alone = plan_conversion(root / "model", tmp_path / "out", running(root))
+    assert alone.needs.cluster is None
+    assert plan_to_json(alone.survey, alone.needs)["needs"]["cluster"] is None
+
+
+def test_a_dry_run_falls_back_where_no_machine_can_run_the_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThisMachine, "offers", lambda self, needs: needs.memory_bytes < 500_000_000)
+    progress = CoherentProgress()
+    options = replace(on_cluster(root), outliers="auto", smooth=None, text=None)
+    plan = plan_conversion(root / "model", tmp_path / "out", options, progress=progress)
+    assert plan.settings.outliers == "weights"
+    assert plan.needs.cluster is not None
+    assert plan.needs.cluster.model is None
+    assert any("falling back" in note for note in progress.notes)
 
 
 # Bad days
@@ -237,6 +326,7 @@ def test_what_lost_workers_left_is_removed_with_their_shard(
     convert(model, tmp_path / "one", NONE)
     output = tmp_path / "out"
     seen: list[int] = []
+    beside: list[Path] = []  # what there was while the last attempt worked
 
     class LosesWorkers(Session):
         """The first attempts at each shard end after they have made files; nothing of them is tidied up."""
@@ -254,13 +344,19 @@ def test_what_lost_workers_left_is_removed_with_their_shard(
                 for place in ("partial", "incoming"):
                     (output / "int8" / place / token[0]).mkdir(parents=True)
                     (output / "int8" / place / token[0] / "half").write_text("half")
-            result = task(on_bytes)
+
+            def looks(shard: str, tensor: str, count: int) -> None:
+                beside.extend(output.rglob("half"))
+                on_bytes(shard, tensor, count)
+
+            result = task(looks)
             seen.append(len([*output.glob("int8/incoming/*"), *output.glob("int8/partial/*")]))
             return result
 
     monkeypatch.setattr(ThisMachine, "tasks", LosesWorkers)
     convert(model, output, replace(NONE, ray="local"))
     assert seen == [0, 0, 0]
+    assert beside == []
     assert tree(output) == tree(tmp_path / "one")
 
 
@@ -279,11 +375,11 @@ def test_the_next_driver_removes_what_workers_left(tmp_path: Path) -> None:
     class Looks(CoherentProgress):
         def begin(self, *args: Any, **options: Any) -> None:
             super().begin(*args, **options)
-            left.append({path.name for path in (tmp_path / "out/int8/incoming").iterdir()})
+            left.append({path.name for path in (tmp_path / "out/int8").glob("incoming/*")})
 
     left: list[set[str]] = []
     convert(model, tmp_path / "out", replace(NONE, ray="local"), progress=Looks())
-    assert left[0] == {"0" * 40}  # a commit of the Hub: a download that can be resumed
+    assert left[0] == set()  # "0" * 40 is a commit of the Hub: workers resume downloads of their own only
 
 
 def test_the_driver_waits_until_it_sees_that_a_shard_was_handed_on(

@@ -11,14 +11,16 @@ import torch
 from support.checkpoints import (
     LISTED,
     OTHERS,
+    Tiny,
     build_tiny,
+    is_known,
     read_all,
     read_json,
     read_tensors,
     save_by_hand,
     save_tiny,
 )
-from support.program import llama, run, tree
+from support.program import Nursery, llama, tree
 from support.verifying import verified
 from torch import Tensor, nn
 
@@ -102,10 +104,10 @@ def test_sizes_are_predicted_exactly(tmp_path: Path) -> None:
     assert LAYOUT in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_estimate_memory_knows_the_size_too(tmp_path: Path) -> None:
+def test_estimate_memory_knows_the_size_too(nursery: Nursery, tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "source")
     report = convert(tmp_path / "source", tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT)).report
-    outcome = run("estimate-memory", "source", "--layout", LAYOUT, "--json", cwd=tmp_path)
+    outcome = nursery.run("estimate-memory", "source", "--layout", LAYOUT, "--json", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     estimate = json.loads(outcome.out)
     assert estimate["output_bytes"] == report.output_bytes
@@ -214,6 +216,42 @@ def test_the_report_says_if_vllm_could_not_merge_layers() -> None:
     ]
 
 
+# Transformers merges the convolutions of the one on load, and splits projections of the other.
+_HYBRID = {
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_num_value_heads": 2,
+    "linear_value_head_dim": 16,
+}
+MERGED_OR_SPLIT: dict[str, tuple[dict[str, Any], str]] = {
+    "OlmoHybrid": ({**_HYBRID, "layer_types": ["linear_attention", "full_attention"]}, "linear_attn.k_conv1d.weight"),
+    "HrmText": ({"num_key_value_heads": 4, "head_dim": 8}, "attn.gqkv_proj.weight"),
+}
+
+
+@pytest.mark.parametrize("family", MERGED_OR_SPLIT)
+def test_floats_that_transformers_loses_on_load_are_said_to_be_so(family: str, tmp_path: Path) -> None:
+    """Once transformers opens them, the warning can go."""
+    import transformers
+
+    arguments, lost = MERGED_OR_SPLIT[family]
+    tiny = Tiny(f"{family}ForCausalLM", f"{family}Config", {**LISTED["llama"].arguments, **arguments})
+    if not is_known(tiny):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    model = build_tiny(tiny, torch.float32)
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "out", ConvertOptions(outliers="none", layout=LAYOUT))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(rf"transformers 5.24 cannot open this.* such as \S*{re.escape(lost)}; load_model can", card)
+    ids = torch.tensor([[1, 5, 7, 9]])
+    with torch.no_grad():
+        found, exact = load_model(tmp_path / "out", device="cpu")(ids).logits, model(ids).logits
+    assert (found - exact).norm() < 0.05 * exact.norm()
+    loader: Any = getattr(transformers, tiny.model)
+    with pytest.raises((RuntimeError, ValueError), match=r"automatic conversion of the weights|only have one to many"):
+        loader.from_pretrained(tmp_path / "out")
+
+
 def test_the_layers_to_leave_alone_too_are_named_once_for_all_blocks() -> None:
     specs = [
         TensorSpec(f"model.layers.{n}.self_attn.{p}_proj.weight", "BF16", (8, 8)) for n in range(9) for p in "qkvo"
@@ -254,11 +292,11 @@ def test_layers_with_experts_in_int8_and_in_floats_are_named(skip: str) -> None:
     ]
 
 
-def test_merged_layers_are_named_before_anything_is_converted(tmp_path: Path) -> None:
+def test_merged_layers_are_named_before_anything_is_converted(nursery: Nursery, tmp_path: Path) -> None:
     llama(tmp_path / "source")
     options = ("--layout", LAYOUT, "--outliers", "none", "--skip", "*.q_proj")
     for when in ("--dry-run", "--workers=1"):
-        outcome = run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
+        outcome = nursery.run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
         assert outcome.code == 0, outcome.err
         said = " ".join(outcome.err.split())
         assert "leave the others alone too: *.self_attn.k_proj, *.self_attn.v_proj" in said
@@ -328,6 +366,11 @@ MODALITIES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     ),
     "qwen2-vl": (VISION, ["model.layers.0.mlp.down_proj"], ["visual.blocks.0.attn.proj", "visual.merger.mlp.0"]),
     "qwen3-vl": (VISION, ["model.language_model.layers.0.mlp.down_proj"], ["model.visual.blocks.0.attn.proj"]),
+    "idefics": (
+        VISION,
+        ["model.layers.0.mlp.down_proj", "model.gated_cross_attn_layers.0.cross_attn.q_proj"],
+        ["model.vision_model.encoder.layers.0.mlp.fc1", "model.perceiver_resampler.blocks.0.1.fc"],
+    ),
     "internvl": (
         VISION | {"llm_config": {"hidden_size": 8}},
         ["language_model.model.layers.0.feed_forward.w1"],
@@ -382,11 +425,11 @@ def test_a_model_without_a_language_model_of_its_own_is_int8_throughout(
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "falcon_mamba"])
-def test_a_model_that_vllm_cannot_open_is_said_to_be_one(architecture: str, tmp_path: Path) -> None:
+def test_a_model_that_vllm_cannot_open_is_said_to_be_one(architecture: str, nursery: Nursery, tmp_path: Path) -> None:
     build_tiny((LISTED | OTHERS)[architecture]).save_pretrained(tmp_path / "source")
     options = ("--layout", LAYOUT, "--outliers", "none")
     for when in ("--dry-run", "--workers=1"):
-        outcome = run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
+        outcome = nursery.run("convert", "source", "-o", "out", *options, when, cwd=tmp_path)
         assert outcome.code == 0, outcome.err
         assert "warning: vLLM cannot open this: it has the mixers of Mamba only in floats" in " ".join(
             outcome.err.split()

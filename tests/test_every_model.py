@@ -10,7 +10,17 @@ import safetensors
 import torch
 from packaging.version import Version
 from safetensors.torch import save_file
-from support.checkpoints import LISTED, WITHOUT_COLUMNS, build_tiny, read_all, read_json, save_by_hand, save_tiny
+from support.checkpoints import (
+    LISTED,
+    WITHOUT_COLUMNS,
+    Tiny,
+    build_tiny,
+    read_all,
+    read_json,
+    save_by_hand,
+    save_tiny,
+)
+from support.verifying import verified
 from test_plan import plan_of, spec
 from torch import Tensor
 
@@ -19,6 +29,7 @@ from int8cli.commands.options import LayoutName
 from int8cli.errors import UnsupportedModelError
 from int8cli.loaders import transformers_versions
 from int8cli.loaders.older_names import names_on_load
+from int8cli.planning import plan as plan_module
 from int8cli.planning import reasons as why
 from int8cli.planning.layouts import compressed_tensors
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
@@ -149,6 +160,38 @@ def test_a_head_of_a_padded_vocabulary_is_told_and_a_layer_of_that_width_in_bloc
 # a judge that shares no table
 
 
+IDEFICS = Tiny(
+    "IdeficsForVisionText2Text",
+    "IdeficsConfig",
+    {
+        **LISTED["llama"].arguments,
+        "additional_vocab_size": 2,
+        "cross_layer_interval": 1,
+        "vision_config": {
+            "embed_dim": 32,
+            "image_size": 16,
+            "intermediate_size": 37,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "patch_size": 8,
+        },
+    },
+)
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
+def test_the_layers_of_idefics_that_look_at_images_are_int8_and_the_rows_added_to_its_head_are_not(
+    layout: LayoutName, tmp_path: Path
+) -> None:
+    build_tiny(IDEFICS).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "output", ConvertOptions(outliers="none", layout=layout))
+    written = read_all(tmp_path / "output")
+    for each in ("cross_attn.q_proj", "mlp.down_proj"):
+        assert written[f"model.gated_cross_attn_layers.0.{each}.weight"].dtype == torch.int8
+    assert written["lm_head.additional_fc.weight"].dtype == torch.bfloat16
+    assert verified(tmp_path / "output").passed
+
+
 def with_router_in_float32(directory: Path) -> Path:
     model = build_tiny(LISTED["deepseek_v3"], torch.float32)
     model.save_pretrained(directory)
@@ -249,3 +292,40 @@ def test_a_float16_weight_is_rounded_to_the_bfloat16_of_its_config_as_on_load(wi
         convert(source, tmp_path / layout, ConvertOptions(outliers="none", layout=layout))
         data, _ = quantize_with_bitsandbytes(rounded)
         assert torch.equal(read_all(tmp_path / layout)[f"{name}.weight"], data)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
+def test_a_weight_with_nan_stays_a_float_in_the_dtype_that_loaders_give_it(
+    layout: LayoutName, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = save_tiny("llama", tmp_path / "source", dtype)
+    config = read_json(source / "config.json") | {"dtype": "bfloat16"}
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = read_all(source)
+    tensors[f"{DOWN}.weight"][1, 2] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    convert(source, tmp_path / "output", ConvertOptions(outliers="none", layout=layout, on_nonfinite="keep"))
+    found = read_all(tmp_path / "output")[f"{DOWN}.weight"]
+    assert torch.equal(found.nan_to_num(), tensors[f"{DOWN}.weight"].bfloat16().nan_to_num())
+    assert found.isnan().sum() == 1
+    assert verify(tmp_path / "output", VerifyOptions(source=source)).passed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "output", device_map="cpu")
+    assert model(input_ids=torch.tensor([[1, 2]])).logits.shape == (1, 2, config["vocab_size"])
+
+
+def test_a_weight_with_nan_that_an_earlier_version_copied_as_it_is_matches_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(8, 8).half()
+    weight[1, 2] = torch.nan
+    tensors = {"model.layers.0.mlp.up_proj.weight": weight, "model.layers.0.mlp.gate_proj.weight": torch.randn(8, 8)}
+    source = save_by_hand(tmp_path / "source", tensors, {"model_type": "llama", "dtype": "bfloat16"})
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "_written_dtype", lambda spec, _: spec.dtype)
+        convert(source, tmp_path / "output", ConvertOptions(outliers="none", on_nonfinite="keep"))
+    assert read_all(tmp_path / "output")["model.layers.0.mlp.up_proj.weight"].dtype == torch.float16
+    checks = verify(tmp_path / "output", VerifyOptions(source=source)).checks
+    assert {check.name for check in checks if check.status == "failed"} <= {"loads"}

@@ -249,7 +249,7 @@ def test_fused_experts_have_a_grid_for_each(family: str, transposed: bool, layou
     """Split into matrices where the layout does that: each finds its own part of the scales, in either orientation."""
     codes, floats = fused_in_float8(family, transposed=transposed)
     model = source_of(tmp_path / "fp8", family, codes)
-    config = {"model_type": family, "quantization_config": dict(BLOCKS.section)}
+    config = {"model_type": family, "num_hidden_layers": 1, "quantization_config": dict(BLOCKS.section)}
     (model / "config.json").write_text(json.dumps(config))
     options = ConvertOptions(outliers="none", layout=layout)
     convert(source_of(tmp_path / "floats", family, floats), tmp_path / "wanted", options)

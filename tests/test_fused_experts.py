@@ -72,7 +72,7 @@ def fused(family: str, parts: dict[str, Tensor], *, transposed: bool) -> dict[st
 
 def source_of(directory: Path, family: str, tensors: dict[str, Tensor]) -> Path:
     beside = {ATTENTION: normal(HIDDEN, HIDDEN), "model.embed_tokens.weight": normal(9, HIDDEN)}
-    return save_by_hand(directory, beside | tensors, {"model_type": family})
+    return save_by_hand(directory, beside | tensors, {"model_type": family, "num_hidden_layers": 1})
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["out-in", "in-out"])

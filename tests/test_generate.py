@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from support.calibration_models import make_model
 from support.checkpoints import WITHOUT_COLUMNS, save_tiny
-from support.program import Nursery, run
+from support.program import Nursery
 from support.progress import CoherentProgress
 from transformers import AutoTokenizer
 
@@ -56,6 +57,7 @@ def test_a_prompt_is_continued_and_its_text_comes_in_pieces(root: Path, words: s
     assert (pieces[-1], pieces.count("")) == ("", 1)
     assert "".join(pieces) == found.text == tokenizer.decode(expected, skip_special_tokens=True)
     assert found.new_tokens == len(expected)
+    assert found.seconds_to_first_token is not None
     assert 0 < found.seconds_to_first_token <= found.seconds
     assert found.peak_memory_bytes is not None
     assert found.peak_memory_bytes > found.weights_bytes > 0
@@ -70,24 +72,6 @@ def test_a_pipeline_of_transformers_takes_the_model(root: Path, words: str) -> N
     [found] = speak(words, max_new_tokens=6, do_sample=False, return_full_text=False)
     spoken = generate(root / "out", words, SHORT).text
     assert found["generated_text"].lstrip() == spoken  # transformers 5.0.0 leaves the blank before the first word
-
-
-def test_lm_eval_takes_the_model_and_finds_its_tokenizer(root: Path, words: str) -> None:
-    """Runs where lm-eval is installed. It is no dependency of the tests: it brings datasets, scikit-learn and more."""
-    harness: Any = pytest.importorskip("lm_eval.models.huggingface")
-    instance: Any = pytest.importorskip("lm_eval.api.instance").Instance
-    model = int8cli.load_model(root / "out", device="cpu")
-    judge = harness.HFLM(pretrained=model, batch_size=2)
-    judge.tokenizer.eos_token = judge.tokenizer.convert_ids_to_tokens(1)  # lm-eval decodes one
-    pairs = [(words, f" {words}"), (words, f" {words} {words}")]
-    requests = [instance("loglikelihood", {}, arguments=pair, idx=number) for number, pair in enumerate(pairs)]
-    found = judge.loglikelihood(requests, disable_tqdm=True)
-    for (context, continuation), (log_likelihood, _) in zip(pairs, found, strict=True):
-        start, ids = len(judge.tok_encode(context)), torch.tensor([judge.tok_encode(context + continuation)])
-        with torch.inference_mode():
-            log_odds = model(ids).logits[0].float().log_softmax(dim=-1)
-        expected = sum(float(log_odds[place - 1, ids[0, place]]) for place in range(start, ids.shape[1]))
-        assert log_likelihood == pytest.approx(expected, rel=1e-2)  # lm-eval adds in bfloat16
 
 
 def test_a_chat_template_is_used_unless_the_prompt_is_raw(root: Path, words: str) -> None:
@@ -173,10 +157,22 @@ def test_a_comparison_says_where_the_first_token_differs(root: Path, words: str,
 
 def test_a_quantized_model_is_no_16_bit_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compared with itself, a conversion would agree in every token. It is refused before any weight is read."""
-    monkeypatch.setattr("int8cli.commands.generate._open", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("int8cli.runtime.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ReferenceModelError, match=r"quantized model \(bitsandbytes\), not the 16-bit one") as refused:
         generate(root / "out", "a", GenerateOptions(compare=root / "out"))
     assert "that was converted" in refused.value.hint
+
+
+def test_a_hub_id_that_cannot_be_compared_with_is_refused_before_anything_is_generated(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_: object, **__: object) -> None:
+        raise OSError("nobody/nothing is not a repository\nsecond line")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", absent)
+    monkeypatch.setattr("int8cli.runtime.load.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ReferenceModelError, match=r"as the 16-bit model: nobody/nothing is not a repository$"):
+        generate(root / "out", "a", GenerateOptions(compare="nobody/nothing"))
 
 
 def reference(directory: Path, text: str) -> list[int]:
@@ -198,7 +194,10 @@ def reference(directory: Path, text: str) -> list[int]:
         ({"inputs": "xx"}, OptionError, "zeropoint, absmax"),
         ({"max_memory": ("cpu",)}, OptionError, "not DEVICE=SIZE"),
         ({"max_memory": ("gpu=1GB",)}, OptionError, "not DEVICE=SIZE"),
-        ({"compare": "nothing/"}, ReferenceModelError, "cannot be loaded"),
+        ({"compare": "nothing/"}, ReferenceModelError, "nothing/: no such directory"),
+        ({"compare": "./nothing"}, ReferenceModelError, "./nothing: no such directory"),
+        ({"compare": Path(__file__)}, ReferenceModelError, "no directory with a config.json"),
+        ({"compare": Path(__file__).parent}, ReferenceModelError, "no directory with a config.json"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: Any, error: type[Exception], words: str, root: Path) -> None:
@@ -209,6 +208,9 @@ def test_what_makes_no_sense_is_refused(options: Any, error: type[Exception], wo
 def test_prompts_that_cannot_be_continued_are_refused(root: Path, words: str, tmp_path: Path) -> None:
     with pytest.raises(TextError, match="empty"):
         generate(root / "out", "", GenerateOptions(raw=True, device="cpu"))
+    for blank in ("", " \n"):
+        with pytest.raises(TextError, match="empty"):
+            generate(root / "chatty", blank, SHORT)
     with pytest.raises(TextError, match="takes fewer than"):
         generate(root / "out", " ".join([words] * 500), SHORT)
     bare = save_tiny("bert", tmp_path / "bert")
@@ -223,40 +225,39 @@ def test_prompts_that_cannot_be_continued_are_refused(root: Path, words: str, tm
 # The command
 
 
-def test_the_text_is_on_stdout_and_the_figures_on_stderr(root: Path, words: str, nursery: Nursery) -> None:
+def test_the_text_is_on_stdout_and_the_figures_on_stderr(root: Path, words: str, model_nursery: Nursery) -> None:
     found = generate(root / "out", words, SHORT)
     options = ("--max-new-tokens", "6", "--device", "cpu")
-    outcome = nursery.run("generate", "out", words, *options, "--compare", "model", cwd=root)
+    outcome = model_nursery.run("generate", "out", words, *options, "--compare", "model", cwd=root)
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{found.text}\n"
     assert "tokens after a prompt of" in outcome.err
     assert "of weights in memory" in outcome.err
     assert "16 bit would choose" in outcome.err
     assert "Loading" not in outcome.err
-    quiet = nursery.run("generate", "out", words, *options, "-q", cwd=root)
+    quiet = model_nursery.run("generate", "out", words, *options, "-q", cwd=root)
     assert (quiet.out, quiet.err) == (outcome.out, "")
 
 
-def test_json_is_one_document(root: Path, words: str, nursery: Nursery) -> None:
-    outcome = nursery.run("generate", "out", words, "--max-new-tokens", "6", "--json", cwd=root)
+def test_json_is_one_document(root: Path, words: str, model_nursery: Nursery) -> None:
+    outcome = model_nursery.run("generate", "out", words, "--max-new-tokens", "6", "--json", cwd=root)
     document = json.loads(outcome.out)
     assert document["schema"] == "int8cli.generation/1"
     assert document["text"] == generate(root / "out", words, SHORT).text
 
 
-def test_prompts_and_conversations_come_from_standard_input(root: Path, words: str) -> None:
-    (root / "prompt.txt").write_text(f"{words}\n")
+def test_prompts_and_conversations_come_from_standard_input(root: Path, words: str, model_nursery: Nursery) -> None:
+    run = partial(model_nursery.run, "generate", cwd=root)
+    prompt = str(root / "prompt.txt")
+    Path(prompt).write_text(f"{words}\n")
     options = ("--max-new-tokens", "6", "--device", "cpu", "-q")
-    with (root / "prompt.txt").open() as prompt:
-        outcome = run("generate", "out", *options, cwd=root, stdin=prompt)
-    assert outcome.out == run("generate", "out", words, *options, cwd=root).out
-    with (root / "prompt.txt").open() as prompt:
-        talk = run("generate", "chatty", "--chat", *options[:-1], cwd=root, stdin=prompt)
+    outcome = run("out", *options, stdin=prompt)
+    assert outcome.out == run("out", words, *options).out
+    talk = run("chatty", "--chat", *options[:-1], stdin=prompt)
     assert talk.code == 0, talk.err
     assert talk.err.count("tokens after a prompt of") == talk.err.count("of weights in memory") == 1
-    with (root / "prompt.txt").open() as prompt:
-        assert run("generate", "out", "-", *options, cwd=root, stdin=prompt).out == outcome.out
-    assert run("generate", "chatty", words, "--chat", cwd=root).code == 2
+    assert run("out", "-", *options, stdin=prompt).out == outcome.out
+    assert run("chatty", words, "--chat").code == 2
 
 
 # What the model's own files and the prompt say
@@ -284,7 +285,7 @@ def test_files_of_the_model_that_do_not_work_are_errors(
     assert caught.value.hint
 
 
-def test_what_is_no_text_is_no_prompt(root: Path, nursery: Nursery) -> None:
+def test_what_is_no_text_is_no_prompt(root: Path, model_nursery: Nursery) -> None:
     with pytest.raises(TextError, match="not UTF-8"):
         generate(root / "out", "\udcff", SHORT)
     with pytest.raises(TextError, match="not UTF-8"):
@@ -295,7 +296,7 @@ def test_what_is_no_text_is_no_prompt(root: Path, nursery: Nursery) -> None:
     with pytest.raises(OptionError, match="not a size"):
         generate(root / "out", "a", GenerateOptions(device="cpu", max_memory=("cpu=1e400GB",)))
     (root / "latin.txt").write_bytes(b"\xff\xfe\n")
-    with (root / "latin.txt").open() as prompt:
-        outcome = run("generate", "out", "--device", "cpu", "-q", cwd=root, stdin=prompt)
+    prompt = str(root / "latin.txt")
+    outcome = model_nursery.run("generate", "out", "--device", "cpu", "-q", cwd=root, stdin=prompt)
     assert outcome.code == 1, outcome.err
     assert "is not UTF-8 text" in outcome.err  # the locale decides who notices

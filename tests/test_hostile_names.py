@@ -19,8 +19,7 @@ from markdown_it import MarkdownIt
 from safetensors.torch import load_file, save_file
 from support.calibration_models import WORDS, make_model
 from support.hub_stand_in import Fault, HubStandIn
-from support.program import Nursery, Outcome, llama_config, llama_tensors, run, write_json
-from test_cli import on_terminal
+from support.program import Nursery, Outcome, llama_config, llama_tensors, write_json
 
 # A title for the terminal's window, colors, rich's tags with one that its own escape() lets through, and what ends or
 # begins something in Markdown, HTML, a script and a line; text that runs backwards, and of no width.
@@ -220,17 +219,17 @@ def check_picture(path: Path) -> None:
 # The commands
 
 
-def test_a_conversion_and_what_it_writes(source: Path, nursery: Nursery, tmp_path: Path) -> None:
+def test_a_conversion_and_what_it_writes(source: Path, model_nursery: Nursery, tmp_path: Path) -> None:
     out = tmp_path / f"out{EVIL_FILE}"
-    check_lines(nursery.run("convert", source, "-o", out, "--outliers", "weights", cwd=tmp_path))
+    check_lines(model_nursery.run("convert", source, "-o", out, "--outliers", "weights", cwd=tmp_path))
     check_card(out / "README.md")
     assert (out / "int8/report.json").read_bytes().isascii()
-    check_lines(run("verify", out, "--source", source, cwd=tmp_path))
-    check_json(run("verify", out, "--json", cwd=tmp_path))
+    check_lines(model_nursery.run("verify", out, "--source", source, cwd=tmp_path))
+    check_json(model_nursery.run("verify", out, "--json", cwd=tmp_path))
     shard = next(out.glob("1*"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     (out / f"more{EVIL_FILE}.safetensors").write_bytes(b"")
-    check_lines(run("verify", out, "--source", source, cwd=tmp_path), 1)
+    check_lines(model_nursery.run("verify", out, "--source", source, cwd=tmp_path), 1)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +266,7 @@ def test_suspects_in_a_page_and_a_picture(source: Path, nursery: Nursery, tmp_pa
     check_picture(tmp_path / f"s{EVIL_FILE}.svg")
 
 
-def test_activations_in_tables_a_page_and_pictures(runnable: Path, nursery: Nursery, tmp_path: Path) -> None:
+def test_activations_in_tables_a_page_and_pictures(runnable: Path, model_nursery: Nursery, tmp_path: Path) -> None:
     command = [
         "inspect-outliers",
         runnable,
@@ -278,24 +277,24 @@ def test_activations_in_tables_a_page_and_pictures(runnable: Path, nursery: Nurs
         f"w{EVIL_FILE}",
     ]
     files = [arg for suffix in ("html", "svg", "safetensors") for arg in ("-o", f"s{EVIL_FILE}.{suffix}")]
-    check_lines(nursery.run(*command, "--from", "activations", *files, cwd=tmp_path))
-    check_json(nursery.run(*command, "--json", cwd=tmp_path))
+    check_lines(model_nursery.run(*command, "--from", "activations", *files, cwd=tmp_path))
+    check_json(model_nursery.run(*command, "--json", cwd=tmp_path))
     check_page(tmp_path / f"s{EVIL_FILE}.html")
     check_picture(tmp_path / f"s{EVIL_FILE}.svg")
     by: list[str | Path] = ["--outliers", tmp_path / f"s{EVIL_FILE}.safetensors"]
-    check_lines(nursery.run("convert", runnable, "-o", "by", *by, cwd=tmp_path))
+    check_lines(model_nursery.run("convert", runnable, "-o", "by", *by, cwd=tmp_path))
     check_card(tmp_path / "by/README.md")
     check_lines(
-        nursery.run("convert", runnable, "-o", "a", "--outliers", "activations", *text_of(runnable), cwd=tmp_path)
+        model_nursery.run("convert", runnable, "-o", "a", "--outliers", "activations", *text_of(runnable), cwd=tmp_path)
     )
     check_card(tmp_path / "a/README.md")
 
 
-def test_an_evaluation_in_tables_a_page_and_a_picture(runnable: Path, nursery: Nursery, tmp_path: Path) -> None:
+def test_an_evaluation_in_tables_a_page_and_a_picture(runnable: Path, model_nursery: Nursery, tmp_path: Path) -> None:
     command = ["evaluate", runnable, *text_of(runnable), "--sequence-length", "16", "--work-dir", f"w{EVIL_FILE}"]
     files = [arg for suffix in ("html", "svg") for arg in ("-o", f"e{EVIL_FILE}.{suffix}")]
-    check_lines(nursery.run(*command, *files, cwd=tmp_path))
-    check_json(nursery.run(*command, "--json", cwd=tmp_path))
+    check_lines(model_nursery.run(*command, *files, cwd=tmp_path))
+    check_json(model_nursery.run(*command, "--json", cwd=tmp_path))
     check_page(tmp_path / f"e{EVIL_FILE}.html")
     check_picture(tmp_path / f"e{EVIL_FILE}.svg")
 
@@ -373,7 +372,7 @@ def test_values_of_the_config(config: dict[str, object], runnable: Path, nursery
         check_lines(outcome, outcome.code, named=False)
     if (tmp_path / "o/README.md").exists():
         check_card(tmp_path / "o/README.md")
-        outcome = run("verify", "o", cwd=tmp_path)
+        outcome = nursery.run("verify", "o", cwd=tmp_path)
         check_lines(outcome, outcome.code, named=False)
 
 
@@ -392,33 +391,33 @@ def test_messages_of_the_tokenizer(file: str, runnable: Path, nursery: Nursery, 
 # A terminal
 
 
-def test_the_progress_bar_and_the_report_on_a_terminal(source: Path, tmp_path: Path) -> None:
+def test_the_progress_bar_and_the_report_on_a_terminal(source: Path, nursery: Nursery, tmp_path: Path) -> None:
     with HubStandIn(cdn=None) as hub:
         hub.add_repo("org/m", source)
         hub.fail("*.safetensors", Fault(bytes_per_s=200_000, times=99))
         here = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
-        code, drawn = on_terminal("convert", "org/m", "-o", "o", "--outliers", "none", cwd=tmp_path, **here)
+        code, drawn = nursery.on_terminal("convert", "org/m", "-o", "o", "--outliers", "none", cwd=tmp_path, env=here)
     assert code == 0, drawn
     check_drawn(drawn)
     assert re.search(r"\bdownload: [12]\\x1b\]0;PWNED", drawn), "no bar was drawn with the name:\n" + drawn
     check_card(tmp_path / "o/README.md")
 
 
-def test_reports_on_a_terminal(source: Path, tmp_path: Path) -> None:
+def test_reports_on_a_terminal(source: Path, nursery: Nursery, tmp_path: Path) -> None:
     for arguments in (
         ["convert", str(source), "-o", f"o{EVIL_FILE}", "--outliers", "weights"],
         ["convert", str(source), "--dry-run"],
         ["estimate-memory", str(source)],
     ):
-        code, drawn = on_terminal(*arguments, cwd=tmp_path)
+        code, drawn = nursery.on_terminal(*arguments, cwd=tmp_path)
         assert code == 0, drawn
         check_drawn(drawn)
 
 
-def test_all_commands_on_a_terminal(source: Path, runnable: Path, tmp_path: Path) -> None:
+def test_all_commands_on_a_terminal(source: Path, runnable: Path, model_nursery: Nursery, tmp_path: Path) -> None:
     """Progress of every command, its result, and an error."""
     out = f"o{EVIL_FILE}"
-    run("convert", source, "-o", out, "--outliers", "none", cwd=tmp_path)
+    model_nursery.run("convert", source, "-o", out, "--outliers", "none", cwd=tmp_path)
     text = [str(argument) for argument in text_of(runnable)]
     commands = (
         (0, ["verify", out, "--source", str(source)]),
@@ -430,7 +429,7 @@ def test_all_commands_on_a_terminal(source: Path, runnable: Path, tmp_path: Path
         (1, ["convert", str(source), "-o", out, "--outliers", f"no/{EVIL_FILE}.safetensors"]),
     )
     for expected, arguments in commands:
-        code, drawn = on_terminal(*arguments, cwd=tmp_path)
+        code, drawn = model_nursery.on_terminal(*arguments, cwd=tmp_path)
         assert code == expected, drawn
         check_drawn(drawn)
 

@@ -270,6 +270,24 @@ def test_a_part_that_is_too_long_is_downloaded_again(hub, model, tmp_path):
     assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
 
 
+@pytest.mark.parametrize("suffix", ["", ".incomplete"])
+@pytest.mark.parametrize("file", [SHARD, "config.json"])
+def test_what_a_power_failure_left_of_a_download_is_not_used(file, suffix, hub, model, tmp_path):
+    """Nothing flushes a download: after a power failure it can have its length and other bytes."""
+    left = tmp_path / "out" / "incoming" / hub.repo(REPO).commit / f"{file}{suffix}"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(bytes((model / file).stat().st_size - bool(suffix)))
+    assert fetched(source_of(hub, tmp_path), file) == (model / file).read_bytes()
+
+
+def test_what_a_killed_run_has_downloaded_is_not_downloaded_again(hub, model, tmp_path):
+    left = tmp_path / "out" / "incoming" / hub.repo(REPO).commit / SHARD
+    left.parent.mkdir(parents=True)
+    left.write_bytes((model / SHARD).read_bytes())
+    assert fetched(source_of(hub, tmp_path), SHARD) == (model / SHARD).read_bytes()
+    assert hub.bytes_sent(SHARD) == 0
+
+
 # Temporary failures
 
 

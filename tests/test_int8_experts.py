@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.checkpoints import LISTED, build_tiny, convert_storing, read_all, stored_at
+from support.checkpoints import LISTED, Tiny, build_tiny, convert_storing, read_all, stored_at
 from test_fused_experts import MODELS, RENAMED
 
 from int8cli import ConvertOptions, convert, load_model
@@ -21,12 +21,23 @@ pytestmark = pytest.mark.skipif(
 )
 
 OPTIONS = ConvertOptions(outliers="none", layout="compressed-tensors")
+_OMNI_TEXT = {
+    **LISTED["qwen3_moe"].arguments,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+}
+_OMNI = {
+    "text_config": _OMNI_TEXT,
+    "vision_config": {"depth": 1, "hidden_size": 32, "intermediate_size": 37, "num_heads": 2, "out_hidden_size": 32},
+    "audio_config": {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 37},
+}
 FAMILIES = {
     "mixtral": LISTED["mixtral"],
     "qwen3_moe": LISTED["qwen3_moe"],
     "granitemoe": MODELS["granitemoe"],
     "llama4_text": MODELS["llama4_text"],
     "phimoe": RENAMED["phimoe"],  # whose router is renamed on load, with all that has its name
+    # The module around its experts initializes them.
+    "qwen3_omni_moe": Tiny("Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3OmniMoeThinkerConfig", _OMNI),
 }
 IDS = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -53,7 +64,7 @@ def test_experts_run_in_int8_near_the_float_model(family: str, tmp_path: Path) -
     written = read_all(tmp_path / "out")
     int8 = sum(1 for tensor in written.values() if tensor.dtype == torch.int8)
     assert sum(isinstance(module, Int8Linear) for module in model.modules()) == int8 > 0
-    assert len(experts_modules(model)) == model.config.num_hidden_layers
+    assert len(experts_modules(model)) == model.config.get_text_config().num_hidden_layers
     with torch.no_grad():
         found, exact = model(IDS).logits, reference(IDS).logits
     assert 1e-6 < relative_error(found, exact) < (0.05 if family == "phimoe" else 0.03)

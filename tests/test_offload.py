@@ -1,6 +1,7 @@
 """Models larger than what they may take: the same results, in less memory than their weights."""
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from int8cli import convert
 from int8cli.errors import NotEnoughMemoryError, OptionError, UnsupportedOperationError
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.placement import MemoryLimits, memory_limits, place_blocks
+from int8cli.runtime.stopping import ForwardStopped, stoppable
 
 BLOCKS = {"a": 10, "b": 10, "c": 10, "d": 10}
 
@@ -60,8 +62,11 @@ def test_limits_are_sizes_of_known_devices() -> None:
         memory_limits("cpu", {0: "2GB"})
     with pytest.raises(OptionError, match="1 is not a device"):
         memory_limits("cuda", {1: "2GB"})
-    with pytest.raises(OptionError, match="'much' is not a size"):
-        memory_limits("cpu", {"cpu": "much"})
+    for bad in ("much", 1e9, None, -5):
+        with pytest.raises(OptionError, match=f"{bad!r} is not a size"):
+            memory_limits("cpu", {"cpu": bad})  # type: ignore[dict-item]
+    with pytest.raises(OptionError, match="'8GB' does not say for which device"):
+        memory_limits("cpu", "8GB")  # type: ignore[arg-type]
 
 
 # Running
@@ -140,6 +145,22 @@ def test_gradients_reach_the_inputs_of_a_model_on_the_disk(llama: Path) -> None:
         model(inputs_embeds=inputs).logits.sum().backward()
         found.append(inputs.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_model_that_is_stopped_before_any_block_runs_again(at: int, llama: Path) -> None:
+    """What was read ahead for the block that did not run is not taken for another one."""
+    expected = run(int8cli.load_model(llama, device="cpu")).logits
+    model, calls = offloaded(llama), itertools.count(1)
+    with stoppable(model, lambda: next(calls) >= at):
+        for _ in range((at - 1) // 3):  # a pass asks three times: before the model and each of its two blocks
+            run(model)
+        with pytest.raises(ForwardStopped):
+            run(model)
+    assert all(m._buffers["weight"] is None for m in model.modules() if isinstance(m, Int8Linear))
+    for _ in range(2):
+        assert torch.equal(run(model).logits, expected)
+    assert next(calls) == at + 1
 
 
 def refusals() -> Iterator[Any]:

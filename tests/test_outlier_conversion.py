@@ -422,7 +422,7 @@ def test_room_is_asked_for_before_the_first_shard_is_fetched(
         shards.append(any((output / "int8/incoming").rglob("*.safetensors*")))
         return (Room(output, model_bytes, 0),)
 
-    monkeypatch.setattr("int8cli.conversion.convert.room_needed", refuse)
+    monkeypatch.setattr("int8cli.conversion.room.room_needed", refuse)
     with pytest.raises(DiskSpaceError):
         convert(REPO, tmp_path / "out", options("activations", words))
     assert shards == [False]

@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from support.program import environment
 from torch import Tensor
 
 from int8cli.errors import UnsupportedOperationError
@@ -51,6 +54,31 @@ def test_packed_products_are_exact(shape: tuple[int, int, int], kind: str) -> No
     assert torch.equal(product.long(), values.long() @ data.long().t())
     assert product.dtype == (torch.float32 if packed.in_one_part else torch.int32)
     assert torch.equal(packed.unpacked(), data)
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+import torch
+from int8cli.llm_int8.packed_weight import PackedWeight
+from int8cli.model.memory import available_bytes
+
+torch.set_num_threads(1)
+data = torch.ones(8192, 4096, dtype=torch.int8)
+assert PackedWeight.of(data[:64]) is not None
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for copies in (1.5, 0.5, 4.0):
+    limit = taken + int(copies * data.numel())
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    assert available_bytes("cpu") < copies * data.numel() + (1 << 22)
+    print(copies, PackedWeight.of(data) is not None)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep to RLIMIT_AS")
+def test_a_weight_is_not_packed_where_the_system_has_no_memory_for_that() -> None:
+    """FBGEMM does not look whether it got the memory that it asked for: the process would crash."""
+    done = subprocess.run([sys.executable, "-c", UNDER_A_LIMIT], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1.5 False\n0.5 False\n4.0 True\n"), done.stderr
 
 
 def test_a_weight_is_cut_where_float32_could_not_hold_its_sums() -> None:

@@ -208,10 +208,14 @@ def test_finish_names_what_is_missing_and_concludes_what_is_not(root: Path, tmp_
     assert tree(output) == tree(root / "one")
 
 
+@pytest.mark.parametrize("joined", ["before", "while it ends"])
 def test_a_part_whose_files_others_finished_and_removed_succeeds(
-    root: Path, tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+    joined: str, root: Path, tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a disk without locks nobody knows who is the last: the other one removed what this one was writing."""
+    """On a disk without locks nobody knows who is the last: the other one removed what this one was writing.
+
+    It removes first what processes say of themselves. One that joins after that is still said to be there.
+    """
     no_locks(monkeypatch)
     output = tmp_path / "out"
 
@@ -219,13 +223,94 @@ def test_a_part_whose_files_others_finished_and_removed_succeeds(
         def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
             super().advance(task, part, amount, detail)
             if amount and not (output / "config.json").exists():
+                here = {path: path.read_bytes() for path in (output / "int8/parts").iterdir()}
                 child = start_part(nursery, root, tmp_path, 1, 1)
                 outcome = child.wait()
                 assert outcome.code == 0, outcome.err
+                if joined == "while it ends":
+                    (output / "int8/parts").mkdir()
+                    for path, data in here.items():
+                        path.write_bytes(data)
 
     result = convert(root / "model", output, part(1, 2, replace(NONE, threads=1)), progress=WhileItConverts())
     assert result.missing == ()
     assert tree(output) == tree(root / "one")
+
+
+def test_a_part_hands_on_what_others_converted_in_its_place(
+    root: Path, tmp_path: Path, nursery: Nursery, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one, which pushes nothing, has concluded, and removed what this one was writing."""
+    no_locks(monkeypatch)
+    output, there = tmp_path / "out", tmp_path / "there"
+    ended: list[int] = []
+
+    class WhileItConverts(CoherentProgress):
+        def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+            super().advance(task, part, amount, detail)
+            if amount and task == "convert" and not ended:
+                ended.append(start_part(nursery, root, tmp_path, 1, 1).wait().code)
+
+    options = replace(NONE, threads=1, push_to=f"local://{there}")
+    result = convert(root / "model", output, part(1, 2, options), progress=WhileItConverts())
+    assert (ended, result.missing) == ([0], ())
+    mine = {path.stem for path in (output / "int8/uploads").iterdir()}
+    assert mine == {path.stem for path in there.glob("*.safetensors")}
+    assert len(mine) == SHARDS // 2
+    convert(root / "model", output, replace(options, finish=True))
+    assert {path.name for path in there.glob("*.safetensors")} == {path.name for path in output.glob("*.safetensors")}
+    assert (there / "config.json").exists()
+
+
+def test_what_concludes_is_not_disturbed_by_another_that_ends(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without locks another one may remove, at any moment, what this one writes in. Here: before each of its files."""
+    no_locks(monkeypatch)
+    output = tmp_path / "out"
+    for number in (1, 2):
+        convert(root / "model", output, part(number, 2))
+    files: list[str] = []
+
+    def create_in_what_is_gone(name: str, directory: int) -> int:
+        files.append(name)
+        if len(files) == removes_at:
+            shutil.rmtree(output / "int8/partial")
+        return create_file(name, directory)
+
+    monkeypatch.setattr("int8cli.checkpoint.writer.create_file", create_in_what_is_gone)
+    removes_at = 1
+    while True:
+        (output / "config.json").unlink()
+        files.clear()
+        assert convert(root / "model", output, replace(NONE, finish=True)).missing == ()
+        assert tree(output) == tree(root / "one")
+        if len(files) < removes_at:
+            break
+        removes_at += 1
+    assert removes_at > 5
+
+
+def test_an_error_while_others_have_not_concluded_stays_one(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards are there, and the last files are not, or are damaged."""
+    output = tmp_path / "out"
+    for number in (1, 2):
+        convert(root / "model", output, part(number, 2))
+    monkeypatch.setattr("int8cli.conversion.part.write_conclusion", refuse_for_room)
+    finish = replace(NONE, finish=True)
+    assert convert(root / "model", output, finish).missing == ()  # it is whole: nothing was left to do
+    for name, data in (("config.json", None), ("int8/report.json", b"{"), ("int8/files.json", None)):
+        before = (output / name).read_bytes()
+        (output / name).unlink() if data is None else (output / name).write_bytes(data)
+        with pytest.raises(DiskSpaceError):
+            convert(root / "model", output, finish)
+        (output / name).write_bytes(before)
+
+
+def refuse_for_room(*args: Any) -> Any:
+    raise DiskSpaceError("full")
 
 
 @pytest.mark.parametrize("options", [replace(NONE, finish=True), part(2, 2)])

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 
 import pytest
 from support.hub_uploads import Fault, WritableHub
@@ -23,6 +24,14 @@ from support.pushing import (
     until_done,
     weights_here,
 )
+
+from int8cli.checkpoint.digest import git_sha1_of, sha256_of
+from int8cli.checkpoint.hub.failures import OutdatedRequestError
+from int8cli.checkpoint.hub.push_file import Commit, PushFile
+from int8cli.checkpoint.hub.retries import Retries, RetryPolicy
+from int8cli.checkpoint.hub.upload_failures import upload_error
+from int8cli.checkpoint.hub.writable import PushTarget, WritableRepository
+from int8cli.errors import DestinationError
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +285,88 @@ def test_a_request_that_came_too_late_is_made_anew(
     assert outcome.code == 0, outcome.err
     assert f"the server answered {status}" in outcome.err
     assert_whole(user, converted)
+
+
+@pytest.mark.parametrize(("status", "reason"), [(409, "Conflict"), (412, "Precondition Failed")])
+def test_a_conflict_that_stays_is_an_error_soon(status: int, reason: str, hub: WritableHub, tmp_path: Path) -> None:
+    """Nobody else writes to the repository, and it refuses each new commit: three hours of retries would not help."""
+    waits, repository, file = at_once(hub, tmp_path)
+    hub.fail("commit", Fault(on="POST", status=status, body=b'{"error": "The branch is locked"}', times=-1))
+    with pytest.raises(DestinationError, match=f"answered {status} {reason}: The branch is locked, also to") as found:
+        repository.commit([file], "a card")
+    assert found.value.hint is not None
+    assert "Look at the repository's page" in found.value.hint
+    assert len(waits) == 7
+    hub.recover()
+    assert repository.commit([file], "a card").made
+
+
+def test_a_conflict_with_others_who_go_on_writing_is_tried_again(hub: WritableHub, tmp_path: Path) -> None:
+    """Each of two dozen attempts meets a commit of somebody else."""
+    waits, repository, file = at_once(hub, tmp_path)
+    hub.fail("commit", Fault(on="POST", status=412, times=24))
+
+    def somebody_commits(step: str, when: str) -> bool:
+        if step == "commit" and len(waits) < 24:
+            theirs = tmp_path / str(len(waits))
+            shutil.copytree(hub.directory_of(REPO), theirs)
+            (theirs / "notes.txt").write_text(f"note {len(waits)}")
+            hub.move_main(REPO, theirs)
+        return False
+
+    hub.watch = somebody_commits
+    assert repository.commit([file], "a card").made
+    assert len(waits) == 24
+    assert hub.files_of(REPO) == {"README.md": b"# A model\n", "notes.txt": b"note 23"}
+
+
+def test_the_second_of_two_that_commit_the_same_finds_it_there(hub: WritableHub, tmp_path: Path) -> None:
+    """The first one's commit is made at the moment of the second one's, which the Hub refuses."""
+    _, first, file = at_once(hub, tmp_path)
+    _, second, _ = at_once(hub, tmp_path)
+    commits: list[Commit] = []
+    begun: list[str] = []
+
+    def the_first_commits(step: str, when: str) -> bool:
+        if step == "commit" and not begun:
+            begun.append(when)
+            commits.append(first.commit([file], "a card"))
+        return False
+
+    hub.fail("commit", Fault(on="POST", status=412))
+    hub.watch = the_first_commits
+    commit = second.commit([file], "a card")
+    assert not commit.made
+    assert commits == [Commit(commit.oid, made=True)]
+    assert len(hub.commits) == 1
+
+
+def at_once(hub: WritableHub, home: Path) -> tuple[list[str], WritableRepository, PushFile]:
+    """A repository that is tried again at once for three hours, what it waited for, and a file to commit."""
+    waits: list[str] = []
+    policy = RetryPolicy(first_pause_s=0.0, max_pause_s=0.0, patience_s=3 * 3600.0)
+    target = PushTarget(
+        REPO, endpoint=hub.endpoint, token=TOKEN, retry=policy, on_wait=lambda what, why, pause_s: waits.append(why)
+    )
+    if hub.repo(REPO) is None:
+        hub.new_repo(REPO)
+    card = home / "README.md"
+    card.write_bytes(b"# A model\n")
+    file = PushFile(card.name, card.stat().st_size, sha256_of(card), git_sha1_of(card), card)
+    return waits, WritableRepository(target), file
+
+
+def test_an_address_that_is_always_outdated_is_an_error_soon() -> None:
+    made: list[int] = []
+
+    def request() -> None:
+        made.append(1)
+        raise OutdatedRequestError("Request has expired")
+
+    policy = RetryPolicy(first_pause_s=0.0, max_pause_s=0.0, patience_s=3 * 3600.0)
+    with pytest.raises(DestinationError, match="a file: Request has expired, also to new requests"):
+        Retries(policy, "a file", Event(), translate=upload_error).call(request)
+    assert len(made) == 8
 
 
 def test_a_storage_that_refuses_is_an_error(user: User) -> None:

@@ -36,9 +36,11 @@ from int8cli.outliers.calibrate import TASK as CALIBRATE
 from int8cli.workers import ray_session
 from int8cli.workers.processes import OnBytes
 from int8cli.workers.ray_cluster import RayCluster
+from int8cli.workers.ray_session import RaySession, TaskNeeds
 
 ray = pytest.importorskip("ray")
 SHARDS = 12
+WIDE_SHARDS = 16
 NONE = ConvertOptions(outliers="none")
 GIB = 1 << 30
 STORE_BYTES = 80 << 20
@@ -50,6 +52,7 @@ SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000, "
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ray")
     llama(root / "model", layers=6, hidden=256, intermediate=512, shards=SHARDS)
+    llama(root / "wide", layers=4, hidden=512, intermediate=2048, shards=WIDE_SHARDS)  # with blocks of the full size
     for outliers in ("none", "weights"):
         convert(root / "model", root / outliers, ConvertOptions(outliers=outliers))
     return root
@@ -378,6 +381,59 @@ def test_without_a_cluster_one_is_started(
 
 
 # Bad days
+
+
+@pytest.mark.parametrize(("outliers", "threads"), [("none", 1), ("weights", 1), ("none", 4)])
+def test_a_worker_takes_no_more_memory_than_is_declared(
+    outliers: str, threads: int, nodes: Any, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor more with every shard: malloc would keep a buffer for each of a worker's many threads."""
+    own_workers(nodes)  # those of other tests may have run a model
+    node = nodes.add_node(num_cpus=threads, memory=2 * GIB, object_store_memory=STORE_BYTES) if threads > 1 else None
+    declared: list[TaskNeeds] = []
+    started = RaySession.start
+
+    def start(session: RaySession, name: str, task: Any) -> None:
+        declared.append(session._needs)
+        started(session, name, task)
+
+    def measured(name: str, task: Any, version: str, reports: Any) -> Any:  # sent by value, as it is no module's
+        from int8cli.workers.ray_session import _run
+
+        result = _run(name, task, version, reports)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        sizes = [int(status[name].split()[0]) * 1024 for name in ("VmHWM", "RssFile")]
+        with (tmp_path / f"{os.getpid()}-{task.func.__name__}.peaks").open("a") as peaks:
+            peaks.write(json.dumps(sizes) + "\n")
+        return result
+
+    monkeypatch.setattr(RaySession, "start", start)
+    monkeypatch.setattr(ray_session, "_run", measured)
+    convert(root / "wide", tmp_path / "out", on(nodes, ConvertOptions(outliers=outliers, threads=threads)))
+    if node is not None:
+        nodes.remove_node(node)
+    workers = {path.name: read_peaks(path) for path in tmp_path.glob("*.peaks")}
+    assert max(map(max, workers.values())) <= declared[0].memory_bytes
+    converted = [peaks for name, peaks in workers.items() if "convert" in name]
+    assert sum(map(len, converted)) >= WIDE_SHARDS
+    for peaks in converted:
+        assert peaks[-1] - peaks[len(peaks) // 2] < 4_000_000
+
+
+def read_peaks(path: Path) -> list[int]:
+    """The peaks of a worker, with as much of its libraries' files in memory as is usual.
+
+    How much of these counts for a process is the system's choice, and machines free it where memory is short.
+    """
+    usual_bytes = 120_000_000
+    sizes = [json.loads(line) for line in path.read_text().splitlines()]
+    return [peak - file_bytes + min(usual_bytes, file_bytes) for peak, file_bytes in sizes]
+
+
+def own_workers(cluster: Any) -> None:
+    """Join the cluster as a new driver, which gets workers of its own."""
+    ray.shutdown()
+    RayCluster(cluster.address, __version__)
 
 
 def test_scales_in_another_shard_are_read_by_the_workers(cluster: Any, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from support.program import LIMIT_S, Nursery, llama, outcome_of, run, start, tre
 from support.progress import CoherentProgress
 
 import int8cli
+from int8cli.checkpoint import remote
 from int8cli.checkpoint.hub import HubOptions, RetryPolicy
 from int8cli.checkpoint.locate import open_source
 from int8cli.checkpoint.output_names import CONVERSION_FILE
@@ -163,7 +164,11 @@ def test_a_fetched_file_is_removed_after_use(store: Store, model: Path, tmp_path
     assert not (tmp_path / "incoming").exists()
 
 
-def test_failures_are_tried_again_and_parts_resumed(store: Store, model: Path, tmp_path: Path) -> None:
+def test_failures_are_tried_again_and_parts_resumed(
+    store: Store, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the last piece of the part, which after a power failure may be other bytes."""
+    monkeypatch.setattr(remote, "_PIECE_BYTES", 600)
     waits: list[str] = []
     Store.errors[:] = [OSError("slow down"), TimeoutError()]
     with source_of(tmp_path, on_wait=lambda what, why, pause_s: waits.append(why)).fetch(SHARDS[0]) as local:
@@ -177,11 +182,12 @@ def test_failures_are_tried_again_and_parts_resumed(store: Store, model: Path, t
     ):
         pass
     [part] = (tmp_path / "incoming").rglob("*.incomplete")
-    part.write_bytes((model / SHARDS[0]).read_bytes()[:1000])
+    part.write_bytes((model / SHARDS[0]).read_bytes()[:400] + bytes(600))
     store.ranges.clear()
     with source.fetch(SHARDS[0]) as local:
         assert local.path.read_bytes() == (model / SHARDS[0]).read_bytes()
-    assert [start for _, start, _ in store.ranges] == [1000]
+    size = (model / SHARDS[0]).stat().st_size
+    assert [start for _, start, _ in store.ranges] == list(range(400, size, 600))
 
 
 def test_a_part_of_a_download_is_not_what_a_process_has_left(store: Store, model: Path, tmp_path: Path) -> None:
@@ -499,6 +505,66 @@ def test_what_does_not_pass_is_not_waited_for(number: int, store: Store, model: 
     with pytest.raises(TransferError, match=os.strerror(number)) as caught:  # with three hours of patience
         int8cli.push(tmp_path / "local", "store://bucket/out")
     assert "Make room" in caught.value.hint
+
+
+class Directories(MemoryFileSystem):
+    """A file system with directories, as SMB or DBFS, whose driver makes those that it has not found.
+
+    Each is made by another process at the moment before. `number` is what the driver tells of that.
+    """
+
+    protocol = "directories"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    number: int | None = None
+    refused: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = super()._strip_protocol(path.replace("directories://", "memory://", 1))
+        return stripped
+
+    def put_file(self, lpath: str, rpath: str, *args: Any, **kwargs: Any) -> None:
+        parent = rpath.rpartition("/")[0]
+        if not self.isdir(parent):
+            if not self.exists(parent):
+                super().makedirs(parent, exist_ok=True)
+            self.refused.append(parent)
+            raise FileExistsError(*(() if self.number is None else (self.number,)), parent)
+        super().put_file(lpath, rpath, *args, **kwargs)
+
+
+@pytest.fixture
+def directories() -> Iterator[Directories]:
+    fsspec.register_implementation("directories", Directories, clobber=True)
+    fs = Directories()
+    fs.mkdir("/bucket")
+    yield fs
+    Directories.store.clear()
+    Directories.pseudo_dirs[:] = [""]
+    Directories.refused.clear()
+
+
+@pytest.mark.parametrize("number", [None, errno.EEXIST])
+def test_a_directory_that_two_make_at_once_is_no_error(
+    number: int | None, directories: Directories, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Directories, "number", number)
+    int8cli.convert(model, tmp_path / "out", replace(OPTIONS, push_to="directories://bucket/out", retry_for=0.0))
+    assert directories.refused == ["/bucket/out/int8", "/bucket/out/int8/records"]
+    assert objects(directories, "bucket/out") == files_in(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [None, errno.EEXIST])
+def test_a_file_in_the_place_of_a_directory_is_not_waited_for(
+    number: int | None, directories: Directories, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Directories, "number", number)
+    directories.pipe("/bucket/out/int8", b"a file")
+    with pytest.raises(TransferError, match="out: int8/") as found:
+        int8cli.convert(model, tmp_path / "out", replace(OPTIONS, push_to="directories://bucket/out"))
+    assert found.value.hint is not None
+    assert "Something else has a place that is needed" in found.value.hint
 
 
 def test_another_description_in_a_store_is_not_read_whole(store: Store, model: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def planned(model: Path) -> tuple[Survey, Needs]:
     found = replace(found, stored_counts=counts)
     source = open_source(str(model), revision=None, download_dir=model.parent / "incoming")
     try:
-        return found, Needs.of(source, found, model.parent / "out", threads=1)
+        return found, Needs.of(source, found, model.parent / "out", buffer_bytes=found.buffer_bytes(1))
     finally:
         source.close()
 

@@ -1,6 +1,9 @@
 """The room for downloads: how many shards of the source are on the disk at once, by who converts them."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from heapq import nlargest
 from itertools import pairwise
@@ -10,12 +13,14 @@ from typing import Any
 import pytest
 from support.calibration_models import make_model, some_text
 from support.hub_stand_in import HubStandIn
-from support.one_machine import ThisMachine
-from support.program import tree
+from support.one_machine import Session, Tell, ThisMachine
+from support.program import llama, tree
 
-from int8cli import ConvertOptions, convert
+from int8cli import ConvertOptions, SilentProgress, convert, plan_conversion
 from int8cli.checkpoint import locate
 from int8cli.checkpoint.hub import HubOptions
+from int8cli.checkpoint.hub.source import HubSource
+from int8cli.errors import DiskSpaceError
 from int8cli.planning.room import Room, room_needed
 from int8cli.records.store import RecordStore
 from int8cli.workers.ray_cluster import RayCluster
@@ -23,6 +28,7 @@ from int8cli.workers.ray_session import TaskNeeds
 
 REPO = "org/model"
 GIB = 1 << 30
+TOKEN = "0123456789abcdef"  # of the process that converts a part
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def asked(published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> I
         found.append(sum(room.needed_bytes for room in rooms))
         return rooms
 
-    monkeypatch.setattr("int8cli.conversion.convert.room_needed", noted)
+    monkeypatch.setattr("int8cli.conversion.room.room_needed", noted)
     monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
     with HubStandIn() as hub:
         hub.add_repo(REPO, published)
@@ -86,6 +92,52 @@ def test_every_worker_of_a_cluster_has_a_download_and_so_has_the_run_of_the_mode
     assert tree(tmp_path / "4") == tree(tmp_path / "1")
 
 
+@pytest.mark.parametrize("outliers", ["none", "activations"])
+def test_a_dry_run_shows_the_room_of_all_tasks_of_a_cluster(
+    outliers: str, asked: list[int], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ThisMachine, "slots", 4)
+    options = ConvertOptions(outliers=outliers, tokens=48, sequence_length=16, ray="local")
+    if outliers == "activations":
+        options = replace(options, text=published.parent / "words.txt")
+    plan = plan_conversion(REPO, tmp_path / "out", options)
+    convert(REPO, tmp_path / "out", options)
+    needed = sum(room.needed_bytes for room in plan.needs.disks)
+    if outliers == "none":
+        assert needed == asked[-1]
+    else:  # how many shards the model reads at once is known once it is built
+        two = max(one + other for one, other in pairwise(sizes_of(published)))
+        assert asked[1] < needed == asked[1] + two < asked[-1]
+
+
+def test_a_run_of_the_model_that_begins_again_needs_no_room_for_what_is_finished(
+    asked: list[int], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its machine is lost after it has told of the first shard, which is converted before it begins again."""
+
+    class LosesTheModel(Session):
+        def lead(self, name: str, task: Callable[[Tell], Any], needs: object) -> None:
+            def tell(item: Any) -> None:
+                self._on_told(item)
+                if "released" in repr(item):
+                    raise KeyboardInterrupt
+
+            def lost() -> Any:
+                with pytest.raises(KeyboardInterrupt):
+                    task(tell)
+                super(LosesTheModel, self).lead(name, task, needs)
+                return {}
+
+            self._tasks.append((name, lost))
+
+    monkeypatch.setattr(ThisMachine, "tasks", LosesTheModel)
+    text = published.parent / "words.txt"
+    options = ConvertOptions(outliers="activations", text=text, tokens=48, sequence_length=16, ray="local")
+    convert(REPO, tmp_path / "out", options)
+    outputs = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
+    assert asked[-2] - asked[-1] >= min(outputs)
+
+
 @pytest.mark.parametrize("how", ["plain", "part", "cluster"])
 def test_what_a_killed_run_left_is_no_obstacle(
     how: str, asked: list[int], published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +174,98 @@ def test_what_a_killed_run_left_is_no_obstacle(
     assert {path.relative_to(output / "int8").parts[0] for path in left} == {"partial", "incoming"}
     convert(REPO, output, options)
     assert tree(output) == tree(tmp_path / "whole")
+
+
+NONE = ConvertOptions(outliers="none", workers=1)
+HOW = {
+    "one": NONE,
+    "two workers": replace(NONE, workers=2),
+    "part": replace(NONE, part=(1, 1)),
+    "cluster": replace(NONE, ray="local"),
+    "keeps": replace(NONE, keep_source=True),
+}
+EARLIER = {"none": (), "first": (1, 2), "last": (3, 4, 5, 6), "all": (1, 2, 3, 4, 5, 6), "begun": (-2, -6)}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubStandIn, Path]]:
+    """A model on the Hub whose shards are much larger than its records."""
+    model = llama(tmp_path_factory.mktemp("large") / "model", layers=5, hidden=256, intermediate=512, shards=6)
+    with HubStandIn() as hub:
+        hub.add_repo(REPO, model)
+        yield hub, model
+
+
+@pytest.mark.parametrize(
+    ("how", "earlier"),
+    [
+        *(("one", each) for each in EARLIER),
+        ("two workers", "last"),
+        ("part", "last"),
+        ("part", "begun"),
+        ("cluster", "none"),
+        ("cluster", "last"),
+        ("keeps", "last"),
+        ("keeps", "begun"),
+    ],
+)
+def test_a_run_takes_no_more_than_it_asks_for(
+    how: str, earlier: str, large: tuple[HubStandIn, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk with just the room that is asked for, beside downloads of earlier runs: negative where half is there.
+
+    They are resumed or removed, and take their place on the disk until then.
+    """
+    hub, model = large
+    disk = tmp_path / "disk"
+    output = disk / "out"
+    options = HubOptions(
+        download_dir=output / "int8/incoming" / (TOKEN if how == "part" else ""),
+        endpoint=hub.endpoint,
+        cache_dir=disk / "cache",
+        keep_source=how == "keeps",
+    )
+    source = HubSource(REPO, None, options)
+    for number in EARLIER[earlier]:
+        shard = model / f"model-{abs(number):05}-of-00006.safetensors"
+        part, place = source.downloads(shard.name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        data = shard.read_bytes()
+        (place if number > 0 else part).write_bytes(data if number > 0 else data[: len(data) // 2])
+    monkeypatch.setattr("int8cli.commands.in_parts.new_token", lambda: TOKEN)
+    monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
+    monkeypatch.setattr(locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=disk / "cache"))
+    size_bytes = 0
+    asked: list[Room] = []
+    most: list[int] = []
+
+    def used_bytes() -> int:
+        total = 0
+        for path, _, names in os.walk(disk):
+            for name in names:
+                with suppress(FileNotFoundError):  # a thread that fetches has just given it another name
+                    total += os.lstat(Path(path, name)).st_size  # without what the many small files waste
+        return total
+
+    def noted(*args: Any) -> tuple[Room, ...]:
+        asked.extend(found := room_needed(*args))
+        return found
+
+    class Watches(SilentProgress):
+        def advance(self, *args: Any) -> None:
+            most.append(used_bytes())
+
+        def done(self, *args: Any) -> None:
+            most.append(used_bytes())
+
+    monkeypatch.setattr("int8cli.conversion.room.room_needed", noted)
+    monkeypatch.setattr("int8cli.planning.room.free_bytes", lambda _: size_bytes - used_bytes())
+    with pytest.raises(DiskSpaceError):
+        convert(REPO, output, HOW[how])
+    size_bytes = asked[0].needed_bytes - asked[0].free_bytes
+    convert(REPO, output, HOW[how], progress=Watches())
+    assert max(most) <= size_bytes
+    assert not (output / "int8/incoming").exists()
 
 
 class Machines(RayCluster):

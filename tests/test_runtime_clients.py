@@ -167,6 +167,26 @@ def test_saving_says_what_to_do_instead(llama: Any, tmp_path: Path) -> None:
         llama.save_pretrained(tmp_path / "saved")
 
 
+def test_pushing_is_refused_before_a_repository_is_made(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr(transformers.PreTrainedModel, "push_to_hub", lambda *args: pushed.append(args))
+    for model in (llama, copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
+        with pytest.raises(UnsupportedOperationError, match=r"int8cli\.push"):
+            model.push_to_hub("somebody/something")
+    assert not pushed
+    copy.deepcopy(llama).dequantize().push_to_hub("somebody/something")
+    assert pushed
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda", "cuda:9", "mps", "xla:0", torch.device("cuda", 3)])
+def test_a_device_that_torch_cannot_use_is_refused(device: Any, llama_directory: Path, llama: Any) -> None:
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("this machine has one of them")
+    with pytest.raises(OptionError, match=f"torch cannot use the device '{device}'") as caught:
+        int8cli.load_model(llama_directory / "out", device=device)
+    assert caught.value.option == "device"
+
+
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "bloom"])
 def test_a_dequantized_model_is_an_ordinary_one(architecture: str, tmp_path: Path) -> None:
     model = model_of(architecture, tmp_path)

@@ -164,6 +164,17 @@ def test_other_dtypes(dtype: torch.dtype, float32: Any, source: Path, tmp_path: 
     assert problems(verified(tmp_path / "wrong", model))
 
 
+@pytest.mark.parametrize("name", ["half", "torch.half", "float16", "float", "torch.float32"])
+def test_every_name_of_a_dtype_is_known(name: str, tmp_path: Path) -> None:
+    """Most bytes are bfloat16, to which a load would cast the float16 weight if config.json did not say otherwise."""
+    block = "model.layers.0.mlp"
+    tensors = {f"{block}.up_proj.weight": torch.randn(8, 16).half(), f"{block}.gate_proj.weight": torch.randn(64, 16)}
+    tensors[f"{block}.gate_proj.weight"] = tensors[f"{block}.gate_proj.weight"].bfloat16()
+    source = save_by_hand(tmp_path / "source", tensors, {"model_type": "llama", "torch_dtype": name})
+    convert(source, tmp_path / "output", options_of("bitsandbytes", None))
+    assert "method" not in failed(verified(tmp_path / "output", source))
+
+
 def test_rows_of_a_large_weight(source: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     """Of 512 rows of 96, 80 are compared: in eight runs, from the first to the last."""
     monkeypatch.setattr(int8_layer, "MOST_ELEMENTS", 80 * 96)

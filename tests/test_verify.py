@@ -27,7 +27,7 @@ from support.checkpoints import (
     stored_at,
 )
 from support.hub_stand_in import HubStandIn
-from support.program import CONVERT, llama, run, tree, write_json
+from support.program import CONVERT, Nursery, llama, run, tree, write_json
 from support.verifying import verified
 
 from int8cli import ConvertOptions, convert
@@ -896,25 +896,27 @@ def test_totals_of_stored_columns_in_the_report_are_those_of_the_records(key: st
 # The command
 
 
-def test_the_command_prints_one_document_and_sets_the_exit_code(out: Path, source: Path) -> None:
-    good = run("verify", out, "--source", source, "--json", cwd=out.parent)
+def test_the_command_prints_one_document_and_sets_the_exit_code(
+    out: Path, source: Path, model_nursery: Nursery
+) -> None:
+    good = model_nursery.run("verify", out, "--source", source, "--json", cwd=out.parent)
     assert good.code == 0, good.err
     document = json.loads(good.out)
     assert (document["schema"], document["holds"], document["source"]) == ("int8cli.verification/1", True, "source")
     assert SHARD in good.err
     flip(out / SHARD, (out / SHARD).stat().st_size - 1)
-    bad = run("verify", out, cwd=out.parent)
+    bad = model_nursery.run("verify", out, cwd=out.parent)
     assert bad.code == 1
     assert SHARD in bad.out
     assert "FAILED: shards." in bad.out
-    quiet = run("verify", out, "--quiet", cwd=out.parent)
+    quiet = model_nursery.run("verify", out, "--quiet", cwd=out.parent)
     assert (quiet.code, quiet.out) == (1, "")
     assert quiet.err.startswith("error: ")
     assert "failed: shards" in quiet.err
 
 
-def test_the_command_refuses_a_directory_without_a_conversion(source: Path) -> None:
-    outcome = run("verify", source, cwd=source)
+def test_the_command_refuses_a_directory_without_a_conversion(source: Path, nursery: Nursery) -> None:
+    outcome = nursery.run("verify", source, cwd=source)
     assert (outcome.code, outcome.out) == (1, "")
     assert outcome.err.startswith("error: ")
     assert "\nhint: " in outcome.err

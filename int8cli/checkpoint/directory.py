@@ -97,6 +97,9 @@ class DirectorySource:
     def transfers(self, file_name: str) -> bool:
         return False
 
+    def downloads(self, file_name: str) -> tuple[Path, ...]:
+        return ()
+
     def prefetch(self, file_name: str) -> None:
         """Nothing to do: the file is on this machine."""
 

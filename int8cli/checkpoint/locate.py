@@ -45,7 +45,7 @@ def open_source(
         return DirectorySource(path, output=output)
     if is_remote(model) and revision is not None:
         raise SourceError(f"{shown_address(model)} has no revision {revision!r}", hint="Leave the revision out.")
-    if not is_remote(model) and _looks_like_a_path(model):
+    if not is_remote(model) and looks_like_a_path(model):
         raise ModelNotFoundError(f"{model or 'MODEL'}: no such file or directory", hint=_hint_for(model, path))
     probably_a_path = "/" not in model or path.parent.is_dir()
     options = HubOptions(
@@ -153,7 +153,7 @@ class _Transfers:
                 self._progress.done(DOWNLOAD)
 
 
-def _looks_like_a_path(model: str) -> bool:
+def looks_like_a_path(model: str) -> bool:
     return (
         not model
         or model.startswith((".", "/", "~"))

@@ -25,7 +25,8 @@ _MARKS = ("ETag", "etag", "md5Hash", "md5", "generation", "LastModified", "last_
 # What a driver raises that has a bug, or an answer of another form than it expects: a retry helps neither.
 _OF_THE_DRIVER = (TypeError, AttributeError, LookupError, AssertionError, ImportError, NotImplementedError)
 # What a file system refuses now and in three hours. Others may pass: drivers give what a server said such numbers too.
-_LASTING = (errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
+_DIRECTORIES = 4  # that may have to be made for one file
 _PASSWORD = re.compile(r"(?<=://)([^/@:]*):[^/@]*@")
 _TRY_AGAIN = "Run the same command again: it resumes where this run stopped."
 
@@ -109,7 +110,14 @@ class ObjectStore:
         The object appears once it is complete.
         """
         path = self.path_of(file_name)
-        self.call(lambda: self._put(str(local), path), f"{self.name}: {file_name}")
+
+        def put() -> None:
+            for _ in range(_DIRECTORIES):
+                with suppress(FileExistsError):  # drivers look for a directory, then make it: another one was quicker
+                    return self._put(str(local), path)
+            return self._put(str(local), path)
+
+        self.call(put, f"{self.name}: {file_name}")
         return self.ask(file_name, path)
 
     def _put(self, local: str, path: str) -> None:
@@ -202,6 +210,11 @@ def _refuse_final(error: Exception, what: str, url: str) -> None:
     """Raise the error for a failure that no retry helps."""
     if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
         raise ModelNotFoundError(f"{what}: no such object", hint=f"Check {url}.") from error
+    if isinstance(error, FileExistsError):  # drivers raise it without a number, too
+        raise TransferError(
+            f"{what}: {_said(error)}",
+            hint=f"Something else has a place that is needed. Check {url}, or choose another.",
+        ) from error
     if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError"):
         raise AccessDeniedError(
             f"{what}: {_said(error)}", hint="Set the credentials as the tools of this store expect them."

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +104,17 @@ def sync_files(directory: Path, below: Path) -> None:
     """Write the files in a directory of ours, and their names, to the disk. Raises OSError, OutputError."""
     with opened_directory(directory, below) as itself:
         for name in os.listdir(itself):
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=itself)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            sync_file(name, itself)
         os.fsync(itself)
+
+
+def sync_file(name: str | Path, directory: int | None = None) -> None:
+    """Write a file of ours to the disk. `name` is relative to an open directory, if there is one. Raises OSError."""
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def remove_tree(directory: Path, below: Path) -> None:
@@ -127,6 +132,18 @@ def remove_file(path: Path, below: Path) -> None:
     """Remove a file of ours, or a link in its place, if there is one. Raises OSError, OutputError."""
     with suppress(FileNotFoundError), opened_directory(path.parent, below) as directory:
         os.unlink(path.name, dir_fd=directory)
+
+
+def remove_files_but(kept: Collection[Path], directory: Path, below: Path) -> None:
+    """Remove what is in a directory of ours and below it, except for these files and the directories above them.
+
+    Raises OSError, OutputError.
+    """
+    for path, _, names in os.walk(directory):
+        for name in names:
+            if (found := Path(path, name)) not in kept:
+                remove_file(found, below)
+    remove_empty_directories(directory, below)
 
 
 def remove_empty_directories(directory: Path, below: Path) -> None:

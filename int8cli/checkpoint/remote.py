@@ -6,6 +6,7 @@ Owns how its files are read by ranges and downloaded, and whether they are uncha
 import io
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -76,12 +77,15 @@ class StoreSource:
     def transfers(self, file_name: str) -> bool:
         return True
 
+    def downloads(self, file_name: str) -> tuple[Path, ...]:
+        place = self._place(file_name)
+        return part_of(place), place
+
     def prefetch(self, file_name: str) -> None:
         self._ahead.start(checked_file_name(file_name))
 
     def discard(self, file_name: str) -> None:
-        path = self._place(file_name)
-        for each in (path, part_of(path)):
+        for each in self.downloads(file_name):
             with disk_errors(each):
                 remove_file(each, self._options.downloads.below)
 
@@ -113,14 +117,24 @@ class StoreSource:
         return LocalFile(path)
 
     def _download(self, file_name: str, entry: StoredObject, part: Path) -> None:
-        with GrowingFile.opened(part, self._options.downloads.below) as out:
+        """Download the file to `part`, resuming after the bytes that are surely on the disk.
+
+        Stores publish no digest that could be compared. So each piece is on the disk before the next one is appended,
+        and only the last one can be other bytes after a power failure.
+        """
+        with GrowingFile.opened(part, self._options.downloads.below) as out, ThreadPoolExecutor(1) as disk:
             if out.size_bytes > entry.size_bytes:
                 out.empty()
+            out.shorten(_PIECE_BYTES)
+            on_disk = disk.submit(out.sync)
             while (start := out.size_bytes) < entry.size_bytes:
                 piece = self._range(file_name, entry, start, min(start + _PIECE_BYTES, entry.size_bytes))
+                on_disk.result()
                 out.append(piece)
+                on_disk = disk.submit(out.sync)
                 if self._options.on_bytes is not None:
                     self._options.on_bytes(file_name, len(piece))
+            on_disk.result()
         self._require_unchanged(file_name, entry)
 
     def _range(self, file_name: str, entry: StoredObject, start: int, end: int) -> bytes:

@@ -87,6 +87,12 @@ class Source(Protocol):
     def transfers(self, file_name: str) -> bool:
         """Whether `fetch` would have to download the file."""
 
+    def downloads(self, file_name: str) -> tuple[Path, ...]:
+        """Where `fetch` would download the file to, which it resumes there: unfinished, and complete.
+
+        Empty if it downloads nothing.
+        """
+
     def prefetch(self, file_name: str) -> None:
         """Start to download a file in the background, so that a later `fetch` need not wait. Returns at once."""
 

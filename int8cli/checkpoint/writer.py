@@ -8,17 +8,20 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.own_files import create_file, name_aside, opened_directory
 from int8cli.checkpoint.reader import FileReader
 from int8cli.errors import OutputError
 
+T = TypeVar("T")
+
 _COPY_BYTES = 1 << 20
+_ATTEMPTS = 3
 # After this many bytes the system is asked to start writing to disk. Measured: the final fsync then has almost nothing
 # left to do, and reusing pages costs a virtual machine a fifth to a tenth of what new pages cost.
 _WRITE_BEHIND_BYTES = 1 << 24
@@ -85,25 +88,43 @@ def write_file(final: Path, data: bytes, *, below: Path | None = None, aside: Pa
     """Write a small file completely or not at all. Links are followed only up to `below`, by default its directory.
 
     Until it is complete it is in `aside`, by default its own directory. Processes that may write one file at the same
-    time need an `aside` each.
+    time need an `aside` each; where another process removes it at that moment, it is made again.
     """
-    with new_file(final, len(data), below=below, aside=aside) as file:
-        file.write(data)
+
+    def write() -> None:
+        with new_file(final, len(data), below=below, aside=aside) as file:
+            file.write(data)
+
+    _with_directories(write)
 
 
 def copy_file(source: Path, final: Path, *, below: Path | None = None, aside: Path | None = None) -> str:
     """Copy a file completely or not at all. Returns the sha256 of its bytes, in hex. As `write_file` otherwise."""
-    sha256 = hashlib.sha256()
-    with closing(FileReader(source)) as original:
-        size_bytes = original.size_bytes
-        with new_file(final, size_bytes, below=below, aside=aside) as copy:
-            for start in range(0, size_bytes, _COPY_BYTES):
-                piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
-                original.read_into(start, piece)
-                sha256.update(piece)
-                copy.write(piece)
-            original.require_unchanged()
-    return sha256.hexdigest()
+
+    def copy() -> str:
+        with closing(FileReader(source)) as original:
+            sha256, size_bytes = hashlib.sha256(), original.size_bytes
+            with new_file(final, size_bytes, below=below, aside=aside) as file:
+                for start in range(0, size_bytes, _COPY_BYTES):
+                    piece = memoryview(bytearray(min(_COPY_BYTES, size_bytes - start)))
+                    original.read_into(start, piece)
+                    sha256.update(piece)
+                    file.write(piece)
+                original.require_unchanged()
+        return sha256.hexdigest()
+
+    return _with_directories(copy)
+
+
+def _with_directories(write: Callable[[], T]) -> T:
+    """The result of writing a file. Where somebody removes one of its directories meanwhile, they are made again."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return write()
+        except OutputError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+    return write()
 
 
 def create_file_once(final: Path, data: bytes, below: Path, aside: Path) -> None:

@@ -56,9 +56,7 @@ Only = Annotated[
 HowFloat32 = Annotated[
     Float32, typer.Option(help="Quantize float32 weights directly, or from float16 as bitsandbytes does.")
 ]
-WhenNonFinite = Annotated[
-    OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it in its source dtype.")
-]
+WhenNonFinite = Annotated[OnNonFinite, typer.Option(help="For a weight with NaN or Inf: stop, or keep it as a float.")]
 
 
 def complete_outliers(incomplete: str) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ import typer
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import ConvertedDirectory, Device, InputsScheme, Json, Quiet, options_of
+from int8cli.cli.signals import first_interrupt_sets
 from int8cli.commands.options import GenerateOptions
 from int8cli.errors import TextError
 
@@ -31,7 +33,10 @@ Prompt = Annotated[
     str | None,
     typer.Argument(metavar="[PROMPT]", help="What to continue or to answer; - for standard input.", show_default="-"),
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="A conversation: one line of standard input for each message.")]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="A conversation: one line of standard input for each message. Ctrl-C ends an answer."),
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
 Temperature = Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.", min=0.0)]
@@ -103,9 +108,12 @@ def _chat(directory: Path, options: GenerateOptions, *, quiet: bool) -> None:
     from int8cli.commands import generate as command
     from int8cli.report.generation import memory_line, speed_line
 
-    found = None
+    found, interrupted = None, threading.Event()
+    messages = _messages(interrupted)
     with shown_progress(quiet=quiet) as progress:
-        for found in command.chat(directory, _messages(), options, on_text=_show, progress=progress):
+        for found in command.chat(
+            directory, messages, options, on_text=_show, stop=interrupted.is_set, progress=progress
+        ):
             _show_lines(speed_line(found), quiet=quiet)
     if found is not None:
         _show_lines(memory_line(found), quiet=quiet)
@@ -129,13 +137,16 @@ def _utf8() -> Iterator[None]:
         ) from error
 
 
-def _messages() -> Iterator[str]:
-    """The lines of standard input, asked for on a terminal; empty ones say nothing."""
+def _messages(interrupted: threading.Event) -> Iterator[str]:
+    """The lines of standard input, asked for on a terminal; empty ones say nothing.
+
+    From one line of a terminal to the next, Ctrl-C sets `interrupted`.
+    """
     if sys.stdin is None:  # closed before the start
         return
     asks = sys.stdin.isatty()
     if asks:
-        print("Each line is a message. Ctrl-D ends the conversation.", file=sys.stderr)
+        print("Each line is a message. Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr)
     while True:
         if asks:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -146,7 +157,8 @@ def _messages() -> Iterator[str]:
                 print(file=sys.stderr)  # what follows begins on a new line
             return
         if line.strip():
-            yield line.strip()
+            with first_interrupt_sets(interrupted) if asks else nullcontext():
+                yield line.strip()
 
 
 def _show(text: str) -> None:

@@ -22,7 +22,7 @@ CONVERT: Hints = {
     errors.DiskSpaceError: "--output DIR can be on another disk.",
     errors.InexactSmoothingError: "--smooth none converts the model as it is.",
     errors.MissingTransformersError: _BY_WEIGHTS,
-    errors.NonFiniteError: "--on-nonfinite keep leaves such weights in their source dtype.",
+    errors.NonFiniteError: "--on-nonfinite keep leaves such weights as floats.",
     errors.NonFiniteRunError: _BY_WEIGHTS,
     errors.NoStatisticsYetError: f"{_MAKE_STATISTICS} --outliers FILE.safetensors chooses by it.",
     errors.NotEnoughMemoryError: f"{_BY_WEIGHTS} --device cpu needs no GPU.",

@@ -8,7 +8,9 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import FrameType
 
 from int8cli.report.text import printable
@@ -21,6 +23,30 @@ _SHOW_CURSOR = "\x1b[?25h"  # progress bars hide it
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _received: list[int] = []
+
+
+@dataclass(slots=True)
+class _Pardons:
+    """Interrupts that do not end the program, as the main thread's handler and the thread that ends it count them.
+
+    `asking` is set by the first interrupt while it is there. The handler may run late, in a long step of the main
+    thread, so the thread counts one interrupt ahead of it.
+    """
+
+    asking: threading.Event | None = None
+    granted: int = 0
+    used: int = 0
+
+    def used_one(self) -> bool:
+        asking = self.asking
+        ahead = asking is not None and not asking.is_set() and self.used == self.granted
+        if self.used < self.granted or ahead:
+            self.used += 1
+            return True
+        return False
+
+
+_pardons = _Pardons()
 _printed = threading.Lock()
 _resumes = threading.Event()  # set while a command runs that continues the work of an interrupted one
 
@@ -46,6 +72,29 @@ def end_on_signals() -> None:
         os.set_blocking(sender, False)
         threading.Thread(target=_end_in_time, args=(received,), daemon=True).start()
         signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
+
+
+@contextmanager
+def first_interrupt_sets(asking: threading.Event) -> Iterator[None]:
+    """While this is active, the first Ctrl-C sets `asking`, and the second ends the program.
+
+    `asking` is cleared at the start.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asking.is_set():
+            raise KeyboardInterrupt
+        _pardons.granted += 1
+        asking.set()
+
+    asking.clear()
+    _pardons.asking = asking
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _pardons.asking = None
 
 
 def received_signal() -> int | None:
@@ -79,7 +128,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _end_in_time(received: int) -> None:
     """Run in a thread: read signals from the pipe `received`, and end the process if it does not end by itself."""
-    while (number := os.read(received, 1)) and number[0] not in _ENDING:
+    while (number := os.read(received, 1)) and not _ends(number[0]):
         pass
     if not number:
         return
@@ -89,6 +138,10 @@ def _end_in_time(received: int) -> None:
     printing.start()
     printing.join(_PRINTING_S)
     os._exit(128 + number[0])
+
+
+def _ends(number: int) -> bool:
+    return number in _ENDING and not (number == signal.SIGINT and _pardons.used_one())
 
 
 def _print_last(what: str) -> None:

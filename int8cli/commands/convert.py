@@ -1,6 +1,6 @@
 """Convert a checkpoint, or plan the conversion.
 
-Owns how a conversion is set up, and the fallback to another strategy for choosing columns if the first one fails.
+Owns how a conversion is set up.
 """
 
 import sys
@@ -18,13 +18,14 @@ from int8cli.checkpoint.lock import refuse_if_in_use
 from int8cli.checkpoint.own_files import OwnPath
 from int8cli.checkpoint.source import Source
 from int8cli.checkpoint.source_card import NO_CARD, SourceCard, read_source_card
-from int8cli.columns.choose import WITHOUT_SMOOTHING, column_strategies, falling_back
+from int8cli.columns.choose import column_strategies
 from int8cli.columns.foreseen import foreseen_settings, may_run
 from int8cli.columns.wanted import AUTO, ColumnStrategy, ColumnsWanted
 from int8cli.commands.checks import check_convert, check_device
 from int8cli.commands.conversion_results import ConversionPlan as ConversionPlan
 from int8cli.commands.conversion_results import ConversionResult as ConversionResult
-from int8cli.commands.conversion_words import described, fallback_to, first_line
+from int8cli.commands.conversion_words import described, first_line
+from int8cli.commands.fallback import with_first_that_works
 from int8cli.commands.in_parts import part_of, planned_share, shards_of
 from int8cli.commands.on_ray import OnCluster, joined_cluster
 from int8cli.commands.options import ConvertOptions
@@ -37,7 +38,7 @@ from int8cli.conversion.convert import ConversionRun, require_possible
 from int8cli.conversion.convert import convert as convert_shards
 from int8cli.conversion.finish import RenderCard
 from int8cli.conversion.part import PartOutcome, PartRun, convert_part
-from int8cli.errors import CANNOT_CALIBRATE, CheckpointError, SourceError
+from int8cli.errors import CheckpointError, SourceError
 from int8cli.estimate.ways import Way
 from int8cli.machine.memory_use import peak_memory_bytes
 from int8cli.planning.decisions import PlanOptions
@@ -48,7 +49,7 @@ from int8cli.planning.room import AtOnce
 from int8cli.planning.survey import Survey, survey_source
 from int8cli.planning.warnings import warnings_of
 from int8cli.progress import SILENT, Progress
-from int8cli.records.conversion import NO_OUTLIERS, Settings
+from int8cli.records.conversion import NO_OUTLIERS, STEPS, Settings
 from int8cli.records.store import RecordStore
 from int8cli.report.card import render_card
 from int8cli.results.conversion import ConversionReport
@@ -104,19 +105,23 @@ def plan_conversion(
 ) -> ConversionPlan:
     """What `convert` would do with the same arguments: the plan by tensor, exact sizes, and the requirements.
 
-    Fetches headers only and writes nothing. Raises what `convert` raises before it writes its first byte.
+    Fetches headers only and writes nothing. A cluster is joined, or started, to learn what it has. Raises what
+    `convert` raises before it writes its first byte.
     """
     check_convert(options)
     output = chosen_output(output, str(model))
     with torch_threads_restored(), _prepared(str(model), output, options, progress) as job:
-        return job.plan()
+        if options.ray is None:
+            return job.plan()
+        with joined_cluster(str(model), options.ray, job.smoothed_survey, options) as cluster:
+            return job.on(cluster).plan()
 
 
 def _all_of(job: "_Job", model: str | Path, options: ConvertOptions) -> ConversionReport:
     """Convert all shards, here or on a cluster."""
     if options.ray is None:
         return job.convert()
-    with joined_cluster(str(model), options.ray, job.survey, options) as cluster:
+    with joined_cluster(str(model), options.ray, job.smoothed_survey, options) as cluster:
         return job.on(cluster).convert()
 
 
@@ -182,28 +187,41 @@ class _Job:
     push: Push | None = None
     cluster: OnCluster | None = None
 
+    @property
+    def smoothed_survey(self) -> Survey:
+        """The survey, with how the conversion will be smoothed, as far as that is known before a strategy is tried."""
+        return replace(self.survey, smooth=STEPS.get(self._foreseen.smooth))
+
+    @property
+    def _foreseen(self) -> Settings:
+        return foreseen_settings(self.wanted, self.source, self.survey, self.settings)
+
     def plan(self) -> ConversionPlan:
-        strategy = next(self._strategies())
-        for warning in warnings_of(strategy.survey):
+        return with_first_that_works(self._strategies(), self._planned_by, self.progress.note)
+
+    def _planned_by(self, strategy: ColumnStrategy) -> ConversionPlan:
+        run, survey, share = self.run, strategy.survey, planned_share(self.part, strategy.survey)
+        store = RecordStore(run.output, None if self.part is None else self.part.token)
+        cluster = None if self.cluster is None else self.cluster.needs(strategy, self.wanted.sampling)
+        for warning in warnings_of(survey):
             self.progress.note(warning)
         self._note_experts()
-        run, threads = self.run, self.run.threads * self.run.workers
-        survey, share = strategy.survey, planned_share(self.part, strategy.survey)
         needs = Needs.of(
             self.source,
             survey,
             run.output,
-            threads=threads,
+            buffer_bytes=survey.buffer_bytes(run.threads * run.workers, run.workers),
             at_once=run.at_once,
             shards=None if share is None else share.shards,
+            left_over=store.left_over,
+            cluster=cluster,
         )
         return ConversionPlan(run.output, survey, strategy.settings, needs, self._ways(), share)
 
     def prepare(self) -> None:
         """Refuse what cannot be before torch is imported, and say what is about to be done."""
-        foreseen = foreseen_settings(self.wanted, self.source, self.survey, self.settings)
         if self.part is None:
-            require_possible(self.source, self.survey, foreseen, self.run)
+            require_possible(self.source, self.survey, self._foreseen, self.run)
         self.progress.note(first_line(self.survey, self.run.output, self.push, self.part))
         self._note_experts()
         if self.not_smoothed:
@@ -231,7 +249,8 @@ class _Job:
     def on(self, cluster: OnCluster) -> "_Job":
         """The same job on a cluster."""
         outputs = None if self.run.at_once.outputs is None else cluster.slots  # each worker uploads what it converted
-        run = replace(self.run, at_once=AtOnce(outputs, cluster.slots, model_apart=True))
+        at_once = AtOnce(outputs, cluster.slots, elsewhere=True)
+        run = replace(self.run, at_once=at_once, workers=1, threads=cluster.threads)
         threads = cluster.model_threads(self.survey, self.wanted.sampling)
         wanted = replace(self.wanted, model_threads=threads)
         return replace(self, run=run, wanted=wanted, cluster=cluster)
@@ -240,18 +259,7 @@ class _Job:
         """Convert with the first strategy that works for this model."""
         if self.run.workers == 1 and self.cluster is None:
             start_torch()
-        strategies = self._strategies()
-        strategy = next(strategies)
-        while True:
-            try:
-                return self._convert_by(strategy)
-            except CANNOT_CALIBRATE as error:
-                following = next(strategies, None)
-                if following is None:
-                    raise
-                fallback = fallback_to(following) + (WITHOUT_SMOOTHING if strategy.survey.smooth else "")
-                self.progress.note(falling_back(error, fallback))
-                strategy = following
+        return with_first_that_works(self._strategies(), self._convert_by, self.progress.note)
 
     def convert_part(self, part: PartRun) -> PartOutcome:
         """Convert one part. Its columns cannot come from a run of the model."""

@@ -15,7 +15,7 @@ from int8cli.model.memory import peak_bytes, return_memory_promptly
 from int8cli.model.text import load_tokenizer
 from int8cli.progress import SILENT, Progress
 from int8cli.results.generation import Agreement, Generation
-from int8cli.runtime.reference import load_reference, refuse_quantized_reference
+from int8cli.runtime.reference import check_reference, load_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +44,6 @@ def generate(
     on the same prompt afterwards, once the int8 model has left the memory. Raises what `load_model` raises,
     CannotRunError without a tokenizer, TextError, ReferenceModelError.
     """
-    if options.compare is not None:
-        refuse_quantized_reference(str(options.compare))
     session = _open(Path(directory), options, progress)
     speaker = session.speaker
     ids = speaker.prompt(prompt) if options.raw or not speaker.has_chat_template() else speaker.turn([_user(prompt)])
@@ -65,15 +63,18 @@ def chat(
     options: GenerateOptions = _DEFAULTS,
     *,
     on_text: OnText | None = None,
+    stop: Callable[[], bool] | None = None,
     progress: Progress = SILENT,
 ) -> Iterator[Generation]:
     """A conversation: an answer to each message, given all that was said before. Loads the model once.
 
+    `stop` is asked before each block of the model. Once it returns True, the answer ends there, and the conversation
+    goes on with what has come of it; if nothing has, the message counts as not sent.
     Of a conversation that is longer than the model takes, the oldest messages are left out; `progress` gets a note.
     Raises what `generate` raises, and CannotRunError for a tokenizer without a chat template.
     """
     with system_errors():  # around a generator, it would end before the first answer
-        yield from _answers(directory, messages, options, on_text, progress)
+        yield from _answers(directory, messages, options, on_text, stop, progress)
 
 
 def _answers(
@@ -81,6 +82,7 @@ def _answers(
     messages: Iterable[str],
     options: GenerateOptions,
     on_text: OnText | None,
+    stop: Callable[[], bool] | None,
     progress: Progress,
 ) -> Iterator[Generation]:
     session = _open(Path(directory), options, progress)
@@ -96,8 +98,11 @@ def _answers(
         ids, left_out = session.speaker.latest_turn(said)
         if left_out > before:
             progress.note(f"the conversation is too long: the model no longer sees its first {left_out} messages")
-        spoken = session.speaker.speak(ids, on_text)
-        said.append({"role": "assistant", "content": spoken.text})
+        spoken = session.speaker.speak(ids, on_text, stop)
+        if spoken.ids.numel():
+            said.append({"role": "assistant", "content": spoken.text})
+        else:
+            said.pop()
         yield session.result(ids, spoken)
 
 
@@ -122,9 +127,9 @@ class _Session:
             prompt_tokens=ids.shape[1],
             text=spoken.text,
             new_tokens=spoken.ids.numel(),
-            stopped="end" if spoken.ended else "length",
-            seconds_to_first_token=spoken.times_s[0],
-            seconds=spoken.times_s[-1],
+            stopped=spoken.stopped,
+            seconds_to_first_token=spoken.times_s[0] if spoken.times_s else None,
+            seconds=spoken.times_s[-1] if spoken.times_s else 0.0,
             tokens_per_second=spoken.tokens_per_second,
             weights_bytes=self.weights_bytes,
             peak_memory_bytes=peak_bytes("cpu"),
@@ -142,6 +147,8 @@ def _open(directory: Path, options: GenerateOptions, progress: Progress) -> _Ses
     if options.device is not None:
         check_device(options.device)
     require_transformers()
+    if options.compare is not None:
+        check_reference(str(options.compare))
     return_memory_promptly(_MALLOC_KEEPS_BYTES)
     from int8cli.runtime.load import load_model
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from int8cli import __version__
@@ -14,10 +14,10 @@ from int8cli.commands.push import hand_on_of
 from int8cli.conversion.cluster import ClusterRun
 from int8cli.conversion.worker_job import RemoteSource, WorkerJob
 from int8cli.errors import NotEnoughMemoryError
-from int8cli.estimate.ways import TORCH_BYTES, memory_to_run
-from int8cli.llm_int8.limits import FINE_STEPS
+from int8cli.estimate.ways import RAY_BYTES, TORCH_BYTES, memory_to_run
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD
+from int8cli.planning.needs import ClusterNeeds
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import FROM_ACTIVATIONS
@@ -38,8 +38,13 @@ class OnCluster:
 
         Of the machines with the memory for it and, with `--device cuda`, a GPU.
         """
-        besides = TaskNeeds(0, memory_to_run(survey, sampling), _gpus(self.options))
+        besides = TaskNeeds(0, RAY_BYTES + memory_to_run(survey, sampling), _gpus(self.options))
         return max(1, self.cluster.most_cores(besides) - self.cluster.needs.cores)
+
+    @property
+    def threads(self) -> int:
+        """The threads of one shard's task."""
+        return _threads(self.cluster.needs.cores, self.options)
 
     @property
     def slots(self) -> int:
@@ -53,12 +58,18 @@ class OnCluster:
         remote = RemoteSource(place, source.identity, self.options.keep_source, self.options.retry_for)
         job = WorkerJob(remote, strategy.columns, hand_on_of(self.options))
         outliers = strategy.settings.outliers
-        needs = self._model_needs(strategy.survey, sampling) if outliers == FROM_ACTIVATIONS else None
-        return ClusterRun(self.cluster, job, outliers, progress, needs)
+        return ClusterRun(self.cluster, job, outliers, progress, self._model_needs(strategy, sampling))
 
-    def _model_needs(self, survey: Survey, sampling: Sampling) -> TaskNeeds:
+    def needs(self, strategy: ColumnStrategy, sampling: Sampling) -> ClusterNeeds:
+        """What the tasks of a strategy need. Raises NotEnoughMemoryError if no machine can run the model."""
+        return ClusterNeeds(self.slots, self.cluster.needs, self._model_needs(strategy, sampling))
+
+    def _model_needs(self, strategy: ColumnStrategy, sampling: Sampling) -> TaskNeeds | None:
+        survey = strategy.survey
+        if strategy.settings.outliers != FROM_ACTIVATIONS:
+            return None
         threads = self.model_threads(survey, sampling)
-        needs = TaskNeeds(threads, memory_to_run(survey, sampling), _gpus(self.options))
+        needs = TaskNeeds(threads, RAY_BYTES + memory_to_run(survey, sampling), _gpus(self.options))
         if not self.cluster.offers(needs):
             raise NotEnoughMemoryError(
                 f"no machine of the cluster has {needs} for a run of the model", hint="Use shorter sequences."
@@ -68,13 +79,21 @@ class OnCluster:
 
 @contextmanager
 def joined_cluster(model: str, address: str, survey: Survey, options: ConvertOptions) -> Iterator[OnCluster]:
-    """A cluster that is told what one shard takes. Raises MissingRayError, ClusterError, VersionMismatchError."""
+    """A cluster that is told what one shard of `survey` takes, which says how it will be smoothed, if it is.
+
+    Raises MissingRayError, ClusterError, VersionMismatchError.
+    """
     cluster = RayCluster(address, __version__)
     try:
         cluster.needs = _shard_needs(cluster, survey, options)
         yield OnCluster(cluster, model, options)
     finally:
         cluster.close()
+
+
+def _threads(cores: int, options: ConvertOptions) -> int:
+    """As many as cores; with a GPU more, because they mostly wait."""
+    return options.threads or (THREADS_FOR_A_SHARD if _gpus(options) else cores)
 
 
 def _gpus(options: ConvertOptions) -> int:
@@ -87,11 +106,10 @@ def _shard_needs(cluster: RayCluster, survey: Survey, options: ConvertOptions) -
 
     As many of that share as some machine has with the memory for so many threads; one where none has.
     """
-    smoothed = replace(survey, smooth=FINE_STEPS)  # how it will be is not known yet, and this takes most
 
-    def needs(threads: int) -> TaskNeeds:
-        memory_bytes = TORCH_BYTES + threads * smoothed.buffer_bytes_a_thread + _whole_files(survey)
-        return TaskNeeds(threads, memory_bytes, _gpus(options))
+    def needs(cores: int) -> TaskNeeds:
+        buffers = survey.buffer_bytes(_threads(cores, options))
+        return TaskNeeds(cores, RAY_BYTES + TORCH_BYTES + buffers + _whole_files(survey), _gpus(options))
 
     if options.threads:
         return needs(options.threads)

@@ -31,7 +31,7 @@ class ConvertOptions:
     - `threshold`: llm_int8_threshold for the loader: inputs of this magnitude or more are multiplied in 16 bit.
     - `skip`, `only`: globs on module names. Modules that match `skip`, or do not match `only`, are not quantized.
     - `float32`: quantize float32 weights directly, or from float16 as bitsandbytes does.
-    - `on_nonfinite`: a weight with NaN or an infinity stops the conversion, or stays in its source dtype.
+    - `on_nonfinite`: a weight with NaN or an infinity stops the conversion, or stays a float, in the model's dtype.
     - `outliers`: how the columns to store exactly are chosen: "auto", "activations", "weights", "none", or the path of
       a statistics file of `inspect_outliers`.
     - `outlier_columns`: the most columns to store for each linear layer; None is the measured optimum, 8.

@@ -18,9 +18,14 @@ from int8cli.checkpoint.scaled_floats import ScaledFloats
 from int8cli.checkpoint.tensor import ShardContents, StoredTensor
 from int8cli.checkpoint.torch_dtypes import TORCH_DTYPES
 from int8cli.llm_int8.quantize import BlockQuantizer, NonFiniteWeightError
-from int8cli.planning.blocks import BLOCK_ELEMENTS, TILE_BYTES, Matrix, Rectangle
-
-_TILES_AT_ONCE = 2
+from int8cli.planning.blocks import (
+    BLOCK_ELEMENTS,
+    CROSSWISE_BYTES_A_THREAD,
+    TILE_BYTES,
+    TILES_AT_ONCE,
+    Matrix,
+    Rectangle,
+)
 
 
 class Buffer:
@@ -89,11 +94,11 @@ class CrosswiseTiles:
         return self._tiles[key]
 
     def _free_buffer(self) -> Buffer:
-        if len(self._buffers) < _TILES_AT_ONCE:
+        if len(self._buffers) < TILES_AT_ONCE:
             self._buffers.append(Buffer(TILE_BYTES))
         else:
             self._buffers.append(self._buffers.pop(0))
-            while len(self._tiles) >= _TILES_AT_ONCE:
+            while len(self._tiles) >= TILES_AT_ONCE:
                 self._tiles.popitem(last=False)
         return self._buffers[-1]
 
@@ -204,7 +209,7 @@ class Workbench:
     def _strip_buffer(self) -> Buffer:
         """The buffer for transposed tensors. Allocated on first use, because few checkpoints have any."""
         if self._strip is None:
-            self._strip = Buffer(BLOCK_ELEMENTS * 8)
+            self._strip = Buffer(CROSSWISE_BYTES_A_THREAD)
         return self._strip
 
     def source_run(self, matrix: Matrix, part: Rectangle) -> tuple[int, memoryview] | None:

@@ -24,17 +24,17 @@ from int8cli.conversion.column_source import ColumnSource, NoColumns, RequireRoo
 from int8cli.conversion.destination import Destination
 from int8cli.conversion.finish import RenderCard, write_conclusion
 from int8cli.conversion.resumed_smoothing import recorded_exponents
+from int8cli.conversion.room import remove_useless_downloads, require_room, require_room_to_run
 from int8cli.conversion.shard_loop import ShardLoop, ignore
 from int8cli.conversion.task import PassOptions, ShardTask
 from int8cli.errors import (
     CANNOT_CALIBRATE,
     DigestMismatchError,
-    DiskSpaceError,
     NothingToQuantizeError,
 )
 from int8cli.planning.exponents import TensorExponents
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
-from int8cli.planning.room import ONE_PROCESS, AtOnce, room_needed
+from int8cli.planning.room import ONE_PROCESS, AtOnce
 from int8cli.planning.survey import Survey, fingerprint
 from int8cli.progress import Progress
 from int8cli.records.conversion import VIA_FLOAT16, Conversion, Settings, ShardSource
@@ -42,7 +42,6 @@ from int8cli.records.manifest import MANIFEST_FILE
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.conversion import ConversionReport
-from int8cli.results.units import told_apart
 from int8cli.workers.processes import Executor, InlineExecutor, ProcessExecutor
 
 
@@ -108,10 +107,11 @@ def convert(
         store.check(conversion)
         records = finished_records(store, conversion, conversion.shards, destination)
         remaining = [shard for shard in conversion.shards if shard.file not in records]
-        require_room(source, survey, options, remaining, store)
+        require_room(source, survey, options.at_once, remaining, store)
         store.claim(conversion)
         store.remove_partial_files()
         store.remove_left_over()  # by workers and parts that are not running
+        remove_useless_downloads(source, survey, options.at_once, remaining, store)
         begin_conversion(progress, survey, records, options.about_columns)
         copy_files(source, survey, options.output)
         shards = _Shards(source, survey, options, store, lock, progress)
@@ -156,7 +156,7 @@ class _Shards:
         executor = executor_for(self.options, len(tasks) if elsewhere is None else 0, self.lock, self.progress)
         try:
             recorded = recorded_exponents(self.options.output, records.values()) if self.survey.smooth and tasks else {}
-            room = partial(require_room, self.source, self.survey, self.options, remaining, self.store)
+            room = partial(require_room_to_run, self.source, self.survey, self.options.at_once, remaining, self.store)
             destination = self.options.destination
             if elsewhere is not None:
                 return elsewhere(tasks, recorded, room, ignore if destination is None else destination.taken)
@@ -180,7 +180,7 @@ def require_possible(source: Source, survey: Survey, settings: Settings, options
     if not options.overwrite:
         store.check(conversion, all_files=False)
         remaining = [shard for shard in conversion.shards if not (store.finished(shard) or store.uploaded(shard))]
-    require_room(source, survey, options, remaining, store)
+    require_room(source, survey, options.at_once, remaining, store)
 
 
 def finished_records(
@@ -261,30 +261,6 @@ def executor_for(options: ConversionRun, shards: int, lock: int, progress: Progr
     if options.workers > 1 and shards:
         return ProcessExecutor(min(options.workers, shards), lock, on_bytes, WORKER_PRELOAD)
     return InlineExecutor(on_bytes)
-
-
-def require_room(
-    source: Source,
-    survey: Survey,
-    options: ConversionRun,
-    remaining: list[ShardSource],
-    store: RecordStore,
-    model_bytes: int = 0,
-) -> None:
-    """Raise DiskSpaceError if the remaining output and the shards in flight do not fit on their disks.
-
-    `model_bytes` are those of the shards that a run of the model has at once. What this process finds of an earlier one
-    in `store` is no obstacle.
-    """
-    names = [shard.file for shard in remaining]
-    rooms = room_needed(source, survey, names, options.output, options.at_once, model_bytes, store.left_over)
-    for room in rooms:
-        if room.needed_bytes > room.free_bytes:
-            needed, free = told_apart(room.needed_bytes, room.free_bytes)
-            raise DiskSpaceError(
-                f"{room.directory} needs {needed}, {free} free",
-                hint="Free some space, or choose a directory on another disk.",
-            )
 
 
 def copy_files(source: Source, survey: Survey, output: Path, aside: Path | None = None) -> None:

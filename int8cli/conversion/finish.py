@@ -15,7 +15,8 @@ from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.tensor import TORCH_NAMES, TensorSpec
 from int8cli.checkpoint.writer import write_file
 from int8cli.conversion.resumed_smoothing import require_fitting
-from int8cli.conversion.side_files import side_file_names
+from int8cli.conversion.side_files import complete_manifest, side_file_names
+from int8cli.errors import CheckpointError, OutputError, SourceError
 from int8cli.planning.decisions import Plan
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE, REPORT_FILE
 from int8cli.planning.quantized import without_quantization
@@ -54,6 +55,14 @@ def write_conclusion(
     if config is not None:
         write(output / CONFIG_FILE, config)
     return report
+
+
+def is_concluded(output: Path, conversion: Conversion) -> bool:
+    """Whether the files beside the shards are there, and are what their manifest says. Reads them."""
+    try:
+        return all(file.is_at(output / file.file) for file in complete_manifest(output, conversion))
+    except (OutputError, SourceError, CheckpointError):
+        return False
 
 
 def _plan_as_converted(survey: Survey, records: list[ShardRecord]) -> Plan:

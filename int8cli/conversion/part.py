@@ -7,7 +7,7 @@ none, nothing here depends on them.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,18 +22,17 @@ from int8cli.conversion.convert import (
     describe,
     executor_for,
     finished_records,
-    require_room,
     require_something_to_quantize,
     task_of,
 )
-from int8cli.conversion.finish import RenderCard, conversion_report, write_conclusion
+from int8cli.conversion.finish import RenderCard, conversion_report, is_concluded, write_conclusion
 from int8cli.conversion.late import comes_true, shown_late
 from int8cli.conversion.resumed_smoothing import recorded_exponents
+from int8cli.conversion.room import remove_useless_downloads, require_room, require_room_to_run
 from int8cli.conversion.shard_loop import ShardLoop, ignore
 from int8cli.errors import (
     CannotLockError,
     Int8cliError,
-    OutputError,
     OutputInUseError,
     SettingsMismatchError,
     UnfinishedPartsError,
@@ -42,7 +41,6 @@ from int8cli.planning.share import Share
 from int8cli.planning.survey import Survey
 from int8cli.progress import Progress
 from int8cli.records.conversion import Conversion, Settings, ShardSource
-from int8cli.records.manifest import read_manifest
 from int8cli.records.part import PartRecord, joined, refuse_other_versions
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
@@ -143,9 +141,10 @@ class _Part:
             return records
         except SettingsMismatchError:  # what others have finished is not what was wanted here
             raise
-        except Int8cliError:
-            if not self._concluded_by_others():
+        except Int8cliError as error:
+            if not self._concluded_by_others(error):
                 raise
+            self._hand_on()
             return self._finished()
         finally:
             self.store.remove_own_partial_files()
@@ -191,7 +190,8 @@ class _Part:
         mine = self._mine
         remaining = [shard for shard in mine if shard.file not in finished]
         if mine:
-            require_room(self.source, self.survey, self.options, remaining, self.store)
+            require_room(self.source, self.survey, self.options.at_once, remaining, self.store)
+            remove_useless_downloads(self.source, self.survey, self.options.at_once, remaining, self.store)
             survey = self.survey.only(self.part.shards(self.survey))
             begin_conversion(self.progress, survey, finished, self.options.about_columns)
             self._convert(remaining, lock, columns)
@@ -200,7 +200,7 @@ class _Part:
             self.options.destination.settle()
 
     def _convert(self, remaining: Sequence[ShardSource], lock: int, columns: ColumnSource) -> None:
-        room = partial(require_room, self.source, self.survey, self.options, list(remaining), self.store)
+        room = partial(require_room_to_run, self.source, self.survey, self.options.at_once, remaining, self.store)
         settings = self.conversion.settings
         executor = executor_for(self.options, len(remaining), lock, self.progress)
         try:
@@ -250,18 +250,28 @@ class _Part:
         if self.options.destination is not None and self.part.share is None:
             self.options.destination.publish(self.conversion, records)
 
-    def _concluded_by_others(self) -> bool:
-        """Whether another process has finished everything, and removed what this one was writing.
+    def _concluded_by_others(self, error: Int8cliError) -> bool:
+        """Whether another process has finished everything: what this one failed at is not needed any more.
 
-        Never where this one publishes: nobody else does.
+        It may have removed what this one was writing, and this machine may see late why. Never where this one
+        publishes: nobody else does.
         """
         if self.options.destination is not None and self.part.share is None:
             return False
-        if (self.store.parts / f"{self.part.token}.json").exists():
-            return False
-        with suppress(OutputError):
-            return read_manifest(self.options.output) is not None and not self.missing(self._finished())
-        return False
+        removed = isinstance(error.__cause__, FileNotFoundError) and not self.store.partial_directory.exists()
+        return comes_true(self._is_concluded) if removed else self._is_concluded()
+
+    def _is_concluded(self) -> bool:
+        return not self.missing(self._finished()) and is_concluded(self.options.output, self.conversion)
+
+    def _hand_on(self) -> None:
+        """Hand on the shards of this part that others have converted in its place, and wait for the destination."""
+        if self.options.destination is None:
+            return
+        for shard in self._mine:
+            if self.store.uploaded(shard) is None and (record := self.store.finished(shard)) is not None:
+                self.options.destination.add(record)
+        self.options.destination.settle()
 
 
 def _remove_state(output: Path, store: RecordStore) -> None:

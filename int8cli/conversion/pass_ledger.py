@@ -75,5 +75,5 @@ class PassLedger:
 def _non_finite_error(file_name: str, tensor: str, place: NonFiniteValue) -> NonFiniteError:
     return NonFiniteError(
         f"{file_name}: {tensor} contains {place}",
-        hint="The checkpoint is damaged there. Such a tensor can stay in its source dtype.",
+        hint="The checkpoint is damaged there. Such a tensor can stay a float.",
     )

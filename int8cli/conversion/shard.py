@@ -27,7 +27,7 @@ from int8cli.workers.processes import OnBytes
 def convert_shard(task: ShardTask, local: LocalFile, on_bytes: OnBytes) -> ShardRecord:
     """Convert one shard on this machine and give it its final name. The caller must record it.
 
-    A weight with non-finite values raises NonFiniteError or, with `keep_non_finite`, is copied in its own dtype. This
+    A weight with non-finite values raises NonFiniteError or, with `keep_non_finite`, stays a float. This
     changes the layout of the output, so the shard is then converted again. Raises CheckpointError, OutputError.
     """
     with open_shard(task, local) as shard:

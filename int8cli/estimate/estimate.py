@@ -210,7 +210,7 @@ def _conversion(source: Source, survey: Survey, output: Path, threads: int) -> C
     return ConversionNeeds(
         download_bytes,
         survey.output_bytes,
-        threads * survey.buffer_bytes_a_thread,
+        survey.buffer_bytes(threads),
         sum(room.needed_bytes for room in rooms),
         survey.output_bytes + other_files_bytes(source, survey) + download_bytes,
     )

@@ -19,6 +19,9 @@ from int8cli.records.conversion import FROM_ACTIVATIONS
 # 274 MB without running it and 549 MB with; two layers of Llama-7B's shapes, 405 MB each, took 924 MB.
 TORCH_BYTES = 260_000_000
 TRANSFORMERS_BYTES = 520_000_000
+# What Ray and its threads add to a process of a cluster. Measured in Ray 2.60, beside buffers: 302 MB to convert one
+# shard or sixteen, 316 MB with a scan of the weights before; a run of the model 526 MB, smoothing in fine steps 559 MB.
+RAY_BYTES = 65_000_000
 # Measured in CPU time on SmolLM2-135M and on two layers of Llama-7B's shapes, 128 to 4,096 tokens: beside its product,
 # each value that goes into a linear layer or comes out of it takes as long as quantizing 11 weights (statistics, norms,
 # activation functions, attention), and each weight as long as quantizing 45 (its errors by column, and its layer
@@ -74,7 +77,7 @@ def way_of(candidate: Candidate, speed: Speed | None, sampling: Sampling, *, thr
     seconds = None
     if speed is not None:
         seconds = conversion_s(survey.source_bytes, speed) + (calibration_s(survey, speed, sampling) if runs else 0.0)
-    buffers = threads * survey.buffer_bytes_a_thread
+    buffers = survey.buffer_bytes(threads)
     memory = (memory_to_run(survey, sampling) if runs else TORCH_BYTES) + buffers
     return Way(candidate.mode, sampling.tokens if runs else 0, seconds, memory, candidate.disk_bytes)
 

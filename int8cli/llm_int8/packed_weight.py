@@ -5,6 +5,7 @@ each call of several tokens, which for 8 tokens takes longer than the product. T
 slower or not exact: docs/benchmarks.md has the table.
 """
 
+import mmap
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ _ENGINE = "fbgemm"
 
 # Rows whose magnitudes are summed at once: memory that is touched for the first time takes longer than the sum.
 _BLOCK_ELEMENTS = 1 << 19
+# What packing takes at once: a quantized copy and the packed one, which is padded.
+_PACKING_COPIES, _PACKING_BYTES = 2, 1 << 20
 
 _keys = count()
 _by_key: "WeakValueDictionary[int, PackedWeight]" = WeakValueDictionary()
@@ -48,7 +51,7 @@ class PackedWeight:
 
     @classmethod
     def of(cls, data: Tensor) -> "PackedWeight | None":
-        """The weight packed, or None where torch has no such product or its sums are not exact."""
+        """The weight packed, or None where torch has no such product, its sums are not exact, or memory is short."""
         if data.device.type != "cpu" or 0 in data.shape or not is_supported():
             return None
         width = _exact_width(data)
@@ -56,7 +59,7 @@ class PackedWeight:
             return None
         try:
             parts = tuple(_packed(part) for part in torch.split(data, width, dim=1))
-        except (AttributeError, NotImplementedError, RuntimeError):
+        except (AttributeError, NotImplementedError, OSError, RuntimeError):
             return None
         return cls(parts, (data.shape[0], data.shape[1]))
 
@@ -97,7 +100,7 @@ def is_supported() -> bool:
     """
     try:
         return _is_exact()
-    except (AttributeError, NotImplementedError, RuntimeError):
+    except (AttributeError, NotImplementedError, OSError, RuntimeError):
         return False
 
 
@@ -144,6 +147,9 @@ def _largest_sum(part: Tensor) -> int:
 
 
 def _packed(data: Tensor) -> Any:
+    """Raises OSError where the system would refuse the memory: FBGEMM does not look, and the process crashes."""
+    room = _PACKING_COPIES * data.numel() + _PACKING_BYTES
+    mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON).close()  # malloc would remember the size, and keep more
     with _engine.selected():
         return torch.ops.quantized.linear_prepack(_as_quantized(data.contiguous()), None)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import resource
 from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
@@ -33,13 +34,14 @@ def return_freed_memory() -> None:
 def available_bytes(device: str) -> int | None:
     """How many more bytes of a device's memory a process may use; None if unknown.
 
-    For the CPU this is what the machine has available, or what the process's cgroup has left if that is less.
+    For the CPU this is the least of what the machine has available, what the process's cgroup has left, and what
+    `ulimit -v` leaves of its address space.
     """
     if device == "cuda":
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    found = [_machine_bytes(), _group_bytes()]
+    found = [_machine_bytes(), _group_bytes(), _address_space_bytes()]
     return min((value for value in found if value is not None), default=None)
 
 
@@ -61,6 +63,19 @@ def _machine_bytes() -> int | None:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
+    return None
+
+
+def has_limited_address_space() -> bool:
+    """Whether memory can be refused to this process, as under `ulimit -v`."""
+    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+
+
+def _address_space_bytes() -> int | None:
+    if has_limited_address_space():
+        with contextlib.suppress(OSError, ValueError):
+            taken = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+            return max(0, resource.getrlimit(resource.RLIMIT_AS)[0] - taken)
     return None
 
 

@@ -190,6 +190,7 @@ MODEL_TYPE_RULES: dict[str, tuple[Rule, ...]] = {
     "gte": (_leaf("qkv_proj up_gate_proj", FUSED),),
     "hrm_text": (_leaf("gqkv_proj gate_up_proj", FUSED),),
     "ibert": (_leaf(r"layer\.\d+\.\S*\.(?:query|key|value|dense)", SUBCLASS),),
+    "idefics": (_leaf(r"lm_head\.additional_fc", HEAD),),
     "kimi_k25": (_leaf("wqkv", FUSED),),
     "lara_mini": (_leaf(r"linear_attn\.in_proj", FUSED),),
     "mamba": (_leaf("dt_proj", READ),),

@@ -15,8 +15,9 @@ from int8cli.planning.decisions import Decision
 # last-level cache, and 512 KB is the largest write that reaches the page cache's full speed.
 BLOCK_ELEMENTS = 1 << 19
 COPY_BYTES = 1 << 19
-# Bytes read at once of a tensor that is stored transposed. Two such tiles are in memory.
+# Bytes read at once of a tensor that is stored transposed, and how many such tiles the threads of a process share.
 TILE_BYTES = 1 << 24
+TILES_AT_ONCE = 2
 # The most threads over the blocks of one shard. More would wait for the interpreter's lock and the file's.
 THREADS_FOR_A_SHARD = 4
 # The buffers of one thread, in bytes for each element of a block: source 8 (the widest dtype), float32 scaled and
@@ -25,6 +26,8 @@ BUFFER_BYTES_A_THREAD = BLOCK_ELEMENTS * (8 + 4 + 4 + 1 + 4)
 # And of one that smooths: a copy of the block in the source's dtype, and for scales that are no powers of two one in a
 # wider dtype.
 SMOOTHING_BYTES_A_THREAD: Mapping[Steps, int] = {EXACT_STEPS: BLOCK_ELEMENTS * 8, FINE_STEPS: BLOCK_ELEMENTS * 16}
+# And of one that reads a tensor which is stored transposed: a block in the orientation of the file.
+CROSSWISE_BYTES_A_THREAD = BLOCK_ELEMENTS * 8
 # And of one that reads 8-bit floats with scales: indices, products in float32, and the result in 16 bit.
 SCALED_BYTES_A_THREAD = BLOCK_ELEMENTS * (4 + 4 + 2)
 

@@ -50,8 +50,9 @@ class Decision:
     """Whether one tensor becomes int8, and why.
 
     `transpose` is true for a Conv1D weight, stored (in, out) in the source. `kind` is the name with each layer or
-    expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float. `float32` says
-    when loaders hold it in float32 (`why.FLOAT32`, `why.FLOAT32_ALWAYS`); None if never.
+    expert index replaced by `*`. `written_dtype` is the dtype of a tensor that is written as a float. A quantized one
+    has it too, since with NaN it stays a float. `float32` says when loaders hold it in float32 (`why.FLOAT32`,
+    `why.FLOAT32_ALWAYS`); None if never.
     """
 
     spec: TensorSpec
@@ -129,10 +130,10 @@ class Plan:
         return tuple(dict.fromkeys((*skips, *onlys)))
 
     def with_copied(self, tensor_names: Collection[str]) -> "Plan":
-        """The same plan with these tensors, which hold NaN or infinity, copied unchanged."""
+        """The same plan with these tensors, which hold NaN or infinity, written as floats."""
         non_finite = frozenset(tensor_names)
         decisions = (
-            replace(d, quantize=False, transpose=False, reason=why.NON_FINITE, written_dtype=d.spec.dtype)
+            replace(d, quantize=False, transpose=False, reason=why.NON_FINITE)
             if d.quantize and d.spec.name in non_finite
             else d
             for d in self.decisions

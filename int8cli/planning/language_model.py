@@ -15,6 +15,7 @@ _SPEECH_ENCODER = "encoder_config"
 _LANGUAGE_MODEL = re.compile(
     r"""^(?:(?:model|thinker|base_model)\.)*
     (?:language(?:_model)? | text_model | text_decoder | llm | layers | decoder\.layers
+      | gated_cross_attn_layers  # between the layers of Idefics, where its text looks at images
       | transformer\.(?:h|blocks|layers|encoder\.layers))
     (?:\.|$)""",
     re.VERBOSE,

@@ -129,7 +129,7 @@ def _decide(spec: TensorSpec, checkpoint: _Checkpoint, options: PlanOptions) -> 
         reason = _reason_by_options(_module(spec), options)
     quantize = reason == why.LINEAR
     transpose = quantize and checkpoint.is_conv1d(spec)
-    written_dtype = spec.dtype if quantize else _written_dtype(spec, checkpoint)
+    written_dtype = _written_dtype(spec, checkpoint)
     float32 = None if quantize else checkpoint.float32(_module(spec))
     return Decision(spec, quantize, transpose, kind_of(spec.name), reason, written_dtype, float32)
 

@@ -59,7 +59,7 @@ class PlannedShard:
         return plan_shard(self.contents, self.plan, self.output.file_name, self.target, columns, exponents)
 
     def with_copied(self, tensor_names: Collection[str]) -> "PlannedShard":
-        """The same shard with these tensors, which hold NaN or infinity, copied unchanged. It may lose its sidecar."""
+        """The same shard with these tensors, which hold NaN or infinity, written as floats. It may lose its sidecar."""
         columns = self.columns if self.sidecar is not None else None
         plan = self.plan.with_copied(tensor_names)
         return plan_shard(self.contents, plan, self.output.file_name, self.target, columns, self.exponents)

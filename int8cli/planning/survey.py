@@ -17,7 +17,14 @@ from int8cli.checkpoint.source import Source, SourceIdentity
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.weight_files import WeightFiles, find_weights, read_headers
 from int8cli.llm_int8.limits import Steps
-from int8cli.planning.blocks import BUFFER_BYTES_A_THREAD, SCALED_BYTES_A_THREAD, SMOOTHING_BYTES_A_THREAD
+from int8cli.planning.blocks import (
+    BUFFER_BYTES_A_THREAD,
+    CROSSWISE_BYTES_A_THREAD,
+    SCALED_BYTES_A_THREAD,
+    SMOOTHING_BYTES_A_THREAD,
+    TILE_BYTES,
+    TILES_AT_ONCE,
+)
 from int8cli.planning.decisions import Decision, Plan, PlanOptions
 from int8cli.planning.experts import split_experts
 from int8cli.planning.exponents import most_specs
@@ -115,12 +122,20 @@ class Survey:
             digest.update(output.header)
         return digest.hexdigest()
 
-    @property
-    def buffer_bytes_a_thread(self) -> int:
-        """The buffers of one thread that converts this source, besides what it reads of whole files."""
+    def buffer_bytes(self, threads: int, processes: int = 1) -> int:
+        """The buffers that convert this source with so many threads in all, besides what is read of whole files."""
         scaled = any(stored.scaled is not None for contents in self.shards for stored in contents.tensors)
-        smoothing = SMOOTHING_BYTES_A_THREAD[self.smooth] if self.smooth else 0
-        return BUFFER_BYTES_A_THREAD + smoothing + (SCALED_BYTES_A_THREAD if scaled else 0)
+        crosswise = any(
+            stored.column_major != (decision.quantize and decision.transpose)
+            for contents in self.shards
+            for stored in contents.tensors
+            if (decision := self.decisions[stored.spec.name])
+        )
+        a_thread = BUFFER_BYTES_A_THREAD
+        a_thread += SMOOTHING_BYTES_A_THREAD[self.smooth] if self.smooth else 0
+        a_thread += SCALED_BYTES_A_THREAD if scaled else 0
+        a_thread += CROSSWISE_BYTES_A_THREAD if crosswise else 0
+        return threads * a_thread + (processes * TILES_AT_ONCE * TILE_BYTES if crosswise else 0)
 
     @property
     def source_bytes(self) -> int:
@@ -157,7 +172,7 @@ class Survey:
 
 def _reason_with_cast(decision: Decision) -> str:
     """The reason, and the cast if a tensor is written in another dtype."""
-    if decision.written_dtype == decision.spec.dtype:
+    if decision.quantize or decision.written_dtype == decision.spec.dtype:
         return decision.reason
     return f"{decision.reason}; {decision.spec.dtype} cast to {decision.written_dtype}, as loaders would"
 

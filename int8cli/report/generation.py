@@ -1,8 +1,10 @@
 """The figures of a generation, after its text: speed, memory, agreement with 16 bit."""
 
 from int8cli.report.text import printable, printable_lines
-from int8cli.results.generation import Agreement, Generation
+from int8cli.results.generation import Agreement, Generation, Stopped
 from int8cli.results.units import human_bytes
+
+_ENDINGS: dict[Stopped, str] = {"end": "", "length": ", stopped at the limit", "interrupted": ", interrupted"}
 
 
 def generation_lines(found: Generation) -> list[str]:
@@ -12,11 +14,12 @@ def generation_lines(found: Generation) -> list[str]:
 
 
 def speed_line(found: Generation) -> str:
+    if found.seconds_to_first_token is None:
+        return f"interrupted before the first token after a prompt of {found.prompt_tokens}"
     rate = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:.1f} tokens/s"
-    ended = "" if found.stopped == "end" else ", stopped at the limit"
     return (
         f"{found.new_tokens} tokens after a prompt of {found.prompt_tokens}: the first in "
-        f"{found.seconds_to_first_token:.2f} s{rate}{ended}"
+        f"{found.seconds_to_first_token:.2f} s{rate}{_ENDINGS[found.stopped]}"
     )
 
 

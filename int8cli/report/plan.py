@@ -7,7 +7,7 @@ from typing import Any
 
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.estimate.ways import Way
-from int8cli.planning.needs import Needs
+from int8cli.planning.needs import ClusterNeeds, Needs
 from int8cli.planning.room import Room
 from int8cli.planning.share import PlannedShare
 from int8cli.planning.survey import Survey, group_by_kind
@@ -18,6 +18,7 @@ from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
 from int8cli.report.ways import ways_table
 from int8cli.results.units import counted, human_bytes, human_count, percent, told_apart
+from int8cli.workers.ray_session import TaskNeeds
 
 PLAN_SCHEMA = "int8cli.plan/1"
 
@@ -33,7 +34,7 @@ def plan_to_json(
 
     `smooth` says whether what a calibration proves will be smoothed, `figures` whether the error of every layer will be
     measured; null if that is not decided. `part` is what one part of the conversion has to do, to which `needs` belong;
-    null for the whole.
+    null for the whole. `cluster` in `needs` is null without one.
     """
     plan = survey.plan
     return {
@@ -74,9 +75,15 @@ def plan_to_json(
                 for room in needs.disks
             ],
             "buffer_bytes": needs.buffer_bytes,
+            "cluster": None if needs.cluster is None else _cluster_to_json(needs.cluster),
             "ways": [way.to_json() for way in ways],
         },
     }
+
+
+def _cluster_to_json(cluster: ClusterNeeds) -> dict[str, Any]:
+    model = None if cluster.model is None else asdict(cluster.model)
+    return {"shards_at_once": cluster.at_once, "shard": asdict(cluster.shard), "model": model}
 
 
 def _share_to_json(share: PlannedShare) -> dict[str, Any]:
@@ -138,6 +145,7 @@ def show_plan(
         *_share_lines(survey, share),
         f"download  {needs.download_bytes:>19,} bytes  {human_bytes(needs.download_bytes):>10}",
         *(_disk_line(room) for room in needs.disks),
+        *_cluster_lines(needs.cluster),
         f"{plan.percent_quantized:.1f} % of {human_count(plan.parameters)} parameters become int8",
     ):
         console.print(line, soft_wrap=True)
@@ -158,6 +166,20 @@ def _share_lines(survey: Survey, share: PlannedShare | None) -> list[str]:
         return []
     sizes = f"{human_bytes(share.source_bytes)} → {human_bytes(share.output_bytes)}"
     return [f"[bold]{share.share}[/bold]: {len(share.shards)} of {counted(len(survey.shards), 'shard')}, {sizes}"]
+
+
+def _cluster_lines(cluster: ClusterNeeds | None) -> list[str]:
+    if cluster is None:
+        return []
+    lines = [f"cluster   {_task(cluster.shard)} for each of up to {counted(cluster.at_once, 'shard')} at once"]
+    return lines if cluster.model is None else [*lines, f"cluster   {_task(cluster.model)} for a run of the model"]
+
+
+def _task(needs: TaskNeeds) -> str:
+    gpus = f", {counted(needs.gpus, 'GPU')}" if needs.gpus else ""
+    return (
+        f"{needs.memory_bytes:>19,} bytes  {human_bytes(needs.memory_bytes):>10}  {counted(needs.cores, 'core')}{gpus}"
+    )
 
 
 def _stored_lines(survey: Survey) -> list[str]:

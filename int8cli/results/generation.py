@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 GENERATION_SCHEMA = "int8cli.generation/1"
+Stopped = Literal["end", "length", "interrupted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +29,18 @@ class Agreement:
 class Generation:
     """A continuation of a prompt. Times in seconds, from the call on; the model was loaded before.
 
-    `stopped` is "end" where the model ended its text, "length" where the limit did. `tokens_per_second` is that of the
-    tokens after the first, None where there was one alone. `peak_memory_bytes` is the process's largest resident memory
-    so far, `peak_gpu_bytes` that of the GPU, None without one.
+    `stopped` is "end" where the model ended its text, "length" where the limit did, "interrupted" where the caller did.
+    Only then there may be no token at all: `seconds_to_first_token` is None. `seconds` is the time to the last token.
+    `tokens_per_second` is that of the tokens after the first, None where there was one alone. `peak_memory_bytes` is
+    the process's largest resident memory so far, `peak_gpu_bytes` that of the GPU, None without one.
     """
 
     model: str
     prompt_tokens: int
     text: str
     new_tokens: int
-    stopped: Literal["end", "length"]
-    seconds_to_first_token: float
+    stopped: Stopped
+    seconds_to_first_token: float | None
     seconds: float
     tokens_per_second: float | None
     weights_bytes: int

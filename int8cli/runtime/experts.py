@@ -24,6 +24,7 @@ from int8cli.runtime.stored import StoredLinear
 IMPLEMENTATION = "int8cli"
 INSIDE = "int8_experts"  # the child of an experts module that holds the matrices
 _EXPERT = re.compile(r"(?P<experts>(?:\S+\.)?experts)\.(?P<number>\d+)\.(?P<matrix>\w+)")
+_FUSED = ("gate_up_proj", "down_proj")  # the parameters of an experts module
 _ROLES = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 
 
@@ -134,9 +135,11 @@ def replace_experts(
             ExpertMatrices(**{role: make(linears[number, role]) for role in ("gate", "up", "down")})
             for number in range(len(linears) // 3)
         ]
-        del module.gate_up_proj, module.down_proj
+        for parameter in _FUSED:
+            delattr(module, parameter)
+            # The class, or that of the module around it (Qwen3-Omni), fills the parameters that it finds.
+            setattr(module, parameter, torch.empty(0))
         module.add_module(INSIDE, nn.ModuleList(matrices))
-        module._is_hf_initialized = True  # the class would initialise the parameters that are gone
         if _is_llama4(module):
             module.forward = MethodType(int8_llama4_forward, module)
         else:
@@ -221,7 +224,8 @@ def experts_in_floats(model: Any, dtype: torch.dtype) -> None:
         gate_up = torch.stack([torch.cat([e.gate.dequantize(dtype), e.up.dequantize(dtype)]) for e in each])
         down = torch.stack([e.down.dequantize(dtype) for e in each])
         delattr(module, INSIDE)
-        for name, weight in (("gate_up_proj", gate_up), ("down_proj", down)):
+        for name, weight in zip(_FUSED, (gate_up, down), strict=True):
+            delattr(module, name)
             oriented = weight.transpose(1, 2).contiguous() if _is_transposed(module) else weight
             module.register_parameter(name, nn.Parameter(oriented, requires_grad=False))
         if _is_llama4(module):

@@ -22,6 +22,7 @@ from int8cli.model.config import dtype_of, model_class_of, read_config
 from int8cli.model.extra import require_installed
 from int8cli.model.loading import as_large_as, name_targets
 from int8cli.progress import SILENT, Progress
+from int8cli.runtime.device import usable_device
 from int8cli.runtime.experts import ExpertPlace, find_experts, replace_experts
 from int8cli.runtime.linear import Int8Linear
 from int8cli.runtime.offload import Offload
@@ -62,11 +63,11 @@ def load_model(
 
     Raises MissingExtraError without transformers, UnsupportedModelError if the directory is not a conversion or
     transformers has no class for the model, CheckpointError for tensors that do not fit, OptionError for an invalid
-    `inputs`, `device_map` or `max_memory`, NotEnoughMemoryError if two blocks do not fit.
+    `inputs`, `device`, `device_map` or `max_memory`, NotEnoughMemoryError if two blocks do not fit.
     """
     _check_options(inputs, device_map)
     require_installed("accelerate")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device)
     limits = memory_limits(place.type, max_memory) if device_map == "auto" or max_memory is not None else None
     offload = Offload(limits, place) if limits is not None else None
     stored = StoredModel(Path(directory))

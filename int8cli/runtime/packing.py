@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from int8cli.model.memory import return_freed_memory
+from int8cli.model.memory import has_limited_address_space, return_freed_memory
 from int8cli.runtime.linear import Int8Linear
 from int8cli.workers.torch_threads import torch_threads
 
@@ -18,8 +18,12 @@ _MOST_THREADS = 8  # each needs memory for one weight more
 
 
 def pack_layers(layers: Sequence[Int8Linear]) -> None:
-    """Call `prepare` on every layer. torch packs a weight in one thread, 2 to 3 ns for each value."""
-    threads = min(torch.get_num_threads(), _MOST_THREADS)
+    """Call `prepare` on every layer. torch packs a weight in one thread, 2 to 3 ns for each value.
+
+    Where the system may refuse memory, layers are packed one at a time: a layer is packed only if there is room for it,
+    and another thread could take that room.
+    """
+    threads = 1 if has_limited_address_space() else min(torch.get_num_threads(), _MOST_THREADS)
     freed_bytes = 0
     with torch_threads(1), ThreadPoolExecutor(threads, thread_name_prefix="int8cli-packing") as pool:
         for layer in pool.map(_packed, layers):

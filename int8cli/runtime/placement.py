@@ -50,6 +50,8 @@ class BlockPlacement:
 
 def memory_limits(device: str, max_memory: MaxMemory | None) -> MemoryLimits:
     """The limits that the caller gave, or else four fifths of the free memory. Raises OptionError for a bad one."""
+    if max_memory is not None and not isinstance(max_memory, Mapping):
+        raise OptionError(f"{max_memory!r} does not say for which device: {{'cpu': '8GB'}} does", option="max_memory")
     allowed = {key: _in_bytes(size) for key, size in (max_memory or {}).items()}
     unknown = [key for key in allowed if key != "cpu" and not (device == "cuda" and key == 0)]
     if unknown:
@@ -72,7 +74,7 @@ def _in_bytes(size: int | str) -> int:
 
     try:
         return int(convert_file_size_to_int(size))
-    except (ValueError, OverflowError) as error:
+    except (AttributeError, ValueError, OverflowError) as error:  # AttributeError: neither an int nor a str
         raise OptionError(f"{size!r} is not a size, such as '8GB' or '8GiB'", option="max_memory") from error
 
 

@@ -5,7 +5,7 @@ and how it becomes a model in floats. Importing this imports transformers.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -51,6 +51,7 @@ class Int8cliQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self._config.replacing = None
         _cast_as_built(model, self._dtypes)
+        model.push_to_hub = _refuse_to_push
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -58,6 +59,7 @@ class Int8cliQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, Int8Linear):
                 model.set_submodule(name, linear_in_floats(module, dtype or model.dtype))
+        model.__dict__.pop("push_to_hub", None)
         return model
 
     def is_serializable(self) -> bool:
@@ -72,6 +74,14 @@ class Int8cliQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters on top of it are; transformers' Trainer asks."""
         return True
+
+
+def _refuse_to_push(*_: Any, **__: Any) -> NoReturn:
+    """In place of `push_to_hub`, which would create a repository before it finds out that the model cannot be saved."""
+    raise UnsupportedOperationError(
+        "a model of load_model cannot be pushed: int8cli.push(DIR, REPO) uploads the directory that it was loaded from",
+        hint="PEFT pushes adapters on top of it as usual.",
+    )
 
 
 def _cast_as_built(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

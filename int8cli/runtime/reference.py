@@ -3,7 +3,8 @@
 Owns how a source, a directory or a Hub id, becomes that model. No code but transformers' own is ever run.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.checkpoint.config_file import read_config as read_config_file
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import raise_if_of_the_system
+from int8cli.checkpoint.locate import looks_like_a_path
 from int8cli.errors import ReferenceModelError
 from int8cli.planning.quantized import declared_methods
 
@@ -20,15 +22,22 @@ if TYPE_CHECKING:
 _HINT = "Give the directory or Hub id that was converted."
 
 
-def refuse_quantized_reference(source: str) -> None:
-    """Raise ReferenceModelError for a directory whose config.json says that its weights are quantized.
+def check_reference(source: str) -> None:
+    """Raise ReferenceModelError for what cannot be the 16-bit model, before anything large is read.
 
-    Reads nothing else and needs no torch, so that it can be asked before a model is loaded. Says nothing about a
-    directory without a config, or a Hub id: `load_reference` finds out.
+    That is a path with nothing there, a directory without config.json, a quantized model, and a Hub id whose
+    configuration transformers cannot load.
     """
     path = Path(source).expanduser()
-    if (path / CONFIG_FILE).is_file():
+    if path.exists():
+        if not (path / CONFIG_FILE).is_file():
+            raise ReferenceModelError(f"{source} is no directory with a {CONFIG_FILE}", hint=_HINT)
         _refuse_quantized(source, read_config_file(DirectorySource(path)))
+    elif looks_like_a_path(source):
+        raise ReferenceModelError(f"{source}: no such directory", hint=_HINT)
+    else:
+        with _rejections(source):
+            _config(source)
 
 
 def load_reference(source: str, device: "torch.device") -> Any:
@@ -36,18 +45,32 @@ def load_reference(source: str, device: "torch.device") -> Any:
 
     Raises ReferenceModelError if transformers cannot load it, or if it is quantized: it would not be a 16-bit model.
     """
-    from transformers import AutoConfig
-
-    from int8cli.model.config import model_class_of, read_config
+    from int8cli.model.config import model_class_of
 
     path = Path(source).expanduser()
-    try:
-        config = read_config(path) if path.exists() else AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _refuse_quantized(source, config.to_dict())
+    with _rejections(source):
+        config = _config(source)
         model_class = model_class_of(config)
         return model_class.from_pretrained(
             str(path) if path.exists() else source, config=config, dtype="auto", device_map={"": device}
         )
+
+
+def _config(source: str) -> Any:
+    from transformers import AutoConfig
+
+    from int8cli.model.config import read_config
+
+    path = Path(source).expanduser()
+    found = read_config(path) if path.exists() else AutoConfig.from_pretrained(source, trust_remote_code=False)
+    _refuse_quantized(source, found.to_dict())
+    return found
+
+
+@contextmanager
+def _rejections(source: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise_if_of_the_system(error)
         first_line = (str(error) or repr(error)).splitlines()[0]

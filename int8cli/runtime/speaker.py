@@ -15,18 +15,23 @@ from transformers import TextStreamer
 
 from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.errors import CannotRunError, Int8cliError, TextError, UnsupportedModelError
+from int8cli.results.generation import Stopped
+from int8cli.runtime.stopping import ForwardStopped, Stop, stoppable
 
 OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Spoken:
-    """New tokens, int64 (n,); their text; when each came, in seconds after the call; whether the model ended it."""
+    """New tokens, int64 (n,); their text; when each came, in seconds after the call; why they end.
+
+    `stopped` is "end" if the model ended its text, "length" at the limit, "interrupted" if it was stopped on request.
+    """
 
     ids: Tensor
     text: str
     times_s: tuple[float, ...]
-    ended: bool
+    stopped: Stopped
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -62,7 +67,7 @@ class Speaker:
     def turn(self, messages: Sequence[dict[str, str]]) -> Tensor:
         """The tokens of a conversation up to the point where the model answers: int64 (1, n).
 
-        Raises TextError for an empty conversation, CannotRunError for a chat template that does not work.
+        Raises TextError for a message without words, CannotRunError for a chat template that does not work.
         """
         return self._checked(self._rendered(messages))
 
@@ -81,28 +86,36 @@ class Speaker:
     def _rendered(self, messages: Sequence[dict[str, str]]) -> Tensor:
         for message in messages:
             _require_unicode(message["content"])
+        if not messages[-1]["content"].strip():
+            raise _empty()
         with _rejections("the chat template does not work", "Without it, the model can continue a text."):
             found: Tensor = self._tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
         return found
 
-    def speak(self, prompt: Tensor, on_text: OnText | None = None) -> Spoken:
+    def speak(self, prompt: Tensor, on_text: OnText | None = None, stop: Stop | None = None) -> Spoken:
         """Continue a prompt. `on_text` gets the text in pieces as it comes, and an empty piece at its end.
 
+        `stop` is asked before each block of the model: once it returns True, what has come until then is the result.
         Raises CannotRunError if the model cannot be run as generation_config.json and the options say.
         """
         streamer = _Clock(self._tokenizer, on_text)
         prompt = prompt.to(self._model.device)
         rejected = _rejections("the model cannot generate", "Check generation_config.json and the temperature.")
-        with rejected, torch.inference_mode(), torch.random.fork_rng():
+        interrupted = False
+        with rejected, torch.inference_mode(), torch.random.fork_rng(), stoppable(self._model, stop):
             torch.manual_seed(self._seed)
-            output = self._model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, **self._options(prompt.shape[1])
-            )
-        start = 1 if self._model.config.is_encoder_decoder else prompt.shape[1]
-        ids = output[0, start:].cpu()
-        return Spoken(ids, streamer.text, tuple(streamer.times_s), self._ends(ids))
+            try:
+                self._model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), streamer=streamer, **self._options(prompt.shape[1])
+                )
+            except ForwardStopped:
+                interrupted = True
+                streamer.end()  # type: ignore[no-untyped-call]
+        ids = torch.tensor(streamer.ids, dtype=torch.int64)
+        stopped: Stopped = "interrupted" if interrupted else "end" if self._ends(ids) else "length"
+        return Spoken(ids, streamer.text, tuple(streamer.times_s), stopped)
 
     def likeliest(self, prompt: Tensor, ids: Tensor) -> Tensor:
         """The likeliest token for this model at each place of `ids`, given the tokens before it: int64 (n,)."""
@@ -119,7 +132,7 @@ class Speaker:
 
     def _checked(self, ids: Tensor) -> Tensor:
         if not ids.shape[1]:
-            raise TextError("the prompt is empty", hint="Give some text to continue.")
+            raise _empty()
         if self._limit is not None and ids.shape[1] >= self._limit:
             raise TextError(
                 f"the prompt has {ids.shape[1]:,} tokens; this model takes fewer than {self._limit:,}",
@@ -155,6 +168,10 @@ class Speaker:
         return bool(ids.numel()) and int(ids[-1]) in self._end_tokens()
 
 
+def _empty() -> TextError:
+    return TextError("the prompt is empty", hint="Give some text to continue or to answer.")
+
+
 def _require_unicode(text: str) -> None:
     """Raise TextError for half a surrogate pair: bytes of the command line that are no UTF-8."""
     try:
@@ -176,17 +193,20 @@ def _rejections(problem: str, hint: str) -> Iterator[None]:
 
 
 class _Clock(TextStreamer):
-    """Records when each token comes, and passes its text on."""
+    """Records each token and when it comes, and passes its text on."""
 
     def __init__(self, tokenizer: Any, on_text: OnText | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._on_text, self._begin_s = on_text, time.perf_counter()
+        self.ids: list[int] = []
         self.times_s: list[float] = []
         self.text = ""
 
     def put(self, value: Tensor) -> None:
         if not self.next_tokens_are_prompt:
-            self.times_s.append(time.perf_counter() - self._begin_s)
+            tokens = value.flatten().tolist()  # several at once, if generation_config.json asks for a lookup
+            self.ids += tokens
+            self.times_s += [time.perf_counter() - self._begin_s] * len(tokens)
         super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

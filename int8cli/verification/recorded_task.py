@@ -74,11 +74,17 @@ def _plan_as_recorded(survey: Survey, contents: ShardContents, record: ShardReco
         whole = [stored.spec for each in survey.source_shards for stored in each.tensors]
         decisions = decisions_by_name(make_plan(whole, survey.config, survey.plan.options))
     own = (decisions[stored.spec.name] for stored in contents.tensors)
-    return replace(survey.plan, decisions=tuple(_as_recorded(each, layers.get(each.spec.name)) for each in own))
+    dtypes = {tensor.name: tensor.dtype for tensor in record.files[0].tensors}
+    as_recorded = (_as_recorded(each, layers.get(each.spec.name), dtypes.get(each.spec.name)) for each in own)
+    return replace(survey.plan, decisions=tuple(as_recorded))
 
 
-def _as_recorded(decision: Decision, layer: LayerReport | None) -> Decision:
+def _as_recorded(decision: Decision, layer: LayerReport | None, dtype: str | None) -> Decision:
+    """`dtype` is the one in which the tensor was written, by its record."""
     if layer is None:
-        return replace(decision, quantize=False, transpose=False)
+        # Earlier versions copied a weight with NaN as it is, also where loaders hold it in another dtype.
+        as_it_is = decision.quantize and dtype == decision.spec.dtype
+        written_dtype = decision.spec.dtype if as_it_is else decision.written_dtype
+        return replace(decision, quantize=False, transpose=False, written_dtype=written_dtype)
     transpose = decision.transpose if decision.quantize else layer.shape != decision.spec.shape
     return replace(decision, quantize=True, transpose=transpose)

@@ -35,7 +35,8 @@ from int8cli.verification.tensor_file import TensorFile
 from int8cli.workers.torch_threads import torch_threads
 
 _BITSANDBYTES = "bitsandbytes"
-_MODEL_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+# By all names that torch has for them: a config may have any.
+_MODEL_DTYPES = {"float16": "F16", "half": "F16", "bfloat16": "BF16", "float32": "F32", "float": "F32"}
 
 
 @dataclass(slots=True)

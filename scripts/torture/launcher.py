@@ -226,7 +226,8 @@ def _become_the_program(request: Request, stdout: str, stderr: str) -> None:
     except BaseException:
         Path(stderr).write_text(traceback.format_exc(), encoding="utf-8")
         os._exit(70)
-    become_the_program(list(request.args), request.cwd, dict(request.env), stdout, stderr, None)
+    streams = (os.devnull, stdout, stderr)
+    become_the_program(list(request.args), request.cwd, dict(request.env), streams, None)
 
 
 def _quick_retries() -> None:

@@ -32,9 +32,9 @@ _COPIED_BYTES = 20_000
 class Scenario:
     """A command. `SOURCE` in `args` stands for the checkpoint's path or repository, `TEXT` for a file of words.
 
-    `source` names how the checkpoint is made. `before` runs first, undisturbed. `every`: how often it is drawn.
-    `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it. `to_a_store`: it also writes
-    to `store`, through fsspec, where nothing is whole before its config.json is.
+    `source` names how the checkpoint is made, or where it is published. `before` runs first, undisturbed. `every`: how
+    often it is drawn. `writes`: it changes files. `judges`: exit code 1 without an error is an answer of it.
+    `to_a_store`: it also writes to `store`, through fsspec, where nothing is whole before its config.json is.
     """
 
     name: str
@@ -68,6 +68,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("hub weights", (*_CONVERT, "--outliers", "weights"), source="hub", every=2),
     Scenario("hub keep", (*_CONVERT, "--outliers", "none", "--keep-source"), source="hub", every=2),
     Scenario("hub activations", (*_CONVERT, "--outliers", "activations", *_BRIEF), source="hub runnable", every=2),
+    Scenario("from a store", (*_CONVERT, "--outliers", "none"), source="store"),
     Scenario(
         "evaluate",
         ("evaluate", "SOURCE", "--json", "--work-dir", "work", *_BRIEF),
@@ -178,11 +179,16 @@ class Bench:
 
     def words(self, scenario: Scenario, *, first: bool = False) -> list[str]:
         """The command's words; what they name is there from now on."""
-        source = REPOSITORY if scenario.source.startswith("hub") else str(self._source(scenario.source))
-        if scenario.source.startswith("hub"):
-            self._serve(scenario.source)
+        source = self._address(scenario.source)
         words = scenario.before if first else scenario.args
         return [{"SOURCE": source, "TEXT": str(self._text)}.get(word, word) for word in words]
+
+    def _address(self, kind: str) -> str:
+        if kind.startswith("hub"):
+            self.hub.add_repo(REPOSITORY, self._source(kind))
+            return REPOSITORY
+        path = str(self._source(kind))
+        return f"local://{path}" if kind == "store" else path
 
     def environment(self, cwd: Path) -> dict[str, str]:
         return {"HF_HUB_CACHE": str(cwd / "hf"), "HF_ENDPOINT": self.hub.endpoint}
@@ -201,13 +207,11 @@ class Bench:
         return path
 
     def _source(self, kind: str) -> Path:
-        directory = self.scratch / "sources" / kind.removeprefix("hub ") / "model"
+        kind = _PUBLISHED.get(kind, kind)
+        directory = self.scratch / "sources" / kind / "model"
         if not directory.exists():
-            _MAKERS[kind.removeprefix("hub ")](directory)
+            _MAKERS[kind](directory)
         return directory
-
-    def _serve(self, kind: str) -> None:
-        self.hub.add_repo(REPOSITORY, self._source({"hub": "safetensors", "hub runnable": "runnable"}[kind]))
 
 
 class Reference:
@@ -353,9 +357,10 @@ def _bin_name(file: str) -> str:
     return file.replace("model-", "pytorch_model-").replace(".safetensors", ".bin")
 
 
+# What is published on a Hub or in a store: how it is made.
+_PUBLISHED = {"hub": "safetensors", "hub runnable": "runnable", "store": "safetensors"}
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "safetensors": _safetensors,
-    "hub": _safetensors,
     "runnable": _runnable,
     "bin": _bin,
 }

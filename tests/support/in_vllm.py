@@ -99,10 +99,14 @@ CLIENT = Path(__file__).parents[1] / "vllm" / "client.py"
 
 @dataclass(frozen=True)
 class Opened:
-    """What vLLM made of a model: log-probabilities (positions, tokens), and the class that computes each layer."""
+    """What vLLM made of a model: log-probabilities (positions, tokens), and the class that computes each layer.
+
+    `ids` are the tokens of the sequences, with those that stand for a picture.
+    """
 
     logprobs: Tensor
     layers: dict[str, str]
+    ids: list[list[int]]
 
 
 class Vllm:
@@ -121,14 +125,16 @@ class Vllm:
     def open(
         self,
         model: Path,
-        sequences: Sequence[Sequence[int]],
+        sequences: Sequence[Sequence[int]] | Sequence[str],
         *,
         dtype: str = "float32",
         every_token: bool = True,
         experts: Path | None = None,
+        picture: Path | None = None,
     ) -> Opened:
         """The log-probabilities of all tokens at each position but the first, or only of the token that is there.
 
+        With a picture, the sequences are texts, each with a mark for it.
         Raises RuntimeError with vLLM's own error.
         """
         asked = {
@@ -137,6 +143,7 @@ class Vllm:
             "dtype": dtype,
             "every_token": every_token,
             "experts": None if experts is None else str(experts),
+            "picture": None if picture is None else str(picture),
         }
         process = self._running()
         assert process.stdin is not None
@@ -148,7 +155,7 @@ class Vllm:
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
-        return Opened(torch.tensor(answer["logprobs"]), answer["layers"])
+        return Opened(torch.tensor(answer["logprobs"]), answer["layers"], answer["ids"])
 
     def close(self) -> None:
         if self._process is not None:

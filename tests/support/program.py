@@ -1,18 +1,25 @@
 """The program as a user runs it: real processes, and small checkpoints to convert.
 
 `run` and `start` go through `python -m int8cli`. `Nursery` starts the same program by forking an interpreter that has
-imported it already, which takes 20 ms instead of two seconds. It is for tests that need many processes.
+imported it already, which takes 20 ms instead of two seconds, or of five where a model runs. It is for tests that need
+many processes.
 """
 
+import fcntl
 import gc
 import hashlib
+import importlib
 import json
 import os
 import pickle
+import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +40,21 @@ CONVERT = ("convert", "--outliers", "none")
 CLOSED, UNREAD = "closed", "unread"
 
 _LARGE_BYTES = 1 << 16
+
+TERM = "xterm-256color"
+
+# What a command imports that runs a LLaMA, or opens one in int8.
+_MODELS = (
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "accelerate",
+    "bitsandbytes",
+    "int8cli.commands.evaluate",
+    "int8cli.commands.generate",
+    "int8cli.commands.inspect_outliers",
+    "int8cli.commands.verify",
+)
 
 
 @dataclass(frozen=True)
@@ -95,13 +117,16 @@ class Child:
 
 
 class Nursery:
-    """Forks the program. Takes one request at a time. `Child.wait` waits for the end of a child."""
+    """Forks the program. Takes one request at a time. `Child.wait` waits for the end of a child.
 
-    def __init__(self, scratch: Path) -> None:
+    With `models`, it has imported what runs a LLaMA and what opens one in int8 as well.
+    """
+
+    def __init__(self, scratch: Path, *, models: bool = False) -> None:
         self._scratch = scratch
         self._count = 0
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *(_MODELS if models else ())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment(),
@@ -117,20 +142,29 @@ class Nursery:
         cwd: Path,
         env: Mapping[str, str] | None = None,
         user: int | None = None,
+        stdin: str = os.devnull,
         stdout: str = "",
         stderr: str = "",
     ) -> Child:
-        """`stdout` and `stderr`: where they lead, instead of files whose text is in the outcome."""
+        """`stdin`: what is read. `stdout` and `stderr`: where they lead, instead of files for the outcome's text."""
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
         out.touch()
         err.touch()  # a child may be killed before it opens them
         words = [str(arg) for arg in args]
-        pid = self._ask(("start", words, str(cwd), dict(env or {}), stdout or str(out), stderr or str(err), user))
+        streams = (stdin, stdout or str(out), stderr or str(err))
+        pid = self._ask(("start", words, str(cwd), dict(env or {}), streams, user))
         return Child(pid, self, out, err)
 
     def run(self, *args: str | Path, cwd: Path, **options: Any) -> Outcome:
         return self.start(*args, cwd=cwd, **options).wait()
+
+    def on_terminal(self, *args: str | Path, cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+        """Run the program with all its streams on a terminal; returns its code and all that was drawn."""
+        with Terminal() as terminal:
+            to, env = terminal.path, {"TERM": TERM, **(env or {})}
+            code = self.start(*args, cwd=cwd, env=env, stdin=to, stdout=to, stderr=to).wait().code
+        return code, terminal.drawn
 
     def wait(self, pid: int) -> int:
         return self._ask(("wait", pid))
@@ -150,12 +184,41 @@ class Nursery:
 
 
 @contextmanager
-def nursery_in(scratch: Path) -> Iterator[Nursery]:
-    nursery = Nursery(scratch)
+def nursery_in(scratch: Path, *, models: bool = False) -> Iterator[Nursery]:
+    nursery = Nursery(scratch, models=models)
     try:
         yield nursery
     finally:
         nursery.close()
+
+
+class Terminal:
+    """A terminal of 80 columns, whose text is collected until the context is left."""
+
+    def __init__(self) -> None:
+        self._ours, self.descriptor = pty.openpty()
+        fcntl.ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.path = os.ttyname(self.descriptor)
+        self._pieces: list[bytes] = []
+        self._reader = threading.Thread(target=self._read)
+
+    @property
+    def drawn(self) -> str:
+        return b"".join(self._pieces).decode()
+
+    def __enter__(self) -> "Terminal":
+        self._reader.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.descriptor)  # the reader ends after the last writer
+        self._reader.join()
+        os.close(self._ours)
+
+    def _read(self) -> None:
+        with suppress(OSError):  # raised after the last writer has closed it
+            while piece := os.read(self._ours, 65536):
+                self._pieces.append(piece)
 
 
 def wait_until(happened: Callable[[], object], what: str = "it", within_s: float = 60.0) -> None:
@@ -275,6 +338,8 @@ def _serve() -> None:
     import int8cli.report.plan
 
     CliRunner().invoke(int8cli.cli.app, ["convert", "./nothing"])  # and with it what is imported on the way
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     gc.freeze()
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     while True:
@@ -294,13 +359,14 @@ def _serve() -> None:
 
 
 def become_the_program(
-    args: list[str], cwd: str, env: dict[str, str], stdout: str, stderr: str, user: int | None
+    args: list[str], cwd: str, env: dict[str, str], streams: tuple[str, str, str], user: int | None
 ) -> None:
     """What a fork of a process that has imported the program does in place of starting it. Never returns."""
     os.setsid()
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
+    stdin, stdout, stderr = streams
+    opened = os.open(stdin, os.O_RDONLY)
+    os.dup2(opened, 0)
+    os.close(opened)
     for descriptor, path in ((1, stdout), (2, stderr)):
         _connect(descriptor, path)
     sys.stdout = None if stdout == CLOSED else sys.stdout  # as Python starts in such a process

@@ -1,9 +1,11 @@
 """A process that has vLLM: opens one model for each line of standard input, answers with one line on standard output.
 
-    {"model": DIRECTORY, "sequences": [[1, 2, …], …], "dtype": "float32", "every_token": true, "experts": FILE or null}
-    {"logprobs": [[…], …], "layers": {NAME: CLASS}} or {"error": TEXT}
+    {"model": DIRECTORY, "sequences": [[1, 2, …], …], "dtype": "float32", "every_token": true, "experts": FILE or null,
+     "picture": FILE or null}
+    {"logprobs": [[…], …], "layers": {NAME: CLASS}, "ids": [[1, 2, …], …]} or {"error": TEXT}
 
-Without sequences, the model is loaded and does not run.
+Without sequences, the model is loaded and does not run. With a picture, the sequences are texts, each with a mark for
+it; `ids` are the tokens that come of them.
 
 The model is vLLM's own, loaded by its own loader. Some parts of its CPU build are replaced, so that every machine
 computes the same, and every architecture can run:
@@ -38,9 +40,10 @@ ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # vLLM and its libraries write to standard output
 
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch import Tensor  # noqa: E402
-from vllm import LLM, SamplingParams, TokensPrompt  # noqa: E402
+from vllm import LLM, SamplingParams, TextPrompt, TokensPrompt  # noqa: E402
 from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel  # noqa: E402
 from vllm.model_executor.kernels.linear.scaled_mm import cpu as linear_kernels  # noqa: E402
@@ -57,6 +60,9 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (  # noqa:
     get_and_maybe_dequant_weights as dequantized,
 )
 from vllm.model_executor.models import registry  # noqa: E402
+
+PICTURE_TOKENS = 256
+WITH_PICTURES = {"limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0}, "mm_processor_cache_gb": 0}
 
 
 class ReferenceExperts:
@@ -150,10 +156,11 @@ def collect_only_models() -> None:
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
     sequences = asked["sequences"]
-    longest = max(map(len, sequences), default=64)
+    picture = Image.open(asked["picture"]) if asked["picture"] else None
+    longest = max(map(len, sequences), default=64) + (PICTURE_TOKENS if picture else 0)
     llm = LLM(
         model=asked["model"],
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=picture is None,  # the processor of pictures needs it
         enforce_eager=True,
         dtype=asked["dtype"],
         max_model_len=longest + 1,
@@ -162,6 +169,7 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         max_logprobs=-1,
         enable_prefix_caching=False,
         seed=0,
+        **WITH_PICTURES if picture else {},
     )
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     layers = dict(_layers(model))
@@ -169,13 +177,19 @@ def answer(asked: dict[str, Any]) -> dict[str, Any]:
         save_file(_experts(model), asked["experts"])
     every = asked["every_token"]
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=-1 if every else 0, temperature=0, detokenize=False)
-    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in sequences]
+    outputs = llm.generate([_prompt(each, picture) for each in sequences], sampling, use_tqdm=False)
     rows = []
-    for ids, output in zip(sequences, llm.generate(prompts, sampling, use_tqdm=False), strict=True):
-        for token, found in zip(ids[1:], output.prompt_logprobs[1:], strict=True):
+    for output in outputs:
+        for token, found in zip(output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
             tokens = range(len(found)) if every else (token,)
             rows.append([found[each].logprob for each in tokens])
-    return {"logprobs": rows, "layers": layers}
+    return {"logprobs": rows, "layers": layers, "ids": [output.prompt_token_ids for output in outputs]}
+
+
+def _prompt(sequence: Any, picture: Image.Image | None) -> Any:
+    if picture is None:
+        return TokensPrompt(prompt_token_ids=sequence)
+    return TextPrompt(prompt=sequence, multi_modal_data={"image": picture})
 
 
 def _layers(model: torch.nn.Module) -> Any:

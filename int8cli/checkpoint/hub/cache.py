@@ -12,6 +12,7 @@ from int8cli.checkpoint.hub.options import HubOptions
 from int8cli.checkpoint.hub.published import SHA256
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import PLAIN_NAME, Repository
+from int8cli.checkpoint.own_files import sync_file
 from int8cli.errors import CorruptShardError, TransferError
 
 
@@ -53,11 +54,16 @@ class HubCache:
         with disk_errors(blob), WeakFileLock(lock):
             if not blob.exists():
                 self._remote.download(file_name, part_of(blob), blob.parent)
+                sync_file(part_of(blob))
                 os.replace(part_of(blob), blob)
                 self._downloaded.add(file_name)
         path = self._remote.retries(file_name).call(lambda: self._link_to_blob(file_name))
         self._remember_revision()
         return path
+
+    def place(self, file_name: str) -> Path:
+        """Where the bytes of a file are once they are complete."""
+        return self._blob(self._remote.published(file_name).etag)
 
     def discard(self, file_name: str, cached: Path) -> None:
         """Remove a file that this object downloaded. Raises CorruptShardError for others, which programs may use."""

@@ -93,8 +93,17 @@ class GrowingFile:
             return os.fstat(self._descriptor).st_size
 
     def empty(self) -> None:
+        self.shorten(self.size_bytes)
+
+    def shorten(self, nbytes: int) -> None:
+        """Remove so many of the last bytes, or all."""
         with disk_errors(self._path):
-            os.ftruncate(self._descriptor, 0)
+            os.ftruncate(self._descriptor, max(self.size_bytes - nbytes, 0))
+
+    def sync(self) -> None:
+        """Write to the disk what was appended before."""
+        with disk_errors(self._path):
+            os.fsync(self._descriptor)
 
     def append(self, piece: bytes) -> None:
         view = memoryview(piece)

@@ -31,6 +31,7 @@ class DownloadDirectory:
         self._below = root.below
         self._repository = repository
         self._remote = remote
+        self._downloaded: set[str] = set()
 
     def path(self, file_name: str) -> Path:
         """The place of a file once it is complete."""
@@ -38,17 +39,29 @@ class DownloadDirectory:
         return self._root / self._repository.commit / file_name
 
     def download(self, file_name: str) -> Path:
-        """Download the file, unless an earlier run that was killed has downloaded all of it."""
+        """Download the file, unless an earlier run that was killed has downloaded all of it.
+
+        What that run has left is compared with the published digest: nothing of it was flushed to the disk, and after a
+        power failure a file can have its size and other bytes.
+        """
         path = self.path(file_name)
-        if not (os.path.isfile(path) and size_of(path) == self._remote.published(file_name).size_bytes):
+        if not self._is_complete(file_name, path):
             part = part_of(path)
             self._remove_other_commits()
             self._remote.download(file_name, part, self._below)
             with disk_errors(path), opened_directory(path.parent, self._below) as directory:
                 os.replace(part.name, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+        self._downloaded.add(file_name)
         return path
 
+    def _is_complete(self, file_name: str, path: Path) -> bool:
+        published = self._remote.published(file_name)
+        if not os.path.isfile(path) or size_of(path) != published.size_bytes:
+            return False
+        return file_name in self._downloaded or published.has_digest_of(path)
+
     def remove(self, file_name: str) -> None:
+        self._downloaded.discard(file_name)
         path = self.path(file_name)
         for each in (path, part_of(path)):
             with disk_errors(each):

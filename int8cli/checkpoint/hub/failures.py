@@ -36,7 +36,14 @@ class MalformedAnswerError(Exception):
 
 
 class OutdatedRequestError(Exception):
-    """A request was refused because it was made too long ago: made anew, it may be taken."""
+    """A request was refused because it was made too long ago: made anew, it may be taken.
+
+    `state` says what it was about, as the server has it now: a request about another state is another one.
+    """
+
+    def __init__(self, message: str, state: str = "") -> None:
+        super().__init__(message)
+        self.state = state
 
 
 def is_foreign(error: Exception) -> bool:

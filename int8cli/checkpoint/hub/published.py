@@ -8,9 +8,11 @@ the Hub's own name for the Hub; the digest is then silently missing.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from int8cli.checkpoint.digest import git_sha1_of, sha256_of
 from int8cli.checkpoint.hub.failures import MalformedAnswerError
 from int8cli.checkpoint.hub.requests import RemoteFile, malformed_answers, raise_for_status
 
@@ -42,6 +44,15 @@ class Published:
     @property
     def git_sha1(self) -> str | None:
         return self.etag if _SHA1.fullmatch(self.etag) else None
+
+    def has_digest_of(self, path: Path) -> bool:
+        """Whether a file has the published digest; True if none was published. Reads all of it.
+
+        Raises SourceError.
+        """
+        if self.sha256 is not None:
+            return sha256_of(path) == self.sha256
+        return self.git_sha1 is None or git_sha1_of(path) == self.git_sha1
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 Owns the requests for a file. Does not know where files are stored on this machine.
 """
 
+import os
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from threading import Event
 from typing import BinaryIO, cast
 
-from int8cli.checkpoint.digest import git_sha1, git_sha1_of
+from int8cli.checkpoint.digest import git_sha1
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.hub.download import download
 from int8cli.checkpoint.hub.options import HubOptions
@@ -59,15 +60,20 @@ class RemoteFiles:
         return BufferedReader(reader, _READ_AHEAD_BYTES)
 
     def download(self, file_name: str, part: Path, below: Path) -> None:
-        """Download the file to `part`, inside the directory `below`, resuming after the bytes that `part` has."""
+        """Download the file to `part`, inside the directory `below`, resuming after the bytes that `part` has.
+
+        The digest of a small file is compared here, and that of a shard by whoever reads it; but bytes of an earlier
+        run may be other ones since a power failure, so with them it is compared here as well.
+        """
         report = self._options.on_bytes
         on_bytes = None if report is None else lambda n: report(file_name, n)
         published = self.published(file_name)
         for _ in range(_ATTEMPTS):
+            resumed = os.path.lexists(part)
             download(
                 self._remote(file_name), part, published.size_bytes, self.retries(file_name), on_bytes, below=below
             )
-            if published.git_sha1 is None or git_sha1_of(part) == published.git_sha1:
+            if (published.git_sha1 is None and not resumed) or published.has_digest_of(part):
                 return
             with disk_errors(part):
                 remove_file(part, below)

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from int8cli.checkpoint.hub.failures import (
     TRY_AGAIN,
+    OutdatedRequestError,
     asked_pause_s,
     described,
     is_foreign,
@@ -21,6 +22,10 @@ from int8cli.checkpoint.hub.failures import (
 from int8cli.errors import Int8cliError, TransferError
 
 T = TypeVar("T")
+
+# New requests about one state that are refused as outdated. With the usual pauses they take two minutes, which is
+# longer than a commit of somebody else.
+_MOST_OUTDATED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,7 @@ class Retries:
         self._translate = translate
         self._failures = 0
         self._failing_since_s = 0.0
+        self._outdated: list[str] = []  # the states of the last refusals in a row
 
     def check_stopped(self) -> None:
         """Raise TransferStoppedError if the source has been closed."""
@@ -84,7 +90,7 @@ class Retries:
         """Pause before the next attempt; or raise, if a retry would not help or the attempts are used up."""
         if isinstance(error, Int8cliError) or not is_foreign(error):
             raise error
-        if not is_transient(error):
+        if not is_transient(error) or self._stays_outdated(error):
             raise self._translate(error, self.what) from error
         if not self._failures:
             self._failing_since_s = time.monotonic()
@@ -104,6 +110,14 @@ class Retries:
             self._on_wait(self.what, described(error), pause_s)
         self._stop.wait(pause_s)
         self.check_stopped()
+
+    def _stays_outdated(self, error: Exception) -> bool:
+        """Whether a request is refused as outdated, although it is made anew and what it is about does not change."""
+        if not isinstance(error, OutdatedRequestError):
+            self._outdated = []
+            return False
+        self._outdated = [*(state for state in self._outdated if state == error.state), error.state]
+        return len(self._outdated) >= _MOST_OUTDATED
 
     def call(self, request: Callable[[], T]) -> T:
         """Call `request` until it succeeds, and return its result."""

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from int8cli.checkpoint.hub.ahead import FetchAhead
 from int8cli.checkpoint.hub.cache import HubCache, blob_sha256
-from int8cli.checkpoint.hub.download_directory import DownloadDirectory
+from int8cli.checkpoint.hub.download_directory import DownloadDirectory, part_of
 from int8cli.checkpoint.hub.options import HubOptions
 from int8cli.checkpoint.hub.remote_files import RemoteFiles
 from int8cli.checkpoint.hub.repository import Repository
@@ -72,6 +72,12 @@ class HubSource:
 
     def transfers(self, file_name: str) -> bool:
         return self._cache.find(file_name) is None
+
+    def downloads(self, file_name: str) -> tuple[Path, ...]:
+        if self._cache.find(checked_file_name(file_name)) is not None:
+            return ()
+        place = self._cache.place(file_name) if self._options.keep_source else self._downloads.path(file_name)
+        return part_of(place), place
 
     def prefetch(self, file_name: str) -> None:
         """At most one file is fetched at a time: during a fetch, a call for another file does nothing."""

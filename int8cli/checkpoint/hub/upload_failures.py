@@ -19,6 +19,9 @@ _FULL = re.compile(r"\b(?:storage|quota)\b.*\b(?:limit|exceeded|full|reached)\b"
 # What a storage says of a signed address that came too late, or of a body that came too slowly.
 _OUTDATED = re.compile(r"expired|RequestTimeout|not valid in the specified time", re.IGNORECASE)
 _MAY_WRITE = "Check the name, and the token: set HF_TOKEN or run `hf auth login` with one that may write there."
+_STAYS_OUTDATED = (
+    "Nobody else has written there meanwhile. Look at the repository's page and its settings, and try again."
+)
 
 
 def cause_of(error: Exception) -> Exception:
@@ -71,6 +74,8 @@ def upload_error(error: Exception, what: str) -> Int8cliError:
         if status in (401, 403, 404):
             return AccessDeniedError(f"{what}: {said}", hint=_MAY_WRITE)
         return DestinationError(f"{what}: {said}", hint=TRY_AGAIN)
+    if isinstance(error, OutdatedRequestError):
+        return DestinationError(f"{what}: {error}, also to new requests", hint=_STAYS_OUTDATED)
     if is_foreign(error):
         return translated(error, what)
     return TransferError(f"{what}: the upload failed ({shortened(str(error))})", hint=TRY_AGAIN)

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
-from int8cli.checkpoint.hub.failures import TRY_AGAIN, MalformedAnswerError, is_foreign
+from int8cli.checkpoint.hub.failures import TRY_AGAIN, MalformedAnswerError, OutdatedRequestError, is_foreign
 from int8cli.checkpoint.hub.lfs import LfsObject, LfsServer
 from int8cli.checkpoint.hub.options import request_headers
 from int8cli.checkpoint.hub.push_file import (
@@ -206,20 +206,30 @@ class WritableRepository:
         refuse_foreign_weights(self.label, there, [file.name for file in files])
         new = [file for file in files if not is_there(file, there)]
         if not new:
-            head = self._api().repo_info(self.name, revision=self.revision).sha
-            return Commit(str(head), made=False)
+            return Commit(self._head(), made=False)
         lost = self.missing([file for file in new if file.path is None])
         if lost:
             raise DestinationError(
                 f"{self.label}: the Hub no longer has the bytes of {named(sorted(lost))}", hint=TRY_AGAIN
             )
-        operations = [addition_of(file) for file in new]
+        try:
+            return Commit(_unwrapped(lambda: self._create_commit(new, message), self.label), made=True)
+        except OutdatedRequestError as error:
+            raise OutdatedRequestError(str(error), state=self._head()) from error
+
+    def _create_commit(self, files: Sequence[PushFile], message: str) -> str:
+        """Returns the hash of the commit."""
+        operations = [addition_of(file) for file in files]
         with without_bars(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the card's metadata: the Hub shows them on the model's page
             info = self._api().create_commit(
                 self.name, operations, commit_message=message, revision=self.revision, num_threads=1
             )
-        return Commit(info.oid, made=True)
+        return info.oid
+
+    def _head(self) -> str:
+        """The last commit of the branch."""
+        return str(self._api().repo_info(self.name, revision=self.revision).sha)
 
     def _require_all(self, files: Sequence[PushFile], there: dict[str, tuple[str, ...]]) -> None:
         missing = [file.name for file in files if not is_there(file, there)]

@@ -61,6 +61,10 @@ _FUSED_EXPERTS = re.compile(
 )
 # vLLM builds the mixers of Mamba's first version without a quantization config (0.32: mamba.py, mamba_mixer.py).
 _MAMBA_MIXER = re.compile(r"\S+\.mixer\.x_proj(?:\.weight)?$")
+# Floats that transformers merges or splits on load, which its quantizer for this format makes fail (5.24:
+# quantizers/base.py, `update_weight_conversions`): the convolutions of OLMo Hybrid, Kimi Linear and others, and the
+# projections of HRM-Text. No int8 layer takes part in it, so leaving one alone would not help.
+_LOST_ON_LOAD = re.compile(r"(?:^|\.)(?:[qkv]_conv1d|gqkv_proj)\.weight$")
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
 
@@ -140,6 +144,11 @@ def caveats(plan: Plan) -> Iterator[str]:
         yield "transformers cannot read mixtures of experts in this layout; vLLM and load_model can"
     if not vllm_reads(decision.module for decision in plan.quantized):
         yield "vLLM cannot open this: it has the mixers of Mamba only in floats; transformers and load_model can"
+    if lost := next((each.spec.name for each in plan.copied if _LOST_ON_LOAD.search(each.spec.name)), None):
+        yield (
+            "transformers 5.24 cannot open this: it fails in this layout where it merges or splits floats on load, "
+            f"such as {lost}; load_model can"
+        )
     for (merged, leaf), parents in _mixed(plan).items():
         siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)
         where = parents[0] if len(parents) == 1 else f"{len(parents)} layers, the first {parents[0]},"
