@@ -12,7 +12,13 @@ def main() -> None:
         from int8cli.cli import main as command_line
     except KeyboardInterrupt:
         sys.exit(_EXIT_INTERRUPTED)
-    except (ImportError, MemoryError, OSError, RuntimeError) as error:
+    except (
+        ImportError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+        SystemError,
+    ) as error:  # SystemError: Python, out of memory
         reason = str(error) or type(error).__name__
         sys.stderr.write(
             f"error: int8cli cannot start: {reason}\n"
