@@ -287,6 +287,13 @@ def test_a_request_that_came_too_late_is_made_anew(
     assert_whole(user, converted)
 
 
+@pytest.fixture
+def _endpoint_here(hub: WritableHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HF_ENDPOINT at the start: huggingface_hub 1.3 reads the address of a commit by it."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+
+
+@pytest.mark.usefixtures("_endpoint_here")
 @pytest.mark.parametrize(("status", "reason"), [(409, "Conflict"), (412, "Precondition Failed")])
 def test_a_conflict_that_stays_is_an_error_soon(status: int, reason: str, hub: WritableHub, tmp_path: Path) -> None:
     """Nobody else writes to the repository, and it refuses each new commit: three hours of retries would not help."""
@@ -301,6 +308,7 @@ def test_a_conflict_that_stays_is_an_error_soon(status: int, reason: str, hub: W
     assert repository.commit([file], "a card").made
 
 
+@pytest.mark.usefixtures("_endpoint_here")
 def test_a_conflict_with_others_who_go_on_writing_is_tried_again(hub: WritableHub, tmp_path: Path) -> None:
     """Each of two dozen attempts meets a commit of somebody else."""
     waits, repository, file = at_once(hub, tmp_path)
@@ -320,6 +328,7 @@ def test_a_conflict_with_others_who_go_on_writing_is_tried_again(hub: WritableHu
     assert hub.files_of(REPO) == {"README.md": b"# A model\n", "notes.txt": b"note 23"}
 
 
+@pytest.mark.usefixtures("_endpoint_here")
 def test_the_second_of_two_that_commit_the_same_finds_it_there(hub: WritableHub, tmp_path: Path) -> None:
     """The first one's commit is made at the moment of the second one's, which the Hub refuses."""
     _, first, file = at_once(hub, tmp_path)
