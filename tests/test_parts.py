@@ -28,6 +28,7 @@ from int8cli.commands import in_parts
 from int8cli.conversion.finish import write_conclusion
 from int8cli.errors import (
     CannotRunInPartsError,
+    DestinationError,
     DiskSpaceError,
     OptionError,
     OutputError,
@@ -260,6 +261,22 @@ def test_a_part_hands_on_what_others_converted_in_its_place(
     convert(root / "model", output, replace(options, finish=True))
     assert {path.name for path in there.glob("*.safetensors")} == {path.name for path in output.glob("*.safetensors")}
     assert (there / "config.json").exists()
+
+
+@pytest.mark.parametrize("options", [part(1, 1), replace(NONE, finish=True)], ids=["part", "finish"])
+def test_a_destination_that_is_refused_is_an_error_although_all_is_converted(
+    options: ConvertOptions, root: Path, tmp_path: Path
+) -> None:
+    """Nothing is written beside another model, and nobody is told that a part is uploaded."""
+    output, there = tmp_path / "out", tmp_path / "there"
+    convert(root / "model", output, part(1, 1))
+    there.mkdir()
+    (there / "pytorch_model.bin").write_bytes(b"another model")
+    for keep_output in (True, False):
+        with pytest.raises(DestinationError, match="another model"):
+            convert(root / "model", output, replace(options, push_to=f"local://{there}", keep_output=keep_output))
+    assert [path.name for path in there.iterdir()] == ["pytorch_model.bin"]
+    assert not (output / "int8/uploads").exists()
 
 
 def test_what_concludes_is_not_disturbed_by_another_that_ends(

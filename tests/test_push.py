@@ -299,7 +299,7 @@ def test_a_conflict_that_stays_is_an_error_soon(status: int, reason: str, hub: W
     """Nobody else writes to the repository, and it refuses each new commit: three hours of retries would not help."""
     waits, repository, file = at_once(hub, tmp_path)
     hub.fail("commit", Fault(on="POST", status=status, body=b'{"error": "The branch is locked"}', times=-1))
-    with pytest.raises(DestinationError, match=f"answered {status} {reason}: The branch is locked, also to") as found:
+    with pytest.raises(DestinationError, match=rf"answered {status} {reason}: The branch is locked \(new") as found:
         repository.commit([file], "a card")
     assert found.value.hint is not None
     assert "Look at the repository's page" in found.value.hint
@@ -373,9 +373,23 @@ def test_an_address_that_is_always_outdated_is_an_error_soon() -> None:
         raise OutdatedRequestError("Request has expired")
 
     policy = RetryPolicy(first_pause_s=0.0, max_pause_s=0.0, patience_s=3 * 3600.0)
-    with pytest.raises(DestinationError, match="a file: Request has expired, also to new requests"):
+    with pytest.raises(DestinationError, match=r"a file: Request has expired \(new requests"):
         Retries(policy, "a file", Event(), translate=upload_error).call(request)
     assert len(made) == 8
+
+
+def test_a_line_that_is_too_slow_for_the_storage_is_tried_again() -> None:
+    """For as long as the patience: nobody's address has expired."""
+    made: list[int] = []
+
+    def request() -> None:
+        made.append(1)
+        if len(made) < 30:
+            raise OutdatedRequestError("400 RequestTimeout", state=None)
+
+    policy = RetryPolicy(first_pause_s=0.0, max_pause_s=0.0, patience_s=3 * 3600.0)
+    Retries(policy, "a file", Event(), translate=upload_error).call(request)
+    assert len(made) == 30
 
 
 def test_a_storage_that_refuses_is_an_error(user: User) -> None:

@@ -132,7 +132,13 @@ class _Part:
     def run(self, lock: int, columns: ColumnSource, render_card: RenderCard) -> Records:
         """Convert and, if nothing is missing then, conclude. Returns the records of all that is finished."""
         try:
-            finished = self._begin()
+            finished = self._begin()  # what the destination refuses is an error, whatever others have finished
+            return self._run(finished, lock, columns, render_card)
+        finally:
+            self.store.remove_own_partial_files()
+
+    def _run(self, finished: Collection[str], lock: int, columns: ColumnSource, render_card: RenderCard) -> Records:
+        try:
             self.store.claim_beside_others(self.conversion)
             self._convert_own(finished, lock, columns)
             records = self._finished_by_all()
@@ -146,8 +152,6 @@ class _Part:
                 raise
             self._hand_on()
             return self._finished()
-        finally:
-            self.store.remove_own_partial_files()
 
     def missing(self, records: Records) -> tuple[str, ...]:
         """The source files without a record."""

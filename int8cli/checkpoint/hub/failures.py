@@ -38,10 +38,11 @@ class MalformedAnswerError(Exception):
 class OutdatedRequestError(Exception):
     """A request was refused because it was made too long ago: made anew, it may be taken.
 
-    `state` says what it was about, as the server has it now: a request about another state is another one.
+    `state` says what it was about, as the server has it now: a request about another state is another one. None for a
+    request that came too slowly: the next one may be faster.
     """
 
-    def __init__(self, message: str, state: str = "") -> None:
+    def __init__(self, message: str, state: str | None = "") -> None:
         super().__init__(message)
         self.state = state
 

@@ -35,7 +35,8 @@ class RetryPolicy:
     """How long to go on failing without a byte of progress before giving up, and how long to pause in between.
 
     Until `patience_s` have passed since the first failure in a row; if that is None, `attempts` times in a row. The
-    pause doubles from `first_pause_s` up to `max_pause_s`; a server's own word (Retry-After) goes before it.
+    pause doubles from `first_pause_s` up to `max_pause_s`. A server may ask for another one (Retry-After): for a longer
+    one always, for a shorter one in the first failures.
     """
 
     attempts: int = 8
@@ -115,7 +116,7 @@ class Retries:
 
     def _stays_outdated(self, error: Exception) -> bool:
         """Whether a request is refused as outdated, although it is made anew and what it is about does not change."""
-        if not isinstance(error, OutdatedRequestError):
+        if not isinstance(error, OutdatedRequestError) or error.state is None:
             self._outdated = []
             return False
         self._outdated = [*(state for state in self._outdated if state == error.state), error.state]

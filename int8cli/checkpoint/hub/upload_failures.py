@@ -16,12 +16,14 @@ _LONGEST = 300
 _NO_ROOM = (402, 413, 507)  # payment required, too large, insufficient storage
 # What the Hub says with a 403 where an account has no storage left, and not where a token may not write.
 _FULL = re.compile(r"\b(?:storage|quota)\b.*\b(?:limit|exceeded|full|reached)\b", re.IGNORECASE)
-# What a storage says of a signed address that came too late, or of a body that came too slowly.
-_OUTDATED = re.compile(r"expired|RequestTimeout|not valid in the specified time", re.IGNORECASE)
+# What a storage says of a signed address that came too late, and of a body that came too slowly.
+_EXPIRED = re.compile(r"expired|not valid in the specified time", re.IGNORECASE)
+_SLOW = re.compile("RequestTimeout", re.IGNORECASE)
 _MAY_WRITE = "Check the name, and the token: set HF_TOKEN or run `hf auth login` with one that may write there."
-_STAYS_OUTDATED = (
+_STAYS_REFUSED = (
     "Nobody else has written there meanwhile. Look at the repository's page and its settings, and try again."
 )
+_STAYS_EXPIRED = "Check the clocks of this machine and of the server, and try again."
 
 
 def cause_of(error: Exception) -> Exception:
@@ -52,8 +54,13 @@ def outdated(error: Exception) -> OutdatedRequestError | None:
         return None
     status = error.response.status_code
     overtaken = status in (409, 412) and "/commit/" in error.response.url.path
-    late = status in (400, 401, 403) and _OUTDATED.search(error.response.text) and _is_signed(error)
-    return OutdatedRequestError(_said_by(error)) if overtaken or late else None
+    if overtaken:
+        return OutdatedRequestError(_said_by(error))
+    if status not in (400, 401, 403) or not _is_signed(error):
+        return None
+    if _SLOW.search(error.response.text):
+        return OutdatedRequestError(_said_by(error), state=None)
+    return OutdatedRequestError(_said_by(error)) if _EXPIRED.search(error.response.text) else None
 
 
 def _is_signed(error: "HfHubHTTPError") -> bool:
@@ -75,7 +82,8 @@ def upload_error(error: Exception, what: str) -> Int8cliError:
             return AccessDeniedError(f"{what}: {said}", hint=_MAY_WRITE)
         return DestinationError(f"{what}: {said}", hint=TRY_AGAIN)
     if isinstance(error, OutdatedRequestError):
-        return DestinationError(f"{what}: {error}, also to new requests", hint=_STAYS_OUTDATED)
+        hint = _STAYS_REFUSED if error.state else _STAYS_EXPIRED
+        return DestinationError(f"{what}: {error} (new requests are refused too)", hint=hint)
     if is_foreign(error):
         return translated(error, what)
     return TransferError(f"{what}: the upload failed ({shortened(str(error))})", hint=TRY_AGAIN)

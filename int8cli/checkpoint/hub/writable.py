@@ -215,7 +215,8 @@ class WritableRepository:
         try:
             return Commit(_unwrapped(lambda: self._create_commit(new, message), self.label), made=True)
         except OutdatedRequestError as error:
-            raise OutdatedRequestError(str(error), state=self._head()) from error
+            state = None if error.state is None else self._head()
+            raise OutdatedRequestError(str(error), state=state) from error
 
     def _create_commit(self, files: Sequence[PushFile], message: str) -> str:
         """Returns the hash of the commit."""
