@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from int8cli.loaders.expressions import slow
+from int8cli.loaders.expressions import NOT_AN_EXPRESSION, slow, strings_in
+from int8cli.planning.layouts import bitsandbytes, compressed_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
 
 USUAL = (
     "lm_head",
@@ -32,13 +35,32 @@ ENDLESS = (
 
 @pytest.mark.parametrize("entry", USUAL)
 def test_usual_entries_are_matched(entry: str) -> None:
-    assert slow([entry], 200) == []
+    assert slow([entry], ["n" * 200]) == []
 
 
 @pytest.mark.parametrize("entry", ENDLESS)
 def test_endless_entries_are_not(entry: str) -> None:
     re.compile(entry)
-    assert slow(["lm_head", entry, 7], 100) == [entry]
+    assert slow(["lm_head", entry, 7], ["n" * 100]) == [entry]
+
+
+def test_many_matches_share_what_one_may_take() -> None:
+    entry, name = ".*.*.*.*x", "n" * 100
+    assert slow([entry], [name]) == []
+    assert slow([entry] * 1000, [name] * 1000) == [entry] * 1000
+
+
+@pytest.mark.parametrize(
+    "entry", ["[" * 100_000, "(" * 3000 + ")" * 3000, "a{99999999999999999999}", "(a"], ids=range(4)
+)
+def test_what_is_no_expression_is_seen_at_once(entry: str) -> None:
+    assert slow([entry], ["n" * 100]) == []
+    assert not bitsandbytes.leaves_alone(entry, "m.q_proj")
+    assert not compressed_tensors.leaves_alone(f"re:{entry}", "m.q_proj")
+
+
+def test_strings_are_found_wherever_they_are() -> None:
+    assert set(strings_in({"a": ["b", {"c": "d"}], "e": 1, "f": [["g"]]})) == {"b", "d", "g"}
 
 
 @settings(max_examples=300, deadline=None)
@@ -47,7 +69,7 @@ def test_what_is_matched_ends(entry: str) -> None:
     """A name of 40 letters that the expression does not match to its end: the slowest case of most."""
     try:
         expression = re.compile(rf"(?:{entry})\Z")
-    except (re.error, OverflowError, FutureWarning):
+    except NOT_AN_EXPRESSION:
         return
-    if not slow([entry], 41):
+    if not slow([entry], ["n" * 41]):
         expression.match("a" * 40 + "!")

@@ -348,9 +348,9 @@ def test_an_edited_quantization_config_is_named(change: Callable[[Any], object],
 def test_an_expression_that_could_take_any_time_is_not_matched(entry: str, out: Path) -> None:
     edit(out / "config.json", lambda config: config["quantization_config"][SKIPS].append(entry))
     result = verified(out)
-    assert any("can take any time to match" in problem for _, _, problem in failures(result)["config"])
+    assert any("could take years to match" in problem for _, _, problem in failures(result)["config"])
     (loads,) = [check for check in result.checks if check.name == "loads"]
-    assert "can take any time to match" in str(loads)
+    assert "could take years to match" in str(loads)
 
 
 def test_any_other_edit_of_the_config_is_detected(out: Path) -> None:

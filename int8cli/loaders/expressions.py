@@ -1,24 +1,56 @@
 """Which regular expressions of a file are matched.
 
 `re` tries every way to match: `(a+)+$` takes twice as long for each further letter. The loaders match the entries of
-`llm_int8_skip_modules` and `ignore` with it, and a config.json can come from anyone.
+`llm_int8_skip_modules`, `ignore` and `targets` with it, and a config.json can come from anyone.
 """
 
 import math
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterator
 from typing import Any
 
-# Far more than loaders' expressions and those of convert need; a tenth of a second.
+# Of an expression in a file, which nobody here can change.
+warnings.filterwarnings("ignore", "Possible (nested set|set difference|set union|set intersection)", FutureWarning)
+
+# What `re` raises for a text that is no expression.
+NOT_AN_EXPRESSION = (re.error, OverflowError, RecursionError)
+
+# Entries times layers, which take a minute. 5,000 layers that are left alone beside 10,000 are 50 million.
+MATCHES_AT_MOST = 300_000_000
+# Of one match: far more than loaders' expressions and those of convert need; a tenth of a second.
 _WAYS_AT_MOST = 10_000_000
+# Of all matches together, a minute or two; and of each in any case, for what convert writes.
+_WAYS_IN_ALL, _WAYS_AT_LEAST = 10_000_000_000, 2_000
 _ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _EXTENSION = re.compile(r"\(\?(?:P<\w*>|P=\w*|<?[=!]|[:>]|[a-zA-Z-]*:)")
 _TOKEN = re.compile(r"[()|?]|[*+{][?+]?|[^()|?*+{]+")
 
 
-def slow(entries: Iterable[Any], longest_name: int) -> list[str]:
-    """The entries that `re` may take long to match with a name of so many characters."""
-    return [entry for entry in entries if isinstance(entry, str) and _ways(entry, longest_name) > _WAYS_AT_MOST]
+def slow(entries: Collection[Any], names: Collection[str]) -> list[str]:
+    """The entries that `re` may take long to match with these names. What is no expression is not among them."""
+    limit = min(_WAYS_AT_MOST, max(_WAYS_AT_LEAST, _WAYS_IN_ALL // max(1, len(entries) * len(names))))
+    longest = max(map(len, names), default=0)
+    return [entry for entry in entries if isinstance(entry, str) and _is_slow(entry, longest, limit)]
+
+
+def strings_in(value: object) -> Iterator[str]:
+    """Every string in a JSON value, but no key."""
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, str):
+            yield each
+        elif isinstance(each, (list, dict)):
+            waiting.extend(each.values() if isinstance(each, dict) else each)
+
+
+def _is_slow(entry: str, characters: int, limit: int) -> bool:
+    try:
+        re.compile(entry)
+    except NOT_AN_EXPRESSION:
+        return False
+    return _ways(entry, characters) > limit
 
 
 def _ways(expression: str, characters: int) -> float:

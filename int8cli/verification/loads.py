@@ -20,7 +20,7 @@ from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.directory import DirectorySource
 from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import TensorSpec
-from int8cli.loaders.expressions import slow
+from int8cli.loaders.expressions import MATCHES_AT_MOST, slow, strings_in
 from int8cli.planning.layouts import LAYOUTS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.results.verification import Check, Failure
@@ -116,13 +116,14 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
     return Check.of(NAME, detail, found)
 
 
-def _refuse_slow_expressions(directory: Path, specs: Iterable[TensorSpec]) -> None:
+def _refuse_slow_expressions(directory: Path, specs: Sequence[TensorSpec]) -> None:
     """Raises _SlowExpressionError."""
     stated = read_config(DirectorySource(directory)).get("quantization_config")
-    longest = max((len(spec.name) for spec in specs), default=0)
-    for entries in stated.values() if isinstance(stated, dict) else ():
-        if isinstance(entries, list) and (found := slow(entries, longest)):
-            raise _SlowExpressionError(f"{shown(found[0])} in quantization_config can take any time to match")
+    entries = list(strings_in(stated))
+    if len(entries) * len(specs) > MATCHES_AT_MOST:
+        raise _SlowExpressionError(f"quantization_config has {len(entries):,} texts")
+    if found := slow(entries, [spec.name for spec in specs]):
+        raise _SlowExpressionError(f"{shown(found[0])} in quantization_config could take years to match")
 
 
 def _class_of(directory: Path) -> tuple[Any, Any]:

@@ -4,11 +4,11 @@ A quantized `X.weight` becomes `X.weight` int8 (out, in), `X.SCB` float32 (out,)
 `X.weight_format` uint8 scalar 0 (row-major). Format: the state dict of bitsandbytes' `Linear8bitLt`.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.loaders.expressions import NOT_AN_EXPRESSION
 from int8cli.planning.decisions import Acceptance, Plan
 from int8cli.planning.layouts.skip_modules import covers, skip_modules
 
@@ -77,5 +77,5 @@ def caveats(plan: Plan) -> Iterator[str]:
 def leaves_alone(entry: str, module: str) -> bool:
     try:
         return covers(entry, module)
-    except re.error:
+    except NOT_AN_EXPRESSION:
         return False  # the loader reports it

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.loaders.expressions import NOT_AN_EXPRESSION
 from int8cli.loaders.transformers_versions import covers_by_component
 from int8cli.planning.decisions import Acceptance, FloatLayers, Plan
 from int8cli.planning.layouts.skip_modules import skip_modules
@@ -195,7 +196,7 @@ def leaves_alone(entry: str, module: str) -> bool:
         return entry == module
     try:
         return re.match(entry.removeprefix("re:"), module) is not None
-    except re.error:
+    except NOT_AN_EXPRESSION:
         return False  # the loader reports it
 
 
