@@ -147,7 +147,7 @@ lock: .venv-lock/.ready
 	.venv-lock/bin/python scripts/lock.py $(PACKAGE) $(if $(TORCH),--torch $(TORCH))
 
 # The newest versions are looked up every time. Of torchvision and its kin, which vLLM asks for, the builds on PyPI do not
-# load beside a CPU build of torch (`operator torchvision::nms does not exist`). The models that see want torchvision, and
+# load beside a CPU build of torch (`operator torchvision::nms does not exist`). The vision models want torchvision, and
 # none of its operators: what declares these is passed over.
 $(READY): pyproject.toml requirements.lock $(LOCKS) $(if $(filter newest,$(END)),always)
 	@echo "Installing into $(VENV). This is silent and takes minutes: on Linux, torch brings up to 5.4 GB of CUDA"

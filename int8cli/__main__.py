@@ -7,7 +7,7 @@ _EXIT_ERROR, _EXIT_INTERRUPTED = 1, 130
 
 
 def main() -> None:
-    """Run the command line. Its modules are imported here, so that a failure to import them is a word as well."""
+    """Run the command line. Its modules are imported here, so that a failure to import them is reported too."""
     try:
         from int8cli.cli import main as command_line
     except KeyboardInterrupt:

@@ -195,6 +195,7 @@ def reference(directory: Path, text: str) -> list[int]:
         ({"max_memory": ("cpu",)}, OptionError, "not DEVICE=SIZE"),
         ({"max_memory": ("gpu=1GB",)}, OptionError, "not DEVICE=SIZE"),
         ({"compare": "nothing/"}, ReferenceModelError, "nothing/: no such directory"),
+        ({"compare": "~nobody-of-this-name/x"}, ReferenceModelError, "no such directory"),
         ({"compare": "./nothing"}, ReferenceModelError, "./nothing: no such directory"),
         ({"compare": Path(__file__)}, ReferenceModelError, "no directory with a config.json"),
         ({"compare": Path(__file__).parent}, ReferenceModelError, "no directory with a config.json"),

@@ -57,6 +57,8 @@ def test_torch_without_memory_is_an_error_of_ours() -> None:
         (wrapped(), SystemRefusalError),
         (MemoryError(), NotEnoughMemoryError),
         (RuntimeError(NO_MEMORY), NotEnoughMemoryError),
+        (OSError("libgomp.so.1: failed to map segment from shared object"), SystemRefusalError),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), SystemRefusalError),
     ],
 )
 def test_errors_of_the_system_are_told_from_others(error: Exception, expected: type[Int8cliError]) -> None:

@@ -12,6 +12,7 @@ from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, So
 # For a file of a checkpoint that contradicts itself, wherever it came from.
 GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
 _HUB_SETTINGS_FILE = "huggingface_hub/constants.py"
+_NOT_MAPPED = "failed to map segment from shared object"  # the system's loader, without a number
 _NO_MEMORY_IN_TORCH = "DefaultCPUAllocator: can't allocate memory"
 # What the disk or the system refuses. Others tell of names, or of a network that a library has tried.
 _REFUSED = frozenset(
@@ -87,6 +88,8 @@ def raise_if_of_the_system(error: BaseException) -> None:
             refusal = _no_memory()
         elif isinstance(cause, OSError) and cause.errno in _REFUSED:
             refusal = system_refusal(cause)
+        elif isinstance(cause, (ImportError, OSError)) and _NOT_MAPPED in str(cause):
+            refusal = SystemRefusalError(f"a library cannot be loaded: {cause!s:.200}", hint=_MORE_MEMORY)
         if refusal is not None:
             raise refusal from error
         cause = cause.__cause__ or cause.__context__

@@ -213,7 +213,7 @@ def _refuse_final(error: Exception, what: str, url: str) -> None:
     if isinstance(error, FileExistsError):  # drivers raise it without a number, too
         raise TransferError(
             f"{what}: {_said(error)}",
-            hint=f"Something else has a place that is needed. Check {url}, or choose another.",
+            hint=f"Something else is already at that path under {url}. Remove it, or choose another address.",
         ) from error
     if isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError"):
         raise AccessDeniedError(

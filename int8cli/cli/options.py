@@ -1,6 +1,7 @@
 """Options and arguments that several commands share, and their allowed values."""
 
 import enum
+import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -80,7 +81,7 @@ def parse_rate(text: str | float) -> float:
 
 def complete_path(incomplete: str) -> Iterator[str]:
     """Directories and checkpoint files that begin with the typed text. Hub ids are not completed."""
-    typed = Path(incomplete).expanduser()
+    typed = Path(os.path.expanduser(incomplete))
     directory, prefix = (typed, "") if incomplete.endswith("/") or not incomplete else (typed.parent, typed.name)
     if not directory.is_dir():
         return

@@ -1,5 +1,6 @@
 """A conversion on a Ray cluster: what workers get, and what is declared for each shard and for a run of the model."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class OnCluster:
 
     def run(self, source: Source, strategy: ColumnStrategy, sampling: Sampling, progress: Progress) -> ClusterRun:
         """How the cluster converts by a strategy. Raises NotEnoughMemoryError if no machine can run the model."""
-        path = Path(self.model).expanduser()
+        path = Path(os.path.expanduser(self.model))
         place = self.model if source.identity.on_hub or is_remote(self.model) else str(path.absolute())
         remote = RemoteSource(place, source.identity, self.options.keep_source, self.options.retry_for)
         job = WorkerJob(remote, strategy.columns, hand_on_of(self.options))

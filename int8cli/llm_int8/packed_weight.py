@@ -52,12 +52,11 @@ class PackedWeight:
     @classmethod
     def of(cls, data: Tensor) -> "PackedWeight | None":
         """The weight packed, or None where torch has no such product, its sums are not exact, or memory is short."""
-        if data.device.type != "cpu" or 0 in data.shape or not is_supported():
-            return None
-        width = _exact_width(data)
-        if width == 0:
+        if data.device.type != "cpu" or 0 in data.shape:
             return None
         try:
+            if not is_supported() or (width := _exact_width(data)) == 0:
+                return None
             parts = tuple(_packed(part) for part in torch.split(data, width, dim=1))
         except (AttributeError, NotImplementedError, OSError, RuntimeError):
             return None
@@ -96,11 +95,12 @@ def is_supported() -> bool:
     """Whether this torch has the product, and this processor computes it exactly.
 
     Without VNNI, FBGEMM adds pairs of products in 16 bit, where the largest ones do not fit. torch has announced that
-    it will drop the tensors that weights are packed from: whatever it raises then, there is no such product.
+    it will drop the tensors that weights are packed from: whatever it raises then, there is no such product. Raises
+    OSError where the system has no memory to find out, and is asked again the next time.
     """
     try:
         return _is_exact()
-    except (AttributeError, NotImplementedError, OSError, RuntimeError):
+    except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
 
@@ -147,7 +147,7 @@ def _largest_sum(part: Tensor) -> int:
 
 
 def _packed(data: Tensor) -> Any:
-    """Raises OSError where the system would refuse the memory: FBGEMM does not look, and the process crashes."""
+    """Raises OSError where the system would refuse the memory: FBGEMM does not check its allocation, and the process crashes."""
     room = _PACKING_COPIES * data.numel() + _PACKING_BYTES
     mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON).close()  # malloc would remember the size, and keep more
     with _engine.selected():

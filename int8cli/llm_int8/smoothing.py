@@ -186,7 +186,7 @@ def token_shares(energies: Tensor) -> Tensor:
     if not bool(counted.any()):
         return torch.zeros_like(energies)
     each = torch.where(counted, 1.0 / torch.where(counted, energies, 1.0), 0.0) / len(energies)
-    return (each + counted / energies.sum()) / 2.0
+    return (each + counted / energies[counted].sum()) / 2.0
 
 
 def _largest(values: Tensor, group: Tensor) -> Tensor:

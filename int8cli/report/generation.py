@@ -2,7 +2,7 @@
 
 from int8cli.report.text import printable, printable_lines
 from int8cli.results.generation import Agreement, Generation, Stopped
-from int8cli.results.units import human_bytes
+from int8cli.results.units import counted, human_bytes
 
 _ENDINGS: dict[Stopped, str] = {"end": "", "length": ", stopped at the limit", "interrupted": ", interrupted"}
 
@@ -18,7 +18,7 @@ def speed_line(found: Generation) -> str:
         return f"interrupted before the first token after a prompt of {found.prompt_tokens}"
     rate = "" if found.tokens_per_second is None else f", then {found.tokens_per_second:.1f} tokens/s"
     return (
-        f"{found.new_tokens} tokens after a prompt of {found.prompt_tokens}: the first in "
+        f"{counted(found.new_tokens, 'token')} after a prompt of {found.prompt_tokens}: the first in "
         f"{found.seconds_to_first_token:.2f} s{rate}{_ENDINGS[found.stopped]}"
     )
 

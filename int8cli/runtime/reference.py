@@ -3,6 +3,7 @@
 Owns how a source, a directory or a Hub id, becomes that model. No code but transformers' own is ever run.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def check_reference(source: str) -> None:
     That is a path with nothing there, a directory without config.json, a quantized model, and a Hub id whose
     configuration transformers cannot load.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.exists():
         if not (path / CONFIG_FILE).is_file():
             raise ReferenceModelError(f"{source} is no directory with a {CONFIG_FILE}", hint=_HINT)
@@ -47,7 +48,7 @@ def load_reference(source: str, device: "torch.device") -> Any:
     """
     from int8cli.model.config import model_class_of
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     with _rejections(source):
         config = _config(source)
         model_class = model_class_of(config)
@@ -61,7 +62,7 @@ def _config(source: str) -> Any:
 
     from int8cli.model.config import read_config
 
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     found = read_config(path) if path.exists() else AutoConfig.from_pretrained(source, trust_remote_code=False)
     _refuse_quantized(source, found.to_dict())
     return found

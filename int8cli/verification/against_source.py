@@ -26,6 +26,7 @@ from int8cli.progress import Progress
 from int8cli.records.conversion import EXACT_SMOOTHING, Conversion
 from int8cli.records.manifest import SideFile
 from int8cli.records.shard_record import ShardRecord
+from int8cli.results.units import counted
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.comparison import Comparison
 from int8cli.verification.layout import target_of
@@ -64,7 +65,7 @@ def check_source(source: Source, survey: Survey, conversion: Conversion) -> Chec
         elif source.identity.on_hub == conversion.source.on_hub and mark != shard.fingerprint:
             failures.append(Failure(shard.file, "is not the file that was converted"))
     failures += [Failure(name, "exists in the source but was not converted") for name in found]
-    return Check.of("source", f"{source.identity.name}: {len(conversion.shards)} shards", failures)
+    return Check.of("source", f"{source.identity.name}: {counted(len(conversion.shards), 'shard')}", failures)
 
 
 def check_weights(
@@ -139,7 +140,7 @@ def check_copies(directory: Path, source: Source, survey: Survey) -> Check:
                     failures.append(Failure(name, "differs from the file in the source"))
         except (OSError, Int8cliError) as error:
             failures.append(Failure(name, str(error)))
-    return Check.of("copies", f"{len(survey.weights.copied)} copied files", failures)
+    return Check.of("copies", counted(len(survey.weights.copied), "copied file"), failures)
 
 
 def _compare(

@@ -18,6 +18,7 @@ from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import MANIFEST_FILE, SideFile, read_manifest
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
+from int8cli.results.units import counted
 from int8cli.results.verification import Check, Failure, Verification
 from int8cli.verification.beside import check_loads_beside
 from int8cli.verification.consistency import (
@@ -126,7 +127,7 @@ def _check_whole(
     figures = "figures" if conversion.settings.figures else "sizes; no errors were measured"
     detail = f"source, settings, totals, {figures}"
     yield Check.of("report", detail, report_failures(directory, conversion, found))
-    detail = f"{len(manifest)} other files, by digest; no extra weights"
+    detail = f"{counted(len(manifest), 'other file')}, by digest; no extra weights"
     yield Check.of("files", detail, side_file_failures(directory, conversion, manifest))
 
 
