@@ -564,7 +564,7 @@ def test_a_file_in_the_place_of_a_directory_is_not_waited_for(
     with pytest.raises(TransferError, match="out: int8/") as found:
         int8cli.convert(model, tmp_path / "out", replace(OPTIONS, push_to="directories://bucket/out"))
     assert found.value.hint is not None
-    assert "Something else has a place that is needed" in found.value.hint
+    assert "Something else is already at that path" in found.value.hint
 
 
 def test_another_description_in_a_store_is_not_read_whole(store: Store, model: Path, tmp_path: Path) -> None:

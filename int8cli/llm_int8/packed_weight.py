@@ -147,7 +147,7 @@ def _largest_sum(part: Tensor) -> int:
 
 
 def _packed(data: Tensor) -> Any:
-    """Raises OSError where the system would refuse the memory: FBGEMM does not check its allocation, and the process crashes."""
+    """Raises OSError where the system would refuse the memory: FBGEMM does not check, and the process crashes."""
     room = _PACKING_COPIES * data.numel() + _PACKING_BYTES
     mmap.mmap(-1, room, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON).close()  # malloc would remember the size, and keep more
     with _engine.selected():
