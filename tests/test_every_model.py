@@ -28,7 +28,7 @@ from int8cli import ConvertOptions, VerifyOptions, convert, verify
 from int8cli.commands.options import LayoutName
 from int8cli.errors import UnsupportedModelError
 from int8cli.loaders import transformers_versions
-from int8cli.loaders.older_names import names_on_load
+from int8cli.loaders.older_names import OlderNames
 from int8cli.planning import plan as plan_module
 from int8cli.planning import reasons as why
 from int8cli.planning.layouts import compressed_tensors
@@ -124,7 +124,7 @@ def test_a_skipped_part_is_left_alone_under_its_name_of_today(layout: Any) -> No
     ],
 )
 def test_names_on_load(module: str, beside: tuple[str, ...], expected: set[str]) -> None:
-    assert set(names_on_load(module, (module, *beside))) == expected
+    assert set(OlderNames((module, *beside)).on_load(module)) == expected
 
 
 # output heads

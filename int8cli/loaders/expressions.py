@@ -16,12 +16,12 @@ warnings.filterwarnings("ignore", "Possible (nested set|set difference|set union
 # What `re` raises for a text that is no expression.
 NOT_AN_EXPRESSION = (re.error, OverflowError, RecursionError)
 
-# Entries times layers, which take a minute. 5,000 layers that are left alone beside 10,000 are 50 million.
-MATCHES_AT_MOST = 300_000_000
+# Entries times layers: some minutes. 15,000 layers that are left alone beside 30,000 are 450 million.
+MATCHES_AT_MOST = 1_000_000_000
 # Of one match: far more than loaders' expressions and those of convert need; a tenth of a second.
 _WAYS_AT_MOST = 10_000_000
-# Of all matches together, a minute or two; and of each in any case, for what convert writes.
-_WAYS_IN_ALL, _WAYS_AT_LEAST = 10_000_000_000, 2_000
+# What an entry for one layer takes is below the first. All matches of the others together: a minute or two.
+_USUAL_WAYS, _WAYS_IN_ALL = 1_000, 30_000_000_000
 _ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 _EXTENSION = re.compile(r"\(\?(?:P<\w*>|P=\w*|<?[=!]|[:>]|[a-zA-Z-]*:)")
 _TOKEN = re.compile(r"[()|?]|[*+{][?+]?|[^()|?*+{]+")
@@ -29,9 +29,14 @@ _TOKEN = re.compile(r"[()|?]|[*+{][?+]?|[^()|?*+{]+")
 
 def slow(entries: Collection[Any], names: Collection[str]) -> list[str]:
     """The entries that `re` may take long to match with these names. What is no expression is not among them."""
-    limit = min(_WAYS_AT_MOST, max(_WAYS_AT_LEAST, _WAYS_IN_ALL // max(1, len(entries) * len(names))))
     longest = max(map(len, names), default=0)
-    return [entry for entry in entries if isinstance(entry, str) and _is_slow(entry, longest, limit)]
+    ways = {entry: _ways(entry, longest) for entry in entries if isinstance(entry, str) and _is_expression(entry)}
+    left, found = float(_WAYS_IN_ALL), set()
+    for entry in sorted(ways, key=lambda entry: ways[entry]):
+        left -= ways[entry] * len(names) if ways[entry] > _USUAL_WAYS else 0
+        if ways[entry] > _WAYS_AT_MOST or left < 0:
+            found.add(entry)
+    return [entry for entry in ways if entry in found]
 
 
 def strings_in(value: object) -> Iterator[str]:
@@ -45,12 +50,12 @@ def strings_in(value: object) -> Iterator[str]:
             waiting.extend(each.values() if isinstance(each, dict) else each)
 
 
-def _is_slow(entry: str, characters: int, limit: int) -> bool:
+def _is_expression(entry: str) -> bool:
     try:
         re.compile(entry)
     except NOT_AN_EXPRESSION:
         return False
-    return _ways(entry, characters) > limit
+    return True
 
 
 def _ways(expression: str, characters: int) -> float:

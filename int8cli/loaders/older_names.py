@@ -6,7 +6,7 @@ with the loader's names, while a conversion goes by those of the file.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator
 
 _LANGUAGE = r"language_model|text_model"
 _OTHER_PARTS = "vision_tower|vision_model|visual|audio_tower|multi_modal_projector|image_projection"
@@ -24,12 +24,22 @@ _RENAMES = (
 _LAYERS_OF_LANGUAGE_MODEL = re.compile(rf"model\.(?!(?:{_INSIDE})\.)")
 
 
-def names_on_load(module: str, modules: Collection[str]) -> Iterator[str]:
-    """Other names than its own that a module of the file may have in the model. `modules` are all of the file."""
-    for pattern, replacement in _RENAMES:
-        if pattern.match(module):
-            yield pattern.sub(replacement, module, count=1)
-    if _OTHER_PART.match(module) and any(map(_LANGUAGE_MODEL.match, modules)):
-        yield f"model.{module}"
-    if _LAYERS_OF_LANGUAGE_MODEL.match(module) and any(map(_OTHER_PART.match, modules)):
-        yield _LAYERS_OF_LANGUAGE_MODEL.sub("model.language_model.", module, count=1)
+class OlderNames:
+    """The renames that apply to one file."""
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        """`modules` are all of the file. They are looked at once: a mixture has tens of thousands."""
+        self._has_language_model = self._has_other_part = False
+        for module in modules:
+            self._has_language_model |= _LANGUAGE_MODEL.match(module) is not None
+            self._has_other_part |= _OTHER_PART.match(module) is not None
+
+    def on_load(self, module: str) -> Iterator[str]:
+        """Other names than its own that a module of the file may have in the model."""
+        for pattern, replacement in _RENAMES:
+            if pattern.match(module):
+                yield pattern.sub(replacement, module, count=1)
+        if self._has_language_model and _OTHER_PART.match(module):
+            yield f"model.{module}"
+        if self._has_other_part and _LAYERS_OF_LANGUAGE_MODEL.match(module):
+            yield _LAYERS_OF_LANGUAGE_MODEL.sub("model.language_model.", module, count=1)

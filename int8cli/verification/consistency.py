@@ -149,20 +149,17 @@ def config_failures(directory: Path, conversion: Conversion, records: Sequence[S
         yield Failure(CONFIG_FILE, f"quantization_config.{target.SKIP_KEY} is {entries!r}, not a list of names")
         return
     layers = [layer for record in records for layer in record.layers]
-    key = f"quantization_config.{target.SKIP_KEY}"
+    listed = f"quantization_config.{target.SKIP_KEY}"
     if len(entries) * len(layers) > MATCHES_AT_MOST:
-        yield Failure(CONFIG_FILE, f"{key} has {len(entries):,} entries, which is too many to check")
+        yield Failure(CONFIG_FILE, f"{listed} has {len(entries):,} entries, which is too many to check")
         return
     unmatched = set(slow(entries, [layer.name for layer in layers]))
     for entry in sorted(unmatched):
-        problem = (
-            f"quantization_config.{target.SKIP_KEY}: {shown(entry)} could take years to match, so it was not checked"
-        )
-        yield Failure(CONFIG_FILE, problem)
-    for layer in layers:
-        for entry in (entry for entry in entries if entry not in unmatched):
+        yield Failure(CONFIG_FILE, f"{listed}: {shown(entry)} could take years to match, so it was not checked")
+    for entry in (entry for entry in entries if entry not in unmatched):  # `re` remembers only some of them at a time
+        for layer in layers:
             if target.leaves_alone(entry, layer.name):
-                yield Failure(CONFIG_FILE, f"{key}: {entry!r} covers a layer that is in int8", layer.name)
+                yield Failure(CONFIG_FILE, f"{listed}: {entry!r} covers a layer that is in int8", layer.name)
 
 
 def report_failures(directory: Path, conversion: Conversion, records: Sequence[ShardRecord]) -> Iterator[Failure]:

@@ -121,7 +121,7 @@ def _refuse_slow_expressions(directory: Path, specs: Sequence[TensorSpec]) -> No
     stated = read_config(DirectorySource(directory)).get("quantization_config")
     entries = list(strings_in(stated))
     if len(entries) * len(specs) > MATCHES_AT_MOST:
-        raise _SlowExpressionError(f"quantization_config has {len(entries):,} texts")
+        raise _SlowExpressionError(f"quantization_config has {len(entries):,} texts, which is too many to match")
     if found := slow(entries, [spec.name for spec in specs]):
         raise _SlowExpressionError(f"{shown(found[0])} in quantization_config could take years to match")
 

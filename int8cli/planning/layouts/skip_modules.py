@@ -8,7 +8,7 @@ family creates.
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from int8cli.loaders.older_names import names_on_load
+from int8cli.loaders.older_names import OlderNames
 from int8cli.loaders.transformers_versions import SKIP_RULES, SkipRule, covers_by_component, covers_by_name
 from int8cli.planning import absent_modules
 from int8cli.planning import reasons as why
@@ -31,14 +31,14 @@ def skip_modules(plan: Plan, rules: Sequence[SkipRule] = ALL_RULES) -> list[str]
     The loader matches its own names. Where transformers renames more than whole parts of a model on load, an entry made
     from the file's name may miss; for what is left alone by default the tables of `architectures` give the loader's.
     """
-    modules = frozenset(decision.module for decision in plan.decisions)
+    older_names = OlderNames(decision.module for decision in plan.decisions)
     quantized = _with_and_without_prefix(
-        name for decision in plan.quantized for name in (decision.module, *names_on_load(decision.module, modules))
+        name for decision in plan.quantized for name in (decision.module, *older_names.on_load(decision.module))
     )
     entries = [safe for entry in _always_named(plan) for safe in _safe_form(entry, quantized, rules)]
     for decision in plan.copied:
         if _may_be_linear(decision):
-            for name in (decision.module, *names_on_load(decision.module, modules)):
+            for name in (decision.module, *older_names.on_load(decision.module)):
                 entries += _missing_entries(name, decision.reason, entries, quantized, rules)
     return sorted(set(entries))
 
