@@ -31,28 +31,19 @@ def _tokenizer(*image_tokens: str, **named: str) -> Any:
     return made
 
 
+# Of LLaVA's processors: CLIP's tower, whose first token is left out.
+_AS_LLAVA: Any = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+
+
 def llava() -> Any:
     images = transformers.CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size=_SQUARE)
-    return transformers.LlavaProcessor(
-        images,
-        _tokenizer("<image>"),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    return transformers.LlavaProcessor(images, _tokenizer("<image>"), **_AS_LLAVA)
 
 
 def llava_next() -> Any:
-    images = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": SIZE}, crop_size=_SQUARE, image_grid_pinpoints=GRID
-    )
-    return transformers.LlavaNextProcessor(
-        images,
-        _tokenizer("<image>"),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    size: Any = {"size": {"shortest_edge": SIZE}, "crop_size": _SQUARE, "image_grid_pinpoints": GRID}
+    images = transformers.LlavaNextImageProcessor(**size)
+    return transformers.LlavaNextProcessor(images, _tokenizer("<image>"), **_AS_LLAVA)
 
 
 def paligemma() -> Any:
