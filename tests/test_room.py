@@ -8,10 +8,11 @@ from functools import partial
 from heapq import nlargest
 from itertools import pairwise
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
-from support.calibration_models import make_model, some_text
+from support.calibration_models import make_model, save_tokenizer, some_text
 from support.hub_stand_in import HubStandIn
 from support.one_machine import Session, Tell, ThisMachine
 from support.program import llama, tree
@@ -196,6 +197,54 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubStandIn
         yield hub, model
 
 
+def used_bytes(disk: Path) -> int:
+    """What the files on a disk have, without what the many small ones waste."""
+    total = 0
+    for path, _, names in os.walk(disk):
+        for name in names:
+            with suppress(FileNotFoundError):  # a thread that fetches has just given it another name
+                total += os.lstat(Path(path, name)).st_size
+    return total
+
+
+def most_used(
+    disk: Path, output: Path, options: ConvertOptions, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int, list[str]]:
+    """Convert on a disk that has just the room that is asked for. Returns its size, the most that was on it, all notes.
+
+    That is as much as was there before and, each time that room was asked for, what was missing.
+    """
+    size_bytes = 0
+    asked: list[Room] = []
+    most: list[int] = []
+    notes: list[str] = []
+
+    def noted(*args: Any) -> tuple[Room, ...]:
+        asked.extend(found := room_needed(*args))
+        return found
+
+    class Watches(SilentProgress):
+        def advance(self, *args: Any) -> None:
+            most.append(used_bytes(disk))
+
+        def done(self, *args: Any) -> None:
+            most.append(used_bytes(disk))
+
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("int8cli.conversion.room.room_needed", noted)
+        patch.setattr("int8cli.planning.room.free_bytes", lambda _: size_bytes - used_bytes(disk))
+        while True:
+            try:
+                convert(REPO, output, options, progress=Watches())
+            except DiskSpaceError:
+                size_bytes += asked[-1].needed_bytes - asked[-1].free_bytes
+            else:
+                return size_bytes, max(most), notes
+
+
 @pytest.mark.parametrize(
     ("how", "earlier"),
     [
@@ -235,36 +284,84 @@ def test_a_run_takes_no_more_than_it_asks_for(
     monkeypatch.setattr("int8cli.commands.in_parts.new_token", lambda: TOKEN)
     monkeypatch.setattr("int8cli.commands.on_ray.RayCluster", ThisMachine)
     monkeypatch.setattr(locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=disk / "cache"))
-    size_bytes = 0
-    asked: list[Room] = []
-    most: list[int] = []
+    size_bytes, most_bytes, _ = most_used(disk, output, HOW[how], monkeypatch)
+    assert most_bytes <= size_bytes
+    assert not (output / "int8/incoming").exists()
 
-    def used_bytes() -> int:
-        total = 0
-        for path, _, names in os.walk(disk):
-            for name in names:
-                with suppress(FileNotFoundError):  # a thread that fetches has just given it another name
-                    total += os.lstat(Path(path, name)).st_size  # without what the many small files waste
-        return total
 
-    def noted(*args: Any) -> tuple[Room, ...]:
-        asked.extend(found := room_needed(*args))
-        return found
+class StopError(Exception):
+    """Ends a run in the middle."""
 
-    class Watches(SilentProgress):
-        def advance(self, *args: Any) -> None:
-            most.append(used_bytes())
 
-        def done(self, *args: Any) -> None:
-            most.append(used_bytes())
+class Stops(SilentProgress):
+    """Ends a run when it begins with a part of a task."""
 
-    monkeypatch.setattr("int8cli.conversion.room.room_needed", noted)
-    monkeypatch.setattr("int8cli.planning.room.free_bytes", lambda _: size_bytes - used_bytes())
-    with pytest.raises(DiskSpaceError):
-        convert(REPO, output, HOW[how])
-    size_bytes = asked[0].needed_bytes - asked[0].free_bytes
-    convert(REPO, output, HOW[how], progress=Watches())
-    assert max(most) <= size_bytes
+    def __init__(self, task: str, part: str) -> None:
+        self._place = task, part
+
+    def advance(self, task: str, part: str, amount: int, detail: str = "") -> None:
+        if (task, part) == self._place:
+            raise StopError
+
+
+@pytest.fixture(scope="module")
+def in_order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubStandIn, Path]]:
+    """A model on the Hub with a shard for each block, and a text for it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=False, **sizes)).bfloat16()
+    directory = tmp_path_factory.mktemp("in_order")
+    (directory / "words.txt").write_text(some_text().text)
+    model.save_pretrained(directory / "model", max_shard_size="1400KB")
+    save_tokenizer(directory / "model")
+    with HubStandIn() as hub:
+        hub.add_repo(REPO, directory / "model")
+        yield hub, directory
+
+
+LAYER = "model.layers.{}"
+SHARD = "model-0000{}-of-00006.safetensors"
+# Where an earlier run ended, and what became of what it had saved.
+ENDED = {
+    "not begun": (None, ""),
+    "in a block": (("calibrate", LAYER.format(3)), ""),
+    "in a block, which is lost": (("calibrate", LAYER.format(3)), "lost"),
+    "in a block, which cannot be read": (("calibrate", LAYER.format(3)), "damaged"),
+    "in the last block, which is lost": (("calibrate", LAYER.format(5)), "lost"),
+    "in a shard": (("convert", SHARD.format(3)), ""),
+    "in a shard, whose columns are lost": (("convert", SHARD.format(5)), "lost"),
+    "in a shard, whose columns cannot be read": (("convert", SHARD.format(5)), "damaged"),
+}
+
+
+@pytest.mark.parametrize("ended", ENDED)
+def test_a_run_of_the_model_takes_no_more_than_it_asks_for(
+    ended: str, in_order: tuple[HubStandIn, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it resumes, beside the downloads of the earlier run, which it reads at their turn or not at all."""
+    hub, directory = in_order
+    disk = tmp_path / "disk"
+    output = disk / "out"
+    monkeypatch.setattr(locate, "HubOptions", partial(HubOptions, endpoint=hub.endpoint, cache_dir=disk / "cache"))
+    options = ConvertOptions(
+        outliers="activations", text=directory / "words.txt", tokens=32, sequence_length=16, workers=1
+    )
+    place, fate = ENDED[ended]
+    if place is not None:
+        with pytest.raises(StopError):
+            convert(REPO, output, options, progress=Stops(*place))
+        left = list((output / "int8/incoming").rglob("*.safetensors*"))
+        assert left
+    calibration = output / "int8/calibration"
+    if fate == "lost":
+        rmtree(calibration)
+    elif fate == "damaged":
+        for path in calibration.rglob("*.pt"):
+            path.write_bytes(b"damaged")
+    size_bytes, most_bytes, notes = most_used(disk, output, options, monkeypatch)
+    assert most_bytes <= size_bytes
+    assert any("starting over" in note for note in notes) == (fate == "damaged")
     assert not (output / "int8/incoming").exists()
 
 

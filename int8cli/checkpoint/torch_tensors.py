@@ -16,6 +16,7 @@ from int8cli.checkpoint.digest import require_published, sha256_of
 from int8cli.checkpoint.shard_tensors import ShardTensors
 from int8cli.checkpoint.source import LocalFile, ShardFile, Source
 from int8cli.checkpoint.tensor import ShardContents, TensorSpec
+from int8cli.checkpoint.writer import bytes_on_disk
 
 
 class _OpenShard:
@@ -127,18 +128,26 @@ class CheckpointTensors:
                 with self._open.pop(name) as shard:
                     yield ShardFile(name, shard.local)
 
-    def peak_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
-        """The most bytes of fetched shards on disk at once, if tensors are read in these steps.
+    def added_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+        """The most bytes of fetched shards beside what is on the disk now, if tensors are read in these steps.
 
-        The next step is fetched while one is read. Shards that are on this machine anyway do not count.
+        The next step is fetched while one is read. Shards that are on this machine anyway do not count. A download that
+        an earlier run has begun takes only its rest, and what there is of it goes with its shard: not before, and never
+        if no step reads the shard.
         """
         reads = [{self._places[name][0] for name in step} for step in steps]
         last = {shard: place for place, shards in enumerate(reads) for shard in shards}
-        most, present = 0, set[str]()
+        fetched = [shard for shard in last if self._source.transfers(shard)]
+        begun = {shard: bytes_on_disk(self._source.downloads(shard)) for shard in fetched}
+        rest = {shard: max(0, self._shards[shard].file_bytes - begun[shard]) for shard in fetched}
+        most = gone_bytes = 0
+        present = set[str]()
         for place, shards in enumerate(reads):
             present |= shards | (reads[place + 1] if place + 1 < len(reads) else set())
-            most = max(most, sum(self._shards[each].file_bytes for each in present if self._source.transfers(each)))
-            present = {shard for shard in present if last[shard] > place}
+            most = max(most, sum(rest.get(shard, 0) for shard in present) - gone_bytes)
+            read = {shard for shard in present if last[shard] == place}
+            gone_bytes += sum(begun.get(shard, 0) for shard in read)
+            present -= read
         return most
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -201,6 +201,16 @@ def free_bytes(directory: Path) -> int:
     with disk_errors(directory):
         usage = shutil.disk_usage(existing_parent(directory))
     return usage.free if usage.total else sys.maxsize
+
+
+def bytes_on_disk(paths: Iterable[Path], disk: int | None = None) -> int:
+    """What files take of a disk, of whichever by default. Those that do not exist take nothing."""
+    taken = 0
+    for path in paths:
+        with suppress(OSError):  # it was removed meanwhile, or was never there
+            found = os.lstat(path)
+            taken += found.st_blocks * 512 if disk is None or found.st_dev == disk else 0
+    return taken
 
 
 def _reserve(descriptor: int, total_bytes: int) -> None:

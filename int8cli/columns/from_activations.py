@@ -84,9 +84,8 @@ class CalibratedColumns(ColumnSource):
         with (
             torch_threads(run.wanted.model_threads),
             Calibration.of(self._source, self._survey, run.text, run.options, self._progress) as calibration,
-            closing(calibration.run()) as steps,
+            closing(calibration.run(require_room)) as steps,
         ):
-            require_room(calibration.peak_shard_bytes)
             for step in steps:
                 if isinstance(step, UnitStatistics):
                     self._columns.learn(step.sites, step.tensors)

@@ -14,7 +14,7 @@ from int8cli.progress import Progress
 from int8cli.results.stored_columns import StoredColumns
 from int8cli.workers.processes import OnBytes, Result
 
-# Called with the most bytes of shards that will be on this machine at once. Raises DiskSpaceError.
+# Called with the most bytes of shards that will be on this machine beside what is there. Raises DiskSpaceError.
 RequireRoom = Callable[[int], None]
 
 
@@ -33,7 +33,7 @@ class ColumnSource(Protocol):
         The conversion converts these shards as they are yielded, so that each is fetched once, and fetches all other
         shards itself. A file exists until the next one is requested; then a fetched copy is removed. A caller that
         stops early must close the generator: fetched copies then remain for the next run. A shard may be yielded twice.
-        `require_room` is called before the first fetch.
+        `require_room` is called before the first fetch, and again where a run starts over.
         """
         yield from ()
 

@@ -26,8 +26,8 @@ def require_room(
 ) -> None:
     """Raise DiskSpaceError if the remaining output and the shards in flight do not fit on their disks.
 
-    `model_bytes` are those of the shards that a run of the model has at once. What this process finds of an earlier one
-    in `store` is no obstacle.
+    `model_bytes` are the most that a run of the model downloads beside what is there. What this process finds of an
+    earlier one in `store` is no obstacle.
     """
     names = [shard.file for shard in remaining]
     for room in room_needed(source, survey, names, store.output, at_once, model_bytes, store.left_over):

@@ -4,9 +4,10 @@ Owns how the engine in `model` is used for this, and when saved state is valid. 
 """
 
 import dataclasses
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from int8cli.checkpoint.source import ShardFile, Source
@@ -90,7 +91,7 @@ def calibrate(
 class Calibration:
     """A calibration of one source, whose shards can be used for something else while they are on this machine.
 
-    Make it with `of`, and run it once. `peak_shard_bytes` is the most bytes of fetched shards on this machine at once.
+    Make it with `of`, and run it once.
     """
 
     def __init__(
@@ -114,7 +115,6 @@ class Calibration:
         self._order = [unit.name for unit in skeleton.units]
         self._blocks = [unit for unit in skeleton.units if unit.is_block]
         self._require_memory(skeleton)
-        self.peak_shard_bytes = CheckpointTensors(source, shards).peak_shard_bytes(_read_in_order(skeleton))
         self._found: dict[str, tuple[SiteStatistics, ...]] = {}
         self._smoother = UnitSmoother(options.smooth_for, steps=options.smooth_steps) if options.smooth else None
         identity = dataclasses.asdict(self._provenance) | {"device": options.device}
@@ -143,32 +143,37 @@ class Calibration:
         units = sorted(self._found, key=self._order.index)
         return OutlierStatistics(self._provenance, tuple(site for unit in units for site in self._found[unit]))
 
-    def run(self) -> Generator[UnitStatistics | ShardFile]:
+    def run(self, require_room: Callable[[int], None] | None = None) -> Generator[UnitStatistics | ShardFile]:
         """Run the model. Yields the statistics of each unit, and each shard once the model needs no more of it.
 
         A shard comes after the statistics of all units that read it. Its file exists until the next step is requested;
         then a fetched copy is removed. A caller that stops early must close this generator: the fetched copies of open
-        shards then remain for the next run. A run that starts over yields statistics and shards again.
+        shards then remain for the next run. A run that starts over yields statistics and shards again. `require_room`
+        is called before the first fetch, and again by a run that starts over, with the most bytes of fetched shards
+        that will be on this machine beside what is there.
         """
-        yield from resumed_or_started_over(self._pass, self._saved, self._progress)
+        yield from resumed_or_started_over(partial(self._pass, require_room), self._saved, self._progress)
         if self._saved is not None and not self._options.leave_state:
             self._saved.clear()
 
-    def _pass(self) -> Generator[UnitStatistics | ShardFile]:
+    def _pass(self, require_room: Callable[[int], None] | None) -> Generator[UnitStatistics | ShardFile]:
         skeleton = build_skeleton(self._directory, self._specs)
+        finished = self._saved.finished if self._saved else ()
         begin_blocks(
             self._progress,
             TASK,
             {unit.name: unit.weight_bytes for unit in self._blocks},
             steps=len(self._sequences),
             tokens=self._provenance.tokens,
-            finished=self._saved.finished if self._saved else (),
+            finished=finished,
         )
         self._found = dict(self._recalled())
         tensors_of = {unit.name: unit.sources for unit in skeleton.units}
         yield from (UnitStatistics(unit, sites, tensors_of[unit]) for unit, sites in self._found.items())
         watches: dict[str, UnitWatch] = {}
         with CheckpointTensors(self._source, self._shards) as tensors:
+            if require_room is not None:
+                require_room(tensors.added_shard_bytes(_read_in_order(skeleton, finished)))
             stream = StreamedModel(skeleton, tensors, device=self._options.device, saved=self._saved)
             with closing(stream.steps(self._sequences)) as steps:
                 for step in steps:
@@ -246,8 +251,8 @@ class Calibration:
             )
 
 
-def _read_in_order(skeleton: Skeleton) -> list[tuple[str, ...]]:
-    """The groups of tensors that are read together, in reading order, without those of the output head."""
+def _read_in_order(skeleton: Skeleton, finished: Collection[str]) -> list[tuple[str, ...]]:
+    """The groups of tensors that are read together, in reading order: not those of finished units and the head."""
     head = skeleton.output_head()
-    units = [skeleton.resident, *(unit for unit in skeleton.units if skeleton.module(unit) is not head)]
-    return [unit.sources for unit in units]
+    units = [unit for unit in skeleton.units if skeleton.module(unit) is not head and unit.name not in finished]
+    return [unit.sources for unit in (skeleton.resident, *units)]

@@ -5,7 +5,6 @@ Owns how many of them are counted. Needs no torch.
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.source import Source
-from int8cli.checkpoint.writer import existing_parent, free_bytes
+from int8cli.checkpoint.writer import bytes_on_disk, existing_parent, free_bytes
 from int8cli.planning.survey import Survey
 
 # Measured on SmolLM2: record, report and index need 684 bytes for each tensor.
@@ -60,13 +59,13 @@ def room_needed(
     """The free space that each disk needs to convert the `remaining` shards; one entry for each disk.
 
     Counts the output and, for a Hub source, the downloaded shards that exist at once, or all if the source keeps them.
-    Shards in the Hub cache need nothing. A run of the model has `model_bytes` of downloaded shards at once.
+    Shards in the Hub cache need nothing. A run of the model downloads `model_bytes` at most beside what is there.
     Of what an interrupted run has left, a download that is resumed takes only its rest, and is there until the turn of
     its shard. Everything else in the directories `left_over` counts as free: it is removed first.
     """
     kept = kept_downloads(source, survey, remaining, at_once)
     sizes = {contents.file_name: contents.file_bytes for contents in survey.shards}
-    begun = {name: _bytes_on_disk(paths) for name, paths in kept.items()}
+    begun = {name: bytes_on_disk(paths) for name, paths in kept.items()}
     shards = [
         _Shard(
             survey.outputs[name].file_bytes + _sidecar_bytes(survey, name),
@@ -80,8 +79,7 @@ def room_needed(
         needed.append((source.keeps_in, sum(max(0, shard.source_bytes - shard.begun_bytes) for shard in shards)))
         needed.append((output, _outputs_bytes(shards, at_once)))
     else:
-        rest_bytes = max(0, model_bytes - sum(begun.values()))
-        needed.append((output, _most_in_turn(shards, at_once, rest_bytes)))
+        needed.append((output, _most_in_turn(shards, at_once, model_bytes)))
     return _by_disk(needed, left_over, {path for paths in kept.values() for path in paths})
 
 
@@ -174,7 +172,7 @@ def _pair_bytes(sizes: Sequence[int]) -> int:
 def _free_bytes(directory: Path, disk: int, left_over: Sequence[Path], stays: Collection[Path]) -> int:
     """What is free on a disk, and what files in these directories take of it, but for those that stay."""
     found = (Path(path, name) for each in left_over for path, _, names in os.walk(each) for name in names)
-    return free_bytes(directory) + _bytes_on_disk((path for path in found if path not in stays), disk)
+    return free_bytes(directory) + bytes_on_disk((path for path in found if path not in stays), disk)
 
 
 def _by_disk(
@@ -192,16 +190,6 @@ def _by_disk(
         directory, total_bytes = shares[0][0], sum(size_bytes for _, size_bytes in shares)
         rooms.append(Room(directory, total_bytes, _free_bytes(directory, disk, left_over, stays)))
     return tuple(rooms)
-
-
-def _bytes_on_disk(paths: Iterable[Path], disk: int | None = None) -> int:
-    """What files take of a disk, of whichever by default. Those that do not exist take nothing."""
-    taken = 0
-    for path in paths:
-        with suppress(OSError):  # it was removed meanwhile, or was never there
-            found = os.lstat(path)
-            taken += found.st_blocks * 512 if disk is None or found.st_dev == disk else 0
-    return taken
 
 
 def _sidecar_bytes(survey: Survey, name: str) -> int:

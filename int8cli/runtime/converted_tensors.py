@@ -101,8 +101,8 @@ class ConvertedTensors(CheckpointTensors):
     def finished(self, names: Iterable[str]) -> Iterator[ShardFile]:
         return super().finished(self._in_files(names))
 
-    def peak_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
-        return super().peak_shard_bytes([self._in_files(step) for step in steps])
+    def added_shard_bytes(self, steps: Sequence[Sequence[str]]) -> int:
+        return super().added_shard_bytes([self._in_files(step) for step in steps])
 
     def _in_files(self, names: Iterable[str]) -> list[str]:
         """The tensors of the files for these of the model."""
