@@ -130,11 +130,15 @@ class OutputError(Int8cliError):
     """The output cannot be written as requested."""
 
 
+class PlaceError(OutputError):
+    """The output cannot be written where it was asked for, but perhaps elsewhere."""
+
+
 class OutputInUseError(OutputError):
     """Another process is using the output directory."""
 
 
-class CannotLockError(OutputError):
+class CannotLockError(PlaceError):
     """The disk of the output directory has no locks."""
 
 
@@ -146,7 +150,7 @@ class VersionMismatchError(OutputError):
     """Several versions of int8cli are to work on one conversion."""
 
 
-class SettingsMismatchError(OutputError):
+class SettingsMismatchError(PlaceError):
     """The output directory holds a conversion of another model, or one with other settings."""
 
 
@@ -158,12 +162,20 @@ class SavedStateError(Int8cliError):
     """The state that an interrupted run saved cannot be read back."""
 
 
+class StatisticsChangedError(Int8cliError):
+    """A file of outlier statistics was replaced while it was read."""
+
+
 class StatisticsMismatchError(Int8cliError):
     """Outlier statistics were made from another model, or from another revision of it."""
 
 
-class DiskSpaceError(OutputError):
+class DiskSpaceError(PlaceError):
     """There is not enough free disk space."""
+
+
+class CacheSpaceError(DiskSpaceError):
+    """The disk of the Hub cache has not enough free space for the source, which is to be kept there."""
 
 
 class ShardsRemovedError(OutputError):
@@ -194,12 +206,24 @@ class TextError(Int8cliError):
     """The text to run the model on cannot be used."""
 
 
+class ShortTextError(TextError):
+    """The text is too short for one sequence, or a sequence for any text."""
+
+
 class SystemRefusalError(Int8cliError):
     """The operating system refused a request, and no more specific error applies."""
 
 
 class NotEnoughMemoryError(Int8cliError):
     """This machine, or its GPU, has too little memory for what must be loaded at once."""
+
+
+class NotEnoughGpuMemoryError(NotEnoughMemoryError):
+    """The GPU has too little memory for what must be loaded at once."""
+
+
+class MemoryRefusedError(NotEnoughMemoryError):
+    """The system does not give this process the memory that it asks for."""
 
 
 class UnknownMethodError(Int8cliError):

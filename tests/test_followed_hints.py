@@ -1,5 +1,7 @@
 """What a hint says to do works: the command that failed, its hint, and the command that the hint names."""
 
+import fcntl
+import os
 import re
 from pathlib import Path
 
@@ -25,6 +27,14 @@ class Follower:
         outcome = self._run(*args)
         assert outcome.code in (1, 2), outcome
         assert re.search(hint, " ".join(outcome.err.split())), outcome.err
+
+    def fails_whatever(self, *args: str | Path, message: str, options: str = "") -> None:
+        """The command fails with this message, and its hint names no options but these: no other one would help."""
+        outcome = self._run(*args)
+        assert outcome.code == 1, outcome
+        shown, _, hint = " ".join(outcome.err.split()).partition("hint: ")
+        assert message in shown, outcome.err
+        assert " ".join(re.findall(r"(?<![\w-])--[a-z][a-z-]*", hint)) == options, outcome.err
 
     def works(self, *args: str | Path) -> Outcome:
         outcome = self._run(*args)
@@ -86,6 +96,37 @@ def test_a_directory_that_is_taken_is_named_by_the_option(follow: Follower, mode
     follow.works(*CONVERT, model, "--output", "free")
     follow.fails("dequantize", "free", "-o", "taken", hint="--output OUT names another directory")
     follow.works("dequantize", "free", "--output", "floats")
+
+
+def test_an_option_that_would_not_help_is_not_named(follow: Follower, model: Path) -> None:
+    follow.fails_whatever("dequantize", model, "-o", "floats", message="is not a conversion")
+    follow.works(*CONVERT, model, "-o", "out")
+    conversion = follow.directory / "out/int8/conversion.json"
+    files = follow.directory / "out/int8/files.json"
+    whole, names = conversion.read_bytes(), files.read_bytes()
+    files.unlink()
+    follow.fails_whatever("dequantize", "out", "-o", "floats", message="not finished")
+    files.write_bytes(names)
+    conversion.write_bytes(whole[:-9])
+    for command in (("dequantize", "out", "-o", "floats"), (*CONVERT, model, "-o", "out")):
+        follow.fails_whatever(*command, message="damaged or was edited")
+    conversion.write_bytes(whole)
+    descriptor = os.open(conversion.parent, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        follow.fails_whatever("dequantize", "out", "-o", "floats", message="is being written")
+        follow.fails_whatever(*CONVERT, model, "-o", "out", message="is in use by another", options="--output")
+    finally:
+        os.close(descriptor)
+    follow.works("dequantize", "out", "-o", "floats")
+
+
+@pytest.mark.parametrize("command", ["inspect-outliers", "evaluate"])
+def test_a_longer_sequence_helps_a_short_text_and_no_other(command: str, follow: Follower) -> None:
+    model = make_model("llama", follow.directory / "model")
+    for name, data, options in (("no.txt", b"\xff", "--text"), ("short.txt", b"w1 w2", "--text --sequence-length")):
+        (follow.directory / name).write_bytes(data)
+        follow.fails_whatever(command, model, "--text", name, message=f"{name} ", options=options)
 
 
 def test_a_model_without_suspects_stores_no_columns(follow: Follower) -> None:

@@ -10,6 +10,7 @@ import typer
 from int8cli import errors
 from int8cli.cli import app, hints
 from int8cli.cli.errors import flag_of, hint_for
+from int8cli.model.memory import too_little_memory
 
 HINTS = {
     "convert": hints.CONVERT,
@@ -72,8 +73,16 @@ def test_an_option_that_does_not_exist_would_be_found() -> None:
 def test_the_hint_of_the_nearest_class_follows_the_errors_own_hint() -> None:
     own = hint_for(errors.DiskSpaceError("full", hint="Make room."), hints.CONVERT)
     assert own == "Make room. --output DIR can be on another disk."
-    assert hint_for(errors.OutputError("no"), hints.CONVERT) == "--output DIR names another directory."
+    assert hint_for(errors.PlaceError("no"), hints.CONVERT) == "--output DIR names another directory."
+    assert hint_for(errors.OutputError("no", hint="Mend it."), hints.CONVERT) == "Mend it."
     assert hint_for(errors.SourceError("no", hint="Look."), hints.CONVERT) == "Look."
+
+
+@pytest.mark.parametrize("command", ["convert", "evaluate", "generate", "inspect-outliers"])
+def test_only_where_a_gpu_has_too_little_memory_the_cpu_would_do(command: str) -> None:
+    assert "--device cpu" in hint_for(too_little_memory("cuda", "full", ""), HINTS[command])
+    assert "--device" not in hint_for(too_little_memory("cpu", "full", ""), HINTS[command])
+    assert "--device" not in hint_for(errors.MemoryRefusedError("no"), HINTS[command])
 
 
 @pytest.mark.parametrize("option", ["on_nonfinite", "outliers", "threshold"])

@@ -23,6 +23,7 @@ from int8cli.errors import (
     DiskSpaceError,
     NotEnoughMemoryError,
     SavedStateError,
+    StatisticsChangedError,
     StatisticsMismatchError,
     TextError,
     UnsupportedModelError,
@@ -193,7 +194,7 @@ def test_statistics_that_are_replaced_while_they_are_read_are_an_error(
         return statistics
 
     monkeypatch.setattr("int8cli.columns.from_statistics.load_statistics", load)
-    with pytest.raises(StatisticsMismatchError, match="changed while it was read"):
+    with pytest.raises(StatisticsChangedError, match="changed while it was read"):
         convert(model, tmp_path / "out", options(file))
     assert not (tmp_path / "out/int8/records").exists()
 

@@ -14,7 +14,7 @@ from int8cli.checkpoint.disk import reading_error, reading_errors
 from int8cli.checkpoint.file_state import FileState
 from int8cli.checkpoint.reader import open_to_read
 from int8cli.checkpoint.source import LocalFile, SourceIdentity, checked_file_name, is_hidden
-from int8cli.errors import CorruptShardError, ModelNotFoundError, OutputError, SourceError
+from int8cli.errors import CorruptShardError, ModelNotFoundError, PlaceError, SourceError
 
 # Files beside a single checkpoint file that are other checkpoints or their indexes, and do not belong to it.
 _WEIGHT_SUFFIXES = (
@@ -46,14 +46,14 @@ class DirectorySource:
     """
 
     def __init__(self, path: Path, *, output: Path | None = None) -> None:
-        """Raises ModelNotFoundError if there is nothing at `path`, OutputError if `output` is the source itself."""
+        """Raises ModelNotFoundError if there is nothing at `path`, PlaceError if `output` is the source itself."""
         path = Path(os.path.abspath(path))
         kind = _kind_of(path)
         self._root = path if kind == stat.S_IFDIR else path.parent
         self._only = None if kind == stat.S_IFDIR else path.name
         self._output = None if output is None else os.path.realpath(output)
         if self._output == os.path.realpath(self._root):
-            raise OutputError(
+            raise PlaceError(
                 f"{output} is the directory of the source",
                 hint="Choose another directory: int8cli never changes a source.",
             )

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from int8cli.errors import DiskSpaceError, NotEnoughMemoryError, OutputError, SourceError, SystemRefusalError
+from int8cli.errors import (
+    DiskSpaceError,
+    MemoryRefusedError,
+    OutputError,
+    PlaceError,
+    SourceError,
+    SystemRefusalError,
+)
 
 # For a file of a checkpoint that contradicts itself, wherever it came from.
 GET_IT_AGAIN = "The file is cut short or damaged: get it again, then run the same command again."
@@ -95,11 +102,11 @@ def raise_if_of_the_system(error: BaseException) -> None:
         cause = cause.__cause__ or cause.__context__
 
 
-def _no_memory() -> NotEnoughMemoryError:
-    return NotEnoughMemoryError("the system does not give this process the memory that it needs", hint=_MORE_MEMORY)
+def _no_memory() -> MemoryRefusedError:
+    return MemoryRefusedError("the system does not give this process the memory that it needs", hint=_MORE_MEMORY)
 
 
-def _refused_memory(error: BaseException) -> NotEnoughMemoryError | None:
+def _refused_memory(error: BaseException) -> MemoryRefusedError | None:
     """The error to show if torch got no memory for a tensor on the CPU, for which it has a RuntimeError without a type.
 
     https://github.com/pytorch/pytorch/blob/v2.13.0/c10/core/impl/alloc_cpu.cpp
@@ -188,7 +195,7 @@ def disk_error(path: Path, error: OSError, wanted_bytes: int = 0) -> OutputError
             f"{path}: not enough disk space{wanted} ({error.strerror})",
             hint="Free some space and run the same command again. It does not repeat finished shards.",
         )
-    return OutputError(
-        f"{path}: cannot be written ({error.strerror or error})",
-        hint=_limit_hint(error) or "Choose a directory that you can write to.",
-    )
+    message, limit = f"{path}: cannot be written ({error.strerror or error})", _limit_hint(error)
+    if limit:
+        return OutputError(message, hint=limit)
+    return PlaceError(message, hint="Choose a directory that you can write to.")

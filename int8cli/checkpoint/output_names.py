@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.own_files import refuse_link, remove_file
 from int8cli.checkpoint.source import checked_file_name
-from int8cli.errors import IndexFileError, OutputError
+from int8cli.errors import IndexFileError, PlaceError
 
 OWN_DIRECTORY = "int8"
 CONVERSION_FILE = f"{OWN_DIRECTORY}/conversion.json"  # what an output is: its source, settings and files
@@ -65,12 +65,12 @@ def _shared_output(first: str, second: str, output: str) -> IndexFileError:
 def remove_files(directory: Path, names: Iterable[str]) -> None:
     """Remove these files of a directory, if they exist. All names are checked before any file is removed.
 
-    Links are not followed: a directory that is a link raises OutputError, and a file that is a link is removed itself.
+    Links are not followed: a directory that is a link raises PlaceError, and a file that is a link is removed itself.
     """
     to_remove = list(names)
     for name in to_remove:
         if not is_output_name(name):
-            raise OutputError(f"{name!r} is not a file of {directory}; nothing was removed")
+            raise PlaceError(f"{name!r} is not a file of {directory}; nothing was removed")
         _refuse_links(directory, name)
     for name in to_remove:
         with disk_errors(directory / name):

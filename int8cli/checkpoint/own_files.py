@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from int8cli.errors import OutputError
+from int8cli.errors import OutputError, PlaceError
 
 _LONGEST_NAME_BYTES = 255
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -187,8 +187,8 @@ def _is_link(name: str, parent: int | None) -> bool:
     return stat.S_ISLNK(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
 
 
-def _is_a_link(path: Path) -> OutputError:
-    return OutputError(
+def _is_a_link(path: Path) -> PlaceError:
+    return PlaceError(
         f"{path} is a link, and its target does not belong to int8cli",
         hint="Remove the link, or choose another output directory.",
     )

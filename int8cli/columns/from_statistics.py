@@ -15,7 +15,7 @@ from int8cli.columns.foreseen import statistics_settings
 from int8cli.columns.smoothing import Smoothings
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
 from int8cli.conversion.column_source import ColumnSource, KnownColumns, Ready, RunTask
-from int8cli.errors import StatisticsMismatchError
+from int8cli.errors import StatisticsChangedError, StatisticsMismatchError
 from int8cli.llm_int8.columns import choose_columns, column_savings, predicted_output_error, shared_out
 from int8cli.outliers.statistics import LinearStatistics, OutlierStatistics, SiteStatistics
 from int8cli.outliers.statistics_file import load_statistics
@@ -30,7 +30,9 @@ from int8cli.results.stored_columns import RelativeOutputError, StoredColumn, St
 def strategy_from_statistics(
     wanted: ColumnsWanted, source: Source, survey: Survey, settings: Settings
 ) -> ColumnStrategy:
-    """Choose by the statistics file that the user named. Raises StatisticsMismatchError, CheckpointError.
+    """Choose by the statistics file that the user named.
+
+    Raises StatisticsMismatchError, StatisticsChangedError, CheckpointError.
 
     The settings have the file's digest: a run that resumes must not go on with the columns of another file.
     """
@@ -38,7 +40,7 @@ def strategy_from_statistics(
     chosen = statistics_settings(wanted, settings)
     statistics = load_statistics(path)
     if statistics_settings(wanted, settings) != chosen:
-        raise StatisticsMismatchError(f"{path} changed while it was read", hint="Run the same command again.")
+        raise StatisticsChangedError(f"{path} changed while it was read", hint="Run the same command again.")
     require_same_model(statistics, source, survey)
     columns = StatisticsColumns(survey, wanted)
     columns.learn(statistics.sites)

@@ -29,7 +29,7 @@ from int8cli.checkpoint.writer import ShardWriter, copy_file, free_bytes, write_
 from int8cli.conversion.buffers import bytes_of
 from int8cli.conversion.float_blocks import FloatTensor, float_blocks, written_spec
 from int8cli.conversion.recorded import require_as_recorded
-from int8cli.errors import DiskSpaceError, OutputError, SettingsMismatchError, UnsupportedModelError
+from int8cli.errors import DiskSpaceError, PlaceError, SettingsMismatchError, UnsupportedModelError
 from int8cli.planning.decisions import PlanOptions
 from int8cli.planning.fused_experts import FusedTensor, fused_tensors
 from int8cli.planning.output_files import CARD_FILE, INDEX_FILE
@@ -73,7 +73,7 @@ def dequantize(
     """
     source = DirectorySource(directory, output=output)
     if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(directory / OWN_DIRECTORY)):
-        raise OutputError(f"{output} is inside {directory / OWN_DIRECTORY}", hint="Choose another directory.")
+        raise PlaceError(f"{output} is inside {directory / OWN_DIRECTORY}", hint="Choose another directory.")
     weights = find_weights(source)
     contents = read_headers(source, weights)
     converted = find_converted(source, contents)
@@ -213,7 +213,7 @@ def _claim(output: Path, directory: Path, records: Sequence[ShardRecord], dtype:
     unfinished = name_aside(path.name, prefix=".", suffix=".partial")  # of a run that was killed here
     there = [name for name in there if name != unfinished]
     if there:
-        raise OutputError(f"{output} is not empty: it holds {there[0]}", hint="Choose another directory.")
+        raise PlaceError(f"{output} is not empty: it holds {there[0]}", hint="Choose another directory.")
     write_file(path, _json_bytes(state), below=output)
 
 

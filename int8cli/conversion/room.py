@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from int8cli.checkpoint.disk import disk_errors
 from int8cli.checkpoint.own_files import remove_files_but
 from int8cli.checkpoint.source import Source
-from int8cli.errors import DiskSpaceError
+from int8cli.checkpoint.writer import existing_parent
+from int8cli.errors import CacheSpaceError, DiskSpaceError
 from int8cli.planning.room import AtOnce, kept_downloads, room_needed
 from int8cli.planning.survey import Survey
 from int8cli.records.conversion import ShardSource
@@ -30,10 +31,12 @@ def require_room(
     earlier one in `store` is no obstacle.
     """
     names = [shard.file for shard in remaining]
+    cache = None if source.keeps_in is None else existing_parent(source.keeps_in)
     for room in room_needed(source, survey, names, store.output, at_once, model_bytes, store.left_over):
         if room.needed_bytes > room.free_bytes:
             needed, free = told_apart(room.needed_bytes, room.free_bytes)
-            raise DiskSpaceError(
+            kind = CacheSpaceError if room.directory == cache else DiskSpaceError
+            raise kind(
                 f"{room.directory} needs {needed}, {free} free",
                 hint="Free some space, or choose a directory on another disk.",
             )

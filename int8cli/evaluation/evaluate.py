@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CannotRunError, NotEnoughMemoryError, ReferenceModelError
+from int8cli.errors import CannotRunError, ReferenceModelError
 from int8cli.evaluation.columns import ChosenColumns
 from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.predictions import Scorer, passages_of
@@ -23,7 +23,7 @@ from int8cli.llm_int8.limits import EXACT_STEPS
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.loaded_unit import LoadedUnit
-from int8cli.model.memory import available_bytes
+from int8cli.model.memory import available_bytes, too_little_memory
 from int8cli.model.saved_states import SavedStates, resumed_or_started_over
 from int8cli.model.sites import linears_of
 from int8cli.model.skeleton import Skeleton, build_skeleton
@@ -148,7 +148,8 @@ class _Run:
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
             wanted, free = told_apart(needed, available)
-            raise NotEnoughMemoryError(
+            raise too_little_memory(
+                self._options.device,
                 f"one block with its int8 forms needs {wanted}, {free} free",
                 hint="Free some memory, or run this on a machine with more.",
             )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from int8cli.checkpoint.disk import raise_if_of_the_system
-from int8cli.errors import Int8cliError, NotEnoughMemoryError
+from int8cli.errors import Int8cliError, NotEnoughGpuMemoryError
 from int8cli.model.forwards import Forward, HeadReachedError, UnitCall, not_streamable
 from int8cli.model.sites import (
     Kind,
@@ -172,7 +172,7 @@ class LoadedUnit:
             with finder.watching(self.module, self.linears.values(), (args, kwargs)) if finder else nullcontext():
                 output = forward(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            raise NotEnoughMemoryError(
+            raise NotEnoughGpuMemoryError(
                 f"{self.unit.name}: {self._device} has too little memory for {human_bytes(self.unit.weight_bytes)} of "
                 "weights and one sequence",
                 hint="Use shorter sequences, or the CPU.",

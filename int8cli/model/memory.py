@@ -5,6 +5,8 @@ import ctypes
 import resource
 from pathlib import Path
 
+from int8cli.errors import NotEnoughGpuMemoryError, NotEnoughMemoryError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 # Allocations of this size or more are separate mappings, which return to the system when they are freed. SmolLM2-135M,
 # 8,192 tokens: with 4 MiB the peak is 240 MB higher; with 64 KiB page faults take as much time as the model.
@@ -43,6 +45,12 @@ def available_bytes(device: str) -> int | None:
         return torch.cuda.mem_get_info()[0]
     found = [_machine_bytes(), _group_bytes(), _address_space_bytes()]
     return min((value for value in found if value is not None), default=None)
+
+
+def too_little_memory(device: str, message: str, hint: str) -> NotEnoughMemoryError:
+    """The error where a device has too little memory for what must be loaded at once."""
+    kind = NotEnoughGpuMemoryError if device == "cuda" else NotEnoughMemoryError
+    return kind(message, hint=hint)
 
 
 def peak_bytes(device: str) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 from int8cli.checkpoint.config_file import CONFIG_FILE, read_config
 from int8cli.checkpoint.disk import is_panic, raise_if_of_the_system
 from int8cli.checkpoint.source import Source
-from int8cli.errors import CannotRunError, TextError
+from int8cli.errors import CannotRunError, ShortTextError, TextError
 from int8cli.model.extra import require_transformers
 from int8cli.model.sampling import Sampling
 
@@ -79,11 +79,13 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
     length = _length(config, sampling)
     body = length - len(before) - len(after)
     if body < 1:
-        raise TextError(f"sequences of {length} tokens are too short for text and the special tokens of this tokenizer")
+        raise ShortTextError(
+            f"sequences of {length} tokens are too short for text and the special tokens of this tokenizer"
+        )
     ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
     pieces = [ids[start : start + body] for start in range(0, len(ids) - body + 1, body)]
     if not pieces:
-        raise TextError(
+        raise ShortTextError(
             f"{text.name} has {len(ids)} tokens, but a sequence needs {body}",
             hint=f"Give a longer text, or sequences of {max(1, len(ids) + length - body)} tokens.",
         )
@@ -95,14 +97,14 @@ def sequences_of(text: Text, directory: Path, config: Any, sampling: Sampling) -
 
 
 def require_bytes_for_a_sequence(text: Text, source: Source, sampling: Sampling) -> None:
-    """Raise TextError for a text of fewer bytes than a sequence has tokens: a tokenizer makes one of each byte at most.
+    """Raise ShortTextError for a text of fewer bytes than a sequence has tokens: a tokenizer makes at most one of each.
 
     Needs no tokenizer, and tells at once what `sequences_of` would tell after the import of transformers.
     """
     config = SimpleNamespace(**read_config(source)) if CONFIG_FILE in source.list_files() else None
     length, size = _length(config, sampling), len(text.text.encode(errors="surrogatepass"))
     if size < length - _MOST_SPECIAL_TOKENS:
-        raise TextError(
+        raise ShortTextError(
             f"{text.name} has {size:,} bytes, too few for a sequence of {length:,} tokens",
             hint="Give a longer text, or use shorter sequences.",
         )

@@ -13,14 +13,14 @@ from pathlib import Path
 from int8cli.checkpoint.source import ShardFile, Source
 from int8cli.checkpoint.tensor import ShardContents
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
-from int8cli.errors import CannotRunError, NotEnoughMemoryError
+from int8cli.errors import CannotRunError
 from int8cli.llm_int8.inputs import THRESHOLD
 from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.block_progress import begin_blocks
 from int8cli.model.files import model_files
 from int8cli.model.loaded_unit import LoadedUnit
-from int8cli.model.memory import available_bytes
+from int8cli.model.memory import available_bytes, too_little_memory
 from int8cli.model.sampling import Sampling
 from int8cli.model.saved_states import SavedStates, read_back, resumed_or_started_over
 from int8cli.model.skeleton import Skeleton, build_skeleton
@@ -244,7 +244,8 @@ class Calibration:
         available = available_bytes(self._options.device)
         if available is not None and needed > available:
             wanted, free = told_apart(needed, available)
-            raise NotEnoughMemoryError(
+            raise too_little_memory(
+                self._options.device,
                 f"one block needs {wanted} ({human_bytes(block_bytes)} of weights, "
                 f"{human_bytes(needed - block_bytes)} of working memory), {free} free",
                 hint="Free some memory, or use shorter sequences.",

@@ -16,7 +16,7 @@ from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.own_files import refuse_link, remove_tree
 from int8cli.checkpoint.writer import create_file_once, write_file
-from int8cli.errors import OutputError, SettingsMismatchError, ShardsRemovedError
+from int8cli.errors import OutputError, PlaceError, SettingsMismatchError, ShardsRemovedError
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.documents import read_document
 from int8cli.records.part import PARTS
@@ -280,13 +280,13 @@ class RecordStore:
         ours += [self._record_path(shard) for shard in conversion.shards] + [self.partial_directory]
         for path in ours:
             if os.path.lexists(path):
-                raise OutputError(
+                raise PlaceError(
                     f"{path} exists and was not written by int8cli",
                     hint="Choose another directory: int8cli replaces only its own files.",
                 )
         weights = sorted(filter(is_weight_name, os.listdir(self._output))) if os.path.isdir(self._output) else []
         if weights:
-            raise OutputError(
+            raise PlaceError(
                 f"{self._output} holds another model ({weights[0]})",
                 hint="Choose another directory: loaders would find the weights of two models in it.",
             )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from int8cli.errors import NotEnoughMemoryError, OptionError
+from int8cli.errors import NotEnoughGpuMemoryError, NotEnoughMemoryError, OptionError
 from int8cli.model.memory import available_bytes
 from int8cli.results.units import human_bytes
 
@@ -89,7 +89,8 @@ def place_blocks(block_bytes: Mapping[str, int], fixed_bytes: int, limits: Memor
     in_flight = min(_BLOCKS_AT_ONCE, len(block_bytes)) * max(block_bytes.values(), default=0)
     room = limits.device_bytes - fixed_bytes - in_flight
     if room < 0:
-        raise NotEnoughMemoryError(
+        kind = NotEnoughMemoryError if limits.ram_bytes is None else NotEnoughGpuMemoryError
+        raise kind(
             f"embeddings, norms and the output head take {human_bytes(fixed_bytes)} and two blocks "
             f"{human_bytes(in_flight)}, but only {human_bytes(limits.device_bytes)} are allowed",
             hint="Allow more memory, or use a machine with more.",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from int8cli.errors import ClusterError, Int8cliError, VersionMismatchError, WorkerLostError
+from int8cli.errors import ClusterError, Int8cliError, VersionMismatchError
 from int8cli.workers.processes import OnBytes, Result
 
 # A task is started again so often after its worker or machine was lost.
@@ -110,7 +110,7 @@ class RaySession:
                 raise cause from error
             raise
         except self._ray.exceptions.RayError as error:
-            raise WorkerLostError(
+            raise ClusterError(
                 f"{name}: its worker was lost {MOST_RETRIES + 1} times ({first_line(error)})",
                 hint="It probably ran out of memory, or machines are leaving the cluster.",
             ) from error
