@@ -59,6 +59,7 @@ def test_torch_without_memory_is_an_error_of_ours() -> None:
         (RuntimeError(NO_MEMORY), NotEnoughMemoryError),
         (OSError("libgomp.so.1: failed to map segment from shared object"), SystemRefusalError),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), SystemRefusalError),
+        (SystemError("error return without exception set"), SystemRefusalError),
     ],
 )
 def test_errors_of_the_system_are_told_from_others(error: Exception, expected: type[Int8cliError]) -> None:

@@ -137,3 +137,27 @@ def test_a_loader_that_is_killed_is_a_failure(out: Path) -> None:
     assert outcome.code == 1
     assert "the loader crashed its process: SIGKILL" in outcome.out
     assert "FAILED: loads." in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("ends", "shown"),
+    [
+        ("import os; os.abort()", "could not be made: the loader's process ended with SIGABRT"),
+        ("import os; os._exit(127)", "could not be made: the loader's process ended with exit code 127"),
+        ("raise SystemError('error return without exception set')", "could not be made: Python failed inside"),
+        ("raise ImportError('libtorch.so: failed to map segment from shared object')", "a library cannot be loaded"),
+    ],
+)
+def test_a_loader_without_memory_says_nothing_about_the_model(ends: str, shown: str, out: Path, tmp_path: Path) -> None:
+    """Measured with limits of 350 to 850 MB: each of these ends of the import of torch or transformers."""
+    (tmp_path / "transformers.py").write_text(f"{ends}\n")
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 40,) * 2)\n"
+        f"from int8cli.cli import app; app(['verify', {str(out)!r}, '-q'])"
+    )
+    settings = environment(PYTHONPATH=f"{tmp_path}:{ROOT}", COLUMNS="300")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings)
+    assert result.returncode == 1
+    assert shown in result.stderr
+    assert "hint: " in result.stderr
+    assert "FAILED" not in result.stdout

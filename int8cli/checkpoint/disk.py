@@ -97,6 +97,8 @@ def raise_if_of_the_system(error: BaseException) -> None:
             refusal = system_refusal(cause)
         elif isinstance(cause, (ImportError, OSError)) and _NOT_MAPPED in str(cause):
             refusal = SystemRefusalError(f"a library cannot be loaded: {cause!s:.200}", hint=_MORE_MEMORY)
+        elif isinstance(cause, SystemError):  # of Python's own C code, and of extensions that got no memory
+            refusal = SystemRefusalError(f"Python failed inside: {cause!s:.200}", hint=_MORE_MEMORY)
         if refusal is not None:
             raise refusal from error
         cause = cause.__cause__ or cause.__context__

@@ -74,16 +74,21 @@ def _machine_bytes() -> int | None:
     return None
 
 
-def has_limited_address_space() -> bool:
-    """Whether memory can be refused to this process, as under `ulimit -v`."""
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+def address_space_limit() -> int | None:
+    """The most bytes of address space that this process may take, as by `ulimit -v`; None if any.
+
+    Where there is a limit, memory can be refused.
+    """
+    limit_bytes = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit_bytes == resource.RLIM_INFINITY else limit_bytes
 
 
 def _address_space_bytes() -> int | None:
-    if has_limited_address_space():
+    limit_bytes = address_space_limit()
+    if limit_bytes is not None:
         with contextlib.suppress(OSError, ValueError):
             taken = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-            return max(0, resource.getrlimit(resource.RLIMIT_AS)[0] - taken)
+            return max(0, limit_bytes - taken)
     return None
 
 

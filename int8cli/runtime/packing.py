@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from int8cli.model.memory import has_limited_address_space, return_freed_memory
+from int8cli.model.memory import address_space_limit, return_freed_memory
 from int8cli.runtime.linear import Int8Linear
 from int8cli.workers.torch_threads import torch_threads
 
@@ -23,7 +23,7 @@ def pack_layers(layers: Sequence[Int8Linear]) -> None:
     Where the system may refuse memory, layers are packed one at a time: a layer is packed only if there is room for it,
     and another thread could take that room.
     """
-    threads = 1 if has_limited_address_space() else min(torch.get_num_threads(), _MOST_THREADS)
+    threads = 1 if address_space_limit() is not None else min(torch.get_num_threads(), _MOST_THREADS)
     freed_bytes = 0
     with torch_threads(1), ThreadPoolExecutor(threads, thread_name_prefix="int8cli-packing") as pool:
         for layer in pool.map(_packed, layers):

@@ -25,7 +25,9 @@ from typing import NoReturn
 
 from int8cli.checkpoint.config_file import CONFIG_FILE
 from int8cli.errors import Int8cliError, SystemRefusalError
+from int8cli.model.memory import address_space_limit
 from int8cli.records.shard_record import ShardRecord
+from int8cli.results.units import human_bytes
 from int8cli.results.verification import Check, Failure
 from int8cli.verification.loads import NAME, absent_packages, check_loads, is_imported
 
@@ -85,15 +87,31 @@ def _answer_of(process: subprocess.Popen[bytes], pipe: Connection) -> Check:
     try:
         answer: Check | str | tuple[str, str] = pipe.recv()
     except (EOFError, OSError):
-        return Check.of(
-            NAME, "transformers", [Failure(CONFIG_FILE, f"the loader crashed its process: {_end_of(process)}")]
-        )
+        return _crashed(_end_of(process))
     if isinstance(answer, tuple):
-        message, hint = answer
-        raise SystemRefusalError(f"the check {NAME!r} could not be made: {message}", hint=hint)
+        raise _not_possible(*answer)
     if isinstance(answer, str):
         raise RuntimeError(f"the check {NAME!r} failed in its process\n{answer}")
     return answer
+
+
+def _crashed(end: str) -> Check:
+    """The check where the loader's process ended in this way. Raises SystemRefusalError if that may not be the model's.
+
+    A library that gets no memory ends its process in many ways: std::terminate, exit codes, signals.
+    """
+    limit_bytes = address_space_limit()
+    if limit_bytes is not None:
+        raise _not_possible(
+            f"the loader's process ended with {end}, and may take {human_bytes(limit_bytes)} of memory (ulimit -v)",
+            "Raise this limit, and run the same command again.",
+        )
+    why = ", which the system sends where memory runs out" if end == signal.SIGKILL.name else ""
+    return Check.of(NAME, "transformers", [Failure(CONFIG_FILE, f"the loader crashed its process: {end}{why}")])
+
+
+def _not_possible(message: str, hint: str) -> SystemRefusalError:
+    return SystemRefusalError(f"the check {NAME!r} could not be made: {message}", hint=hint)
 
 
 def _end_of(process: subprocess.Popen[bytes]) -> str:

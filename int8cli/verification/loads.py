@@ -89,6 +89,7 @@ def check_loads(directory: Path, layout: str, records: Sequence[ShardRecord]) ->
         except _SlowExpressionError as error:
             return Check.not_made(NAME, str(error))
         except ImportError as error:
+            raise_if_of_the_system(error)
             return Check.not_made(NAME, f"{loader} needs more for this model: {_first_line(error)}")
         except Exception as error:  # whatever the loader raises here, users would see too
             raise_if_of_the_system(error)
