@@ -14,7 +14,7 @@ from support.progress import CoherentProgress
 from int8cli import ConvertOptions, EstimateOptions, convert, estimate_memory, plan_conversion
 from int8cli.cli import choosing
 from int8cli.cli.options import parse_rate
-from int8cli.commands import convert as command
+from int8cli.commands import conversion_job as command
 from int8cli.errors import OptionError
 from int8cli.estimate.ways import Way
 from int8cli.machine.speed import FILE, Speed, measured_beside, remember, remembered
