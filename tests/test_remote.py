@@ -199,7 +199,7 @@ def test_a_part_of_a_download_is_not_what_a_process_has_left(store: Store, model
         pass
     (own / "0123456789abcdef").mkdir()
     before = [path.name for path in own.rglob("*.incomplete")]
-    RecordStore(tmp_path / "out").remove_left_over()
+    RecordStore(tmp_path / "out").unfinished.remove_left_over()
     assert len(before) == 1
     assert [path.name for path in own.rglob("*.incomplete")] == before
     assert not (own / "0123456789abcdef").exists()

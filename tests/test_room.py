@@ -23,7 +23,7 @@ from int8cli.checkpoint.hub import HubOptions
 from int8cli.checkpoint.hub.source import HubSource
 from int8cli.errors import DiskSpaceError
 from int8cli.planning.room import Room, room_needed
-from int8cli.records.store import RecordStore
+from int8cli.records.unfinished import UnfinishedFiles
 from int8cli.workers.ray_cluster import RayCluster
 from int8cli.workers.ray_session import TaskNeeds
 
@@ -167,8 +167,7 @@ def test_what_a_killed_run_left_is_no_obstacle(
     with monkeypatch.context() as patch:
         patch.setattr("int8cli.checkpoint.writer.ShardWriter.commit", killed)
         patch.setattr("int8cli.checkpoint.writer.ShardWriter.abandon", lambda _: None)
-        for name in ("remove_own_partial_files", "remove_partial_files"):
-            patch.setattr(RecordStore, name, lambda _: None)
+        patch.setattr(UnfinishedFiles, "remove_partial_files", lambda _: None)
         with pytest.raises(Killed):
             convert(REPO, output, options)
     left = [path for path in (output / "int8").rglob("*.safetensors*") if path.is_file()]

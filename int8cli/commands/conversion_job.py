@@ -90,7 +90,7 @@ class ConversionJob:
             buffer_bytes=survey.buffer_bytes(run.threads * run.workers, run.workers),
             at_once=run.at_once,
             shards=None if share is None else share.shards,
-            left_over=store.left_over,
+            left_over=store.unfinished.left_over,
             cluster=cluster,
         )
         return ConversionPlan(run.output, survey, strategy.settings, needs, self._ways(), share)

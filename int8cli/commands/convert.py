@@ -131,7 +131,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
     with opened_source(
         model,
         revision=options.revision,
-        download_dir=store.incoming_directory,
+        download_dir=store.unfinished.incoming_directory,
         output=output,
         keep_source=options.keep_source,
         retry_for_s=options.retry_for,
@@ -143,7 +143,7 @@ def _prepared(model: str, output: Path, options: ConvertOptions, progress: Progr
         threads = options.threads or choose_threads(workers, options.device)
         run = ConversionRun(output, options.on_nonfinite, options.overwrite, workers, threads, options.device)
         run = replace(run, at_once=_at_once(workers, options))
-        state = OwnPath(store.calibration_directory, output, store.aside)
+        state = OwnPath(store.unfinished.calibration_directory, output, store.unfinished.aside)
         push = push_of(options, progress)
         yield ConversionJob(
             source, survey, settings, wanted, run, state, progress, why_not_smoothed(options), part, push

@@ -9,9 +9,8 @@ from typing import Any
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.lock import refuse_if_in_use
-from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.reader import read_small
-from int8cli.errors import OutputError, OutputInUseError
+from int8cli.errors import OutputInUseError
 from int8cli.planning.share import Share
 from int8cli.records.conversion import Conversion
 from int8cli.records.manifest import read_manifest
@@ -28,16 +27,11 @@ def status(directory: str | Path) -> ConversionStatus:
     """How much of the conversion in `directory` is finished. Raises OutputError for a directory without one."""
     directory = Path(directory)
     store = RecordStore(directory)
-    conversion = store.conversion()
-    if conversion is None:
-        raise OutputError(
-            f"{directory} is not a conversion: it has no {OWN_DIRECTORY}/conversion.json",
-            hint="DIR is a directory that `int8cli convert` writes.",
-        )
+    conversion = store.require_conversion()
     uploads = [upload for shard in conversion.shards if (upload := store.uploaded(shard))]
     removed, commit = store.removed(conversion), store.commit()
     finished = [shard for shard in conversion.shards if shard in removed or store.finished(shard) is not None]
-    known = known_parts(store.parts)
+    known = known_parts(store.unfinished.parts)
     return ConversionStatus(
         directory=str(directory),
         state="running" if any(part.runs for part in known) else _state(store, directory),
@@ -47,8 +41,8 @@ def status(directory: str | Path) -> ConversionStatus:
         shards_finished=len(finished),
         source_bytes=sum(shard.size_bytes for shard in conversion.shards),
         source_bytes_finished=sum(shard.size_bytes for shard in finished),
-        blocks_run=len(_finished_blocks(store.calibration_directory / _BLOCKS)),
-        partial_bytes=_bytes_below(store.incoming_directory),
+        blocks_run=len(_finished_blocks(store.unfinished.calibration_directory / _BLOCKS)),
+        partial_bytes=_bytes_below(store.unfinished.incoming_directory),
         options=asdict(conversion.settings),
         uploaded_to=" and ".join(sorted({upload.repository for upload in uploads})) or None,
         shards_uploaded=len(uploads),

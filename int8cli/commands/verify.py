@@ -79,7 +79,7 @@ def _source(
     model, revision, converted = str(options.source), options.revision, conversion.source
     if revision is None and converted.on_hub and converted.name == model:
         revision = converted.revision
-    incoming = RecordStore(directory).incoming_directory
+    incoming = RecordStore(directory).unfinished.incoming_directory
     try:
         with opened_source(
             model, revision=revision, download_dir=incoming, retry_for_s=options.retry_for, progress=progress

@@ -109,8 +109,8 @@ def convert(
         remaining = [shard for shard in conversion.shards if shard.file not in records]
         require_room(source, survey, options.at_once, remaining, store)
         store.claim(conversion)
-        store.remove_partial_files()
-        store.remove_left_over()  # by workers and parts that are not running
+        store.unfinished.remove_partial_files()
+        store.unfinished.remove_left_over()  # by workers and parts that are not running
         remove_useless_downloads(source, survey, options.at_once, remaining, store)
         begin_conversion(progress, survey, records, options.about_columns)
         copy_files(source, survey, options.output)
@@ -129,7 +129,7 @@ def convert(
         if destination is not None:
             destination.publish(conversion, records)
         # This includes shards that a killed run fetched and this run did not need.
-        store.remove_state()
+        store.unfinished.remove_state()
         return report
 
 
@@ -165,7 +165,7 @@ class _Shards:
             return loop.run(room)
         finally:
             executor.close()
-            self.store.remove_partial_files()  # an interrupt may have prevented other clean-up
+            self.store.unfinished.remove_partial_files()  # an interrupt may have prevented other clean-up
 
 
 def require_possible(source: Source, survey: Survey, settings: Settings, options: ConversionRun) -> None:
@@ -250,7 +250,7 @@ def task_of(
         weight_format=survey.weights.format,
         planned=survey.planned(shard.file),
         directory=options.output,
-        partial=store.partial_directory / shard.output,
+        partial=store.unfinished.partial_directory / shard.output,
         options=PassOptions(options.threads, options.device, via_half, keep_non_finite, settings.figures),
     )
 

@@ -108,9 +108,9 @@ def convert_part(
         nullcontext() if destination is None else closing(destination),
     ):
         store.refuse_links()
-        refuse_other_versions(store.parts, part.version)
+        refuse_other_versions(store.unfinished.parts, part.version)
         store.check_beside_others(work.conversion)
-        with joined(options.output, store.parts, part.token, part.record):
+        with joined(options.output, store.unfinished.parts, part.token, part.record):
             records = work.run(lock, columns or NoColumns(), render_card)
     if not work.missing(records):
         _remove_state(options.output, store)
@@ -135,7 +135,7 @@ class _Part:
             finished = self._begin()  # what the destination refuses is an error, whatever others have finished
             return self._run(finished, lock, columns, render_card)
         finally:
-            self.store.remove_own_partial_files()
+            self.store.unfinished.remove_partial_files()
 
     def _run(self, finished: Collection[str], lock: int, columns: ColumnSource, render_card: RenderCard) -> Records:
         try:
@@ -248,7 +248,7 @@ class _Part:
         return [records[shard.file] for shard in self.conversion.shards]
 
     def _conclude(self, records: Records, render_card: RenderCard) -> None:
-        output, aside = self.options.output, self.store.aside
+        output, aside = self.options.output, self.store.unfinished.aside
         copy_files(self.source, self.survey, output, aside)
         write_conclusion(self.survey, self.conversion, self._in_order(records), output, render_card, aside)
         if self.options.destination is not None and self.part.share is None:
@@ -262,7 +262,9 @@ class _Part:
         """
         if self.options.destination is not None and self.part.share is None:
             return False
-        removed = isinstance(error.__cause__, FileNotFoundError) and not self.store.partial_directory.exists()
+        removed = (
+            isinstance(error.__cause__, FileNotFoundError) and not self.store.unfinished.partial_directory.exists()
+        )
         return comes_true(self._is_concluded) if removed else self._is_concluded()
 
     def _is_concluded(self) -> bool:
@@ -286,9 +288,9 @@ def _remove_state(output: Path, store: RecordStore) -> None:
     """
     try:
         with locked(output, store.own):
-            store.remove_state()
+            store.unfinished.remove_state()
     except CannotLockError:
-        store.remove_state()
+        store.unfinished.remove_state()
     except OutputInUseError:
         return
 

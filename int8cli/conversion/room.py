@@ -32,7 +32,7 @@ def require_room(
     """
     names = [shard.file for shard in remaining]
     cache = None if source.keeps_in is None else existing_parent(source.keeps_in)
-    for room in room_needed(source, survey, names, store.output, at_once, model_bytes, store.left_over):
+    for room in room_needed(source, survey, names, store.output, at_once, model_bytes, store.unfinished.left_over):
         if room.needed_bytes > room.free_bytes:
             needed, free = told_apart(room.needed_bytes, room.free_bytes)
             kind = CacheSpaceError if room.directory == cache else DiskSpaceError
@@ -60,6 +60,6 @@ def remove_useless_downloads(
 ) -> None:
     """Remove what an earlier run has downloaded and this one does not resume: `require_room` has counted it as free."""
     kept = kept_downloads(source, survey, [shard.file for shard in remaining], at_once)
-    with disk_errors(store.incoming_directory):
+    with disk_errors(store.unfinished.incoming_directory):
         stays = {path for paths in kept.values() for path in paths}
-        remove_files_but(stays, store.incoming_directory, store.output)
+        remove_files_but(stays, store.unfinished.incoming_directory, store.output)

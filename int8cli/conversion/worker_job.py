@@ -55,7 +55,7 @@ class RemoteSource:
         source = open_source(
             self.model,
             revision=self.identity.revision if self.identity.on_hub else None,
-            download_dir=store.incoming_directory,
+            download_dir=store.unfinished.incoming_directory,
             output=output,
             keep_source=self.keep_source,
             retry_for_s=self.retry_for_s,
@@ -102,7 +102,7 @@ class WorkerJob:
             if record is None:
                 record = _convert_as_published(task, source, store, columns, on_bytes)
             upload = None if self.hand_on is None else self.hand_on(store, record)
-        store.remove_left_over(_attempts(task.source.output))
+        store.unfinished.remove_left_over(_attempts(task.source.output))
         return WorkerResult(record, upload)
 
     def scan(self, task: ShardTask, on_bytes: OnBytes) -> None:
@@ -141,13 +141,13 @@ class WorkerJob:
         """
         return_memory_promptly(_LARGE_BYTES)
         store = RecordStore(output, _attempts(shard) + new_token())
-        store.remove_left_over(_attempts(shard))
+        store.unfinished.remove_left_over(_attempts(shard))
         with closing(self.source.open(store, output)) as source:
             try:
-                state = OwnPath(store.calibration_directory, output, store.aside)
+                state = OwnPath(store.unfinished.calibration_directory, output, store.unfinished.aside)
                 yield source, store, self.columns(source, state, progress)
             finally:
-                store.remove_own_partial_files()
+                store.unfinished.remove_partial_files()
 
 
 def _attempts(shard: str) -> str:
@@ -199,7 +199,7 @@ def _convert(
 
     with source.fetch(task.source.file) as local:
         stored = columns.columns_of(task.source.file, local, lambda work: work(on_bytes))
-        own = replace(task, partial=store.partial_directory / task.source.output).with_borrowed(source)
+        own = replace(task, partial=store.unfinished.partial_directory / task.source.output).with_borrowed(source)
         record = convert_shard(own.storing(stored, columns.smoothing_of(task.source.file)), local, on_bytes)
         store.add(record)
     return record

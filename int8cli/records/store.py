@@ -6,7 +6,6 @@ name, so a record always describes a complete file.
 
 import json
 import os
-import re
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,30 +13,26 @@ from typing import Any
 
 from int8cli.checkpoint.directory import is_weight_name
 from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
-from int8cli.checkpoint.own_files import refuse_link, remove_tree
+from int8cli.checkpoint.own_files import refuse_link
 from int8cli.checkpoint.writer import create_file_once, write_file
 from int8cli.errors import OutputError, PlaceError, SettingsMismatchError, ShardsRemovedError
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.documents import read_document
-from int8cli.records.part import PARTS
 from int8cli.records.shard_record import ShardRecord
+from int8cli.records.unfinished import UnfinishedFiles
 from int8cli.records.upload_record import CommitRecord, UploadRecord
-
-# The names of directories that belong to one process, as in `part` and in `worker_job`.
-_TOKEN = re.compile(r"([0-9a-f]{16}){1,2}")
 
 
 class RecordStore:
     """The records of one output directory. The caller must have locked the directory.
 
-    `token` is that of a process which shares the directory with others: it has directories of its own for unfinished
-    files and downloads, so that several may write one file at the same time.
+    `token` is that of a process which shares the directory with others. `unfinished` are its files beside the records.
     """
 
     def __init__(self, output: Path, token: str | None = None) -> None:
         self._output = output
-        self._token = token
         self.own = output / OWN_DIRECTORY
+        self.unfinished = UnfinishedFiles(output, token)
         self._conversion_path = self.own / "conversion.json"
         self._records = self.own / "records"
         self._uploads = self.own / "uploads"
@@ -49,68 +44,11 @@ class RecordStore:
         """The output directory."""
         return self._output
 
-    @property
-    def partial_directory(self) -> Path:
-        """Where files are written before they get their final name. What a killed run left there is useless."""
-        return self._of_this_process(self.own / "partial")
-
-    @property
-    def aside(self) -> Path | None:
-        """Where small files are written before they get their final name; None: beside it, for the only process."""
-        return None if self._token is None else self.partial_directory
-
-    @property
-    def incoming_directory(self) -> Path:
-        """Where shards from the Hub are downloaded to. A partial download that a killed run left there is resumed."""
-        return self._of_this_process(self.own / "incoming")
-
-    @property
-    def calibration_directory(self) -> Path:
-        """Where the results of a calibration or of a scan of the weights are saved until the conversion is finished."""
-        return self.own / "calibration"
-
-    @property
-    def parts(self) -> Path:
-        """Where processes that share the directory say what they do: see `parts`."""
-        return self.own / PARTS
-
     def refuse_links(self) -> None:
         """Raise OutputError if one of our own directories is a link: its target may belong to someone else."""
-        state = (*self._state, self.calibration_directory, self.partial_directory, self.incoming_directory)
-        for directory in (self.own, self._records, self._uploads, self._sidecars, *state):
+        unfinished = self.unfinished.directories
+        for directory in (self.own, self._records, self._uploads, self._sidecars, *unfinished):
             refuse_link(directory)
-
-    def remove_partial_files(self) -> None:
-        """Remove unfinished files. No other process may be writing them."""
-        remove_tree(self.partial_directory, self._output)
-
-    def remove_state(self) -> None:
-        """Remove everything that a later run could resume from. No other process may be using it."""
-        for directory in (*self._state, self.calibration_directory):
-            remove_tree(directory, self._output)
-
-    def remove_own_partial_files(self) -> None:
-        """Remove the unfinished files of this process, one of several.
-
-        The directory above them stays, even empty: another process may be about to make its own in it.
-        """
-        remove_tree(self.partial_directory, self._output)
-
-    def remove_left_over(self, beginning: str = "") -> None:
-        """Remove the directories of processes whose token begins like this: of all by default.
-
-        None of them may be running, or what it does must not be wanted any more.
-        """
-        for directory in (self.own / "partial", self.own / "incoming"):
-            with suppress(FileNotFoundError, NotADirectoryError):
-                for name in os.listdir(directory):
-                    if _TOKEN.fullmatch(name) and name.startswith(beginning):
-                        remove_tree(directory / name, self._output)
-
-    @property
-    def left_over(self) -> tuple[Path, ...]:
-        """The directories whose files this run removes, replaces or goes on with."""
-        return self.partial_directory, self.incoming_directory
 
     def paths_of(self, shard: ShardSource) -> list[Path]:
         """Where the files of a shard and its records are, as far as they are known. Raises OutputError."""
@@ -122,6 +60,16 @@ class RecordStore:
         """The conversion that this directory belongs to; None if there is none. Raises OutputError."""
         hint = "Without it int8cli cannot tell which files it wrote. Choose another directory, or delete this one."
         return read_document(self._conversion_path, Conversion.from_json, hint)
+
+    def require_conversion(self) -> Conversion:
+        """The same. Raises OutputError if there is none."""
+        conversion = self.conversion()
+        if conversion is None:
+            raise OutputError(
+                f"{self._output} is not a conversion: it has no {OWN_DIRECTORY}/{self._conversion_path.name}",
+                hint="DIR is a directory that `int8cli convert` writes.",
+            )
+        return conversion
 
     def check(self, conversion: Conversion, *, all_files: bool = True) -> None:
         """Require that the directory has no conversion, or the same one. Writes nothing.
@@ -150,7 +98,7 @@ class RecordStore:
         """`claim`, where other processes may do the same at this moment. Raises as `check`."""
         if self.conversion() is None:
             path = self._conversion_path
-            create_file_once(path, _to_bytes(conversion.to_json()), self._output, self.partial_directory)
+            create_file_once(path, _to_bytes(conversion.to_json()), self._output, self.unfinished.partial_directory)
         self.check(conversion)
 
     def claim(self, conversion: Conversion) -> None:
@@ -215,7 +163,7 @@ class RecordStore:
 
     def add_upload(self, shard: ShardSource, upload: UploadRecord) -> None:
         """Record that a repository has the files of a finished shard."""
-        write_file(self._upload_path(shard), _to_bytes(upload.to_json()), below=self._output, aside=self.aside)
+        self._write(self._upload_path(shard), upload.to_json())
 
     def commit(self) -> CommitRecord | None:
         """The last commit that was made of this conversion; None if none was. Raises OutputError if it is damaged."""
@@ -224,7 +172,7 @@ class RecordStore:
 
     def add_commit(self, commit: CommitRecord) -> None:
         """Record a commit that names all files of the conversion."""
-        write_file(self._commit_path, _to_bytes(commit.to_json()), below=self._output, aside=self.aside)
+        self._write(self._commit_path, commit.to_json())
 
     def forget_upload(self, shard: ShardSource) -> None:
         """Remove the record of an upload: the repository does not have the files."""
@@ -237,8 +185,7 @@ class RecordStore:
 
     def add(self, record: ShardRecord) -> None:
         """Record that a shard is finished. Its files must be on disk under their final names."""
-        path = self._record_path(record.source)
-        write_file(path, _to_bytes(record.to_json()), below=self._output, aside=self.aside)
+        self._write(self._record_path(record.source), record.to_json())
 
     def clear(self) -> None:
         """Remove every file that an earlier conversion recorded as its own, and the records; nothing else.
@@ -251,23 +198,15 @@ class RecordStore:
         paths = [path(shard) for shard in known.shards for path in (self._record_path, self._upload_path)]
         records = [path.relative_to(self._output).as_posix() for path in (*paths, self._commit_path)]
         remove_files(self._output, [*known.files, *records])
-        for directory in (self.partial_directory, self.parts, self.calibration_directory):
-            remove_tree(directory, self._output)
+        self.unfinished.remove_to_start_over()
         for directory in (self._records, self._uploads, self._sidecars):
             with suppress(OSError):  # it may hold other files
                 directory.rmdir()
         # Last: after a kill half-way, the directory still says which files are ours.
         remove_files(self._output, [self._conversion_path.relative_to(self._output).as_posix()])
 
-    @property
-    def _state(self) -> tuple[Path, ...]:
-        """The directories of all processes. What they say of themselves goes first: a process that loses its files to
-        another one then finds that it is not wanted any more.
-        """
-        return self.parts, self.own / "partial", self.own / "incoming"
-
-    def _of_this_process(self, directory: Path) -> Path:
-        return directory if self._token is None else directory / self._token
+    def _write(self, path: Path, document: Any) -> None:
+        write_file(path, _to_bytes(document), below=self._output, aside=self.unfinished.aside)
 
     def _record_path(self, shard: ShardSource) -> Path:
         return self._records / _json_name(shard)
@@ -277,7 +216,7 @@ class RecordStore:
 
     def _refuse_foreign_files(self, conversion: Conversion) -> None:
         ours = [self._output / name for name in conversion.files]
-        ours += [self._record_path(shard) for shard in conversion.shards] + [self.partial_directory]
+        ours += [self._record_path(shard) for shard in conversion.shards] + [self.unfinished.partial_directory]
         for path in ours:
             if os.path.lexists(path):
                 raise PlaceError(

@@ -44,12 +44,7 @@ def conversion_in(directory: Path, *, weights: bool = True) -> Conversion:
     With `weights`, raises ShardsRemovedError if shards were uploaded and are not here any more.
     """
     store = RecordStore(directory)
-    conversion = store.conversion()
-    if conversion is None:
-        raise OutputError(
-            f"{directory} is not a conversion: it has no {OWN_DIRECTORY}/conversion.json",
-            hint="DIR is a directory that `int8cli convert` wrote.",
-        )
+    conversion = store.require_conversion()
     in_use = f"{directory} is being written by int8cli convert"
     refuse_while_locked(directory / OWN_DIRECTORY, in_use, "Wait for it to end.")
     target_of(conversion)
