@@ -36,6 +36,7 @@ from int8cli.planning.output_files import CARD_FILE, INDEX_FILE
 from int8cli.planning.plan import make_plan
 from int8cli.progress import Progress
 from int8cli.records.conversion import Conversion
+from int8cli.records.entries import PARTIAL
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.store import RecordStore
 from int8cli.results.dequantization import Dequantization
@@ -46,7 +47,7 @@ from int8cli.runtime.converted_tensors import ConvertedTensors
 TASK = "dequantize"
 STATE_FILE = f"{OWN_DIRECTORY}/dequantization.json"
 _STATE_SCHEMA = "int8cli.dequantization/1"
-_PARTIAL = f"{OWN_DIRECTORY}/partial"
+_PARTIAL = f"{OWN_DIRECTORY}/{PARTIAL}"
 
 
 @dataclass(frozen=True, slots=True)

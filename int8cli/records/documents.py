@@ -12,14 +12,11 @@ from int8cli.checkpoint.output_names import OWN_DIRECTORY, is_output_name, is_ow
 from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.tensor import DTYPE_BITS
 from int8cli.errors import OutputError
+from int8cli.records import entries
 from int8cli.typed_json import InvalidJsonError, parse_json, shown
 
 _LIMIT_BYTES = 1 << 30  # a record of 10,000 tensors has 7 MB
 _LARGEST_TENSOR_BITS = 2**63 - 1
-# Entries of our directory that are not files of a conversion.
-_STATE = frozenset(
-    {"conversion.json", "records", "uploads", "push.json", "partial", "incoming", "calibration", "parts"}
-)
 
 Read = TypeVar("Read")
 
@@ -59,7 +56,7 @@ def without_schema(document: Any, *known: str) -> dict[str, Any]:
 
 def check_file_name(name: str, place: str) -> None:
     """Raise InvalidJsonError unless `name` can be a file of a conversion. `place` is the field it was read from."""
-    state = is_own(name) and (name.split("/")[0] != OWN_DIRECTORY or [*name.split("/"), ""][1] in {"", *_STATE})
+    state = is_own(name) and (name.split("/")[0] != OWN_DIRECTORY or [*name.split("/"), ""][1] in {"", *entries.ALL})
     if not is_output_name(name) or state:
         raise InvalidJsonError(f"is {shown(name)}, which is not a file of a conversion", place)
 

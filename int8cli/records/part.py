@@ -22,9 +22,9 @@ from int8cli.checkpoint.lock import hold, is_held, lock_domain
 from int8cli.checkpoint.own_files import create_file, opened_directory, remove_file, remove_tree, write_all
 from int8cli.errors import VersionMismatchError
 from int8cli.records.documents import read_document, without_schema
+from int8cli.records.entries import INCOMING, PARTIAL
 from int8cli.typed_json import read_as
 
-PARTS = "parts"
 PART_SCHEMA = "int8cli.part/1"
 _ATTEMPTS = 10
 _FILE = re.compile(r"[0-9a-f]{16}\.json")
@@ -154,12 +154,12 @@ def _tidy_up(output: Path, parts: Path, token: str, record: PartRecord) -> None:
     for known in known_parts(parts):
         if known.runs is not False or known.token == token:
             continue
-        remove_tree(own / "partial" / known.token, output)
+        remove_tree(own / PARTIAL / known.token, output)
         if known.record == record:
-            ours = own / "incoming" / token
+            ours = own / INCOMING / token
             with suppress(OSError):  # it has none, or another process was quicker
                 if not ours.exists():
-                    (own / "incoming" / known.token).rename(ours)
+                    (own / INCOMING / known.token).rename(ours)
             with disk_errors(parts):
                 remove_file(parts / f"{known.token}.json", output)
 

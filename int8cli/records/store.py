@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from int8cli.checkpoint.directory import is_weight_name
-from int8cli.checkpoint.output_names import OWN_DIRECTORY, remove_files
+from int8cli.checkpoint.output_names import CONVERSION_FILE, OWN_DIRECTORY, remove_files
 from int8cli.checkpoint.own_files import refuse_link
 from int8cli.checkpoint.writer import create_file_once, write_file
 from int8cli.errors import OutputError, PlaceError, SettingsMismatchError, ShardsRemovedError
 from int8cli.records.conversion import Conversion, ShardSource
 from int8cli.records.documents import read_document
+from int8cli.records.entries import COMMIT, CONVERSION, RECORDS, UPLOADS
 from int8cli.records.shard_record import ShardRecord
 from int8cli.records.unfinished import UnfinishedFiles
 from int8cli.records.upload_record import CommitRecord, UploadRecord
@@ -33,10 +34,10 @@ class RecordStore:
         self._output = output
         self.own = output / OWN_DIRECTORY
         self.unfinished = UnfinishedFiles(output, token)
-        self._conversion_path = self.own / "conversion.json"
-        self._records = self.own / "records"
-        self._uploads = self.own / "uploads"
-        self._commit_path = self.own / "push.json"
+        self._conversion_path = self.own / CONVERSION
+        self._records = self.own / RECORDS
+        self._uploads = self.own / UPLOADS
+        self._commit_path = self.own / COMMIT
         self._sidecars = self.own / "outliers"
 
     @property
@@ -66,7 +67,7 @@ class RecordStore:
         conversion = self.conversion()
         if conversion is None:
             raise OutputError(
-                f"{self._output} is not a conversion: it has no {OWN_DIRECTORY}/{self._conversion_path.name}",
+                f"{self._output} is not a conversion: it has no {CONVERSION_FILE}",
                 hint="DIR is a directory that `int8cli convert` writes.",
             )
         return conversion

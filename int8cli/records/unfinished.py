@@ -11,7 +11,7 @@ from pathlib import Path
 
 from int8cli.checkpoint.output_names import OWN_DIRECTORY
 from int8cli.checkpoint.own_files import remove_tree
-from int8cli.records.part import PARTS
+from int8cli.records.entries import CALIBRATION, INCOMING, PARTIAL, PARTS
 
 # The names of directories that belong to one process, as in `part` and in `worker_job`.
 _TOKEN = re.compile(r"([0-9a-f]{16}){1,2}")
@@ -32,7 +32,7 @@ class UnfinishedFiles:
     @property
     def partial_directory(self) -> Path:
         """Where files are written before they get their final name. What a killed run left there is useless."""
-        return self._of_this_process(self._own / "partial")
+        return self._of_this_process(self._own / PARTIAL)
 
     @property
     def aside(self) -> Path | None:
@@ -42,12 +42,12 @@ class UnfinishedFiles:
     @property
     def incoming_directory(self) -> Path:
         """Where shards from the Hub are downloaded to. A partial download that a killed run left there is resumed."""
-        return self._of_this_process(self._own / "incoming")
+        return self._of_this_process(self._own / INCOMING)
 
     @property
     def calibration_directory(self) -> Path:
         """Where the results of a calibration or of a scan of the weights are saved until the conversion is finished."""
-        return self._own / "calibration"
+        return self._own / CALIBRATION
 
     @property
     def parts(self) -> Path:
@@ -76,7 +76,7 @@ class UnfinishedFiles:
 
         None of them may be running, or what it does must not be wanted any more.
         """
-        for directory in (self._own / "partial", self._own / "incoming"):
+        for directory in (self._own / PARTIAL, self._own / INCOMING):
             with suppress(FileNotFoundError, NotADirectoryError):
                 for name in os.listdir(directory):
                     if _TOKEN.fullmatch(name) and name.startswith(beginning):
@@ -97,7 +97,7 @@ class UnfinishedFiles:
         """The directories of all processes. What they say of themselves goes first: a process that loses its files to
         another one then finds that it is not wanted any more.
         """
-        return self.parts, self._own / "partial", self._own / "incoming"
+        return self.parts, self._own / PARTIAL, self._own / INCOMING
 
     def _of_this_process(self, directory: Path) -> Path:
         return directory if self._token is None else directory / self._token

@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from int8cli.checkpoint.digest import NOT_AS_PUBLISHED
+from int8cli.checkpoint.output_names import CONVERSION_FILE
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.conversion.open_shard import open_shard
 from int8cli.conversion.pass_ledger import PassResult
@@ -55,7 +56,7 @@ def check_source(source: Source, survey: Survey, conversion: Conversion) -> Chec
     failures = []
     if source.identity.on_hub and conversion.source.on_hub and source.identity != conversion.source:
         was, now = (f"{each.name} at {each.revision}" for each in (conversion.source, source.identity))
-        failures.append(Failure("int8/conversion.json", f"was made from {was}; this is {now}"))
+        failures.append(Failure(CONVERSION_FILE, f"was made from {was}; this is {now}"))
     for shard in conversion.shards:
         size_bytes, mark = found.pop(shard.file, (None, ""))
         if size_bytes is None:
