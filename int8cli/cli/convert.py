@@ -77,8 +77,6 @@ int8cli convert org/name --push-to-hub your-name/name-int8 --private --no-keep-o
 int8cli convert org/name -o /shared/name-int8 --outliers none --part 3/8
 """
 
-PAGES = (".html", ".png", ".svg")
-
 
 @shows_errors(hints.CONVERT, resumes=True)
 def convert(
@@ -151,7 +149,7 @@ def check_report(report: Path | None, *, dry_run: bool, part: tuple[int, int] | 
     if report is not None:
         if dry_run:
             raise typer.BadParameter("nothing is converted, so there is nothing to report", param_hint="'--report'")
-        check_outputs((report,), PAGES, drawn=PAGES, option="--report")
+        check_outputs((report,), option="--report")
     if part is not None and (report is not None or details):
         option = "'--report'" if report is not None else "'--details'"
         raise typer.BadParameter("a part has no report of the whole: --finish has one", param_hint=option)

@@ -42,7 +42,6 @@ int8cli evaluate ./my-model-int8 --source ./my-model
 METHODS_HELP = "Methods:\n\n\b\n" + "\n".join(
     f"{'*' if method.by_default else ' '} {method.key:25}  {method.label}" for method in METHOD_NAMES
 )
-_SUFFIXES = (".html", ".png", ".svg")
 
 Tokens = Annotated[int, typer.Option(help="Tokens to run, in total.", min=2)]
 
@@ -116,7 +115,7 @@ def evaluate(
     block.
     """
     outputs = tuple(output or ())
-    check_outputs(outputs, _SUFFIXES, drawn=_SUFFIXES)
+    check_outputs(outputs)
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import evaluate as command
 

@@ -10,6 +10,7 @@ import typer
 from int8cli.cli import hints
 from int8cli.cli.errors import shows_errors, writing_result
 from int8cli.cli.options import (
+    PAGES,
     Device,
     Json,
     Model,
@@ -38,8 +39,7 @@ int8cli inspect-outliers bigscience/bloom-560m
 int8cli inspect-outliers ./my-model --text corpus.txt -o report.html -o outliers.safetensors
 int8cli inspect-outliers org/name --from weights --json > suspects.json
 """
-_DRAWN = (".html", ".png", ".svg")
-_SUFFIXES = (*_DRAWN, ".safetensors")
+_SUFFIXES = (*PAGES, ".safetensors")
 
 
 class Evidence(enum.StrEnum):
@@ -107,8 +107,8 @@ def inspect_outliers(
     resumes after its last finished block. From the weights alone, the result is a guess: suspects.
     """
     outputs = tuple(output or ())
-    check_outputs(outputs, _SUFFIXES, drawn=_DRAWN)
-    if evidence is Evidence.weights and any(path.suffix not in _DRAWN for path in outputs):
+    check_outputs(outputs, _SUFFIXES)
+    if evidence is Evidence.weights and any(path.suffix not in PAGES for path in outputs):
         raise typer.BadParameter("statistics need activations, not --from weights", param_hint="'--output'")
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import inspect_outliers as command

@@ -4,7 +4,7 @@ import enum
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -148,14 +148,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only: no progress, no report.")]
 
 
-def check_outputs(
-    paths: Sequence[Path], suffixes: Sequence[str], *, drawn: Collection[str], option: str = "--output"
-) -> None:
-    """Reject outputs that cannot be written, before anything is read. Files with a suffix in `drawn` need altair."""
+# What reports and their charts are written as.
+PAGES = (".html", ".png", ".svg")
+
+
+def check_outputs(paths: Sequence[Path], suffixes: Sequence[str] = PAGES, *, option: str = "--output") -> None:
+    """Reject outputs that cannot be written, before anything is read. Those of PAGES need altair."""
     for path in paths:
         if path.suffix not in suffixes or path.is_dir():
             raise typer.BadParameter(f"{path} is not a {', '.join(suffixes)} file", param_hint=f"'{option}'")
-    if any(path.suffix in drawn for path in paths):
+    if any(path.suffix in PAGES for path in paths):
         from int8cli.report.vega import require_altair
 
         require_altair()

@@ -15,7 +15,6 @@ int8cli report bloom-int8
 int8cli report bloom-int8 -o report.html
 int8cli report ./my-model-int8 -o report.html -o report.png
 """
-DRAWN = (".html", ".png", ".svg")
 
 Outputs = Annotated[
     list[Path] | None,
@@ -35,7 +34,7 @@ def report(
     The page is one file that loads nothing from elsewhere. Everything comes from int8/report.json: no weight is read.
     """
     outputs = tuple(output or ())
-    check_outputs(outputs, DRAWN, drawn=DRAWN)
+    check_outputs(outputs)
     from int8cli.commands import report as command
     from int8cli.report.conversion import show_report
 
