@@ -123,7 +123,9 @@ def _seeing(
     return Seeing(Tiny(model, config, arguments), processor, in_prompt, alike, dtype)
 
 
-_qwen_seeing = partial(_seeing, in_prompt="<|vision_start|><|image_pad|><|vision_end|>", **_QWEN_IDS)
+def _qwen_seeing(model: str, config: str, processor: Callable[[], Any], **arguments: Any) -> Seeing:
+    return _seeing(model, config, processor, "<|vision_start|><|image_pad|><|vision_end|>", **_QWEN_IDS, **arguments)
+
 
 SEEING: Mapping[str, Seeing] = {
     "llava": _seeing(
