@@ -204,7 +204,8 @@ def test_patterns_apply_to_experts_too() -> None:
 
 
 def caveats(*specs: TensorSpec, skip: tuple[str, ...] = ()) -> list[str]:
-    return list(compressed_tensors.caveats(make_plan(specs, {}, PlanOptions(skip, loader=compressed_tensors.ACCEPTS))))
+    plan = make_plan(specs, {}, PlanOptions(skip, loader=compressed_tensors.ACCEPTS))
+    return list(compressed_tensors.caveats(plan, {}))
 
 
 def test_the_report_says_if_vllm_could_not_merge_layers() -> None:
@@ -225,7 +226,7 @@ _HYBRID = {
 }
 MERGED_OR_SPLIT: dict[str, tuple[dict[str, Any], str]] = {
     "OlmoHybrid": ({**_HYBRID, "layer_types": ["linear_attention", "full_attention"]}, "linear_attn.k_conv1d.weight"),
-    "HrmText": ({"num_key_value_heads": 4, "head_dim": 8}, "attn.gqkv_proj.weight"),
+    "HrmText": ({"num_key_value_heads": 4, "head_dim": 8}, "those of hrm_text"),
 }
 
 

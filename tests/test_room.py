@@ -308,7 +308,12 @@ def in_order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[HubStan
     """A model on the Hub with a shard for each block, and a text for it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=False, **sizes)).bfloat16()
     directory = tmp_path_factory.mktemp("in_order")
     (directory / "words.txt").write_text(some_text().text)

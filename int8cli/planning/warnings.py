@@ -13,7 +13,7 @@ def warnings_of(survey: Survey) -> Iterator[str]:
         yield "warning: no layer becomes int8; the plan has the reason for each"
     if not survey.has_config:
         yield "warning: the checkpoint has no config.json; loaders need one with a quantization_config"
-    for caveat in survey.target.caveats(survey.plan):
+    for caveat in survey.target.caveats(survey.plan, survey.config):
         yield f"warning: {caveat}"
     if survey.scaled_tensors:
         yield (

@@ -108,7 +108,7 @@ def _loading(survey: Survey) -> Iterator[str]:
         if compressed_tensors.vllm_reads(decision.module for decision in survey.plan.quantized):
             yield "In vLLM: `vllm serve .`, with this directory or its name on the Hub.\n"
         yield f"{_INPUTS[survey.target.INPUTS]}\n"
-    yield from (f"Note: {markdown.text(caveat)}.\n" for caveat in survey.target.caveats(survey.plan))
+    yield from (f"Note: {markdown.text(caveat)}.\n" for caveat in survey.target.caveats(survey.plan, survey.config))
     if not survey.target.transformers_reads(survey.decisions):
         return
     loader = _loader(survey)

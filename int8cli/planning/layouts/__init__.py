@@ -40,8 +40,8 @@ class Layout(Protocol):
     def transformers_reads(self, tensor_names: Iterable[str]) -> bool:
         """Whether transformers loads a model of these tensors in this layout."""
 
-    def caveats(self, plan: Plan) -> Iterator[str]:
-        """What a user should know about loading the result of this plan."""
+    def caveats(self, plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
+        """What a user should know about loading the result of this plan of a model with this config.json."""
 
     def leaves_alone(self, entry: str, module: str) -> bool:
         """Whether the loaders leave `module` alone because of an entry under `SKIP_KEY`."""

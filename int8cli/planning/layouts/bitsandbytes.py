@@ -4,7 +4,7 @@ A quantized `X.weight` becomes `X.weight` int8 (out, in), `X.SCB` float32 (out,)
 `X.weight_format` uint8 scalar 0 (row-major). Format: the state dict of bitsandbytes' `Linear8bitLt`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
@@ -70,7 +70,7 @@ def transformers_reads(tensor_names: Iterable[str]) -> bool:
     return True
 
 
-def caveats(plan: Plan) -> Iterator[str]:
+def caveats(plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
     yield from ()
 
 

@@ -9,10 +9,11 @@ observers, so that dividing by it never gives NaN.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from int8cli.checkpoint.tensor import TensorSpec
+from int8cli.loaders.conversions import fails_on_load
 from int8cli.loaders.expressions import NOT_AN_EXPRESSION
 from int8cli.loaders.transformers_versions import covers_by_component
 from int8cli.planning.decisions import Acceptance, FloatLayers, Plan
@@ -62,10 +63,6 @@ _FUSED_EXPERTS = re.compile(
 )
 # vLLM builds the mixers of Mamba's first version without a quantization config (0.32: mamba.py, mamba_mixer.py).
 _MAMBA_MIXER = re.compile(r"\S+\.mixer\.x_proj(?:\.weight)?$")
-# Floats that transformers merges or splits on load, which its quantizer for this format makes fail (5.24:
-# quantizers/base.py, `update_weight_conversions`): the convolutions of OLMo Hybrid, Kimi Linear and others, and the
-# projections of HRM-Text. No int8 layer takes part in it, so leaving one alone would not help.
-_LOST_ON_LOAD = re.compile(r"(?:^|\.)(?:[qkv]_conv1d|gqkv_proj)\.weight$")
 _PLAIN_ENTRY = re.compile(r"[\w.]+")
 
 
@@ -139,16 +136,16 @@ def vllm_reads(int8_layers: Iterable[str]) -> bool:
     return not any(_MAMBA_MIXER.match(name) for name in int8_layers)
 
 
-def caveats(plan: Plan) -> Iterator[str]:
+def caveats(plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
     """Warns of models that a loader cannot read, and of what vLLM has in one piece although only a part is int8."""
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
         yield "transformers cannot read mixtures of experts in this layout; vLLM and load_model can"
     if not vllm_reads(decision.module for decision in plan.quantized):
         yield "vLLM cannot open this: it has the mixers of Mamba only in floats; transformers and load_model can"
-    if lost := next((each.spec.name for each in plan.copied if _LOST_ON_LOAD.search(each.spec.name)), None):
+    if found := fails_on_load([each.spec.name for each in plan.copied], config):  # leaving layers alone would not help
         yield (
-            "transformers 5.24 cannot open this: it fails in this layout where it merges or splits floats on load, "
-            f"such as {lost}; load_model can"
+            "transformers 5.24 cannot open this: it fails in this layout where it merges or splits weights on load, "
+            f"such as {found}; load_model can"
         )
     for (merged, leaf), parents in _mixed(plan).items():
         siblings = ", ".join(f"*.{parents[0].rpartition('.')[2]}.{name}" for name in merged if name not in leaf)

@@ -5,7 +5,7 @@ the whole range where inputs are not centred on zero. vLLM's dense int8 layers a
 experts and SGLang ignore it, and compute as without it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from int8cli.planning.decisions import Plan
@@ -28,8 +28,8 @@ def quantization_config(plan: Plan, threshold: float) -> dict[str, Any]:
     return config
 
 
-def caveats(plan: Plan) -> Iterator[str]:
-    yield from base.caveats(plan)
+def caveats(plan: Plan, config: Mapping[str, Any]) -> Iterator[str]:
+    yield from base.caveats(plan, config)
     yield "SGLang ignores the zero points of inputs without a warning; vLLM and transformers compute them"
     if not transformers_reads(decision.spec.name for decision in plan.decisions):
         yield "vLLM computes experts without the zero points"
