@@ -43,7 +43,7 @@ class ConvertedInputs(enum.StrEnum):
 Inputs = Annotated[
     ConvertedInputs,
     typer.Option(
-        help="With compressed-tensors, how loaders quantize inputs; some ignore zero points. none: only weights are int8."
+        help="With compressed-tensors, how loaders quantize inputs; some ignore zero points. none: int8 weights only."
     ),
 ]
 Threshold = Annotated[
@@ -206,7 +206,7 @@ OnRay = Annotated[
         "--ray",
         metavar="[ADDRESS]",
         help="Convert the shards on a Ray cluster: at HOST:PORT, auto for the one on this machine, local for a new one. "
-        "Without ADDRESS: the one on this machine, or else a new one. All machines must see the output under one path.",
+        "Without ADDRESS: the one on this machine, or a new one. All machines must see the output under one path.",
         show_default="this machine",
         autocompletion=complete_address,
     ),

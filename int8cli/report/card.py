@@ -123,8 +123,8 @@ def _too_large(survey: Survey) -> Iterator[str]:
     """How to run the model where it does not fit into memory."""
     yield "## If it does not fit into memory\n"
     yield (
-        "Install `int8cli[calibrate]`. Blocks that do not fit then stay on the disk in int8, and each is read while the "
-        "one before it computes. Nothing is expanded to floats or written. This does not need bitsandbytes:\n"
+        "Install `int8cli[calibrate]`. Blocks that do not fit stay on the disk in int8, and each is read while the one "
+        "before it computes. Nothing is expanded to floats or written. This does not need bitsandbytes:\n"
     )
     yield "```python"
     yield "from int8cli import load_model\n"

@@ -45,5 +45,5 @@ def smoothing_section(summary: SmoothingSummary) -> Iterator[str]:
     columns, rows = columns_name("X", summary.steps), rows_name("T", summary.steps)
     yield (
         f"For a layer `X`, `int8/outliers` has `{columns}` (int8, one for each input column), and for a divided tensor "
-        f"`T` it has `{rows}`. `int8cli dequantize` undoes them{'' if summary.exact else ', except for the rounding'}.\n"
+        f"`T` it has `{rows}`. `int8cli dequantize` undoes them{'' if summary.exact else ', except for rounding'}.\n"
     )
