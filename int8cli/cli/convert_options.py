@@ -205,7 +205,7 @@ OnRay = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Convert the shards on a Ray cluster: at HOST:PORT, auto for the one on this machine, local for a new one. "
+        help="Convert the shards on a Ray cluster: at HOST:PORT, auto for that of this machine, local for a new one. "
         "Without ADDRESS: the one on this machine, or a new one. All machines must see the output under one path.",
         show_default="this machine",
         autocompletion=complete_address,
