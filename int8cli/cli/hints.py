@@ -30,7 +30,7 @@ CONVERT: Hints = {
     errors.OutputError: "--output DIR names another directory.",
     errors.SavedStateError: "--overwrite starts over.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
-    errors.ShardsRemovedError: "--push-to-hub or --push-to goes on there, --overwrite starts over.",
+    errors.ShardsRemovedError: "--push-to-hub or --push-to resumes there, --overwrite starts over.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,
     errors.TextError: "--text FILE selects the text to run.",

@@ -32,7 +32,16 @@ COMPARED_WITH = {
 
 def against_copy(section: Section) -> str:
     """Each command, and how it compares with cp or cat."""
-    header = ("", "seconds", "less start-up", "ratio", "less start-up", "CPU seconds", "less start-up", "peak over torch")
+    header = (
+        "",
+        "seconds",
+        "less start-up",
+        "ratio",
+        "less start-up",
+        "CPU seconds",
+        "less start-up",
+        "peak over torch",
+    )
     rows = []
     for name, runs in section.runs.items():
         if name == IMPORT_TORCH:
@@ -86,7 +95,15 @@ def peers(section: Section) -> str:
 
 def growth(section: Section) -> str:
     """Time and memory by size."""
-    header = ("source", "seconds", "less start-up", "GB/s, less start-up", "CPU seconds", "less start-up", "peak over torch")
+    header = (
+        "source",
+        "seconds",
+        "less start-up",
+        "GB/s, less start-up",
+        "CPU seconds",
+        "less start-up",
+        "peak over torch",
+    )
     rows = []
     for name, source_bytes in section.source_bytes.items():
         if name in section.runs:
