@@ -539,7 +539,7 @@ def test_uploaded_shards_are_not_left_behind(user: User) -> None:
     refused(
         user.convert(),
         f"1 of 3 shards are not here: they were uploaded to {REPO}",
-        "--push-to-hub or --push-to goes on",
+        "--push-to-hub or --push-to resumes",
     )
     refused(user.convert("--part", "1/2"), f"1 of 3 shards are not here: they were uploaded to {REPO}", "--push-to-hub")
     other = user.convert("--push-to-hub", "me/other", "--no-keep-output")
