@@ -30,13 +30,10 @@ _AUTO_CLASSES = {
     "ForImageClassification": "AutoModelForImageClassification",
 }
 
-# Which loader computes what, by the inputs of the layout compressed-tensors.
+# What loaders do with inputs, by the inputs of the layout compressed-tensors. Its caveats name the exceptions.
 _INPUTS = {
-    "absmax": "Every loader rounds inputs to int8 too, with one scale for each token.",
-    "zeropoint": (
-        "Inputs are rounded to int8 too, with a scale and a zero point for each token: by vLLM in linear layers, and "
-        "by transformers. vLLM in experts, and SGLang everywhere, leave the zero point out without a warning."
-    ),
+    "absmax": "Inputs are rounded to int8 too, with one scale for each token.",
+    "zeropoint": "Inputs are rounded to int8 too, with a scale and a zero point for each token.",
     "none": "Only weights are int8. Inputs stay in 16 bit, and products are computed in 16 bit.",
 }
 
