@@ -9,12 +9,12 @@ from int8cli.results.units import counted
 
 _EXACT = (
     "Powers of two lose no digits: in 16 bit, the smoothed model computes the same bits as the original. This was "
-    "checked block by block during the conversion."
+    "checked block by block when the scales were chosen."
 )
 _FINE = (
     "The scales are in steps of 2^(1/4), finer than powers of two, so the divided tensors are rounded: each value is "
     "the nearest that its dtype has, in bfloat16 within 0.4 %. With powers of two in place of these scales no bit "
-    "changes; this was checked block by block during the conversion."
+    "changes; this was checked block by block when the scales were chosen."
 )
 
 
