@@ -33,11 +33,15 @@ COLUMNS = (
     *("calibrate runs", "load_model runs"),
 )
 EXPLANATION = (
-    "Tiny models of many architectures, in float16 and bfloat16, saved by the newest transformers of the table and",
-    "converted by int8cli. *Equal*: every tensor has the bits that quantizing the source on load gives there.",
-    "*Other precision*: layers are floats with the source's values, as `llm_int8_skip_modules` in config.json says, or",
-    "int8 as bitsandbytes makes it, or floats in a wider dtype with the same values, where that version would choose",
-    "otherwise. Architectures whose source that version does not open either are not counted.",
+    "What int8cli writes opens in these versions of transformers, with bitsandbytes or compressed-tensors. Running a",
+    "model (calibration, `evaluate`, `load_model`) needs transformers 5.0 or newer. For vLLM see",
+    "[limits](limits.md#vllm).",
+    "",
+    "Tested with tiny models of many architectures, in float16 and bfloat16, saved by the newest transformers of the",
+    "table and converted by int8cli. *Equal*: every tensor has the bits that quantizing the source on load gives in",
+    "that version. *Other precision*: for some layers that version would choose another precision. They are floats",
+    "with the source's values, as `llm_int8_skip_modules` in config.json says, or floats in a wider dtype, or int8 as",
+    "bitsandbytes makes it. Architectures whose source that version cannot open either are not counted.",
 )
 
 # Why some outcomes are as they are, by version and architecture.

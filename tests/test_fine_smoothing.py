@@ -334,7 +334,7 @@ def test_a_file_of_both_kinds_is_refused(model: Path, tmp_path: Path) -> None:
 def test_what_is_named_is_done_or_refused(smooth: str, model: Path, words: Path, tmp_path: Path) -> None:
     """Only `auto` does without."""
     for outliers in ("none", "weights"):
-        with pytest.raises(OptionError, match="takes a run of the model"):
+        with pytest.raises(OptionError, match="needs a run of the model"):
             convert(model, tmp_path / "out", options(None, smooth=smooth, outliers=outliers))
     bare = tmp_path / "bare"
     saved_like(model, bare, weights(model))

@@ -176,5 +176,5 @@ def test_a_file_to_smooth_by_is_made_as_the_hint_says(follow: Follower, tmp_path
 @pytest.mark.parametrize("inputs", ["zeropoint", "none"])
 def test_inputs_that_a_layout_cannot_say_need_another(inputs: str, follow: Follower, model: Path) -> None:
     options = (*CONVERT, model, "--inputs", inputs)
-    follow.fails(*options, hint="to loaders; compressed-tensors can")
+    follow.fails(*options, hint="needs the layout compressed-tensors")
     follow.works(*options, "--layout", "compressed-tensors", "--smooth", "none")

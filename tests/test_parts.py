@@ -449,7 +449,7 @@ def test_two_that_start_with_different_settings_do_not_both_go_on(
 @pytest.mark.parametrize("outliers", ["auto", "activations"])
 def test_a_run_of_the_model_is_refused_with_the_way_to_do_it(outliers: str, root: Path, tmp_path: Path) -> None:
     for options in (ConvertOptions(outliers=outliers, part=(1, 2)), ConvertOptions(outliers=outliers, finish=True)):
-        with pytest.raises(CannotRunInPartsError, match="runs the whole model") as caught:
+        with pytest.raises(CannotRunInPartsError, match="has to run the whole model") as caught:
             convert(root / "model", tmp_path / "out", options)
         assert "statistics" in caught.value.hint
     assert not (tmp_path / "out").exists()

@@ -539,11 +539,11 @@ def test_uploaded_shards_are_not_left_behind(user: User) -> None:
     refused(
         user.convert(),
         f"1 of 3 shards are not here: they were uploaded to {REPO}",
-        "--push-to-hub or --push-to goes on",
+        "--push-to-hub or --push-to resumes",
     )
     refused(user.convert("--part", "1/2"), f"1 of 3 shards are not here: they were uploaded to {REPO}", "--push-to-hub")
     other = user.convert("--push-to-hub", "me/other", "--no-keep-output")
-    refused(other, f"shards of {SOURCE} were uploaded to {REPO} and removed here", f"Push to {REPO} to go on")
+    refused(other, f"shards of {SOURCE} were uploaded to {REPO} and removed here", f"Push to {REPO} to continue")
 
 
 def test_shards_that_the_hub_lost_are_converted_again(user: User, converted: Path) -> None:

@@ -142,7 +142,7 @@ def test_nothing_is_committed_while_shards_are_missing(user: User) -> None:
     assert len(user.hub.put_objects) == sent
     refused(user.convert("--part", "2/2"), f"shards are not here: they were uploaded to {REPO}", "--push-to-hub")
     other = user.convert("--finish", "--push-to-hub", "me/other")
-    refused(other, f"were uploaded to {REPO} and removed here", f"Push to {REPO} to go on")
+    refused(other, f"were uploaded to {REPO} and removed here", f"Push to {REPO} to continue")
 
 
 def test_shards_that_the_hub_lost_are_missing(user: User, converted: Path) -> None:

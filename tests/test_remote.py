@@ -290,7 +290,7 @@ def test_a_finished_conversion_is_pushed_to_a_store(store: Store, model: Path, t
     assert (pushed.repository, pushed.revision) == ("store://bucket/out", "")
     assert objects(store, "bucket/out") == files_in(tmp_path / "local")
     int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(retry_for=0.0))
-    with pytest.raises(int8cli.Int8cliError, match="no such thing"):
+    with pytest.raises(int8cli.Int8cliError, match="no such option"):
         int8cli.push(tmp_path / "local", "store://bucket/out", int8cli.PushOptions(private=True))
 
 

@@ -90,7 +90,7 @@ def test_layers_for_images_that_are_no_list_of_layers(listed: object) -> None:
         {"text_config": text | {"cross_attention_layers": listed}},
     ):
         found = read_kv_cache({"model_type": "mllama", **config})
-        assert (found.layers, found.reason) == (None, "cross_attention_layers is no list of layers")
+        assert (found.layers, found.reason) == (None, "cross_attention_layers is not a list of layers")
 
 
 def test_a_fused_projection_with_narrow_values_is_sized_by_the_config(tmp_path: Path) -> None:

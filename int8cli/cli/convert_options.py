@@ -29,7 +29,7 @@ class OnNonFinite(enum.StrEnum):
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default="<name>-int8 here")
 ]
-Layout = Annotated[LayoutName, typer.Option(help="Which loaders can open the output.")]
+Layout = Annotated[LayoutName, typer.Option(help="Which loader to write for: transformers with bitsandbytes, or vLLM.")]
 
 
 class ConvertedInputs(enum.StrEnum):
@@ -42,10 +42,17 @@ class ConvertedInputs(enum.StrEnum):
 
 Inputs = Annotated[
     ConvertedInputs,
-    typer.Option(help="How loaders of compressed-tensors round inputs; not all know zero points. none: weights only."),
+    typer.Option(
+        help="With compressed-tensors, how loaders quantize inputs; some ignore zero points. none: int8 weights only."
+    ),
 ]
 Threshold = Annotated[
-    float, typer.Option(help="llm_int8_threshold for the loader: larger inputs are multiplied in 16 bit.", min=0.0)
+    float,
+    typer.Option(
+        help="With bitsandbytes, llm_int8_threshold for the loader: inputs of this magnitude or more are multiplied in "
+        "16 bit.",
+        min=0.0,
+    ),
 ]
 Skip = Annotated[
     list[str] | None, typer.Option(metavar="PATTERN", help="Do not quantize modules that match this glob. Repeatable.")
@@ -94,8 +101,8 @@ OutlierBudget = Annotated[
     typer.Option(
         parser=parse_share,
         metavar="PERCENT",
-        help="Instead of a number for each layer: what all stored columns may take, in percent of the output. They go "
-        "where they save most. Takes a statistics file, or a model on disk.",
+        help="Instead of a number for each layer: how much all stored columns may take, in percent of the output's "
+        "size (1%). They go where they help most. Needs a statistics file or a model on disk.",
         show_default="no budget",
     ),
 ]
@@ -111,9 +118,9 @@ Smooth = Annotated[
     str | None,
     typer.Option(
         metavar="auto|exact|fine|none|FILE",
-        help="Move what is hard to round from inputs into weights: by powers of two, where a run of the model proves "
-        "that it computes the same bits (exact; auto: if it can be run), in steps of 2^(1/4), which round norms and "
-        "lose less in int8 (fine), or by a statistics file of inspect-outliers --smooth.",
+        help="Move what is hard to round from inputs into weights. exact: by powers of two, where a run of the model "
+        "proves that it computes the same bits. auto: the same, if the model can be run. fine: in steps of 2^(1/4), "
+        "which lose less in int8 but round norms. FILE: by statistics of inspect-outliers --smooth.",
         show_default="auto for compressed-tensors, else none",
         autocompletion=complete_smooth,
     ),
@@ -160,7 +167,7 @@ PushRevision = Annotated[
 ]
 KeepOutput = Annotated[
     bool,
-    typer.Option("--keep-output/--no-keep-output", help="Whether shards that were pushed stay here as well."),
+    typer.Option("--keep-output/--no-keep-output", help="Keep shards here after they are pushed, or remove them."),
 ]
 
 
@@ -198,8 +205,8 @@ OnRay = Annotated[
     typer.Option(
         "--ray",
         metavar="[ADDRESS]",
-        help="Convert the shards on a Ray cluster: at HOST:PORT, auto for the one that runs here, local for a new one; "
-        "without ADDRESS the one that runs here, or else a new one. Its machines must see the output under one path.",
+        help="Convert the shards on a Ray cluster: at HOST:PORT, auto for that of this machine, local for a new one. "
+        "Without ADDRESS: the one on this machine, or a new one. All machines must see the output under one path.",
         show_default="this machine",
         autocompletion=complete_address,
     ),

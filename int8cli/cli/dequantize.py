@@ -50,7 +50,7 @@ def dequantize(
     from int8cli.cli.progress import shown_progress
     from int8cli.commands import dequantize as command
     from int8cli.report.text import printable
-    from int8cli.results.units import human_bytes
+    from int8cli.results.units import counted, human_bytes
 
     options = options_of(DequantizeOptions, locals())
     with shown_progress(quiet=quiet) as progress:
@@ -61,4 +61,4 @@ def dequantize(
         elif not quiet:
             print(f"{printable(found.source)} → {printable(found.output)}")
             restored = f"{found.restored_layers} layers are {' and '.join(found.dtypes)} again"
-            print(printable(f"{restored}; {found.shards} shards, {human_bytes(found.output_bytes)}"))
+            print(printable(f"{restored}; {counted(found.shards, 'shard')}, {human_bytes(found.output_bytes)}"))

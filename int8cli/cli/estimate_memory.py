@@ -53,7 +53,7 @@ Gpu = Annotated[
     typer.Option(
         metavar="CARDS",
         help="Does the model fit on these cards? A name ('RTX 3090'), a size (24GiB), several (8x24GiB), or several "
-        "kinds in one machine ('2x RTX 3090, T4'). Repeatable: each is a question of its own.",
+        "kinds in one machine ('2x RTX 3090, T4'). Repeatable; each is checked separately.",
         autocompletion=complete_card,
     ),
 ]
@@ -67,8 +67,8 @@ Network = Annotated[
     typer.Option(
         parser=parse_rate,
         metavar="RATE",
-        help="What each of these machines gets of the source: 1Gbit/s, 200MB/s.",
-        show_default="transfers are left out",
+        help="Rate at which each of these machines downloads the source: 1Gbit/s, 200MB/s.",
+        show_default="downloads are left out",
     ),
 ]
 

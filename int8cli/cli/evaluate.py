@@ -72,7 +72,8 @@ Outliers = Annotated[
 ]
 
 Smooth = Annotated[
-    Scales, typer.Option(help="The smoothed methods: by powers of two, or in steps of 2^(1/4), which round norms.")
+    Scales,
+    typer.Option(help="Scales of the smoothed methods: powers of two, or steps of 2^(1/4), which round norms (fine)."),
 ]
 SourceModel = Annotated[
     str | None,

@@ -35,19 +35,23 @@ Prompt = Annotated[
 ]
 Chat = Annotated[
     bool,
-    typer.Option("--chat", help="A conversation: one line of standard input for each message. Ctrl-C ends an answer."),
+    typer.Option(
+        "--chat", help="Hold a conversation: each line of standard input is a message. Ctrl-C ends an answer."
+    ),
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate.", min=1)]
-Temperature = Annotated[float, typer.Option(help="Of sampling; 0 takes the likeliest token each time.", min=0.0)]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens to generate.", min=1)]
+Temperature = Annotated[
+    float, typer.Option(help="Sampling temperature; 0 takes the likeliest token each time.", min=0.0)
+]
+Seed = Annotated[int, typer.Option(help="Seed for sampling.")]
 Inputs = Annotated[InputsScheme, typer.Option(help="How inputs become int8: zeropoint has half of absmax's error.")]
 Where = Annotated[Device | None, typer.Option(help="Device to run on.", show_default="the GPU if there is one")]
 MaxMemory = Annotated[
     list[str] | None,
     typer.Option(
         metavar="DEVICE=SIZE",
-        help="Most memory for weights: cpu=8GB, or 0=10GB for the GPU. What does not fit is read from the disk for "
+        help="The most memory for weights: cpu=8GB, or 0=10GB for the GPU. What does not fit is read from the disk for "
         "each token. Repeatable.",
         show_default="four fifths of what is free",
     ),

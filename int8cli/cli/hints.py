@@ -37,7 +37,7 @@ CONVERT: Hints = {
     errors.PlaceError: _OTHER_DIRECTORY,
     errors.SavedStateError: "--overwrite starts over.",
     errors.SettingsMismatchError: "--overwrite starts over, --output DIR names another directory.",
-    errors.ShardsRemovedError: "--push-to-hub or --push-to goes on there, --overwrite starts over.",
+    errors.ShardsRemovedError: "--push-to-hub or --push-to resumes there, --overwrite starts over.",
     errors.ShortTextError: "--text FILE and --tokens N select the text to run.",
     errors.StatisticsFileError: _MAKE_STATISTICS,
     errors.StatisticsMismatchError: _MAKE_STATISTICS,

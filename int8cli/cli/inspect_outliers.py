@@ -76,8 +76,8 @@ Smooth = Annotated[
     typer.Option(
         "--smooth",
         metavar="[exact|fine]",
-        help="Also find and prove what convert --smooth FILE can smooth: by powers of two (exact, also without a "
-        "value), or in steps of 2^(1/4). Takes longer.",
+        help="Also find and prove what convert --smooth FILE can smooth: by powers of two (exact, the default of this "
+        "option), or in steps of 2^(1/4) (fine). Takes longer.",
         show_default="nothing",
     ),
 ]
@@ -104,7 +104,7 @@ def inspect_outliers(
     """Find the feature dimensions that carry outliers, layer by layer, by running the model.
 
     One block is in memory at a time, and each weight is read once, straight from the checkpoint. An interrupted run
-    resumes after its last finished block. From the weights alone, the result is a guess: suspects.
+    resumes after its last finished block. With --from weights, the result is only a guess.
     """
     outputs = tuple(output or ())
     check_outputs(outputs, _SUFFIXES)

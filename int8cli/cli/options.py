@@ -122,7 +122,7 @@ SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Tokens p
 Seed = Annotated[int, typer.Option("--seed", help="Selects the pieces of a long text.")]
 OutlierColumns = Annotated[
     int | None,
-    typer.Option("--outlier-columns", help="Most columns to store for each linear layer.", show_default="8", min=0),
+    typer.Option("--outlier-columns", help="The most columns to store for each linear layer.", show_default="8", min=0),
 ]
 QuantizeDevice = Annotated[Device, typer.Option("--device", help="Device to quantize on.")]
 ModelDevice = Annotated[Device, typer.Option("--device", help="Device to run the model on.")]

@@ -19,7 +19,11 @@ int8cli verify ./name-int8 --source org/name --json > verification.json
 
 SourceModel = Annotated[
     str | None,
-    typer.Option("--source", metavar="MODEL", help="Convert this model again and compare: a Hub id or a directory."),
+    typer.Option(
+        "--source",
+        metavar="MODEL",
+        help="Convert this model again and compare: a Hub id, a directory, a file or an address.",
+    ),
 ]
 SourceRevision = Annotated[
     str | None,

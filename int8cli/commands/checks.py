@@ -55,7 +55,7 @@ def check_convert(options: ConvertOptions) -> None:
     _check_choice("inputs", options.inputs, get_args(InputsName))
     if layout_of(options.layout, options.inputs) is None:
         able = " and ".join(name for name in LAYOUTS if layout_of(name, options.inputs) is not None)
-        message = f"the layout {options.layout} cannot say {options.inputs!r} to loaders; {able} can"
+        message = f"{options.inputs!r} needs the layout {able}; {options.layout} cannot express it"
         raise OptionError(message, option="inputs")
     _check_choice("float32", options.float32, ("direct", "float16"))
     _check_choice("on_nonfinite", options.on_nonfinite, ("error", "keep"))
@@ -69,7 +69,7 @@ def check_convert(options: ConvertOptions) -> None:
         raise OptionError(
             "a smoothed conversion needs its shards until it is finished",
             option="keep_output",
-            hint="Smooth nothing, or keep the shards here.",
+            hint="Turn smoothing off, or keep the shards here.",
         )
     if options.ray is not None and (options.part is not None or options.finish):
         raise OptionError("a cluster converts all parts", option="ray")
@@ -88,7 +88,7 @@ def _check_part(options: ConvertOptions) -> None:
     if options.part is not None:
         part, parts = options.part
         if not 1 <= part <= parts:
-            raise OptionError(f"{part} of {parts} is not a part: they are 1 to N of N", option="part")
+            raise OptionError(f"there is no part {part} of {parts}: in K/N, K goes from 1 to N", option="part")
         if parts > _MOST_PARTS:
             raise OptionError(f"there are at most {_MOST_PARTS:,} parts", option="part")
         if options.finish:
@@ -104,10 +104,10 @@ def _refuse_running_the_model(options: ConvertOptions) -> None:
         return  # the file tells which columns to store, too
     if str(options.outliers) in (AUTO, FROM_ACTIVATIONS) and (options.outlier_columns != 0 or wants_smoothing(options)):
         raise CannotRunInPartsError(
-            f"{str(options.outliers)!r} runs the whole model, and no machine of several has all of it",
+            f"{str(options.outliers)!r} has to run the whole model, which a part cannot do",
             option="outliers",
-            hint="Make statistics of the outliers once, and give the file to every part. Without smoothing, columns "
-            "by the weights, or none, need no run of the model.",
+            hint="Collect statistics once, and give the file to every part. Without smoothing, choosing columns by the "
+            "weights, or storing none, does not run the model.",
         )
 
 
@@ -227,7 +227,7 @@ def _check_budget(options: ConvertOptions) -> None:
         raise OptionError("a number of columns for each layer is given too", option="outlier_budget")
     if outliers in (FROM_WEIGHTS, NO_OUTLIERS):
         raise OptionError(
-            f"{outliers!r} does not tell what storing a column saves",
+            f"{outliers!r} cannot tell how much storing a column helps",
             option="outlier_budget",
             hint="Run the model, or use the statistics of such a run.",
         )
@@ -236,7 +236,7 @@ def _check_budget(options: ConvertOptions) -> None:
 def _check_smooth(value: str, outliers: str) -> None:
     if value in (EXACT_SMOOTHING, FINE_SMOOTHING) and outliers in (FROM_WEIGHTS, NO_OUTLIERS):
         raise OptionError(
-            f"{value!r} takes a run of the model or its statistics, and {outliers!r} has neither",
+            f"{value!r} needs a run of the model or its statistics, and {outliers!r} has neither",
             option="smooth",
             hint="Run the model without storing columns, or use the statistics of such a run.",
         )
@@ -246,7 +246,7 @@ def _check_smooth(value: str, outliers: str) -> None:
         message = f"{value!r} is not one of {', '.join(SMOOTH_MODES)} and not a file{_suggestion(value, SMOOTH_MODES)}"
         raise OptionError(message, option="smooth")
     if outliers not in (AUTO, NO_OUTLIERS, value):
-        raise OptionError(f"what {value} smooths does not fit columns that come from {outliers!r}", option="smooth")
+        raise OptionError(f"the scales in {value} do not fit columns that come from {outliers!r}", option="smooth")
 
 
 def _looks_like_a_file(value: str) -> bool:

@@ -101,7 +101,7 @@ def _target(
             "commit_message": options.commit_message,
         }
         for option in (each for each, value in given.items() if value):
-            raise OptionError("object stores have no such thing", option=option)
+            raise OptionError("object stores have no such option", option=option)
         return WritableStore(name, policy, waiting)
     return WritableRepository(PushTarget(name, options.revision, options.private, retry=policy, on_wait=waiting))
 

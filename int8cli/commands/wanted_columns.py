@@ -48,7 +48,7 @@ def why_not_smoothed(options: ConvertOptions) -> str:
     mode = str(options.outliers)
     if _smooth(options) == AUTO and mode in (FROM_WEIGHTS, NO_OUTLIERS):
         known = "the weights alone" if mode == FROM_WEIGHTS else "nothing that is known of the activations"
-        return f"not smoothed: that takes a run of the model or its statistics, and this conversion uses {known}"
+        return f"not smoothed: that needs a run of the model or its statistics, and this conversion uses {known}"
     return ""
 
 

@@ -97,7 +97,7 @@ def _image_layers(fields: Fields) -> frozenset[int]:
     """The layers that attend to an image alone. Raises UnknownCacheError if the field is no list of layers."""
     listed = fields.config.get("cross_attention_layers") or ()
     if not isinstance(listed, (list, tuple)) or any(type(layer) is not int for layer in listed):
-        raise UnknownCacheError("cross_attention_layers is no list of layers")
+        raise UnknownCacheError("cross_attention_layers is not a list of layers")
     return frozenset(listed)
 
 

@@ -30,14 +30,11 @@ _AUTO_CLASSES = {
     "ForImageClassification": "AutoModelForImageClassification",
 }
 
-# Which loader computes what, by the inputs of the layout compressed-tensors.
+# What loaders do with inputs, by the inputs of the layout compressed-tensors. Its caveats name the exceptions.
 _INPUTS = {
-    "absmax": "Every loader rounds inputs to int8 too, with one scale for each token.",
-    "zeropoint": (
-        "Inputs are rounded to int8 too, with a scale and a zero point for each token: by vLLM in linear layers, and "
-        "by transformers. vLLM in experts, and SGLang everywhere, leave the zero point out without a warning."
-    ),
-    "none": "Only weights are int8. Inputs stay in 16 bit, and products are computed in it.",
+    "absmax": "Inputs are rounded to int8 too, with one scale for each token.",
+    "zeropoint": "Inputs are rounded to int8 too, with a scale and a zero point for each token.",
+    "none": "Only weights are int8. Inputs stay in 16 bit, and products are computed in 16 bit.",
 }
 
 
@@ -64,12 +61,12 @@ def _body(report: ConversionReport, survey: Survey) -> Iterator[str]:
     name = report.model.rpartition("/")[2]
     yield f"# {markdown.text(name)}, LLM.int8()\n"
     yield (
-        f"{model}{revision}, converted by int8cli to 8-bit integers as in "
-        "[LLM.int8()](https://arxiv.org/abs/2208.07339): one scale for each output row, round half to even."
+        f"{model}{revision}, converted by [int8cli](https://github.com/int8cli/int8cli) to 8-bit integers as in "
+        "[LLM.int8()](https://arxiv.org/abs/2208.07339): one scale for each output row, rounding half to even."
     )
     smoothing = report.smoothing
     if smoothing is not None and smoothing.smoothed:
-        yield "Embeddings and the output head are unchanged; norms and biases as [below](#smoothing).\n"
+        yield "Embeddings and the output head are unchanged. Norms and biases are [smoothed](#smoothing).\n"
     else:
         yield "Embeddings, norms, biases and the output head are unchanged.\n"
     yield from _size_table(report)
@@ -123,15 +120,15 @@ def _too_large(survey: Survey) -> Iterator[str]:
     """How to run the model where it does not fit into memory."""
     yield "## If it does not fit into memory\n"
     yield (
-        "With `pip install 'int8cli[calibrate]'`, blocks that do not fit stay on the disk in int8. Each is read when "
-        "it runs, while the one before it computes. Nothing is expanded or written. This needs no bitsandbytes:\n"
+        "Install `int8cli[calibrate]`. Blocks that do not fit stay on the disk in int8, and each is read while the one "
+        "before it computes. Nothing is expanded to floats or written. This does not need bitsandbytes:\n"
     )
     yield "```python"
     yield "from int8cli import load_model\n"
     yield 'model = load_model(".", device_map="auto")  # this directory'
     yield "```\n"
     if _loader(survey) == "AutoModelForCausalLM":
-        yield "From a shell, with the time that each token will take said beforehand:\n"
+        yield "Or from a shell. It first says how long each token will take:\n"
         yield '    int8cli generate . "The moon rose over the harbour, and"\n'
 
 
@@ -148,17 +145,17 @@ def _stored_columns(report: ConversionReport, stored: StoredSummary, survey: Sur
     yield "## Stored columns\n"
     yield (
         f"`{SIDECAR_DIRECTORY}` has exact copies of {how_many(report, stored)}: {human_bytes(report.sidecar_bytes)}, "
-        f"which is {more} of the weight files. A loader that uses them computes these columns from the original "
-        "weights instead of int8."
+        f"which is {more} of the weight files. int8cli's loader multiplies these columns in 16 bit, with the original "
+        "weights, instead of in int8."
     )
     yield f"They are {markdown.text(chosen_by(report.settings))}.\n"
     yield (
         "Each weight file has a file of the same name there. For every int8 layer `X` it contains `X.outlier_cols` "
         "(int32, sorted indices of input columns) and `X.outlier_weight` (out_features x columns). Other loaders "
-        "ignore these files, and give the same results as without them."
+        "ignore these files."
     )
     if survey.has_config:
-        yield "To use them, `pip install 'int8cli[calibrate]'` and:\n"
+        yield "To use them, install `int8cli[calibrate]` and run:\n"
         yield "```python"
         yield "from int8cli import load_model\n"
         yield 'model = load_model(".")  # this directory'

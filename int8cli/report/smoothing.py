@@ -8,13 +8,13 @@ from int8cli.results.smoothing import SmoothingSummary
 from int8cli.results.units import counted
 
 _EXACT = (
-    "Powers of two lose no digits: in 16 bit, the smoothed model computes the same bits as the original, which was "
-    "checked block by block when this was made."
+    "Powers of two lose no digits: in 16 bit, the smoothed model computes the same bits as the original. This was "
+    "checked block by block when the scales were chosen."
 )
 _FINE = (
     "The scales are in steps of 2^(1/4), finer than powers of two, so the divided tensors are rounded: each value is "
-    "the nearest that its dtype has, in bfloat16 within 0.4 %. That powers of two in their place change no bit was "
-    "checked block by block when this was made."
+    "the nearest that its dtype has, in bfloat16 within 0.4 %. With powers of two in place of these scales no bit "
+    "changes; this was checked block by block when the scales were chosen."
 )
 
 
@@ -31,10 +31,11 @@ def smoothing_section(summary: SmoothingSummary) -> Iterator[str]:
     """What the model card says."""
     yield "## Smoothing\n"
     yield (
-        f"{summary.smoothed:,} of {counted(summary.layers, 'int8 layer')} are smoothed: an input column is divided by "
-        f"{'a power of two' if summary.exact else 'a scale'} where it is made, and the column of the weight multiplied "
-        f"by it, so that both are easier to round. {counted(summary.scaled_tensors, 'tensor')} in front of these "
-        "layers (gains and biases of norms, rows of earlier layers) are divided for it. "
+        f"{summary.smoothed:,} of {counted(summary.layers, 'int8 layer')} are smoothed: each input column is divided "
+        f"by {'a power of two' if summary.exact else 'a scale'} where it is computed, and the matching column of the "
+        "weight is multiplied by it, so that both lose less in int8. The division is in "
+        f"{counted(summary.scaled_tensors, 'tensor')} in front of these layers: gains and biases of norms, and rows of "
+        "earlier layers. "
         f"{_EXACT if summary.exact else _FINE}\n"
     )
     if summary.reasons:
@@ -44,5 +45,5 @@ def smoothing_section(summary: SmoothingSummary) -> Iterator[str]:
     columns, rows = columns_name("X", summary.steps), rows_name("T", summary.steps)
     yield (
         f"For a layer `X`, `int8/outliers` has `{columns}` (int8, one for each input column), and for a divided tensor "
-        f"`T` it has `{rows}`. `int8cli dequantize` undoes them{'' if summary.exact else ', but for the rounding'}.\n"
+        f"`T` it has `{rows}`. `int8cli dequantize` undoes them{'' if summary.exact else ', except for rounding'}.\n"
     )

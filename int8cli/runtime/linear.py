@@ -85,7 +85,7 @@ class Int8Linear(nn.Linear):
         data = self._buffers["weight"] if self.packed is None else self.packed.unpacked()
         if data is None:
             raise UnsupportedOperationError(
-                "this layer's weight is here only while its block runs: it is read for every token. "
+                "this layer's weight is in memory only while its block runs: it is read for every token. "
                 "int8cli.dequantize(DIR, OUT) writes all weights in floats; load_model without device_map holds them"
             )
         return data

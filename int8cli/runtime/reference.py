@@ -32,7 +32,7 @@ def check_reference(source: str) -> None:
     path = Path(os.path.expanduser(source))
     if path.exists():
         if not (path / CONFIG_FILE).is_file():
-            raise ReferenceModelError(f"{source} is no directory with a {CONFIG_FILE}", hint=_HINT)
+            raise ReferenceModelError(f"{source} is not a directory with a {CONFIG_FILE}", hint=_HINT)
         _refuse_quantized(source, read_config_file(DirectorySource(path)))
     elif looks_like_a_path(source):
         raise ReferenceModelError(f"{source}: no such directory", hint=_HINT)

@@ -155,7 +155,7 @@ class ShardUploads(Destination):
             names = " and ".join(sorted(repositories))
             raise ShardsRemovedError(
                 f"{self._directory}: shards of {conversion.source.name} were uploaded to {names} and removed here",
-                hint=f"Push to {names} to go on, or choose another directory.",
+                hint=f"Push to {names} to continue, or choose another directory.",
             )
 
     def _enqueue(self, record: ShardRecord) -> None:

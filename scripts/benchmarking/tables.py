@@ -32,7 +32,16 @@ COMPARED_WITH = {
 
 def against_copy(section: Section) -> str:
     """Each command, and how it compares with cp or cat."""
-    header = ("", "seconds", "start apart", "ratio", "start apart", "CPU seconds", "start apart", "peak over torch")
+    header = (
+        "",
+        "seconds",
+        "less start-up",
+        "ratio",
+        "less start-up",
+        "CPU seconds",
+        "less start-up",
+        "peak over torch",
+    )
     rows = []
     for name, runs in section.runs.items():
         if name == IMPORT_TORCH:
@@ -54,7 +63,7 @@ def against_copy(section: Section) -> str:
 def peers(section: Section) -> str:
     """Each converter, and its time relative to int8cli, with and without error figures."""
     times = ("times ours", "without figures")
-    header = ("", "seconds", "start apart", *times, "CPU seconds", "start apart", "peak memory", "output")
+    header = ("", "seconds", "less start-up", *times, "CPU seconds", "less start-up", "peak memory", "output")
     ours = [section.runs[name] for name in (CONVERT, NO_FIGURES)]
     rows = []
     for name, runs in section.runs.items():
@@ -86,7 +95,15 @@ def peers(section: Section) -> str:
 
 def growth(section: Section) -> str:
     """Time and memory by size."""
-    header = ("source", "seconds", "start apart", "GB/s, start apart", "CPU seconds", "start apart", "peak over torch")
+    header = (
+        "source",
+        "seconds",
+        "less start-up",
+        "GB/s, less start-up",
+        "CPU seconds",
+        "less start-up",
+        "peak over torch",
+    )
     rows = []
     for name, source_bytes in section.source_bytes.items():
         if name in section.runs:

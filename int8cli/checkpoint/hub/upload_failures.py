@@ -92,7 +92,7 @@ def upload_error(error: Exception, what: str) -> Int8cliError:
 def no_room(what: str, said: str) -> DestinationError:
     """The error for a repository that takes no more bytes."""
     return DestinationError(
-        f"{what}: {said}", hint="Make room there, or choose another repository. The same command then goes on."
+        f"{what}: {said}", hint="Make room there, or choose another repository. The same command then resumes."
     )
 
 
