@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from int8cli.llm_int8.descent import ExpectedError
+from int8cli.llm_int8.descent import descended
+from int8cli.llm_int8.expected_error import STORED_COUNTS, ExpectedError
 from int8cli.llm_int8.matmul import InputScheme, Int8Weight, llm_int8_linear
 from int8cli.llm_int8.quantize import quantize_rowwise
 from int8cli.llm_int8.smoothing import ExponentRange, smoothed_output_error, token_shares
@@ -36,19 +37,73 @@ def test_the_expected_error_is_about_what_is_measured(scheme: InputScheme | None
     inputs = uneven((TOKENS, COLUMNS), seed, 0.5)
     weights = [uneven((ROWS, COLUMNS), seed + 10 + place, 0.5) for place in (0, 1)]
     exponents = torch.randint(-2, 3, (COLUMNS,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    expected = ExpectedError(inputs, weights, scheme)
+    expected = ExpectedError(inputs, weights, scheme, weights_count=1.0)
     for some in (torch.zeros_like(exponents), exponents):
         assert expected.of(some) == pytest.approx(measured(inputs, weights, some, scheme), rel=0.15)
 
 
+def with_columns_stored(inputs: Tensor, weight: Tensor, scales: Tensor, stored: Tensor, scheme: InputScheme) -> Tensor:
+    """The int8 product of smoothed inputs and weight in which some columns are exact, (tokens, out_features)."""
+    divided, scaled = inputs / scales, weight * scales
+    others = divided.index_fill(1, stored, 0.0)
+    exact = divided[:, stored] @ scaled[:, stored].t()
+    return llm_int8_linear(others, Int8Weight.of(*quantize_rowwise(scaled)), scheme) + exact
+
+
+@pytest.mark.parametrize("scheme", ["absmax", "zeropoint"])
+@pytest.mark.parametrize("seed", range(3))
+def test_stored_columns_have_a_share_in_the_expected_error(scheme: InputScheme, seed: int) -> None:
+    inputs, weight = uneven((TOKENS, COLUMNS), seed, 0.5), uneven((ROWS, COLUMNS), seed + 10, 0.5)
+    exponents = torch.randint(-2, 3, (COLUMNS,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    stored = torch.tensor([3, 40, 17])
+    inputs[:, stored] *= 20.0
+    product = with_columns_stored(inputs, weight, torch.exp2(exponents.float()), stored, scheme)
+    errors = (product - inputs @ weight.t()).square().sum(dim=1)
+    counted = float((token_shares((inputs @ weight.t()).square().sum(dim=1).double()) * errors).sum())
+    alone = ExpectedError(inputs, [weight], scheme, weights_count=1.0)
+    both = alone.with_stored(stored)
+    found = (both.of(exponents) - (1.0 - STORED_COUNTS) * alone.of(exponents)) / STORED_COUNTS
+    assert found == pytest.approx(counted, rel=0.2)
+    assert found < alone.of(exponents) / 2.0
+
+
+def test_stored_columns_leave_the_ranges_to_the_others() -> None:
+    """Where columns are stored, the descent makes the product with them better than without that knowledge."""
+    inputs, weight = uneven((TOKENS, COLUMNS), 20), uneven((ROWS, COLUMNS), 21)
+    stored, nothing = inputs.square().mean(dim=0).topk(6).indices, torch.zeros(COLUMNS, dtype=torch.int8)
+    alone = ExpectedError(inputs, [weight], "zeropoint")
+    found = [descended(each, nothing, unlimited()) for each in (alone, alone.with_stored(stored))]
+    products = [with_columns_stored(inputs, weight, torch.exp2(each.float()), stored, "zeropoint") for each in found]
+    before, after = (float((product - inputs @ weight.t()).square().sum()) for product in products)
+    assert after < before
+    assert alone.of(found[0]) < alone.of(found[1]) < alone.of(nothing)
+
+
+def test_the_error_of_weights_can_count_more() -> None:
+    """Then the scales leave more of the error to the inputs."""
+    inputs, weight = uneven((TOKENS, COLUMNS), 22), uneven((ROWS, COLUMNS), 23)
+    nothing = torch.zeros(COLUMNS, dtype=torch.int8)
+    found = [
+        descended(ExpectedError(inputs, [weight], "zeropoint", weights_count=count), nothing, unlimited())
+        for count in (1.0, 8.0)
+    ]
+    little, much = (measured(inputs, [weight], exponents, None) for exponents in found)
+    assert much < little
+
+
+@pytest.mark.parametrize("stored", [[], [0, 30, 7]])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_step_of_a_descent_is_what_it_would_be_from_the_start(scheme: InputScheme | None) -> None:
+def test_every_step_of_a_descent_is_what_it_would_be_from_the_start(
+    scheme: InputScheme | None, stored: list[int]
+) -> None:
     """Sums and maxima are updated step by step; the end must be as if it had been the beginning."""
     inputs, weights = uneven((TOKENS, COLUMNS), 1), [uneven((ROWS, COLUMNS), place) for place in (2, 3)]
     expected, nothing = ExpectedError(inputs, weights, scheme), torch.zeros(COLUMNS, dtype=torch.int8)
-    found, before = expected.descended(nothing, unlimited()), nothing
+    if stored:
+        expected = expected.with_stored(torch.tensor(stored))
+    found, before = descended(expected, nothing, unlimited()), nothing
     while not torch.equal(found, before):
-        found, before = expected.descended(found, unlimited()), found
+        found, before = descended(expected, found, unlimited()), found
     assert found.dtype == torch.int8
     assert expected.of(found) < expected.of(nothing)
     assert measured(inputs, weights, found, scheme) < measured(inputs, weights, nothing, scheme)
@@ -63,25 +118,27 @@ def test_every_step_of_a_descent_is_what_it_would_be_from_the_start(scheme: Inpu
 def test_a_descent_stays_within_what_is_allowed(scheme: InputScheme | None) -> None:
     inputs, weights = uneven((TOKENS, COLUMNS), 4), [uneven((ROWS, COLUMNS), 5)]
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
-    free = ExpectedError(inputs, weights, scheme).descended(nothing, unlimited())
+    free = descended(ExpectedError(inputs, weights, scheme), nothing, unlimited())
     limits = ExponentRange(torch.full((COLUMNS,), -1), torch.full((COLUMNS,), 1))
     limits.lowest[7] = limits.highest[7] = 0
-    found = ExpectedError(inputs, weights, scheme).descended(nothing, limits)
+    found = descended(ExpectedError(inputs, weights, scheme), nothing, limits)
     assert int(free.abs().max()) > 1
     assert int(found.abs().max()) == 1
     assert found[7] == 0
 
 
-def test_columns_of_a_group_move_together() -> None:
+@pytest.mark.parametrize("stored", [False, True])
+def test_columns_of_a_group_move_together(stored: bool) -> None:
     inputs, weights = uneven((TOKENS, COLUMNS), 6), [uneven((ROWS, COLUMNS), 7)]
     group = torch.arange(COLUMNS) % 16 + 5  # any numbers
     limits = unlimited()
     limits.highest[3] = 0  # and with it 19 and 35
-    expected = ExpectedError(inputs, weights, "zeropoint", group)
-    found = expected.descended(torch.zeros(COLUMNS, dtype=torch.int8), limits)
+    expected, alone = (ExpectedError(inputs, weights, "zeropoint", each) for each in (group, None))
+    if stored:
+        expected, alone = (each.with_stored(torch.tensor([3, 5])) for each in (expected, alone))
+    found = descended(expected, torch.zeros(COLUMNS, dtype=torch.int8), limits)
     assert all(len(set(found[group == number].tolist())) == 1 for number in group.unique())
     assert int(found[19]) <= 0
-    alone = ExpectedError(inputs, weights, "zeropoint")
     assert expected.of(found) == pytest.approx(alone.of(found), rel=1e-6)
     assert alone.of(found) < alone.of(torch.zeros_like(found))
 
@@ -93,8 +150,8 @@ def test_neither_the_dtype_nor_the_order_of_memory_matters() -> None:
     one = ExpectedError(inputs, [weight], "zeropoint")
     other = ExpectedError(inputs.float(), [weight.float().t().contiguous().t()], "zeropoint")
     assert other.of(nothing) == pytest.approx(one.of(nothing), rel=1e-5)
-    found = one.of(one.descended(nothing, unlimited()))
-    assert one.of(other.descended(nothing, unlimited())) == pytest.approx(found, rel=0.02)
+    found = one.of(descended(one, nothing, unlimited()))
+    assert one.of(descended(other, nothing, unlimited())) == pytest.approx(found, rel=0.02)
 
 
 def squared_errors(inputs: Tensor, weight: Tensor, exponents: Tensor) -> Tensor:
@@ -115,10 +172,10 @@ def test_a_token_with_a_massive_activation_counts_as_much_as_all_others() -> Non
 def test_a_token_with_a_massive_activation_decides_how_its_column_is_scaled() -> None:
     inputs, weight = uneven((TOKENS, COLUMNS), 10, 0.3), uneven((ROWS, COLUMNS), 11, 0.3)
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
-    usual = ExpectedError(inputs, [weight], "zeropoint").descended(nothing, unlimited())
+    usual = descended(ExpectedError(inputs, [weight], "zeropoint", weights_count=1.0), nothing, unlimited())
     inputs[0, 7] = 3000.0
-    expected = ExpectedError(inputs, [weight], "zeropoint")
-    found = expected.descended(usual, unlimited())
+    expected = ExpectedError(inputs, [weight], "zeropoint", weights_count=1.0)
+    found = descended(expected, usual, unlimited())
     before, after = (squared_errors(inputs, weight, exponents) for exponents in (usual, found))
     assert after[0] < before[0] * 0.9
     assert expected.of(found) < expected.of(usual)
@@ -129,7 +186,7 @@ def test_tokens_count_in_the_descent_as_in_the_measured_error(factor: float) -> 
     inputs, weight = uneven((TOKENS, COLUMNS), 12, 0.5), uneven((ROWS, COLUMNS), 13, 0.5)
     inputs[5] *= factor
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
-    expected = ExpectedError(inputs, [weight], "zeropoint").of(nothing)
+    expected = ExpectedError(inputs, [weight], "zeropoint", weights_count=1.0).of(nothing)
     assert expected == pytest.approx(smoothed_output_error(inputs, weight, nothing, "zeropoint"), rel=0.2)
     energies = (inputs @ weight.t()).square().sum(dim=1)
     counted = token_shares(energies.double()) * squared_errors(inputs, weight, nothing)
@@ -142,13 +199,13 @@ def test_zeros_are_no_obstacle() -> None:
     inputs[:, 4], weight[:, 5], weight[6] = 0.0, 0.0, 0.0
     nothing = torch.zeros(COLUMNS, dtype=torch.int8)
     expected = ExpectedError(inputs, [weight], "zeropoint")
-    found = expected.descended(nothing, unlimited())
+    found = descended(expected, nothing, unlimited())
     assert 0.0 < expected.of(found) < expected.of(nothing)
     silent = ExpectedError(torch.zeros_like(inputs), [weight], "zeropoint")
     assert silent.of(nothing) == 0.0
-    assert torch.equal(silent.descended(nothing, unlimited()), nothing)
+    assert torch.equal(descended(silent, nothing, unlimited()), nothing)
     single = ExpectedError(inputs[:, :1], [weight[:, :1]], "absmax")
-    assert torch.equal(single.descended(nothing[:1], unlimited(1)), nothing[:1])
+    assert torch.equal(descended(single, nothing[:1], unlimited(1)), nothing[:1])
 
 
 @pytest.mark.parametrize("calls", [[1000], [300, 300, 400], [1] * 40, [7, 0, 90]])

@@ -1,5 +1,6 @@
 """The statistics of inputs, the definition of outliers, and the predicted error of int8."""
 
+import dataclasses
 import math
 
 import pytest
@@ -160,6 +161,8 @@ def test_the_columns_chosen_are_those_of_the_most_energy_times_error() -> None:
     assert choose_columns(summary, errors, 2) == (1, 3)
     assert choose_columns(summary, errors, 6) == (1, 3, 4)  # the others were always 0
     assert choose_columns(summary, errors, 0) == ()
+    smoothed = dataclasses.replace(summary, smoothed=True)  # the mean counts a third: 4 (5 + 5/3) > 9 (1 + 5/3)
+    assert choose_columns(smoothed, errors, 1) == (1,)
 
 
 def test_a_column_that_enlarges_every_scale_is_chosen_although_its_weight_has_no_error() -> None:

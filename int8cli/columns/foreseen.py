@@ -14,10 +14,10 @@ from int8cli.checkpoint.reader import read_small
 from int8cli.checkpoint.source import Source
 from int8cli.columns.budget import spread_counts
 from int8cli.columns.from_weights import counts_from_weights
-from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS, MODES, ColumnsWanted, at_most
+from int8cli.columns.wanted import MODES, ColumnsWanted, at_most
 from int8cli.data import SAMPLE_NAME, sample_text
 from int8cli.errors import NoStatisticsYetError, StatisticsFileError, StatisticsMismatchError
-from int8cli.llm_int8.limits import EXACT_STEPS
+from int8cli.llm_int8.limits import DEFAULT_OUTLIER_COLUMNS, EXACT_STEPS
 from int8cli.model.extra import has_transformers
 from int8cli.model.text import Text, require_bytes_for_a_sequence
 from int8cli.planning.survey import Survey

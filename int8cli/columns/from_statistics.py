@@ -138,7 +138,7 @@ def require_same_model(statistics: OutlierStatistics, source: Source, survey: Su
 
 def _relative_savings(site: SiteStatistics, linear: LinearStatistics) -> Tensor:
     """What storing each column takes off the squared relative error of the linear's output: float64 (in,)."""
-    savings = column_savings(site.inputs, linear.weight_error)
+    savings = column_savings(site.inputs.mean_square, linear.weight_error, smoothed=site.inputs.smoothed)
     return savings / linear.output_mean_square if linear.output_mean_square > 0.0 else torch.zeros_like(savings)
 
 

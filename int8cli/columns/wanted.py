@@ -27,10 +27,6 @@ from int8cli.records.conversion import (
 AUTO = "auto"
 MODES = (AUTO, FROM_ACTIVATIONS, FROM_WEIGHTS, NO_OUTLIERS)
 SMOOTH_MODES = (AUTO, EXACT_SMOOTHING, FINE_SMOOTHING, NO_SMOOTHING)
-# The most input columns to store for each linear. They add 1.5 % to the bytes of SmolLM2-135M (576 wide), less to wider
-# models. With 4, 8 and 10 columns, and zero-point inputs, the model was 0.0069, 0.0056 and 0.0053 nats from 16 bit;
-# without any 0.0208; 0.0235 with the LLM.int8() of bitsandbytes.
-DEFAULT_OUTLIER_COLUMNS = 8
 
 
 @dataclass(frozen=True, slots=True)

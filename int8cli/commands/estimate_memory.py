@@ -5,7 +5,7 @@ from pathlib import Path
 
 from int8cli.checkpoint.disk import system_errors
 from int8cli.checkpoint.locate import opened_source
-from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, ColumnsWanted
+from int8cli.columns.wanted import AUTO, ColumnsWanted
 from int8cli.commands.checks import check_estimate
 from int8cli.commands.options import ConvertOptions, EstimateOptions
 from int8cli.commands.places import default_output
@@ -16,6 +16,7 @@ from int8cli.estimate.cards import parse_cards
 from int8cli.estimate.estimate import Use
 from int8cli.estimate.estimate import estimate_memory as estimate_of
 from int8cli.estimate.machines import on_machines
+from int8cli.llm_int8.limits import DEFAULT_OUTLIER_COLUMNS
 from int8cli.model.memory import available_bytes
 from int8cli.model.sampling import Sampling
 from int8cli.planning.blocks import THREADS_FOR_A_SHARD

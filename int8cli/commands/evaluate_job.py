@@ -9,7 +9,6 @@ from pathlib import Path
 
 from int8cli.checkpoint.source import Source
 from int8cli.columns.from_statistics import require_same_model
-from int8cli.columns.wanted import DEFAULT_OUTLIER_COLUMNS
 from int8cli.commands.first_words import announce_duration
 from int8cli.commands.options import EvaluateOptions
 from int8cli.commands.ways import speed_here
@@ -21,6 +20,7 @@ from int8cli.evaluation.evaluate import evaluate as run_methods
 from int8cli.evaluation.methods import METHODS, Method
 from int8cli.evaluation.options import EvaluationRun, applicable
 from int8cli.evaluation.subject import Subject, find_subject
+from int8cli.llm_int8.limits import DEFAULT_OUTLIER_COLUMNS
 from int8cli.llm_int8.matmul import DEFAULT_INPUTS, InputScheme
 from int8cli.model.config import read_config
 from int8cli.model.files import model_files

@@ -1,7 +1,8 @@
 """What the options of a conversion ask for: which columns to store, and whether to smooth."""
 
-from int8cli.columns.wanted import AUTO, DEFAULT_OUTLIER_COLUMNS, SMOOTH_MODES, ColumnsWanted
+from int8cli.columns.wanted import AUTO, SMOOTH_MODES, ColumnsWanted
 from int8cli.commands.options import ConvertOptions
+from int8cli.llm_int8.limits import DEFAULT_OUTLIER_COLUMNS
 from int8cli.machine.speed import usable_cores
 from int8cli.model.sampling import Sampling
 from int8cli.planning.layouts import compressed_tensors

@@ -16,6 +16,7 @@ from int8cli.llm_int8.quantize import INT8_MAX, BlockQuantizer
 _CHUNK_ELEMENTS = 1 << 21
 # The error of rounding to steps of size 1 is uniform over [-1/2, 1/2]: its mean square is 1/12.
 _ROUNDING_VARIANCE = 1.0 / 12.0
+_STEP_SHARE_ONCE_SMOOTHED = 1.0 / 3.0
 
 
 def column_errors(weight: Tensor) -> tuple[Tensor, float]:
@@ -78,20 +79,24 @@ def choose_columns(summary: InputSummary, column_error: Tensor, limit: int) -> t
     used to calibrate: 0.0056. Ranking by |x| gives 0.0063, by |x| without first tokens 0.0075, and by |x| and
     E[x_j²] ||dW_:j||² in turn 0.0060.
     """
-    score = column_savings(summary, column_error)
+    score = column_savings(summary.mean_square, column_error, smoothed=summary.smoothed)
     order = torch.sort(score, descending=True, stable=True).indices[:limit].tolist()
     return tuple(sorted(column for column in order if float(score[column]) > 0.0))
 
 
-def column_savings(summary: InputSummary, column_error: Tensor) -> Tensor:
+def column_savings(mean_square: Tensor, column_error: Tensor, *, smoothed: bool) -> Tensor:
     """What storing an input column exactly takes off the squared error of the output: float64 (in,).
+
+    From E[x_j²] and ||dW_:j||², (in,) each:
 
     E[x_j²] (||dW_:j||² + mean_k ||dW_:k||²). The first term is what rounding this column adds to the output's error.
     The second is the column's share of the inputs' energy, which sets the step to which all of a token is rounded.
-    Columns that were always 0 save nothing.
+    Columns that were always 0 save nothing. In `smoothed` inputs many columns set the step, and storing one hardly
+    makes it smaller: the second term counts a third. On SmolLM2-135M that takes the KL divergence from 0.0057 to 0.0054
+    where the model is smoothed; where it is not, it would rise from 0.0056 to 0.0059 (4 x 1,024 held-out tokens).
     """
     error = column_error.double()
-    return summary.mean_square.double() * (error + error.mean())
+    return mean_square.double() * (error + error.mean() * (_STEP_SHARE_ONCE_SMOOTHED if smoothed else 1.0))
 
 
 def shared_out(savings: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[tuple[int, ...]]:

@@ -140,6 +140,7 @@ def smoothed_summary(summary: InputSummary, exponents: Tensor, steps: Steps) -> 
         maximum=summary.maximum * factors,
         absmax_later=summary.absmax_later * factors,
         mean_square=summary.mean_square * factors * factors,
+        smoothed=True,
     )
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from int8cli.llm_int8.descent import ExpectedError
+from int8cli.llm_int8.columns import column_errors, column_savings
+from int8cli.llm_int8.descent import descended
+from int8cli.llm_int8.expected_error import ExpectedError
 from int8cli.llm_int8.inputs import InputSummary
-from int8cli.llm_int8.limits import EXACT_STEPS, Steps
+from int8cli.llm_int8.limits import DEFAULT_OUTLIER_COLUMNS, EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.scales import scaled
 from int8cli.llm_int8.smoothing import (
@@ -163,9 +165,23 @@ class _Choice:
         choices = [smoothing_exponents(self.absmax, over, alpha, allowed, group, self.steps) for alpha in self.alphas]
         expected = ExpectedError(self.examples, self.weights, self.scheme, group, self.steps)
         alpha, first = min(zip(self.alphas, choices, strict=True), key=lambda choice: expected.of(choice[1]))
-        exponents = expected.descended(first, allowed)
+        exponents = descended(expected.with_stored(self._worth_storing(first)), first, allowed)
         gains = self._measured(exponents) < self._measured(torch.zeros_like(exponents))
         return (exponents, alpha) if gains else None
+
+    def _worth_storing(self, exponents: Tensor) -> Tensor:
+        """The columns that save most if they are stored, over all linears of the site: int64 (n,).
+
+        As many as are stored by default, so that the exponents do not depend on how many are.
+        """
+        divided = scaled(self.examples, self.steps, columns=exponents, undo=True)
+        mean_square = divided.float().square().mean(dim=0)
+        savings = torch.zeros(len(mean_square), dtype=torch.float64, device=mean_square.device)
+        for weight in self.weights:
+            errors, _ = column_errors(scaled(weight, self.steps, columns=exponents))
+            found = column_savings(mean_square, errors, smoothed=True)
+            savings += found / found.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return savings.topk(min(DEFAULT_OUTLIER_COLUMNS, len(savings))).indices
 
     def _measured(self, exponents: Tensor) -> float:
         """The error of the int8 products on some of the examples, added up over the linears of the site."""
