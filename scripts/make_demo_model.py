@@ -51,7 +51,6 @@ def save_checkpoint(gguf: Path, output: Path, max_shard_size: str) -> None:
     )
     model.save_pretrained(output, max_shard_size=max_shard_size)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
-    shutil.copy(gguf.parent / "LICENSE", output / "LICENSE")
 
 
 def main() -> None:
@@ -70,7 +69,9 @@ def main() -> None:
     # Made under another name and renamed, so that a directory with the final name is always complete.
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".making-") as scratch:
         made = Path(scratch) / "model"
-        save_checkpoint(download_gguf(Path(scratch)), made, arguments.max_shard_size)
+        gguf = download_gguf(Path(scratch))
+        save_checkpoint(gguf, made, arguments.max_shard_size)
+        shutil.copy(gguf.parent / "LICENSE", made / "LICENSE")
         os.rename(made, output)
     print(f"{output}: {sum(file.stat().st_size for file in output.iterdir()):,} bytes")
 

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.calibration_models import calibrated, make_model, save_tokenizer, some_text
 from support.checkpoints import HEADS, LISTED, OTHERS, build_tiny
 
@@ -542,6 +543,45 @@ def test_an_exception_in_a_strand_is_raised_in_the_waiting_thread() -> None:
     with pytest.raises(ValueError, match="within"):
         strand.advance(2)
     assert strand.finished
+
+
+def save_with_heads_in_the_config_alone(directory: Path, family: str, **options: Any) -> type:
+    """The weights of the bare model, beside a config.json that names the class with heads. Returns the bare class."""
+    model = build_tiny(ALL[family])
+    bare = type(model.base_model)(model.config, **options)
+    bare.save_pretrained(directory)
+    config = json.loads((directory / "config.json").read_text()) | {"architectures": [type(model).__name__]}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_tokenizer(directory)
+    return type(bare)
+
+
+@pytest.mark.parametrize("family", ["mpnet", "bert", "roberta", "llama"])
+def test_a_checkpoint_without_the_heads_that_its_config_names_is_run_bare(tmp_path: Path, family: str) -> None:
+    """all-mpnet-base-v2 is such a one."""
+    bare_class = save_with_heads_in_the_config_alone(tmp_path, family)
+    assert type(Streamed(tmp_path).skeleton.model) is bare_class
+    assert calibrated(tmp_path).sites
+
+
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_bare_encoder_without_a_pooler_is_run_without_one(tmp_path: Path, family: str, heads: bool) -> None:
+    bare_class = save_with_heads_in_the_config_alone(tmp_path, family, add_pooling_layer=False)
+    if not heads:
+        config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": [bare_class.__name__]}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert calibrated(tmp_path).sites
+
+
+def test_a_checkpoint_with_a_part_of_its_heads_is_incomplete(tmp_path: Path) -> None:
+    build_tiny(ALL["mpnet"]).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.dense.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no tensor for lm_head\.dense\.weight"):
+        calibrated(tmp_path)
 
 
 def test_a_config_of_a_model_without_end_is_refused(tmp_path: Path) -> None:

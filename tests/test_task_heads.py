@@ -1,5 +1,7 @@
 """A conversion opens as the classes of other tasks, whose heads no checkpoint of the base model has."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from support.checkpoints import HEADS, LISTED, OTHERS, WITHOUT_COLUMNS, build_ti
 from test_plan import plan_of, spec
 
 from int8cli import convert
+from int8cli.commands.options import LayoutName
 from int8cli.planning.absent_modules import FAMILY_TASK_HEADS
 from int8cli.planning.layouts.skip_modules import ALL_RULES, skip_modules
 
@@ -43,6 +46,22 @@ def test_another_task_opens_and_runs(base: str, task: str, inputs: dict[str, Any
     with torch.no_grad():
         output = model(**inputs)
     assert torch.isfinite(output[0]).all()
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "compressed-tensors"])
+@pytest.mark.parametrize("family", ["mpnet", "bert", "albert", "distilbert", "electra"])
+def test_a_bare_model_opens_as_the_masked_one_that_its_config_names(
+    family: str, layout: LayoutName, tmp_path: Path
+) -> None:
+    model = build_tiny((LISTED | HEADS | OTHERS)[family], torch.float32)
+    name, bare = type(model).__name__, type(model.base_model)(model.config)
+    bare.save_pretrained(tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text()) | {"architectures": [name]}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "source", tmp_path / "out", dataclasses.replace(WITHOUT_COLUMNS, layout=layout))
+    loaded = type(model).from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.isfinite(loaded(input_ids=IDS).logits).all()
 
 
 @pytest.mark.parametrize("head", FAMILY_TASK_HEADS)

@@ -50,16 +50,23 @@ def read_config(directory: Path) -> Any:
 def model_class_of(config: Any) -> Any:
     """The class that a config names, or else the bare model of its type. Raises CannotRunError."""
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
     for architecture in config.architectures or ():
         found = getattr(transformers, architecture, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    if type(config) in MODEL_MAPPING:
-        found = MODEL_MAPPING[type(config)]
-        return found[0] if isinstance(found, (list, tuple)) else found
-    raise CannotRunError(f"transformers has no model for {config.architectures or config.model_type}")
+    bare = bare_class_of(config)
+    if bare is None:
+        raise CannotRunError(f"transformers has no model for {config.architectures or config.model_type}")
+    return bare
+
+
+def bare_class_of(config: Any) -> Any:
+    """The model of a config's type without a head; None if transformers has none."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    found = MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def dtype_of(config: Any, specs: Mapping[str, TensorSpec]) -> torch.dtype:

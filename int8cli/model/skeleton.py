@@ -5,6 +5,7 @@ ever run: a config that needs remote code is refused.
 """
 
 import contextlib
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from int8cli.checkpoint.disk import raise_if_of_the_system
 from int8cli.checkpoint.tensor import TensorSpec
 from int8cli.checkpoint.torch_tensors import CheckpointTensors
 from int8cli.errors import CannotRunError, CheckpointError, Int8cliError
-from int8cli.model.config import dtype_of, model_class_of, read_config
+from int8cli.model.config import bare_class_of, dtype_of, model_class_of, read_config
 from int8cli.model.loading import as_large_as, conversions_of, initialize, laid_out, load_weights, name_targets
 from int8cli.model.units import Unit, find_units, resident_weights
 
@@ -67,6 +68,15 @@ class Skeleton:
         """The layer that computes the logits; None if the model has none."""
         head = self.model.get_output_embeddings()
         return head if isinstance(head, nn.Module) else None
+
+    def lacks_heads(self) -> bool:
+        """Whether the model has weights of its own around its bare model, and the checkpoint has none of these."""
+        if self.model.base_model is self.model:
+            return False
+        inside = f"{self.model.base_model_prefix}."
+        around = {name for name in self.model.state_dict() if not name.startswith(inside) and name not in self._tied}
+        around = {name for name in around if self._parameter(name).is_meta}
+        return bool(around) and around.isdisjoint(self._sources_of)
 
     def to(self, device: torch.device) -> None:
         """Load units on this device from now on, and move buffers such as rotary frequencies to it."""
@@ -142,15 +152,27 @@ class Skeleton:
 def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton:
     """The model that a directory's config.json describes, for a checkpoint with these tensors.
 
-    The class is the one that config.json names, with its heads, or else the bare model of its type. Raises
-    CannotRunError if only remote code can build the model, MissingExtraError without transformers.
+    The class is the one that config.json names, with its heads, or else the bare model of its type; likewise where the
+    checkpoint has nothing of the heads, as sentence encoders often do (all-mpnet-base-v2). Raises CannotRunError if
+    only remote code can build the model, MissingExtraError without transformers.
     """
     config = read_config(directory)
     model_class = model_class_of(config)
     dtype = dtype_of(config, specs)
+    skeleton = Skeleton(_built(model_class, config, dtype, specs), dtype, specs)
+    bare_class = bare_class_of(config)
+    if bare_class is None or not skeleton.lacks_heads():
+        return skeleton
+    return Skeleton(_built(bare_class, config, dtype, specs), dtype, specs)
+
+
+def _built(model_class: Any, config: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Any:
+    """The model on the meta device, without the pooler of bare encoders if the checkpoint has none."""
+    may_lack = "add_pooling_layer" in inspect.signature(model_class).parameters
+    options = {"add_pooling_layer": False} if may_lack and not any("pooler." in name for name in specs) else {}
     try:
         with as_large_as(len(specs)), laid_out(model_class, dtype):
-            model = model_class(config)
+            model = model_class(config, **options)
         initialize(model, _computed_weights(model))
     except Int8cliError:
         raise
@@ -159,7 +181,7 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
         raise CannotRunError(
             f"transformers cannot build {model_class.__name__} from this config.json: {error!s:.300}"
         ) from error
-    return Skeleton(model.eval(), dtype, specs)
+    return model.eval()
 
 
 def _computed_weights(model: Any) -> set[str]:

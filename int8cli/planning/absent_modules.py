@@ -63,6 +63,16 @@ FAMILY_TASK_HEADS: dict[str, tuple[str, ...]] = {
 }
 FAMILY_TASK_HEADS["projector"] += ("hubert", "sew", "sew-d", "unispeech", "whisper")
 
+# The same of masked language models. Sentence encoders name their classes in config.json, and have none of their heads
+# (all-mpnet-base-v2).
+FAMILY_TASK_HEADS |= {
+    "cls.predictions.transform.dense": TIED_HEADS["cls.predictions.decoder"],
+    "lm_head.dense": TIED_HEADS["lm_head.decoder"],
+    "generator_predictions.dense": TIED_HEADS["generator_lm_head"],
+    "predictions.dense": TIED_HEADS["predictions.decoder"],
+    "vocab_transform": TIED_HEADS["vocab_projector"],
+}
+
 # Families whose base class has a pooler that checkpoints of the masked language model lack. The loader creates it, but
 # only as a plain linear layer.
 POOLED = frozenset(TIED_HEADS["cls.predictions.decoder"] + TIED_HEADS["lm_head.decoder"])
