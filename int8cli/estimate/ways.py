@@ -30,13 +30,13 @@ VALUE_WORK = 11.0
 WEIGHT_WORK = 45.0
 # To smooth, likewise in CPU time on weights of 576 x 576 to 2048 x 2048: the products of two choices on 128 positions
 # take each weight as long as quantizing 16 to 25, the range of its exponents 34 to 53, its figures after that 28 to 37,
-# and the descent of the exponents about 100; beside that, each input column takes as long as 200,000 weights, which is
+# and the descent of the exponents about 160; beside that, each input column takes as long as 320,000 weights, which is
 # most of it in narrow models. And a block runs one sequence again for each of its folds, and once before.
 SMOOTHING_WORK = 100.0
-DESCENT_WORK = 100.0
-DESCENT_COLUMN_WORK = 200_000.0
-# By factors of 2 and then in quarter steps, the descent took 2.5 times as long on SmolLM2-135M.
-DESCENT_TIMES: Mapping[Steps, float] = {EXACT_STEPS: 1.0, FINE_STEPS: 2.5}
+DESCENT_WORK = 160.0
+DESCENT_COLUMN_WORK = 320_000.0
+# By factors of 2 and then in quarter steps, the descent took 3.3 times as long on three blocks of SmolLM2-135M.
+DESCENT_TIMES: Mapping[Steps, float] = {EXACT_STEPS: 1.0, FINE_STEPS: 3.3}
 PROOF_RUNS = 5
 # Reading, writing and flushing, beside the arithmetic: bytes of the source a second. 3.25 GB took 4 s.
 DISK_BYTES_A_SECOND = 0.9e9

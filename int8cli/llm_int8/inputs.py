@@ -30,8 +30,8 @@ class InputSummary:
     By dimension, each (features,): `minimum`, `maximum`, `absmax_later` (largest |x| without the first position of
     each sequence), `mean_square` and `share_over` (share of positions with |x| >= threshold) in float32, and in int32
     `absmax_position`, the position of the largest |x| in its sequence. `median` is the median of |x| over a sample of
-    all dimensions; `mean_squared_rowmax` is the mean square of each position's largest |x|. `smoothed` are the inputs of
-    a smoothed model.
+    all dimensions; `mean_squared_rowmax` is the mean square of each position's largest |x|. `smoothed`: of a
+    smoothed model.
     """
 
     positions: int
