@@ -114,6 +114,97 @@ def test_where_values_are_limited_no_rows_divide(limit: float | None, expected: 
     assert {site.kind for site in statistics.sites if site.smoothing is not None} == expected
 
 
+LONGFORMER = Tiny(
+    "LongformerForMaskedLM",
+    "LongformerConfig",
+    {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "attention_window": 8,
+        "pad_token_id": 0,
+    },
+)
+SHARED_LATENTS = Tiny(
+    "MistralLarge4ForConditionalGeneration",
+    "MistralLarge4Config",
+    {
+        "text_config": {
+            "model_type": "mistral_large4_text",
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+            "no_rope_layers": [1, 1],
+            "kv_source_layers": [0, 0],
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "head_dim": 16,
+        },
+    },
+)
+
+
+def saved(tiny: Tiny, directory: Path) -> Path:
+    model = build_tiny(tiny)
+    with torch.no_grad():
+        spread(model)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def test_weights_that_run_for_other_inputs_only_leave_their_module_alone(tmp_path: Path) -> None:
+    model = saved(LONGFORMER, tmp_path / "model")  # value_global makes the output's input for tokens with a global mask
+    statistics = smoothed_statistics(model)
+    of_blocks = [site for site in statistics.sites if site.linears and site.layer is not None]
+    assert {site.kind for site in of_blocks} >= {NORM, VALUES}
+    assert not any(site.smoothing for site in of_blocks if site.kind == VALUES)
+
+
+def test_what_a_block_writes_for_later_blocks_must_stay_too(tmp_path: Path) -> None:
+    import transformers
+
+    if not hasattr(transformers, SHARED_LATENTS.config):
+        pytest.skip(f"transformers {transformers.__version__} has no model whose blocks share what a norm made")
+    model = saved(SHARED_LATENTS, tmp_path / "model")
+    statistics = smoothed_statistics(model)
+    made = {site.linears[0].name: site.smoothing for site in statistics.sites if site.linears}
+    latents = {name: smoothing for name, smoothing in made.items() if name.endswith(("kv_b_proj", "wkv_b"))}
+    assert len(latents) == 2
+    assert set(latents.values()) == {None}
+    assert any(made.values())
+    smoothed_copy(model, tmp_path / "smoothed", statistics, False)
+    loader = getattr(transformers, SHARED_LATENTS.model)
+    ids = torch.randint(4, 90, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before, after = (
+            loader.from_pretrained(directory, dtype="auto").eval()(ids).logits
+            for directory in (model, tmp_path / "smoothed")
+        )
+    assert torch.equal(before, after)
+
+
 def test_same_bits_tells_zeros_apart_and_knows_nan() -> None:
     nan, zeros = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
     assert same_bits(nan, nan.clone())

@@ -84,6 +84,8 @@ def _sound(loaded: LoadedUnit, site: Site, producer: str, rows: Tensor, arrangem
         return
     is_linear = bool(linears_of(module))
     size = weight_of(module).shape[0] if is_linear else site.in_features
+    if not loaded.ran_beside([producer, *site.linears]):
+        return
     vectors = [tuple(each.shape) for name, each in parameters.items() if not (is_linear and name == "weight")]
     if all(shape == (size,) for shape in vectors) and int(rows.max()) < size:
         yield Fold(site, producer, tuple(parameters), rows.to(parameters["weight"].device), arrangement)
