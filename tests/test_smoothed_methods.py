@@ -107,7 +107,7 @@ def test_statistics_of_a_file_do_not_smooth(tmp_path: Path) -> None:
     result = run_command(
         model, tmp_path, "--methods", "smoothed-vector-wise", "--outliers", str(tmp_path / "found.safetensors")
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "need a calibration of their own" in result.output
 
 
