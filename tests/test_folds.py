@@ -1,15 +1,19 @@
 """Folds of real architectures: found, proved, and exact in the whole model; left alone where they would not be."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.calibration_models import make_model, save_tokenizer, some_text
 from support.checkpoints import Tiny, build_tiny
 from support.smoothing import smoothed_copy, smoothed_statistics, spread
+from support.verifying import verified
 from torch import Tensor
 
+from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.model.folds import same_bits
 from int8cli.model.sampling import Sampling
@@ -65,6 +69,26 @@ def test_float16_is_smoothed_exactly_too(tmp_path: Path) -> None:
     assert any(site.smoothing is not None for site in statistics.sites)
     smoothed_copy(model, tmp_path / "smoothed", statistics, False)
     assert torch.equal(logits(model), logits(tmp_path / "smoothed"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_the_checkpoint_has_in_float16_stays_exact_there(dtype: str, words: Path, tmp_path: Path) -> None:
+    """The model runs in a dtype with a wider range, and a conversion scales the tensors of the file."""
+
+    def near_the_end(model: Any) -> None:
+        spread(model)
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and name.endswith("bias"):
+                weight *= 1e-5
+
+    model = make_model("llama-biased", tmp_path / "model", near_the_end, dtype=torch.float16)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": dtype, "torch_dtype": dtype}))
+    how = ConvertOptions(layout="compressed-tensors", smooth="exact", text=words, tokens=48)
+    report = convert(model, tmp_path / "out", how).report
+    assert report.smoothing is not None
+    assert report.smoothing.smoothed > 0
+    assert verified(tmp_path / "out", model).passed
 
 
 def test_statistics_with_smoothing_survive_their_file(tmp_path: Path) -> None:

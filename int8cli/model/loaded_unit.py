@@ -62,6 +62,7 @@ class LoadedUnit:
         self._pass_on = pass_on
         head = skeleton.output_head()
         self._weight_name, self._is_sole = skeleton.weight_name, skeleton.is_sole
+        self.is_float16 = skeleton.is_float16  # whether the checkpoint has a tensor, by its name, in float16
         self._example: UnitCall | None = None
         self._unused: frozenset[str] = frozenset()
         self._copies = True  # whether the arguments of a call can be copied
