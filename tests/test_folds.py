@@ -1,15 +1,19 @@
 """Folds of real architectures: found, proved, and exact in the whole model; left alone where they would not be."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.calibration_models import make_model, save_tokenizer, some_text
 from support.checkpoints import Tiny, build_tiny
 from support.smoothing import smoothed_copy, smoothed_statistics, spread
+from support.verifying import verified
 from torch import Tensor
 
+from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.model.folds import same_bits
 from int8cli.model.sampling import Sampling
@@ -67,6 +71,26 @@ def test_float16_is_smoothed_exactly_too(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(tmp_path / "smoothed"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_the_checkpoint_has_in_float16_stays_exact_there(dtype: str, words: Path, tmp_path: Path) -> None:
+    """The model runs in a dtype with a wider range, and a conversion scales the tensors of the file."""
+
+    def near_the_end(model: Any) -> None:
+        spread(model)
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and name.endswith("bias"):
+                weight *= 1e-5
+
+    model = make_model("llama-biased", tmp_path / "model", near_the_end, dtype=torch.float16)
+    config = model / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": dtype, "torch_dtype": dtype}))
+    how = ConvertOptions(layout="compressed-tensors", smooth="exact", text=words, tokens=48)
+    report = convert(model, tmp_path / "out", how).report
+    assert report.smoothing is not None
+    assert report.smoothing.smoothed > 0
+    assert verified(tmp_path / "out", model).passed
+
+
 def test_statistics_with_smoothing_survive_their_file(tmp_path: Path) -> None:
     model = make_model("llama", tmp_path / "model", spread)
     statistics = smoothed_statistics(model, stored_columns=2)
@@ -112,6 +136,97 @@ def test_where_values_are_limited_no_rows_divide(limit: float | None, expected: 
     save_tokenizer(tmp_path)
     statistics = smoothed_statistics(tmp_path)
     assert {site.kind for site in statistics.sites if site.smoothing is not None} == expected
+
+
+LONGFORMER = Tiny(
+    "LongformerForMaskedLM",
+    "LongformerConfig",
+    {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "attention_window": 8,
+        "pad_token_id": 0,
+    },
+)
+SHARED_LATENTS = Tiny(
+    "MistralLarge4ForConditionalGeneration",
+    "MistralLarge4Config",
+    {
+        "text_config": {
+            "model_type": "mistral_large4_text",
+            "vocab_size": 96,
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "index_topk": 8,
+            "index_head_dim": 16,
+            "index_n_heads": 2,
+            "no_rope_layers": [1, 1],
+            "kv_source_layers": [0, 0],
+            "pad_token_id": 0,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+            "head_dim": 16,
+        },
+    },
+)
+
+
+def saved(tiny: Tiny, directory: Path) -> Path:
+    model = build_tiny(tiny)
+    with torch.no_grad():
+        spread(model)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+def test_weights_that_run_for_other_inputs_only_leave_their_module_alone(tmp_path: Path) -> None:
+    model = saved(LONGFORMER, tmp_path / "model")  # value_global makes the output's input for tokens with a global mask
+    statistics = smoothed_statistics(model)
+    of_blocks = [site for site in statistics.sites if site.linears and site.layer is not None]
+    assert {site.kind for site in of_blocks} >= {NORM, VALUES}
+    assert not any(site.smoothing for site in of_blocks if site.kind == VALUES)
+
+
+def test_what_a_block_writes_for_later_blocks_must_stay_too(tmp_path: Path) -> None:
+    import transformers
+
+    if not hasattr(transformers, SHARED_LATENTS.config):
+        pytest.skip(f"transformers {transformers.__version__} has no model whose blocks share what a norm made")
+    model = saved(SHARED_LATENTS, tmp_path / "model")
+    statistics = smoothed_statistics(model)
+    made = {site.linears[0].name: site.smoothing for site in statistics.sites if site.linears}
+    latents = {name: smoothing for name, smoothing in made.items() if name.endswith(("kv_b_proj", "wkv_b"))}
+    assert len(latents) == 2
+    assert set(latents.values()) == {None}
+    assert any(made.values())
+    smoothed_copy(model, tmp_path / "smoothed", statistics, False)
+    loader = getattr(transformers, SHARED_LATENTS.model)
+    ids = torch.randint(4, 90, (2, 16), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        before, after = (
+            loader.from_pretrained(directory, dtype="auto").eval()(ids).logits
+            for directory in (model, tmp_path / "smoothed")
+        )
+    assert torch.equal(before, after)
 
 
 def test_same_bits_tells_zeros_apart_and_knows_nan() -> None:

@@ -136,6 +136,7 @@ def test_if_the_model_cannot_run_the_weights_are_used_and_a_note_says_so(model: 
     [
         (["-o", "report.pdf"], "report.pdf is not a"),
         (["-o", "out.safetensors", "--from", "weights"], "statistics need activations"),
+        (["--from", "weights", "--smooth"], "found by running the model"),
         (["--tokens", "0"], "--tokens"),
     ],
 )

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from int8cli import ConvertOptions, DequantizeOptions, convert, dequantize, load_model, plan_conversion
 from int8cli.checkpoint.locate import opened_source
 from int8cli.cli import app
-from int8cli.commands.options import LayoutName
+from int8cli.commands.options import InputsName, LayoutName
 from int8cli.conversion.resumed_smoothing import require_fitting
 from int8cli.conversion.scaling import BlockScaling
 from int8cli.errors import (
@@ -320,7 +320,21 @@ def test_statistics_of_a_file_smooth_without_stored_columns_too(model: Path, wor
     assert all(torch.equal(each, by_file[name]) for name, each in by_run.items())
     assert "## Smoothing" in (tmp_path / "out/README.md").read_text()
     assert "## Stored columns" not in (tmp_path / "out/README.md").read_text()
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "out")]).output
+    assert "exponents of the smoothing in int8/outliers" in shown
+    assert "plain int8\n" in shown
     assert [check.name for check in verified(tmp_path / "out", model).checks if check.failures] == []
+
+
+@pytest.mark.parametrize(("inputs", "said"), [("none", True), ("absmax", False)])
+def test_exponents_of_a_file_for_another_product_are_called_so(
+    inputs: InputsName, said: bool, model: Path, tmp_path: Path
+) -> None:
+    save_statistics(smoothed_statistics(model), tmp_path / "found.safetensors")
+    notes = Notes()
+    how = options(None, smooth=str(tmp_path / "found.safetensors"), outlier_columns=None, inputs=inputs)
+    convert(model, tmp_path / "out", how, progress=notes)
+    assert any("those for int8 inputs" in note for note in notes.said) == said
 
 
 def test_weights_alone_are_smoothed_for_the_product_that_they_are_in(

@@ -145,6 +145,8 @@ def check_inspect(options: InspectOptions) -> None:
     _check_choice("evidence", options.evidence or "activations", ("activations", "weights"))
     if not isinstance(options.smooth, bool | None):
         _check_choice("smooth", options.smooth, get_args(ScalesName))
+    if options.smooth and options.evidence == "weights":
+        raise OptionError("what to smooth is found by running the model, not from its weights", option="smooth")
     _check_threshold(options.threshold)
 
 

@@ -9,7 +9,7 @@ from int8cli.commands.ways import speed_here
 from int8cli.conversion.part import PartRun
 from int8cli.estimate.ways import calibration_s
 from int8cli.planning.survey import Survey
-from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS
+from int8cli.records.conversion import FROM_ACTIVATIONS, FROM_STATISTICS, NO_OUTLIERS, NO_SMOOTHING, WEIGHTS_ONLY
 from int8cli.results.units import human_bytes, human_seconds, percent
 
 
@@ -33,6 +33,8 @@ def described(strategy: ColumnStrategy, wanted: ColumnsWanted) -> str:
         chosen = f"by running the model on {tokens} (about {human_seconds(seconds)})"
     elif settings.outliers == FROM_STATISTICS:
         chosen = "from the statistics file"
+        if settings.smooth != NO_SMOOTHING and settings.inputs == WEIGHTS_ONLY:
+            chosen += " (its exponents are those for int8 inputs; a run of the model finds those for 16-bit inputs)"
     else:
         chosen = "from the weights alone, without running the model"
     size = human_bytes(strategy.survey.sidecar_bytes)

@@ -84,14 +84,14 @@ class EvaluationJob:
         assert subject.survey is not None
         limit = DEFAULT_OUTLIER_COLUMNS if options.outlier_columns is None else options.outlier_columns
         if options.outliers is not None:
-            statistics = load_statistics(options.outliers)
-            require_same_model(statistics, subject.runs, subject.survey)
             if found.needs_smoothing:
                 raise OptionError(
                     "the smoothed methods need a calibration of their own, not statistics from a file",
                     option="outliers",
                     hint="Leave the statistics out, or the smoothed methods.",
                 )
+            statistics = load_statistics(options.outliers)
+            require_same_model(statistics, subject.runs, subject.survey)
             if statistics.provenance.text_sha256 == self.text.sha256:
                 self.progress.note("warning: the statistics were made from the same text that is evaluated")
             return columns_from(statistics, limit)

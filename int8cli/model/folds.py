@@ -84,6 +84,8 @@ def _sound(loaded: LoadedUnit, site: Site, producer: str, rows: Tensor, arrangem
         return
     is_linear = bool(linears_of(module))
     size = weight_of(module).shape[0] if is_linear else site.in_features
+    if not loaded.ran_beside([producer, *site.linears]):
+        return
     vectors = [tuple(each.shape) for name, each in parameters.items() if not (is_linear and name == "weight")]
     if all(shape == (size,) for shape in vectors) and int(rows.max()) < size:
         yield Fold(site, producer, tuple(parameters), rows.to(parameters["weight"].device), arrangement)
@@ -133,14 +135,28 @@ def allowed_exponents(loaded: LoadedUnit, fold: Fold, steps: Steps) -> ExponentR
     """
     device = fold.rows.device
     allowed = ExponentRange.unlimited(len(fold.rows), device)
-    for name in fold.site.linears:
-        allowed = allowed & exact_range(weight_of(loaded.linears[name]))
-    for parameter in _producing(loaded, fold):
+    for linear in fold.site.linears:
+        allowed = allowed & exact_range(weight_of(loaded.linears[linear]))
+    for name, parameter in zip(fold.parameters, _producing(loaded, fold), strict=True):
         of_rows = exact_range(parameter.reshape(parameter.shape[0], -1).t())
+        if parameter.dim() == 1 and loaded.is_float16(f"{fold.producer}.{name}"):
+            of_rows = of_rows & _float16_range(parameter)
         if parameter.dim() == 1 and steps != EXACT_STEPS:
             of_rows = of_rows & normal_range(parameter)
         allowed = allowed & -ExponentRange(of_rows.lowest[fold.rows], of_rows.highest[fold.rows])
     return allowed
+
+
+def _float16_range(vector: Tensor) -> ExponentRange:
+    """The exponents for which a vector that the checkpoint has in float16 stays exact there, with one to spare.
+
+    The model may have it in another dtype, rounded: then its last digit is not known, but where it is normal is.
+    """
+    if vector.dtype == torch.float16:
+        return ExponentRange.unlimited(len(vector), vector.device)
+    stored = vector.half()
+    normal, whole = normal_range(stored), exact_range(stored[None])
+    return ExponentRange((normal.lowest + 1).clamp(max=0), torch.minimum(normal.highest, whole.highest))
 
 
 def scale(loaded: LoadedUnit, fold: Fold, exponents: Tensor) -> None:

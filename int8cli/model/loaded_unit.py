@@ -4,7 +4,9 @@ Owns how a sequence is computed in a unit and who may observe its inputs and out
 units nor where their outputs go.
 """
 
-from collections.abc import Callable, Iterator
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -60,7 +62,10 @@ class LoadedUnit:
         self._pass_on = pass_on
         head = skeleton.output_head()
         self._weight_name, self._is_sole = skeleton.weight_name, skeleton.is_sole
+        self.is_float16 = skeleton.is_float16  # whether the checkpoint has a tensor, by its name, in float16
         self._example: UnitCall | None = None
+        self._unused: frozenset[str] = frozenset()
+        self._copies = True  # whether the arguments of a call can be copied
         self._modules: dict[nn.Module, str] = {module: name for name, module in self.module.named_modules()}
         self._names = {
             module: skeleton.weight_name(f"{unit.name}.{name}" if name else unit.name)
@@ -103,10 +108,10 @@ class LoadedUnit:
                     on_sequence(sequence)
                 call = self._waiting.pop(sequence)
                 if turn == 0 and repeatable:
-                    self._example = _copied(call)
+                    self._example = self._copied(call)
                 output = self._compute(call, finder if turn == 0 else None)
                 if turn == 0:
-                    self.limits = finder.limits
+                    self.limits, self._unused = finder.limits, frozenset(finder.unused(self.module))
                     sites = tuple(self._site(*found) for found in finder.found())
                     del finder
                     for linear in (self.linears[site.name] for site in sites):
@@ -123,9 +128,26 @@ class LoadedUnit:
         return source in self.unit.sources and self._is_sole(source)
 
     def again(self) -> Any:
-        """The output of the unit, with its weights as they are now, for the sequence that `run` kept."""
+        """What the unit computes, with its weights as they are now, for the sequence that `run` kept.
+
+        That is its output and its arguments afterwards: it may write to them what later blocks read (shared keys).
+        """
         assert self._example is not None, "run(repeatable=True) comes first"
-        return self._compute(_copied(self._example), None)
+        call = self._copied(self._example)
+        return self._compute(call, None), call.args, call.kwargs
+
+    def ran_beside(self, names: Sequence[str]) -> bool:
+        """Whether `run` used all weights of the smallest module that holds these norms and linears.
+
+        If not, one run does not show all that reads them: the rest may run for other inputs (global attention). Nor
+        does it if the unit was called with objects that cannot be copied, and so not be compared.
+        """
+        if not self._copies:
+            return False
+        paths = [self._modules[self.module_of(name)].split(".") for name in names]
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+        prefix = "".join(f"{parts[0]}." for parts in shared)
+        return not any(name.startswith(prefix) for name in self._unused)
 
     def module_of(self, name: str) -> nn.Module:
         """The norm or the linear of this name in the checkpoint."""
@@ -163,6 +185,15 @@ class LoadedUnit:
         norm_name = None if norm is None else self._name_of(norm)
         return Site(names[0], names, kind, self.unit.stack, self.unit.index, in_features, norm_name)
 
+    def _copied(self, call: UnitCall) -> UnitCall:
+        """The same call with objects of its own: a block may add to its input in place, or to what blocks share."""
+        try:
+            return UnitCall(call.unit, *copy.deepcopy((call.args, call.kwargs)))
+        except (TypeError, RuntimeError, NotImplementedError):  # locks, generators, tensors with a graph
+            self._copies = False
+            args, kwargs = map_tensors((call.args, call.kwargs), lambda tensor: tensor.clone())
+            return UnitCall(call.unit, args, kwargs)
+
     def _compute(self, call: UnitCall, finder: SiteFinder | None) -> Any:
         """The unit's output for one sequence, computed on the device of its weights. HeadReachedError is returned."""
         forward = self._forwards[self.unit.name]
@@ -188,9 +219,3 @@ class LoadedUnit:
             if is_norm(self.module) or (finder is not None and finder.made_by_norm(tensor)):
                 mark(tensor)
         return map_tensors(output, lambda tensor: moved_to(tensor, self._device))
-
-
-def _copied(call: UnitCall) -> UnitCall:
-    """The same call with tensors of its own: a block may add to its input in place."""
-    args, kwargs = map_tensors((call.args, call.kwargs), lambda tensor: tensor.clone())
-    return UnitCall(call.unit, args, kwargs)

@@ -5,7 +5,8 @@ norm wrote is norm-fed, and attention is where activations are multiplied by act
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,6 +22,7 @@ _MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul",
 _LINEAR = frozenset({"linear", "addmm"})
 # Functions that are the identity on most values. A run that reaches no limit cannot tell them from it.
 _LIMITING = frozenset({"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "hardtanh", "hardtanh_", "relu6"})
+_NUMBERS = re.compile(r"\d+")
 _NORM_MARK = "_int8cli_made_by_norm"
 
 
@@ -86,6 +88,7 @@ class SiteFinder:
         self._weights: set[int] = set()
         self._mixed = False
         self.limits = False  # whether the run called a function that limits values
+        self._used: set[int] = set()  # memory of all that the run passed to a function
         self._alive: list[Tensor] = []  # keeps memory from being reused while its addresses are compared
 
     @contextmanager
@@ -116,6 +119,19 @@ class SiteFinder:
     def multiplied(self, factors: object, *, by_weights: bool) -> None:
         """Record a product. Unless `by_weights` or a factor is a weight, it is one of activations by activations."""
         self._mixed = not (by_weights or any(_memory(factor) in self._weights for factor in tensors_in(factors)))
+
+    def used(self, arguments: object) -> None:
+        """Record what a function of the run was called with."""
+        self._used.update(map(_memory, tensors_in(arguments)))
+
+    def unused(self, module: nn.Module) -> Iterator[str]:
+        """The parameters that the run passed to no function. Valid only while the tensors of the run are alive.
+
+        Of the numbered parts of a module (experts), one that ran stands for those that did not.
+        """
+        parameters = dict(module.named_parameters())
+        kinds = {_NUMBERS.sub("*", name) for name, each in parameters.items() if _memory(each) in self._used}
+        yield from (name for name in parameters if _NUMBERS.sub("*", name) not in kinds)
 
     def _after_norm(self, module: nn.Module, inputs: object, output: object) -> None:
         for tensor in tensors_in(output):
@@ -151,6 +167,8 @@ class _Products(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = getattr(func, "__name__", "")
+        if name != "__get__":  # reading a dtype or a shape is no use
+            self._finder.used((args, kwargs))
         result = func(*args, **(kwargs or {}))
         if name in _LIMITING:
             self._finder.limits = True
@@ -186,7 +204,7 @@ def tensors_in(structure: object) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and mappings."""
     if isinstance(structure, Tensor):
         yield structure
-    elif isinstance(structure, dict):
+    elif isinstance(structure, Mapping):
         yield from itertools.chain.from_iterable(map(tensors_in, structure.values()))
     elif isinstance(structure, (tuple, list)):
         yield from itertools.chain.from_iterable(map(tensors_in, structure))

@@ -37,6 +37,7 @@ class Skeleton:
         self._sources_of: dict[str, list[str]] = {}
         for source, target in self._target_of.items():
             self._sources_of.setdefault(target, []).append(source)
+        self._float16 = frozenset(name for name, spec in specs.items() if spec.dtype == "F16")
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         units = [self._unit(*found, specs) for found in find_units(model)]
         # Small tables stay in memory: some models (DeBERTa) use a table's weight without calling its module.
@@ -56,6 +57,10 @@ class Skeleton:
         """The checkpoint's name for a module: its weight's name without `.weight`, or the module's own name."""
         sources = self._sources_of.get(f"{module_name}.weight", [])
         return sources[0].removesuffix(".weight") if len(sources) == 1 else module_name
+
+    def is_float16(self, source: str) -> bool:
+        """Whether the checkpoint has a tensor in float16, whatever dtype the model has."""
+        return source in self._float16
 
     def is_sole(self, source: str) -> bool:
         """Whether a tensor of the checkpoint alone becomes one parameter, which is not tied to another."""

@@ -11,7 +11,7 @@ from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.planning.survey import Survey
 from int8cli.report import markdown
 from int8cli.report.smoothing import smoothing_section
-from int8cli.report.stored import chosen_by, how_many, percent_more
+from int8cli.report.stored import chosen_by, how_many, in_sidecars, percent_more
 from int8cli.results.conversion import ConversionReport, summarize_kinds, worst_by_output_error
 from int8cli.results.stored_columns import ErrorBasis, RelativeOutputError, StoredKind, StoredSummary
 from int8cli.results.units import decibels, human_bytes, human_count
@@ -87,7 +87,7 @@ def _size_table(report: ConversionReport) -> Iterator[str]:
     yield "|---|---|---|"
     yield f"| weight files | {human_bytes(report.source_bytes)} | {human_bytes(report.output_bytes)} |"
     if report.stored is not None:
-        yield f"| stored columns, in `{SIDECAR_DIRECTORY}` | | {human_bytes(report.sidecar_bytes)} |"
+        yield f"| {in_sidecars(report)}, in `{SIDECAR_DIRECTORY}` | | {human_bytes(report.sidecar_bytes)} |"
     yield (
         f"| parameters in int8 | | {human_count(report.quantized_parameters)} of {human_count(report.parameters)} "
         f"({report.percent_quantized:.1f} %) |"

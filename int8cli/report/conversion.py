@@ -7,7 +7,7 @@ from rich.table import Table
 from int8cli.llm_int8.metrics import ErrorSums
 from int8cli.planning.output_files import SIDECAR_DIRECTORY
 from int8cli.report.smoothing import smoothed_line
-from int8cli.report.stored import chosen_by, how_many, percent_more
+from int8cli.report.stored import chosen_by, how_many, in_sidecars, output_error, percent_more
 from int8cli.report.terminal import stdout_console, titled_table
 from int8cli.report.text import escape
 from int8cli.results.conversion import (
@@ -18,7 +18,7 @@ from int8cli.results.conversion import (
     worst_by_output_error,
 )
 from int8cli.results.stored_columns import ErrorBasis, StoredColumn, StoredSummary
-from int8cli.results.units import counted, decibels, human_bytes, human_count, percent
+from int8cli.results.units import counted, decibels, human_bytes, human_count
 
 WORST_LAYERS = 10
 COLUMNS_SHOWN = 8  # of one layer
@@ -88,18 +88,14 @@ def _headline(report: ConversionReport, output: Path) -> str:
 
 def _stored_lines(report: ConversionReport, stored: StoredSummary) -> list[str]:
     size, more = human_bytes(report.sidecar_bytes), percent_more(report.sidecar_bytes, report.output_bytes)
+    exact = f"{how_many(report, stored)} stored exactly" if stored.total.columns else in_sidecars(report)
     lines = [
-        f"{how_many(report, stored)} stored exactly in {SIDECAR_DIRECTORY}: {size}, {more} more",
+        f"{exact} in {SIDECAR_DIRECTORY}: {size}, {more} more",
         f"[dim]{escape(chosen_by(report.settings))}[/dim]",
     ]
-    error = stored.total.error
-    if error is not None:
-        measured = stored.basis == "measured"
-        at_most = "" if measured else "at most "
-        lines.append(
-            f"{'Mean layer' if measured else 'Predicted'} output error: {percent(error.all_int8)} plain int8, "
-            f"{at_most}[bold]{percent(error.with_stored)}[/bold] with exact columns"
-        )
+    if stored.total.error is not None:
+        whose = "Mean layer" if stored.basis == "measured" else "Predicted"
+        lines.append(f"{whose} output error: {output_error(stored, '[bold]{}[/bold]')}")
     return lines
 
 

@@ -24,7 +24,7 @@ from int8cli.report.conversion_charts import (
 from int8cli.report.conversion_columns import repeated_columns
 from int8cli.report.outliers import ranges
 from int8cli.report.smoothing import smoothed_line
-from int8cli.report.stored import SUSPECTS, chosen_by, percent_more
+from int8cli.report.stored import SUSPECTS, chosen_by, in_sidecars, percent_more
 from int8cli.report.vega import finished, require_altair, save_chart, stacked
 from int8cli.results.conversion import ConversionReport, LayerReport, summarize_kinds
 from int8cli.results.stored_columns import StoredSummary
@@ -85,9 +85,9 @@ def verdict_lines(report: ConversionReport) -> list[str]:
     error = stored.total.error if stored is not None else None
     if error is not None and stored is not None:
         how = "differs" if stored.basis == "measured" else "differs at most"
+        without = f"; without the exact columns it would be {percent(error.all_int8)}" if stored.total.columns else ""
         lines.append(
-            f"The output of an average layer {how} by {percent(error.with_stored)} from that in 16 bit; without the "
-            f"exact columns it would be {percent(error.all_int8)}."
+            f"The output of an average layer {how} by {percent(error.with_stored)} from that in 16 bit{without}."
         )
     elif report.sums is not None:
         lines.append(
@@ -118,7 +118,8 @@ def _size_table(report: ConversionReport) -> str:
         ("all parameters", _counted(report.parameters), _counted(report.parameters)),
     ]
     if report.stored is not None:
-        rows.insert(1, ("exact columns, beside them", markup.NOTHING, markup.size(report.sidecar_bytes)))
+        beside = "exact columns" if report.stored.total.columns else in_sidecars(report)
+        rows.insert(1, (f"{beside}, beside them", markup.NOTHING, markup.size(report.sidecar_bytes)))
     before = sum(layer.bytes_before for layer in report.layers)
     after = sum(layer.bytes_after for layer in report.layers)
     rows.insert(1, ("of these, layers in int8", markup.size(before), markup.size(after)))

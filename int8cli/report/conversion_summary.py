@@ -11,7 +11,7 @@ from int8cli.planning.output_files import REPORT_FILE
 from int8cli.records.conversion import FROM_WEIGHTS
 from int8cli.report.conversion import groups_table
 from int8cli.report.smoothing import smoothed_line
-from int8cli.report.stored import SUSPECTS, percent_more
+from int8cli.report.stored import SUSPECTS, in_sidecars, output_error, percent_more
 from int8cli.report.terminal import stdout_console
 from int8cli.report.text import escape
 from int8cli.results.conversion import ConversionReport
@@ -78,16 +78,14 @@ def _rows(report: ConversionReport, output: Path, cost: Cost, tables: str) -> It
     stored = report.stored
     if stored is not None:
         more = percent_more(report.sidecar_bytes, report.output_bytes)
-        columns = f"{stored.total.columns:,} exact columns, {human_bytes(report.sidecar_bytes)} ({more} more)"
-        yield "outliers", columns + (f"; {SUSPECTS}" if report.settings["outliers"] == FROM_WEIGHTS else "")
-        error = stored.total.error
-        if error is not None:
-            at_most = "" if stored.basis == "measured" else "at most "
-            yield (
-                "output error",
-                f"{percent(error.all_int8)} plain int8, {at_most}{percent(error.with_stored)} with exact columns "
-                f"({stored.basis}, mean of the layers)",
-            )
+        size = f"{human_bytes(report.sidecar_bytes)} ({more} more)"
+        if stored.total.columns:
+            guessed = f"; {SUSPECTS}" if report.settings["outliers"] == FROM_WEIGHTS else ""
+            yield "outliers", f"{stored.total.columns:,} exact columns, {size}{guessed}"
+        elif report.sidecar_bytes:
+            yield "sidecars", f"{in_sidecars(report)}, {size}"
+        if stored.total.error is not None:
+            yield "output error", f"{output_error(stored)} ({stored.basis}, mean of the layers)"
     smoothing = report.smoothing
     if smoothing is not None:
         yield "smoothed", escape(smoothed_line(smoothing))

@@ -43,6 +43,24 @@ def how_many(report: ConversionReport, stored: StoredSummary) -> str:
     return f"{columns} of {counted(stored.total.layers, 'layer')}"
 
 
+def in_sidecars(report: ConversionReport) -> str:
+    """What the sidecars of a conversion hold, in a word or two."""
+    if report.stored is not None and not report.stored.total.columns and report.smoothing is not None:
+        return "exponents of the smoothing"
+    return "stored columns"
+
+
+def output_error(stored: StoredSummary, emphasis: str = "{}") -> str:
+    """`1.2 % plain int8, at most 1.0 % with exact columns`, as far as there are any; `stored` must have errors."""
+    error = stored.total.error
+    assert error is not None
+    plain = f"{percent(error.all_int8)} plain int8"
+    if not stored.total.columns:
+        return plain
+    at_most = "" if stored.basis == "measured" else "at most "
+    return f"{plain}, {at_most}{emphasis.format(percent(error.with_stored))} with exact columns"
+
+
 def percent_more(extra_bytes: int, output_bytes: int) -> str:
     """How much stored columns add to the size of an output: `1.6 %`."""
     percent = 100 * extra_bytes / output_bytes if output_bytes else 0.0
