@@ -31,9 +31,9 @@ from int8cli.model.sites import Site, weight_of
 from int8cli.outliers.statistics import ScaledRows, SiteSmoothing
 
 # Why a site is left alone.
-NO_PRODUCER = "nothing before it takes the division exactly"
-NO_GAIN = "no powers of two make its int8 product better"
-NO_FINE_GAIN = "no scales make its int8 product better"
+NO_PRODUCER = "no fold was proved to be exact"
+NO_GAIN = "no powers of two improve its int8 product"
+NO_FINE_GAIN = "no scales improve its int8 product"
 # On how many inputs the chosen exponents are compared with none, by the int8 products themselves.
 _MEASURED = 128
 

@@ -19,7 +19,7 @@ _FINE = (
 
 
 def smoothed_line(summary: SmoothingSummary) -> str:
-    """`195 of 210 layers, exactly; left alone: 15 layers (no powers of two make their int8 product better)`."""
+    """`195 of 210 layers, exactly; left alone: 15 layers (no powers of two improve its int8 product)`."""
     text = f"{summary.smoothed:,} of {counted(summary.layers, 'layer')}"
     if summary.smoothed:
         text += ", exactly, by powers of two" if summary.exact else ", in steps of 2^(1/4), which rounds norms"
