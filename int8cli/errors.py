@@ -89,7 +89,7 @@ class NonFiniteRunError(NonFiniteError):
 
 
 class StatisticsFileError(CheckpointError):
-    """A file does not contain outlier statistics."""
+    """A file does not contain outlier statistics, or what it contains contradicts itself."""
 
 
 class UnsupportedModelError(CheckpointError):
