@@ -287,7 +287,7 @@ def test_evaluate_says_of_the_conversion_what_it_promised_of_the_model(
     convert(model, tmp_path / "out", options(words))
     statistics = smoothed_statistics(model, stored_columns=2)
     chosen = columns_from(statistics, 2)
-    columns = ChosenColumns(chosen.by_layer, chosen.provenance, smoothing=smoothing_from(statistics))
+    columns = ChosenColumns(chosen.by_layer, chosen.provenance, smoothing=smoothing_from(statistics, 2))
     pairs = {
         "smoothed-vector-wise": "vector-wise",
         "smoothed-bitsandbytes": "bitsandbytes",
