@@ -89,7 +89,7 @@ class NonFiniteRunError(NonFiniteError):
 
 
 class StatisticsFileError(CheckpointError):
-    """A file does not contain outlier statistics."""
+    """A file does not contain outlier statistics, or what it contains contradicts itself."""
 
 
 class UnsupportedModelError(CheckpointError):
@@ -167,7 +167,7 @@ class StatisticsChangedError(Int8cliError):
 
 
 class StatisticsMismatchError(Int8cliError):
-    """Outlier statistics were made from another model, or from another revision of it."""
+    """Outlier statistics were made from another model or revision, or lack the smoothing that is asked for."""
 
 
 class DiskSpaceError(PlaceError):

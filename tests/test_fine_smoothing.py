@@ -245,7 +245,7 @@ def test_evaluate_says_of_the_conversion_what_it_promised_of_the_model(
     """But for the rounding of gains, which one has and the other leaves out."""
     statistics = smoothed_statistics(model, stored_columns=2, smooth_steps=FINE_STEPS)
     chosen = columns_from(statistics, 2)
-    columns = ChosenColumns(chosen.by_layer, chosen.provenance, smoothing=smoothing_from(statistics))
+    columns = ChosenColumns(chosen.by_layer, chosen.provenance, smoothing=smoothing_from(statistics, 2))
     pairs = {"smoothed-vector-wise": "vector-wise", "smoothed-stored": "zeropoint-llm-int8-stored"}
     run = EvaluationRun(chosen_methods([*pairs]), Sampling(48, 16))
     text = some_text(200, seed=1)

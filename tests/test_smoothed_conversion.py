@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support.calibration_models import make_model, some_text
 from support.checkpoints import read_all, read_json, read_tensors
 from support.program import tree
-from support.smoothing import planted, scale, smoothed_statistics, spread
+from support.smoothing import change_exponents, planted, scale, smoothed_statistics, spread
 from support.verifying import verified
 from torch import Tensor
 from typer.testing import CliRunner
@@ -30,14 +30,17 @@ from int8cli.errors import (
     OptionError,
     SavedStateError,
     SettingsMismatchError,
+    StatisticsFileError,
 )
 from int8cli.evaluation.columns import ChosenColumns, columns_from, smoothing_from
 from int8cli.evaluation.evaluate import evaluate
 from int8cli.evaluation.methods import chosen_methods
 from int8cli.evaluation.options import EvaluationRun
 from int8cli.evaluation.subject import find_subject
+from int8cli.llm_int8.limits import MAX_EXPONENT
 from int8cli.llm_int8.quantize import INT8_MAX, quantize_rowwise
 from int8cli.model.sampling import Sampling
+from int8cli.outliers.statistics import OutlierStatistics, SiteSmoothing
 from int8cli.outliers.statistics_file import save_statistics
 from int8cli.planning.blocks import Rectangle
 from int8cli.planning.exponents import TensorExponents
@@ -284,7 +287,7 @@ def test_evaluate_says_of_the_conversion_what_it_promised_of_the_model(
     convert(model, tmp_path / "out", options(words))
     statistics = smoothed_statistics(model, stored_columns=2)
     chosen = columns_from(statistics, 2)
-    columns = ChosenColumns(chosen.by_layer, chosen.provenance, smoothing=smoothing_from(statistics))
+    columns = ChosenColumns(chosen.by_layer, chosen.provenance, smoothing=smoothing_from(statistics, 2))
     pairs = {
         "smoothed-vector-wise": "vector-wise",
         "smoothed-bitsandbytes": "bitsandbytes",
@@ -324,6 +327,64 @@ def test_statistics_of_a_file_smooth_without_stored_columns_too(model: Path, wor
     assert "exponents of the smoothing in int8/outliers" in shown
     assert "plain int8\n" in shown
     assert [check.name for check in verified(tmp_path / "out", model).checks if check.failures] == []
+
+
+class Untouched(SilentProgress):
+    """Fails as soon as a shard is to be converted."""
+
+    def begin(self, task: str, parts: Mapping[str, int], *, unit: str = BYTES, finished: Collection[str] = ()) -> None:
+        assert task != "convert"
+
+
+@pytest.mark.parametrize("outlier_columns", [0, 2])
+def test_statistics_whose_exponents_do_not_fit_are_refused_before_the_first_shard(
+    outlier_columns: int, model: Path, tmp_path: Path
+) -> None:
+    statistics = smoothed_statistics(model)
+    save_statistics(statistics, file := tmp_path / "found.safetensors")
+    site = next(site for site in statistics.linear_sites if site.name == change_exponents(file))
+    how = options(None, smooth=str(file), outlier_columns=outlier_columns)
+    with pytest.raises(StatisticsFileError, match="contradicts itself") as raised:
+        convert(model, tmp_path / "out", how, progress=Untouched())
+    assert any(f"{linear.name}.weight is multiplied" in str(raised.value) for linear in site.linears)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def changed_site(statistics: OutlierStatistics, change: Callable[[SiteSmoothing], SiteSmoothing]) -> OutlierStatistics:
+    """The first smoothed site with another smoothing."""
+    sites = list(statistics.sites)
+    place, site = next((place, site) for place, site in enumerate(sites) if site.smoothing is not None)
+    assert site.smoothing is not None
+    sites[place] = replace(site, smoothing=change(site.smoothing))
+    return replace(statistics, sites=tuple(sites))
+
+
+def without_division(smoothing: SiteSmoothing) -> SiteSmoothing:
+    return replace(smoothing, scaled=())
+
+
+def divided_often(smoothing: SiteSmoothing) -> SiteSmoothing:
+    """As if several sites divided by the largest scale there is, which int8 cannot add up."""
+    rows = torch.full_like(smoothing.scaled[0].exponents, -MAX_EXPONENT * smoothing.steps)
+    return replace(smoothing, scaled=(replace(smoothing.scaled[0], exponents=rows),))
+
+
+@pytest.mark.parametrize(
+    ("change", "copies", "reason"),
+    [
+        (without_division, 1, "is multiplied by scales, and nothing divides its input"),
+        (divided_often, 12, "is scaled more than once, and by too much"),
+    ],
+)
+def test_other_contradictions_in_statistics_are_found_too(
+    change: Callable[[SiteSmoothing], SiteSmoothing], copies: int, reason: str, model: Path, tmp_path: Path
+) -> None:
+    found = changed_site(smoothed_statistics(model), change)
+    place = next(place for place, site in enumerate(found.sites) if site.smoothing is not None)
+    copied = (replace(found.sites[place], name=f"again{each}") for each in range(copies - 1))
+    save_statistics(replace(found, sites=(*found.sites, *copied)), file := tmp_path / "found.safetensors")
+    with pytest.raises(StatisticsFileError, match=reason):
+        convert(model, tmp_path / "out", options(None, smooth=str(file)), progress=Untouched())
 
 
 @pytest.mark.parametrize(("inputs", "said"), [("none", True), ("absmax", False)])

@@ -65,15 +65,18 @@ Methods = Annotated[
 Outliers = Annotated[
     Path | None,
     typer.Option(
-        help="Statistics file of inspect-outliers that chooses the columns.",
+        help="Statistics file of inspect-outliers that chooses the columns and, made with --smooth, what to smooth.",
         show_default="calibrate on another text",
         metavar="FILE",
     ),
 ]
 
 Smooth = Annotated[
-    Scales,
-    typer.Option(help="Scales of the smoothed methods: powers of two, or steps of 2^(1/4), which round norms (fine)."),
+    Scales | None,
+    typer.Option(
+        help="Scales of the smoothed methods: powers of two, or steps of 2^(1/4), which round norms (fine).",
+        show_default="as FILE of --outliers, or exact",
+    ),
 ]
 SourceModel = Annotated[
     str | None,
@@ -98,7 +101,7 @@ def evaluate(
     methods: Methods = None,
     outlier_columns: OutlierColumns = None,
     outliers: Outliers = None,
-    smooth: Smooth = Scales.exact,
+    smooth: Smooth = None,
     source: SourceModel = None,
     revision: Revision = None,
     device: ModelDevice = Device.cpu,

@@ -93,13 +93,18 @@ def statistics_settings(wanted: ColumnsWanted, settings: Settings) -> Settings:
     smooth = NO_SMOOTHING
     if wanted.smooth:
         found = _scales_in(data)
-        if wanted.scales not in (None, found):
-            raise StatisticsMismatchError(
-                f"the statistics have {_FOUND[found]}, and {wanted.scales} smoothing is asked for",
-                hint="Make statistics for it.",
-            )
+        require_scales(found, wanted.scales)
         smooth = found or EXACT_SMOOTHING
     return replace(chosen, calibration=f"statistics {xxhash.xxh3_128_hexdigest(data)}", smooth=smooth)
+
+
+def require_scales(found: str | None, asked_for: str | None) -> None:
+    """Raise StatisticsMismatchError unless statistics smooth by the scales asked for, by name; None asks for any."""
+    if asked_for not in (None, found):
+        raise StatisticsMismatchError(
+            f"the statistics have {_FOUND[found]}, and {asked_for} smoothing is asked for",
+            hint="Make statistics for it.",
+        )
 
 
 def _scales_in(data: bytes) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from int8cli.checkpoint.source import LocalFile, Source
 from int8cli.columns.foreseen import statistics_settings
-from int8cli.columns.smoothing import Smoothings
+from int8cli.columns.smoothing import Smoothings, require_consistent
 from int8cli.columns.wanted import ColumnStrategy, ColumnsWanted, at_most
 from int8cli.conversion.column_source import ColumnSource, KnownColumns, Ready, RunTask
 from int8cli.errors import StatisticsChangedError, StatisticsMismatchError
@@ -32,7 +32,8 @@ def strategy_from_statistics(
 ) -> ColumnStrategy:
     """Choose by the statistics file that the user named.
 
-    Raises StatisticsMismatchError, StatisticsChangedError, CheckpointError.
+    Raises StatisticsMismatchError, StatisticsChangedError, CheckpointError: StatisticsFileError if the file contradicts
+    itself, before a shard is converted by it.
 
     The settings have the file's digest: a run that resumes must not go on with the columns of another file.
     """
@@ -42,6 +43,8 @@ def strategy_from_statistics(
     if statistics_settings(wanted, settings) != chosen:
         raise StatisticsChangedError(f"{path} changed while it was read", hint="Run the same command again.")
     require_same_model(statistics, source, survey)
+    if wanted.smooth:
+        require_consistent(statistics, path.name, survey.decisions)
     columns = StatisticsColumns(survey, wanted)
     columns.learn(statistics.sites)
     if wanted.budget:

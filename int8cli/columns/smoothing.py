@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from int8cli.errors import StatisticsFileError
 from int8cli.llm_int8.scales import scales
-from int8cli.outliers.statistics import SiteSmoothing, SiteStatistics
+from int8cli.outliers.statistics import OutlierStatistics, SiteSmoothing, SiteStatistics
 from int8cli.planning.decisions import Decision
-from int8cli.planning.exponents import NOT_SCALED, ShardSmoothing, TensorExponents
+from int8cli.planning.exponents import NOT_SCALED, ShardSmoothing, TensorExponents, are_sound, misfits
 from int8cli.results.smoothing import LayerSmoothing
 
 NEVER_RUN = "the calibration did not reach it"
@@ -62,6 +63,17 @@ class Smoothings:
         }
         return ShardSmoothing({name: self.exponents[name] for name in names if name in self.exponents}, layers)
 
+    def contradictions(self) -> Iterator[str]:
+        """Why the sites of the whole model do not fit together, with the name of a tensor for each reason."""
+        for name, each in self.exponents.items():
+            if not (are_sound(each.rows, each.steps) and are_sound(each.columns, each.steps)):
+                yield f"{name} is scaled more than once, and by too much"
+            if any(each.columns) and not self.layers[name].smoothed:
+                yield f"{name} is multiplied by scales, and nothing divides its input"
+        smoothed = {weight: layer for weight, layer in self.layers.items() if layer.smoothed}
+        for weight in misfits(smoothed, self.exponents):
+            yield f"{weight} is multiplied by other scales than its input is divided by"
+
     def _obstacles(self, site: SiteStatistics, smoothing: SiteSmoothing) -> Iterator[str]:
         """Why a proved smoothing cannot be used here."""
         for linear in site.linears:
@@ -79,6 +91,19 @@ class Smoothings:
                 yield f"{each.tensor} is not in int8"
             if shape != (len(each.exponents),):
                 yield f"{each.tensor}: {_ANOTHER_SHAPE}"
+
+
+def require_consistent(statistics: OutlierStatistics, file: str, decisions: Mapping[str, Decision]) -> None:
+    """Raise StatisticsFileError if the smoothing of a model's sites, which are from this file, does not fit together.
+
+    `decisions` are those of all tensors of the checkpoint.
+    """
+    smoothings = Smoothings(decisions)
+    for site in statistics.sites:
+        smoothings.learn(site)
+    reason = next(smoothings.contradictions(), None)
+    if reason is not None:
+        raise StatisticsFileError(f"{file} contradicts itself: {reason}", hint="Make the statistics again.")
 
 
 def _weight(linear: str) -> str:

@@ -158,7 +158,8 @@ def check_verify(options: VerifyOptions) -> None:
 
 def check_evaluate(options: EvaluateOptions) -> None:
     _check_counts(options)
-    _check_choice("smooth", options.smooth, get_args(ScalesName))
+    if options.smooth is not None:
+        _check_choice("smooth", options.smooth, get_args(ScalesName))
 
 
 def check_device(device: DeviceName) -> None:

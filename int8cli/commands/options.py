@@ -227,8 +227,9 @@ class EvaluateOptions:
       `sequence_length`; `seed` selects the pieces of a long text.
     - `methods`: their names; empty means the main methods, "all" means every one.
     - `outlier_columns`: the most columns to store for each linear layer; None is the default of `convert`.
-    - `outliers`: statistics file that chooses the columns; None calibrates on another text.
-    - `smooth`: the scales of the smoothed methods, "exact" powers of two or "fine" steps of 2^(1/4).
+    - `outliers`: statistics file that chooses the columns and what to smooth; None calibrates on another text.
+    - `smooth`: the scales of the smoothed methods, "exact" powers of two or "fine" steps of 2^(1/4); None is as the
+      statistics file has them, or exact.
     - `source`: for a converted model, the 16- or 32-bit model it was made from.
     - `revision`: revision of the model on the Hub or, if the model is a local conversion, of its source.
     - `device`: where the model runs.
@@ -243,7 +244,7 @@ class EvaluateOptions:
     methods: tuple[str, ...] = ()
     outlier_columns: int | None = None
     outliers: Path | None = None
-    smooth: ScalesName = "exact"
+    smooth: ScalesName | None = None
     source: str | Path | None = None
     revision: str | None = None
     device: DeviceName = "cpu"

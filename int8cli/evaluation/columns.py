@@ -73,19 +73,19 @@ def calibrated_columns(
     assert subject.survey is not None
     progress.note(f"Step 1 of 2: choosing exact columns{' and what to smooth' if options.smooth else ''}")
     statistics = calibrate(subject.runs, subject.survey, text, options, progress)
-    smoothing = smoothing_from(statistics) if options.smooth else None
+    smoothing = smoothing_from(statistics, limit) if options.smooth else None
     return replace(columns_from(statistics, limit), calibrated=True, smoothing=smoothing)
 
 
-def smoothing_from(statistics: OutlierStatistics) -> dict[str, SmoothedColumns]:
-    """The proved smoothing of each linear layer that has one."""
+def smoothing_from(statistics: OutlierStatistics, limit: int) -> dict[str, SmoothedColumns]:
+    """The proved smoothing of each linear layer that has one, and at most `limit` columns once it is smoothed."""
     found: dict[str, SmoothedColumns] = {}
     for site in statistics.linear_sites:
         if site.smoothing is None:
             continue
-        how = site.smoothing
-        for linear in site.linears:
-            stored = linear.smoothed.stored if linear.smoothed else ()
-            scaled = tuple(each.tensor for each in how.scaled)
+        how, after = site.smoothing, site.once_smoothed()
+        scaled = tuple(each.tensor for each in how.scaled)
+        for linear in after.linears:
+            stored = choose_columns(after.inputs, linear.weight_error, limit)
             found[linear.name] = SmoothedColumns(how.exponents, stored, how.steps, scaled)
     return found

@@ -33,7 +33,10 @@ class TensorExponents:
     steps: Steps = EXACT_STEPS
 
     def __or__(self, other: "TensorExponents") -> "TensorExponents":
-        """Both together, where they scale different rows. Raises ValueError if their steps differ."""
+        """Both together, where they scale different rows. Raises ValueError if their steps differ.
+
+        Where they scale the same row, the sum may be one that is not sound.
+        """
         if self == NOT_SCALED:
             return other
         if self.steps != other.steps:
@@ -154,4 +157,5 @@ def misfits(layers: Mapping[str, LayerSmoothing], exponents: Mapping[str, Tensor
 def _both(one: bytes, other: bytes) -> bytes:
     if not one or not other:
         return one or other
-    return array("b", [a + b for a, b in zip(array("b", one), array("b", other), strict=True)]).tobytes()
+    sums = (a + b for a, b in zip(array("b", one), array("b", other), strict=True))
+    return array("b", [max(-128, min(each, 127)) for each in sums]).tobytes()  # the limits of int8 are not sound either

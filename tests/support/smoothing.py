@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from int8cli.checkpoint.locate import opened_source
+from int8cli.llm_int8.limits import MAX_EXPONENT
 from int8cli.llm_int8.scales import powers_of_two
 from int8cli.model.sampling import Sampling
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
@@ -61,6 +63,18 @@ def smoothed_copy(directory: Path, output: Path, statistics: OutlierStatistics, 
         if file.is_file() and file.suffix != ".safetensors":
             (output / file.name).write_bytes(file.read_bytes())
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_exponents(file: Path) -> str:
+    """Add 1 to the column exponents of one site in a statistics file. Returns the site."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    tensors = load_file(file)
+    name = next(name for name in sorted(tensors) if name.endswith(".smooth_exponents"))
+    assert int(tensors[name].max()) < MAX_EXPONENT
+    tensors[name] += 1
+    save_file(tensors, file, metadata=metadata)
+    return name.removesuffix(".smooth_exponents")
 
 
 def scale(tensors: dict[str, Tensor], name: str, exponents: Tensor, dim: int) -> None:
