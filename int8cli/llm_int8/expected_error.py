@@ -6,8 +6,8 @@ Rounding to steps of size d adds d² / 12 to the mean square. So for linears l t
 
 Of an exponent k, n steps are a factor of 2: one or four. r_i = max_j |w_ij| s_j is what row i is scaled by, and g_t
 what token t is scaled by once its inputs are divided; m_j = Σ_t v_t x_tj². How much a token counts, v_t, is in
-`token_shares`, and how much the first sum does, c, in WEIGHT_ERRORS_COUNT. With c = 1 this is 6 % less to 17 % more
-than the measured error on SmolLM2-135M, 1 % in the median.
+`token_shares`, and how much the first sum does, c, in WEIGHT_ERRORS_COUNT. With c = 1 this is 6 % below to 11 % above
+the measured error on SmolLM2-135M, 1 % above it in the median.
 
 With stored columns, a part of the error is that of the product in which they are exact. They add nothing to m, ||w||²
 and g there; r is as before, because the int8 weight has all columns.
