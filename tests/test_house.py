@@ -123,7 +123,15 @@ def test_no_command_imports_another() -> None:
 
 
 def test_the_arithmetic_knows_torch_and_nothing_else() -> None:
-    allowed = {"torch", "int8cli"} | {"collections", "contextlib", "copy", "dataclasses", "functools", "itertools", "math"}
+    allowed = {"torch", "int8cli"} | {
+        "collections",
+        "contextlib",
+        "copy",
+        "dataclasses",
+        "functools",
+        "itertools",
+        "math",
+    }
     allowed |= {"mmap", "threading", "time", "typing", "warnings", "weakref"}
     for module, path in modules():
         if module.startswith("int8cli.llm_int8"):
