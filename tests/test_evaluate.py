@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -220,6 +221,29 @@ def test_encoders_get_output_errors_and_no_perplexity(tmp_path: Path) -> None:
         assert method.scores is None
         assert len(method.layers) == found.int8_layers
         assert all(0.0 < layer.error < 0.2 for layer in method.layers)
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_a_head_that_the_checkpoint_lacks_is_said(tmp_path: Path, llama: Path) -> None:
+    """Its file may be missing: that is not the same as a model without one."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    notes = Notes()
+    found = evaluated(model, "vector-wise", progress=notes)
+    assert any("no weights for the head of LlamaForCausalLM" in said for said in notes.said)
+    assert not found.predicts
+    convert(model, tmp_path / "out", dataclasses.replace(WITHOUT_COLUMNS, layout="bitsandbytes"))
+    with pytest.raises(ReferenceModelError, match="no weights for the head of LlamaForCausalLM"):
+        evaluated(tmp_path / "out")
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

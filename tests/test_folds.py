@@ -11,12 +11,13 @@ from support.calibration_models import make_model, save_tokenizer, some_text
 from support.checkpoints import Tiny, build_tiny
 from support.smoothing import smoothed_copy, smoothed_statistics, spread
 from support.verifying import verified
-from torch import Tensor
+from torch import Tensor, nn
 
 from int8cli import ConvertOptions, convert
 from int8cli.checkpoint.locate import opened_source
 from int8cli.model.folds import same_bits
 from int8cli.model.sampling import Sampling
+from int8cli.model.sites import SiteFinder
 from int8cli.outliers.calibrate import CalibrateOptions, calibrate
 from int8cli.outliers.statistics_file import load_statistics, save_statistics
 from int8cli.planning.decisions import PlanOptions
@@ -204,6 +205,25 @@ def test_weights_that_run_for_other_inputs_only_leave_their_module_alone(tmp_pat
     of_blocks = [site for site in statistics.sites if site.linears and site.layer is not None]
     assert {site.kind for site in of_blocks} >= {NORM, VALUES}
     assert not any(site.smoothing for site in of_blocks if site.kind == VALUES)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.named = nn.ModuleDict({f"expert_{place}": nn.Linear(4, 4) for place in range(3)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.named["expert_2"](self.experts[1](self.linear1(x)))
+        return y
+
+
+def test_an_expert_that_ran_stands_for_all_but_no_layer_for_one_of_another_name() -> None:
+    module, finder, x = Branches(), SiteFinder(), torch.ones(2, 4)
+    with torch.no_grad(), finder.watching(module, [], x):
+        module(x)
+    assert list(finder.unused(module)) == ["linear2.weight", "linear2.bias"]
 
 
 def test_what_a_block_writes_for_later_blocks_must_stay_too(tmp_path: Path) -> None:

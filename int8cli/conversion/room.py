@@ -50,7 +50,7 @@ def require_room_to_run(
     store: RecordStore,
     model_bytes: int,
 ) -> None:
-    """The same for a run of the model, which on a cluster may begin again after some of the shards are finished."""
+    """The same for a run of the model, which may begin again after some of the shards are finished."""
     left = [shard for shard in remaining if not (store.finished(shard) or store.uploaded(shard))]
     require_room(source, survey, at_once, left, store, model_bytes)
 

@@ -90,7 +90,7 @@ class _Run:
         self._predicts = self._passages[0].targets is not None
         if not self._predicts and not subject.has_reference:
             raise ReferenceModelError(
-                f"{type(model).__name__} predicts no text, and measuring output errors needs 16-bit weights",
+                f"{_without_predictions(skeleton)}, and measuring output errors needs 16-bit weights",
                 hint="Also give the model it was made from.",
             )
         # Without predictions, the errors of layers are all there is, and these need only the 16-bit model's inputs.
@@ -160,7 +160,7 @@ class _Run:
             step = "Step 2 of 2: evaluating" if after_calibration else "evaluating"
             self._progress.note(f"{step} {methods} methods in one pass over the weights: {keys}")
         else:
-            self._progress.note("this model predicts no next token: measuring only output errors")
+            self._progress.note(f"{_without_predictions(skeleton)}: measuring only output errors")
         begin_blocks(
             self._progress,
             TASK,
@@ -276,6 +276,13 @@ def _has_head(loaded: LoadedUnit, skeleton: Skeleton) -> bool:
     """Whether a unit contains the output head."""
     head = skeleton.output_head()
     return any(module is head for module in loaded.module.modules())
+
+
+def _without_predictions(skeleton: Skeleton) -> str:
+    """What to say of a model that predicts nothing: a head that is missing may be a file that is missing."""
+    if skeleton.stands_for:
+        return f"the checkpoint has no weights for the head of {skeleton.stands_for}, so it predicts no next token"
+    return f"{type(skeleton.model).__name__} predicts no next token"
 
 
 def _dropped(_: int, __: Any) -> None:

@@ -22,7 +22,8 @@ _MIXING = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul",
 _LINEAR = frozenset({"linear", "addmm"})
 # Functions that are the identity on most values. A run that reaches no limit cannot tell them from it.
 _LIMITING = frozenset({"clamp", "clamp_", "clip", "clip_", "clamp_max", "clamp_max_", "hardtanh", "hardtanh_", "relu6"})
-_NUMBERS = re.compile(r"\d+")
+# The number of a part of a module, as in experts.3 and expert_3, but not in linear1 and w2.
+_NUMBERS = re.compile(r"(?:^|(?<=[._]))\d+(?=\.|$)")
 _NORM_MARK = "_int8cli_made_by_norm"
 
 

@@ -26,11 +26,15 @@ _RESIDENT_TABLE_BYTES = 16 << 20
 
 
 class Skeleton:
-    """The model, on the meta device except for loaded units, and which tensors of a checkpoint become which weights."""
+    """The model, on the meta device except for loaded units, and which tensors of a checkpoint become which weights.
 
-    def __init__(self, model: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> None:
+    `stands_for` is the class that config.json names, where the checkpoint lacks its heads and `model` is the bare one.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec], stands_for: str = "") -> None:
         self.model = model
         self.dtype = dtype
+        self.stands_for = stands_for
         self._device = torch.device("cpu")
         self._conversions = conversions_of(model)
         self._target_of = name_targets(model, specs)
@@ -168,7 +172,7 @@ def build_skeleton(directory: Path, specs: Mapping[str, TensorSpec]) -> Skeleton
     bare_class = bare_class_of(config)
     if bare_class is None or not skeleton.lacks_heads():
         return skeleton
-    return Skeleton(_built(bare_class, config, dtype, specs), dtype, specs)
+    return Skeleton(_built(bare_class, config, dtype, specs), dtype, specs, stands_for=model_class.__name__)
 
 
 def _built(model_class: Any, config: Any, dtype: torch.dtype, specs: Mapping[str, TensorSpec]) -> Any:

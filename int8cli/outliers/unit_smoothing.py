@@ -14,6 +14,7 @@ from int8cli.llm_int8.columns import column_errors, column_savings
 from int8cli.llm_int8.descent import descended
 from int8cli.llm_int8.expected_error import ExpectedError
 from int8cli.llm_int8.inputs import InputSummary
+from int8cli.llm_int8.largest import row_chunks
 from int8cli.llm_int8.limits import DEFAULT_OUTLIER_COLUMNS, EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
 from int8cli.llm_int8.scales import scaled
@@ -178,10 +179,16 @@ class _Choice:
         mean_square = divided.float().square().mean(dim=0)
         savings = torch.zeros(len(mean_square), dtype=torch.float64, device=mean_square.device)
         for weight in self.weights:
-            errors, _ = column_errors(scaled(weight, self.steps, columns=exponents))
-            found = column_savings(mean_square, errors, smoothed=True)
+            found = column_savings(mean_square, self._errors_once_smoothed(weight, exponents), smoothed=True)
             savings += found / found.sum().clamp_min(torch.finfo(torch.float64).tiny)
         return savings.topk(min(DEFAULT_OUTLIER_COLUMNS, len(savings))).indices
+
+    def _errors_once_smoothed(self, weight: Tensor, exponents: Tensor) -> Tensor:
+        """||dW_:j||² of the smoothed weight: float64 (in_features,). No copy of all of it is made."""
+        errors = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+        for rows in row_chunks(weight):
+            errors += column_errors(scaled(weight[rows], self.steps, columns=exponents))[0]
+        return errors
 
     def _measured(self, exponents: Tensor) -> float:
         """The error of the int8 products on some of the examples, added up over the linears of the site."""
