@@ -197,8 +197,8 @@ def reference(directory: Path, text: str) -> list[int]:
         ({"compare": "nothing/"}, ReferenceModelError, "nothing/: no such directory"),
         ({"compare": "~nobody-of-this-name/x"}, ReferenceModelError, "no such directory"),
         ({"compare": "./nothing"}, ReferenceModelError, "./nothing: no such directory"),
-        ({"compare": Path(__file__)}, ReferenceModelError, "no directory with a config.json"),
-        ({"compare": Path(__file__).parent}, ReferenceModelError, "no directory with a config.json"),
+        ({"compare": Path(__file__)}, ReferenceModelError, "not a directory with a config.json"),
+        ({"compare": Path(__file__).parent}, ReferenceModelError, "not a directory with a config.json"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: Any, error: type[Exception], words: str, root: Path) -> None:

@@ -30,7 +30,7 @@ OWN_ELEMENTS |= {"table", "thead", "tbody", "tr", "th", "td", "main", "caption",
 OWN_ATTRIBUTES = {"charset", "class", "content", "data-value", "href", "id", "lang", "name", "rel", "type"}
 OWN_ATTRIBUTES |= {"aria-label", "role", "scope", "tabindex"}
 GENERATE = 'int8cli generate . "The moon rose over the harbour, and"\n'
-LINKS = ("https://arxiv.org/abs/2208.07339", "https://huggingface.co/org/m")
+LINKS = ("https://arxiv.org/abs/2208.07339", "https://github.com/int8cli/int8cli", "https://huggingface.co/org/m")
 PACKAGE = Path(__file__).parents[1] / "int8cli"
 
 
