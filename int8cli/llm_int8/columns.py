@@ -15,7 +15,8 @@ from int8cli.llm_int8.quantize import INT8_MAX, BlockQuantizer
 
 _CHUNK_ELEMENTS = 1 << 21
 # The error of rounding to steps of size 1 is uniform over [-1/2, 1/2]: its mean square is 1/12.
-_ROUNDING_VARIANCE = 1.0 / 12.0
+ROUNDING_VARIANCE = 1.0 / 12.0
+# How much of the step of the inputs storing a column is taken to save in a smoothed model: measured, as below.
 _STEP_SHARE_ONCE_SMOOTHED = 1.0 / 3.0
 
 
@@ -66,7 +67,7 @@ def predicted_output_error(
     parts = mean_square.double() * column_error.double()  # (in,)
     if len(exact):
         parts[torch.as_tensor(list(exact), dtype=torch.long)] = 0.0
-    inputs = mean_squared_rowmax * _ROUNDING_VARIANCE / (INT8_MAX * INT8_MAX) * weight_sum_squares
+    inputs = mean_squared_rowmax * ROUNDING_VARIANCE / (INT8_MAX * INT8_MAX) * weight_sum_squares
     return math.sqrt((float(parts.sum()) + inputs) / output_mean_square)
 
 

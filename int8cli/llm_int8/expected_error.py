@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from int8cli.llm_int8.columns import ROUNDING_VARIANCE
 from int8cli.llm_int8.largest import LargestByRow, Part, PartOfMatrix, row_chunks
 from int8cli.llm_int8.limits import EXACT_STEPS, Steps
 from int8cli.llm_int8.matmul import InputScheme
@@ -34,7 +35,6 @@ WEIGHT_ERRORS_COUNT = 3.0
 STORED_COUNTS = 0.25
 # A step counts if it gains this share of the error. Less is within the rounding of float32.
 _LEAST_GAIN = 1e-6
-_ROUNDING_VARIANCE = 1.0 / 12.0
 _LEVELS: dict[InputScheme, float] = {"absmax": INT8_MAX, "zeropoint": 255.0}
 _PARTS: dict[InputScheme, tuple[Part, ...]] = {"absmax": ("magnitude",), "zeropoint": ("above", "below")}
 
@@ -230,7 +230,7 @@ class ExpectedErrorState:
             if self.scheme is not None:
                 ranges = self.share @ torch.stack(list(parts)).sum(dim=0).double().square()  # (linears, n)
                 error += ranges * energy * (product.counts / (_LEVELS[self.scheme] * _LEVELS[self.scheme]))
-        return error.sum(dim=0) * _ROUNDING_VARIANCE
+        return error.sum(dim=0) * ROUNDING_VARIANCE
 
 
 def _numbered(group: Tensor) -> Tensor:
